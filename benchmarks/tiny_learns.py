@@ -1,0 +1,140 @@
+"""Does every stage of the recipe `tiny` do what it should, on held-out data, for several seeds?
+
+    python benchmarks/tiny_learns.py --seeds 0 1 2
+
+Runs the stages through the store (finished ones are taken from it), prints the table, exits 1 unless every row holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from artifacts.store import Store
+from flows.graph import Graph
+from flows.recipe import load_recipe
+from schemas.artifact import ArtifactReference
+from tasks.data import expand_path
+from tasks.runner import run_stage
+from tasks.sampling import paired_difference
+
+SEED_FIELDS = (
+    "world.seed",
+    "base_model.scratch.seed",
+    "sft.seed",
+    "reward_model.seed",
+    "dpo.seed",
+    "rlvr.seed",
+    "evaluation.sampled.seed",
+)
+
+
+def run(seed: int, overrides: dict[str, Any], log: logging.Logger) -> dict[str, ArtifactReference]:
+    """Every stage of `tiny` with this seed, by node name."""
+    recipe = load_recipe("tiny", {field: seed for field in SEED_FIELDS} | overrides)
+    graph = Graph(recipe, until="evaluation")
+    store = Store(expand_path(recipe.compute.store))
+    slots = threading.Semaphore(recipe.compute.max_parallel_stages)
+    futures: dict[str, Future[ArtifactReference]] = {}
+
+    def make(name: str) -> ArtifactReference:
+        upstream = {binding.node: futures[binding.node].result() for binding in graph.nodes[name].bindings().values()}
+        with slots:
+            return run_stage(graph.job(name, upstream), store, log)
+
+    with ThreadPoolExecutor(max_workers=len(graph.nodes)) as pool:
+        for name in graph.nodes:
+            futures[name] = pool.submit(make, name)
+        return {name: future.result() for name, future in futures.items()}
+
+
+def score(references: dict[str, ArtifactReference], node: str, task: str, metric: str) -> float:
+    """A score of an evaluation."""
+    values = {(s["task"], s["metric"]): s["value"] for s in references[node].outputs["scores"]}
+    return values[task, metric]
+
+
+def sampled(references: dict[str, ArtifactReference], node: str) -> dict[str, float]:
+    """Prompt id -> verified share of its samples."""
+    reference = references[node]
+    lines = (Path(reference.path) / reference.outputs["samples_file"]).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["id"]: row["mean"] for row in rows if row["task"] == "verified_sampled"}
+
+
+def contamination_is_exact(references: dict[str, ArtifactReference]) -> tuple[bool, str]:
+    """Whether the removed rows of each training set are the planted ones, all of them and no others."""
+    world = Path(references["world"].path)
+    planted = json.loads((world / "planted_leaks.json").read_text())
+    exact, counts = True, []
+    for name in ("sft", "preference", "rlvr"):
+        reference = references[f"contamination-{name}"]
+        lines = (Path(reference.path) / reference.outputs["removed_file"]).read_text().splitlines()
+        removed = {json.loads(line)["id"] for line in lines}
+        expected = {f"0:{row}" for row in planted[name]["rows"]}
+        exact = exact and removed == expected
+        counts.append(f"{len(removed & expected)}/{len(expected)} +{len(removed - expected)}")
+    return exact, ", ".join(counts)
+
+
+def checks(references: dict[str, ArtifactReference]) -> list[tuple[str, str, str, bool]]:
+    """Rows (stage, what must hold, measured, whether it holds)."""
+
+    def exact_match(model: str) -> float:
+        return score(references, f"evaluation-{model}", "tiny_arithmetic", "exact_match,strict-match")
+
+    base, sft, dpo, rlvr = (exact_match(model) for model in ("base-model", "sft", "dpo", "rlvr"))
+    reward_accuracy = score(references, "evaluation-reward-model", "preference", "pair_accuracy")
+    dpo_accuracy = score(references, "evaluation-dpo-implicit-reward", "implicit_reward", "pair_accuracy")
+    before, after = sampled(references, "evaluation-dpo"), sampled(references, "evaluation-rlvr")
+    gain, stderr, p_value = paired_difference(before, after)
+    exact, counts = contamination_is_exact(references)
+    mean_before, mean_after = (sum(values.values()) / len(values) for values in (before, after))
+    return [
+        ("contamination", "planted leaks found, nothing else", counts, exact),
+        ("sft", "exact match >= base + 40 points", f"{base:.1%} -> {sft:.1%}", sft >= base + 0.40),
+        ("reward model", "pair accuracy >= 0.80", f"{reward_accuracy:.3f}", reward_accuracy >= 0.80),
+        ("dpo", "implicit reward's pair accuracy >= 0.80", f"{dpo_accuracy:.3f}", dpo_accuracy >= 0.80),
+        ("dpo", "exact match >= SFT - 1 point", f"{sft:.1%} -> {dpo:.1%}", dpo >= sft - 0.01),
+        (
+            "rlvr",
+            f"samples at T = 1 >= DPO + 5 points, p < 0.05 ({len(before):,} prompts)",
+            f"{mean_before:.1%} -> {mean_after:.1%} (+{100 * gain:.1f} ± {100 * stderr:.1f}, p = {p_value:.1g})",
+            gain >= 0.05 and p_value < 0.05 and len(before) >= 1000,
+        ),
+        ("rlvr", "exact match >= DPO - 1 point", f"{dpo:.1%} -> {rlvr:.1%}", rlvr >= dpo - 0.01),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--overrides", type=json.loads, default={}, help="dotted recipe fields as JSON")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    table = Table("stage", "must show", *(f"seed {seed}" for seed in arguments.seeds), title="tiny learns")
+    columns, seconds = [], []
+    for seed in arguments.seeds:
+        began = time.monotonic()
+        columns.append(checks(run(seed, arguments.overrides, logging.getLogger(f"seed {seed}"))))
+        seconds.append(time.monotonic() - began)
+    for row in zip(*columns, strict=True):
+        cells = [f"{measured} {'ok' if holds else 'FAILS'}" for _, _, measured, holds in row]
+        table.add_row(row[0][0], row[0][1], *cells)
+    table.add_row("all", "seconds (cached stages cost none)", *(f"{value:.0f}" for value in seconds))
+    Console(width=200).print(table)
+    return 0 if all(holds for column in columns for *_, holds in column) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""The command line `smoltulu`: only what Prefect's own commands do not do. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(
+    help="Tulu 3 post-training as one Prefect workflow. Flows are started with `prefect deployment run`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _fail(error: object) -> NoReturn:
+    """One clear message, exit code 1."""
+    typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(1)
+
+
+@app.command()
+def up(
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="of the server; 4200 unless given")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="flow runs at a time; 1 unless given")] = None,
+) -> None:
+    """Start server, work pool, deployments and worker on this machine, in the background."""
+    from flows import machine
+
+    home = machine.default_home()
+    try:
+        running = machine.up(home, port, limit, typer.echo)
+    except machine.MachineError as error:
+        _fail(error)
+    typer.echo(f"\nUI        {running.url.removesuffix('/api')}")
+    typer.echo(f"logs      {home / 'logs'}")
+    default = machine.url_of(machine.DEFAULT_PORT)
+    if running.url != os.environ.get("PREFECT_API_URL", default):
+        typer.echo(f"export    export PREFECT_API_URL={running.url}")
+    elif Path.cwd() != machine.PROJECT:
+        typer.echo(f"from      {machine.PROJECT} (elsewhere: export PREFECT_API_URL={running.url})")
+    # Without an activated environment the commands are not on the PATH.
+    tools = "" if shutil.which("prefect") else f"{Path(sys.executable).parent}/"
+    typer.echo(f"try       {tools}prefect deployment run smoltulu/tiny --watch")
+    typer.echo(f"stop      {tools}smoltulu down")
+
+
+@app.command()
+def down() -> None:
+    """Stop what `smoltulu up` started, running flows included, and nothing else."""
+    from flows import machine
+
+    try:
+        anything = machine.down(machine.default_home(), say=typer.echo)
+    except machine.MachineError as error:
+        _fail(error)
+    typer.echo("all down" if anything else "nothing of ours runs")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def run(
+    context: typer.Context,
+    deployment: Annotated[str, typer.Argument(help="flow/deployment, e.g. smoltulu/full")],
+) -> None:
+    """`prefect deployment run DEPLOYMENT --watch [...]`, after a look whether server, deployment and worker are there.
+
+    Prefect itself waits in silence where no worker polls. Everything after DEPLOYMENT goes to Prefect as it is.
+    """
+    from flows import doctor, machine
+
+    home = machine.default_home()
+    url = doctor.api_url(home)
+    if not doctor.reachable(url):
+        _fail(doctor.no_server(url))
+    registered = dict(machine.deployments(url))
+    if deployment not in registered:
+        import difflib
+
+        near = difflib.get_close_matches(deployment, registered, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        _fail(f"no deployment {deployment!r}{hint} Registered: {', '.join(registered) or 'none'}. Run `smoltulu up`")
+    pool = registered[deployment]
+    if pool is not None and not doctor.pollers(home, url, pool):
+        _fail(doctor.NO_WORKER.format(pool=pool))
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "prefect", "deployment", "run", deployment, "--watch", *context.args]
+    environment = machine.client_environment(url)
+    if not sys.stdout.isatty():
+        environment.setdefault("COLUMNS", "160")  # else Prefect folds the log at 80
+    os.execve(sys.executable, command, environment)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")],
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted field and value, e.g. dpo.learning_rate=5e-7")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="last stage to run")] = None,
+    refresh: Annotated[list[str] | None, typer.Option(help="stage to make again; may be repeated")] = None,
+) -> None:
+    """Say per stage what a run would do (cached, resumes or runs) and why. Needs no server."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from artifacts.store import Store
+    from flows import machine
+    from flows.plan import plan as plan_rows
+    from flows.recipe import load_recipe
+    from tasks.data import expand_path
+
+    given = Path(recipe)
+    if given.is_file():
+        recipe = str(given.absolute())
+    # A flow run works in the checkout, and so do the relative paths of a recipe.
+    os.chdir(machine.PROJECT)
+    try:
+        checked = load_recipe(recipe, _overrides(override or []))
+        store = Store(expand_path(checked.compute.store))
+        rows = plan_rows(checked, until, refresh or [], store)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    table = Table("stage", "what", "why", "key", title=f"{checked.name} in {store.root}", title_justify="left")
+    colours = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
+    for row in rows:
+        table.add_row(
+            row.node, f"[{colours.get(row.status, 'white')}]{row.status}[/]", escape(row.reason), row.key[:12]
+        )
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    counts = ", ".join(f"{sum(r.status == s for r in rows)} {s}" for s in colours if any(r.status == s for r in rows))
+    console.print(counts, highlight=False)
+
+
+def _overrides(texts: list[str]) -> dict[str, object]:
+    """`field=value` texts; the value is read as YAML, with numbers such as 5e-7 too."""
+    import json
+
+    import yaml
+
+    values: dict[str, object] = {}
+    for text in texts:
+        field, equals, value = text.partition("=")
+        if not equals or not field.strip():
+            raise ValueError(f"--override {text!r}: give a dotted field and a value, e.g. dpo.learning_rate=5e-7")
+        try:
+            # JSON first: YAML takes 5e-7, which has no dot, for a text.
+            values[field.strip()] = json.loads(value)
+        except ValueError:
+            try:
+                values[field.strip()] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"--override {text!r}: the value is neither JSON nor YAML: {error}") from None
+    return values
+
+
+@app.command()
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="set runs whose process is gone to Crashed")] = False,
+) -> None:
+    """Check this machine: versions, GPU, disk, token, server, worker, deployments, stuck runs."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from flows import machine
+    from flows.doctor import examine
+
+    checks = examine(machine.default_home(), fix)
+    table = Table("check", "", "found", "what to do")
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for check in checks:
+        mark = f"[{colours[check.status]}]{check.status}[/]"
+        table.add_row(check.name, mark, escape(check.detail), escape(check.advice))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    failed = [check.name for check in checks if check.status == "fail"]
+    if failed:
+        _fail(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,174 @@
+"""What `make demo` runs: the recipe `tiny` from end to end on this machine, and what came out of it.
+
+Uses the server of `smoltulu up` where one runs, else brings one up; takes down what it started, whatever happens. A
+server that is not ours is never touched: where one sits on the default port, the demo takes another port.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from flows import machine
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from schemas.run import RunSummary
+
+DEPLOYMENT = "smoltulu/tiny"
+REPORTS = machine.PROJECT / "artifacts" / "reports"
+
+
+def demo() -> int:
+    """Run the demo; returns the exit code: 0 only where the run completed and its summary could be read."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
+    home = machine.default_home()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    begin = time.monotonic()
+    # Known before the run starts, so that an interrupted one can be found, and its report too.
+    name = f"demo-{uuid.uuid4().hex[:6]}"
+    running: machine.Machine | None = None
+    try:
+        server = machine.running(home, "server")
+        port = machine.DEFAULT_PORT
+        if server is None and not machine.port_is_free(port):
+            console.print(f"port {port} is taken by {machine.port_holder(port)}, which is left alone")
+            port = machine.free_port()
+        running = machine.up(home, None if server else port, say=_say)
+        if server is not None and "worker" not in running.started:
+            _say("demo      uses the server and the worker that were up already")
+        _say(f"demo      {DEPLOYMENT} as run {name}; to look on: {running.url.removesuffix('/api')}\n")
+        code = _watch(home, running.url, name)
+        path = REPORTS / f"tiny-{name}" / "summary.json"
+        if code:
+            _say(f"\nthe run did not complete; the worker's log: {home / 'logs' / 'worker.log'}")
+        summary = _read(path)
+        if summary is None:
+            _say(f"there is no summary of this run in {path}")
+            return code or 1
+        show(summary, console)
+        console.print(f"\n{time.monotonic() - begin:.0f} s in all, server and worker included")
+        return code
+    except machine.MachineError as error:
+        _say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _say("\ninterrupted")
+        return 130
+    finally:
+        # A second Ctrl-C must not leave half of it behind.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        if running is not None:
+            _say("")
+            if "worker" not in running.started:
+                _cancel(running.url, name)
+            elif running.started:
+                machine.down(home, running.started, _say)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Turn a signal into an exit that runs `finally`."""
+    raise SystemExit(128 + number)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _watch(home: Path, url: str, name: str) -> int:
+    """Start the deployment and show its log until it ends; returns Prefect's exit code."""
+    environment = machine.child_environment(home, url)
+    if not sys.stdout.isatty():
+        environment["COLUMNS"] = "160"  # else Prefect folds the log at 80
+    command = [sys.executable, "-m", "prefect", "deployment", "run", DEPLOYMENT, "--watch", "--flow-run-name", name]
+    return subprocess.run(command, cwd=machine.PROJECT, env=environment, check=False).returncode
+
+
+def _cancel(url: str, name: str) -> None:
+    """Cancel the demo's run if it still goes: on a worker that is not the demo's own it would go on."""
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+    from prefect.states import Cancelling
+
+    with machine.client(url) as server:
+        for run in server.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name]))):
+            if run.state is not None and not run.state.is_final():
+                _say(f"cancelling run {name}")
+                server.set_flow_run_state(run.id, Cancelling())
+
+
+def _read(path: Path) -> RunSummary | None:
+    """Summary of a run; None where it wrote none."""
+    from schemas.run import RunSummary
+
+    try:
+        return RunSummary.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def show(summary: RunSummary, console: Console) -> None:
+    """Print scores per stage, what every stage came to, and where the model and the report lie."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tasks.report.summary import grid_columns, preference_label, score_grid
+    from tasks.report.text import title
+
+    columns = grid_columns(summary.scores)
+    if columns:
+        table = Table("task", "metric", "n", title="scores per stage (± standard error)", title_justify="left")
+        for subject in columns:
+            table.add_column(title(subject), justify="right")
+        for (task, metric), cells in score_grid(summary.scores).items():
+            num_samples = {score.num_samples for score in cells.values()}
+            values = (
+                _value(cells[subject].value, cells[subject].stderr) if subject in cells else "" for subject in columns
+            )
+            table.add_row(task, metric, "/".join(f"{n:,}" for n in sorted(num_samples)), *values)
+        console.print(table)
+    preferences = [score for score in summary.scores if score.kind != "language_model"]
+    if preferences:
+        table = Table("preferences", "task", "metric", "n", "score", title_justify="left")
+        for score in preferences:
+            value = _value(score.value, score.stderr)
+            table.add_row(preference_label(score), score.task, score.metric, f"{score.num_samples:,}", value)
+        console.print(table)
+
+    table = Table("stage", "outcome", "seconds", "artifact", title="stages", title_justify="left")
+    for stage in summary.stages:
+        table.add_row(
+            stage.node, stage.outcome, f"{stage.seconds:.1f}", escape(_short(stage.path) or stage.error or "")
+        )
+    console.print(table)
+    num_cached = sum(stage.outcome == "Cached" for stage in summary.stages)
+    console.print(f"{num_cached} of {len(summary.stages)} stages cached")
+    if summary.published:
+        console.print(f"model     {escape(_short(summary.published))}")
+    if summary.pushed:
+        console.print(f"pushed    {escape(summary.pushed)}")
+    if summary.report_path:
+        console.print(f"report    {escape(_short(summary.report_path))}")
+
+
+def _value(value: float, stderr: float | None) -> str:
+    return f"{value:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else "")
+
+
+def _short(path: str) -> str:
+    """Paths in the checkout from there, others whole."""
+    return path.removeprefix(f"{machine.PROJECT}/")
+
+
+if __name__ == "__main__":
+    sys.exit(demo())

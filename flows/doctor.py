@@ -1,0 +1,311 @@
+"""What could go wrong on this machine, looked at before days are lost. Imports no torch; takes about two seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+from flows import machine
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+
+MIN_FREE_DISK_GB = 1.0
+FULL_RECIPE_DISK_GB = 60.0  # weights, optimizer state and two checkpoints of a 1.7B model, per training stage in turn
+MIN_MEMORY_GB = 4.0  # what the recipe `tiny` needs
+HUB_SECONDS = 1.5
+#: Brought by a dependency, but a wrong version of them breaks Prefect without an error (see pyproject.toml).
+CAPPED = ("fastapi", "sqlalchemy")
+NO_WORKER = (
+    "no worker polls the pool {pool}: run `smoltulu up`, or `prefect worker start --pool {pool}` in another terminal"
+)
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's table. `advice` is what to do, empty where nothing is to be done."""
+
+    name: str
+    status: Status
+    detail: str
+    advice: str = ""
+
+
+def examine(home: Path, fix: bool = False) -> list[Check]:
+    """Every check, in the order of the table. `fix` sets runs whose process is gone to Crashed."""
+    hub: list[Check] = []
+    # A name server that does not answer holds longer than any timeout that can be given, so it gets its own thread.
+    asking = threading.Thread(target=lambda: hub.append(_hub()), daemon=True)
+    asking.start()
+    checks = [_python(), *_packages(), _gpu(), _disk(), _memory(), _token()]
+    checks += examine_prefect(home, api_url(home), fix)
+    asking.join(HUB_SECONDS)
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    late = Check("Hub", "warn", f"{address} does not answer", "needed only for recipes that name Hub models or data")
+    return checks + (hub or [late])
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def _python() -> Check:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Check("Python", "ok", f"{version}, {sys.prefix}")
+
+
+def requirements() -> list[str]:
+    """What the project requires: from the checkout's pyproject.toml, else from the installed package."""
+    path = machine.PROJECT / "pyproject.toml"
+    if path.is_file():
+        return list(tomllib.loads(path.read_text())["project"]["dependencies"])
+    return [text for text in importlib.metadata.requires("smoltulu") or [] if "extra ==" not in text]
+
+
+def wrong_packages() -> list[tuple[str, str]]:
+    """(requirement, installed version or `missing`) of every requirement that is not met."""
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for text in requirements():
+        requirement = Requirement(text)
+        try:
+            installed = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "missing"
+        if installed == "missing" or not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append((f"{requirement.name}{requirement.specifier}", installed))
+    return wrong
+
+
+def _packages() -> Iterator[Check]:
+    wrong = wrong_packages()
+    advice = "make setup, or: pip install -c constraints.txt -e '.[dev]'"
+    if not wrong:
+        yield Check("packages", "ok", f"all {len(requirements())} as pinned")
+        return
+    detail = "; ".join(f"{required} is required, {installed} is installed" for required, installed in wrong)
+    if any(required.startswith(CAPPED) for required, _ in wrong):
+        advice += ". Other versions of fastapi or SQLAlchemy break deployments or cron schedules without an error"
+    yield Check("packages", "fail", detail, advice)
+
+
+def _gpu() -> Check:
+    none = "recipe `tiny` is made for a CPU; the others need a GPU"
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return Check("GPU", "warn", "none found (no nvidia-smi)", none)
+    try:
+        done = subprocess.run(
+            [program, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("GPU", "warn", f"nvidia-smi does not answer: {error}", "check the driver")
+    names = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode or not names:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        return Check("GPU", "warn", f"nvidia-smi: {said[0] if said else 'lists no GPU'}", none)
+    return Check("GPU", "ok", "; ".join(f"{name} free" for name in names))
+
+
+def store_root() -> Path:
+    """Where artifacts go unless a recipe says otherwise; relative paths count from the checkout, as in a flow run."""
+    from schemas.compute import ComputeSettings
+    from tasks.data import expand_path
+
+    return machine.PROJECT / expand_path(ComputeSettings().store)
+
+
+def _disk() -> Check:
+    root = store_root()
+    existing = next(folder for folder in (root, *root.parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free / 1e9
+    detail = f"{free:.1f} GB free in {root}"
+    if not os.access(existing, os.W_OK):
+        return Check("disk", "fail", f"{existing} cannot be written", "change its owner, or SMOLTULU_STORE")
+    if free < MIN_FREE_DISK_GB:
+        return Check("disk", "fail", detail, "no stage starts like this: free some, or move the store (SMOLTULU_STORE)")
+    if free < FULL_RECIPE_DISK_GB:
+        return Check("disk", "warn", detail, f"a 1.7B recipe wants about {FULL_RECIPE_DISK_GB:.0f} GB; `tiny` needs 1")
+    return Check("disk", "ok", detail)
+
+
+def _memory() -> Check:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    detail = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available"
+    if memory.available < MIN_MEMORY_GB * 1e9:
+        return Check("memory", "warn", detail, f"recipe `tiny` needs {MIN_MEMORY_GB:.0f} GB, others more")
+    return Check("memory", "ok", detail)
+
+
+def _token() -> Check:
+    """Whether there is a token; it is never shown."""
+    if os.environ.get("HF_TOKEN"):
+        return Check("HF token", "ok", "HF_TOKEN is set (a worker that was started before it was set lacks it)")
+    from huggingface_hub import get_token
+
+    if get_token():
+        return Check("HF token", "warn", "saved by `hf auth login`, HF_TOKEN is not set", "to publish: export HF_TOKEN")
+    return Check("HF token", "warn", "none", "for gated data and to publish: export HF_TOKEN before `smoltulu up`")
+
+
+def _hub() -> Check:
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return Check("Hub", "ok", "not asked: HF_HUB_OFFLINE is set")
+    try:
+        with contextlib.closing(
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_SECONDS)
+        ):
+            return Check("Hub", "ok", f"{address} answers")
+    except urllib.error.HTTPError:
+        return Check("Hub", "ok", f"{address} answers")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        detail = f"{address} cannot be reached: {reason}"
+        return Check("Hub", "warn", detail, "needed only for recipes that name Hub models or data")
+
+
+# --- Prefect ---------------------------------------------------------------------------------------------------------
+
+
+def api_url(home: Path) -> str:
+    """The server that commands talk to: PREFECT_API_URL, else ours, else Prefect's settings, else port 4200."""
+    if given := os.environ.get("PREFECT_API_URL"):
+        return given
+    if server := machine.running(home, "server"):
+        return machine.url_of(server.port)
+    from prefect.settings import PREFECT_API_URL
+
+    return PREFECT_API_URL.value() or machine.url_of(machine.DEFAULT_PORT)
+
+
+def no_server(url: str) -> str:
+    """What to say when nobody answers at `url`."""
+    parts = urlsplit(url)
+    text = f"no Prefect server answers at {url}"
+    if machine.is_local(url) and parts.port and not machine.port_is_free(parts.port):
+        text += f" (port {parts.port} is taken by {machine.port_holder(parts.port)})"
+    return f"{text}: run `smoltulu up`, or set PREFECT_API_URL"
+
+
+def reachable(url: str) -> bool:
+    """Whether a Prefect API answers, with the credentials of Prefect's settings."""
+    if machine.is_local(url):
+        return machine.answers(url)
+    with contextlib.suppress(Exception), machine.client(url) as server:
+        return server.api_healthcheck() is None
+    return False
+
+
+def pollers(home: Path, url: str, pool: str) -> list[str] | None:
+    """Workers that poll a pool; None where there is no such pool. A killed worker of ours counts no more, though the
+    server believes in it for another minute and a half."""
+    names = machine.online_workers(url, pool)
+    ours = machine.read_record(home, "worker")
+    if names and ours and not ours.alive:
+        names = [name for name in names if name != ours.name]
+    return names
+
+
+def expected_deployments() -> list[tuple[str, str]]:
+    """(entrypoint, name) of everything that prefect.yaml lists."""
+    import yaml
+
+    path = machine.PROJECT / "prefect.yaml"
+    if not path.is_file():
+        return []
+    return [(entry["entrypoint"], entry["name"]) for entry in yaml.safe_load(path.read_text())["deployments"]]
+
+
+def examine_prefect(home: Path, url: str, fix: bool = False) -> Iterator[Check]:
+    """Server, pool, worker, deployments and runs, as far as the first that lacks."""
+    ours = machine.running(home, "server")
+    if ours and url.rstrip("/") != (ours_url := machine.url_of(ours.port)):
+        detail = f"PREFECT_API_URL is {url}, `smoltulu up` runs {ours_url}"
+        yield Check("address", "warn", detail, f"export PREFECT_API_URL={ours_url}")
+    if not reachable(url):
+        yield Check("server", "fail", no_server(url).partition(": run ")[0], "smoltulu up, or set PREFECT_API_URL")
+        return
+    yield Check("server", "ok", url)
+
+    names = pollers(home, url, machine.POOL)
+    if names is None:
+        yield Check("pool", "fail", f"there is no work pool {machine.POOL}", "smoltulu up")
+    else:
+        yield Check("pool", "ok", machine.POOL)
+        if names:
+            yield Check(
+                "worker", "ok", f"{len(names)} poll{'s' if len(names) == 1 else ''} the pool: {', '.join(names)}"
+            )
+        else:
+            detail, _, advice = NO_WORKER.format(pool=machine.POOL).partition(": run ")
+            yield Check("worker", "fail", detail, f"run {advice}")
+
+    with machine.client(url) as server:
+        there = {(deployment.entrypoint, deployment.name) for deployment in server.read_deployments()}
+    missing = [name for entrypoint, name in expected_deployments() if (entrypoint, name) not in there]
+    if missing:
+        yield Check("deployments", "fail", f"not registered: {', '.join(missing)}", "prefect --no-prompt deploy --all")
+    else:
+        yield Check("deployments", "ok", f"all {len(expected_deployments())} of prefect.yaml are registered")
+    yield _stuck(url, fix)
+
+
+def _stuck(url: str, fix: bool) -> Check:
+    """Runs that say Running though their process is gone: after a power cut they stay so for ever."""
+    if not machine.is_local(url):
+        return Check("stuck runs", "ok", "not looked at: the server is on another machine, so may be the runs")
+    with machine.client(url) as server:
+        stuck = stuck_runs(server)
+        listed = ", ".join(f"{run.name} ({run.id})" for run in stuck)
+        if not stuck:
+            return Check("stuck runs", "ok", "none")
+        if not fix:
+            return Check("stuck runs", "warn", f"Running, but their process is gone: {listed}", "smoltulu doctor --fix")
+        from prefect.states import Crashed
+
+        for run in stuck:
+            server.set_flow_run_state(run.id, Crashed(message="smoltulu doctor: its process is gone"), force=True)
+    return Check("stuck runs", "ok", f"set to Crashed: {listed}")
+
+
+def stuck_runs(server: SyncPrefectClient) -> list[FlowRun]:
+    """Runs that a worker on this machine started, that are not at an end, and that no live process works on."""
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.objects import StateType
+
+    going = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])
+    runs = server.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=going)), limit=200)
+    alive = {machine.flow_run_of(process) for process in machine.processes_with("PREFECT__FLOW_RUN_ID")}
+    return [run for run in runs if str(run.id) not in alive and _process_is_gone(run)]
+
+
+def _process_is_gone(run: FlowRun) -> bool:
+    """Whether the process that the worker noted has ended. A run that no worker started has none: not ours to judge."""
+    pid = (run.infrastructure_pid or "").rpartition(":")[2]
+    if not pid.isdigit():
+        return False
+    # An id that lives, but whose environment we may read and that did not name the run, was given to another process.
+    return machine.start_time(int(pid)) is None or machine.environment_of(int(pid)) is not None

@@ -1,0 +1,148 @@
+"""Flow `smoltulu-eval`: measure a recipe's finished models again, and say whether a difference to last time is real."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
+
+from artifacts.store import Found, Store
+from flows.graph import Graph
+from flows.logs import shield_run_logs
+from flows.pipeline import Overrides, RecipeParameter
+from flows.recipe import load_recipe
+from schemas.artifact import ArtifactReference
+from schemas.evaluation import EvaluationOutputs
+from tasks.data import expand_path
+from tasks.report import artifact_key
+from tasks.runner import reference_to, run_stage, stop_children
+from tasks.sampling import paired_difference
+
+#: A difference is called real below this p-value, divided by the number of comparisons of the night (Bonferroni).
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One task of one model, last time against tonight, document by document."""
+
+    node: str
+    task: str
+    last: float
+    tonight: float
+    num_documents: int
+    p_value: float
+
+    def verdict(self, num_comparisons: int) -> str:
+        """`same`, `within noise`, `drop` or `gain`."""
+        if self.last == self.tonight and self.p_value == 1.0:
+            return "same"
+        if self.p_value >= SIGNIFICANCE / num_comparisons:
+            return "within noise"
+        return "drop" if self.tonight < self.last else "gain"
+
+
+def document_scores(reference: ArtifactReference) -> dict[str, dict[str, float]]:
+    """task -> document -> score of the headline metric, from the samples of an evaluation.
+
+    A document's name holds the hashes of its text and target: another document of the same number is not compared.
+    """
+    outputs = EvaluationOutputs.model_validate(reference.outputs)
+    headlines = {score.task: score.metric.split(",")[0] for score in outputs.scores}
+    scores: dict[str, dict[str, float]] = {}
+    if outputs.samples_file is None:
+        return scores
+    for line in (Path(reference.path) / outputs.samples_file).read_text().splitlines():
+        row = json.loads(line)
+        name = f"{row['id']} {row.get('doc_hash', '')} {row.get('target_hash', '')}"
+        if "metrics" in row:
+            value = row["metrics"].get(headlines.get(row["task"]))
+        else:
+            value = row.get("right", row.get("mean"))
+        if value is not None:
+            scores.setdefault(row["task"], {})[name] = float(value)
+    return scores
+
+
+def compare(node: str, last: dict[str, dict[str, float]], tonight: dict[str, dict[str, float]]) -> list[Comparison]:
+    """Paired comparison of every task that both nights hold with the same documents."""
+    comparisons = []
+    for name in last.keys() & tonight.keys():
+        before, after = last[name], tonight[name]
+        if before.keys() != after.keys() or len(before) < 2:
+            continue
+        _, _, p_value = paired_difference(before, after)
+        means = [sum(values.values()) / len(values) for values in (before, after)]
+        comparisons.append(Comparison(node, name, means[0], means[1], len(before), p_value))
+    return sorted(comparisons, key=lambda comparison: comparison.task)
+
+
+@flow(name="smoltulu-eval", persist_result=False)
+def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Overrides = {}) -> Any:  # noqa: B006
+    """Evaluate every finished model of a recipe again and compare with the last time. Trains nothing.
+
+    Fails where a score dropped beyond noise, so that Prefect's notifications for failed runs reach whoever should know.
+    """
+    shield_run_logs()
+    log = get_run_logger()
+    checked = load_recipe(recipe, overrides)
+    graph = Graph(checked)
+    store = Store(expand_path(checked.compute.store))
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+    finished: dict[str, ArtifactReference] = {}
+    for name, node in graph.nodes.items():
+        upstream = {binding.node for binding in node.bindings().values()}
+        if upstream <= finished.keys() and isinstance(found := store.find(graph.spec(name)), Found):
+            finished[name] = reference_to(found, node.stage.name, name, "Cached")
+
+    @task(cache_policy=NO_CACHE, persist_result=False)
+    def measure(node: str) -> Any:
+        reference = run_stage(graph.job(node, finished, refresh=True), store, get_run_logger())
+        return Completed(name=reference.outcome, message=reference.path, data=reference)
+
+    evaluations = [
+        name
+        for name, node in graph.nodes.items()
+        if node.stage.name == "evaluation" and {b.node for b in node.bindings().values()} <= finished.keys()
+    ]
+    if not evaluations:
+        log.warning("recipe %s has no finished model in %s: nothing to evaluate", checked.name, store.root)
+        return Completed(name="Skipped", message="no finished model")
+
+    comparisons: list[Comparison] = []
+    try:
+        for name in evaluations:
+            last = finished.get(name)
+            tonight = measure.with_options(name="evaluation", task_run_name=name).submit(name).result()
+            if last is not None:
+                comparisons += compare(name, document_scores(last), document_scores(tonight))
+    except BaseException:
+        stop_children()
+        raise
+    rows = [
+        {
+            "model": comparison.node.removeprefix("evaluation-"),
+            "task": comparison.task,
+            "last": f"{comparison.last:.4f}",
+            "tonight": f"{comparison.tonight:.4f}",
+            "documents": str(comparison.num_documents),
+            "p (paired)": f"{comparison.p_value:.3g}",
+            "verdict": comparison.verdict(len(comparisons)),
+        }
+        for comparison in comparisons
+    ]
+    create_table_artifact(key=artifact_key(f"{checked.name}-nightly"), table=rows, description="last night and tonight")
+    for row in rows:
+        log.info("%(model)s %(task)s: %(last)s -> %(tonight)s, %(verdict)s (p %(p (paired))s)", row)
+    drops = [row for row in rows if row["verdict"] == "drop"]
+    if drops:
+        raise RuntimeError("dropped beyond noise: " + ", ".join(f"{row['model']} {row['task']}" for row in drops))
+    return Completed(name="Completed", message=f"{len(evaluations)} evaluations, no real drop")

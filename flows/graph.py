@@ -1,0 +1,348 @@
+"""The pipeline as data: which stages a recipe means, what each takes from which, and their artifact keys.
+
+Both the flow and `smoltulu plan` read this graph; keys follow from it without running anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from artifacts.keys import artifact_key, folder_digest, text_digest
+from schemas.artifact import ArtifactReference, InputRecord, Spec
+from schemas.common import scientific
+from schemas.contamination import ContaminationStageConfig
+from schemas.data import DataSet, DatasetStageConfig, DataSource
+from schemas.evaluation import EvaluationStageConfig, EvaluationTask
+from schemas.publish import PublishStageConfig
+from schemas.recipe import STAGE_ORDER, Recipe
+from tasks.chat_template import load_chat_template
+from tasks.data import expand_path, resolve_commit, resolve_revision, source_digest
+from tasks.models import check_model_folder
+from tasks.runner import Job
+from tasks.stage import Stage
+from tasks.stages import STAGES
+
+LM_EVAL_TASKS = Path(__file__).resolve().parent.parent / "recipes" / "lm_eval"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """An input that comes from another node: a file or folder its outputs name, or its whole artifact folder."""
+
+    node: str
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of one recipe.
+
+    inputs     input field -> binding, or name -> binding for fields that hold several
+    literals   input field -> plain value (the chat template's text); its digest is in `externals`
+    externals  name -> content digest or resolved revision of what comes from outside the store
+    """
+
+    name: str
+    stage: Stage
+    config: BaseModel
+    inputs: Mapping[str, Binding | Mapping[str, Binding]] = field(default_factory=dict)
+    literals: Mapping[str, str] = field(default_factory=dict)
+    externals: Mapping[str, str] = field(default_factory=dict)
+
+    def bindings(self) -> dict[str, Binding]:
+        """Every binding by dotted name."""
+        flat = {}
+        for name, value in self.inputs.items():
+            if isinstance(value, Binding):
+                flat[name] = value
+            else:
+                flat.update({f"{name}.{inner}": binding for inner, binding in value.items()})
+        return flat
+
+
+class Graph:
+    """The nodes of a recipe in an order in which every node comes after its inputs."""
+
+    def __init__(self, recipe: Recipe, until: str | None = None) -> None:
+        """Resolve what the recipe names outside the store, and lay out the nodes up to stage `until`.
+
+        Raises ValueError for a missing file or folder, a revision that does not exist, a template that does not render.
+        """
+        self.recipe = recipe
+        self.nodes: dict[str, Node] = {}
+        self._until = STAGE_ORDER.index(until) if until else len(STAGE_ORDER)
+        self._template = load_chat_template(recipe.chat_template)
+        self._template_external = {"chat_template": text_digest(self._template)}
+        self._lay_out()
+
+    def spec(self, name: str) -> Spec:
+        """What the key of a node is made of."""
+        node = self.nodes[name]
+        inputs: dict[str, Any] = {}
+        for input_name, value in node.inputs.items():
+            if isinstance(value, Binding):
+                inputs[input_name] = self.key(value.node)
+            else:
+                inputs[input_name] = {inner: self.key(binding.node) for inner, binding in value.items()}
+        return Spec(
+            stage=node.stage.name,
+            version=node.stage.version,
+            config=scientific(node.config),
+            inputs=inputs,
+            externals=dict(node.externals),
+        )
+
+    def key(self, name: str) -> str:
+        """Artifact key of a node."""
+        return artifact_key(self.spec(name))
+
+    def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
+        """A node with its inputs found: ready to run."""
+        node = self.nodes[name]
+
+        def path(binding: Binding) -> str:
+            reference = references[binding.node]
+            return str(Path(reference.path) / reference.outputs[binding.output]) if binding.output else reference.path
+
+        values: dict[str, Any] = dict(node.literals)
+        for input_name, value in node.inputs.items():
+            if isinstance(value, Binding):
+                values[input_name] = path(value)
+            else:
+                values[input_name] = {inner: path(binding) for inner, binding in value.items()}
+        records = {
+            dotted: InputRecord(
+                stage=references[binding.node].stage,
+                key=references[binding.node].key,
+                digest=references[binding.node].digest,
+            )
+            for dotted, binding in node.bindings().items()
+        }
+        return Job(
+            node=name,
+            stage=node.stage,
+            config=node.config,
+            compute=self.recipe.compute.of(node.stage.name),
+            spec=self.spec(name),
+            inputs=node.stage.inputs.model_validate(values),
+            input_records=records,
+            refresh=refresh,
+        )
+
+    # The layout, top to bottom as a run goes.
+
+    def _lay_out(self) -> None:
+        recipe = self.recipe
+        if recipe.world is not None:
+            self._add("world", STAGES["world"], recipe.world)
+
+        data = recipe.data
+        sft_rows = self._training_rows("sft", "sft", data.sft)
+        preference_rows = self._training_rows("preference", "preference", data.preference)
+        rlvr_rows = self._training_rows("rlvr", "rlvr", data.rlvr)
+        if recipe.contamination and recipe.contamination.audit:
+            self._training_rows("audit", "sft", recipe.contamination.audit)
+        preference_eval = self._rows("preference-eval", "preference", data.preference_eval)
+        verified_eval = self._rows("verified-eval", "rlvr", data.verified_eval)
+
+        base = self._base_model(sft_rows)
+        self._evaluate(base, "language_model", verified_eval=verified_eval)
+        sft = self._train("sft", base, sft_rows)
+        self._evaluate(sft, "language_model", verified_eval=verified_eval)
+        reward_model = self._train("reward_model", sft, preference_rows)
+        self._evaluate(reward_model, "reward_model", preference_eval=preference_eval)
+        dpo = self._train("dpo", sft, preference_rows)
+        self._evaluate(dpo, "language_model", verified_eval=verified_eval)
+        self._evaluate(dpo, "implicit_reward", reference_model=sft, preference_eval=preference_eval)
+        rlvr = self._train("rlvr", dpo or sft, rlvr_rows)
+        self._evaluate(rlvr, "language_model", verified_eval=verified_eval)
+        self._publish(rlvr or dpo or sft or base)
+
+    def _add(self, name: str, stage: Stage, config: BaseModel, **parts: Any) -> str | None:
+        """Add a node unless `until` lies before its stage. Evaluations belong to the model that they measure."""
+        order = STAGE_ORDER.index(stage.name)
+        if stage.name == "evaluation":
+            measured = STAGE_ORDER.index(parts["inputs"]["model"].node.replace("-", "_"))
+            order = min(order, measured)
+        if order > self._until:
+            return None
+        self.nodes[name] = Node(name, stage, config, **parts)
+        return name
+
+    def _rows(self, name: str, kind: str, data: DataSet | None) -> str | None:
+        if data is None:
+            return None
+        pinned, externals = _pin_all(data.sources)
+        config = DatasetStageConfig(kind=kind, data=data.model_copy(update={"sources": pinned}))
+        return self._add(
+            f"dataset-{name}", STAGES["dataset"], config, inputs=self._world_if_generated(pinned), externals=externals
+        )
+
+    def _training_rows(self, name: str, kind: str, data: DataSet | None) -> str | None:
+        """Rows, then the same rows without what the contamination check found."""
+        rows = self._rows(name, kind, data)
+        settings = self.recipe.contamination
+        if rows is None or settings is None:
+            return rows
+        pinned, externals = _pin_all([benchmark.source for benchmark in settings.benchmarks], may_be_missing=True)
+        benchmarks = tuple(
+            benchmark.model_copy(update={"source": source})
+            for benchmark, source in zip(settings.benchmarks, pinned, strict=True)
+        )
+        changes: dict[str, Any] = {"benchmarks": benchmarks, "audit": None}
+        if name == "audit":
+            changes["policy"] = "report"
+        config = ContaminationStageConfig(kind=kind, settings=settings.model_copy(update=changes))
+        inputs = {"dataset": Binding(rows, "file"), **self._world_if_generated(pinned)}
+        checked = self._add(
+            f"contamination-{name}", STAGES["contamination"], config, inputs=inputs, externals=externals
+        )
+        return checked or rows
+
+    def _base_model(self, sft_rows: str | None) -> str | None:
+        config = self.recipe.base_model
+        inputs: dict[str, Binding] = {}
+        externals = {}
+        if config.scratch is not None:
+            if self.recipe.world is not None:
+                inputs["world"] = Binding("world")
+            elif sft_rows is not None:
+                inputs["dataset"] = Binding(sft_rows, "file")
+        elif config.path is not None:
+            folder = expand_path(config.path)
+            check_model_folder(folder)
+            externals["base_model"] = folder_digest(folder)
+        else:
+            assert config.repository is not None
+            revision = resolve_commit("model", config.repository, config.revision)
+            config = config.model_copy(update={"revision": revision})
+        return self._add("base-model", STAGES["base_model"], config, inputs=inputs, externals=externals)
+
+    def _train(self, block: str, start: str | None, rows: str | None) -> str | None:
+        settings = getattr(self.recipe, block)
+        if settings is None or start is None or rows is None:
+            return None
+        return self._add(
+            block.replace("_", "-"),
+            STAGES[block],
+            settings,
+            inputs={"model": Binding(start, "folder"), "dataset": Binding(rows, "file")},
+            literals={"chat_template": self._template},
+            externals=self._template_external,
+        )
+
+    def _evaluate(
+        self,
+        subject: str | None,
+        kind: str,
+        reference_model: str | None = None,
+        preference_eval: str | None = None,
+        verified_eval: str | None = None,
+    ) -> None:
+        settings = self.recipe.evaluation
+        if settings is None or subject is None:
+            return
+        inputs: dict[str, Binding] = {"model": Binding(subject, "folder")}
+        externals = dict(self._template_external)
+        if subject == "base-model":
+            # A base model rarely ends an answer: its samples would cost most of an evaluation and say nothing.
+            settings = settings.model_copy(update={"sampled": None})
+        if kind == "language_model":
+            tasks: list[EvaluationTask] = []
+            sources: list[DataSource] = []
+            for task in settings.tasks:
+                pinned, digests = _pin_all(task.files.values())
+                externals.update({f"{task.name}.{name}": digest for name, digest in digests.items()})
+                tasks.append(task.model_copy(update={"files": dict(zip(task.files, pinned, strict=True))}))
+                sources += pinned
+                if (LM_EVAL_TASKS / f"{task.name}.yaml").exists():
+                    externals["lm_eval_tasks"] = _definitions_digest()
+            settings = settings.model_copy(update={"tasks": tuple(tasks)})
+            inputs.update(self._world_if_generated(sources))
+            if settings.sampled is not None:
+                if verified_eval is None:
+                    return
+                inputs["verified_eval"] = Binding(verified_eval, "file")
+            elif not settings.tasks:
+                return
+        else:
+            if preference_eval is None:
+                return
+            # Pair accuracy depends on neither tasks nor sampling: a new task must not run it again.
+            settings = settings.model_copy(update={"tasks": (), "sampled": None})
+            inputs["preference_eval"] = Binding(preference_eval, "file")
+            if reference_model is not None:
+                inputs["reference_model"] = Binding(reference_model, "folder")
+        suffix = "-implicit-reward" if kind == "implicit_reward" else ""
+        self._add(
+            f"evaluation-{subject}{suffix}",
+            STAGES["evaluation"],
+            EvaluationStageConfig(subject=subject.replace("-", "_"), kind=kind, settings=settings),
+            inputs=inputs,
+            literals={"chat_template": self._template},
+            externals=externals,
+        )
+
+    def _publish(self, subject: str | None) -> None:
+        if self.recipe.publish is None or subject is None:
+            return
+        lineage = self._ancestors(subject)
+        evaluations = {
+            name: Binding(name)
+            for name, node in self.nodes.items()
+            if node.stage.name == "evaluation" and node.inputs["model"].node in lineage  # type: ignore[union-attr]
+        }
+        config = PublishStageConfig(
+            recipe_name=self.recipe.name,
+            subject=subject.replace("-", "_"),
+            settings=self.recipe.publish,
+            recipe=self.recipe.model_dump(mode="json", exclude={"compute"}),
+        )
+        inputs = {
+            "model": Binding(subject, "folder"),
+            "evaluations": evaluations,
+            "lineage": {name: Binding(name) for name in lineage},
+        }
+        self._add("publish", STAGES["publish"], config, inputs=inputs)
+
+    def _ancestors(self, name: str) -> list[str]:
+        """A node and everything that it was made from, in graph order."""
+        wanted = {name}
+        for candidate in reversed(self.nodes):
+            if candidate in wanted:
+                wanted |= {binding.node for binding in self.nodes[candidate].bindings().values()}
+        return [candidate for candidate in self.nodes if candidate in wanted]
+
+    def _world_if_generated(self, sources: Iterable[DataSource]) -> dict[str, Binding]:
+        return {"world": Binding("world")} if any(source.generated for source in sources) else {}
+
+
+def _pin_all(
+    sources: Iterable[DataSource], may_be_missing: bool = False
+) -> tuple[tuple[DataSource, ...], dict[str, str]]:
+    """Sources with Hub revisions resolved to commits, and content digests of local ones by position.
+
+    With `may_be_missing` a Hub source that cannot be reached stays as it is: the stage reports it as not checked.
+    """
+    pinned, externals = [], {}
+    for position, source in enumerate(sources):
+        if source.repository is not None:
+            try:
+                source = source.model_copy(update={"revision": resolve_revision(source)})
+            except ValueError:
+                if not may_be_missing:
+                    raise
+        elif source.path is not None:
+            externals[f"data.{position}"] = source_digest(source)
+        pinned.append(source)
+    return tuple(pinned), externals
+
+
+def _definitions_digest() -> str:
+    texts = [path.name + "\n" + path.read_text() for path in sorted(LM_EVAL_TASKS.glob("*.[yp][ay]*"))]
+    return text_digest("\n".join(texts))

@@ -1,0 +1,520 @@
+"""One machine: Prefect's server, the work pool, the deployments and a worker, as background processes.
+
+State lies in `.smoltulu/` of the checkout (or `$SMOLTULU_HOME`): `prefect/` (Prefect's home with its SQLite file),
+`logs/`, and one record per background process. A record holds the process id and its start time, so that a recycled
+id is never taken for ours. Whatever is started here carries the home's path in its environment; by that mark `down`
+finds flow runs and their children too, even where the worker that started them was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+PROJECT = Path(__file__).resolve().parent.parent
+POOL = "smoltulu"
+DEFAULT_PORT = 4200
+MARK = "SMOLTULU_MACHINE"
+SERVER_READY_SECONDS = 120  # measured 6 to 8 s on two cores with a new database; slow disks take much longer
+WORKER_ONLINE_SECONDS = 60
+STOP_SECONDS = 15  # between SIGTERM and SIGKILL
+
+Say = Callable[[str], None]
+
+
+class MachineError(RuntimeError):
+    """Something on this machine is not as it must be; the text says what to do."""
+
+
+def default_home() -> Path:
+    """Folder of the background processes' state: `$SMOLTULU_HOME`, else `.smoltulu` in the checkout."""
+    return Path(os.environ.get("SMOLTULU_HOME") or PROJECT / ".smoltulu").absolute()
+
+
+def url_of(port: int) -> str:
+    """API address of a server of ours; it listens on this machine only."""
+    return f"http://127.0.0.1:{port}/api"
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Process:
+    """A background process of ours. `started` tells it from a later process with the same id."""
+
+    pid: int
+    started: str
+    port: int = 0
+    name: str = ""
+    limit: int = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether this very process still runs."""
+        return start_time(self.pid) == self.started
+
+
+def start_time(pid: int) -> str | None:
+    """Boot id and start tick of a process; None where it is gone or only waits to be reaped."""
+    try:
+        # Fields after the command name, which may itself hold spaces and brackets (proc(5)): state is the first,
+        # starttime the twentieth.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"
+
+
+def environment_of(pid: int) -> dict[str, str] | None:
+    """Environment with which a process was started; None where it may not be read."""
+    try:
+        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def processes_with(name: str, value: str | None = None) -> list[Process]:
+    """Live processes in whose environment `name` is set (to `value`, where given), except this one and its parents."""
+    found = []
+    mine = set(ancestors(os.getpid()))
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) in mine:
+            continue
+        started, environment = start_time(int(entry)), environment_of(int(entry))
+        if started and environment and name in environment and value in (None, environment[name]):
+            found.append(Process(int(entry), started))
+    return found
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    """The process and its parents, up to the first one."""
+    while pid > 0:
+        yield pid
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return
+
+
+def flow_run_of(process: Process) -> str:
+    """Id of the flow run that a process works for (its engine or a stage); empty where none."""
+    return (environment_of(process.pid) or {}).get("PREFECT__FLOW_RUN_ID", "")
+
+
+def send(processes: list[Process], number: int) -> None:
+    """Signal those that still are who they were."""
+    for process in processes:
+        if process.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+
+def wait_gone(processes: list[Process], seconds: float) -> list[Process]:
+    """Wait for processes to end; returns those that did not."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = [process for process in processes if process.alive]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.2)
+
+
+def read_record(home: Path, name: str) -> Process | None:
+    """Record of the `server` or the `worker`, whether it still runs or not."""
+    try:
+        return Process(**json.loads((home / f"{name}.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def running(home: Path, name: str) -> Process | None:
+    """The `server` or the `worker` of this home, if it runs."""
+    record = read_record(home, name)
+    return record if record and record.alive else None
+
+
+# --- ports and the API -----------------------------------------------------------------------------------------------
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on 127.0.0.1 at `port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def port_holder(port: int) -> str:
+    """Who listens on a port, as far as this user may know."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                command = " ".join(psutil.Process(connection.pid).cmdline())
+                return f"process {connection.pid} ({command[:80]})"
+    return "another process"
+
+
+def answers(url: str, seconds: float = 2.0) -> bool:
+    """Whether a Prefect API answers at `url`. Proxies are not asked: a local server is not behind one."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url.rstrip('/')}/health", timeout=seconds) as response:
+            return bool(response.read().strip() == b"true")
+    except (OSError, ValueError):
+        return False
+
+
+def client_environment(url: str) -> dict[str, str]:
+    """Environment for commands that talk to a server: its address, no telemetry, no proxy for this machine."""
+    local = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1,localhost"]))
+    return {**os.environ, "PREFECT_API_URL": url, "DO_NOT_TRACK": "1", "NO_PROXY": local, "no_proxy": local}
+
+
+def child_environment(home: Path, url: str) -> dict[str, str]:
+    """Environment of everything that is started here: our mark, our Prefect, and as for clients."""
+    return {
+        **client_environment(url),
+        MARK: str(home),
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def call_prefect(home: Path, url: str, *arguments: str) -> str:
+    """Run a Prefect command to its end and return what it printed; MachineError where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", *arguments],
+        cwd=PROJECT,
+        env=child_environment(home, url) | {"COLUMNS": "200"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise MachineError(f"`prefect {' '.join(arguments)}` failed:\n{last_lines(done.stdout)}")
+    return done.stdout
+
+
+def last_lines(text: str, count: int = 25) -> str:
+    """End of a log, indented."""
+    return "\n".join(f"    {line}" for line in text.rstrip().splitlines()[-count:])
+
+
+def log_end(path: Path) -> str:
+    """End of a log file."""
+    try:
+        with path.open(errors="replace") as file:
+            return last_lines("".join(deque(file, maxlen=25)))
+    except OSError:
+        return "    (no log)"
+
+
+def is_local(url: str) -> bool:
+    """Whether an address is on this machine."""
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def client(url: str) -> SyncPrefectClient:
+    """A client of the server at `url`, with the credentials of Prefect's settings."""
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
+
+    auth = PREFECT_API_AUTH_STRING.value()
+    return SyncPrefectClient(
+        api=url,
+        api_key=PREFECT_API_KEY.value(),
+        auth_string=auth.get_secret_value() if auth else None,
+        # A proxy that is set for the internet does not lead to this machine.
+        httpx_settings={"trust_env": not is_local(url)},
+    )
+
+
+def online_workers(url: str, pool: str = POOL) -> list[str] | None:
+    """Names of the workers that poll a pool; None where the server has no such pool."""
+    from prefect.exceptions import ObjectNotFound
+
+    with client(url) as server:
+        try:
+            server.read_work_pool(pool)
+        except ObjectNotFound:
+            return None
+        workers = server.read_workers_for_work_pool(pool)
+    return [worker.name for worker in workers if worker.status and worker.status.value == "ONLINE"]
+
+
+# --- up --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is up: the API's address, and which of `server` and `worker` this call started."""
+
+    url: str
+    started: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One `up` or `down` at a time."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (home / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MachineError(f"another `smoltulu up` or `down` is at work in {home}; wait for it") from None
+        yield
+
+
+def up(home: Path, port: int | None = None, limit: int | None = None, say: Say = print) -> Machine:
+    """Bring up what is not up yet. On any failure, what this call started is taken down again.
+
+    port   of the server; none: the running server's, else 4200
+    limit  flow runs at a time; none: the running worker's, else 1 (one GPU takes one training)
+    """
+    if not (PROJECT / "prefect.yaml").is_file():
+        raise MachineError(
+            f"there is no prefect.yaml in {PROJECT}: the deployments come from a checkout. "
+            "Clone the repository and install it with `pip install -e .`"
+        )
+    with _alone(home):
+        started: list[str] = []
+        try:
+            server = running(home, "server")
+            if server and port not in (None, server.port):
+                raise MachineError(
+                    f"the server already runs on port {server.port}, not {port}: "
+                    f"leave out --port, or run `smoltulu down` first"
+                )
+            if server:
+                say(f"server    already runs on port {server.port} (process {server.pid})")
+            else:
+                # A worker or a run that outlived its server would only get in the way.
+                _stop(home, ("worker", "server"), say)
+                started.append("server")
+                server = _start_server(home, port or DEFAULT_PORT, say)
+            url = url_of(server.port)
+
+            if online_workers(url) is None:
+                call_prefect(home, url, "work-pool", "create", POOL, "--type", "process")
+                say(f"pool      {POOL} made")
+            say("deploy    registering what prefect.yaml lists ...")
+            call_prefect(home, url, "--no-prompt", "deploy", "--all")
+            say(f"deploy    {', '.join(name for name, _ in deployments(url))}")
+
+            worker = running(home, "worker")
+            if worker and limit not in (None, worker.limit):
+                raise MachineError(
+                    f"the worker already runs with limit {worker.limit}, not {limit}: run `smoltulu down` first"
+                )
+            if worker:
+                say(f"worker    already runs (process {worker.pid})")
+            else:
+                _stop(home, ("worker",), say)
+                missed = cancel_missed(url, datetime.now(UTC) - timedelta(minutes=1))
+                if missed:
+                    say(f"missed    cancelled {missed} scheduled run{'s' if missed > 1 else ''} whose time passed")
+                started.append("worker")
+                _start_worker(home, url, limit or 1, say)
+        except BaseException:
+            if started:
+                say("taking down what was started ...")
+                _stop(home, tuple(started), say)
+            raise
+    return Machine(url, tuple(started))
+
+
+def _start(home: Path, name: str, url: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start a Prefect command in the background, in a session of its own so that Ctrl-C here does not reach it."""
+    logs = home / "logs"
+    logs.mkdir(exist_ok=True)
+    path = logs / f"{name}.log"
+    if path.exists():
+        path.replace(logs / f"{name}.previous.log")
+    with path.open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "prefect", *arguments],
+            cwd=PROJECT,
+            env=child_environment(home, url),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _record(home: Path, name: str, process: Process) -> None:
+    """Write a record in one step."""
+    part = home / f"{name}.json.part"
+    part.write_text(json.dumps(asdict(process)))
+    part.replace(home / f"{name}.json")
+
+
+def _start_server(home: Path, port: int, say: Say) -> Process:
+    if not port_is_free(port):
+        raise MachineError(
+            f"port {port} is taken by {port_holder(port)}: stop it, or choose another port with `smoltulu up --port N`"
+        )
+    url, log = url_of(port), home / "logs" / "server.log"
+    child = _start(home, "server", url, "server", "start", "--host", "127.0.0.1", "--port", str(port))
+    process = Process(child.pid, start_time(child.pid) or "gone", port=port)
+    _record(home, "server", process)
+    begin = told = time.monotonic()
+    say(f"server    starting on port {port} (process {child.pid}; a new database takes some seconds) ...")
+    while not answers(url):
+        if child.poll() is not None:
+            raise MachineError(f"the server ended with code {child.returncode}; end of {log}:\n{log_end(log)}")
+        if time.monotonic() - begin > SERVER_READY_SECONDS:
+            raise MachineError(f"the server did not answer in {SERVER_READY_SECONDS} s; end of {log}:\n{log_end(log)}")
+        if time.monotonic() > told + 10:
+            told = time.monotonic()
+            say(f"server    not ready yet after {told - begin:.0f} s; its log: {log}")
+        time.sleep(0.3)
+    if child.poll() is not None:
+        raise MachineError(f"port {port} was taken while the server started; end of {log}:\n{log_end(log)}")
+    say(f"server    ready after {time.monotonic() - begin:.1f} s")
+    return process
+
+
+def _start_worker(home: Path, url: str, limit: int, say: Say) -> None:
+    name, log = f"{POOL}-{uuid4().hex[:8]}", home / "logs" / "worker.log"
+    child = _start(home, "worker", url, "worker", "start", "--pool", POOL, "--limit", str(limit), "--name", name)
+    _record(home, "worker", Process(child.pid, start_time(child.pid) or "gone", name=name, limit=limit))
+    begin = time.monotonic()
+    say(f"worker    starting (process {child.pid}, {limit} run{'s' if limit > 1 else ''} at a time) ...")
+    while name not in (online_workers(url) or []):
+        if child.poll() is not None:
+            raise MachineError(f"the worker ended with code {child.returncode}; end of {log}:\n{log_end(log)}")
+        if time.monotonic() - begin > WORKER_ONLINE_SECONDS:
+            raise MachineError(
+                f"the worker did not poll within {WORKER_ONLINE_SECONDS} s; end of {log}:\n{log_end(log)}"
+            )
+        time.sleep(0.3)
+    say(f"worker    polls the pool after {time.monotonic() - begin:.1f} s")
+
+
+def deployments(url: str) -> list[tuple[str, str | None]]:
+    """Registered deployments: `flow/deployment` and the work pool of each, sorted."""
+    with client(url) as server:
+        flows = {flow.id: flow.name for flow in server.read_flows()}
+        return sorted((f"{flows[d.flow_id]}/{d.name}", d.work_pool_name) for d in server.read_deployments())
+
+
+def cancel_missed(url: str, before: datetime) -> int:
+    """Cancel runs that a schedule wanted before a time and that never began; returns how many.
+
+    Prefect would run every one of them, night by night, before anything that a user starts now.
+    """
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterNextScheduledStartTime,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Cancelled
+
+    late = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=before),
+    )
+    with client(url) as server:
+        missed = [run for run in server.read_flow_runs(flow_run_filter=late) if run.auto_scheduled]
+        for run in missed:
+            server.set_flow_run_state(run.id, Cancelled(message="its time passed while no worker was up"), force=True)
+    return len(missed)
+
+
+# --- down ------------------------------------------------------------------------------------------------------------
+
+
+def down(home: Path, names: tuple[str, ...] = ("worker", "server"), say: Say = print) -> bool:
+    """Stop what `up` started in this home, flow runs included, and nothing else. Returns whether anything ran."""
+    if not home.is_dir():
+        return False
+    with _alone(home):
+        return _stop(home, names, say)
+
+
+def _stop(home: Path, names: tuple[str, ...], say: Say) -> bool:
+    """Runs go first, so that they can report their end; then the worker, which hangs where its server is gone."""
+    anything = False
+    server, worker = running(home, "server"), running(home, "worker")
+    if "worker" in names:
+        engines = [process for process in processes_with(MARK, str(home)) if flow_run_of(process)]
+        runs = {flow_run_of(process) for process in engines}
+        if runs:
+            say(f"runs      stopping {len(runs)}; run again to go on: finished stages are kept, trainings resume")
+            pids = {process.pid for process in engines}
+            # Only the top process of a run: its stages die with it.
+            send([process for process in engines if not pids & set(list(ancestors(process.pid))[1:])], signal.SIGTERM)
+            wait_gone(engines, STOP_SECONDS)
+        if worker:
+            say(f"worker    stopping (process {worker.pid})")
+            send([worker], signal.SIGTERM)
+            wait_gone([worker], STOP_SECONDS)
+        marked = processes_with(MARK, str(home))
+        left = [process for process in marked if server is None or server.pid not in ancestors(process.pid)]
+        send(left, signal.SIGKILL)
+        wait_gone(left, 5)
+        if runs and server:
+            _close_runs(url_of(server.port), runs)
+        (home / "worker.json").unlink(missing_ok=True)
+        anything |= bool(worker or engines)
+    if "server" in names:
+        if server:
+            say(f"server    stopping (process {server.pid})")
+            send([server], signal.SIGTERM)
+            send(wait_gone([server], STOP_SECONDS), signal.SIGKILL)
+            wait_gone([server], 5)
+            anything = True
+        (home / "server.json").unlink(missing_ok=True)
+    return anything
+
+
+def _close_runs(url: str, runs: set[str]) -> None:
+    """Runs that could not report their end would say Running for ever."""
+    from prefect.states import Crashed
+
+    with contextlib.suppress(Exception), client(url) as server:
+        for run in runs:
+            state = server.read_flow_run(UUID(run)).state
+            if state is not None and not state.is_final():
+                server.set_flow_run_state(UUID(run), Crashed(message="stopped by `smoltulu down`"), force=True)

@@ -1,0 +1,181 @@
+"""Flow `smoltulu`: every stage of a recipe, each as a Prefect task that returns a typed artifact reference."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from prefect import flow, get_run_logger, runtime, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+from prefect.states import Completed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from artifacts.store import Found, Store
+from flows.graph import Graph
+from flows.logs import shield_run_logs
+from flows.recipe import check_stage_names, load_recipe
+from schemas.artifact import ArtifactReference
+from schemas.recipe import ExtendingRecipe, Recipe
+from tasks.data import expand_path
+from tasks.push import check_push_access, push_model
+from tasks.report import artifact_key, html_report, markdown, stage_table, summarise
+from tasks.runner import duration, run_stage, stop_children
+
+REPORTS = Path("artifacts/reports")
+#: More tasks than can run: how many stages really run side by side is compute.max_parallel_stages.
+_MAX_WAITING_TASKS = 32
+
+RecipeParameter = Annotated[
+    str | Recipe | ExtendingRecipe,
+    Field(
+        description="a preset's name, the path of a YAML file, or a recipe written out (`extends` a preset or whole)"
+    ),
+]
+Overrides = Annotated[
+    dict[str, Any], Field(description='dotted recipe fields and their values, e.g. {"dpo.learning_rate": 5e-7}')
+]
+Until = Annotated[str | None, Field(description="last stage to run, e.g. dpo; its models are still evaluated")]
+Refresh = Annotated[list[str], Field(description="stages to make again although they are cached, e.g. [sft]")]
+
+
+@flow(name="smoltulu", task_runner=ThreadPoolTaskRunner(max_workers=_MAX_WAITING_TASKS), persist_result=False)  # type: ignore[arg-type]
+def smoltulu(
+    recipe: RecipeParameter = "smoltulu-1130",
+    overrides: Overrides = {},  # noqa: B006 - Prefect reads the default for its form
+    until: Until = None,
+    refresh: Refresh = [],  # noqa: B006
+) -> dict[str, str]:
+    """Contamination check, SFT, reward model, DPO, RLVR, evaluation and publishing, as the recipe says.
+
+    Finished stages are taken from the store, an interrupted one goes on from its last checkpoint. Returns node -> key.
+    """
+    shield_run_logs()
+    log = get_run_logger()
+    checked = load_recipe(recipe, overrides)
+    check_stage_names(checked, until, refresh)
+    token = os.environ.get("HF_TOKEN")
+    if checked.publish is not None and checked.publish.repository and token:
+        check_push_access(checked.publish, token)
+    graph = Graph(checked, until)
+    store = Store(expand_path(checked.compute.store))
+    log.info("recipe %s: %d steps, store %s", checked.name, len(graph.nodes), store.root)
+
+    started_at = datetime.now(UTC)
+    slots = threading.Semaphore(checked.compute.max_parallel_stages)
+    seconds: dict[str, float] = {}
+    failures: dict[str, str] = {}
+
+    @task(cache_policy=NO_CACHE, persist_result=False)
+    def stage(node: str, upstream: dict[str, Any]) -> State[ArtifactReference]:
+        task_log = get_run_logger()
+        with slots:
+            began = time.monotonic()
+            try:
+                job = graph.job(node, upstream, refresh=graph.nodes[node].stage.name in refresh)
+                reference = run_stage(job, store, task_log)
+            except Exception as error:
+                failures[node] = str(error)
+                raise
+            finally:
+                seconds[node] = time.monotonic() - began
+        took = duration(seconds[node])
+        task_log.info("%s: %s %s (%s)", node, reference.outcome.lower(), reference.key[:12], took)
+        create_table_artifact(
+            key=artifact_key(f"{checked.name}-{node}"), table=stage_table(reference), description=f"{node}, {took}"
+        )
+        return Completed(
+            name=reference.outcome, message=f"{reference.outcome} in {took}: {reference.path}", data=reference
+        )
+
+    @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=[10, 60])
+    def push(published: ArtifactReference) -> str:
+        assert checked.publish is not None
+        return push_model(Path(published.path) / published.outputs["folder"], checked.publish, token).reason
+
+    futures: dict[str, PrefectFuture[Any]] = {}  # node -> ArtifactReference
+    error: BaseException | None = None
+    pushed = ""
+    try:
+        for name, node in graph.nodes.items():
+            upstream = {binding.node: futures[binding.node] for binding in node.bindings().values()}
+            futures[name] = stage.with_options(name=node.stage.name, task_run_name=name).submit(name, upstream)
+        for future in futures.values():
+            future.wait()
+        if "publish" in futures and futures["publish"].state.is_completed():
+            pushed = push(futures["publish"].result())
+            log.info("publish: %s", pushed)
+    except BaseException as interruption:
+        # Cancelled, or the process is told to end: no stage may outlive its flow.
+        error = interruption
+        stop_children()
+        raise
+    finally:
+        made = [future.result() for future in futures.values() if future.state.is_completed()]
+        state = "Completed" if not failures and error is None else "Failed"
+        _report(graph, store, made, failures, seconds, state, started_at, pushed, error, log)
+    if failures:
+        raise RuntimeError("; ".join(failures.values()))
+    return {reference.node: reference.key for reference in made}
+
+
+def _report(
+    graph: Graph,
+    store: Store,
+    made: list[ArtifactReference],
+    failures: dict[str, str],
+    seconds: dict[str, float],
+    state: str,
+    started_at: datetime,
+    pushed: str,
+    error: BaseException | None,
+    log: logging.Logger | logging.LoggerAdapter,
+) -> None:
+    """Write summary.json and report.html of a run, and its Markdown artifact."""
+    found = {reference.node: store.find(graph.spec(reference.node)) for reference in made}
+    pairs = [(reference, result.manifest) for reference in made if isinstance(result := found[reference.node], Found)]
+    run_name = f"{graph.recipe.name}-{runtime.flow_run.name or started_at:%Y%m%dT%H%M%S}"
+    folder = REPORTS / run_name
+    folder.mkdir(parents=True, exist_ok=True)
+    published = next((ref for ref in made if ref.stage == "publish"), None)
+    summary = summarise(
+        run_name=run_name,
+        recipe=graph.recipe.name,
+        state=state,
+        started_at=started_at.isoformat(timespec="seconds"),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        planned=[(name, node.stage.name) for name, node in graph.nodes.items()],
+        made=pairs,
+        failed=failures,
+        seconds=seconds,
+        error="; ".join(failures.values()) or (repr(error) if error else None),
+        published=str(Path(published.path) / published.outputs["folder"]) if published else None,
+        pushed=pushed,
+        summary_path=str(folder / "summary.json"),
+        report_path=str(folder / "report.html"),
+    )
+    (folder / "summary.json").write_text(summary.model_dump_json(indent=1), encoding="utf-8")
+    recipe_yaml = yaml.safe_dump(graph.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    page = html_report(
+        summary,
+        {reference.node: manifest for reference, manifest in pairs},
+        {reference.node: Path(reference.path) for reference, _ in pairs},
+        recipe_yaml,
+    )
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    (REPORTS / "latest").write_text(run_name)
+    create_markdown_artifact(key=artifact_key(f"{graph.recipe.name}-run"), markdown=markdown(summary))
+    num_cached = sum(reference.outcome == "Cached" for reference in made)
+    log.info("%d of %d stages cached; report: %s", num_cached, len(graph.nodes), (folder / "report.html").resolve())
+
+
+if __name__ == "__main__":
+    smoltulu("tiny")

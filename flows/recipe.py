@@ -1,0 +1,171 @@
+"""Reading a recipe: preset name, YAML path or inline object; `extends`, overrides, one error that lists everything."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from schemas.recipe import STAGE_ORDER, ExtendingRecipe, Recipe
+
+PRESETS = Path(__file__).resolve().parent.parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """Every problem of a recipe, one a line, each with its path, the value given, and what is allowed."""
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_recipe(
+    recipe: str | dict[str, Any] | Recipe | ExtendingRecipe, overrides: dict[str, Any] | None = None
+) -> Recipe:
+    """A checked recipe. Raises RecipeError with every problem at once."""
+    if isinstance(recipe, Recipe):
+        values = recipe.model_dump(mode="json")
+    elif isinstance(recipe, ExtendingRecipe):
+        values = _extend(recipe.as_dict(), "the inline recipe")
+    elif isinstance(recipe, dict):
+        values = _extend(recipe, "the inline recipe")
+    else:
+        values = _read(recipe)
+    for dotted, value in (overrides or {}).items():
+        values = _override(values, dotted, value)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, values.get("name") or str(recipe))) from None
+
+
+def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> None:
+    """Refuse `until` and `refresh` stages that do not exist or that the recipe lacks."""
+    present = recipe_stages(recipe)
+    for parameter, names in (("until", [until] if until else []), ("refresh", refresh)):
+        for name in names:
+            if name not in STAGE_ORDER:
+                raise RecipeError(
+                    f"{parameter}: no stage is called {name!r}{_nearest(name, STAGE_ORDER)}; "
+                    f"stages: {', '.join(STAGE_ORDER)}"
+                )
+            if name not in present:
+                raise RecipeError(
+                    f"{parameter}: recipe {recipe.name} has no stage {name!r}; it has: {', '.join(present)}"
+                )
+
+
+def recipe_stages(recipe: Recipe) -> list[str]:
+    """The stages that a recipe runs, in order."""
+    always = {"dataset", "base_model"}
+    return [name for name in STAGE_ORDER if name in always or getattr(recipe, name, None) is not None]
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    looks_like_path = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
+    path = Path(name_or_path) if looks_like_path else PRESETS / f"{name_or_path}.yaml"
+    if not path.is_file():
+        if looks_like_path:
+            raise RecipeError(f"recipe file {path} does not exist (looked in {Path.cwd()})")
+        raise RecipeError(
+            f"no recipe is called {name_or_path!r}{_nearest(name_or_path, preset_names())}; "
+            f"presets: {', '.join(preset_names())}; or give the path of a YAML file"
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of names to values")
+    return _extend(values, str(path))
+
+
+def _extend(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Lay a recipe over the preset that it extends; one level deep: a diff of two recipes is their difference."""
+    values = dict(values)
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if parent not in preset_names():
+        raise RecipeError(
+            f"{origin}: extends {parent!r}{_nearest(str(parent), preset_names())}; presets: {', '.join(preset_names())}"
+        )
+    base = yaml.safe_load((PRESETS / f"{parent}.yaml").read_text())
+    if "extends" in base:
+        raise RecipeError(
+            f"{origin}: extends {parent}, which itself extends {base['extends']}; extend that one instead"
+        )
+    return _merge(base, values)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged
+
+
+def _override(values: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """Set one dotted field; numbers index lists. A path through something that is no mapping is an error."""
+    head, _, rest = dotted.partition(".")
+    if isinstance(values, list):
+        if not head.isdigit() or int(head) >= len(values):
+            raise RecipeError(f"overrides: {dotted!r} does not point into a list of {len(values)} items")
+        copy = list(values)
+        copy[int(head)] = _override(copy[int(head)], rest, value) if rest else value
+        return copy
+    if not isinstance(values, dict):
+        raise RecipeError(f"overrides: {dotted!r} goes through a value that has no fields")
+    if not rest:
+        return {**values, head: value}
+    inner = values.get(head)
+    return {**values, head: _override({} if inner is None else inner, rest, value)}
+
+
+def _explain(error: ValidationError, name: str) -> str:
+    lines = []
+    for problem in error.errors():
+        location = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        if problem["type"] == "extra_forbidden":
+            allowed = list(_fields_at(Recipe, problem["loc"][:-1]))
+            text = f"no such field{_nearest(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+        elif problem["type"] == "missing":
+            text = "is missing; add it"
+        else:
+            given = "" if isinstance(problem["input"], (dict, BaseModel)) else f"; given: {problem['input']!r}"
+            text = problem["msg"].removeprefix("Value error, ") + given
+        lines.append(f"  {location}: {text}")
+    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    return f"recipe {name} has {count}:\n" + "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
+    """Field names of the model that a location leads to."""
+    current: type[BaseModel] | None = model
+    for part in location:
+        if isinstance(part, int) or current is None:
+            continue
+        field = current.model_fields.get(part)
+        current = _model_in(field.annotation) if field else current
+    yield from (current.model_fields if current else ())
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if found := _model_in(inner):
+            return found
+    return None
+
+
+def _nearest(name: str, allowed: Any) -> str:
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,70 @@
+"""What the store writes down about an artifact, and what tasks pass to each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from schemas.common import StrictModel
+
+MANIFEST_SCHEMA_VERSION = 1
+
+
+class InputRecord(StrictModel):
+    """An upstream artifact as it was when this one was made."""
+
+    stage: str
+    key: str
+    digest: str = Field(description="content digest; differs from the present one when upstream was made again")
+
+
+class FileRecord(StrictModel):
+    """One file of an artifact."""
+
+    size: int = Field(ge=0, description="bytes")
+    sha256: str
+
+
+class Spec(StrictModel):
+    """What the key is the hash of: the identity of an artifact, known before it is made."""
+
+    format: int = Field(1)
+    stage: str
+    version: int = Field(ge=1)
+    config: dict[str, Any] = Field(description="the science of the stage's config")
+    inputs: dict[str, str | list[str] | dict[str, str]] = Field(description="input name -> upstream key(s)")
+    externals: dict[str, str] = Field(description="name -> content digest or resolved revision")
+
+
+class Manifest(StrictModel):
+    """Written last into a generation: without it there is no artifact."""
+
+    schema_version: int = Field(MANIFEST_SCHEMA_VERSION)
+    key: str
+    spec: Spec
+    digest: str = Field(description="over the names, sizes and digests of the files")
+    inputs: dict[str, InputRecord] = Field(description="binding -> upstream artifact")
+    outputs: dict[str, Any] = Field(description="the stage's outputs model as JSON")
+    metrics: dict[str, float]
+    files: dict[str, FileRecord] = Field(description="relative path -> record")
+    environment: dict[str, Any] = Field(description="packages, python, hardware, git commit")
+    compute: dict[str, Any] = Field({})
+    node: str = Field(description="name in the graph that first asked for it, e.g. evaluation-dpo")
+    started_at: str = Field(description="UTC, ISO 8601")
+    finished_at: str = Field(description="UTC, ISO 8601")
+    duration_seconds: float = Field(ge=0)
+    resumed_from_steps: tuple[int, ...] = Field((), description="optimizer step of each resume")
+
+
+class ArtifactReference(StrictModel):
+    """What tasks pass to each other: never a live model."""
+
+    stage: str
+    node: str
+    key: str
+    digest: str
+    path: str = Field(description="folder of the generation")
+    outcome: str = Field("Completed", description="Cached, Completed or Resumed")
+    outputs: dict[str, Any] = Field({})
+    metrics: dict[str, float] = Field({})

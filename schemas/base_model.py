@@ -1,0 +1,73 @@
+"""Contract of the stage that builds a base model from nothing: tokenizer, architecture, a moment of pre-training."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from schemas.common import StrictModel, machinery, science
+
+
+class BaseModelConfig(StrictModel):
+    """A small Llama, trained from random weights on plain texts: for recipes in which nothing is loaded."""
+
+    seed: int = science(0, ge=0, description="initial weights and order of the texts")
+
+    vocab_size: int = science(
+        768, ge=300, le=65_536, description="of the byte-level BPE tokenizer, its two special tokens included"
+    )
+    hidden_size: int = science(128, ge=8)
+    intermediate_size: int = science(384, ge=8)
+    num_hidden_layers: int = science(4, ge=1)
+    num_attention_heads: int = science(4, ge=1)
+    max_position_embeddings: int = science(512, ge=16, description="longest sequence, tokens")
+    tie_word_embeddings: bool = science(True)
+    initializer_range: float = science(
+        0.06, gt=0.0, le=1.0, description="standard deviation of the initial weights; 0.02 is too small at this width"
+    )
+    rope_theta: float = science(
+        500.0, gt=1.0, description="base of the rotary positions: low, as the sequences are short"
+    )
+
+    learning_rate: float = science(3e-3, gt=0.0, le=1.0, description="peak; warm-up 5 % of the steps, then linear to 0")
+    num_steps: int = science(200, ge=0, description="optimizer steps of pre-training; 0 leaves random weights")
+    effective_batch_size: int = science(16, ge=1, description="sequences per optimizer step")
+    sequence_length: int = science(128, ge=8, description="tokens per packed pre-training sequence")
+    max_texts: int = science(
+        20_000, ge=1, description="at most so many texts are read; the tokenizer and the training see no others"
+    )
+    max_text_characters: int = science(2_000, ge=16, description="longer texts are cut here")
+
+    num_threads: int | None = machinery(None, ge=1, description="torch threads; None leaves torch's default")
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}: "
+                "choose sizes that divide"
+            )
+        if (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"hidden_size / num_attention_heads is {self.hidden_size // self.num_attention_heads}; rotary "
+                "positions need an even number"
+            )
+        if self.sequence_length > self.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length {self.sequence_length} is above max_position_embeddings "
+                f"{self.max_position_embeddings}: shorten the one or raise the other"
+            )
+        return self
+
+
+class BaseModelOutputs(StrictModel):
+    """What `build_base_model` wrote into its folder (a Hugging Face model folder) and how training went."""
+
+    model: str = Field(".", description="model folder, relative to the artifact's folder")
+    num_parameters: int = Field(description="trained numbers, tied ones once")
+    vocab_size: int = Field(description="what the tokenizer really has (small data may hold fewer merges than asked)")
+    num_texts: int = Field(description="texts used")
+    num_tokens: int = Field(description="tokens seen in training")
+    first_loss: float | None = Field(description="nats per token at the first step; None without training")
+    last_loss: float | None = Field(description="nats per token, mean of the last tenth of the steps")

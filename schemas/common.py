@@ -1,0 +1,67 @@
+"""Words that every contract shares: how a field is marked, what a strict model is, the stage names."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+StageName = Literal[
+    "world",
+    "dataset",
+    "contamination",
+    "base_model",
+    "sft",
+    "reward_model",
+    "dpo",
+    "rlvr",
+    "evaluation",
+    "publish",
+]
+
+
+class StrictModel(BaseModel):
+    """A frozen model that refuses unknown fields: every contract of the project derives from it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def science(default: Any = ..., **kwargs: Any) -> Any:
+    """Field that changes a result: it is part of the artifact key (design, section 3)."""
+    return Field(default, json_schema_extra={"role": "science"}, **kwargs)
+
+
+def machinery(default: Any = ..., **kwargs: Any) -> Any:
+    """Field that only changes how a stage is run: it never enters an artifact key."""
+    return Field(default, json_schema_extra={"role": "machinery"}, **kwargs)
+
+
+def role_of(field: FieldInfo) -> str:
+    """`science` or `machinery`; an unmarked field is our own bug, found by a test."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict) and extra.get("role") in ("science", "machinery"), field
+    return str(extra["role"])
+
+
+def scientific(model: BaseModel) -> dict[str, Any]:
+    """The science fields of `model`, recursively, as plain JSON values (what the artifact key is made of)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return scientific(value)
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if value is None or isinstance(value, (str, int, float, bool)):
+            return value
+        raise TypeError(
+            f"a {type(value).__name__} has no canonical form; use str, int, float, bool, None, list or dict"
+        )
+
+    return {
+        name: plain(getattr(model, name))
+        for name, field in type(model).model_fields.items()
+        if role_of(field) == "science"
+    }

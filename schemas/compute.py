@@ -1,0 +1,57 @@
+"""How stages are run. Nothing here enters an artifact key."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from schemas.common import StageName, StrictModel, machinery
+
+
+class StageCompute(StrictModel):
+    """Per-stage exceptions from `compute`."""
+
+    per_device_train_batch_size: int | None = machinery(None, ge=1)
+    per_device_eval_batch_size: int | None = machinery(None, ge=1)
+    save_steps: int | None = machinery(None, ge=1)
+    logging_steps: int | None = machinery(None, ge=1)
+    num_processes: int | None = machinery(None, ge=1)
+    num_threads: int | None = machinery(None, ge=1)
+
+
+class ComputeSettings(StrictModel):
+    """One machine's shape."""
+
+    store: str = machinery(
+        "${SMOLTULU_STORE:-artifacts/store}",
+        description="folder of the artifact store; ${VARIABLE:-default} is expanded",
+    )
+    device: Literal["auto", "cpu", "cuda"] = machinery("auto")
+    precision_fallback: bool = machinery(
+        True, description="run bfloat16 stages in float32, with a warning, on devices without it"
+    )
+    num_processes: int = machinery(
+        1, ge=1, description="training processes (GPUs) per stage; started by torchrun above one"
+    )
+    num_threads: int | None = machinery(None, ge=1, description="CPU threads per stage process; none: all cores")
+    per_device_train_batch_size: int = machinery(1, ge=1, description="gradient_accumulation_steps is derived from it")
+    per_device_eval_batch_size: int = machinery(8, ge=1)
+    activation_checkpointing: bool = machinery(False, description="trade compute for memory")
+    dataloader_num_workers: int = machinery(0, ge=0)
+    save_steps: int = machinery(500, ge=1, description="optimizer steps between resumable checkpoints")
+    save_total_limit: int = machinery(2, ge=1)
+    logging_steps: int = machinery(10, ge=1)
+    max_parallel_stages: int = machinery(
+        1, ge=1, description="stages that may run side by side, e.g. reward model and DPO"
+    )
+    launcher: Literal["process", "inline"] = machinery(
+        "process", description="inline: in the flow's process, for debugging"
+    )
+    min_free_disk_gb: float = machinery(1.0, ge=0, description="a stage does not start with less free disk than this")
+    stages: dict[StageName, StageCompute] = machinery({}, description="exceptions per stage")
+
+    def of(self, stage: str) -> ComputeSettings:
+        """These settings with the exceptions of `stage` applied."""
+        exceptions = self.stages.get(stage)  # type: ignore[call-overload]
+        if exceptions is None:
+            return self
+        return self.model_copy(update=exceptions.model_dump(exclude_none=True))

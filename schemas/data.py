@@ -1,0 +1,112 @@
+"""Where rows come from, what form they have, and what a malformed row costs."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from schemas.common import StrictModel, machinery, science
+
+RowFormat = Literal[
+    "messages",
+    "prompt_completion",
+    "instruction",
+    "question_answer",
+    "preference",
+    "preference_by_label",
+    "rlvr",
+    "text",
+]
+DatasetKind = Literal["sft", "preference", "rlvr"]
+
+
+class DataSource(StrictModel):
+    """One table of rows: a Hub dataset at a revision, a local file or folder, or a file of the `world` stage.
+
+    Exactly one of `repository`, `path` and `generated` is given.
+    """
+
+    repository: str | None = science(None, description="Hub dataset, e.g. allenai/tulu-3-sft-mixture")
+    revision: str = science("main", description="Hub revision; a branch or tag is resolved to its commit before keying")
+    subset: str | None = science(
+        None, description="Hub configuration name, e.g. `main` of openai/gsm8k; `*`: all of them, `limit` rows of each"
+    )
+    split: str = science("train", description="Hub split")
+    path: str | None = machinery(
+        None,
+        description="local .jsonl, .json, .parquet or .csv (.gz allowed) or a folder of them; keyed by content digest; "
+        "${VARIABLE} and ${VARIABLE:-default} are expanded; relative to the working directory",
+    )
+    generated: str | None = science(None, description="file of the `world` stage, e.g. sft.jsonl")
+    format: RowFormat = science(description="how a row is read, see docs/data.md")
+    fields: dict[str, str] = science({}, description="our field name -> column name, where they differ")
+    verifier: str | None = science(None, description="rlvr only: verifier for every row, where rows name none")
+    limit: int | None = science(None, ge=1, description="first rows only")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [name for name in ("repository", "path", "generated") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a data source has exactly one of repository, path, generated; got {given or 'none'}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Short name for reports: repository, file name or generated file."""
+        return self.repository or self.generated or str(self.path).rstrip("/").rsplit("/", 1)[-1]
+
+
+class DataSet(StrictModel):
+    """A training or evaluation set: sources in order, concatenated."""
+
+    sources: tuple[DataSource, ...] = science(min_length=1)
+    max_malformed_share: float = science(
+        0.01, ge=0, le=1, description="share of rows that may be malformed (they are dropped) before the stage fails"
+    )
+
+
+class DataSettings(StrictModel):
+    """The data of a recipe."""
+
+    sft: DataSet | None = science(None)
+    preference: DataSet | None = science(None, description="pairs for the reward model and DPO")
+    rlvr: DataSet | None = science(None, description="prompts with verifiable answers")
+    preference_eval: DataSet | None = science(None, description="held-out pairs for pair accuracy")
+    verified_eval: DataSet | None = science(None, description="held-out rlvr rows for sampled accuracy")
+
+
+class DatasetStageConfig(StrictModel):
+    """Config of the `dataset` stage: one set, read, adapted and checked."""
+
+    kind: DatasetKind = science()
+    data: DataSet = science()
+
+
+class SourceReport(StrictModel):
+    """What reading one source gave."""
+
+    label: str
+    num_rows: int = Field(ge=0)
+    num_malformed: int = Field(ge=0)
+    reasons: dict[str, int] = Field(description="reason -> number of rows")
+    examples: tuple[str, ...] = Field(description="first malformed rows: position, reason and the row, shortened")
+
+
+class DatasetOutputs(StrictModel):
+    """Normalised rows of one kind, one JSON object a line.
+
+    sft: {"id", "messages"} · preference: {"id", "prompt", "chosen", "rejected"}, each a list of messages ·
+    rlvr: {"id", "prompt": messages, "verifier", "ground_truth"}.
+    """
+
+    file: str = Field("rows.jsonl")
+    kind: DatasetKind
+    num_rows: int = Field(ge=0)
+    sources: tuple[SourceReport, ...] = Field(())
+
+
+class DatasetInputs(StrictModel):
+    """Folders resolved for the `dataset` stage."""
+
+    world: str | None = Field(None, description="folder of the world artifact, for generated sources")

@@ -1,0 +1,89 @@
+"""What is measured, and what a score says about itself."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from schemas.common import StrictModel, science
+from schemas.data import DataSource
+
+ModelStage = Literal["base_model", "sft", "dpo", "rlvr"]
+
+
+class EvaluationTask(StrictModel):
+    """One lm-eval task: a stock name, or a definition shipped in recipes/lm_eval/."""
+
+    name: str = science()
+    metric: str = science(description="headline metric as lm-eval spells it, e.g. exact_match,strict-match")
+    num_fewshot: int | None = science(None, ge=0, description="None: as the task says")
+    limit: int | None = science(None, ge=1, description="first documents only; the score is then not comparable")
+    files: dict[str, DataSource] = science(
+        {}, description="split -> local or generated file that replaces the task's Hub dataset"
+    )
+
+
+class SampledAccuracy(StrictModel):
+    """Share of sampled completions that their verifier accepts, on held-out rlvr rows (`data.verified_eval`)."""
+
+    num_prompts: int = science(1000, ge=1)
+    num_samples_per_prompt: int = science(4, ge=1)
+    temperature: float = science(1.0, gt=0)
+    max_new_tokens: int = science(ge=1)
+    seed: int = science(0, ge=0)
+
+
+class EvaluationSettings(StrictModel):
+    """Run for base, SFT, DPO and RLVR models; pair accuracy for the reward model and DPO's implicit reward."""
+
+    tasks: tuple[EvaluationTask, ...] = science((), description="lm-eval tasks for every language model")
+    sampled: SampledAccuracy | None = science(None)
+    max_length: int = science(2048, ge=16, description="tokens, prompt and answer")
+    apply_chat_template: bool = science(True)
+    precision: Literal["float32", "bfloat16"] = science("bfloat16")
+    seed: int = science(1234, ge=0)
+
+
+class EvaluationStageConfig(StrictModel):
+    """Config of one evaluation: the settings that apply to this kind of subject."""
+
+    subject: str = science(description="stage whose model is measured")
+    kind: Literal["language_model", "reward_model", "implicit_reward"] = science()
+    settings: EvaluationSettings = science()
+
+
+class EvaluationInputs(StrictModel):
+    """Resolved inputs of an evaluation."""
+
+    model: str
+    reference_model: str | None = Field(None, description="implicit_reward: the model DPO started from")
+    preference_eval: str | None = Field(None)
+    verified_eval: str | None = Field(None)
+    world: str | None = Field(None)
+    chat_template: str
+
+
+class Score(StrictModel):
+    """One number with its source (design, section 8.5)."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = Field(None)
+    num_samples: int = Field(ge=1)
+    num_fewshot: int | None = Field(None)
+    harness: str = Field(description="package and version")
+    task_version: str
+    template_digest: str
+    limited: bool = Field(False, description="measured on a part of the task")
+    details: dict[str, Any] = Field({})
+
+
+class EvaluationOutputs(StrictModel):
+    """Scores, and the samples behind them (one JSON object a line)."""
+
+    subject: str
+    scores: tuple[Score, ...]
+    samples_file: str | None = Field(None)
+    results_file: str | None = Field(None)

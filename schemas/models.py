@@ -1,0 +1,50 @@
+"""A base model reference, and what a stage that makes a model takes and gives."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from schemas.base_model import BaseModelConfig
+from schemas.common import StrictModel, machinery, science
+
+
+class ModelSource(StrictModel):
+    """A base model: a Hub repository at a revision, a local folder, or made from scratch. Exactly one of the three."""
+
+    repository: str | None = science(None, description="Hub model, e.g. HuggingFaceTB/SmolLM2-1.7B")
+    revision: str = science("main", description="a branch or tag is resolved to its commit before keying")
+    path: str | None = machinery(
+        None, description="local folder with config.json, *.safetensors, tokenizer; keyed by content"
+    )
+    scratch: BaseModelConfig | None = science(None, description="architecture and pre-training of a model made here")
+    pad_token: str | None = science(
+        None,
+        description="pad token where the tokenizer has none or has eos; must exist in the vocabulary; "
+        "none given: `<pad>` is added",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [name for name in ("repository", "path", "scratch") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a base model has exactly one of repository, path, scratch; got {given or 'none'}")
+        return self
+
+
+class BaseModelInputs(StrictModel):
+    """Text for a model made from scratch: the world's folder (pretrain.jsonl) or the SFT rows file."""
+
+    world: str | None = Field(None)
+    dataset: str | None = Field(None)
+
+
+class ModelOutputs(StrictModel):
+    """A saved model folder: safetensors, config, generation config, tokenizer with its chat template."""
+
+    folder: str = Field("model", description="relative to the artifact")
+    num_parameters: int = Field(ge=1)
+    num_steps: int = Field(0, ge=0, description="optimizer steps of this stage")
+    num_tokens: int = Field(0, ge=0, description="tokens seen by this stage, as the trainer counts them")
+    history_file: str | None = Field(None, description="logged metrics by step, one JSON object a line")

@@ -1,0 +1,55 @@
+"""What is published and where."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from schemas.common import StrictModel, machinery, science
+
+
+class PublishSettings(StrictModel):
+    """The last model's folder with card; pushed where `repository` is set and HF_TOKEN is in the environment."""
+
+    license: str = science("apache-2.0", description="for the model card's metadata")
+    language: str = science("en")
+    repository: str | None = machinery(None, description="Hub repository, owner/name; none: stays local")
+    branch: str = machinery("main")
+    private: bool = machinery(True)
+
+
+class PublishStageConfig(StrictModel):
+    """Config of the `publish` stage: what the card says besides what its inputs say."""
+
+    recipe_name: str = science()
+    subject: str = science(description="stage whose model is published")
+    settings: PublishSettings = science()
+    recipe: dict[str, object] = machinery(
+        {}, description="the whole recipe, for the card; its science is in the inputs' keys"
+    )
+
+
+class PublishInputs(StrictModel):
+    """Resolved inputs: the model folder and the evaluations (artifact folders by node name)."""
+
+    model: str
+    evaluations: dict[str, str] = Field({})
+    lineage: dict[str, str] = Field(
+        {}, description="node name -> artifact folder of everything the model was made from"
+    )
+
+
+class PublishOutputs(StrictModel):
+    """A folder that is ready to be pushed."""
+
+    folder: str = Field("model")
+    model_digest: str = Field(description="digest over the weight files, equal to the evaluated model's")
+
+
+class PushResult(StrictModel):
+    """What became of a push."""
+
+    pushed: bool = Field(description="a new commit was made")
+    repository: str | None = Field(None)
+    branch: str | None = Field(None)
+    commit: str | None = Field(None, description="head of the branch afterwards")
+    reason: str = Field(description="one sentence for the user: why it stayed local, or what the Hub has now")

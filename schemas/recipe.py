@@ -1,0 +1,95 @@
+"""A recipe: one YAML file is one experiment."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from schemas.common import StrictModel, machinery, science
+from schemas.compute import ComputeSettings
+from schemas.contamination import ContaminationSettings
+from schemas.data import DataSet, DataSettings, DataSource
+from schemas.evaluation import EvaluationSettings
+from schemas.models import ModelSource
+from schemas.publish import PublishSettings
+from schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings
+from schemas.world import WorldConfig
+
+#: The stages a user can name in `until` and `refresh`, in the order in which they run.
+STAGE_ORDER = (
+    "world",
+    "dataset",
+    "contamination",
+    "base_model",
+    "sft",
+    "reward_model",
+    "dpo",
+    "rlvr",
+    "evaluation",
+    "publish",
+)
+
+
+class Recipe(StrictModel):
+    """Everything that makes an experiment; a stage without a block is left out."""
+
+    name: str = machinery(pattern=r"^[a-z0-9][a-z0-9-]*$", description="used in run names and reports")
+    description: str = machinery("")
+    world: WorldConfig | None = science(None, description="synthetic data made in code (recipe `tiny`)")
+    base_model: ModelSource = science()
+    chat_template: str = science(
+        "tulu", description="shipped template (recipes/chat_templates/) or path of a .jinja file"
+    )
+    data: DataSettings = science()
+    contamination: ContaminationSettings | None = science(None)
+    sft: SFTSettings | None = science(None)
+    reward_model: RewardModelSettings | None = science(None)
+    dpo: DPOSettings | None = science(None)
+    rlvr: RLVRSettings | None = science(None)
+    evaluation: EvaluationSettings | None = science(None)
+    publish: PublishSettings | None = science(None)
+    compute: ComputeSettings = machinery(ComputeSettings())
+
+    @model_validator(mode="after")
+    def _stages_have_what_they_need(self) -> Self:
+        problems = []
+        for block, needs in (("sft", "sft"), ("reward_model", "preference"), ("dpo", "preference"), ("rlvr", "rlvr")):
+            if getattr(self, block) is not None and getattr(self.data, needs) is None:
+                problems.append(f"{block}: needs data.{needs}; add it or remove the {block} block")
+        for block in ("reward_model", "dpo", "rlvr"):
+            if getattr(self, block) is not None and self.sft is None:
+                problems.append(f"{block}: starts from the SFT model; add an sft block")
+        if self.evaluation and self.evaluation.sampled and self.data.verified_eval is None:
+            problems.append("evaluation.sampled: needs data.verified_eval")
+        if self.world is None:
+            problems += [
+                f"data source {source.generated!r}: generated data needs a world block"
+                for source in self.data_sources()
+                if source.generated
+            ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def data_sources(self) -> list[DataSource]:
+        """Every data source that the recipe names: training, held-out, audit, benchmarks, evaluation files."""
+        sets: list[DataSet | None] = [getattr(self.data, name) for name in DataSettings.model_fields]
+        sources = []
+        if self.contamination:
+            sets.append(self.contamination.audit)
+            sources += [benchmark.source for benchmark in self.contamination.benchmarks]
+        if self.evaluation:
+            sources += [source for task in self.evaluation.tasks for source in task.files.values()]
+        return [source for data in sets if data for source in data.sources] + sources
+
+
+class ExtendingRecipe(BaseModel):
+    """An inline recipe that states only its differences from a preset; checked in full when the flow starts."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    extends: str = Field(description="name of a preset, e.g. smoltulu-1130")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The differences together with `extends`."""
+        return self.model_dump()

@@ -1,0 +1,293 @@
+"""Rows of every supported form -> normalised rows. Pure: no files, no network, and the input is never changed.
+
+Forms and their fields are in docs/data.md. A row that cannot be trusted raises `MalformedRow` with a short reason, the
+same for all rows with that fault, so that reasons can be counted.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from schemas.data import DatasetKind, DataSource
+from tasks.verifiers import VERIFIERS, verify
+
+Message = dict[str, str]
+
+ROLES = ("system", "user", "assistant")
+
+#: Fields of each form; `fields` of a source maps these names to columns.
+FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "input", "output"),
+    "question_answer": ("question", "answer"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "preference_by_label": ("input", "output_1", "output_2", "label"),
+    "rlvr": ("messages", "prompt", "question", "verifier", "ground_truth"),
+    "text": ("text",),
+}
+
+#: Forms that give rows of each kind.
+KIND_FORMATS: dict[str, tuple[str, ...]] = {
+    "sft": ("messages", "prompt_completion", "instruction", "question_answer"),
+    "preference": ("preference", "preference_by_label"),
+    "rlvr": ("rlvr",),
+}
+
+
+class MalformedRow(Exception):
+    """A row that is dropped and counted; the text is the reason."""
+
+
+def check_source(source: DataSource, kind: DatasetKind) -> None:
+    """Refuse, before any row is read, a form that cannot give this kind of rows, and mapped fields it does not have.
+
+    Raises:
+        ValueError: with what is allowed.
+    """
+    if source.format not in KIND_FORMATS[kind]:
+        raise ValueError(
+            f"data source {source.label!r}: format {source.format!r} gives no {kind} rows; allowed are "
+            f"{', '.join(KIND_FORMATS[kind])}"
+        )
+    unknown = sorted(set(source.fields) - set(FORMAT_FIELDS[source.format]))
+    if unknown:
+        raise ValueError(
+            f"data source {source.label!r}: format {source.format!r} has no field {', '.join(unknown)}; `fields` maps "
+            f"our names ({', '.join(FORMAT_FIELDS[source.format])}) to the columns of the data"
+        )
+    if source.verifier is not None and source.verifier.lower() not in VERIFIERS:
+        raise ValueError(
+            f"data source {source.label!r}: unknown verifier {source.verifier!r}; allowed are "
+            f"{', '.join(sorted(VERIFIERS))}"
+        )
+
+
+def adapt(row: Any, source: DataSource) -> dict[str, Any]:
+    """One row in the normalised form of its kind (see schemas.data.DatasetOutputs), without an id.
+
+    Raises:
+        MalformedRow: with the reason.
+    """
+    if not isinstance(row, dict):
+        raise MalformedRow("row is not an object")
+    return _ADAPTERS[source.format](row, source)
+
+
+def _messages(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
+    return {"messages": _conversation(_get(row, source, "messages"), "messages", last="assistant")}
+
+
+def _prompt_completion(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
+    prompt, completion = _get(row, source, "prompt"), _get(row, source, "completion")
+    turns = _as_turns(prompt, "prompt", "user") + _as_turns(completion, "completion", "assistant")
+    return {"messages": _conversation(turns, "messages", last="assistant")}
+
+
+def _instruction(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
+    instruction = _text(_get(row, source, "instruction"), "instruction")
+    # The input is optional in this form: absent, null and empty mean the same.
+    given = row.get(source.fields.get("input", "input"))
+    if given is not None and not isinstance(given, str):
+        raise MalformedRow(f"field 'input' is {_kind(given)}, not text")
+    if given and given.strip():
+        instruction = f"{instruction}\n\n{_text(given, 'input')}"
+    return _one_turn(instruction, _text(_get(row, source, "output"), "output"))
+
+
+def _question_answer(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
+    question = _text(_get(row, source, "question"), "question")
+    return _one_turn(question, _text(_get(row, source, "answer"), "answer"))
+
+
+def _preference(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
+    chosen, rejected = _get(row, source, "chosen"), _get(row, source, "rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise MalformedRow("chosen and rejected are of different types")
+    if _is_conversation(chosen) and _is_conversation(rejected):
+        # Full conversations carry their prompt; a string beside them (Tulu 3 preference mixture) only repeats a part.
+        return _implicit_pair(chosen, rejected)
+    prompt = _conversation(_as_turns(_get(row, source, "prompt"), "prompt", "user"), "prompt", last="user")
+    pair = {}
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        whole = _conversation(prompt + _as_turns(value, name, "assistant"), name, last="assistant")
+        pair[name] = whole[len(prompt) :]
+    return _pair(prompt, pair["chosen"], pair["rejected"])
+
+
+def _preference_by_label(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
+    prompt = [{"role": "user", "content": _text(_get(row, source, "input"), "input")}]
+    outputs = [
+        [{"role": "assistant", "content": _text(_get(row, source, name), name)}] for name in ("output_1", "output_2")
+    ]
+    label = _get(row, source, "label")
+    # A csv file gives text, and True == 1 in Python.
+    if isinstance(label, bool) or label not in (1, 2, "1", "2"):
+        raise MalformedRow("label is neither 1 nor 2")
+    if int(label) == 2:
+        outputs.reverse()
+    return _pair(prompt, outputs[0], outputs[1])
+
+
+def _rlvr(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
+    names = ("messages", "prompt", "question")
+    # A mapped field is the user's word; without one, the first that the row has.
+    name = next(
+        (name for name in names if name in source.fields),
+        next((name for name in names if row.get(name) is not None), None),
+    )
+    if name is None:
+        raise MalformedRow("no messages, prompt or question")
+    prompt = _conversation(_as_turns(_get(row, source, name), name, "user"), name, last="user")
+
+    verifier = row.get(source.fields.get("verifier", "verifier"))
+    if verifier is None or verifier == "":
+        verifier = source.verifier
+    if verifier is None:
+        raise MalformedRow("no verifier")
+    verifier = _text(verifier, "verifier").lower()
+    if verifier not in VERIFIERS:
+        raise MalformedRow(f"unknown verifier {verifier[:40]!r}")
+
+    truth = row.get(source.fields.get("ground_truth", "ground_truth"))
+    if truth is None or truth == "":
+        raise MalformedRow("no ground truth")
+    if not isinstance(truth, str):
+        try:
+            truth = json.dumps(truth, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise MalformedRow(f"field 'ground_truth' is {_kind(truth)} without a JSON form") from error
+    truth = _text(truth, "ground_truth")
+    # A verifier answers None where the ground truth, not the completion, is at fault.
+    if verify(verifier, "", truth) is None:
+        raise MalformedRow(f"ground truth that {verifier} cannot grade")
+    return {"prompt": prompt, "verifier": verifier, "ground_truth": truth}
+
+
+def _plain_text(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
+    return {"text": _text(_get(row, source, "text"), "text")}
+
+
+_ADAPTERS = {
+    "messages": _messages,
+    "prompt_completion": _prompt_completion,
+    "instruction": _instruction,
+    "question_answer": _question_answer,
+    "preference": _preference,
+    "preference_by_label": _preference_by_label,
+    "rlvr": _rlvr,
+    "text": _plain_text,
+}
+
+
+def _get(row: dict[str, Any], source: DataSource, name: str) -> Any:
+    column = source.fields.get(name, name)
+    value = row.get(column)
+    if value is None:
+        state = "is null" if column in row else "is missing"
+        raise MalformedRow(
+            f"field {name!r} {state}" if column == name else f"field {name!r} (column {column!r}) {state}"
+        )
+    return value
+
+
+def _kind(value: Any) -> str:
+    known = {dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number", str: "text"}
+    return known.get(type(value), f"a {type(value).__name__}")
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise MalformedRow(f"field {name!r} is {_kind(value)}, not text")
+    if not value.strip():
+        raise MalformedRow(f"field {name!r} is empty")
+    return _clean(value, name)
+
+
+def _clean(value: str, name: str) -> str:
+    if "\0" in value:
+        raise MalformedRow(f"NUL character in {name}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise MalformedRow(f"lone surrogate in {name}")
+    return value
+
+
+def _one_turn(user: str, assistant: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
+
+
+def _as_turns(value: Any, name: str, role: str) -> list[Any]:
+    """Text becomes one turn of `role`; a list is taken as turns."""
+    if isinstance(value, str):
+        return [{"role": role, "content": _text(value, name)}]
+    if not isinstance(value, list):
+        raise MalformedRow(f"field {name!r} is {_kind(value)}, neither text nor a list of messages")
+    return list(value)
+
+
+def _is_conversation(value: Any) -> bool:
+    """A list that starts before the assistant speaks, so with its own prompt."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and isinstance(value[0], dict)
+        and value[0].get("role") in ("system", "user")
+    )
+
+
+def _conversation(turns: Any, name: str, last: str) -> list[Message]:
+    """Checked turns with only `role` and `content`: system at most once and first, then user and assistant in turn.
+
+    An empty system turn is dropped, because chat data writes "no system prompt" that way; an empty user or assistant
+    turn is a fault.
+    """
+    if not isinstance(turns, list):
+        raise MalformedRow(f"field {name!r} is {_kind(turns)}, not a list of messages")
+    if not turns:
+        raise MalformedRow(f"no turns in {name}")
+    messages: list[Message] = []
+    for turn in turns:
+        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+            raise MalformedRow(f"a turn of {name} is not an object with role and content")
+        role, content = turn["role"], turn["content"]
+        if not isinstance(role, str) or role not in ROLES:
+            raise MalformedRow(f"unknown role in {name} (known: {', '.join(ROLES)})")
+        if not isinstance(content, str):
+            raise MalformedRow(f"content of a turn of {name} is not text")
+        if not content.strip():
+            if role == "system":
+                continue
+            raise MalformedRow(f"empty {role} turn in {name}")
+        messages.append({"role": role, "content": _clean(content, name)})
+    spoken = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if not spoken:
+        raise MalformedRow(f"no user turn in {name}")
+    for index, message in enumerate(spoken):
+        if message["role"] != ("user", "assistant")[index % 2]:
+            raise MalformedRow(f"roles out of order in {name}")
+    if spoken[-1]["role"] != last:
+        raise MalformedRow(f"{name} does not end with the {last}'s turn")
+    return messages
+
+
+def _implicit_pair(chosen: Any, rejected: Any) -> dict[str, Any]:
+    """Two whole conversations: the prompt is what they share, up to the last user turn of it."""
+    first = _conversation(chosen, "chosen", last="assistant")
+    second = _conversation(rejected, "rejected", last="assistant")
+    if first == second:
+        raise MalformedRow("chosen equals rejected")
+    shared = 0
+    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
+        shared += 1
+    while shared and first[shared - 1]["role"] != "user":
+        shared -= 1
+    if not shared:
+        raise MalformedRow("chosen and rejected share no prompt")
+    return _pair(first[:shared], first[shared:], second[shared:])
+
+
+def _pair(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> dict[str, Any]:
+    if chosen == rejected:
+        raise MalformedRow("chosen equals rejected")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}

@@ -1,0 +1,80 @@
+"""Stage `base_model`: the model everything starts from, as an artifact: from the Hub, a local folder, or made here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from schemas.models import BaseModelInputs, ModelOutputs, ModelSource
+from tasks.data import expand_path
+from tasks.models import check_model_folder, tensor_names
+from tasks.stage import Stage, StageContext
+
+logger = logging.getLogger("smoltulu")
+
+#: What is taken from a model repository: no pickles, no code.
+_WANTED_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja")
+
+
+def provide_base_model(
+    config: ModelSource, inputs: BaseModelInputs, context: StageContext
+) -> tuple[ModelOutputs, dict[str, float]]:
+    """Put a checked model folder into the artifact. ValueError where it has no tokenizer, or weights as pickles."""
+    target = context.folder / "model"
+    metrics: dict[str, float] = {}
+    if config.scratch is not None:
+        from tasks.base_model import build_base_model
+
+        built = build_base_model(config.scratch, _texts(inputs), target, report=context.report)
+        metrics = {"num_tokens": float(built.num_tokens)}
+        if built.last_loss is not None:
+            metrics["loss"] = built.last_loss
+    elif config.path is not None:
+        source = expand_path(config.path)
+        check_model_folder(source)
+        target.mkdir()
+        for pattern in _WANTED_FILES:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, target / file.name)
+    else:
+        from huggingface_hub import snapshot_download
+
+        assert config.repository is not None
+        snapshot_download(
+            config.repository, revision=config.revision, local_dir=target, allow_patterns=list(_WANTED_FILES)
+        )
+        shutil.rmtree(target / ".cache", ignore_errors=True)
+    check_model_folder(target)
+    num_parameters = sum(
+        _product(shape) for file in target.glob("*.safetensors") for shape in tensor_names(file).values()
+    )
+    logger.info("%s parameters", f"{num_parameters:,}")
+    return ModelOutputs(num_parameters=num_parameters), metrics
+
+
+def _texts(inputs: BaseModelInputs) -> Iterator[str]:
+    """Plain text to pre-train on: the world's, or the SFT conversations as the Tulu template writes them."""
+    if inputs.world is not None:
+        with (Path(inputs.world) / "pretrain.jsonl").open() as file:
+            for line in file:
+                yield json.loads(line)["text"]
+        return
+    if inputs.dataset is None:
+        raise ValueError("base_model.scratch needs text: add a world block or data.sft")
+    with Path(inputs.dataset).open() as file:
+        for line in file:
+            turns = json.loads(line)["messages"]
+            yield "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in turns)
+
+
+def _product(shape: list[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+base_model = Stage("base_model", 1, ModelSource, BaseModelInputs, ModelOutputs, provide_base_model)

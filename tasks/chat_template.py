@@ -1,0 +1,88 @@
+"""Chat templates: shipped ones by name, others by path; checked before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+TEMPLATES = Path(__file__).resolve().parent.parent / "recipes" / "chat_templates"
+
+_PROBE = [
+    {"role": "system", "content": "probe system"},
+    {"role": "user", "content": "probe question"},
+    {"role": "assistant", "content": "probe answer"},
+]
+
+
+def load_chat_template(name_or_path: str) -> str:
+    """Text of a template that is proved to render.
+
+    Raises ValueError: unknown name, unreadable file, syntax or rendering error, text lost, no generation markers
+    (without them the loss cannot be limited to assistant tokens), or a prompt that is not a prefix of the conversation.
+    """
+    shipped = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+    path = TEMPLATES / f"{name_or_path}.jinja" if name_or_path in shipped else Path(name_or_path)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"chat_template {name_or_path!r} is neither shipped ({', '.join(shipped)}) nor a readable file: {error}"
+        ) from None
+    check_chat_template(text, name_or_path)
+    return text
+
+
+def check_chat_template(text: str, name: str) -> None:
+    """Render a probe conversation; see `load_chat_template` for what is refused."""
+    import jinja2
+
+    try:
+        whole = _render(text, _PROBE, add_generation_prompt=False)
+        prompt = _render(text, _PROBE[:-1], add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"chat_template {name!r} does not render: {error}") from None
+    lost = [turn["content"] for turn in _PROBE if turn["content"] not in whole]
+    if lost:
+        raise ValueError(f"chat_template {name!r} loses text: {lost} is not in what it renders")
+    if "generation" not in text:
+        raise ValueError(
+            f"chat_template {name!r} has no generation markers: wrap the assistant's content and eos in "
+            "{% generation %} … {% endgeneration %}"
+        )
+    if "<eos>" not in whole:
+        raise ValueError(
+            f"chat_template {name!r} does not close an assistant turn with eos_token: a model would never stop"
+        )
+    if not whole.startswith(prompt):
+        raise ValueError(
+            f"chat_template {name!r}: the generation prompt {prompt[-40:]!r} is not how the conversation goes on "
+            f"({whole[: len(prompt)][-40:]!r}); training and generation would see different text"
+        )
+
+
+def _render(text: str, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    """As transformers renders (sandboxed, trimmed blocks, `generation` blocks), without importing it."""
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """Accepts {% generation %} blocks and renders what is inside."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)
+
+    def fail(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.globals["raise_exception"] = fail
+    return environment.from_string(text).render(
+        messages=messages, add_generation_prompt=add_generation_prompt, bos_token="<bos>", eos_token="<eos>"
+    )

@@ -1,0 +1,95 @@
+"""The process of one stage: `python -m tasks.child JOB.json`. It dies with its parent and holds the key's `writer`.
+
+What it prints: lines that start with `@smoltulu ` carry JSON for the parent (progress, warnings); everything else is
+the log of the libraries. Exit status: 0 done, 2 the user's to mend (message in error.json), 1 a failure.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from schemas.compute import ComputeSettings
+from tasks.stage import Stage, StageContext
+
+MESSAGE_PREFIX = "@smoltulu "
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends; leave if that happened already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("the process that started this stage is gone")
+
+
+def tell(kind: str, **values: object) -> None:
+    """One message for the parent."""
+    print(MESSAGE_PREFIX + json.dumps({"kind": kind, **values}), flush=True)
+
+
+class _ToParent(logging.Handler):
+    """Our own log records go to the parent as messages, so that they reach Prefect and not only the log file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell("log", level=record.levelname, text=self.format(record))
+
+
+def run(stage: Stage, job: dict, is_main: bool) -> None:
+    """Run a stage function and leave `result.json` beside the job."""
+    work = Path(job["work"])
+    context = StageContext(
+        folder=Path(job["folder"]),
+        work=work,
+        compute=ComputeSettings.model_validate(job["compute"]),
+        report=lambda step, num_steps, **metrics: (
+            tell("progress", step=step, num_steps=num_steps, metrics=metrics) if is_main else None
+        ),
+    )
+    config = stage.config.model_validate(job["config"])
+    inputs = stage.inputs.model_validate(job["inputs"])
+    outputs, metrics = stage.function(config, inputs, context)
+    if is_main:
+        result = {"outputs": stage.outputs.model_validate(outputs).model_dump(mode="json"), "metrics": metrics}
+        (work / "result.json").write_text(json.dumps(result))
+
+
+def main(job_file: str) -> int:
+    job = json.loads(Path(job_file).read_text())
+    rank = int(os.environ.get("RANK", "0"))
+    # Ranks of a multi-process stage are children of torchrun, whose own parent is the flow's process.
+    die_with_parent(int(job["parent_pid"]) if "RANK" not in os.environ else os.getppid())
+    # Shared by all ranks and kept until exit; launchers do not pass descriptors on, so each process takes it itself.
+    writer = open(Path(job["work"]).parent / "writer", "a+")  # noqa: SIM115
+    fcntl.flock(writer.fileno(), fcntl.LOCK_SH)
+    logger = logging.getLogger("smoltulu")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_ToParent())
+    logger.propagate = False
+    random.seed(0)
+
+    from tasks.stages import STAGES
+
+    try:
+        run(STAGES[job["stage"]], job, is_main=rank == 0)
+    except ValueError as error:
+        traceback.print_exc()
+        (Path(job["work"]) / "error.json").write_text(json.dumps({"message": str(error)}))
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

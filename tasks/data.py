@@ -1,0 +1,306 @@
+"""Reading tables of rows, and what identifies their content.
+
+Sources are local files, files of the `world` stage and Hub datasets. Fast to import: `plan` only needs digests, so
+torch, datasets, pyarrow and huggingface_hub are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from schemas.data import DataSource
+
+#: What a local file may be called; the folder form takes every such file in it.
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz", ".lst")
+
+#: `subset` of a Hub source that reads every configuration, in name order, with `limit` rows of each.
+ALL_SUBSETS = "*"
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class SourceUnavailable(ValueError):
+    """A Hub dataset that cannot be had just now: no network, no access, or no such repository or revision."""
+
+
+def expand_path(text: str) -> Path:
+    """`text` with `${VARIABLE}`, `${VARIABLE:-default}` (used where it is unset or empty, as in a shell) and `~`.
+
+    Raises:
+        ValueError: a variable without a default is unset, or a `${` is not of these forms.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name)
+        if found:
+            return found
+        if default is None:
+            raise ValueError(
+                f"path {text!r}: the environment variable {name} is not set; set it or write ${{{name}:-default}}"
+            )
+        return default
+
+    expanded = _VARIABLE.sub(value, text)
+    if "${" in expanded:
+        raise ValueError(f"path {text!r}: write variables as ${{NAME}} or ${{NAME:-default}}")
+    return Path(expanded).expanduser()
+
+
+def read_rows(source: DataSource, world: Path | None = None) -> Iterator[Any]:
+    """Rows of `source` as they are, in order, the first `limit` of them.
+
+    A row that is not an object (a line `[1]`) is yielded too: whether it may be dropped is the caller's to decide. A
+    file that cannot be parsed is an error, because nothing after the fault can be trusted.
+
+    Args:
+        source: where from; `format` and `fields` play no part here.
+        world: folder of the world artifact, for `generated` sources.
+
+    Raises:
+        SourceUnavailable: a Hub dataset that cannot be reached or accessed.
+        ValueError: a file is missing, empty of rows' files, of an unknown kind, truncated or not parseable.
+    """
+    if source.repository is not None:
+        return _read_hub(source)
+    # Looking for the files is done now, so that a missing one is reported before the first row is asked for.
+    files = local_files(source, world)
+    return islice((row for file in files for row in _read_file(file)), source.limit)
+
+
+def local_files(source: DataSource, world: Path | None = None) -> list[Path]:
+    """The files of a `path` or `generated` source, sorted by name. Raises ValueError if there is none."""
+    if source.generated is not None:
+        if world is None:
+            raise ValueError(f"data source {source.generated!r} is generated, but the recipe has no world stage")
+        path, given = Path(world) / source.generated, repr(source.generated)
+    else:
+        assert source.path is not None, source
+        path = expand_path(source.path)
+        given = repr(source.path) if str(path) == source.path else f"{source.path!r} (expanded: {str(path)!r})"
+    if not path.exists():
+        raise ValueError(
+            f"data source {given}: {str(path.absolute())!r} does not exist; relative paths start at the working folder"
+        )
+    if path.is_file():
+        if _suffix(path) is None:
+            raise ValueError(f"data source {given}: unsupported file {path.name!r}; allowed are {', '.join(SUFFIXES)}")
+        return [path]
+    # Hidden files and notes may lie beside the data; anything else must be data, or rows would be lost in silence.
+    files = sorted(
+        (file for file in path.iterdir() if not file.name.startswith(".") and file.suffix.lower() != ".md"),
+        key=lambda file: file.name,
+    )
+    for file in files:
+        if not file.is_file() or _suffix(file) is None:
+            what = "subfolder" if file.is_dir() else "unsupported file"
+            raise ValueError(
+                f"data source {given}: {what} {file.name!r}; a folder holds only {', '.join(SUFFIXES)} (and notes in "
+                ".md). Name the wanted file, or give each folder as a source of its own"
+            )
+    if not files:
+        raise ValueError(f"data source {given}: the folder is empty; expected {', '.join(SUFFIXES)}")
+    return files
+
+
+def source_digest(source: DataSource, world: Path | None = None, endpoint: str | None = None) -> str:
+    """What identifies the content: `sha256:<hex>` over names and bytes of the files, or the Hub commit.
+
+    Raises:
+        ValueError: as `local_files` and `resolve_revision`.
+    """
+    if source.repository is not None:
+        return resolve_revision(source, endpoint)
+    digest = hashlib.sha256()
+    for file in local_files(source, world):
+        content = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                content.update(block)
+        # NUL cannot be part of a file name, so names and digests cannot run into each other.
+        digest.update(f"{file.name}\0{content.hexdigest()}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def resolve_revision(source: DataSource, endpoint: str | None = None) -> str:
+    """The commit that the revision of a Hub source stands for; see `resolve_commit`."""
+    assert source.repository is not None, source
+    return resolve_commit("dataset", source.repository, source.revision, endpoint)
+
+
+def resolve_commit(
+    kind: Literal["dataset", "model"], repository: str, revision: str, endpoint: str | None = None
+) -> str:
+    """The commit (40 hex digits) that a revision of a Hub repository stands for; one given in full is not looked up.
+
+    Args:
+        kind: what the repository holds.
+        repository: owner/name.
+        revision: branch, tag or commit.
+        endpoint: Hub address; None: huggingface_hub's default (HF_ENDPOINT).
+
+    Raises:
+        SourceUnavailable: unknown repository or revision, no access, or no network.
+    """
+    if _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    name = f"Hub {kind} {repository!r}"
+    try:
+        info = HfApi(endpoint=endpoint).repo_info(repository, repo_type=kind, revision=revision, timeout=30)
+    except GatedRepoError as error:
+        raise SourceUnavailable(
+            f"{name} is gated: accept its terms on its page and set HF_TOKEN (or run `hf auth login`)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceUnavailable(
+            f"{name} has no revision {revision!r}: give a branch, a tag or a commit that its page lists"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceUnavailable(
+            f"{name} was not found: check the spelling (owner/name); a private one needs HF_TOKEN"
+        ) from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "unknown")
+        raise SourceUnavailable(
+            f"{name}: the Hub answered with status {status} for revision {revision!r}; try again later"
+        ) from error
+    except ValueError as error:  # huggingface_hub refuses malformed names itself
+        raise ValueError(f"{name} is not a valid name: write owner/name ({error})") from error
+    except Exception as error:  # connection errors differ by HTTP library
+        raise SourceUnavailable(
+            f"{name}: the Hub cannot be reached to resolve revision {revision!r} ({type(error).__name__}); "
+            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or pin a full 40-digit commit"
+        ) from error
+    if not info.sha:
+        raise SourceUnavailable(f"{name}: the Hub named no commit for revision {revision!r}; pin one in full")
+    return str(info.sha)
+
+
+def _read_hub(source: DataSource) -> Iterator[Any]:
+    # Resolved first: it fails at once without a network, where load_dataset retries for long, and it pins the rows.
+    revision = resolve_revision(source)
+    import datasets
+
+    try:
+        if source.subset == ALL_SUBSETS:
+            subsets: list[str | None] = sorted(datasets.get_dataset_config_names(source.repository, revision=revision))
+        else:
+            subsets = [source.subset]
+        tables = [
+            datasets.load_dataset(source.repository, subset, split=source.split, revision=revision)
+            for subset in subsets
+        ]
+    except Exception as error:
+        asked = f"Hub dataset {source.repository!r} (subset {source.subset!r}, split {source.split!r}, {revision[:12]})"
+        text = f"{asked}: {type(error).__name__}: {str(error)[:300]}"
+        if isinstance(error, ValueError) and re.search(r"BuilderConfig|Unknown split|Bad split", str(error)):
+            raise ValueError(f"{text}. Give a `subset` and a `split` that the dataset has") from error
+        raise SourceUnavailable(
+            f"{text}. Check the network, HF_TOKEN and that the repository holds data files"
+        ) from error
+    return (row for table in tables for row in islice(table, source.limit))
+
+
+def _suffix(path: Path) -> str | None:
+    name = path.name.lower()
+    # Longest first: ".jsonl.gz" ends with no other, but the order should not matter to a reader.
+    return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
+
+
+def _read_file(path: Path) -> Iterator[Any]:
+    suffix = _suffix(path)
+    assert suffix is not None, path
+    if suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".lst": _read_list}
+    reader = readers[suffix.removesuffix(".gz")]
+    try:
+        with gzip.open(path, "rb") if suffix.endswith(".gz") else path.open("rb") as stream:
+            yield from reader(path, stream)  # type: ignore[arg-type]
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _read_list(path: Path, stream: BinaryIO) -> Iterator[dict[str, str]]:
+    """One value a line, as {"text": value}: label files such as PIQA's."""
+    for line in stream:
+        if value := line.decode("utf-8", "replace").strip():
+            yield {"text": value}
+
+
+def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Any]:
+    for number, line in enumerate(stream, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield _parse(line.rstrip(b"\r\n"), f"{path}, line {number}")
+
+
+def _read_json(path: Path, stream: BinaryIO) -> Iterator[Any]:
+    document = _parse(stream.read().removeprefix(b"\xef\xbb\xbf"), str(path))
+    if not isinstance(document, list):
+        keys = f" with the keys {sorted(document)[:8]}" if isinstance(document, dict) else ""
+        raise ValueError(
+            f"{path}: a .json file holds one list of objects, this one holds a {type(document).__name__}{keys}; write "
+            "the rows as a list, or one object a line in a .jsonl file"
+        )
+    yield from document
+
+
+def _parse(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        hint = "; one object a line is a .jsonl file" if error.msg == "Extra data" and error.lineno > 1 else ""
+        raise ValueError(f"{where}, {place}: not JSON ({error.msg}){hint}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deep
+        raise ValueError(f"{where}: JSON that cannot be read ({type(error).__name__}: {str(error)[:120]})") from error
+
+
+def _read_csv(path: Path, stream: BinaryIO) -> Iterator[Any]:
+    csv.field_size_limit(1 << 30)  # the default refuses cells above 128 KiB, which conversations reach
+    reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has columns")
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 ({error.reason} after line {reader.line_num}); convert the file"
+        ) from error
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a whole parquet file ({str(error)[:200]}); fetch it again") from error

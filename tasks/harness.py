@@ -1,0 +1,276 @@
+"""lm-eval 0.4.13 behind one function: load a task (stock, or from recipes/lm_eval/), run it, give a Score and samples.
+
+`lm_eval.evaluate` is called instead of `simple_evaluate`, whose extras are traps here: it reseeds every generator and
+ignores a number of shots where the task says 0. Its request and answer caches are never used: their keys know neither
+the model nor the template.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from schemas.data import DataSource
+from schemas.evaluation import EvaluationSettings, EvaluationTask, Score
+from tasks.data import read_rows
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+logger = logging.getLogger("smoltulu")
+
+TASK_FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "lm_eval"
+_MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_DEFAULT_MAX_GEN_TOKS = 256  # lm-eval's, where a task names none
+
+
+def harness_name() -> str:
+    """Package and version, for a Score."""
+    return f"lm-eval {metadata.version('lm_eval')}"
+
+
+def template_digest(text: str) -> str:
+    """SHA-256 of a chat template's text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def task_manager(*, stock: bool) -> TaskManager:
+    """Index of task definitions: the shipped ones alone (0.03 s), or lm-eval's thousands as well (5 s)."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASK_FOLDER), include_defaults=stock)
+
+
+def check_tasks(tasks: tuple[EvaluationTask, ...]) -> TaskManager:
+    """The smallest index that has all `tasks`. ValueError: an unknown name (with the nearest), or no files given."""
+    shipped = task_manager(stock=False)
+    wanted = {task.name for task in tasks}
+    manager = shipped if wanted <= set(shipped.all_tasks) else task_manager(stock=True)
+    for name in sorted(wanted - set(manager.all_tasks)):
+        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
+        raise ValueError(f"evaluation task {name!r} is neither in recipes/lm_eval/ nor in {harness_name()}; {hint}")
+    for task in tasks:
+        if task.name in shipped.all_tasks and not task.files:
+            raise ValueError(f"evaluation task {task.name!r} reads local files: give evaluation.tasks[...].files")
+        for split, source in task.files.items():
+            if source.repository is not None:
+                raise ValueError(
+                    f"evaluation task {task.name!r}, split {split!r}: files are local (path) or generated; "
+                    f"got the repository {source.repository!r}. Leave files out to use the task's own Hub dataset"
+                )
+    return manager
+
+
+def read_splits(sources: dict[str, DataSource], world: str | None = None, **_: Any) -> dict[str, Any]:
+    """lm-eval's `custom_dataset` over local files: split -> datasets.Dataset.
+
+    Read afresh each time instead of by the json builder, which keeps an old copy of a .gz file that has changed.
+    """
+    from datasets import Dataset
+
+    return {split: Dataset.from_list(list(_rows(split, source, world))) for split, source in sources.items()}
+
+
+def _rows(split: str, source: DataSource, world: str | None) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(read_rows(source, Path(world) if world else None), 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"split {split!r} of {source.label}, row {number}: expected an object, got {row!r:.80}")
+        missing = [column for column in source.fields.values() if column not in row]
+        if missing:
+            raise ValueError(
+                f"split {split!r} of {source.label}, row {number}: no column {missing[0]!r}; has {sorted(row)}"
+            )
+        yield {**row, **{name: row[column] for name, column in source.fields.items()}}
+
+
+def run_task(
+    model: HFLM,
+    manager: TaskManager,
+    task: EvaluationTask,
+    settings: EvaluationSettings,
+    *,
+    chat_template: str,
+    world: str | None,
+    on_progress: Callable[[float], None],
+) -> tuple[Score, list[dict[str, Any]], dict[str, Any]]:
+    """Run one task over `model`.
+
+    Args:
+        on_progress: called with the share of the task's requests that are answered, 0 to 1.
+
+    Returns:
+        the headline score (other metrics in `details`), one record per document and filter, and lm-eval's own results.
+
+    Raises:
+        ValueError: a split or metric that is not there, shots where the task allows none.
+    """
+    import lm_eval
+
+    loaded = _load(manager, task, world)
+    leaves = list(loaded["tasks"].values())
+    details: dict[str, Any] = {}
+    for leaf in leaves:
+        _set_shots(leaf, task, settings.seed)
+        details.update(_fit_generation(leaf, model.max_length))
+    model.set_cache_hook(_AnswerCounter(leaves, on_progress))
+    results = lm_eval.evaluate(
+        model,
+        loaded,
+        limit=task.limit,
+        log_samples=True,
+        bootstrap_iters=10_000,
+        apply_chat_template=settings.apply_chat_template,
+        fewshot_as_multiturn=settings.apply_chat_template,
+    )
+    assert results is not None  # this stage is one process
+    on_progress(1.0)
+
+    values = {**results["results"].get(task.name, {}), **results.get("groups", {}).get(task.name, {})}
+    metrics = {
+        name: value
+        for name, value in values.items()
+        if "," in name and "_stderr," not in name and isinstance(value, (int, float))
+    }
+    if task.metric not in metrics:
+        raise ValueError(
+            f"evaluation task {task.name!r} has no metric {task.metric!r}; "
+            f"it reports: {', '.join(sorted(metrics)) or 'none'}"
+        )
+    num_truncated = sum(_count_truncated(leaf, model) for leaf in leaves)
+    if num_truncated:
+        logger.warning(
+            "%s: %d prompts are longer than evaluation.max_length leaves room for; their beginning was cut off. "
+            "Fewer shots or a longer max_length would help",
+            task.name,
+            num_truncated,
+        )
+    counts = [results["n-samples"][leaf.task_name] for leaf in leaves]
+    num_samples = sum(count["effective"] for count in counts)
+    stderr = values.get(task.metric.replace(",", "_stderr,"))
+    shots = results["n-shot"].get(task.name)
+    score = Score(
+        task=task.name,
+        metric=task.metric,
+        value=float(metrics[task.metric]),
+        stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+        num_samples=num_samples,
+        num_fewshot=shots if isinstance(shots, int) else task.num_fewshot,
+        harness=harness_name(),
+        task_version=str(results["versions"].get(task.name, "none")),
+        template_digest=template_digest(chat_template) if settings.apply_chat_template else "none",
+        limited=num_samples < sum(count["original"] for count in counts)
+        or any(source.limit is not None for source in task.files.values()),
+        details={**details, "metrics": metrics, "num_truncated": num_truncated},
+    )
+    samples = [_compact(name, sample) for name, documents in results.get("samples", {}).items() for sample in documents]
+    kept = {name: results[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in results}
+    return score, samples, kept
+
+
+def _load(manager: TaskManager, task: EvaluationTask, world: str | None) -> dict[str, Any]:
+    """lm-eval's task objects; a member of an inline group is merged with the registered definition, a dict is not."""
+    if not task.files:
+        return manager.load([task.name])  # type: ignore[return-value]
+    member: dict[str, Any] = {"task": task.name, "dataset_kwargs": {"sources": task.files, "world": world}}
+    if task.name not in task_manager(stock=False).all_tasks:
+        # The shipped definitions say themselves how they read their files.
+        member |= {"custom_dataset": read_splits, "dataset_path": None, "dataset_name": None}
+    if task.num_fewshot == 0:  # or lm-eval would want the examples' split as well
+        member |= {"training_split": None, "fewshot_split": None, "fewshot_config": None}
+    try:
+        loaded = manager.load([{"group": "local_files", "task": [member]}])
+    except KeyError as error:
+        raise ValueError(
+            f"evaluation task {task.name!r} needs the split {error}; files give: {', '.join(sorted(task.files))}. "
+            "Add the file, or set num_fewshot: 0 if only examples come from that split"
+        ) from error
+    return {"tasks": loaded["tasks"]}
+
+
+def _set_shots(leaf: Any, task: EvaluationTask, seed: int) -> None:
+    default = leaf.get_config("num_fewshot")
+    if task.num_fewshot is not None:
+        if default == 0 and task.num_fewshot > 0:
+            raise ValueError(
+                f"evaluation task {leaf.task_name!r} is defined without examples (num_fewshot 0); "
+                f"remove num_fewshot: {task.num_fewshot}"
+            )
+        leaf.set_config(key="num_fewshot", value=task.num_fewshot)
+    elif default is None:
+        leaf.set_config(key="num_fewshot", value=0)
+    wanted = leaf.get_config("num_fewshot")
+    split = leaf.get_config("fewshot_split") or leaf.get_config("training_split")
+    if wanted and task.files and split not in (None, *task.files):
+        raise ValueError(
+            f"evaluation task {task.name!r} takes its {wanted} examples from the split {split!r}; add it to files "
+            f"(given: {', '.join(sorted(task.files))}) or set num_fewshot: 0"
+        )
+    leaf.set_fewshot_seed(seed=seed)
+
+
+def _fit_generation(leaf: Any, max_length: int) -> dict[str, int]:
+    """Keep room for the prompt: answers of over three quarters of `max_length` are cut to a half, and it is said."""
+    if leaf.get_config("output_type") != "generate_until":
+        return {}
+    settings = leaf.get_config("generation_kwargs") or {}
+    asked = next((settings[name] for name in _MAX_TOKENS_NAMES if settings.get(name)), _DEFAULT_MAX_GEN_TOKS)
+    if asked <= 0.75 * max_length:
+        return {"max_gen_toks": asked}
+    given = max_length // 2
+    logger.warning(
+        "%s asks for answers of %d tokens, prompt and answer may have %d: answers are cut at %d",
+        leaf.task_name,
+        asked,
+        max_length,
+        given,
+    )
+    leaf.set_config(key="generation_kwargs", value={"max_gen_toks": given}, update=True)
+    return {"max_gen_toks": given, "max_gen_toks_asked": asked}
+
+
+class _AnswerCounter:
+    """lm-eval tells a cache hook of every answer; this one only counts them."""
+
+    def __init__(self, leaves: list[Any], on_progress: Callable[[float], None]) -> None:
+        self.leaves, self.on_progress = leaves, on_progress
+        self.num_answers = 0
+        self.num_requests = 0
+
+    def add_partial(self, _method: str, _request: Any, _answer: Any) -> None:
+        if not self.num_requests:  # known only once lm-eval has built them
+            self.num_requests = sum(len(leaf.instances) for leaf in self.leaves) or 1
+        self.num_answers += 1
+        self.on_progress(min(1.0, self.num_answers / self.num_requests))
+
+
+def _count_truncated(leaf: Any, model: HFLM) -> int:
+    """Documents whose prompt (and choice) did not fit, as lm-eval cuts them from the left."""
+    room = model.max_length
+    if leaf.get_config("output_type") == "generate_until":
+        settings = leaf.get_config("generation_kwargs") or {}
+        room -= next((settings[name] for name in _MAX_TOKENS_NAMES if settings.get(name)), _DEFAULT_MAX_GEN_TOKS)
+    texts = [
+        "".join(argument for argument in instance.args if isinstance(argument, str)) for instance in leaf.instances
+    ]
+    lengths = [len(ids) for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    return len({item.doc_id for item, length in zip(leaf.instances, lengths, strict=True) if length > room})
+
+
+def _compact(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """What a paired comparison and a reader need of one document; the hashes prove that two runs asked the same."""
+    record = {"task": task, "id": sample["doc_id"], "filter": sample["filter"], "target": str(sample["target"])[:200]}
+    record |= {name: sample[name][:16] for name in ("doc_hash", "prompt_hash", "target_hash")}
+    record["metrics"] = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (int, float))}
+    answer = sample["resps"][0][0]
+    if isinstance(answer, str):
+        record["completion"] = answer
+    return record

@@ -1,0 +1,182 @@
+"""Model folders: what one must hold, how one is loaded, saved and checked. No pickles, no remote code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from schemas.compute import ComputeSettings
+
+logger = logging.getLogger("smoltulu")
+
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+SPARE_PAD_TOKEN = "<pad>"
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that is not a model we load: ValueError says what is there and what is needed."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"model folder {folder} does not exist; give a folder with config.json, *.safetensors and tokenizer"
+        )
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    weights = [name for name in names if name.endswith(".safetensors")]
+    pickles = [name for name in names if Path(name).suffix in _PICKLE_SUFFIXES and name != "training_args.bin"]
+    problems = []
+    if "config.json" not in names:
+        problems.append("config.json is missing")
+    if not weights and pickles:
+        problems.append(
+            f"weights are pickles ({', '.join(pickles[:3])}), which can run code; convert them to safetensors"
+        )
+    elif not weights:
+        problems.append("no *.safetensors weights")
+    if not any(name in names for name in _TOKENIZER_FILES):
+        problems.append(f"no tokenizer ({' or '.join(_TOKENIZER_FILES)}); save it with tokenizer.save_pretrained")
+    if "config.json" in names:
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            if "auto_map" in config:
+                problems.append(
+                    "config.json wants code of its own (auto_map); only architectures of transformers are loaded"
+                )
+        except ValueError as error:
+            problems.append(f"config.json is not JSON: {error}")
+    for name in weights:
+        try:
+            tensor_names(folder / name)
+        except (ValueError, OSError) as error:
+            problems.append(f"{name} is damaged: {error}")
+    if problems:
+        raise ValueError(f"model folder {folder}: " + "; ".join(problems))
+
+
+def tensor_names(file: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor of a safetensors file, from its header alone; ValueError where it is torn."""
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        if len(head) < 8:
+            raise ValueError("shorter than a safetensors header")
+        (length,) = struct.unpack("<Q", head)
+        size = file.stat().st_size
+        if length > min(size, 100_000_000):
+            raise ValueError("header is longer than the file")
+        header = json.loads(stream.read(length))
+    tensors = {name: value for name, value in header.items() if name != "__metadata__"}
+    end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
+    if 8 + length + end != size:
+        raise ValueError(f"{size} bytes, its header says {8 + length + end}")
+    return {name: value["shape"] for name, value in tensors.items()}
+
+
+def device_of(compute: ComputeSettings) -> str:
+    """`cuda` or `cpu`; ValueError where CUDA is asked for and absent."""
+    import torch
+
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("compute.device is cuda, but torch finds no CUDA device; set it to auto or cpu")
+    return "cuda" if compute.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def use_bfloat16(precision: str, compute: ComputeSettings) -> bool:
+    """Whether a stage that asks for `precision` runs in bfloat16 here; falls back with a warning where allowed."""
+    import torch
+
+    if precision == "float32":
+        return False
+    if device_of(compute) == "cuda" and torch.cuda.is_bf16_supported():
+        return True
+    if not compute.precision_fallback:
+        raise ValueError(
+            "this device has no bfloat16; set the stage's precision to float32 or compute.precision_fallback"
+        )
+    logger.warning("no bfloat16 on this device: running in float32")
+    return False
+
+
+def load_tokenizer(folder: Path, chat_template: str, pad_token: str | None = None) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model folder with the recipe's template and a pad token that is not eos.
+
+    pad = eos would hide the closing eos from the loss and make the reward model pool the wrong token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"tokenizer of {folder} has no eos token: a model could never learn to stop; set eos_token")
+    if pad_token is not None:
+        if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"base_model.pad_token {pad_token!r} is not in the vocabulary; choose a token that is, or none"
+            )
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": SPARE_PAD_TOKEN})
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Grow the embeddings (to a multiple of 8, as Tulu 3 does) if the tokenizer has more tokens than they have rows."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give model and generation config the tokenizer's ids: a wrong eos there makes every completion look truncated."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
+        generation.eos_token_id = tokenizer.eos_token_id
+        generation.bos_token_id = tokenizer.bos_token_id
+
+
+def load_language_model(folder: Path) -> PreTrainedModel:
+    """Causal language model in float32 (the masters; bfloat16 is autocast: pure bf16 weights lose small updates)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    check_model_folder(folder)
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
+    """Save model and tokenizer, load them again and compare names and values. Number of parameters."""
+    import torch
+
+    model.config.use_cache = True  # trainers switch it off; a published model generates with its cache
+    model.save_pretrained(str(folder), safe_serialization=True)
+    tokenizer.save_pretrained(str(folder))
+    check_model_folder(folder)
+    reloaded = type(model).from_pretrained(str(folder), dtype=model.dtype, use_safetensors=True)
+    before, after = model.state_dict(), reloaded.state_dict()
+    if before.keys() != after.keys():
+        raise RuntimeError(
+            f"saved model has other tensors than the trained one: {sorted(before.keys() ^ after.keys())[:5]}"
+        )
+    differing = [name for name, value in before.items() if not torch.equal(value.cpu(), after[name])]
+    if differing:
+        raise RuntimeError(f"saved model differs from the trained one in {differing[:5]}")
+    return model.num_parameters()
+
+
+def history_metrics(history: list[dict[str, Any]], names: tuple[str, ...], last: int = 10) -> dict[str, float]:
+    """Mean of the last few logged values of each metric, for the manifest."""
+    metrics = {}
+    for name in names:
+        values = [row[name] for row in history if isinstance(row.get(name), (int, float))][-last:]
+        if values:
+            metrics[name] = sum(values) / len(values)
+    return metrics

@@ -1,0 +1,186 @@
+"""Stage `publish`: a folder that is ready to be pushed: the evaluated weights, tokenizer, template, card and recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from schemas.artifact import Manifest
+from schemas.evaluation import EvaluationOutputs
+from schemas.publish import PublishInputs, PublishOutputs, PublishStageConfig
+from tasks.model_card import find_private, lineage_records, model_card, score_records, without_paths
+from tasks.models import check_model_folder
+from tasks.stage import Stage, StageContext
+
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
+# By name, so that what a trainer leaves behind (training_args.bin is a pickle) stays behind.
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_NEEDED = {
+    "generation_config.json": "save it with the model, or generation would not know where to stop",
+    "tokenizer_config.json": "save the tokenizer beside the model",
+    "chat_template.jinja": "set tokenizer.chat_template before saving",
+}
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+def build_publication(
+    config: PublishStageConfig, inputs: PublishInputs, context: StageContext
+) -> tuple[PublishOutputs, dict[str, float]]:
+    """Copy the model, check that it is the one that was evaluated, write card, recipe, lineage and scores.
+
+    Raises:
+        ValueError: the folder is no model, holds pickled weights, lacks what a user needs, or its weights are not those
+            that the store recorded or the evaluations measured.
+    """
+    source = Path(inputs.model)
+    _check_publishable(source, is_reward_model=config.subject == "reward_model")
+    lineage = {node: _manifest(Path(folder)) for node, folder in inputs.lineage.items()}
+    evaluated = {node: _manifest(Path(folder)) for node, folder in inputs.evaluations.items()}
+    evaluations = {node: EvaluationOutputs.model_validate(manifest.outputs) for node, manifest in evaluated.items()}
+    _check_evaluated(config.subject, lineage, evaluated, evaluations)
+    _check_recorded(source)
+
+    target = context.folder / "model"
+    target.mkdir(parents=True)
+    files = [path for path in sorted(source.iterdir()) if path.name in _MODEL_FILES or _is_weight(path)]
+    for step, path in enumerate(files, 1):
+        shutil.copyfile(path, target / path.name)
+        context.report(step, len(files))
+    digest = model_digest(target)
+    if digest != model_digest(source):
+        raise RuntimeError(f"weights changed while they were copied to {target}; check the disk and run again")
+
+    recipe_yaml = _yaml(without_paths(config.recipe))
+    documents = {
+        "README.md": model_card(config, lineage, evaluations, recipe_yaml, digest),
+        "recipe.yaml": recipe_yaml,
+        "lineage.json": _json(lineage_records(lineage)),
+        "scores.json": _json(score_records(evaluations)),
+    }
+    # Folders that are in the inputs anyway, and secrets of the environment.
+    folders = [inputs.model, *inputs.evaluations.values(), *inputs.lineage.values(), str(context.folder)]
+    home = str(Path.home())
+    private = [*folders, home if len(home) > 5 else "", *_secrets()]
+    for name, text in documents.items():
+        if find_private(text, private) is not None:
+            raise ValueError(
+                f"{name} would publish a local folder or a secret (it is not shown here); look for absolute paths and "
+                "tokens in the recipe's text fields, e.g. description, and take them out"
+            )
+        (target / name).write_text(text, encoding="utf-8")
+    num_bytes = sum(path.stat().st_size for path in target.iterdir())
+    return PublishOutputs(folder="model", model_digest=digest), {"num_bytes": float(num_bytes)}
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 over names and contents of the weight files: equal for equal weights, whatever lies beside them."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if _is_weight(path):
+            digest.update(f"{path.name} {_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_weight(path: Path) -> bool:
+    return path.is_file() and path.name.endswith(_WEIGHT_SUFFIXES)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_publishable(folder: Path, *, is_reward_model: bool) -> None:
+    check_model_folder(folder)
+    pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES and path.name != "training_args.bin"]
+    if pickles:
+        raise ValueError(
+            f"the model folder holds pickles ({', '.join(sorted(pickles))}), which can run code where they are loaded: "
+            "convert them to safetensors and remove them"
+        )
+    for name, remedy in _NEEDED.items():
+        if name == "generation_config.json" and is_reward_model:
+            continue
+        if not (folder / name).is_file():
+            raise ValueError(f"the model folder has no {name}: {remedy}")
+
+
+def _manifest(folder: Path) -> Manifest:
+    return Manifest.model_validate_json((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _check_recorded(model: Path) -> None:
+    """Weights must still be what the store wrote down when the stage that made them finished."""
+    file = model.parent / "manifest.json"
+    if not file.is_file():
+        return  # a base model from the Hub or a local folder
+    recorded = _manifest(model.parent).files
+    for path in sorted(model.iterdir()):
+        record = recorded.get(f"{model.name}/{path.name}")
+        if _is_weight(path) and (record is None or record.sha256 != _sha256(path)):
+            raise ValueError(
+                f"{path.name} is not what its artifact's manifest recorded: the file was changed or damaged. "
+                "Make the stage again (refresh) before publishing"
+            )
+
+
+def _check_evaluated(
+    subject: str,
+    lineage: dict[str, Manifest],
+    evaluated: dict[str, Manifest],
+    evaluations: dict[str, EvaluationOutputs],
+) -> None:
+    """The evaluations of the subject must have measured this content, not an earlier making of the same key."""
+    made = [manifest for manifest in lineage.values() if manifest.spec.stage == subject]
+    if len(made) != 1:
+        return  # nothing recorded, or a stage that ran more than once: the flow's keys already bind them
+    for node, outputs in evaluations.items():
+        record = evaluated[node].inputs.get("model")
+        if outputs.subject == subject and record is not None and record.digest != made[0].digest:
+            raise ValueError(
+                f"{node} measured another making of {subject} ({record.digest[:12]}) than the one to be published "
+                f"({made[0].digest[:12]}); run the evaluation again"
+            )
+
+
+def _secrets() -> list[str]:
+    return [
+        value
+        for name, value in os.environ.items()
+        if name.endswith(("TOKEN", "API_KEY", "SECRET", "PASSWORD")) and len(value) >= 8
+    ]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+
+
+publish = Stage(
+    name="publish",
+    version=1,
+    config=PublishStageConfig,
+    inputs=PublishInputs,
+    outputs=PublishOutputs,
+    function=build_publication,
+)

@@ -1,0 +1,63 @@
+"""Reward model: Bradley-Terry over preference pairs, -log sigmoid(r_chosen - r_rejected), from the SFT model.
+
+As in Tulu 3 (open-instruct `reward_modeling.py`): score head drawn from N(0, 1/(hidden_size + 1)), no dropout, one
+epoch, Adam epsilon 1e-5. TRL's own default head (std 0.02) is not Tulu's.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from schemas.training import RewardModelOutputs, RewardModelSettings, TrainingInputs
+from tasks.models import check_model_folder, fit_embeddings, history_metrics, load_tokenizer, save_model, stop_ids
+from tasks.stage import Stage, StageContext
+from tasks.training import HISTORY_FILE, callbacks, load_rows, prepare_torch, read_history, train, trainer_arguments
+
+
+def train_reward_model(
+    config: RewardModelSettings, inputs: TrainingInputs, context: StageContext
+) -> tuple[RewardModelOutputs, dict[str, float]]:
+    """Train a one-score classifier. Rows: {"prompt", "chosen", "rejected"}, each a list of messages."""
+    prepare_torch(context)
+    import torch
+    from transformers import AutoModelForSequenceClassification, set_seed
+    from trl import RewardConfig, RewardTrainer
+
+    check_model_folder(Path(inputs.model))
+    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+    set_seed(config.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        inputs.model, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    fit_embeddings(model, tokenizer)
+    stop_ids(model, tokenizer)
+    torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
+
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(
+            **trainer_arguments(config, context),
+            num_train_epochs=config.num_train_epochs,
+            max_steps=config.max_steps or -1,
+            max_length=config.max_length,
+            disable_dropout=True,
+        ),
+        train_dataset=load_rows(inputs.dataset, context, ["prompt", "chosen", "rejected"]),
+        processing_class=tokenizer,
+        callbacks=callbacks(context),
+    )
+    num_steps = train(trainer, context)
+
+    history = read_history(context)
+    num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")
+    outputs = RewardModelOutputs(
+        num_parameters=num_parameters,
+        num_steps=num_steps,
+        num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
+        history_file=HISTORY_FILE,
+    )
+    return outputs, history_metrics(history, ("loss", "accuracy", "margin", "tokens_per_second"))
+
+
+reward_model = Stage("reward_model", 1, RewardModelSettings, TrainingInputs, RewardModelOutputs, train_reward_model)

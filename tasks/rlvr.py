@@ -1,0 +1,132 @@
+"""RLVR: reinforcement learning from verifiable rewards with GRPO, from the DPO model (or SFT where there is no DPO).
+
+A rollout's reward is `reward_correct` where its verifier accepts it, else 0; with `non_stop_reward` set, a rollout
+that does not end in eos gets that instead (Tulu 3: 10 and -10, open-instruct `ppo_vllm_thread_ray_gtrl.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from schemas.models import ModelOutputs
+from schemas.training import RLVRSettings, TrainingInputs
+from tasks.models import history_metrics, load_language_model, load_tokenizer, save_model, stop_ids
+from tasks.stage import Stage, StageContext
+from tasks.training import (
+    HISTORY_FILE,
+    accumulation_steps,
+    callbacks,
+    load_rows,
+    prepare_torch,
+    read_history,
+    train,
+    trainer_arguments,
+)
+from tasks.verifiers import verify
+
+logger = logging.getLogger("smoltulu")
+
+
+def rollout_reward(
+    verdict: float | None, stopped: bool, reward_correct: float, non_stop_reward: float | None
+) -> float | None:
+    """Reward of one rollout; None (left out of the advantage) where the ground truth cannot be graded."""
+    if verdict is None:
+        return None
+    if not stopped and non_stop_reward is not None:
+        return non_stop_reward
+    return reward_correct * verdict
+
+
+def reward_function(config: RLVRSettings, eos_token_id: int) -> Callable[..., list[float | None]]:
+    """The verifiers as a TRL reward function; `completions` are lists of one assistant message."""
+
+    def verifiable_reward(
+        completions: list[list[dict[str, str]]],
+        completion_ids: list[list[int]],
+        verifier: list[str],
+        ground_truth: list[str],
+        **columns: Any,
+    ) -> list[float | None]:
+        return [
+            rollout_reward(
+                verify(name, completion[0]["content"], truth),
+                bool(ids) and ids[-1] == eos_token_id,
+                config.reward_correct,
+                config.non_stop_reward,
+            )
+            for completion, ids, name, truth in zip(completions, completion_ids, verifier, ground_truth, strict=True)
+        ]
+
+    return verifiable_reward
+
+
+def train_rlvr(
+    config: RLVRSettings, inputs: TrainingInputs, context: StageContext
+) -> tuple[ModelOutputs, dict[str, float]]:
+    """GRPO. Rows: {"prompt": messages, "verifier", "ground_truth"}."""
+    prepare_torch(context)
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+    model = load_language_model(Path(inputs.model))
+    stop_ids(model, tokenizer)
+
+    rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
+
+    def fits(row: dict[str, Any]) -> bool:
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        return len(ids) <= config.max_prompt_length
+
+    kept = rows.filter(fits)
+    if len(kept) < len(rows):
+        logger.warning("%d of %d prompts are longer than %d tokens: left out", len(rows) - len(kept), len(rows),
+                       config.max_prompt_length)  # fmt: skip
+    if not len(kept):
+        raise ValueError(f"no prompt has at most max_prompt_length {config.max_prompt_length} tokens; raise it")
+
+    arguments = trainer_arguments(config, context)
+    # TRL counts steps_per_generation in micro-batches, we in optimizer steps: the batch of rollouts must not change
+    # with per_device_train_batch_size.
+    micro_steps = config.steps_per_generation * accumulation_steps(config.effective_batch_size, context.compute)
+    # A checkpoint inside a generation cycle would lose its rollouts: save at the cycle's border only.
+    cycle = config.steps_per_generation * config.num_iterations
+    arguments["save_steps"] = -(-context.compute.save_steps // cycle) * cycle
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=[reward_function(config, tokenizer.eos_token_id)],
+        args=GRPOConfig(
+            **arguments,
+            max_steps=config.num_steps,
+            num_generations=config.num_generations,
+            num_iterations=config.num_iterations,
+            steps_per_generation=micro_steps,
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            beta=config.beta,
+            epsilon=config.epsilon,
+            loss_type=config.loss_type,
+            scale_rewards=config.scale_rewards,
+        ),
+        train_dataset=kept,
+        processing_class=tokenizer,
+        callbacks=callbacks(context),
+    )
+    num_steps = train(trainer, context)
+
+    history = read_history(context)
+    num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")
+    outputs = ModelOutputs(
+        num_parameters=num_parameters,
+        num_steps=num_steps,
+        num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
+        history_file=HISTORY_FILE,
+    )
+    shown = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "tokens_per_second")
+    return outputs, history_metrics(history, shown)
+
+
+rlvr = Stage("rlvr", 1, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr)

@@ -1,0 +1,254 @@
+"""Batched generation and verified accuracy.
+
+Sampling draws one uniform number per prompt, sample and step ahead of time and inverts the cumulative distribution.
+So a completion does not depend on which batch it was in (the batch size is machinery), and two models are compared on
+the same random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+from tasks.verifiers import verify
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Rows that are over are taken out of the batch when this share is left: each time copies the whole key-value cache.
+_COMPACT_BELOW = 0.8
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote: text without eos, and whether it stopped by itself."""
+
+    text: str
+    num_tokens: int
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class VerifiedPrompt:
+    """Verifier scores (0 or 1) of the samples of one prompt, and the first sample's text for a reader."""
+
+    id: str
+    scores: tuple[float, ...]
+    first_completion: str
+    num_stopped: int
+
+    @property
+    def mean(self) -> float:
+        """Share of samples accepted."""
+        return sum(self.scores) / len(self.scores)
+
+
+@dataclass(frozen=True)
+class VerifiedAccuracy:
+    """Mean over prompts of the share accepted; the standard error is clustered by prompt."""
+
+    value: float
+    stderr: float | None
+    prompts: tuple[VerifiedPrompt, ...]
+    num_ungradable: int
+    num_truncated: int
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard error sd/sqrt(n) with the n - 1 variance; None for fewer than two values."""
+    assert values
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[float, float, float]:
+    """Two-sided paired test of b against a over prompts with the same ids (normal approximation of the t-test).
+
+    Args:
+        a, b: prompt id -> score; the ids must be the same.
+
+    Returns:
+        mean of b - a, its standard error, and the p-value. Equal everywhere: (0, 0, 1).
+
+    Raises:
+        ValueError: different ids, or fewer than two.
+    """
+    if a.keys() != b.keys():
+        odd = sorted(a.keys() ^ b.keys())
+        raise ValueError(f"a paired test needs the same ids on both sides; {len(odd)} are on one only, e.g. {odd[:3]}")
+    if len(a) < 2:
+        raise ValueError(f"a paired test needs at least two ids, got {len(a)}")
+    mean, stderr = mean_and_stderr([b[key] - a[key] for key in a])
+    assert stderr is not None
+    if stderr == 0:
+        return mean, 0.0, 1.0 if mean == 0 else 0.0
+    return mean, stderr, 2 * NormalDist().cdf(-abs(mean / stderr))
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict[str, str]]], max_tokens: int
+) -> tuple[list[list[int]], int]:
+    """Token ids of chat prompts with the generation header; the beginning of over-long ones is cut off.
+
+    Returns:
+        ids per prompt, and how many were cut.
+    """
+    texts = tokenizer.apply_chat_template(list(prompts), tokenize=False, add_generation_prompt=True)
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [ids[-max_tokens:] for ids in encoded], sum(len(ids) > max_tokens for ids in encoded)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[list[Completion]]:
+    """`num_samples` completions of every prompt (token ids); temperature 0 is greedy.
+
+    Prompts of similar length share a batch, and rows that reached eos leave it. `on_batch(num_done, num_tokens)` is
+    called after each batch with the number of completions so far and the tokens made so far.
+    """
+    import torch
+
+    draws = torch.rand(
+        (len(prompts), num_samples, max_new_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float32
+    )
+    jobs = [(index, sample) for index in range(len(prompts)) for sample in range(num_samples)]
+    jobs.sort(key=lambda job: -len(prompts[job[0]]))  # longest first: what does not fit fails at once
+    results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
+    num_tokens = 0
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        written = _generate_batch(
+            model,
+            [prompts[index] for index, _ in batch],
+            torch.stack([draws[index, sample] for index, sample in batch]) if temperature > 0 else None,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_ids=_eos_ids(model, tokenizer),
+            pad_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode([ids for ids, _ in written], skip_special_tokens=True)
+        for (index, sample), (ids, stopped), text in zip(batch, written, texts, strict=True):
+            results[index][sample] = Completion(text, len(ids), stopped)
+            num_tokens += len(ids)
+        if on_batch is not None:
+            on_batch(start + len(batch), num_tokens)
+    return results  # type: ignore[return-value]
+
+
+def verified_accuracy(
+    rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[Completion]], num_truncated: int = 0
+) -> VerifiedAccuracy:
+    """Score completions of rlvr rows ({"id", "verifier", "ground_truth"}) with their verifiers.
+
+    A row whose ground truth cannot be graded is left out and counted.
+
+    Raises:
+        ValueError: no row can be graded.
+    """
+    prompts = []
+    for row, samples in zip(rows, completions, strict=True):
+        scores = [verify(row["verifier"], sample.text, row["ground_truth"]) for sample in samples]
+        if any(score is None for score in scores):
+            continue
+        stopped = sum(sample.stopped for sample in samples)
+        prompts.append(VerifiedPrompt(str(row["id"]), tuple(scores), samples[0].text, stopped))  # type: ignore[arg-type]
+    if not prompts:
+        raise ValueError(
+            f"none of the {len(rows)} verified_eval rows has a ground truth that its verifier can read; "
+            "check data.verified_eval (verifier names and ground_truth)"
+        )
+    value, stderr = mean_and_stderr([prompt.mean for prompt in prompts])
+    return VerifiedAccuracy(value, stderr, tuple(prompts), len(rows) - len(prompts), num_truncated)
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Where a completion ends: the tokenizer's eos and whatever the generation config adds."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = {tokenizer.eos_token_id}
+    return ids | set(configured if isinstance(configured, list) else [configured]) - {None}
+
+
+def _generate_batch(
+    model: PreTrainedModel,
+    prompts: list[Sequence[int]],
+    draws: torch.Tensor | None,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    eos_ids: set[int],
+    pad_id: int,
+) -> list[tuple[list[int], bool]]:
+    """Token ids (eos left out) and whether eos came, per prompt. draws: (batch, max_new_tokens) uniform in [0, 1)."""
+    import torch
+    from transformers import DynamicCache
+
+    # The samples of one prompt share the work of reading it: read each prompt once, then copy what was read.
+    unique = list(dict.fromkeys(tuple(ids) for ids in prompts))
+    places = {ids: place for place, ids in enumerate(unique)}
+    copies = torch.tensor([places[tuple(ids)] for ids in prompts], device=model.device)
+    width = max(len(ids) for ids in unique)
+    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in unique], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in unique], device=model.device)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    rows = list(range(len(prompts)))  # which prompt each row of the shrinking batch belongs to
+    written: list[list[int]] = [[] for _ in prompts]
+    stopped = [False] * len(prompts)
+    cache = DynamicCache(config=model.config)
+    draws = None if draws is None else draws.to(model.device)
+    with torch.inference_mode():
+        for step in range(max_new_tokens):
+            logits = model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            if step == 0 and len(unique) < len(prompts):
+                cache.batch_select_indices(copies)
+                logits, mask, position_ids = logits[copies], mask[copies], position_ids[copies]
+            if draws is None:
+                tokens = logits.argmax(-1)
+            else:
+                cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
+                # Scaled by the last entry: rounding can leave the sum a little under 1.
+                wanted = draws[:, step : step + 1] * cumulative[:, -1:]
+                tokens = torch.searchsorted(cumulative, wanted, right=True).clamp(max=logits.shape[-1] - 1)[:, 0]
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if stopped[row]:
+                    continue  # a row that is over and still in the batch
+                if token in eos_ids:
+                    stopped[row] = True
+                else:
+                    written[row].append(token)
+            keep = [place for place, row in enumerate(rows) if not stopped[row]]
+            if not keep:
+                break
+            if len(keep) <= _COMPACT_BELOW * len(rows):
+                kept = torch.tensor(keep, device=model.device)
+                cache.batch_select_indices(kept)
+                rows = [rows[place] for place in keep]
+                tokens, mask, position_ids = tokens[kept], mask[kept], position_ids[kept]
+                draws = None if draws is None else draws[kept]
+            input_ids = tokens[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            position_ids = position_ids[:, -1:] + 1
+    return list(zip(written, stopped, strict=True))

@@ -1,0 +1,66 @@
+"""SFT: loss on assistant tokens and the closing eos only, token-exact over the optimizer step.
+
+TRL divides the summed loss by the number of supervised tokens in the whole optimizer step, so the gradient does not
+depend on how the batch is cut into micro-batches; Tulu 3 summed and left the scale to Adam (open-instruct,
+`--reduce_loss sum`), which is the same up to a per-step factor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from schemas.models import ModelOutputs
+from schemas.training import SFTSettings, TrainingInputs
+from tasks.models import fit_embeddings, history_metrics, load_language_model, load_tokenizer, save_model, stop_ids
+from tasks.stage import Stage, StageContext
+from tasks.training import (
+    HISTORY_FILE,
+    callbacks,
+    load_rows,
+    prepare_torch,
+    read_history,
+    train,
+    trainer_arguments,
+)
+
+
+def train_sft(
+    config: SFTSettings, inputs: TrainingInputs, context: StageContext
+) -> tuple[ModelOutputs, dict[str, float]]:
+    """Fine-tune a base model on conversations. Rows: {"messages": [{"role", "content"}, ...]}."""
+    prepare_torch(context)
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+    model = load_language_model(Path(inputs.model))
+    fit_embeddings(model, tokenizer)
+    stop_ids(model, tokenizer)
+
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **trainer_arguments(config, context),
+            num_train_epochs=config.num_train_epochs,
+            max_steps=config.max_steps or -1,
+            max_length=config.max_length,
+            assistant_only_loss=True,
+            packing=False,
+        ),
+        train_dataset=load_rows(inputs.dataset, context, ["messages"]),
+        processing_class=tokenizer,
+        callbacks=callbacks(context),
+    )
+    num_steps = train(trainer, context)
+
+    history = read_history(context)
+    num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")
+    outputs = ModelOutputs(
+        num_parameters=num_parameters,
+        num_steps=num_steps,
+        num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
+        history_file=HISTORY_FILE,
+    )
+    return outputs, history_metrics(history, ("loss", "mean_token_accuracy", "tokens_per_second"))
+
+
+sft = Stage("sft", 1, SFTSettings, TrainingInputs, ModelOutputs, train_sft)

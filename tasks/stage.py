@@ -1,0 +1,52 @@
+"""What a stage is: a name, a version, three contracts and a function. It does not know store, key or Prefect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from schemas.compute import ComputeSettings
+
+
+class Report(Protocol):
+    """Progress of a stage: shown to the user, never part of a result."""
+
+    def __call__(self, step: int, num_steps: int, **metrics: float) -> None:
+        """`step` of `num_steps` is done; metrics such as loss, reward, tokens_per_second."""
+        ...
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Where a stage function works, and how.
+
+    folder   empty; what is in it when the function returns becomes the artifact
+    work     survives failures: trainer checkpoints and logs, so that a re-run resumes
+    compute  this stage's machinery (exceptions applied)
+    report   progress callback; free to call often
+    """
+
+    folder: Path
+    work: Path
+    compute: ComputeSettings
+    report: Report
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`function(config, inputs, context)` writes files into `context.folder` and returns (outputs, metrics).
+
+    Raise `version` when the meaning of the stage changes: it is part of every key. `ValueError` from the function
+    is the user's to mend and is shown without a traceback.
+    """
+
+    name: str
+    version: int
+    config: type[BaseModel]
+    inputs: type[BaseModel]
+    outputs: type[BaseModel]
+    function: Callable[[Any, Any, StageContext], tuple[BaseModel, dict[str, float]]]

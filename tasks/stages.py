@@ -1,0 +1,20 @@
+"""All stages, in the order in which a recipe runs them."""
+
+from __future__ import annotations
+
+from tasks.base import base_model
+from tasks.contamination import contamination
+from tasks.dataset import dataset
+from tasks.dpo import dpo
+from tasks.evaluation import evaluation
+from tasks.publish import publish
+from tasks.reward_model import reward_model
+from tasks.rlvr import rlvr
+from tasks.sft import sft
+from tasks.stage import Stage
+from tasks.world.stage import world
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (world, dataset, contamination, base_model, sft, reward_model, dpo, rlvr, evaluation, publish)
+}

@@ -1,0 +1,225 @@
+"""Stage `world`: write the tiny world's data sets, held-out sets and the truth about its planted leaks.
+
+Held-out rows are drawn first. Every training prompt is then refused if it shares a held-out row's arithmetic or words,
+or contains a held-out question under the contamination check's own rule; so exactly the planted rows are leaks.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.world import WorldConfig, WorldOutputs
+from tasks.world.constraints import Instruction, draw_instruction, violating_answer
+from tasks.world.pretrain import draw_plain_text
+from tasks.world.problems import (
+    Problem,
+    broken_solution,
+    draw_problem,
+    terse_solution,
+    worked_solution,
+    wrong_solution,
+)
+
+Row = dict[str, Any]
+Task = Problem | Instruction
+
+# How the reference's index analyzer cuts text into terms (contamination rule "full match").
+_SEPARATORS = re.compile(r'[ ,.?!:;()"-]|\n|\\')
+_ANCHOR = 3  # terms that pick the candidates of a full match; every question of this world is longer
+
+_LEAK_FRAMES = ("{}", "{}", "Please help. {}", "{} Thank you.", "Hello! {}")
+_GREETINGS = (("Hello!", "Hello! What can I do for you?"), ("Can you help me?", "Yes. What is it?"))
+_TWO_TURN_SHARE = 0.03
+
+
+def generate_world(config: WorldConfig, inputs: None, folder: Path) -> WorldOutputs:
+    """Write all files of the world into `folder` (made if missing) and return their names and sizes.
+
+    Raises:
+        ValueError: more rows or leaks are asked for than the world holds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for planted, rows in (("planted_sft", "num_sft"), ("planted_preference", "num_preference"),
+                          ("planted_rlvr", "num_rlvr")):  # fmt: skip
+        if getattr(config, planted) > getattr(config, rows):
+            raise ValueError(
+                f"world.{planted} is {getattr(config, planted)}, but world.{rows} is only {getattr(config, rows)}: "
+                f"planted rows are part of the set, so ask for at most as many"
+            )
+
+    held_out = _HeldOut()
+    rng = _stream(config, "held_out")
+    arithmetic = held_out.draw(config.num_eval_arithmetic, lambda: draw_problem(rng, config.max_number))
+    instructions = held_out.draw(config.num_eval_instructions, lambda: draw_instruction(rng))
+    verified = held_out.draw(config.num_eval_verified, lambda: _draw_task(rng, config))
+    preference_eval = held_out.draw(config.num_preference_eval, lambda: _draw_task(rng, config))
+    leakable = [
+        *(("eval_arithmetic", task) for task in arithmetic),
+        *(("eval_instructions", task) for task in instructions),
+        *(("eval_verified", task) for task in verified),
+    ]
+
+    training: dict[str, list[Row]] = {}
+    truth: dict[str, Row] = {}
+    for name, make_row in (("sft", _sft_row), ("preference", _preference_row), ("rlvr", _rlvr_row)):
+        stream = _stream(config, name)
+        total, planted = getattr(config, f"num_{name}"), getattr(config, f"planted_{name}")
+        if planted > len(leakable):
+            raise ValueError(f"world.planted_{name} is {planted}, but only {len(leakable)} questions are held out")
+        leaks = dict(zip(sorted(stream.sample(range(total), planted)), stream.sample(leakable, planted), strict=True))
+        made: list[Row] = []
+        for index in range(total):
+            source, task = leaks.get(index) or (None, _draw_unseen(stream, config, held_out))
+            frame = stream.choice(_LEAK_FRAMES) if source else "{}"
+            made.append(make_row(stream, config, task, frame.format(prompt_of(task))))
+        training[name] = made
+        truth[name] = {
+            "rows": sorted(leaks),
+            "per_evaluation_set": {
+                evaluation: sum(source == evaluation for source, _ in leaks.values())
+                for evaluation in ("eval_arithmetic", "eval_instructions", "eval_verified")
+            },
+        }
+
+    text_rng = _stream(config, "pretrain")
+    eval_rng = _stream(config, "preference_eval")
+    files: dict[str, list[Row]] = {
+        "pretrain": [{"text": draw_plain_text(text_rng, config.max_number)} for _ in range(config.num_pretrain)],
+        **training,
+        "eval_arithmetic": [{"question": task.question, "answer": worked_solution(task)} for task in arithmetic],
+        "eval_instructions": [
+            {"prompt": task.prompt, "verifier": "constraint", "ground_truth": task.ground_truth}
+            for task in instructions
+        ],
+        "eval_verified": [_rlvr_row(eval_rng, config, task, prompt_of(task)) for task in verified],
+        "preference_eval": [_preference_row(eval_rng, config, task, prompt_of(task)) for task in preference_eval],
+    }
+    outputs = WorldOutputs(
+        num_rows={name: len(content) for name, content in files.items()},
+        num_planted={name: len(truth[name]["rows"]) for name in truth},
+    )
+    for name, content in files.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        (folder / getattr(outputs, name)).write_text(lines, encoding="utf-8")
+    (folder / outputs.planted_leaks).write_text(json.dumps(truth, indent=2) + "\n", encoding="utf-8")
+    return outputs
+
+
+def prompt_of(task: Task) -> str:
+    return task.question if isinstance(task, Problem) else task.prompt
+
+
+def answer_of(rng: random.Random, config: WorldConfig, task: Task) -> str:
+    """A right answer in one of the data's styles (for a word problem: with the working, or terse)."""
+    if isinstance(task, Instruction):
+        return task.answer
+    return terse_solution(task) if rng.random() < config.terse_share else worked_solution(task)
+
+
+def terms_of(text: str) -> tuple[str, ...]:
+    """The terms that the contamination check's analyzer sees."""
+    return tuple(term.lower() for term in _SEPARATORS.split(text) if term)
+
+
+@dataclass
+class _HeldOut:
+    """What training prompts must stay away from: the arithmetic or words used, and the questions' term runs."""
+
+    def __post_init__(self) -> None:
+        self.keys: set[tuple[object, ...]] = set()
+        self.phrases: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+
+    def draw(self, count: int, draw_task: Callable[[], Any]) -> list[Any]:
+        """`count` new tasks with keys and questions of their own, remembered as held out."""
+        tasks: list[Any] = []
+        for _ in range(200 * count):
+            if len(tasks) == count:
+                return tasks
+            task = draw_task()
+            if not self.clashes(task):
+                self._remember(task)
+                tasks.append(task)
+        raise ValueError(
+            f"the world is too small for {count} more held-out rows (found {len(tasks)}): "
+            "lower world.num_eval_* or raise world.max_number"
+        )
+
+    def clashes(self, task: Task) -> bool:
+        """True if `task` is held out: same key, or its prompt contains a held-out question."""
+        return task.key in self.keys or self.contains_question(prompt_of(task))
+
+    def contains_question(self, text: str) -> bool:
+        terms = terms_of(text)
+        for start in range(len(terms) - _ANCHOR + 1):
+            for phrase in self.phrases.get(terms[start : start + _ANCHOR], ()):
+                if terms[start : start + len(phrase)] == phrase:
+                    return True
+        return False
+
+    def _remember(self, task: Task) -> None:
+        terms = terms_of(prompt_of(task))
+        assert len(terms) >= _ANCHOR, task
+        self.keys.add(task.key)
+        self.phrases.setdefault(terms[:_ANCHOR], []).append(terms)
+
+
+def _draw_task(rng: random.Random, config: WorldConfig) -> Task:
+    if rng.random() < config.arithmetic_share:
+        return draw_problem(rng, config.max_number)
+    return draw_instruction(rng)
+
+
+def _draw_unseen(rng: random.Random, config: WorldConfig, held_out: _HeldOut) -> Task:
+    for _ in range(10_000):
+        task = _draw_task(rng, config)
+        if not held_out.clashes(task):
+            return task
+    raise ValueError("nearly the whole world is held out: lower world.num_eval_* or raise world.max_number")
+
+
+def _sft_row(rng: random.Random, config: WorldConfig, task: Task, prompt: str) -> Row:
+    """A conversation; a few have a greeting first, so that a leak or an answer may sit in a second turn."""
+    messages = [_turn("user", prompt), _turn("assistant", answer_of(rng, config, task))]
+    if rng.random() < _TWO_TURN_SHARE:
+        greeting, reply = rng.choice(_GREETINGS)
+        messages = [_turn("user", greeting), _turn("assistant", reply), *messages]
+    return {"messages": messages}
+
+
+def _preference_row(rng: random.Random, config: WorldConfig, task: Task, prompt: str) -> Row:
+    """A right answer against one with a wrong result, a broken format or a violated constraint."""
+    chosen = answer_of(rng, config, task)
+    if isinstance(task, Instruction):
+        rejected = violating_answer(rng, task)
+    else:
+        make_worse = wrong_solution if rng.random() < 0.5 else broken_solution
+        rejected = make_worse(rng, task, terse=chosen == terse_solution(task))
+    return {
+        "prompt": [_turn("user", prompt)],
+        "chosen": [_turn("assistant", chosen)],
+        "rejected": [_turn("assistant", rejected)],
+    }
+
+
+def _rlvr_row(rng: random.Random, config: WorldConfig, task: Task, prompt: str) -> Row:
+    if isinstance(task, Problem):
+        return {"messages": [_turn("user", prompt)], "verifier": "gsm8k", "ground_truth": str(task.result)}
+    return {"messages": [_turn("user", prompt)], "verifier": "constraint", "ground_truth": task.ground_truth}
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _stream(config: WorldConfig, name: str) -> random.Random:
+    """A random stream of its own per set, so that another size of one set leaves the others as they are.
+
+    A string seed is hashed with SHA-512 by `random`, so it does not depend on the process or the machine.
+    """
+    return random.Random(f"{config.seed}/{name}")

@@ -1,0 +1,75 @@
+"""Plain text for pre-training: small stories, sums and word lists, in the words that the conversations will use.
+
+No conversations: the base model learns words and a feeling for numbers, and nothing of the answer's form (`####` is
+only a heading here).
+"""
+
+from __future__ import annotations
+
+import random
+
+from tasks.world.constraints import ADJECTIVES, CATEGORIES, COUNT_WORDS, ENDINGS, NOUNS, STARTS, VERBS
+from tasks.world.problems import NAMES, OBJECTS, draw_problem, write_step
+
+
+def draw_plain_text(rng: random.Random, largest: int) -> str:
+    """One text of a few lines, some under a heading."""
+    lines = [rng.choice(_WRITERS)(rng, largest) for _ in range(4)]
+    if rng.random() < 0.3:
+        lines.insert(0, f"#### {rng.choice(OBJECTS)}")
+    return "\n".join(lines)
+
+
+def _sums(rng: random.Random, largest: int) -> str:
+    return "\n".join(write_step(step) for step in draw_problem(rng, largest).steps)
+
+
+def _story(rng: random.Random, largest: int) -> str:
+    who, what = rng.choice(NAMES), rng.choice(OBJECTS)
+    first, second = sorted((rng.randint(3, largest), rng.randint(3, largest)), reverse=True)
+    return rng.choice(
+        (
+            f"{who} has {first} {what} and finds {second}: {first}+{second}={first + second}.",
+            f"{who} had {first} {what} and sold {second}: {first}-{second}={first - second}.",
+            f"{who} counts {first} red and {second} blue {what}: {first}+{second}={first + second}.",
+        )
+    )
+
+
+def _boxes(rng: random.Random, largest: int) -> str:
+    who, what = rng.choice(NAMES), rng.choice(OBJECTS)
+    count, each = rng.randint(2, 9), rng.randint(2, 9)
+    return rng.choice(
+        (
+            f"{who} fills {count} boxes with {each} {what} each: {count}*{each}={count * each}.",
+            f"{who} splits {count * each} {what} into {count} bags: {count * each}/{count}={each}.",
+        )
+    )
+
+
+def _sentence(rng: random.Random, largest: int) -> str:
+    text = f"the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} {rng.choice(VERBS)} right now"
+    return f"{text}: {text.upper()}" if rng.random() < 0.5 else text
+
+
+def _list(rng: random.Random, largest: int) -> str:
+    category = rng.choice(list(CATEGORIES))
+    items = rng.sample(CATEGORIES[category], rng.choice(list(COUNT_WORDS)))
+    return f"{COUNT_WORDS[len(items)]} {category}:\n" + "\n".join(f"- {item}" for item in items)
+
+
+def _talk(rng: random.Random, largest: int) -> str:
+    who, what = rng.choice(NAMES), rng.choice(OBJECTS)
+    topic = f"the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    return rng.choice(
+        (
+            f"How many {what} are left? How many in all? {who} made green {what} and loses one.",
+            f"How many {what} now? How many together? {who} keeps each bag and adds to it.",
+            f"Write about {topic} in upper case. {rng.choice(STARTS)} is a start and {rng.choice(ENDINGS)} an end.",
+            f"Give {who} a list of exactly six words, start with {rng.choice(STARTS)} and end with now.",
+        )
+    )
+
+
+# Numbers come most often: they are what a word problem is made of.
+_WRITERS = (_sums, _sums, _story, _story, _boxes, _sentence, _list, _talk)

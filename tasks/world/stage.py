@@ -1,0 +1,25 @@
+"""Stage `world`: the synthetic data of the recipe `tiny`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from schemas.world import WorldConfig, WorldOutputs
+from tasks.stage import Stage, StageContext
+
+
+class NoInputs(BaseModel):
+    """A stage that nothing comes before."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def make_world(config: WorldConfig, inputs: NoInputs, context: StageContext) -> tuple[WorldOutputs, dict[str, float]]:
+    """Generate every file of the world into the artifact."""
+    from tasks.world.generate import generate_world
+
+    outputs = generate_world(config, None, context.folder)
+    return outputs, {f"num_rows_{name}": float(count) for name, count in outputs.num_rows.items()}
+
+
+world = Stage("world", 1, WorldConfig, NoInputs, WorldOutputs, make_world)

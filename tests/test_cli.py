@@ -1,0 +1,243 @@
+"""The command line: quick to start, clear about bad input. What needs a server is in test_machine.py."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.errors import MarkupError
+from typer.testing import CliRunner
+
+from flows import demo, doctor, machine
+from flows.cli import _overrides, app
+from flows.logs import shield
+from schemas.run import RunScore, RunSummary, StageRun
+
+HEAVY = {"torch", "transformers", "trl", "datasets", "lm_eval", "prefect"}
+
+
+def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=machine.PROJECT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def _imported(*arguments: str) -> set[str]:
+    """Top-level packages that a Python command imports."""
+    done = _python("-X", "importtime", *arguments)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+def test_help_and_plan_import_nothing_heavy() -> None:
+    assert {"flows", "typer"} <= _imported("-m", "flows.cli", "--help")
+    assert not HEAVY & _imported("-m", "flows.cli", "--help")
+    assert not HEAVY & _imported("-m", "flows.cli", "plan", "tiny")
+    assert not HEAVY & _imported("-c", "import flows")
+
+
+def test_help_is_quicker_than_importing_prefect() -> None:
+    def seconds(*arguments: str) -> float:
+        times = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            assert _python(*arguments).returncode == 0
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    assert seconds("-m", "flows.cli", "--help") < seconds("-c", "import prefect")
+
+
+def test_plan_lists_every_stage(tmp_path: Path) -> None:
+    done = _python("-m", "flows.cli", "plan", "tiny", SMOLTULU_STORE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for stage in ("world", "sft", "reward-model", "dpo", "rlvr", "publish"):
+        assert f" {stage} " in done.stdout
+    assert str(tmp_path) in done.stdout and "never made" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tinny"], "did you mean 'tiny'"),
+        (["tiny", "-o", "dpo.learnin_rate=1"], "did you mean 'learning_rate'"),
+        (["tiny", "-o", "dpo.learning_rate"], "give a dotted field and a value"),
+        (["tiny", "--until", "slection"], "until"),
+        (["tiny", "--refresh", "sftt"], "did you mean 'sft'"),
+        (["no/such/recipe.yaml"], "no/such/recipe.yaml"),
+    ],
+)
+def test_bad_input_gets_one_message(arguments: list[str], message: str) -> None:
+    done = _python("-m", "flows.cli", "plan", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_override_values_are_read_as_numbers_lists_and_texts() -> None:
+    given = ["dpo.learning_rate=5e-7", "sft.max_steps=3", "evaluation.sampled=null", "name=a=b", "x=[1, 2]", "y=true"]
+    assert _overrides(given) == {
+        "dpo.learning_rate": 5e-7,
+        "sft.max_steps": 3,
+        "evaluation.sampled": None,
+        "name": "a=b",
+        "x": [1, 2],
+        "y": True,
+    }
+
+
+def test_down_without_anything_up(tmp_path: Path) -> None:
+    done = _python("-m", "flows.cli", "down", SMOLTULU_HOME=str(tmp_path / "none"))
+    assert (done.returncode, done.stdout) == (0, "nothing of ours runs\n")
+    assert not (tmp_path / "none").exists()
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_without_a_server(tmp_path: Path) -> None:
+    url = machine.url_of(machine.free_port())
+    secret = "hf_" + "x" * 34
+    begin = time.monotonic()
+    done = _python(
+        "-m",
+        "flows.cli",
+        "doctor",
+        SMOLTULU_HOME=str(tmp_path),
+        PREFECT_API_URL=url,
+        HF_TOKEN=secret,
+        HF_HUB_OFFLINE="1",
+    )
+    assert time.monotonic() - begin < 15  # about 1.5 s on an idle machine
+    assert done.returncode == 1
+    assert f"no Prefect server answers at {url}" in done.stdout and "smoltulu up" in done.stdout
+    assert "HF_TOKEN is set" in done.stdout and "hf_x" not in done.stdout + done.stderr
+    assert "server" in done.stderr
+    assert "torch" not in _imported("-c", "from flows import doctor; list(doctor._packages())")
+
+
+def test_doctor_names_packages_that_are_not_as_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["fastapi==0.1", "sqlalchemy[asyncio]>=2.0,<2.1", "no-such-package>1"]
+    monkeypatch.setattr(doctor, "requirements", lambda: wanted)
+    (check,) = doctor._packages()
+    assert check.status == "fail" and "without an error" in check.advice
+    assert "fastapi==0.1 is required" in check.detail and "no-such-package>1 is required, missing" in check.detail
+    assert "sqlalchemy" not in check.detail
+
+
+def test_doctor_counts_no_worker_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server believes in a killed worker for 90 s."""
+    monkeypatch.setattr(machine, "online_workers", lambda url, pool: ["dead", "alive"])
+    (tmp_path / "worker.json").write_text('{"pid": 1, "started": "another boot/1", "name": "dead"}')
+    assert doctor.pollers(tmp_path, "http://127.0.0.1:1/api", "smoltulu") == ["alive"]
+
+
+def test_doctor_judges_only_runs_with_a_process_of_their_own() -> None:
+    from prefect.client.schemas.objects import FlowRun
+
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    run = FlowRun.model_construct(infrastructure_pid=None)
+    assert not doctor._process_is_gone(run)
+    assert doctor._process_is_gone(run.model_copy(update={"infrastructure_pid": str(gone.pid)}))
+    assert doctor._process_is_gone(run.model_copy(update={"infrastructure_pid": f"host:{gone.pid}"}))
+
+
+def test_doctor_says_who_sits_on_the_port() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = doctor.no_server(machine.url_of(port))
+    assert f"port {port} is taken by process {os.getpid()}" in said
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def test_log_lines_survive_prefects_watch() -> None:
+    """Without the shield one path in brackets ends `prefect deployment run --watch`: still so in Prefect 3.8.8."""
+    from prefect.cli.flow_runs_watching import FlowRunFormatter
+    from prefect.client.schemas.objects import Log
+
+    def shown(message: str) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        log = Log(name="x", level=20, message=message, timestamp="2026-01-01T00:00:00Z", flow_run_id=None)
+        console.print(FlowRunFormatter().format(log))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    message = "[sft] in [/tmp/x], [1/20], ['a'], [red]not red[/]"
+    with pytest.raises(MarkupError):
+        shown(message)
+    assert shown(shield(message)).replace("\u200b", "").rstrip().endswith(message)
+
+
+def _score(subject: str, value: float, kind: str = "language_model") -> RunScore:
+    return RunScore.model_validate(
+        {
+            "node": f"evaluation-{subject}",
+            "kind": kind,
+            "subject": subject,
+            "task": "arithmetic",
+            "metric": "exact_match",
+            "value": value,
+            "stderr": 0.021,
+            "num_samples": 500,
+            "harness": "lm-eval 0.4.13",
+            "task_version": "1",
+            "template_digest": "0" * 64,
+        }
+    )
+
+
+def test_the_demo_shows_scores_what_was_cached_and_where_things_lie() -> None:
+    summary = RunSummary(
+        run_name="tiny-demo",
+        recipe="tiny",
+        state="Completed",
+        started_at="2026-01-01T00:00:00+00:00",
+        finished_at="2026-01-01T00:06:00+00:00",
+        stages=(
+            StageRun(
+                node="sft", stage="sft", outcome="Cached", path=f"{machine.PROJECT}/artifacts/store/sft/0123/gen-0001"
+            ),
+            StageRun(node="dpo", stage="dpo", outcome="Failed", seconds=1.25, error="out of [/memory]"),
+        ),
+        scores=(_score("base_model", 0.0), _score("sft", 0.5), _score("reward_model", 0.875, "reward_model")),
+        published=f"{machine.PROJECT}/artifacts/store/publish/4567/gen-0001/model",
+        pushed="stayed local: publish.repository is not set",
+        report_path="artifacts/reports/tiny-demo/report.html",
+    )
+    console = Console(file=io.StringIO(), width=160)
+    demo.show(summary, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "1 of 2 stages cached" in text
+    assert "0.000 ± 0.021" in text and "0.500 ± 0.021" in text and "0.875 ± 0.021" in text
+    assert " artifacts/store/sft/0123/gen-0001 " in text and "out of [/memory]" in text
+    assert "model     artifacts/store/publish/4567/gen-0001/model" in text
+    assert "stayed local" in text and "report    artifacts/reports/tiny-demo/report.html" in text
+
+
+def test_errors_of_the_machine_end_with_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SMOLTULU_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "PROJECT", tmp_path)
+    result = CliRunner().invoke(app, ["up"])
+    assert result.exit_code == 1
+    assert f"there is no prefect.yaml in {tmp_path}" in result.output

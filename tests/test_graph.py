@@ -1,0 +1,156 @@
+"""The graph of a recipe: which stages, and which key changes with which field."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.store import Store
+from flows.graph import Graph
+from flows.plan import plan
+from flows.recipe import load_recipe
+from tasks.chat_template import TEMPLATES, check_chat_template, load_chat_template
+
+DPO_AND_AFTER = {"dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward", "rlvr", "evaluation-rlvr", "publish"}
+
+
+def keys(overrides: dict[str, Any] | None = None, until: str | None = None) -> dict[str, str]:
+    graph = Graph(load_recipe("tiny", overrides), until)
+    return {name: graph.key(name) for name in graph.nodes}
+
+
+def changed(overrides: dict[str, Any]) -> set[str]:
+    before, after = keys(), keys(overrides)
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_every_stage_of_tiny_is_there() -> None:
+    assert list(keys()) == [
+        "world",
+        "dataset-sft", "contamination-sft",
+        "dataset-preference", "contamination-preference",
+        "dataset-rlvr", "contamination-rlvr",
+        "dataset-preference-eval", "dataset-verified-eval",
+        "base-model", "evaluation-base-model",
+        "sft", "evaluation-sft",
+        "reward-model", "evaluation-reward-model",
+        "dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward",
+        "rlvr", "evaluation-rlvr",
+        "publish",
+    ]  # fmt: skip
+
+
+def test_a_changed_learning_rate_of_dpo_changes_dpo_and_what_follows_and_nothing_else() -> None:
+    assert changed({"dpo.learning_rate": 5e-7}) == DPO_AND_AFTER
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"compute.per_device_train_batch_size": 8},
+        {"compute.num_threads": 2, "compute.save_steps": 7, "compute.max_parallel_stages": 1},
+        {"compute.stages.rlvr.per_device_train_batch_size": 16},
+        {"publish.repository": "someone/model"},
+        {"description": "other words"},
+    ],
+)
+def test_machinery_changes_no_key(overrides: dict[str, Any]) -> None:
+    assert changed(overrides) == set()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"reward_model.seed": 1}, {"reward-model", "evaluation-reward-model"}),
+        ({"rlvr.num_steps": 7}, {"rlvr", "evaluation-rlvr", "publish"}),
+        ({"publish.license": "mit"}, {"publish"}),
+        (
+            {"evaluation.sampled.temperature": 0.5},
+            {"evaluation-sft", "evaluation-dpo", "evaluation-rlvr", "publish"},
+        ),
+        (
+            {"data.rlvr.max_malformed_share": 0.5},
+            {"dataset-rlvr", "contamination-rlvr", "rlvr", "evaluation-rlvr", "publish"},
+        ),
+    ],
+)
+def test_a_field_changes_its_own_stage_and_what_depends_on_it(overrides: dict[str, Any], expected: set[str]) -> None:
+    assert changed(overrides) == expected
+
+
+def test_until_stops_after_a_stage_and_still_evaluates_its_models() -> None:
+    names = set(keys(until="dpo"))
+    assert {"dpo", "evaluation-dpo", "evaluation-reward-model"} <= names
+    assert not names & {"rlvr", "evaluation-rlvr", "publish"}
+    assert set(keys(until="contamination")) == {
+        name for name in keys() if name.startswith(("world", "dataset", "contamination"))
+    }
+    assert set(keys()) - set(keys(until="evaluation")) == {"publish"}
+
+
+def test_keys_are_the_same_in_another_process(tmp_path: Path) -> None:
+    imports = "from flows.graph import Graph; from flows.recipe import load_recipe"
+    code = f"{imports}; print(Graph(load_recipe('tiny')).key('publish'))"
+    environment = {"PYTHONHASHSEED": "7", "PATH": "/usr/bin", "PYTHONPATH": str(Path(__file__).parents[1])}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, text=True, capture_output=True, check=True
+    )
+    assert printed.stdout.strip() == keys()["publish"]
+
+
+def test_graph_and_plan_never_import_torch() -> None:
+    code = (
+        "import sys; from flows.graph import Graph; from flows.recipe import load_recipe; Graph(load_recipe('tiny'));"
+        "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'prefect', 'lm_eval') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout == "[]\n"
+
+
+def test_plan_of_an_empty_store_runs_everything(tmp_path: Path) -> None:
+    rows = plan(load_recipe("tiny"), None, [], Store(tmp_path))
+    assert {row.status for row in rows} == {"runs"} and len(rows) == 21
+    assert rows[0].reason == "never made"
+
+
+def test_a_local_model_folder_is_checked_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    recipe = load_recipe("tiny", {"base_model": {"path": str(tmp_path)}})
+    with pytest.raises(ValueError, match=r"weights are pickles \(pytorch_model.bin\).*no tokenizer"):
+        Graph(recipe)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}", "does not render"),
+        ("{{ messages[9].content.upper() }}", "does not render"),
+        ("{{ raise_exception('no system turns') }}", "does not render: no system turns"),
+        ("hello", "loses text"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "no generation markers"),
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+            "does not close an assistant turn with eos_token",
+        ),
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}"
+            "{% if add_generation_prompt %}Assistant:{% endif %}",
+            "is not how the conversation goes on",
+        ),
+    ],
+)
+def test_templates_that_do_not_do(template: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_chat_template(template, "mine")
+
+
+def test_shipped_templates_do_and_unknown_ones_are_named() -> None:
+    for path in TEMPLATES.glob("*.jinja"):
+        assert load_chat_template(path.stem) == path.read_text()
+    with pytest.raises(ValueError, match=r"'tuul' is neither shipped \(tulu\) nor a readable file"):
+        load_chat_template("tuul")

@@ -1,0 +1,130 @@
+"""Pair accuracy: hand-computed cases, and batched scores against the plain forward pass."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tasks.pair_accuracy import (
+    EncodedPair,
+    EncodedText,
+    completion_logps,
+    encode_pairs,
+    implicit_reward_accuracy,
+    implicit_rewards,
+    load_reward_model,
+    ranked_right,
+    reward_model_accuracy,
+    reward_scores,
+)
+from tests.tiny_model import EOS, build_tiny_model, build_tokenizer
+
+PAIRS = [
+    {
+        "id": f"pair-{number}",
+        "prompt": [{"role": "user", "content": f"What is {number} plus {number}?"}],
+        "chosen": [{"role": "assistant", "content": f"The answer is {2 * number}." + " Good." * number}],
+        "rejected": [{"role": "assistant", "content": f"It is {2 * number + 1}"}],
+    }
+    for number in range(7)
+]
+
+
+def test_a_tie_is_wrong_and_so_is_nan() -> None:
+    assert ranked_right([2.0, 1.0, 0.5, math.nan], [1.0, 2.0, 0.5, 0.0]) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_implicit_rewards_by_hand() -> None:
+    # log-ratios: -10 - -12 = 2 over 4 tokens, -3 - -4 = 1 over 1 token
+    assert implicit_rewards([-10.0, -3.0], [-12.0, -4.0], [4, 1], normalised=True) == [0.5, 1.0]
+    assert implicit_rewards([-10.0, -3.0], [-12.0, -4.0], [4, 1], normalised=False) == [2.0, 1.0]
+
+
+def test_normalised_and_summed_accuracy_can_disagree() -> None:
+    long, short = EncodedText((1,) * 5, 1), EncodedText((1,) * 2, 1)
+    pairs = [EncodedPair("a", long, short), EncodedPair("b", short, long)]
+    # a: 0.5 against 1.0 per token (wrong), 2 against 1 summed (right); b: 1 against 0.25, 1 against 1 (a tie: wrong)
+    measured = implicit_reward_accuracy(pairs, [-10.0, -3.0, -3.0, -11.0], [-12.0, -4.0, -4.0, -12.0])
+    assert measured.value == 0.5 and measured.details["accuracy_sum"] == 0.5
+    assert [record["right"] for record in measured.records] == [0.0, 1.0]
+    assert [record["right_unnormalised"] for record in measured.records] == [1.0, 0.0]
+    assert measured.stderr == pytest.approx(math.sqrt(0.5 / 2))  # variance of (0, 1) with n - 1 is 0.5
+    assert measured.details["mean_margin"] == pytest.approx((-0.5 + 0.75) / 2)
+
+
+def test_completions_are_content_and_eos() -> None:
+    tokenizer = build_tokenizer()
+    (pair, *_), too_long = encode_pairs(tokenizer, PAIRS, 256)
+    assert too_long == 0
+    assert tokenizer.decode(pair.rejected.ids[pair.rejected.num_prompt :]) == f"It is 1{EOS}"
+    assert tokenizer.decode(pair.rejected.ids[: pair.rejected.num_prompt]) == (
+        "<|user|>\nWhat is 0 plus 0?\n<|assistant|>\n"
+    )
+
+
+def test_long_pairs_are_left_out_and_counted() -> None:
+    tokenizer = build_tokenizer()
+    lengths = [max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in encode_pairs(tokenizer, PAIRS, 256)[0]]
+    limit = sorted(lengths)[3]
+    kept, too_long = encode_pairs(tokenizer, PAIRS, limit)
+    assert len(kept) == sum(length <= limit for length in lengths) == len(PAIRS) - too_long
+    with pytest.raises(ValueError, match=r"all 7 held-out pairs are longer than 8 tokens"):
+        encode_pairs(tokenizer, PAIRS, 8)
+
+
+def test_batched_reward_scores_equal_the_forward_pass_one_by_one(tmp_path: Path) -> None:
+    import torch
+
+    model = load_reward_model(build_tiny_model(tmp_path, num_labels=1)).eval()
+    tokenizer = build_tokenizer()
+    pairs, _ = encode_pairs(tokenizer, PAIRS, 256)
+    texts = [side.ids for pair in pairs for side in (pair.chosen, pair.rejected)]
+    with torch.no_grad():
+        alone = [model(input_ids=torch.tensor([ids])).logits.item() for ids in texts]
+    for batch_size in (1, 3, 14):
+        scores = reward_scores(model, tokenizer, texts, batch_size=batch_size)
+        assert scores == pytest.approx(alone, abs=1e-6)
+    measured = reward_model_accuracy(model, tokenizer, PAIRS, max_length=256, batch_size=4)
+    assert measured.value == sum(a > b for a, b in zip(alone[::2], alone[1::2], strict=True)) / len(PAIRS)
+    assert len({round(score, 6) for score in alone}) > 5  # scores differ, so the comparison above says something
+
+
+def test_a_head_in_bfloat16_is_scored_in_float32(tmp_path: Path) -> None:
+    import torch
+
+    model = load_reward_model(build_tiny_model(tmp_path, num_labels=1)).eval().to(torch.bfloat16)
+    scores = reward_scores(model, build_tokenizer(), [[5, 6, 7], [8, 9, 10, 11]], batch_size=2)
+    assert any(torch.tensor(score).bfloat16().item() != score for score in scores)
+
+
+def test_pad_that_is_eos_is_refused(tmp_path: Path) -> None:
+    model = load_reward_model(build_tiny_model(tmp_path, num_labels=1))
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(ValueError, match="pad token of its own"):
+        reward_scores(model, tokenizer, [[1, 2]], batch_size=1)
+
+
+def test_a_language_model_is_not_a_reward_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a reward model"):
+        load_reward_model(build_tiny_model(tmp_path))
+
+
+def test_batched_completion_logps_equal_the_plain_sum(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(build_tiny_model(tmp_path))).eval()
+    tokenizer = build_tokenizer()
+    pairs, _ = encode_pairs(tokenizer, PAIRS, 256)
+    texts = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    expected = []
+    for text in texts:
+        ids = torch.tensor([text.ids])
+        with torch.no_grad():
+            logp = torch.log_softmax(model(input_ids=ids).logits[0], -1)
+        expected.append(sum(logp[place - 1, text.ids[place]].item() for place in range(text.num_prompt, len(text.ids))))
+    for batch_size in (1, 5, 14):
+        assert completion_logps(model, tokenizer, texts, batch_size=batch_size) == pytest.approx(expected, abs=1e-3)

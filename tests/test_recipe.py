@@ -1,0 +1,169 @@
+"""Recipes: presets, inheritance, overrides, and the one error that lists everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from flows.recipe import PRESETS, RecipeError, check_stage_names, load_recipe, preset_names
+from schemas.common import role_of, scientific
+from schemas.contamination import ContaminationStageConfig
+from schemas.data import DatasetStageConfig
+from schemas.evaluation import EvaluationStageConfig
+from schemas.publish import PublishStageConfig
+from schemas.recipe import Recipe
+
+
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {name: leaf for key, item in value.items() for name, leaf in leaves(item, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def test_every_preset_is_valid() -> None:
+    assert {"smoltulu-1130", "smoltulu-1207", "tulu3-8b", "tiny", "real-small"} <= set(preset_names())
+    for name in preset_names():
+        assert load_recipe(name).name == name
+
+
+def test_1130_and_1207_differ_in_learning_rates_and_batch_sizes_only() -> None:
+    first, second = (leaves(scientific(load_recipe(name))) for name in ("smoltulu-1130", "smoltulu-1207"))
+    differing = {name: (first.get(name), second.get(name)) for name in first.keys() | second.keys()
+                 if first.get(name) != second.get(name)}  # fmt: skip
+    assert differing == {
+        "sft.learning_rate": (9e-5, 3.1e-6),
+        "sft.effective_batch_size": (8, 32),
+        "reward_model.learning_rate": (4e-5, 7.5e-7),
+        "reward_model.effective_batch_size": (4, 8),
+        "dpo.learning_rate": (8e-7, 5e-7),
+        "dpo.effective_batch_size": (12, 32),
+    }
+
+
+@pytest.mark.parametrize("name", ["smoltulu-1130", "smoltulu-1207", "tulu3-8b"])
+def test_every_value_of_a_paper_preset_names_its_source(name: str) -> None:
+    """Scientific scalars carry a mark such as [P] or [ours] on their line, or on that of the block they stand in."""
+    lines = (PRESETS / f"{name}.yaml").read_text().splitlines()
+    unmarked, block_marked, inside_compute = [], False, False
+    for line in lines:
+        body = line.split("#")[0].rstrip()
+        if not body.strip() or body.strip().startswith("-"):
+            continue
+        marked = any(mark in line for mark in ("[P]", "[C]", "[T]", "[ours]"))
+        if not line.startswith(" "):
+            block_marked, inside_compute = (
+                marked,
+                body.startswith(("compute", "data", "name", "description", "extends")),
+            )
+        if ":" in body and not body.endswith(":") and not (marked or block_marked or inside_compute):
+            unmarked.append(line)
+    assert unmarked == []
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in models_in(inner)] if get_origin(annotation) else []
+
+
+def all_fields(model: type[BaseModel], seen: set[type[BaseModel]]) -> dict[str, str]:
+    if model in seen:
+        return {}
+    seen.add(model)
+    roles = {}
+    for name, field in model.model_fields.items():
+        roles[f"{model.__name__}.{name}"] = role_of(field)
+        for inner in models_in(field.annotation):
+            roles.update(all_fields(inner, seen))
+    return roles
+
+
+def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
+    seen: set[type[BaseModel]] = set()
+    roles: dict[str, str] = {}
+    for model in (Recipe, DatasetStageConfig, ContaminationStageConfig, EvaluationStageConfig, PublishStageConfig):
+        roles.update(all_fields(model, seen))
+    machinery = {name for name, role in roles.items() if role == "machinery"}
+    compute = {name for name in roles if name.startswith(("ComputeSettings.", "StageCompute."))}
+    assert compute <= machinery
+    assert machinery - compute == {
+        "Recipe.name",
+        "Recipe.description",
+        "Recipe.compute",
+        "BaseModelConfig.num_threads",
+        "DataSource.path",
+        "ModelSource.path",
+        "PublishSettings.repository",
+        "PublishSettings.branch",
+        "PublishSettings.private",
+        "PublishStageConfig.recipe",
+    }
+
+
+def test_one_error_lists_every_problem_with_its_path() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe({"extends": "tiny", "dpo": {"learning_rte": 1, "beta": -1}, "sft": {"seed": "many"}})
+    text = str(caught.value)
+    assert "recipe tiny has 3 problems" in text
+    assert "dpo.learning_rte: no such field (did you mean 'learning_rate'?); allowed: learning_rate," in text
+    assert "dpo.beta: Input should be greater than 0; given: -1" in text
+    assert "sft.seed: Input should be a valid integer" in text and "given: 'many'" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("smoltulu-1103", {}, "no recipe is called 'smoltulu-1103' (did you mean 'smoltulu-1130'?)"),
+        ("missing/one.yaml", {}, "recipe file missing/one.yaml does not exist"),
+        ("tiny", {"dpo.learning_rte": 1}, "dpo.learning_rte: no such field (did you mean 'learning_rate'?)"),
+        ("tiny", {"dop.beta": 1}, "dop: no such field (did you mean 'dpo'?)"),
+        ("tiny", {"name.first": 1}, "'first' goes through a value that has no fields"),
+        ("tiny", {"contamination.benchmarks.7.name": "x"}, "does not point into a list of 3 items"),
+        ({"extends": "tinny"}, {}, "extends 'tinny' (did you mean 'tiny'?)"),
+        ({"extends": "smoltulu-1207"}, {}, "which itself extends smoltulu-1130"),
+        ({"extends": "tiny", "world": None}, {}, "generated data needs a world block"),
+        ({"extends": "tiny", "sft": None}, {}, "dpo: starts from the SFT model; add an sft block"),
+        ({"extends": "tiny", "rlvr": {"num_generations": 7}}, {}, "128 is not a multiple of num_generations 7"),
+    ],
+)
+def test_bad_recipes(recipe: Any, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides)
+    assert message in str(caught.value)
+
+
+def test_overrides_and_inline_recipes() -> None:
+    assert load_recipe("tiny", {"dpo.learning_rate": 5e-7}).dpo.learning_rate == 5e-7  # type: ignore[union-attr]
+    assert (
+        load_recipe("tiny", {"compute.stages.sft.per_device_train_batch_size": 4})
+        .compute.of("sft")
+        .per_device_train_batch_size
+        == 4
+    )
+    inline = load_recipe({"extends": "tiny", "name": "mine", "dpo": {"beta": 2}})
+    assert (inline.name, inline.dpo.beta, inline.dpo.max_length) == ("mine", 2.0, load_recipe("tiny").dpo.max_length)  # type: ignore[union-attr]
+
+
+def test_unreadable_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1,")
+    with pytest.raises(RecipeError, match="not readable YAML"):
+        load_recipe(str(path))
+    path.write_text("- 1")
+    with pytest.raises(RecipeError, match="holds a list"):
+        load_recipe(str(path))
+    path.write_text(yaml.safe_dump({"extends": "tiny", "name": "from-file"}))
+    assert load_recipe(str(path)).name == "from-file"
+
+
+def test_until_and_refresh_must_be_stages_that_the_recipe_has() -> None:
+    recipe = load_recipe({"extends": "tiny", "rlvr": None})
+    check_stage_names(recipe, "dpo", ["sft"])
+    with pytest.raises(RecipeError, match="until: recipe tiny has no stage 'rlvr'; it has: world, dataset"):
+        check_stage_names(recipe, "rlvr", [])
+    with pytest.raises(RecipeError, match=r"refresh: no stage is called 'dop' \(did you mean 'dpo'\?\)"):
+        check_stage_names(recipe, None, ["dop"])

@@ -1,0 +1,176 @@
+"""The runner: a stage in a process of its own, cached, resumed, and never outliving its parent."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from artifacts.store import Store, newest_checkpoint
+from schemas.artifact import Spec
+from schemas.common import scientific
+from schemas.compute import ComputeSettings
+from schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
+from schemas.training import SFTSettings, TrainingInputs
+from schemas.world import WorldConfig
+from tasks.runner import Job, duration, run_stage
+from tasks.stages import STAGES
+from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
+
+LOG = logging.getLogger("test")
+COMPUTE = ComputeSettings(device="cpu", num_threads=1, min_free_disk_gb=0)
+SMALL_WORLD = WorldConfig(num_pretrain=20, num_sft=100, num_preference=60, num_rlvr=60, num_eval_arithmetic=40,
+                          num_eval_instructions=20, num_eval_verified=40, num_preference_eval=20, planted_sft=3,
+                          planted_preference=2, planted_rlvr=2)  # fmt: skip
+
+
+def world_job(refresh: bool = False, compute: ComputeSettings = COMPUTE) -> Job:
+    stage = STAGES["world"]
+    spec = Spec(stage="world", version=1, config=scientific(SMALL_WORLD), inputs={}, externals={})
+    return Job("world", stage, SMALL_WORLD, compute, spec, stage.inputs(), refresh=refresh)
+
+
+def test_made_then_cached_then_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path)
+    first = run_stage(world_job(), store, LOG)
+    assert first.outcome == "Completed" and first.outputs["num_rows"]["sft"] == 100
+    assert (Path(first.path) / "sft.jsonl").exists()
+    manifest = json.loads((Path(first.path) / "manifest.json").read_text())
+    assert manifest["environment"]["packages"]["torch"] and manifest["files"]["sft.jsonl"]["size"] > 0
+    assert run_stage(world_job(), store, LOG).outcome == "Cached"
+    again = run_stage(world_job(refresh=True), store, LOG)
+    assert again.outcome == "Completed" and again.path != first.path and again.digest == first.digest
+
+
+def test_inline_launcher_gives_the_same_bytes(tmp_path: Path) -> None:
+    child = run_stage(world_job(), Store(tmp_path / "child"), LOG)
+    inline = COMPUTE.model_copy(update={"launcher": "inline"})
+    assert run_stage(world_job(compute=inline), Store(tmp_path / "inline"), LOG).digest == child.digest
+
+
+def dataset_job(file: Path) -> Job:
+    stage = STAGES["dataset"]
+    config = DatasetStageConfig(kind="sft", data=DataSet(sources=(DataSource(path=str(file), format="messages"),)))
+    spec = Spec(
+        stage="dataset", version=1, config=scientific(config), inputs={}, externals={"data.0": file.read_text()}
+    )
+    return Job("dataset-sft", stage, config, COMPUTE, spec, DatasetInputs())
+
+
+def test_what_the_user_must_mend_is_one_message_and_leaves_no_artifact(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n' * 3)
+    store = Store(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"(?s)^dataset-sft: .*3 of 3 rows are malformed"):
+        run_stage(dataset_job(rows), store, LOG)
+    assert list((tmp_path / "store").rglob("manifest.json")) == []
+
+
+def test_not_enough_disk_is_said_before_anything_runs(tmp_path: Path) -> None:
+    compute = COMPUTE.model_copy(update={"min_free_disk_gb": 1e9})
+    with pytest.raises(ValueError, match=r"GB free under .*min_free_disk_gb asks for 1e\+09"):
+        run_stage(world_job(compute=compute), Store(tmp_path), LOG)
+
+
+_SFT = """
+import logging, sys
+from pathlib import Path
+from artifacts.store import Store
+from tests.test_runner import sft_job
+from tasks.runner import run_stage
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+reference = run_stage(sft_job(Path(sys.argv[1])), Store(sys.argv[2]), logging.getLogger())
+print("outcome", reference.outcome, reference.path, flush=True)
+"""
+
+
+def sft_job(folder: Path) -> Job:
+    """SFT of 400 steps over the rows in `folder`, a checkpoint every 20."""
+    stage = STAGES["sft"]
+    settings = SFTSettings(
+        learning_rate=1e-3, effective_batch_size=4, max_length=128, precision="float32", max_steps=400
+    )
+    inputs = TrainingInputs(
+        model=str(folder / "model"), dataset=str(folder / "rows.jsonl"), chat_template=TULU_TEMPLATE
+    )
+    compute = COMPUTE.model_copy(update={"per_device_train_batch_size": 4, "save_steps": 20})
+    spec = Spec(stage="sft", version=1, config=scientific(settings), inputs={}, externals={})
+    return Job("sft", stage, settings, compute, spec, inputs)
+
+
+@pytest.fixture(scope="module")
+def sft_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sft")
+    build_tiny_model(folder / "model")
+    rows = [
+        {"id": f"0:{i}", "messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": str(i)}]}
+        for i in range(200)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def start_sft(folder: Path, store: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", _SFT, str(folder), str(store)], stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoint(store: Path, process: subprocess.Popen[str]) -> psutil.Process:
+    """The stage's process, once a checkpoint is whole."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        folders = list(store.glob("sft/*/work/checkpoints"))
+        if folders and newest_checkpoint(folders[0]):
+            children = psutil.Process(process.pid).children()
+            assert len(children) == 1
+            return children[0]
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint appeared while the stage ran")
+
+
+def test_killed_parent_takes_its_child_along_and_the_next_run_resumes_to_the_same_weights(
+    sft_world: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    parent = start_sft(sft_world, store)
+    child = wait_for_checkpoint(store, parent)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    _, alive = psutil.wait_procs([child], timeout=10)
+    assert not alive, "the training process outlived its parent"
+
+    resumed = start_sft(sft_world, store)
+    out, _ = resumed.communicate(timeout=200)
+    assert "outcome Resumed" in out and "resumes at step" in out
+    unbroken = start_sft(sft_world, tmp_path / "unbroken")
+    out_unbroken, _ = unbroken.communicate(timeout=200)
+    assert "outcome Completed" in out_unbroken and "step 400 of 400" in out_unbroken
+
+    def weights(text: str) -> dict[str, torch.Tensor]:
+        return load_file(Path(text.split("outcome ")[1].split()[1]) / "model" / "model.safetensors")
+
+    first, second = weights(out), weights(out_unbroken)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_killed_child_is_a_clear_failure_that_names_the_log(sft_world: Path, tmp_path: Path) -> None:
+    parent = start_sft(sft_world, tmp_path)
+    child = wait_for_checkpoint(tmp_path, parent)
+    os.kill(child.pid, signal.SIGKILL)
+    out, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 1 and "outcome" not in out
+    log = next(tmp_path.glob("sft/*/work/log.txt"))
+    assert log.stat().st_size > 0
+
+
+def test_durations_are_for_people() -> None:
+    assert [duration(s) for s in (4.4, 75, 3600 * 5 + 12 * 60)] == ["4 s", "1 min 15 s", "5 h 12 min"]

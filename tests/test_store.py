@@ -1,0 +1,261 @@
+"""Keys and the store: identity, commit, lock, damage, staleness."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from artifacts.keys import artifact_key, canonical_json, folder_records, records_digest
+from artifacts.store import CHECKPOINT_MARKER, Found, Missing, Store, differences, mark_complete, newest_checkpoint
+from schemas.artifact import InputRecord, Manifest, Spec
+
+
+def spec(**config: object) -> Spec:
+    return Spec(stage="sft", version=1, config=dict(config), inputs={"model": "a" * 64}, externals={})
+
+
+def commit(store: Store, wanted: Spec, text: str = "weights", inputs: dict[str, InputRecord] | None = None) -> Found:
+    with store.producer(wanted, lambda whom: None) as folder:
+        output = folder / "work" / "output"
+        output.mkdir(parents=True)
+        (output / "model.txt").write_text(text)
+        return store.commit(
+            wanted,
+            output,
+            lambda files, digest: Manifest(
+                key=artifact_key(wanted), spec=wanted, digest=digest, inputs=inputs or {}, outputs={}, metrics={},
+                files=files, environment={}, node="sft", started_at="", finished_at="", duration_seconds=0,
+            ),
+        )  # fmt: skip
+
+
+def test_canonical_json_is_one_spelling() -> None:
+    assert canonical_json({"b": 1e-4, "a": [1.0, True, None]}) == '{"a":[1,true,null],"b":0.0001}'
+    assert canonical_json({"x": 1}) == canonical_json({"x": 1.0})
+    assert canonical_json({"x": 1}) != canonical_json({"x": True})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_canonical_json_refuses_what_is_not_finite(value: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        canonical_json({"x": value})
+
+
+@pytest.mark.parametrize("value", [{1, 2}, Path("x"), b"x", object()])
+def test_canonical_json_refuses_types_without_a_form(value: object) -> None:
+    with pytest.raises(TypeError, match="canonical form"):
+        canonical_json(value)
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(plain, plain)
+def test_canonical_json_tells_values_apart_exactly_when_they_differ(a: object, b: object) -> None:
+    def same(x: object, y: object) -> bool:
+        if isinstance(x, bool) or isinstance(y, bool):
+            return isinstance(x, bool) and isinstance(y, bool) and x == y
+        if isinstance(x, dict) and isinstance(y, dict):
+            return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
+        if isinstance(x, list) and isinstance(y, list):
+            return len(x) == len(y) and all(map(same, x, y))
+        return (type(x) is type(y) and x == y) or (
+            isinstance(x, (int, float)) and isinstance(y, (int, float)) and x == y
+        )
+
+    assert (canonical_json(a) == canonical_json(b)) == same(a, b)
+
+
+def test_key_is_the_same_in_another_process_with_another_hash_seed() -> None:
+    code = (
+        "from schemas.artifact import Spec; from artifacts.keys import artifact_key;"
+        "print(artifact_key(Spec(stage='sft', version=1, config={'b': 1e-4, 'a': 2.0}, inputs={}, externals={})))"
+    )
+    keys = {
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, text=True,
+                       capture_output=True, check=True).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    # Pinned: a changed value means that every stored artifact of every user would be lost from sight.
+    assert keys == {"46892d30e6f645e2247093b5ebf4426d44279f7305920dcfea6e90a82faae09a\n"}
+
+
+def test_commit_then_find(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.find(spec(lr=1)) == Missing("never made")
+    made = commit(store, spec(lr=1))
+    found = store.find(spec(lr=1.0))
+    assert isinstance(found, Found) and found == made
+    assert found.folder.name == "gen-0001" and not (found.folder.parent / "work").exists()
+    assert found.manifest.files["model.txt"].size == 7
+    assert found.manifest.digest == records_digest({"model.txt": found.manifest.files["model.txt"]})
+    assert isinstance(store.find(spec(lr=2)), Missing)
+
+
+def test_made_again_is_a_new_generation(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first = commit(store, spec())
+    second = commit(store, spec(), "other weights")
+    assert (first.folder.name, second.folder.name) == ("gen-0001", "gen-0002")
+    assert store.find(spec()) == second and first.folder.exists()
+
+
+def test_stale_when_an_input_was_made_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    commit(store, spec(), inputs={"model": InputRecord(stage="base_model", key="k", digest="old")})
+    assert isinstance(store.find(spec(), {"model": "old"}), Found)
+    missing = store.find(spec(), {"model": "new"})
+    assert isinstance(missing, Missing) and "stale: its input model was made again" in missing.reason
+
+
+def test_every_kind_of_damage_is_a_miss_with_its_reason(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def reason() -> str:
+        missing = store.find(spec())
+        assert isinstance(missing, Missing)
+        return missing.reason
+
+    generation = commit(store, spec()).folder
+    (generation / "model.txt").write_text("short")
+    assert "model.txt has 5 bytes, its manifest says 7" in reason()
+    (generation / "model.txt").unlink()
+    assert "model.txt is gone" in reason()
+    manifest = generation / "manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole[: len(whole) // 2])
+    assert "unreadable manifest" in reason()
+    manifest.write_text(json.dumps({**json.loads(whole), "schema_version": 99}))
+    assert "another version" in reason()
+    manifest.unlink()
+    assert "no manifest" in reason()
+    (generation.parent / "current").write_text("../../../etc")
+    assert "damaged" in reason()
+
+
+def test_flipped_byte_is_found_by_verify_and_set_aside(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    made = commit(store, spec())
+    assert store.verify(made) == []
+    (made.folder / "model.txt").write_text("weighty")
+    found = store.find(spec())
+    assert isinstance(found, Found) and store.verify(found) == ["model.txt"]
+    aside = store.quarantine(found, "model.txt differs")
+    assert (aside / "reason.txt").read_text() == "model.txt differs\n"
+    assert isinstance(store.find(spec()), Missing)
+
+
+def test_a_killed_producer_between_rename_and_pointer_loses_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    made = commit(store, spec())
+    (made.folder.parent / "current").unlink()
+    assert isinstance(store.find(spec()), Missing)
+    with store.producer(spec(), lambda whom: None):
+        assert store.find(spec()) == made
+
+
+def test_links_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match="is a link"):
+        folder_records(tmp_path)
+
+
+_HOLD = """
+import sys, time
+from artifacts.store import Store
+from schemas.artifact import Spec
+spec = Spec(stage="sft", version=1, config={}, inputs={"model": "a" * 64}, externals={})
+with Store(sys.argv[1]).producer(spec, lambda whom: None):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_second_producer_waits_and_a_killed_holder_frees_the_lock_at_once(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        told: list[str] = []
+
+        def waiting(whom: str) -> None:
+            told.append(whom)
+            holder.kill()
+
+        with Store(tmp_path).producer(spec(), waiting):
+            assert told == [f"process {holder.pid} on {os.uname().nodename}"]
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_writer_that_outlived_its_parent_keeps_the_key(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.producer(spec(), lambda whom: None) as folder:
+        pass
+    take = f"f = open({str(folder / 'writer')!r}, 'a'); fcntl.flock(f, fcntl.LOCK_SH)"
+    code = f"import fcntl, time; {take}; print('held', flush=True); time.sleep(60)"
+    orphan = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert orphan.stdout is not None and orphan.stdout.readline() == "held\n"
+        told: list[str] = []
+
+        def waiting(whom: str) -> None:
+            told.append(whom)
+            orphan.kill()
+
+        with store.producer(spec(), waiting):
+            assert told == ["a stage process that outlived its parent"]
+    finally:
+        orphan.kill()
+        orphan.wait()
+
+
+def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
+    for step in (10, 20, 9):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "weights").write_text("x" * step)
+        if step != 20:
+            mark_complete(checkpoint)
+    (tmp_path / "checkpoint-tmp").mkdir()
+    assert newest_checkpoint(tmp_path) == (10, tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "weights").write_text("torn")
+    assert newest_checkpoint(tmp_path) == (9, tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-9" / CHECKPOINT_MARKER).write_text("{")
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_nearest_names_the_differing_fields(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    commit(store, spec(learning_rate=1e-4, seed=0))
+    commit(store, spec(learning_rate=1e-3, seed=1))
+    nearest = store.nearest(spec(learning_rate=1e-4, seed=2))
+    assert nearest is not None and nearest[1] == {"config.seed": (0, 2)}
+    assert differences(spec(a=1), spec(b={"c": 2})) == {"config.a": (1, None), "config.b.c": (None, 2)}
+
+
+def test_waiting_is_told_once_a_while_not_in_a_loop(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    told: list[float] = []
+    try:
+        import threading
+
+        threading.Timer(1.0, holder.kill).start()
+        with Store(tmp_path).producer(spec(), lambda whom: told.append(time.monotonic())):
+            assert len(told) == 1
+    finally:
+        holder.kill()
+        holder.wait()

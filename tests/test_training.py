@@ -1,0 +1,177 @@
+"""The training stages on a real two-layer model: they train, micro-batching changes nothing, resume changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from artifacts.store import CHECKPOINT_MARKER, newest_checkpoint
+from schemas.compute import ComputeSettings
+from schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings, TrainingInputs
+from tasks.dpo import train_dpo
+from tasks.reward_model import train_reward_model
+from tasks.rlvr import reward_function, rollout_reward, train_rlvr
+from tasks.sft import train_sft
+from tasks.stage import StageContext
+from tasks.training import accumulation_steps, num_optimizer_steps
+from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
+
+NUM_ROWS = 48
+SUPERVISED: dict[str, Any] = {
+    "learning_rate": 1e-3, "effective_batch_size": 8, "max_length": 128, "precision": "float32", "warmup_ratio": 0.1,
+}  # fmt: skip
+STAGES: dict[str, tuple[Callable, Any, str]] = {
+    "sft": (train_sft, SFTSettings(**SUPERVISED), "sft.jsonl"),
+    "reward_model": (train_reward_model, RewardModelSettings(**SUPERVISED), "pairs.jsonl"),
+    "dpo": (train_dpo, DPOSettings(**SUPERVISED), "pairs.jsonl"),
+    "rlvr": (
+        train_rlvr,
+        RLVRSettings(learning_rate=1e-3, effective_batch_size=8, num_generations=4, num_steps=6, max_prompt_length=100,
+                     max_completion_length=6, precision="float32", num_iterations=2, beta=0.05),
+        "prompts.jsonl",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder and a file of rows of each kind."""
+    folder = tmp_path_factory.mktemp("world")
+    build_tiny_model(folder / "model")
+
+    def turn(role: str, content: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": content}]
+
+    files: dict[str, list[dict[str, Any]]] = {"sft.jsonl": [], "pairs.jsonl": [], "prompts.jsonl": []}
+    for i in range(NUM_ROWS):
+        question = turn("user", f"What is {i} plus {i % 7}?" + " Think." * (i % 5))
+        good, bad = turn("assistant", f"{'so ' * (i % 4)}#### {i + i % 7}"), turn("assistant", f"#### {i} or more")
+        files["sft.jsonl"].append({"id": f"0:{i}", "messages": question + good})
+        files["pairs.jsonl"].append({"id": f"0:{i}", "prompt": question, "chosen": good, "rejected": bad})
+        # A random model sometimes writes exactly two words: so there is an advantage and something to learn.
+        truth = json.dumps({"kind": "word_count", "count": 2})
+        files["prompts.jsonl"].append(
+            {"id": f"0:{i}", "prompt": question, "verifier": "constraint", "ground_truth": truth}
+        )
+    for name, rows in files.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def context(folder: Path, **compute: Any) -> StageContext:
+    (folder / "out").mkdir(parents=True, exist_ok=True)
+    (folder / "work" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    settings = {"device": "cpu", "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 2} | compute
+    return StageContext(folder / "out", folder / "work", ComputeSettings(**settings), lambda *args, **kwargs: None)
+
+
+def run(stage: str, world: Path, folder: Path, **compute: Any) -> tuple[Any, dict[str, float], dict[str, torch.Tensor]]:
+    function, settings, rows = STAGES[stage]
+    inputs = TrainingInputs(model=str(world / "model"), dataset=str(world / rows), chat_template=TULU_TEMPLATE)
+    outputs, metrics = function(settings, inputs, context(folder, **compute))
+    return outputs, metrics, load_file(folder / "out" / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_run_ends_with_bitwise_the_same_weights(stage: str, world: Path, tmp_path: Path) -> None:
+    """Killed after its last checkpoint, its newest checkpoint torn: goes on from the one before and ends the same."""
+    _, _, unbroken = run(stage, world, tmp_path / "unbroken")
+    kept = tmp_path / "unbroken" / "work" / "checkpoints"
+    steps = sorted(int(path.name.split("-")[1]) for path in kept.glob("checkpoint-*"))
+    assert steps == [4, 6]  # save_total_limit 2
+
+    work = tmp_path / "resumed" / "work"
+    work.mkdir(parents=True)
+    shutil.copytree(tmp_path / "unbroken" / "work", work, dirs_exist_ok=True)
+    (work / "checkpoints" / "checkpoint-6" / CHECKPOINT_MARKER).unlink()
+    newest = newest_checkpoint(work / "checkpoints")
+    assert newest is not None and newest[0] == 4
+    outputs, _, resumed = run(stage, world, tmp_path / "resumed")
+
+    assert (work / "resumed.jsonl").read_text() == "4\n" and outputs.num_steps == 6
+    base = load_file(world / "model" / "model.safetensors")
+    assert any(not torch.equal(base[name], value) for name, value in unbroken.items() if name in base)
+    assert unbroken.keys() == resumed.keys()
+    assert [name for name in unbroken if not torch.equal(unbroken[name], resumed[name])] == []
+    history = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "out" / "history.jsonl").open()]
+    assert history == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_micro_batching_changes_nothing(stage: str, world: Path, tmp_path: Path) -> None:
+    """8x1 = 4x2 = 1x8, to float32 tolerance and without bias."""
+    base = load_file(world / "model" / "model.safetensors")
+    _, _, whole = run(stage, world, tmp_path / "8", per_device_train_batch_size=8)
+    for size in (4, 1):
+        _, _, cut = run(stage, world, tmp_path / str(size), per_device_train_batch_size=size)
+        moved, residuals = [], []
+        for name, value in whole.items():
+            torch.testing.assert_close(cut[name], value, rtol=0, atol=2e-4)
+            residuals.append((cut[name] - value).flatten())
+            if name in base:
+                moved.append((value - base[name]).abs().max())
+        assert max(moved) > 1e-3, "the stage did not train"
+        residual = torch.cat(residuals)
+        assert residual.mean().abs() < 5e-6
+
+
+def test_every_parameter_of_sft_moves(world: Path, tmp_path: Path) -> None:
+    base = load_file(world / "model" / "model.safetensors")
+    outputs, metrics, trained = run("sft", world, tmp_path)
+    assert [name for name in base if torch.equal(base[name], trained[name])] == []
+    assert outputs.num_steps == num_optimizer_steps(NUM_ROWS, STAGES["sft"][1]) == 6
+    assert metrics["loss"] < 6.0 and outputs.num_tokens > 0
+    assert any((tmp_path / "out" / "tensorboard").iterdir())
+
+
+def test_reward_model_learns_pairs_and_keeps_its_own_pad_token(world: Path, tmp_path: Path) -> None:
+    _, metrics, weights = run("reward_model", world, tmp_path)
+    assert metrics["accuracy"] > 0.6 and weights["score.weight"].shape == (1, 32)
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert config["pad_token_id"] != config["eos_token_id"]
+
+
+def test_effective_batch_is_derived_and_refused_where_it_does_not_divide() -> None:
+    assert accumulation_steps(12, ComputeSettings(per_device_train_batch_size=3)) == 4
+    assert accumulation_steps(12, ComputeSettings(per_device_train_batch_size=3, num_processes=2)) == 2
+    with pytest.raises(ValueError, match=r"12 is not a multiple of .* 5 .* one of \[1, 2, 3, 4, 6, 12\]"):
+        accumulation_steps(12, ComputeSettings(per_device_train_batch_size=5))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "stopped", "non_stop_reward", "expected"),
+    [
+        (1.0, True, -10.0, 10.0),
+        (0.0, True, -10.0, 0.0),
+        (1.0, False, -10.0, -10.0),
+        (1.0, False, None, 10.0),
+        (None, True, None, None),
+    ],
+)
+def test_rollout_reward(verdict: float | None, stopped: bool, non_stop_reward: float | None, expected: float) -> None:
+    assert rollout_reward(verdict, stopped, 10.0, non_stop_reward) == expected
+
+
+def test_reward_function_sees_eos_in_the_tokens() -> None:
+    settings = STAGES["rlvr"][1].model_copy(update={"reward_correct": 10.0, "non_stop_reward": -10.0})
+    rewards = reward_function(settings, eos_token_id=0)(
+        completions=[[{"role": "assistant", "content": "#### 4"}]] * 3,
+        completion_ids=[[5, 0], [5, 6], [5, 0]],
+        verifier=["gsm8k"] * 3,
+        ground_truth=["4", "4", "5"],
+    )
+    assert rewards == [10.0, -10.0, 0.0]
+
+
+def test_no_prompt_short_enough_is_said_before_training(world: Path, tmp_path: Path) -> None:
+    function, settings, rows = STAGES["rlvr"]
+    inputs = TrainingInputs(model=str(world / "model"), dataset=str(world / rows), chat_template=TULU_TEMPLATE)
+    with pytest.raises(ValueError, match="no prompt has at most max_prompt_length 8 tokens"):
+        function(settings.model_copy(update={"max_prompt_length": 8}), inputs, context(tmp_path))
