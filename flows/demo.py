@@ -6,6 +6,7 @@ server that is not ours is never touched: where one sits on the default port, th
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from flows import machine
+from flows.doctor import store_root
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from schemas.run import RunSummary
 
 DEPLOYMENT = "smoltulu/tiny"
-REPORTS = machine.PROJECT / "artifacts" / "reports"
+#: Events that the stages' own log lines tell better.
+_EVENT = re.compile(r" prefect\.(artifact|task-run)|Finished in state Completed\(")
 
 
 def demo() -> int:
@@ -49,7 +52,7 @@ def demo() -> int:
             _say("demo      uses the server and the worker that were up already")
         _say(f"demo      {DEPLOYMENT} as run {name}; to look on: {running.url.removesuffix('/api')}\n")
         code = _watch(home, running.url, name)
-        path = REPORTS / f"tiny-{name}" / "summary.json"
+        path = store_root().parent / "reports" / f"tiny-{name}" / "summary.json"
         if code:
             _say(f"\nthe run did not complete; the worker's log: {home / 'logs' / 'worker.log'}")
         summary = _read(path)
@@ -92,7 +95,14 @@ def _watch(home: Path, url: str, name: str) -> int:
     if not sys.stdout.isatty():
         environment["COLUMNS"] = "160"  # else Prefect folds the log at 80
     command = [sys.executable, "-m", "prefect", "deployment", "run", DEPLOYMENT, "--watch", "--flow-run-name", name]
-    return subprocess.run(command, cwd=machine.PROJECT, env=environment, check=False).returncode
+    with subprocess.Popen(
+        command, cwd=machine.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as watching:
+        assert watching.stdout is not None
+        for line in watching.stdout:
+            if not _EVENT.search(line):
+                print(line, end="", flush=True)
+    return watching.returncode
 
 
 def _cancel(url: str, name: str) -> None:

@@ -30,7 +30,6 @@ from tasks.push import check_push_access, push_model
 from tasks.report import artifact_key, html_report, markdown, stage_table, summarise
 from tasks.runner import duration, run_stage, stop_children
 
-REPORTS = Path("artifacts/reports")
 #: More tasks than can run: how many stages really run side by side is compute.max_parallel_stages.
 _MAX_WAITING_TASKS = 32
 
@@ -92,9 +91,7 @@ def smoltulu(
         create_table_artifact(
             key=artifact_key(f"{checked.name}-{node}"), table=stage_table(reference), description=f"{node}, {took}"
         )
-        return Completed(
-            name=reference.outcome, message=f"{reference.outcome} in {took}: {reference.path}", data=reference
-        )
+        return Completed(name=reference.outcome, message=took, data=reference)
 
     @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=[10, 60])
     def push(published: ArtifactReference) -> str:
@@ -142,8 +139,9 @@ def _report(
     """Write summary.json and report.html of a run, and its Markdown artifact."""
     found = {reference.node: store.find(graph.spec(reference.node)) for reference in made}
     pairs = [(reference, result.manifest) for reference in made if isinstance(result := found[reference.node], Found)]
-    run_name = f"{graph.recipe.name}-{runtime.flow_run.name or started_at:%Y%m%dT%H%M%S}"
-    folder = REPORTS / run_name
+    run_name = f"{graph.recipe.name}-{runtime.flow_run.name or started_at.strftime('%Y%m%dT%H%M%S')}"
+    reports = store.root.parent / "reports"
+    folder = reports / run_name
     folder.mkdir(parents=True, exist_ok=True)
     published = next((ref for ref in made if ref.stage == "publish"), None)
     summary = summarise(
@@ -171,7 +169,7 @@ def _report(
         recipe_yaml,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
-    (REPORTS / "latest").write_text(run_name)
+    (reports / "latest").write_text(run_name)
     create_markdown_artifact(key=artifact_key(f"{graph.recipe.name}-run"), markdown=markdown(summary))
     num_cached = sum(reference.outcome == "Cached" for reference in made)
     log.info("%d of %d stages cached; report: %s", num_cached, len(graph.nodes), (folder / "report.html").resolve())

@@ -23,7 +23,7 @@ class WorldConfig(StrictModel):
     num_preference_eval: int = science(600, ge=1, description="held-out chosen/rejected pairs")
 
     max_number: int = science(
-        20, ge=15, le=999, description="largest number that is added or subtracted: larger ones are harder"
+        20, ge=12, le=999, description="largest number that is added or subtracted: larger ones are harder"
     )
     arithmetic_share: float = science(
         0.75, gt=0.0, lt=1.0, description="share of word problems; the rest are instructions with a constraint"

@@ -26,6 +26,7 @@ def train_dpo(
     model = load_language_model(Path(inputs.model))
     stop_ids(model, tokenizer)
 
+    rows = load_rows(inputs.dataset, context, ["prompt", "chosen", "rejected"])
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(
@@ -40,11 +41,11 @@ def train_dpo(
             precompute_ref_log_probs=True,
             precompute_ref_batch_size=context.compute.per_device_eval_batch_size,
         ),
-        train_dataset=load_rows(inputs.dataset, context, ["prompt", "chosen", "rejected"]),
+        train_dataset=rows,
         processing_class=tokenizer,
         callbacks=callbacks(context),
     )
-    num_steps = train(trainer, context)
+    num_steps = train(trainer, context, len(rows))
 
     history = read_history(context)
     num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _language_model(
                 settings,
                 chat_template=inputs.chat_template,
                 world=inputs.world,
-                on_progress=lambda share, part=part: report(part, share),
+                on_progress=partial(report, part),
             )
             for record in records:
                 write(record)
@@ -227,7 +228,7 @@ def _implicit_reward(
                 tokenizer,
                 [side for pair in encoded for side in (pair.chosen, pair.rejected)],
                 batch_size=context.compute.per_device_eval_batch_size,
-                on_batch=lambda done, total, position=position: context.report(position * total + done, 2 * total),
+                on_batch=partial(_report_half, context, position),
             )
         )
         del model
@@ -256,6 +257,11 @@ def _implicit_reward(
             {"reward": "log-probability ratio summed over the completion, eos included"},
         ),
     ]
+
+
+def _report_half(context: StageContext, position: int, num_done: int, num_in_all: int) -> None:
+    """Progress of the first (0) or second (1) of two passes over the same pairs."""
+    context.report(position * num_in_all + num_done, 2 * num_in_all)
 
 
 def _own_score(

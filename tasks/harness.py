@@ -179,7 +179,7 @@ def run_task(
 def _load(manager: TaskManager, task: EvaluationTask, world: str | None) -> dict[str, Any]:
     """lm-eval's task objects; a member of an inline group is merged with the registered definition, a dict is not."""
     if not task.files:
-        return manager.load([task.name])  # type: ignore[return-value]
+        return manager.load([task.name])
     member: dict[str, Any] = {"task": task.name, "dataset_kwargs": {"sources": task.files, "world": world}}
     if task.name not in task_manager(stock=False).all_tasks:
         # The shipped definitions say themselves how they read their files.

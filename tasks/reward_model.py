@@ -34,6 +34,7 @@ def train_reward_model(
     stop_ids(model, tokenizer)
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
 
+    rows = load_rows(inputs.dataset, context, ["prompt", "chosen", "rejected"])
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(
@@ -43,11 +44,11 @@ def train_reward_model(
             max_length=config.max_length,
             disable_dropout=True,
         ),
-        train_dataset=load_rows(inputs.dataset, context, ["prompt", "chosen", "rejected"]),
+        train_dataset=rows,
         processing_class=tokenizer,
         callbacks=callbacks(context),
     )
-    num_steps = train(trainer, context)
+    num_steps = train(trainer, context, len(rows))
 
     history = read_history(context)
     num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")

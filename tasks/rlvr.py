@@ -115,7 +115,7 @@ def train_rlvr(
         processing_class=tokenizer,
         callbacks=callbacks(context),
     )
-    num_steps = train(trainer, context)
+    num_steps = train(trainer, context, len(kept))
 
     history = read_history(context)
     num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")

@@ -36,6 +36,7 @@ def train_sft(
     fit_embeddings(model, tokenizer)
     stop_ids(model, tokenizer)
 
+    rows = load_rows(inputs.dataset, context, ["messages"])
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -46,11 +47,11 @@ def train_sft(
             assistant_only_loss=True,
             packing=False,
         ),
-        train_dataset=load_rows(inputs.dataset, context, ["messages"]),
+        train_dataset=rows,
         processing_class=tokenizer,
         callbacks=callbacks(context),
     )
-    num_steps = train(trainer, context)
+    num_steps = train(trainer, context, len(rows))
 
     history = read_history(context)
     num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")

@@ -154,11 +154,17 @@ def callbacks(context: StageContext) -> list[TrainerCallback]:
     return [Progress(context.report, context.work / HISTORY_FILE), CompleteCheckpoint()]
 
 
-def train(trainer: Trainer, context: StageContext) -> int:
+def train(trainer: Trainer, context: StageContext, num_rows: int) -> int:
     """Train from the newest complete checkpoint, or from the start. Number of optimizer steps done in all.
 
-    The history of logged metrics lands in the artifact.
+    `num_rows` went into the trainer: what it dropped in silence is said. The history of logged metrics lands in the
+    artifact. ValueError where the trainer kept no row.
     """
+    num_kept = len(trainer.train_dataset)
+    if not num_kept:
+        raise ValueError(f"none of {num_rows:,} rows has anything to train on within max_length; raise it")
+    if num_kept < num_rows:
+        logger.warning("%s of %s rows left out: too long for max_length", f"{num_rows - num_kept:,}", f"{num_rows:,}")
     newest = newest_checkpoint(context.work / "checkpoints")
     if newest is not None:
         logger.info("resumes at step %d", newest[0])

@@ -42,10 +42,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its worked steps; `key` identifies the arithmetic, so that held-out numbers stay held out."""
+    """A question with its worked steps.
+
+    `key` is the story, what it is about and its numbers: a held-out key is in no training row, under no name either.
+    The same numbers may be there about other things, as sums recur in every set of real word problems.
+    """
 
     family: str
     question: str
+    objects: str
     steps: tuple[Step, ...]
 
     @property
@@ -54,7 +59,7 @@ class Problem:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (self.family, *self.steps)
+        return (self.family, self.objects, *self.steps)
 
 
 def _gain_then_lose(rng: random.Random, largest: int, who: str, what: str) -> tuple[str, tuple[Step, ...]]:
@@ -119,8 +124,9 @@ FAMILIES: dict[str, Callable[[random.Random, int, str, str], tuple[str, tuple[St
 def draw_problem(rng: random.Random, largest: int) -> Problem:
     """A random word problem whose stated numbers stay at or under `largest` (products and sums may exceed it)."""
     family = rng.choice(list(FAMILIES))
-    question, steps = FAMILIES[family](rng, largest, rng.choice(NAMES), rng.choice(OBJECTS))
-    return Problem(family, question, steps)
+    objects = rng.choice(OBJECTS)
+    question, steps = FAMILIES[family](rng, largest, rng.choice(NAMES), objects)
+    return Problem(family, question, objects, steps)
 
 
 def write_step(step: Step) -> str:

@@ -1,0 +1,197 @@
+"""The pipeline as a user runs it: a real server, a worker, `prefect deployment run`; small sizes, every stage real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from artifacts.store import newest_checkpoint
+from flows import machine
+from flows.graph import Graph
+from flows.recipe import load_recipe
+
+SMALL: dict[str, Any] = {
+    "world.num_pretrain": 200,
+    "world.num_sft": 300,
+    "world.num_preference": 120,
+    "world.num_rlvr": 120,
+    "world.num_eval_arithmetic": 40,
+    "world.num_eval_instructions": 20,
+    "world.num_eval_verified": 40,
+    "world.num_preference_eval": 40,
+    "world.planted_sft": 5,
+    "world.planted_preference": 3,
+    "world.planted_rlvr": 3,
+    "base_model.scratch.num_steps": 5,
+    "base_model.scratch.num_hidden_layers": 2,
+    "base_model.scratch.hidden_size": 32,
+    "base_model.scratch.intermediate_size": 64,
+    "base_model.scratch.num_attention_heads": 2,
+    "sft.max_steps": 6,
+    "reward_model.max_steps": 3,
+    "dpo.max_steps": 3,
+    "rlvr.num_steps": 2,
+    "rlvr.effective_batch_size": 32,
+    "compute.stages.rlvr.per_device_train_batch_size": 32,
+    "evaluation.sampled.num_prompts": 20,
+    "evaluation.sampled.num_samples_per_prompt": 2,
+    "evaluation.sampled.max_new_tokens": 16,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A server with a worker, and a store, of this test's own."""
+
+    home: Path
+    url: str
+    store: Path
+
+    def command(self, deployment: str, parameters: dict[str, Any]) -> list[str]:
+        given = [text for name, value in parameters.items() for text in ("-p", f"{name}={json.dumps(value)}")]
+        return [sys.executable, "-m", "prefect", "deployment", "run", deployment, "--watch", *given]
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        return kept | {"PREFECT_API_URL": self.url, "PREFECT_HOME": str(self.home / "prefect"), "COLUMNS": "200"}
+
+    def run(self, deployment: str = "smoltulu/tiny", **parameters: Any) -> tuple[int, str]:
+        """Exit code and output of `prefect deployment run --watch`."""
+        done = subprocess.run(
+            self.command(deployment, parameters),
+            cwd=machine.PROJECT,
+            env=self.environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=560,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json of the newest run."""
+        reports = self.store.parent / "reports"
+        return json.loads((reports / (reports / "latest").read_text() / "summary.json").read_text())
+
+    def outcomes(self) -> dict[str, str]:
+        return {stage["node"]: stage["outcome"] for stage in self.summary()["stages"]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    home = tmp_path_factory.mktemp("home")
+    store = tmp_path_factory.mktemp("artifacts") / "store"
+    before = os.environ.get("SMOLTULU_STORE")
+    os.environ["SMOLTULU_STORE"] = str(store)  # the worker hands its environment on to the flows
+    try:
+        port = machine.free_port()
+        running = machine.up(home, port)
+        yield Place(home, running.url, store)
+    finally:
+        if before is None:
+            del os.environ["SMOLTULU_STORE"]
+        else:
+            os.environ["SMOLTULU_STORE"] = before
+        machine.down(home)
+
+
+def test_every_stage_runs_then_every_stage_is_cached(place: Place) -> None:
+    code, out = place.run(overrides=SMALL)
+    assert code == 0, out[-4000:]
+    outcomes = place.outcomes()
+    assert list(outcomes) == list(Graph(load_recipe("tiny", SMALL)).nodes)
+    assert set(outcomes.values()) == {"Completed"}
+    assert "sft: step" in out and "stayed local" in out
+    summary = place.summary()
+    assert {score["subject"] for score in summary["scores"]} == {"base_model", "sft", "reward_model", "dpo", "rlvr"}
+    published = Path(summary["published"])
+    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"} <= {
+        path.name for path in published.iterdir()
+    }
+    assert Path(summary["report_path"]).read_text(encoding="utf-8").startswith("<!")
+
+    code, out = place.run(overrides=SMALL)
+    assert code == 0 and set(place.outcomes().values()) == {"Cached"}
+    assert "21 of 21 stages cached" in out
+
+
+def test_machinery_runs_nothing_again_and_a_learning_rate_only_what_depends_on_it(place: Place) -> None:
+    code, out = place.run(overrides={**SMALL, "compute.per_device_train_batch_size": 8})
+    assert code == 0 and set(place.outcomes().values()) == {"Cached"}, out[-3000:]
+    code, out = place.run(overrides={**SMALL, "dpo.learning_rate": 3e-5}, until="dpo")
+    assert code == 0, out[-3000:]
+    remade = {name for name, outcome in place.outcomes().items() if outcome != "Cached"}
+    assert remade == {"dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward"}
+
+
+def test_sigkill_during_dpo_then_the_same_command_resumes_it(place: Place) -> None:
+    longer = {**SMALL, "dpo.max_steps": 60, "dpo.seed": 7, "compute.stages.dpo.save_steps": 2}
+    graph = Graph(load_recipe("tiny", longer))
+    work = place.store / "dpo" / graph.key("dpo") / "work"
+    running = subprocess.Popen(
+        place.command("smoltulu/tiny", {"overrides": longer, "until": "dpo"}),
+        cwd=machine.PROJECT,
+        env=place.environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + 200
+    while newest_checkpoint(work / "checkpoints") is None:
+        assert time.monotonic() < deadline and running.poll() is None, "DPO wrote no checkpoint"
+        time.sleep(0.05)
+    job = json.loads((work / "job.json").read_text())
+    flow = psutil.Process(job["parent_pid"])
+    trainers = [child for child in flow.children(recursive=True) if "tasks.child" in " ".join(child.cmdline())]
+    assert trainers
+    flow.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(trainers, timeout=10)
+    assert alive == [], "a training process outlived its flow"
+    out, _ = running.communicate(timeout=120)
+    assert running.returncode != 0, out[-2000:]
+
+    code, out = place.run(overrides=longer, until="dpo")
+    assert code == 0, out[-4000:]
+    outcomes = place.outcomes()
+    assert outcomes["dpo"] == "Resumed" and "resumes at step" in out
+    assert {outcomes[name] for name in outcomes if name.startswith(("contamination", "dataset", "world"))} == {"Cached"}
+    assert outcomes["sft"] == outcomes["reward-model"] == outcomes["base-model"] == "Cached"
+
+
+def test_bad_input_is_one_clear_message_and_not_zero(place: Place, tmp_path: Path) -> None:
+    for parameters, message in (
+        ({"recipe": "tinny"}, "no recipe is called 'tinny' (did you mean 'tiny'?)"),
+        ({"overrides": {"dpo.learning_rte": 1}}, "dpo.learning_rte: no such field (did you mean 'learning_rate'?)"),
+        ({"until": "rlhf"}, "until: no stage is called 'rlhf'"),
+        ({"overrides": {"chat_template": "tuul"}}, "chat_template 'tuul' is neither shipped"),
+        (
+            {"overrides": {"data.sft.sources": [{"path": str(tmp_path), "format": "messages"}]}},
+            "the folder is empty",
+        ),
+        ({"overrides": {"base_model": {"repository": "a/b", "revision": "nowhere"}}}, "nowhere"),
+    ):
+        before = set(place.store.rglob("manifest.json"))
+        code, out = place.run(**parameters)
+        assert code == 1, parameters
+        assert message in " ".join(out.split()), out[-2500:]
+        assert set(place.store.rglob("manifest.json")) == before
+
+
+def test_nightly_measures_again_and_finds_no_difference(place: Place) -> None:
+    code, out = place.run("smoltulu-eval/nightly", recipe="tiny", overrides=SMALL)
+    assert code == 0, out[-4000:]
+    assert "verified_sampled" in out and "same" in out
+    code, out = place.run("smoltulu-eval/nightly", recipe="tiny", overrides={"sft.seed": 99})
+    assert code == 0 and "nothing to evaluate" in out
