@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+#: Every stage, in the order in which a recipe runs them.
 StageName = Literal[
     "world",
     "dataset",

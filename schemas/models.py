@@ -41,7 +41,10 @@ class BaseModelInputs(StrictModel):
 
 
 class ModelOutputs(StrictModel):
-    """A saved model folder: safetensors, config, generation config, tokenizer with its chat template."""
+    """A saved model folder: safetensors, config, generation config, tokenizer with its chat template.
+
+    For the reward model it is a sequence classifier with one score.
+    """
 
     folder: str = Field("model", description="relative to the artifact")
     num_parameters: int = Field(ge=1)

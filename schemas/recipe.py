@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from schemas.common import StrictModel, machinery, science
+from schemas.common import StageName, StrictModel, machinery, science
 from schemas.compute import ComputeSettings
 from schemas.contamination import ContaminationSettings
 from schemas.data import DataSet, DataSettings, DataSource
@@ -17,18 +17,7 @@ from schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFT
 from schemas.world import WorldConfig
 
 #: The stages a user can name in `until` and `refresh`, in the order in which they run.
-STAGE_ORDER = (
-    "world",
-    "dataset",
-    "contamination",
-    "base_model",
-    "sft",
-    "reward_model",
-    "dpo",
-    "rlvr",
-    "evaluation",
-    "publish",
-)
+STAGE_ORDER: tuple[str, ...] = get_args(StageName)
 
 
 class Recipe(StrictModel):

@@ -91,13 +91,3 @@ class TrainingInputs(StrictModel):
     model: str = Field(description="folder of the model to start from")
     dataset: str = Field(description="rows file")
     chat_template: str = Field(description="text of the Jinja template")
-
-
-class RewardModelOutputs(StrictModel):
-    """As ModelOutputs, for a sequence-classification model with one score."""
-
-    folder: str = Field("model")
-    num_parameters: int = Field(ge=1)
-    num_steps: int = Field(0, ge=0)
-    num_tokens: int = Field(0, ge=0)
-    history_file: str | None = Field(None)

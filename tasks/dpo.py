@@ -10,9 +10,9 @@ from pathlib import Path
 
 from schemas.models import ModelOutputs
 from schemas.training import DPOSettings, TrainingInputs
-from tasks.models import history_metrics, load_language_model, load_tokenizer, save_model, stop_ids
+from tasks.models import load_language_model, load_tokenizer, stop_ids
 from tasks.stage import Stage, StageContext
-from tasks.training import HISTORY_FILE, callbacks, load_rows, prepare_torch, read_history, train, trainer_arguments
+from tasks.training import callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
 
 
 def train_dpo(
@@ -46,16 +46,8 @@ def train_dpo(
         callbacks=callbacks(context),
     )
     num_steps = train(trainer, context, len(rows))
-
-    history = read_history(context)
-    num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")
-    outputs = ModelOutputs(
-        num_parameters=num_parameters,
-        num_steps=num_steps,
-        num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
-        history_file=HISTORY_FILE,
-    )
-    return outputs, history_metrics(history, ("loss", "rewards/accuracies", "rewards/margins", "tokens_per_second"))
+    shown = ("loss", "rewards/accuracies", "rewards/margins", "tokens_per_second")
+    return finish(trainer, tokenizer, context, num_steps, shown)
 
 
 dpo = Stage("dpo", 1, DPOSettings, TrainingInputs, ModelOutputs, train_dpo)

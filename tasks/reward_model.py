@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from schemas.training import RewardModelOutputs, RewardModelSettings, TrainingInputs
-from tasks.models import check_model_folder, fit_embeddings, history_metrics, load_tokenizer, save_model, stop_ids
+from schemas.models import ModelOutputs
+from schemas.training import RewardModelSettings, TrainingInputs
+from tasks.models import check_model_folder, fit_embeddings, load_tokenizer, stop_ids
 from tasks.stage import Stage, StageContext
-from tasks.training import HISTORY_FILE, callbacks, load_rows, prepare_torch, read_history, train, trainer_arguments
+from tasks.training import callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
 
 
 def train_reward_model(
     config: RewardModelSettings, inputs: TrainingInputs, context: StageContext
-) -> tuple[RewardModelOutputs, dict[str, float]]:
+) -> tuple[ModelOutputs, dict[str, float]]:
     """Train a one-score classifier. Rows: {"prompt", "chosen", "rejected"}, each a list of messages."""
     prepare_torch(context)
     import torch
@@ -49,16 +50,8 @@ def train_reward_model(
         callbacks=callbacks(context),
     )
     num_steps = train(trainer, context, len(rows))
-
-    history = read_history(context)
-    num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")
-    outputs = RewardModelOutputs(
-        num_parameters=num_parameters,
-        num_steps=num_steps,
-        num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
-        history_file=HISTORY_FILE,
-    )
-    return outputs, history_metrics(history, ("loss", "accuracy", "margin", "tokens_per_second"))
+    shown = ("loss", "accuracy", "margin", "tokens_per_second")
+    return finish(trainer, tokenizer, context, num_steps, shown)
 
 
-reward_model = Stage("reward_model", 1, RewardModelSettings, TrainingInputs, RewardModelOutputs, train_reward_model)
+reward_model = Stage("reward_model", 1, RewardModelSettings, TrainingInputs, ModelOutputs, train_reward_model)

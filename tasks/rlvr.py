@@ -13,15 +13,14 @@ from typing import Any
 
 from schemas.models import ModelOutputs
 from schemas.training import RLVRSettings, TrainingInputs
-from tasks.models import history_metrics, load_language_model, load_tokenizer, save_model, stop_ids
+from tasks.models import load_language_model, load_tokenizer, stop_ids
 from tasks.stage import Stage, StageContext
 from tasks.training import (
-    HISTORY_FILE,
     accumulation_steps,
     callbacks,
+    finish,
     load_rows,
     prepare_torch,
-    read_history,
     train,
     trainer_arguments,
 )
@@ -116,17 +115,8 @@ def train_rlvr(
         callbacks=callbacks(context),
     )
     num_steps = train(trainer, context, len(kept))
-
-    history = read_history(context)
-    num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")
-    outputs = ModelOutputs(
-        num_parameters=num_parameters,
-        num_steps=num_steps,
-        num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
-        history_file=HISTORY_FILE,
-    )
     shown = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "tokens_per_second")
-    return outputs, history_metrics(history, shown)
+    return finish(trainer, tokenizer, context, num_steps, shown)
 
 
 rlvr = Stage("rlvr", 1, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr)

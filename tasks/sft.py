@@ -11,14 +11,13 @@ from pathlib import Path
 
 from schemas.models import ModelOutputs
 from schemas.training import SFTSettings, TrainingInputs
-from tasks.models import fit_embeddings, history_metrics, load_language_model, load_tokenizer, save_model, stop_ids
+from tasks.models import fit_embeddings, load_language_model, load_tokenizer, stop_ids
 from tasks.stage import Stage, StageContext
 from tasks.training import (
-    HISTORY_FILE,
     callbacks,
+    finish,
     load_rows,
     prepare_torch,
-    read_history,
     train,
     trainer_arguments,
 )
@@ -52,16 +51,8 @@ def train_sft(
         callbacks=callbacks(context),
     )
     num_steps = train(trainer, context, len(rows))
-
-    history = read_history(context)
-    num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")
-    outputs = ModelOutputs(
-        num_parameters=num_parameters,
-        num_steps=num_steps,
-        num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
-        history_file=HISTORY_FILE,
-    )
-    return outputs, history_metrics(history, ("loss", "mean_token_accuracy", "tokens_per_second"))
+    shown = ("loss", "mean_token_accuracy", "tokens_per_second")
+    return finish(trainer, tokenizer, context, num_steps, shown)
 
 
 sft = Stage("sft", 1, SFTSettings, TrainingInputs, ModelOutputs, train_sft)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from artifacts.store import mark_complete, newest_checkpoint
 from schemas.compute import ComputeSettings
+from schemas.models import ModelOutputs
 from schemas.training import SupervisedSettings, TrainingSettings
-from tasks.models import device_of, use_bfloat16
+from tasks.models import device_of, history_metrics, save_model, use_bfloat16
 from tasks.stage import Report, StageContext
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import Trainer, TrainerCallback
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 logger = logging.getLogger("smoltulu")
 HISTORY_FILE = "history.jsonl"
@@ -177,9 +178,21 @@ def train(trainer: Trainer, context: StageContext, num_rows: int) -> int:
     return trainer.state.global_step
 
 
-def read_history(context: StageContext) -> list[dict[str, Any]]:
-    """Logged metrics of this stage by step."""
-    return _read_history(context.folder / HISTORY_FILE)
+def finish(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, context: StageContext, num_steps: int, shown: tuple[str, ...]
+) -> tuple[ModelOutputs, dict[str, float]]:
+    """Save the trained model, checked by loading it again; outputs, and the `shown` metrics as last logged."""
+    if not trainer.is_world_process_zero():
+        return ModelOutputs(num_parameters=trainer.model.num_parameters()), {}
+    history = _read_history(context.folder / HISTORY_FILE)
+    num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")
+    outputs = ModelOutputs(
+        num_parameters=num_parameters,
+        num_steps=num_steps,
+        num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
+        history_file=HISTORY_FILE,
+    )
+    return outputs, history_metrics(history, shown)
 
 
 def _read_history(file: Path) -> list[dict[str, Any]]:

@@ -125,6 +125,12 @@ def test_a_local_model_folder_is_checked_before_anything_runs(tmp_path: Path) ->
         Graph(recipe)
 
 
+def test_a_revision_that_cannot_be_resolved_stops_before_anything_runs() -> None:
+    recipe = load_recipe("tiny", {"base_model": {"repository": "someone/model", "revision": "nowhere"}})
+    with pytest.raises(ValueError, match=r"Hub model 'someone/model'.* revision 'nowhere'"):
+        Graph(recipe)
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
