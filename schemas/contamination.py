@@ -32,7 +32,9 @@ class ContaminationSettings(StrictModel):
     policy: Literal["report", "remove", "fail"] = science(
         "remove", description="what happens to training rows that hit; fail: stop above `fail_above`"
     )
-    fail_above: float = science(0.02, ge=0, le=1, description="policy fail: share of any benchmark's instances found")
+    fail_above: float = science(
+        0.02, ge=0, le=1, description="share of a benchmark found: above it a warning, under policy fail a stop"
+    )
     min_terms: int = science(
         1,
         ge=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from schemas.contamination import (
 from tasks.contamination_engine import FullMatcher, Hit, Matcher, NgramMatcher, spacy_tokenizer, term_slice
 from tasks.data import SourceUnavailable, read_rows
 from tasks.stage import Stage, StageContext
+
+logger = logging.getLogger("smoltulu")
 
 _SHORT_TERMS = 8  # instances under so many terms are often found by accident
 _MATCH_CHARACTERS = 200
@@ -131,6 +134,17 @@ def check_contamination(
         shutil.copy(hits_path, context.work / hits_path.name)
         raise ValueError(f"{error}. What was found: {context.work / hits_path.name}") from error
     partial.rename(rows_path)
+    for report in reports:
+        if report.not_checked:
+            logger.warning("%s: not checked: %s", report.name, report.not_checked)
+        elif report.share is not None and report.share > settings.fail_above:
+            logger.warning(
+                "%s: %s of its %s instances (%.2f %%) are in these training rows",
+                report.name,
+                f"{report.num_contaminated:,}",
+                f"{report.num_instances:,}",
+                100 * report.share,
+            )
 
     outputs = ContaminationOutputs(
         kind=config.kind,

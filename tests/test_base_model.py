@@ -71,9 +71,19 @@ def test_tokens_are_digits_and_whole_headers_and_lose_nothing(built: tuple[Path,
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     pieces = [tokenizer.decode([token]) for token in ids]
-    assert pieces[0] == "<|user|>\n" and "<|assistant|>\n" in pieces
+    assert pieces[:2] == ["<|user|>", "\n"] and "<|assistant|>" in pieces
     assert all(len(piece.strip()) == 1 for piece in pieces if any(letter.isdigit() for letter in piece))
     assert tokenizer("x<|endoftext|>")["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_tokens_of_a_prompt_do_not_depend_on_where_its_last_newline_stands(built: tuple[Path, Any, list[Any]]) -> None:
+    """lm-eval moves it from the prompt to the answer: with the newline in the header's token the answer was empty."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(built[0])
+    prompt, answer = "<|user|>\nHow many?\n<|assistant|>", "\n4"
+    whole = tokenizer(prompt + answer)["input_ids"]
+    assert whole == tokenizer(prompt)["input_ids"] + tokenizer(answer)["input_ids"]
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:

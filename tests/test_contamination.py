@@ -417,3 +417,13 @@ def test_ngram_mode_is_blind_to_short_items(name, field, num_short):
     tokenize = spacy_tokenizer()
     queries = real_benchmark(name, field).queries
     assert sum(len(tokenize(query[0])) < 8 for query in queries) == num_short
+
+
+def test_a_leak_is_said_in_the_log(tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="smoltulu"):
+        run(tmp_path, benchmark(tmp_path), fail_above=0.0)
+    assert "of its" in caplog.text and "are in these training rows" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="smoltulu"):
+        run(tmp_path, benchmark(tmp_path), fail_above=1.0)
+    assert caplog.text == ""

@@ -127,7 +127,7 @@ def test_one_error_lists_every_problem_with_its_path() -> None:
         ({"extends": "smoltulu-1207"}, {}, "which itself extends smoltulu-1130"),
         ({"extends": "tiny", "world": None}, {}, "generated data needs a world block"),
         ({"extends": "tiny", "sft": None}, {}, "dpo: starts from the SFT model; add an sft block"),
-        ({"extends": "tiny", "rlvr": {"num_generations": 7}}, {}, "128 is not a multiple of num_generations 7"),
+        ({"extends": "tiny", "rlvr": {"num_generations": 7}}, {}, "256 is not a multiple of num_generations 7"),
     ],
 )
 def test_bad_recipes(recipe: Any, overrides: dict[str, Any], message: str) -> None:
