@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -170,6 +171,22 @@ def test_killed_child_is_a_clear_failure_that_names_the_log(sft_world: Path, tmp
     assert parent.returncode == 1 and "outcome" not in out
     log = next(tmp_path.glob("sft/*/work/log.txt"))
     assert log.stat().st_size > 0
+
+
+def test_two_processes_train_to_the_weights_of_one(sft_world: Path, tmp_path: Path) -> None:
+    """torchrun over gloo, same effective batch; equal to float32 tolerance."""
+    trained = []
+    for num_processes in (1, 2):
+        job = sft_job(sft_world)
+        compute = job.compute.model_copy(
+            update={"num_processes": num_processes, "per_device_train_batch_size": 4 // num_processes}
+        )
+        job = dataclasses.replace(job, config=job.config.model_copy(update={"max_steps": 20}), compute=compute)
+        reference = run_stage(job, Store(tmp_path / str(num_processes)), LOG)
+        assert reference.outputs["num_steps"] == 20
+        trained.append(load_file(Path(reference.path) / "model" / "model.safetensors"))
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=0, atol=1e-5)
 
 
 def test_durations_are_for_people() -> None:
