@@ -99,6 +99,7 @@ def checks(references: dict[str, ArtifactReference]) -> list[tuple[str, str, str
     before, after = sampled(references, "evaluation-dpo"), sampled(references, "evaluation-rlvr")
     gain, stderr, p_value = paired_difference(before, after)
     exact, counts = contamination_is_exact(references)
+    p_text = "p < 1e-15" if p_value < 1e-15 else f"p = {p_value:.1g}"
     mean_before, mean_after = (sum(values.values()) / len(values) for values in (before, after))
     return [
         ("contamination", "planted leaks found, nothing else", counts, exact),
@@ -109,7 +110,7 @@ def checks(references: dict[str, ArtifactReference]) -> list[tuple[str, str, str
         (
             "rlvr",
             f"samples at T = 1 >= DPO + 5 points, p < 0.05 ({len(before):,} prompts)",
-            f"{mean_before:.1%} -> {mean_after:.1%} (+{100 * gain:.1f} ± {100 * stderr:.1f}, p = {p_value:.1g})",
+            f"{mean_before:.1%} -> {mean_after:.1%} (+{100 * gain:.1f} ± {100 * stderr:.1f}, {p_text})",
             gain >= 0.05 and p_value < 0.05 and len(before) >= 1000,
         ),
         ("rlvr", "exact match >= DPO - 1 point", f"{dpo:.1%} -> {rlvr:.1%}", rlvr >= dpo - 0.01),

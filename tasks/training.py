@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from artifacts.store import mark_complete, newest_checkpoint
 from schemas.compute import ComputeSettings
 from schemas.models import ModelOutputs
-from schemas.training import SupervisedSettings, TrainingSettings
+from schemas.training import TrainingSettings
 from tasks.models import device_of, history_metrics, save_model, use_bfloat16
 from tasks.stage import Report, StageContext
 
@@ -38,14 +38,6 @@ def accumulation_steps(effective_batch_size: int, compute: ComputeSettings) -> i
             f"their product must be one of {allowed}"
         )
     return effective_batch_size // per_step
-
-
-def num_optimizer_steps(num_rows: int, settings: SupervisedSettings) -> int:
-    """Optimizer steps of a supervised stage over `num_rows`, as transformers' Trainer counts them on one process."""
-    if settings.max_steps is not None:
-        return settings.max_steps
-    per_epoch = max(1, math.ceil(num_rows / settings.effective_batch_size))
-    return math.ceil(per_epoch * settings.num_train_epochs)
 
 
 def load_rows(file: str, context: StageContext, columns: list[str]) -> Dataset:
