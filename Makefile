@@ -14,7 +14,7 @@ TORCH_ARGS ?=
 
 MARKS := not gpu$(if $(SMOLTULU_SLOW),, and not slow)
 
-.PHONY: help setup demo test test-all test-gpu lint format up down clean
+.PHONY: help setup demo test test-all test-gpu faults lint format up down clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -51,6 +51,9 @@ test-all: ## the tests, slow ones too
 
 test-gpu: setup ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+faults: setup ## the fault campaign: processes killed at random instants, full disks, flipped bytes; about 20 minutes
+	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

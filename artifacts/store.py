@@ -2,7 +2,8 @@
 
 Layout of `root/<stage>/<key>/`: `spec.json` (what the key is made of), `lock` (kernel lock of the producer), `writer`
 (kernel lock of every process that writes), `work/` (trainer checkpoints; survives failures), `gen-NNNN/` (a whole
-artifact: files and `manifest.json`, appears by one rename), `current` (name of the newest generation).
+artifact: files and `manifest.json`, appears by one rename), `current` (name of the newest generation; its time of
+change: last used), `damaged-gen-NNNN-…/` (set aside, with `reason.txt`).
 """
 
 from __future__ import annotations
@@ -10,21 +11,25 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
-import shutil
+import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from artifacts.keys import artifact_key, canonical_json, file_digest, folder_records, records_digest
+from artifacts.checkpoints import newest_checkpoint
+from artifacts.files import remove_tree, sync, write_atomically
+from artifacts.keys import artifact_key, canonical_json, file_digest, folder_records, manifest_checksum, records_digest
+from artifacts.locks import holder_text, take, write_holder
+from artifacts.nearest import Nearest, SpecIndex
 from schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, InputRecord, Manifest, Spec
 
 MANIFEST = "manifest.json"
 DEFAULT_ROOT = Path("artifacts/store")
+
+_GENERATION = re.compile(r"gen-(\d{4,})")
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Missing:
-    """Why there is no usable artifact of a key."""
+    """Why there is no usable artifact of a key; `damaged` names a generation that should be set aside."""
 
     reason: str
+    damaged: str | None = None
 
 
 class Store:
@@ -61,47 +67,59 @@ class Store:
         try:
             name = (folder / "current").read_text().strip()
         except FileNotFoundError:
-            return Missing("resumable work is there" if any_checkpoint(folder / "work") else "never made")
+            resumable = newest_checkpoint(folder / "work" / "checkpoints") is not None
+            return Missing("resumable work is there" if resumable else "never made")
         except (OSError, UnicodeDecodeError) as error:
             return Missing(f"pointer to the current generation is unreadable: {error}")
-        if not name.startswith("gen-") or "/" in name:
+        if not _GENERATION.fullmatch(name):
             return Missing("pointer to the current generation is damaged")
         generation = folder / name
+        if not generation.exists():
+            aside = next(iter(sorted(folder.glob(f"damaged-{name}-*/reason.txt"))), None)
+            why = aside.read_text(errors="replace").strip() if aside else None
+            return Missing(f"{name} was set aside: {why}" if aside else f"{name} is gone")
         try:
-            manifest = Manifest.model_validate_json((generation / MANIFEST).read_text())
+            manifest = read_manifest(generation)
         except FileNotFoundError:
-            return Missing(f"{name} has no manifest")
-        except (ValidationError, OSError, UnicodeDecodeError) as error:
-            return Missing(f"{name} has an unreadable manifest ({type(error).__name__})")
-        if manifest.schema_version != MANIFEST_SCHEMA_VERSION or manifest.key != folder.name:
-            return Missing(f"{name} was written by another version or for another key")
-        for path, record in manifest.files.items():
-            try:
-                size = (generation / path).stat().st_size
-            except OSError:
-                return Missing(f"{path} is gone")
-            if size != record.size:
-                return Missing(f"{path} has {size} bytes, its manifest says {record.size}")
+            return Missing(f"{name} has no manifest", damaged=name)
+        except ManifestVersionError as error:
+            return Missing(f"{name}: {error}")
+        except (OSError, ValueError) as error:
+            return Missing(f"{name} has an unreadable manifest ({type(error).__name__})", damaged=name)
+        if manifest.key != folder.name:
+            return Missing(f"{name} was written for another key", damaged=name)
+        if (fault := wrong_size(generation, manifest)) is not None:
+            return Missing(fault, damaged=name)
         for binding, digest in (input_digests or {}).items():
             recorded = manifest.inputs.get(binding)
             if recorded is None or recorded.digest != digest:
                 return Missing(f"stale: its input {binding} was made again with another content")
         return Found(manifest, generation)
 
-    def verify(self, found: Found) -> list[str]:
-        """Names of files whose bytes differ from the manifest."""
-        return [
-            name
-            for name, record in found.manifest.files.items()
-            if not (found.folder / name).is_file() or file_digest(found.folder / name) != record.sha256
-        ]
+    def touch(self, found: Found) -> None:
+        """Note that an artifact is used now: `gc` keeps what was used lately. No error on a read-only store."""
+        with contextlib.suppress(OSError):
+            os.utime(found.folder.parent / "current")
 
-    def quarantine(self, found: Found, reason: str) -> Path:
-        """Set a damaged generation aside, with the reason, so that it is made again."""
-        target = found.folder.parent / f"damaged-{found.folder.name}-{time.time_ns()}"
-        found.folder.rename(target)
-        (target / "reason.txt").write_text(reason + "\n")
-        (found.folder.parent / "current").unlink(missing_ok=True)
+    def verify(self, found: Found) -> list[str]:
+        """What is wrong with an artifact's bytes, a sentence each: every file is read and hashed."""
+        files = found.manifest.files
+        with ThreadPoolExecutor(4) as pool:
+            faults = list(pool.map(lambda name: _wrong_bytes(found.folder / name, name, files[name]), files))
+        present = {
+            path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*") if not path.is_dir()
+        } - {MANIFEST}
+        extra = [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
+        return [fault for fault in faults if fault is not None] + extra
+
+    def quarantine(self, folder: Path, generation: str, reason: str) -> Path:
+        """Set a damaged generation of a key's folder aside, with the reason, so that it is made again.
+
+        `current` keeps naming it: an older generation must not slip into its place unasked.
+        """
+        target = folder / f"damaged-{generation}-{time.time_ns()}"
+        (folder / generation).rename(target)
+        write_atomically(target / "reason.txt", reason + "\n")
         return target
 
     @contextlib.contextmanager
@@ -114,71 +132,70 @@ class Store:
         folder = self.folder(spec)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "a+") as lock, open(folder / "writer", "a+") as writer:
-            _take(lock.fileno(), lambda: waiting(_holder(folder / "lock")))
-            lock.truncate(0)
-            lock.write(json.dumps({"pid": os.getpid(), "host": os.uname().nodename, "since": time.time()}))
-            lock.flush()
-            _take(writer.fileno(), lambda: waiting("a stage process that outlived its parent"))
+            take(lock.fileno(), lambda: waiting(holder_text(folder / "lock")))
+            write_holder(lock)
+            take(writer.fileno(), lambda: waiting("a stage process that outlived its parent"))
             # Children hold `writer` shared for as long as they live; we only needed to know that none is left.
             fcntl.flock(writer.fileno(), fcntl.LOCK_UN)
-            if not (folder / "spec.json").exists():
-                _write_atomically(folder / "spec.json", canonical_json(spec.model_dump()))
+            text = canonical_json(spec.model_dump())
+            # Compared, not only looked for: `plan` explains by it, and a byte of it may have gone bad.
+            if not (folder / "spec.json").exists() or (folder / "spec.json").read_bytes() != text.encode():
+                write_atomically(folder / "spec.json", text)
             _finish_commit(folder)
             yield folder
+
+    def open_work(self, folder: Path) -> Path:
+        """The work folder of a key, for its next generation: as a failed attempt left it, else new.
+
+        Left-overs of a generation that was committed are no unfinished work: going on from them would only copy it.
+        """
+        work = folder / "work"
+        wanted = _next_generation(folder)
+        made_for = work / "generation"
+        if work.exists() and (not made_for.exists() or made_for.read_bytes() != wanted.encode()):
+            remove_tree(work)
+        (work / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if not made_for.exists():
+            write_atomically(made_for, wanted)
+        return work
 
     def commit(self, spec: Spec, output: Path, draft: Callable[[dict[str, FileRecord], str], Manifest]) -> Found:
         """Turn the folder `output` into the newest generation: digests, manifest last, one rename, then `current`.
 
         `draft(files, digest)` gives the manifest. The caller holds the producer's lock.
         """
-        folder = self.folder(spec)
         (output / MANIFEST).unlink(missing_ok=True)
         files = folder_records(output)
         manifest = draft(files, records_digest(files))
+        manifest = manifest.model_copy(update={"checksum": manifest_checksum(manifest)})
         for name in files:
-            _sync(output / name)
-        _write_atomically(output / MANIFEST, manifest.model_dump_json(indent=1))
-        taken = [int(path.name[4:]) for path in folder.glob("gen-[0-9]*") if path.name[4:].isdigit()]
-        generation = folder / f"gen-{max(taken, default=0) + 1:04d}"
-        output.rename(generation)
-        _sync(folder)
-        _write_atomically(folder / "current", generation.name)
-        shutil.rmtree(folder / "work", ignore_errors=True)
+            sync(output / name)
+        write_atomically(output / MANIFEST, manifest.model_dump_json(indent=1))
+        return self.adopt(spec, output, manifest)
+
+    def adopt(self, spec: Spec, whole: Path, manifest: Manifest) -> Found:
+        """Make a whole folder, manifest included, the newest generation. The caller holds the producer's lock."""
+        folder = self.folder(spec)
+        generation = folder / _next_generation(folder)
+        whole.rename(generation)
+        sync(folder)
+        write_atomically(folder / "current", generation.name)
+        remove_tree(folder / "work")
         return Found(manifest, generation)
 
-    def specs(self, stage: str) -> list[tuple[Spec, Path]]:
-        """Spec and folder of every key that was ever begun for a stage; unreadable ones are left out."""
-        found = []
-        for path in sorted((self.root / stage).glob("*/spec.json")):
-            with contextlib.suppress(ValidationError, OSError, UnicodeDecodeError):
-                found.append((Spec.model_validate_json(path.read_text()), path.parent))
-        return found
+    def unfinished(self, spec: Spec) -> tuple[int, Path] | None:
+        """Step and folder of the checkpoint that the next attempt at a spec goes on from (see `open_work`)."""
+        folder = self.folder(spec)
+        try:
+            if (folder / "work" / "generation").read_text() != _next_generation(folder):
+                return None
+        except (OSError, UnicodeDecodeError):
+            return None
+        return newest_checkpoint(folder / "work" / "checkpoints")
 
-    def nearest(self, spec: Spec) -> tuple[Spec, dict[str, tuple[object, object]]] | None:
+    def nearest(self, spec: Spec) -> Nearest | None:
         """The finished artifact of the same stage with the fewest differing fields, and those fields old -> new."""
-        best: tuple[Spec, dict[str, tuple[object, object]]] | None = None
-        for other, folder in self.specs(spec.stage):
-            if (folder / "current").exists() and other != spec:
-                changes = differences(other, spec)
-                if best is None or len(changes) < len(best[1]):
-                    best = (other, changes)
-        return best
-
-
-def differences(old: Spec, new: Spec) -> dict[str, tuple[object, object]]:
-    """Dotted fields in which two specs differ, old -> new; a field that one of them lacks is None there."""
-
-    def flat(value: object, prefix: str) -> dict[str, object]:
-        if isinstance(value, dict) and value:
-            return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}{name}.").items()}
-        return {prefix.rstrip("."): value}
-
-    before, after = flat(old.model_dump(), ""), flat(new.model_dump(), "")
-    return {
-        name: (before.get(name), after.get(name))
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    }
+        return next(iter(SpecIndex(self.root).ranked(spec.model_dump())), None)
 
 
 def input_records(references: dict[str, tuple[str, str, str]]) -> dict[str, InputRecord]:
@@ -186,87 +203,57 @@ def input_records(references: dict[str, tuple[str, str, str]]) -> dict[str, Inpu
     return {name: InputRecord(stage=stage, key=key, digest=digest) for name, (stage, key, digest) in references.items()}
 
 
-def any_checkpoint(work: Path) -> bool:
-    """Whether a folder holds a complete trainer checkpoint."""
-    return newest_checkpoint(work / "checkpoints") is not None
+class ManifestVersionError(ValueError):
+    """A manifest of a format that this version does not read."""
 
 
-CHECKPOINT_MARKER = ".complete"
+def read_manifest(generation: Path) -> Manifest:
+    """The manifest of a generation. Raises OSError, ManifestVersionError, or ValueError where it is damaged."""
+    text = (generation / MANIFEST).read_text()
+    version = json.loads(text)["schema_version"] if '"schema_version"' in text else None
+    if isinstance(version, int) and version != MANIFEST_SCHEMA_VERSION:
+        age = "newer" if version > MANIFEST_SCHEMA_VERSION else "older"
+        raise ManifestVersionError(
+            f"its manifest has format {version}, written by {age} code; this reads format {MANIFEST_SCHEMA_VERSION}"
+        )
+    manifest = Manifest.model_validate_json(text)
+    if manifest.checksum and manifest.checksum != manifest_checksum(manifest):
+        raise ValueError("its manifest has other content than was written")
+    return manifest
 
 
-def mark_complete(checkpoint: Path) -> None:
-    """Write the completion marker of a trainer checkpoint: names and sizes of its files, after all of them are on disk.
-
-    The trainer's own saves are not atomic (transformers#35782): without the marker a checkpoint does not count.
-    """
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != CHECKPOINT_MARKER]
-    for path in files:
-        _sync(path)
-    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    _write_atomically(checkpoint / CHECKPOINT_MARKER, json.dumps(sizes))
-
-
-def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """Step and folder of the newest complete `checkpoint-<step>`; torn ones are passed over."""
-    candidates = []
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and _is_complete(path):
-            candidates.append((int(step), path))
-    return max(candidates, default=None)
+def wrong_size(generation: Path, manifest: Manifest) -> str | None:
+    """The first file that is gone or has another size than the manifest says."""
+    for name, record in manifest.files.items():
+        try:
+            size = (generation / name).stat().st_size
+        except OSError:
+            return f"{name} is gone"
+        if size != record.size:
+            return f"{name} has {size} bytes, its manifest says {record.size}"
+    return None
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _wrong_bytes(path: Path, name: str, record: FileRecord) -> str | None:
     try:
-        sizes = json.loads((checkpoint / CHECKPOINT_MARKER).read_text())
-        return bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+        return None if file_digest(path) == record.blake3 else f"{name} has other bytes than its manifest says"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
+
+
+def _next_generation(folder: Path) -> str:
+    """A name that no generation of the key ever had, one that was set aside included."""
+    names = (path.name.removeprefix("damaged-") for path in folder.glob("*gen-[0-9]*"))
+    taken = [int(match.group(1)) for name in names if (match := _GENERATION.match(name))]
+    return f"gen-{max(taken, default=0) + 1:04d}"
 
 
 def _finish_commit(folder: Path) -> None:
     """Point `current` at the newest generation: a producer killed after its rename left a whole one without pointer."""
     whole = sorted(path.parent.name for path in folder.glob(f"gen-[0-9]*/{MANIFEST}"))
-    current = folder / "current"
-    if whole and (not current.exists() or current.read_text().strip() < whole[-1]):
-        _write_atomically(current, whole[-1])
-
-
-def _take(descriptor: int, waiting: Callable[[], None]) -> None:
-    """Exclusive kernel lock; tells `waiting` once, then every 30 s."""
-    told = -math.inf
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() - told > 30:
-                waiting()
-                told = time.monotonic()
-            time.sleep(0.2)
-
-
-def _holder(lock: Path) -> str:
     try:
-        record = json.loads(lock.read_text())
-        return f"process {record['pid']} on {record['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        pointed = (folder / "current").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        pointed = ""
+    if whole and (not _GENERATION.fullmatch(pointed) or pointed < whole[-1]):
+        write_atomically(folder / "current", whole[-1])

@@ -10,6 +10,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from flows import audit_command, store_cli
+
 app = typer.Typer(
     help="Tulu 3 post-training as one Prefect workflow. Flows are started with `prefect deployment run`.",
     no_args_is_help=True,
@@ -103,17 +105,12 @@ def plan(
     ] = None,
     until: Annotated[str | None, typer.Option(help="last stage to run")] = None,
     refresh: Annotated[list[str] | None, typer.Option(help="stage to make again; may be repeated")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="everything there is to say, for programs")] = False,
 ) -> None:
-    """Say per stage what a run would do (cached, resumes or runs) and why. Needs no server."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from artifacts.store import Store
+    """Say per stage what a run would do (cached, resumes or runs), why, and what it will take. Needs no server."""
     from flows import machine
-    from flows.plan import plan as plan_rows
-    from flows.recipe import load_recipe
-    from tasks.data import expand_path
+    from flows.plan_cli import make_plan, show
+    from flows.recipe import parse_overrides
 
     given = Path(recipe)
     if given.is_file():
@@ -121,43 +118,10 @@ def plan(
     # A flow run works in the checkout, and so do the relative paths of a recipe.
     os.chdir(machine.PROJECT)
     try:
-        checked = load_recipe(recipe, _overrides(override or []))
-        store = Store(expand_path(checked.compute.store))
-        rows = plan_rows(checked, until, refresh or [], store)
+        planned = make_plan(recipe, parse_overrides(override or []), until, refresh or [])
     except (ValueError, OSError) as error:
         _fail(error)
-    table = Table("stage", "what", "why", "key", title=f"{checked.name} in {store.root}", title_justify="left")
-    colours = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
-    for row in rows:
-        table.add_row(
-            row.node, f"[{colours.get(row.status, 'white')}]{row.status}[/]", escape(row.reason), row.key[:12]
-        )
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    counts = ", ".join(f"{sum(r.status == s for r in rows)} {s}" for s in colours if any(r.status == s for r in rows))
-    console.print(counts, highlight=False)
-
-
-def _overrides(texts: list[str]) -> dict[str, object]:
-    """`field=value` texts; the value is read as YAML, with numbers such as 5e-7 too."""
-    import json
-
-    import yaml
-
-    values: dict[str, object] = {}
-    for text in texts:
-        field, equals, value = text.partition("=")
-        if not equals or not field.strip():
-            raise ValueError(f"--override {text!r}: give a dotted field and a value, e.g. dpo.learning_rate=5e-7")
-        try:
-            # JSON first: YAML takes 5e-7, which has no dot, for a text.
-            values[field.strip()] = json.loads(value)
-        except ValueError:
-            try:
-                values[field.strip()] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise ValueError(f"--override {text!r}: the value is neither JSON nor YAML: {error}") from None
-    return values
+    show(planned, as_json)
 
 
 @app.command()
@@ -183,6 +147,9 @@ def doctor(
     if failed:
         _fail(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
+
+store_cli.register(app)
+audit_command.register(app)
 
 if __name__ == "__main__":
     app()

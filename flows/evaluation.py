@@ -8,22 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from artifacts.store import Found, Store
+from artifacts.store import Store
 from flows.graph import Graph
+from flows.guard import follow_worker
 from flows.logs import shield_run_logs
 from flows.pipeline import Overrides, RecipeParameter
 from flows.recipe import load_recipe
+from flows.runs import begin_run, end_run
 from schemas.artifact import ArtifactReference
 from schemas.evaluation import EvaluationOutputs
 from tasks.data import expand_path
+from tasks.launch import stop_children
 from tasks.report import artifact_key
-from tasks.runner import reference_to, run_stage, stop_children
+from tasks.runner import reference_to, run_stage
 from tasks.sampling import paired_difference
+from tasks.sharing import find_anywhere, open_remote
 
 #: A difference is called real below this p-value, divided by the number of comparisons of the night (Bonferroni).
 SIGNIFICANCE = 0.05
@@ -91,21 +95,28 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
     Fails where a score dropped beyond noise, so that Prefect's notifications for failed runs reach whoever should know.
     """
     shield_run_logs()
+    follow_worker()
     log = get_run_logger()
     checked = load_recipe(recipe, overrides)
     graph = Graph(checked)
     store = Store(expand_path(checked.compute.store))
+    remote = open_remote(checked.compute)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
     finished: dict[str, ArtifactReference] = {}
     for name, node in graph.nodes.items():
         upstream = {binding.node for binding in node.bindings().values()}
-        if upstream <= finished.keys() and isinstance(found := store.find(graph.spec(name)), Found):
+        if not upstream <= finished.keys():
+            continue
+        digests = {dotted: finished[binding.node].digest for dotted, binding in node.bindings().items()}
+        if node.stage.name == "evaluation":
+            digests = {}  # last night's is compared with, whatever was made again since
+        if (found := find_anywhere(graph.spec(name), digests, store, remote, name, log)) is not None:
             finished[name] = reference_to(found, node.stage.name, name, "Cached")
 
     @task(cache_policy=NO_CACHE, persist_result=False)
     def measure(node: str) -> Any:
-        reference = run_stage(graph.job(node, finished, refresh=True), store, get_run_logger())
+        reference = run_stage(graph.job(node, finished, refresh=True), store, get_run_logger(), remote)
         return Completed(name=reference.outcome, message=reference.path, data=reference)
 
     evaluations = [
@@ -117,16 +128,22 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         log.warning("recipe %s has no finished model in %s: nothing to evaluate", checked.name, store.root)
         return Completed(name="Skipped", message="no finished model")
 
+    run_name = f"{checked.name}-nightly-{runtime.flow_run.name or 'local'}"
+    record = begin_run(store, run_name, graph, flow_run_id=str(runtime.flow_run.id or ""))
+    outcomes = dict.fromkeys(evaluations, "Failed")
     comparisons: list[Comparison] = []
     try:
         for name in evaluations:
             last = finished.get(name)
             tonight = measure.with_options(name="evaluation", task_run_name=name).submit(name).result()
+            outcomes[name] = tonight.outcome
             if last is not None:
                 comparisons += compare(name, document_scores(last), document_scores(tonight))
     except BaseException:
         stop_children()
         raise
+    finally:
+        end_run(store, record, "Failed" if "Failed" in outcomes.values() else "Completed", outcomes)
     rows = [
         {
             "model": comparison.node.removeprefix("evaluation-"),

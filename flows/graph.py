@@ -5,134 +5,56 @@ Both the flow and `smoltulu plan` read this graph; keys follow from it without r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from artifacts.keys import artifact_key, folder_digest, text_digest
-from schemas.artifact import ArtifactReference, InputRecord, Spec
-from schemas.common import scientific
-from schemas.contamination import ContaminationStageConfig
-from schemas.data import DataSet, DatasetStageConfig, DataSource
+from artifacts.keys import folder_digest, text_digest
+from flows.nodes import Binding, Node, NodeGraph
+from schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from schemas.evaluation import EvaluationStageConfig, EvaluationTask
 from schemas.publish import PublishStageConfig
 from schemas.recipe import STAGE_ORDER, Recipe
 from tasks.chat_template import load_chat_template
-from tasks.data import expand_path, resolve_commit, resolve_revision, source_digest
+from tasks.data import Reference, SourceUnavailable, expand_path, resolve_commit, resolve_commits, source_digest
 from tasks.models import check_model_folder
-from tasks.runner import Job
 from tasks.stage import Stage
 from tasks.stages import STAGES
 
 LM_EVAL_TASKS = Path(__file__).resolve().parent.parent / "recipes" / "lm_eval"
 
 
-@dataclass(frozen=True)
-class Binding:
-    """An input that comes from another node: a file or folder its outputs name, or its whole artifact folder."""
-
-    node: str
-    output: str | None = None
-
-
-@dataclass(frozen=True)
-class Node:
-    """One stage of one recipe.
-
-    inputs     input field -> binding, or name -> binding for fields that hold several
-    literals   input field -> plain value (the chat template's text); its digest is in `externals`
-    externals  name -> content digest or resolved revision of what comes from outside the store
-    """
-
-    name: str
-    stage: Stage
-    config: BaseModel
-    inputs: Mapping[str, Binding | Mapping[str, Binding]] = field(default_factory=dict)
-    literals: Mapping[str, str] = field(default_factory=dict)
-    externals: Mapping[str, str] = field(default_factory=dict)
-
-    def bindings(self) -> dict[str, Binding]:
-        """Every binding by dotted name."""
-        flat = {}
-        for name, value in self.inputs.items():
-            if isinstance(value, Binding):
-                flat[name] = value
-            else:
-                flat.update({f"{name}.{inner}": binding for inner, binding in value.items()})
-        return flat
-
-
-class Graph:
+class Graph(NodeGraph):
     """The nodes of a recipe in an order in which every node comes after its inputs."""
 
-    def __init__(self, recipe: Recipe, until: str | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        until: str | None = None,
+        *,
+        unresolved: Literal["refuse", "keep"] = "refuse",
+        resolve: Callable[[Reference], str] = lambda reference: resolve_commit(*reference),
+    ) -> None:
         """Resolve what the recipe names outside the store, and lay out the nodes up to stage `until`.
 
-        Raises ValueError for a missing file or folder, a revision that does not exist, a template that does not render.
+        unresolved  keep, for looking only: a revision whose commit cannot be had stays as written (`self.unresolved`)
+        resolve     commit of a Hub reference, see `tasks.data.resolve_commit`
+
+        Raises ValueError for a missing file or folder, a template that does not render, a malformed name, and (unless
+        `unresolved` is keep) for a revision that cannot be resolved.
         """
+        super().__init__(recipe.name, recipe.compute)
         self.recipe = recipe
-        self.nodes: dict[str, Node] = {}
+        #: Hub references that stand as written -> whether a run needs them (a benchmark may be missing).
+        self.unresolved: dict[Reference, bool] = {}
+        self._keep_unresolved = unresolved == "keep"
+        self.commits = resolve_commits(_hub_references(recipe), resolve)
         self._until = STAGE_ORDER.index(until) if until else len(STAGE_ORDER)
         self._template = load_chat_template(recipe.chat_template)
         self._template_external = {"chat_template": text_digest(self._template)}
         self._lay_out()
-
-    def spec(self, name: str) -> Spec:
-        """What the key of a node is made of."""
-        node = self.nodes[name]
-        inputs: dict[str, Any] = {}
-        for input_name, value in node.inputs.items():
-            if isinstance(value, Binding):
-                inputs[input_name] = self.key(value.node)
-            else:
-                inputs[input_name] = {inner: self.key(binding.node) for inner, binding in value.items()}
-        return Spec(
-            stage=node.stage.name,
-            version=node.stage.version,
-            config=scientific(node.config),
-            inputs=inputs,
-            externals=dict(node.externals),
-        )
-
-    def key(self, name: str) -> str:
-        """Artifact key of a node."""
-        return artifact_key(self.spec(name))
-
-    def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
-        """A node with its inputs found: ready to run."""
-        node = self.nodes[name]
-
-        def path(binding: Binding) -> str:
-            reference = references[binding.node]
-            return str(Path(reference.path) / reference.outputs[binding.output]) if binding.output else reference.path
-
-        values: dict[str, Any] = dict(node.literals)
-        for input_name, value in node.inputs.items():
-            if isinstance(value, Binding):
-                values[input_name] = path(value)
-            else:
-                values[input_name] = {inner: path(binding) for inner, binding in value.items()}
-        records = {
-            dotted: InputRecord(
-                stage=references[binding.node].stage,
-                key=references[binding.node].key,
-                digest=references[binding.node].digest,
-            )
-            for dotted, binding in node.bindings().items()
-        }
-        return Job(
-            node=name,
-            stage=node.stage,
-            config=node.config,
-            compute=self.recipe.compute.of(node.stage.name),
-            spec=self.spec(name),
-            inputs=node.stage.inputs.model_validate(values),
-            input_records=records,
-            refresh=refresh,
-        )
 
     # The layout, top to bottom as a run goes.
 
@@ -174,35 +96,46 @@ class Graph:
         self.nodes[name] = Node(name, stage, config, **parts)
         return name
 
-    def _rows(self, name: str, kind: str, data: DataSet | None) -> str | None:
+    def _rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
         if data is None:
             return None
-        pinned, externals = _pin_all(data.sources)
+        pinned, externals = self._pin_all(data.sources)
         config = DatasetStageConfig(kind=kind, data=data.model_copy(update={"sources": pinned}))
         return self._add(
             f"dataset-{name}", STAGES["dataset"], config, inputs=self._world_if_generated(pinned), externals=externals
         )
 
-    def _training_rows(self, name: str, kind: str, data: DataSet | None) -> str | None:
+    def _training_rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
         """Rows, then the same rows without what the contamination check found."""
         rows = self._rows(name, kind, data)
         settings = self.recipe.contamination
         if rows is None or settings is None:
             return rows
-        pinned, externals = _pin_all([benchmark.source for benchmark in settings.benchmarks], may_be_missing=True)
+        index = self._benchmark_index()
+        if index is None:
+            return rows
+        config = settings.stage_config(kind, **({"policy": "report"} if name == "audit" else {}))
+        inputs = {"dataset": Binding(rows, "file"), "index": Binding(index)}
+        return self._add(f"contamination-{name}", STAGES["contamination"], config, inputs=inputs) or rows
+
+    def _benchmark_index(self) -> str | None:
+        """One index for all training sets: it depends on the benchmarks and the mode only."""
+        settings = self.recipe.contamination
+        assert settings is not None
+        if "benchmark-index" in self.nodes:
+            return "benchmark-index"
+        pinned, externals = self._pin_all([benchmark.source for benchmark in settings.benchmarks], may_be_missing=True)
         benchmarks = tuple(
             benchmark.model_copy(update={"source": source})
             for benchmark, source in zip(settings.benchmarks, pinned, strict=True)
         )
-        changes: dict[str, Any] = {"benchmarks": benchmarks, "audit": None}
-        if name == "audit":
-            changes["policy"] = "report"
-        config = ContaminationStageConfig(kind=kind, settings=settings.model_copy(update=changes))
-        inputs = {"dataset": Binding(rows, "file"), **self._world_if_generated(pinned)}
-        checked = self._add(
-            f"contamination-{name}", STAGES["contamination"], config, inputs=inputs, externals=externals
+        return self._add(
+            "benchmark-index",
+            STAGES["benchmark_index"],
+            settings.index_config(benchmarks),
+            inputs=self._world_if_generated(pinned),
+            externals=externals,
         )
-        return checked or rows
 
     def _base_model(self, sft_rows: str | None) -> str | None:
         config = self.recipe.base_model
@@ -219,7 +152,7 @@ class Graph:
             externals["base_model"] = folder_digest(folder)
         else:
             assert config.repository is not None
-            revision = resolve_commit("model", config.repository, config.revision)
+            revision = self._commit(Reference("model", config.repository, config.revision))
             config = config.model_copy(update={"revision": revision})
         return self._add("base-model", STAGES["base_model"], config, inputs=inputs, externals=externals)
 
@@ -256,7 +189,7 @@ class Graph:
             tasks: list[EvaluationTask] = []
             sources: list[DataSource] = []
             for task in settings.tasks:
-                pinned, digests = _pin_all(task.files.values())
+                pinned, digests = self._pin_all(task.files.values())
                 externals.update({f"{task.name}.{name}": digest for name, digest in digests.items()})
                 tasks.append(task.model_copy(update={"files": dict(zip(task.files, pinned, strict=True))}))
                 sources += pinned
@@ -318,29 +251,42 @@ class Graph:
                 wanted |= {binding.node for binding in self.nodes[candidate].bindings().values()}
         return [candidate for candidate in self.nodes if candidate in wanted]
 
+    def _pin_all(
+        self, sources: Iterable[DataSource], may_be_missing: bool = False
+    ) -> tuple[tuple[DataSource, ...], dict[str, str]]:
+        """Sources with Hub revisions resolved to commits, and content digests of local ones by position.
+
+        With `may_be_missing` a Hub source that cannot be reached stays as it is: the stage reports it as not checked.
+        """
+        pinned, externals = [], {}
+        for position, source in enumerate(sources):
+            if source.repository is not None:
+                revision = self._commit(Reference("dataset", source.repository, source.revision), may_be_missing)
+                source = source.model_copy(update={"revision": revision})
+            elif source.path is not None:
+                externals[f"data.{position}"] = source_digest(source)
+            pinned.append(source)
+        return tuple(pinned), externals
+
+    def _commit(self, reference: Reference, may_be_missing: bool = False) -> str:
+        found = self.commits[reference]
+        if isinstance(found, str):
+            return found
+        if not may_be_missing and not (self._keep_unresolved and isinstance(found, SourceUnavailable)):
+            raise found
+        self.unresolved[reference] = self.unresolved.get(reference, False) or not may_be_missing
+        return reference.revision
+
     def _world_if_generated(self, sources: Iterable[DataSource]) -> dict[str, Binding]:
         return {"world": Binding("world")} if any(source.generated for source in sources) else {}
 
 
-def _pin_all(
-    sources: Iterable[DataSource], may_be_missing: bool = False
-) -> tuple[tuple[DataSource, ...], dict[str, str]]:
-    """Sources with Hub revisions resolved to commits, and content digests of local ones by position.
-
-    With `may_be_missing` a Hub source that cannot be reached stays as it is: the stage reports it as not checked.
-    """
-    pinned, externals = [], {}
-    for position, source in enumerate(sources):
-        if source.repository is not None:
-            try:
-                source = source.model_copy(update={"revision": resolve_revision(source)})
-            except ValueError:
-                if not may_be_missing:
-                    raise
-        elif source.path is not None:
-            externals[f"data.{position}"] = source_digest(source)
-        pinned.append(source)
-    return tuple(pinned), externals
+def _hub_references(recipe: Recipe) -> list[Reference]:
+    """Everything that a recipe names on the Hub, data first: that order decides which error is told."""
+    sources = [source for source in recipe.data_sources() if source.repository is not None]
+    references = [Reference("dataset", source.repository or "", source.revision) for source in sources]
+    model = recipe.base_model
+    return references + ([Reference("model", model.repository, model.revision)] if model.repository else [])
 
 
 def _definitions_digest() -> str:

@@ -21,14 +21,19 @@ from pydantic import Field
 
 from artifacts.store import Found, Store
 from flows.graph import Graph
+from flows.guard import follow_worker
 from flows.logs import shield_run_logs
 from flows.recipe import check_stage_names, load_recipe
+from flows.runs import begin_run, end_run
 from schemas.artifact import ArtifactReference
 from schemas.recipe import ExtendingRecipe, Recipe
 from tasks.data import expand_path
+from tasks.launch import stop_children
+from tasks.progress import duration
 from tasks.push import check_push_access, push_model
 from tasks.report import artifact_key, html_report, markdown, stage_table, summarise
-from tasks.runner import duration, run_stage, stop_children
+from tasks.runner import run_stage
+from tasks.sharing import open_remote
 
 #: More tasks than can run: how many stages really run side by side is compute.max_parallel_stages.
 _MAX_WAITING_TASKS = 32
@@ -58,6 +63,7 @@ def smoltulu(
     Finished stages are taken from the store, an interrupted one goes on from its last checkpoint. Returns node -> key.
     """
     shield_run_logs()
+    follow_worker()
     log = get_run_logger()
     checked = load_recipe(recipe, overrides)
     check_stage_names(checked, until, refresh)
@@ -66,9 +72,12 @@ def smoltulu(
         check_push_access(checked.publish, token)
     graph = Graph(checked, until)
     store = Store(expand_path(checked.compute.store))
+    remote = open_remote(checked.compute)
     log.info("recipe %s: %d steps, store %s", checked.name, len(graph.nodes), store.root)
 
     started_at = datetime.now(UTC)
+    run_name = f"{checked.name}-{runtime.flow_run.name or started_at.strftime('%Y%m%dT%H%M%S')}"
+    record = begin_run(store, run_name, graph, flow_run_id=str(runtime.flow_run.id or ""))
     slots = threading.Semaphore(checked.compute.max_parallel_stages)
     seconds: dict[str, float] = {}
     failures: dict[str, str] = {}
@@ -80,7 +89,7 @@ def smoltulu(
             began = time.monotonic()
             try:
                 job = graph.job(node, upstream, refresh=graph.nodes[node].stage.name in refresh)
-                reference = run_stage(job, store, task_log)
+                reference = run_stage(job, store, task_log, remote)
             except Exception as error:
                 failures[node] = str(error)
                 raise
@@ -88,9 +97,10 @@ def smoltulu(
                 seconds[node] = time.monotonic() - began
         took = duration(seconds[node])
         task_log.info("%s: %s %s (%s)", node, reference.outcome.lower(), reference.key[:12], took)
-        create_table_artifact(
-            key=artifact_key(f"{checked.name}-{node}"), table=stage_table(reference), description=f"{node}, {took}"
-        )
+        if reference.outcome != "Cached":
+            create_table_artifact(
+                key=artifact_key(f"{checked.name}-{node}"), table=stage_table(reference), description=f"{node}, {took}"
+            )
         return Completed(name=reference.outcome, message=took, data=reference)
 
     @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=[10, 60])
@@ -118,7 +128,11 @@ def smoltulu(
     finally:
         made = [future.result() for future in futures.values() if future.state.is_completed()]
         state = "Completed" if not failures and error is None else "Failed"
-        _report(graph, store, made, failures, seconds, state, started_at, pushed, error, log)
+        outcomes = {reference.node: reference.outcome for reference in made} | dict.fromkeys(failures, "Failed")
+        # Written before the report and again after it: a fault in the page must not leave the run "Running".
+        end_run(store, record, state, outcomes)
+        page = _report(graph, store, run_name, made, failures, seconds, state, started_at, pushed, error, log)
+        end_run(store, record, state, outcomes, report_path=str(page))
     if failures:
         raise RuntimeError("; ".join(failures.values()))
     return {reference.node: reference.key for reference in made}
@@ -127,6 +141,7 @@ def smoltulu(
 def _report(
     graph: Graph,
     store: Store,
+    run_name: str,
     made: list[ArtifactReference],
     failures: dict[str, str],
     seconds: dict[str, float],
@@ -135,11 +150,10 @@ def _report(
     pushed: str,
     error: BaseException | None,
     log: logging.Logger | logging.LoggerAdapter,
-) -> None:
-    """Write summary.json and report.html of a run, and its Markdown artifact."""
+) -> Path:
+    """Write summary.json and report.html of a run, and its Markdown artifact. Path of the page."""
     found = {reference.node: store.find(graph.spec(reference.node)) for reference in made}
     pairs = [(reference, result.manifest) for reference in made if isinstance(result := found[reference.node], Found)]
-    run_name = f"{graph.recipe.name}-{runtime.flow_run.name or started_at.strftime('%Y%m%dT%H%M%S')}"
     reports = store.root.parent / "reports"
     folder = reports / run_name
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,6 +187,7 @@ def _report(
     create_markdown_artifact(key=artifact_key(f"{graph.recipe.name}-run"), markdown=markdown(summary))
     num_cached = sum(reference.outcome == "Cached" for reference in made)
     log.info("%d of %d stages cached; report: %s", num_cached, len(graph.nodes), (folder / "report.html").resolve())
+    return folder / "report.html"
 
 
 if __name__ == "__main__":

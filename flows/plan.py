@@ -1,67 +1,259 @@
-"""What a recipe would do, per stage, and why: cached, resumes, or runs. Needs neither server nor torch."""
+"""What a recipe would do, per stage, and why: cached, resumes, or runs. Needs neither server nor torch.
+
+Works without a network: a Hub revision that cannot be resolved stays as written, and the keys that hang on it are
+marked provisional.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
-from artifacts.store import Found, Store, newest_checkpoint
+from artifacts.checkpoints import planned_steps
+from artifacts.nearest import Changes, SpecIndex, read_generation
+from artifacts.store import Found, Missing, Store
+from flows.costs import Costs
+from flows.estimate import NOTHING, Estimate, Total, totals
 from flows.graph import Graph
 from flows.recipe import check_stage_names
 from schemas.recipe import Recipe
+from tasks.data import Reference, is_commit, resolve_commit
+from tasks.environment import environment
 
-_SHOWN_CHANGES = 4
+#: A plan is for looking: it gives up on a silent Hub sooner than a run.
+_HUB_TIMEOUT_SECONDS = 3.0
+
+TRAINING_STAGES = ("sft", "reward_model", "dpo", "rlvr")
+
+
+@dataclass(frozen=True)
+class NearestArtifact:
+    """The finished artifact that differs least: dotted field -> (old, new)."""
+
+    key: str
+    finished_at: str
+    changes: Changes
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One stage of a plan. status: cached, resumes, or runs."""
+    """One stage of a plan.
+
+    reason       why it has this status, in words
+    provisional  the key hangs on a Hub revision that was not resolved
+    notes        what is different now from when a cached artifact was made
+    step         optimizer step that it goes on from, and num_steps of how many; None where it does not resume
+    """
 
     node: str
     stage: str
     key: str
-    status: str
+    status: Literal["cached", "resumes", "runs"]
     reason: str
+    provisional: bool = False
+    notes: tuple[str, ...] = ()
+    nearest: NearestArtifact | None = None
+    step: int | None = None
+    num_steps: int | None = None
+    estimate: Estimate = NOTHING
 
 
-def plan(recipe: Recipe, until: str | None, refresh: list[str], store: Store) -> list[PlanRow]:
-    """Rows in the order in which stages would run. Errors: as `Graph`."""
+class Unresolved(NamedTuple):
+    """A Hub revision whose commit is not known. needed: a run would stop at it; else it only checks less."""
+
+    reference: Reference
+    needed: bool
+    reason: ValueError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows in the order in which stages would run."""
+
+    recipe: str
+    store: str
+    rows: tuple[PlanRow, ...]
+    unresolved: tuple[Unresolved, ...]
+    notes: tuple[str, ...]
+    totals: Mapping[str, Total]
+
+
+def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store, graph: Graph | None = None) -> Plan:
+    """What a run would do now. Errors: as `Graph`, unresolved revisions excepted."""
+    refresh = list(refresh)
     check_stage_names(recipe, until, refresh)
-    graph = Graph(recipe, until)
+    graph = graph or Graph(recipe, until, unresolved="keep", resolve=_resolve)
+    index = SpecIndex(store.root)
+    costs = Costs(graph, index)
+    provisional = _provisional(graph)
     digests: dict[str, str] = {}
     rows = []
-    for name, node in graph.nodes.items():
-        spec = graph.spec(name)
-        bindings = node.bindings()
-        new_inputs = sorted({binding.node for binding in bindings.values() if binding.node not in digests})
-        inputs = {dotted: digests[binding.node] for dotted, binding in bindings.items() if binding.node in digests}
-        found = store.find(spec, inputs)
-        folder = store.folder(spec)
-        checkpoint = newest_checkpoint(folder / "work" / "checkpoints")
-        if isinstance(found, Found) and not new_inputs and node.stage.name not in refresh:
+    for name in graph.nodes:
+        row, found = _row(graph, store, index, name, digests, refresh, provisional)
+        if row.status == "cached":
+            assert isinstance(found, Found)
             digests[name] = found.manifest.digest
-            status, reason = "cached", f"made {found.manifest.finished_at}"
-        elif checkpoint is not None:
-            status, reason = "resumes", f"at step {checkpoint[0]}"
-        elif node.stage.name in refresh:
-            status, reason = "runs", "asked for again (refresh)"
-        elif isinstance(found, Found):
-            status, reason = "runs", f"unless {', '.join(new_inputs)} comes out the same as before"
+            costs.cached(name, found.manifest.outputs, {n: r.size for n, r in found.manifest.files.items()})
         else:
-            status, reason = "runs", _why(store, graph, name, found.reason)
-        rows.append(PlanRow(name, node.stage.name, graph.key(name), status, reason))
-    return rows
+            estimate = costs.estimate(name, row.step or 0, row.num_steps)
+            row = PlanRow(**{**vars(row), "estimate": estimate})
+        rows.append(row)
+    notes: tuple[str, ...] = ()
+    if recipe.compute.remote is not None:
+        notes = ("the shared store is not looked at: what it holds is fetched, not made again",)
+    errors = {reference: error for reference, error in graph.commits.items() if isinstance(error, ValueError)}
+    unresolved = (Unresolved(ref, needed, errors[ref]) for ref, needed in graph.unresolved.items())
+    sums = _totals(rows, recipe.compute.max_parallel_stages)
+    return Plan(recipe.name, str(store.root), tuple(rows), tuple(unresolved), notes, sums)
 
 
-def _why(store: Store, graph: Graph, name: str, reason: str) -> str:
-    """The fields in which the nearest finished artifact differs, old -> new; upstream keys are named by their input."""
-    nearest = store.nearest(graph.spec(name)) if reason == "never made" else None
-    if nearest is None:
-        return reason
-    changes = []
-    for field, (old, new) in nearest[1].items():
-        if field.startswith("inputs."):
-            changes.append(f"{field.removeprefix('inputs.')} is another artifact")
-        else:
-            changes.append(f"{field.removeprefix('config.')}: {old} -> {new}")
-    more = f" and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
-    return "differs from the nearest in " + ", ".join(changes[:_SHOWN_CHANGES]) + more
+def _resolve(reference: Reference) -> str:
+    return resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS)
+
+
+def _totals(rows: list[PlanRow], num_parallel: int) -> dict[str, Total]:
+    """Steps, tokens and FLOPs of the training stages, disk and time of all that are not cached."""
+    todo = [row for row in rows if row.status != "cached"]
+    everything = totals([row.estimate for row in todo], num_parallel)
+    training = totals([row.estimate for row in todo if row.stage in TRAINING_STAGES])
+    return everything | {name: training[name] for name in ("num_steps", "num_tokens", "flops")}
+
+
+def _row(
+    graph: Graph,
+    store: Store,
+    index: SpecIndex,
+    name: str,
+    digests: Mapping[str, str],
+    refresh: list[str],
+    provisional: set[str],
+) -> tuple[PlanRow, Found | Missing]:
+    """Status of a node and why; `digests` holds the content of the upstream nodes that are cached."""
+    node, spec = graph.nodes[name], graph.spec(name)
+    bindings = node.bindings()
+    waits_for = sorted({binding.node for binding in bindings.values() if binding.node not in digests})
+    found = store.find(spec, {dotted: digests[b.node] for dotted, b in bindings.items() if b.node in digests})
+    row: dict[str, Any] = {
+        "node": name,
+        "stage": node.stage.name,
+        "key": graph.key(name),
+        "provisional": name in provisional,
+        "status": "runs",
+    }
+    refreshed = node.stage.name in refresh
+    checkpoint = store.unfinished(spec)
+    if isinstance(found, Found) and not waits_for and not refreshed:
+        row |= {"status": "cached", "reason": f"made {_minute(found.manifest.finished_at)}"}
+        row["notes"] = tuple(drift(found.manifest.environment, environment()))
+    elif checkpoint is not None:
+        step, folder = checkpoint
+        num_steps = planned_steps(folder)
+        reason = f"at step {step:,}" + (f" of {num_steps:,}" if num_steps else "")
+        row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
+    elif refreshed:
+        row["reason"] = "asked for again (refresh)"
+    elif isinstance(found, Found):
+        row["reason"] = f"cached if {', '.join(waits_for)} comes out the same as before"
+    elif found.reason in ("never made", "resumable work is there"):
+        near = _nearest(index, spec.model_dump())
+        row |= {"nearest": near, "reason": "never made"}
+        if near is not None:
+            nodes = {f"inputs.{dotted}": binding.node for dotted, binding in bindings.items()}
+            row["reason"] = explain(near, nodes, provisional)
+    else:
+        row["reason"] = f"damaged: {found.reason}" if found.damaged else found.reason
+    return PlanRow(**row), found
+
+
+def _nearest(index: SpecIndex, spec: Mapping[str, Any]) -> NearestArtifact | None:
+    for near in index.ranked(spec):
+        manifest = read_generation(near.folder)
+        if manifest is not None:
+            return NearestArtifact(near.key, str(manifest.get("finished_at", "")), near.changes)
+    return None
+
+
+def explain(near: NearestArtifact, nodes: Mapping[str, str], provisional: set[str], num_shown: int = 4) -> str:
+    """In what a wanted artifact differs from the nearest, in words: settings first, old -> new, then inputs.
+
+    nodes        dotted input -> upstream node
+    provisional  nodes whose keys hang on unresolved revisions: they may turn out the same
+    """
+    which = f"{near.key[:12]}" + (f", {near.finished_at[:10]}" if near.finished_at else "")
+    open_ones = {name for name, change in near.changes.items() if _is_open(name, change, nodes, provisional)}
+    if open_ones == near.changes.keys():
+        return f"cached as {which} if the unresolved revisions are still those that it was made from"
+    order = ("version", "config.", "externals.", "inputs.")
+    names = [name for name in near.changes if name not in open_ones]
+    names.sort(key=lambda name: next((i for i, start in enumerate(order) if name.startswith(start)), -1))
+    texts = [_difference(name, *near.changes[name], nodes.get(name)) for name in names]
+    if len(texts) > num_shown:
+        texts = [*texts[:num_shown], f"and {len(texts) - num_shown} more"]
+    if open_ones:
+        texts.append("perhaps in unresolved revisions")
+    return f"differs from the nearest ({which}) in " + ", ".join(texts)
+
+
+def _is_open(name: str, change: tuple[object, object], nodes: Mapping[str, str], provisional: set[str]) -> bool:
+    old, new = change
+    if name in nodes:
+        return nodes[name] in provisional and old is not None
+    return name.endswith("revision") and is_commit(str(old)) and new is not None and not is_commit(str(new))
+
+
+def _difference(name: str, old: object, new: object, node: str | None) -> str:
+    section, _, field = name.partition(".")
+    if section == "inputs":
+        if new is None:
+            return f"it had an input {field} besides"
+        last = field.rpartition(".")[2]
+        which = f"input {last}" if last == node else f"input {last} ({node})"
+        return f"{which} is new" if old is None else f"{which} is another artifact"
+    if section == "externals" and old is not None and new is not None:
+        return f"{field} has another content"
+    return f"{'stage version' if name == 'version' else field}: {_short(old)} -> {_short(new)}"
+
+
+def _short(value: object) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 and not is_commit(text) else f"{text[:12]}…"
+
+
+def drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Package versions, Python and code of ours that differ between two environments: name old -> new."""
+    before, after = then.get("packages") or {}, now.get("packages") or {}
+    changed = [f"{name} {old} -> {after[name]}" for name, old in before.items() if after.get(name) not in (None, old)]
+    if then.get("python") not in (None, now.get("python")):
+        changed.append(f"python {then['python']} -> {now.get('python')}")
+    old, new = then.get("git_commit"), now.get("git_commit")
+    if old and new and old != new:
+        changed.append(f"code {str(old)[:12]} -> {str(new)[:12]}")
+    return changed
+
+
+def _provisional(graph: Graph) -> set[str]:
+    """Nodes whose key, or an upstream key, was made from a revision that stands as written."""
+    found: set[str] = set()
+    if not graph.unresolved:
+        return found
+    names = {(reference.repository, reference.revision) for reference in graph.unresolved}
+    for name, node in graph.nodes.items():
+        own = names & set(_repositories(graph.spec(name).config))
+        if own or any(binding.node in found for binding in node.bindings().values()):
+            found.add(name)
+    return found
+
+
+def _repositories(value: Any) -> Iterable[tuple[str, str]]:
+    if isinstance(value, dict):
+        if isinstance(value.get("repository"), str) and "revision" in value:
+            yield value["repository"], value["revision"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _repositories(item)
+
+
+def _minute(time: str) -> str:
+    return time[:16].replace("T", " ")

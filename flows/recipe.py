@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,24 @@ def load_recipe(
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(_explain(error, values.get("name") or str(recipe))) from None
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, object]:
+    """`field=value` texts; the value is read as JSON, else as YAML. Raises ValueError where there is no `=`."""
+    values: dict[str, object] = {}
+    for text in texts:
+        field, equals, value = text.partition("=")
+        if not equals or not field.strip():
+            raise ValueError(f"--override {text!r}: give a dotted field and a value, e.g. dpo.learning_rate=5e-7")
+        try:
+            # JSON first: YAML takes 5e-7, which has no dot, for a text.
+            values[field.strip()] = json.loads(value)
+        except ValueError:
+            try:
+                values[field.strip()] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"--override {text!r}: the value is neither JSON nor YAML: {error}") from None
+    return values
 
 
 def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> None:

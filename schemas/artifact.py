@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from schemas.common import StrictModel
 
-MANIFEST_SCHEMA_VERSION = 1
+#: 2: digests are BLAKE3, what lies below `logs/` is no content.
+MANIFEST_SCHEMA_VERSION = 2
 
 
 class InputRecord(StrictModel):
@@ -23,7 +25,7 @@ class FileRecord(StrictModel):
     """One file of an artifact."""
 
     size: int = Field(ge=0, description="bytes")
-    sha256: str
+    blake3: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Spec(StrictModel):
@@ -43,7 +45,7 @@ class Manifest(StrictModel):
     schema_version: int = Field(MANIFEST_SCHEMA_VERSION)
     key: str
     spec: Spec
-    digest: str = Field(description="over the names, sizes and digests of the files")
+    digest: str = Field(description="over the names, sizes and digests of the files, those below logs/ left out")
     inputs: dict[str, InputRecord] = Field(description="binding -> upstream artifact")
     outputs: dict[str, Any] = Field(description="the stage's outputs model as JSON")
     metrics: dict[str, float]
@@ -55,6 +57,16 @@ class Manifest(StrictModel):
     finished_at: str = Field(description="UTC, ISO 8601")
     duration_seconds: float = Field(ge=0)
     resumed_from_steps: tuple[int, ...] = Field((), description="optimizer step of each resume")
+    checksum: str = Field("", description="SHA-256 over all other fields; none: not checked")
+
+    @field_validator("files")
+    @classmethod
+    def _stays_inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or name != path.as_posix() or name in ("", "."):
+                raise ValueError(f"file name {name!r} is no plain relative path")
+        return files
 
 
 class ArtifactReference(StrictModel):

@@ -11,7 +11,9 @@ from pydantic.fields import FieldInfo
 StageName = Literal[
     "world",
     "dataset",
+    "benchmark_index",
     "contamination",
+    "languages",
     "base_model",
     "sft",
     "reward_model",

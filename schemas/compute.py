@@ -25,6 +25,11 @@ class ComputeSettings(StrictModel):
         "${SMOLTULU_STORE:-artifacts/store}",
         description="folder of the artifact store; ${VARIABLE:-default} is expanded",
     )
+    remote: str | None = machinery(
+        None,
+        description="URL of a shared store (s3://bucket/folder, gs://, file:///...), which the local one then caches; "
+        "${VARIABLE:-default} is expanded; credentials come from the environment, never from here",
+    )
     device: Literal["auto", "cpu", "cuda"] = machinery("auto")
     precision_fallback: bool = machinery(
         True, description="run bfloat16 stages in float32, with a warning, on devices without it"
@@ -38,7 +43,7 @@ class ComputeSettings(StrictModel):
     activation_checkpointing: bool = machinery(False, description="trade compute for memory")
     dataloader_num_workers: int = machinery(0, ge=0)
     save_steps: int = machinery(500, ge=1, description="optimizer steps between resumable checkpoints")
-    save_total_limit: int = machinery(2, ge=1)
+    save_total_limit: int = machinery(2, ge=1, description="newest checkpoints kept; the best is kept beside them")
     logging_steps: int = machinery(10, ge=1)
     max_parallel_stages: int = machinery(
         1, ge=1, description="stages that may run side by side, e.g. reward model and DPO"

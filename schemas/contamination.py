@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from schemas.common import StrictModel, science
 from schemas.data import DataSet, DatasetKind, DataSource
+
+MatchMode = Literal["full", "ngram"]
+Role = Literal["system", "user", "assistant"]
 
 
 class Benchmark(StrictModel):
@@ -19,16 +22,17 @@ class Benchmark(StrictModel):
     strip_prefix: str = science("", description="prefix taken off the first query field, e.g. 'Question: '")
 
 
-class ContaminationSettings(StrictModel):
+class ContaminationRules(StrictModel):
     """Rules of open-instruct decontamination/search.py (Tulu 3, arXiv 2411.15124 section 3.2)."""
 
-    mode: Literal["full", "ngram"] = science(
+    mode: MatchMode = science(
         "full",
         description="full: every field is a run of terms in one turn (the rule of SmolTulu's tables 1, 4, 13); "
         "ngram: more than `match_threshold` of an instance's tokens covered by one turn (Tulu 3)",
     )
     ngram_size: int = science(8, ge=1, le=64)
     match_threshold: float = science(0.5, gt=0, lt=1)
+    roles: tuple[Role, ...] = science(("user",), min_length=1, description="whose turns are searched; the paper: user")
     policy: Literal["report", "remove", "fail"] = science(
         "remove", description="what happens to training rows that hit; fail: stop above `fail_above`"
     )
@@ -41,6 +45,32 @@ class ContaminationSettings(StrictModel):
         description="hits on instances of fewer terms are reported, but neither remove rows nor fail: one-word "
         "instances ('water', 'inflation') hit by accident; 1 is the reference rule",
     )
+
+    @model_validator(mode="after")
+    def _distinct_roles(self) -> Self:
+        if len(set(self.roles)) < len(self.roles):
+            raise ValueError(f"roles: each may be named once; given {list(self.roles)}")
+        return self
+
+
+class BenchmarkIndexConfig(StrictModel):
+    """Config of the `benchmark_index` stage: what the index depends on, and nothing else."""
+
+    mode: MatchMode = science()
+    ngram_size: int | None = science(description="none in full mode")
+    benchmarks: tuple[Benchmark, ...] = science(min_length=1)
+
+
+class ContaminationStageConfig(StrictModel):
+    """Config of one `contamination` run: the rules, and which kind of rows it reads."""
+
+    kind: DatasetKind = science()
+    settings: ContaminationRules = science()
+
+
+class ContaminationSettings(ContaminationRules):
+    """The contamination block of a recipe."""
+
     benchmarks: tuple[Benchmark, ...] = science(min_length=1)
     audit: DataSet | None = science(
         None, description="a further SFT-form set that is checked and reported, never trained on"
@@ -54,19 +84,73 @@ class ContaminationSettings(StrictModel):
             raise ValueError(f"benchmark names must differ; given twice: {doubled}")
         return self
 
+    def index_config(self, benchmarks: tuple[Benchmark, ...] | None = None) -> BenchmarkIndexConfig:
+        """What the index stage gets; `benchmarks` with their revisions resolved."""
+        return BenchmarkIndexConfig(
+            mode=self.mode,
+            ngram_size=self.ngram_size if self.mode == "ngram" else None,
+            benchmarks=self.benchmarks if benchmarks is None else benchmarks,
+        )
 
-class ContaminationStageConfig(StrictModel):
-    """Config of one `contamination` run: the rules, and which kind of rows it reads."""
+    def stage_config(self, kind: DatasetKind, **changes: Any) -> ContaminationStageConfig:
+        """What a contamination stage gets: the rules without the benchmarks, which are its input."""
+        rules = {name: getattr(self, name) for name in ContaminationRules.model_fields}
+        return ContaminationStageConfig(kind=kind, settings=ContaminationRules(**{**rules, **changes}))
 
-    kind: DatasetKind = science()
-    settings: ContaminationSettings = science()
+
+class BenchmarkIndexInputs(StrictModel):
+    """Resolved inputs: the world's folder, for generated benchmarks."""
+
+    world: str | None = Field(None)
+
+
+class IndexedBenchmark(StrictModel):
+    """A benchmark in an index."""
+
+    name: str
+    num_instances: int = Field(ge=0, description="without those skipped")
+    num_skipped: int = Field(ge=0, description="instances with a None field: the rule leaves them out")
+    not_checked: str | None = Field(None, description="why it could not be loaded; nothing is known of it then")
+
+
+class BenchmarkIndexOutputs(StrictModel):
+    """An index folder (the artifact itself): index.json, queries.parquet and arrays."""
+
+    mode: MatchMode
+    ngram_size: int | None = Field(description="none in full mode")
+    num_instances: int = Field(ge=0)
+    num_phrases: int = Field(ge=0, description="distinct fields (full) or distinct windows (n-gram)")
+    benchmarks: tuple[IndexedBenchmark, ...]
 
 
 class ContaminationInputs(StrictModel):
-    """Resolved inputs: the rows file of a dataset artifact, and the world's folder for generated benchmarks."""
+    """Resolved inputs: the rows file of a dataset artifact, and the folder of a benchmark index."""
 
     dataset: str
-    world: str | None = Field(None)
+    index: str
+
+
+class Shard(StrictModel):
+    """A part of a data set that is scanned at one go."""
+
+    path: str
+    number: int = Field(ge=0)
+    num_shards: int = Field(ge=1)
+    start: int = Field(ge=0, description="first byte (.jsonl, at the beginning of a line) or row group (.parquet)")
+    end: int = Field(ge=0, description="one behind the last")
+
+
+class ShardResult(StrictModel):
+    """What a scan of a shard left in `folder`: result.json, hits.parquet, best.npz."""
+
+    folder: str
+    number: int = Field(ge=0)
+    num_shards: int = Field(ge=1)
+    num_rows: int = Field(ge=0)
+    num_turns: int = Field(ge=0, description="turns searched")
+    num_bytes: int = Field(ge=0, description="their UTF-8 bytes")
+    num_hits: int = Field(ge=0, description="pairs of a row and an instance")
+    num_oversized_terms: int = Field(0, ge=0, description="turns with a term above 32,766 bytes")
 
 
 class BenchmarkReport(StrictModel):
@@ -78,6 +162,7 @@ class BenchmarkReport(StrictModel):
     num_contaminated: int = Field(ge=0)
     num_unmatchable: int = Field(0, ge=0, description="instances that this rule can never match (no terms, too short)")
     num_short_hits: int = Field(0, ge=0, description="contaminated instances of under 8 terms, often by accident")
+    mean_score: float | None = Field(None, description="n-gram mode: mean over the instances of their best score")
     not_checked: str | None = Field(
         None, description="why the benchmark could not be loaded; its share is then unknown"
     )
@@ -92,11 +177,19 @@ class ContaminationOutputs(StrictModel):
     """A rows file without the rows that hit, the hits, and the removed ids with reasons."""
 
     file: str = Field("rows.jsonl")
-    hits_file: str = Field("hits.jsonl")
+    hits_file: str = Field("hits.parquet")
     removed_file: str = Field("removed.jsonl")
     kind: DatasetKind
+    mode: MatchMode = Field("full")
+    roles: tuple[Role, ...] = Field(("user",))
     num_rows_read: int = Field(ge=0)
     num_rows: int = Field(ge=0)
     num_removed: int = Field(ge=0)
     num_rows_contaminated: int = Field(ge=0)
+    num_hits: int = Field(0, ge=0, description="pairs of a row and an instance")
+    num_turns: int = Field(0, ge=0, description="turns searched")
+    num_bytes: int = Field(0, ge=0, description="their UTF-8 bytes")
+    num_oversized_terms: int = Field(
+        0, ge=0, description="turns with a term above 32,766 bytes: searched all the same, where the reference crashes"
+    )
     benchmarks: tuple[BenchmarkReport, ...]

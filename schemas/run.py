@@ -1,4 +1,7 @@
-"""What one run of the pipeline came to: written as `artifacts/reports/<run name>/summary.json`."""
+"""What one run of the pipeline is and came to.
+
+`RunSummary` is written as `artifacts/reports/<run name>/summary.json`, `RunRecord` and `TagRecord` into the store.
+"""
 
 from __future__ import annotations
 
@@ -58,3 +61,28 @@ class RunSummary(StrictModel):
     pushed: str = Field("", description="one sentence: where it was pushed to, or why it stayed local")
     summary_path: str | None = Field(None)
     report_path: str | None = Field(None, description="the HTML report")
+
+
+class RunRecord(StrictModel):
+    """A flow run as the store knows it: `<store root>/runs/<run name>.json`, written at its start and at its end."""
+
+    run_name: str
+    flow_run_id: str = Field("", description="Prefect's id; empty without a server")
+    recipe: str = Field(description="name of the recipe")
+    state: str = Field(description="Running until the end; then Completed, Failed, Crashed or another state of Prefect")
+    started_at: str = Field(description="UTC, ISO 8601")
+    finished_at: str = Field("", description="UTC, ISO 8601; empty while it runs")
+    host: str = Field(description="where the flow's process runs or ran")
+    pid: int = Field(ge=0, description="of the flow's process on that host")
+    stages: dict[str, str] = Field(description="node -> stage, every planned node")
+    keys: dict[str, str] = Field(description="node -> artifact key, every planned node, from the start")
+    outcomes: dict[str, str] = Field({}, description="node -> outcome; empty at the start")
+    report_path: str = Field("", description="the HTML report; empty until it is written")
+
+
+class TagRecord(StrictModel):
+    """A name for one artifact, which gc then keeps with all that it was made from: `<store root>/tags/<name>.json`."""
+
+    stage: str
+    key: str
+    tagged_at: str = Field(description="UTC, ISO 8601")

@@ -1,7 +1,8 @@
 """The process of one stage: `python -m tasks.child JOB.json`. It dies with its parent and holds the key's `writer`.
 
 What it prints: lines that start with `@smoltulu ` carry JSON for the parent (progress, warnings); everything else is
-the log of the libraries. Exit status: 0 done, 2 the user's to mend (message in error.json), 1 a failure.
+the log of the libraries. Exit status: 0 done, 2 the user's to mend (message in error.json), 143 stopped as
+asked, 1 a failure.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import traceback
 from pathlib import Path
 
 from schemas.compute import ComputeSettings
-from tasks.stage import Stage, StageContext
+from tasks.stage import STOPPED, Stage, StageContext, StageStopped
 
 MESSAGE_PREFIX = "@smoltulu "
 _PR_SET_PDEATHSIG = 1
@@ -68,6 +69,10 @@ def main(job_file: str) -> int:
     rank = int(os.environ.get("RANK", "0"))
     # Ranks of a multi-process stage are children of torchrun, whose own parent is the flow's process.
     die_with_parent(int(job["parent_pid"]) if "RANK" not in os.environ else os.getppid())
+    if job["num_ranks"] > 1 and "RANK" not in os.environ:
+        # In place of this process, so that it dies with its parent too: the kernel keeps that over exec, not over fork.
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job['num_ranks']}"]
+        os.execv(sys.executable, [sys.executable, *launcher, "-m", "tasks.child", job_file])
     # Shared by all ranks and kept until exit; launchers do not pass descriptors on, so each process takes it itself.
     writer = open(Path(job["work"]).parent / "writer", "a+")  # noqa: SIM115
     fcntl.flock(writer.fileno(), fcntl.LOCK_SH)
@@ -81,6 +86,9 @@ def main(job_file: str) -> int:
 
     try:
         run(STAGES[job["stage"]], job, is_main=rank == 0)
+    except StageStopped as stopped:
+        logger.info("%s", stopped)
+        return STOPPED
     except ValueError as error:
         traceback.print_exc()
         (Path(job["work"]) / "error.json").write_text(json.dumps({"message": str(error)}))

@@ -1,249 +1,308 @@
-"""Exact matching of benchmark instances against user turns, in the two modes of open-instruct's search.py.
+"""Exact contamination scan: shards of training rows against an index of benchmarks, and what the shards say together.
 
-Pure Python, no approximation and no cap on hits. The small benchmark side is indexed once, the training side is
-streamed turn by turn. Term = output of `analyze`; token = of spaCy's English tokenizer; turn = one user message;
-instance = the query fields of one benchmark row. Rules: docs/contamination.md.
+build_index;  plan_shards -> scan_shard (each by itself: thread, process or machine) -> contamination_merge.merge
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
+import hashlib
+import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Protocol
+from pathlib import Path
 
-Terms = tuple[str, ...]
-Tokenizer = Callable[[str], list[tuple[int, int]]]  # text -> (start, end) of each token, characters
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-#: Separators of the index analyzer. Tab, apostrophe, "_", "$", all non-ASCII punctuation and more are not among them.
-_TERM = re.compile(r"[^ ,.?!:;()\"\-\n\\]+")
+from schemas.contamination import BenchmarkIndexOutputs, Shard, ShardResult
+from tasks.contamination_build import build_index, spacy_tokenizer
+from tasks.contamination_layout import FullPostings, NgramPostings, Phrases, State
+from tasks.contamination_rows import TurnBlock, plan_shards, read_blocks
+from tasks.contamination_scan_kernels import scan
+from tasks.contamination_text_kernels import LOWER_BYTES, LOWER_CODE_POINTS, gather_texts, locate_hits
 
-#: Phrases are found by their first so many terms, then compared in full.
-_ANCHOR_TERMS = 8
+__all__ = ["build_index", "plan_shards", "spacy_tokenizer"]  # of other modules, for those who use the engine
+
+_VERSION = 1  # of the shard results: raised when their meaning changes
+_MATCH_CHARACTERS = 200
+_HITS_AT_A_TIME = 1 << 18
+
+HITS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("row_id", pa.string()),
+        ("turn", pa.int32()),
+        ("instance", pa.int32()),
+        ("benchmark", pa.string()),
+        ("benchmark_row", pa.int32()),
+        ("score", pa.float64()),
+        ("num_terms", pa.int32()),
+        ("text", pa.string()),
+        ("line_start", pa.int64()),
+        ("line_end", pa.int64()),
+    ]
+)
 
 
-def lower(text: str) -> str:
-    """Lower case as Java does it, per code point: two code points differ from Python (İ grows, final Σ is ς)."""
-    return text.replace("\u0130", "i").replace("\u03a3", "\u03c3").lower()
+@dataclass(frozen=True)
+class Index:
+    """An index folder, mapped into memory: threads and processes share its pages."""
 
+    header: BenchmarkIndexOutputs
+    digest: str
+    phrases: Phrases
+    full: FullPostings
+    ngram: NgramPostings
+    num_terms: np.ndarray  # of each instance, over its fields
+    best_possible: np.ndarray  # score of each instance against a text that holds all that can be matched
+    benchmark: np.ndarray  # number of each instance's benchmark
+    benchmark_row: np.ndarray  # its row there
 
-def analyze(text: str) -> list[str]:
-    """The terms of `text`: split at separators, lower-cased, no stop words; empty pieces leave no gap."""
-    return _TERM.findall(lower(text))
+    @property
+    def window(self) -> int:
+        """Tokens of a window; 0: full mode."""
+        return (self.header.ngram_size or 0) if self.header.mode == "ngram" else 0
 
 
 @dataclass(frozen=True)
 class Hit:
     """One instance found in one turn."""
 
+    turn: int
     instance: int
-    score: float  # 1.0 in full mode, mean coverage of the fields in n-gram mode
-    start: int  # terms of the turn: from here
-    end: int  # up to, not including: the found phrase (full), or first to last matched window (n-gram)
+    score: float
+    text: str
 
 
-class Matcher(Protocol):
-    """What both modes offer to the stage."""
-
-    num_terms: list[int]  # per instance, over its fields
-    unmatchable: list[bool]  # per instance: no text at all can make it contaminated
-
-    def hits(self, text: str) -> list[Hit]:
-        """Contaminated instances of one turn, each once, by instance."""
-        ...
-
-
-class PhraseIndex:
-    """Finds every occurrence of a set of distinct, non-empty phrases in a list of terms."""
-
-    def __init__(self, phrases: Sequence[Terms]) -> None:
-        self._phrases = phrases
-        self._anchors: dict[Terms, list[int]] = defaultdict(list)
-        # First three terms -> bit per anchor length (3..8) that starts so: one look-up rejects most positions.
-        self._heads: dict[Terms, int] = defaultdict(int)
-        for number, phrase in enumerate(phrases):
-            assert phrase, number
-            anchor = phrase[:_ANCHOR_TERMS]
-            self._anchors[anchor].append(number)
-            if len(anchor) >= 3:
-                self._heads[anchor[:3]] |= 1 << len(anchor)
-        self._lengths = {
-            mask: [length for length in range(3, _ANCHOR_TERMS + 1) if mask >> length & 1]
-            for mask in set(self._heads.values())
-        }
-
-    def find(self, terms: list[str]) -> Iterator[tuple[int, int]]:
-        """(phrase number, position of its first term) of every occurrence."""
-        anchors, heads, phrases = self._anchors, self._heads, self._phrases
-        for length, starts in ((1, zip(terms, strict=True)), (2, pairwise(terms))):
-            for position, start in enumerate(starts):
-                if start in anchors:
-                    assert length == len(start)
-                    for number in anchors[start]:
-                        yield number, position
-        for position, head in enumerate(zip(terms, terms[1:], terms[2:], strict=False)):
-            if head not in heads:
-                continue
-            for length in self._lengths[heads[head]]:
-                anchor = tuple(terms[position : position + length])
-                if len(anchor) == length and anchor in anchors:
-                    for number in anchors[anchor]:
-                        phrase = phrases[number]
-                        if len(phrase) == length or tuple(terms[position : position + len(phrase)]) == phrase:
-                            yield number, position
-
-
-class FullMatcher:
-    """Hit: ONE turn contains EVERY field of the instance as a run of consecutive equal terms.
-
-    A field without terms never matches, so its instance never does.
-    """
-
-    def __init__(self, instances: Sequence[tuple[str, ...]]) -> None:
-        fields = [[tuple(analyze(field)) for field in instance] for instance in instances]
-        self.num_terms = [sum(map(len, phrases)) for phrases in fields]
-        self.unmatchable = [not all(phrases) for phrases in fields]
-        frequency = Counter(phrase for phrases in fields for phrase in set(phrases))
-        # Look for the rarest field of each instance (then the longest); the others only where that one is found.
-        self._others: list[list[str]] = []
-        self._instances_of: dict[Terms, list[int]] = defaultdict(list)
-        for number, phrases in enumerate(fields):
-            leader = min(phrases, key=lambda phrase: (frequency[phrase], -len(phrase)))
-            self._others.append([_joined(phrase) for phrase in dict.fromkeys(phrases) if phrase != leader])
-            if not self.unmatchable[number]:
-                self._instances_of[leader].append(number)
-        self._leaders = list(self._instances_of)
-        self._index = PhraseIndex(self._leaders)
-
-    def hits(self, text: str) -> list[Hit]:
-        """Contaminated instances of one turn, each once, by instance."""
-        terms = analyze(text)
-        found: dict[int, int] = {}
-        for phrase, position in self._index.find(terms):
-            found.setdefault(phrase, position)
-        if not found:
-            return []
-        whole = _joined(terms)
-        return sorted(
-            (
-                Hit(instance, 1.0, position, position + len(self._leaders[phrase]))
-                for phrase, position in found.items()
-                for instance in self._instances_of[self._leaders[phrase]]
-                if all(other in whole for other in self._others[instance])
-            ),
-            key=lambda hit: hit.instance,
+def load_index(folder: Path) -> Index:
+    """Map an index folder into memory. Raises ValueError if it is none."""
+    file = folder / "index.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{folder}: no benchmark index (index.json is missing); make it with the benchmark_index stage"
         )
+    header = json.loads(file.read_text(encoding="utf-8"))
+    digest = header.pop("digest")
+
+    def array(name: str) -> np.ndarray:
+        # Copy on write: compiled loops are made for writable arrays, and nothing is ever written.
+        return np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False).view(np.ndarray)
+
+    def postings(mode: str, names: Sequence[str]) -> Iterator[np.ndarray]:
+        return (array(f"{mode}_{name}") if mode == parsed.mode else np.zeros(1, np.int32) for name in names)
+
+    parsed = BenchmarkIndexOutputs.model_validate(header)
+    return Index(
+        header=parsed,
+        digest=digest,
+        phrases=Phrases(*(array(f"phrases_{name}") for name in Phrases._fields)),
+        full=FullPostings(*postings("full", FullPostings._fields)),
+        ngram=NgramPostings(*postings("ngram", NgramPostings._fields)),
+        num_terms=array("num_terms"),
+        best_possible=array("best_possible"),
+        benchmark=array("benchmark"),
+        benchmark_row=array("benchmark_row"),
+    )
 
 
-class NgramMatcher:
-    """Hit: the mean over the fields of the share of tokens that matched windows cover is above `threshold`.
-
-    Every window of `n` tokens of a field gives its span text (source slice); its terms must occur as a run in the turn.
-    A span text that repeats within a field keeps only its LAST position, and a window without terms matches nothing:
-    so the reference does it, and an exact copy can score below 1.
-    """
-
-    def __init__(self, instances: Sequence[tuple[str, ...]], tokenize: Tokenizer, n: int, threshold: float) -> None:
-        self._n, self._threshold = n, threshold
-        field_numbers: dict[str, int] = {}
-        self._fields_of: list[list[int]] = [
-            [field_numbers.setdefault(field, len(field_numbers)) for field in instance] for instance in instances
-        ]
-        self._instances_of: list[list[int]] = [[] for _ in field_numbers]
-        for instance_number, numbers in enumerate(self._fields_of):
-            for number in dict.fromkeys(numbers):
-                self._instances_of[number].append(instance_number)
-
-        phrase_numbers: dict[Terms, int] = {}
-        self._places: list[list[tuple[int, int]]] = []  # phrase -> (field, first token of the window)
-        self._num_tokens: list[int] = []
-        coverable: list[float] = []
-        terms_of: list[int] = []
-        for field_number, field in enumerate(field_numbers):
-            spans = tokenize(field)
-            last: dict[str, int] = {}
-            for first in range(len(spans) - n + 1):
-                last[field[spans[first][0] : spans[first + n - 1][1]]] = first
-            starts = []
-            for window, first in last.items():
-                phrase = tuple(analyze(window))
-                if phrase:
-                    number = phrase_numbers.setdefault(phrase, len(phrase_numbers))
-                    if number == len(self._places):
-                        self._places.append([])
-                    self._places[number].append((field_number, first))
-                    starts.append(first)
-            self._num_tokens.append(len(spans))
-            coverable.append(self._coverage(field_number, starts))
-            terms_of.append(len(analyze(field)))
-        self._lengths = [len(phrase) for phrase in phrase_numbers]
-        self._index = PhraseIndex(list(phrase_numbers))
-        self.num_terms = [sum(terms_of[number] for number in numbers) for numbers in self._fields_of]
-        # The best that any text can do is to hold every window.
-        self.unmatchable = [
-            sum(coverable[number] for number in numbers) / len(numbers) <= threshold for numbers in self._fields_of
-        ]
-
-    def hits(self, text: str) -> list[Hit]:
-        """Contaminated instances of one turn, each once, by instance."""
-        terms = analyze(text)
-        found: dict[int, int] = {}
-        for phrase, position in self._index.find(terms):
-            found.setdefault(phrase, position)
-        starts: dict[int, list[int]] = defaultdict(list)
-        bounds: dict[int, tuple[int, int]] = {}
-        for phrase, position in found.items():
-            end = position + self._lengths[phrase]
-            for field, first in self._places[phrase]:
-                starts[field].append(first)
-                low, high = bounds.get(field, (position, end))
-                bounds[field] = min(low, position), max(high, end)
-        coverage = {field: self._coverage(field, positions) for field, positions in starts.items()}
-        hits = []
-        for instance in sorted({instance for field in coverage for instance in self._instances_of[field]}):
-            fields = self._fields_of[instance]
-            score = sum(coverage.get(field, 0.0) for field in fields) / len(fields)  # in field order, as the reference
-            if score > self._threshold:
-                touched = [bounds[field] for field in fields if field in bounds]
-                hits.append(Hit(instance, score, min(low for low, _ in touched), max(high for _, high in touched)))
-        return hits
-
-    def _coverage(self, field: int, starts: list[int]) -> float:
-        """|union of the token positions of the windows at `starts`| / number of tokens of the field."""
-        if not starts:
-            return 0.0
-        ordered = sorted(starts)
-        covered = self._n + sum(min(self._n, after - before) for before, after in pairwise(ordered))
-        return covered / self._num_tokens[field]
+def new_state(index: Index) -> State:
+    """What one scan keeps; not to be shared by threads."""
+    num_instances = index.header.num_instances
+    num_fields = len(index.ngram.field_tokens) if index.window else 0
+    return State(
+        clock=np.zeros(1, np.int64),
+        seen=np.zeros((index.header.num_phrases, 2), np.int32),
+        field_mark=np.zeros((num_fields, 3), np.int32),
+        instance_mark=np.zeros(num_instances, np.int32),
+        best_score=np.zeros(num_instances, np.float64),
+        best_row=np.full(num_instances, -1, np.int64),
+    )
 
 
-def term_slice(text: str, start: int, end: int) -> str:
-    """Source text of terms `start` (included) to `end` (excluded), separators between them included."""
-    # Lower-casing keeps every code point in its place here, so the separators are found in the source itself.
-    spans = [match.span() for match in _TERM.finditer(text)]
-    return text[spans[start][0] : spans[end - 1][1]]
+def scan_shard(
+    index_folder: Path,
+    shard: Shard,
+    folder: Path,
+    *,
+    roles: Sequence[str] = ("user",),
+    match_threshold: float = 0.5,
+    report: Callable[[int, int], None] | None = None,
+) -> ShardResult:
+    """Scan one shard into `folder`/shard-NNNNN; at once if that is there, whole and of the same input.
 
-
-def spacy_tokenizer() -> Tokenizer:
-    """Token bounds by spaCy's English tokenizer (that of en_core_web_lg, which needs no model).
+    Args:
+        index_folder: made by `build_index`.
+        shard: from `plan_shards`.
+        folder: of the results; its file system must hold rename atomic.
+        roles: whose turns are searched.
+        match_threshold: n-gram mode: share of an instance's tokens that is not yet contaminated.
+        report: called with (bytes or row groups read, rows read) of this shard, from time to time.
 
     Raises:
-        ValueError: spaCy is not installed.
+        ValueError: a row that is not in normalised form, or not UTF-8.
     """
+    index = load_index(index_folder)
+    target = folder / f"shard-{shard.number:05d}"
+    fingerprint = _fingerprint(index, shard, roles, match_threshold)
+    finished = _finished(target, fingerprint)
+    if finished is not None:
+        return finished
+    partial = folder / f"{target.name}.{os.getpid()}.partial"
+    for leftover in (target, partial):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = new_state(index)
+    num_rows = num_turns = num_bytes = num_hits = num_oversized = 0
+    with pq.ParquetWriter(partial / "hits.parquet", HITS, compression="zstd") as writer:
+        for block, num_read in read_blocks(shard, roles):
+            for hits, oversized in _block_hits(index, state, block, match_threshold, shard.path):
+                num_oversized += oversized
+                num_hits += len(hits)
+                if len(hits):
+                    writer.write_table(hits, row_group_size=len(hits))  # rows stay whole
+            num_rows += block.num_rows
+            num_turns += len(block.turn_row)
+            num_bytes += int((block.turn_end - block.turn_start).sum())
+            if report:
+                report(num_read, num_rows)
+    scored = np.flatnonzero(state.best_score > 0)
+    np.savez(
+        partial / "best.npz",
+        instance=scored,
+        score=state.best_score[scored],
+        row=state.best_row[scored],
+        allow_pickle=False,
+    )
+    result = ShardResult(
+        folder=str(target),
+        number=shard.number,
+        num_shards=shard.num_shards,
+        num_rows=num_rows,
+        num_turns=num_turns,
+        num_bytes=num_bytes,
+        num_hits=num_hits,
+        num_oversized_terms=num_oversized,
+    )
+    (partial / "result.json").write_text(json.dumps({"fingerprint": fingerprint, **result.model_dump()}))
+    os.replace(partial, target)
+    return result
+
+
+def _fingerprint(index: Index, shard: Shard, roles: Sequence[str], match_threshold: float) -> str:
+    """What a result depends on, so that a rerun on other data, rules or code never takes it for its own."""
+    status = os.stat(shard.path)
+    parts = [_VERSION, index.digest, shard.start, shard.end, shard.num_shards, sorted(roles), match_threshold]
+    text = json.dumps([*parts, status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finished(target: Path, fingerprint: str) -> ShardResult | None:
     try:
-        import spacy
-    except ImportError as error:
-        raise ValueError(
-            "contamination mode 'ngram' needs spaCy's tokenizer, which is not installed: run "
-            "`pip install 'spacy>=3.8,<4'`, or set contamination.mode to 'full'"
-        ) from error
-    language = spacy.blank("en")
-    language.max_length = 1 << 40  # the limit guards parsers, which are not run here
-    return lambda text: [(token.idx, token.idx + len(token)) for token in language.make_doc(text)]
+        record = json.loads((target / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if record.pop("fingerprint", None) != fingerprint:
+        return None
+    return ShardResult.model_validate({**record, "folder": str(target)})
 
 
-def _joined(terms: Sequence[str]) -> str:
-    # A term holds no space, so a run of terms is a substring of this form and nothing else is.
-    return f" {' '.join(terms)} "
+def _block_hits(
+    index: Index, state: State, block: TurnBlock, match_threshold: float, path: str
+) -> Iterator[tuple[pa.Table, int]]:
+    """(hits of whole rows, number of turns with an oversized term), a bounded number of hits at a time."""
+    turn = 0
+    while turn < len(block.turn_row):
+        turn, places, scores, oversized = scan(
+            block.text, block.turn_start, block.turn_end, block.turn_row, turn, index.phrases, index.full, index.ngram,
+            index.window, match_threshold, state, LOWER_BYTES, LOWER_CODE_POINTS, _HITS_AT_A_TIME,
+        )  # fmt: skip
+        if turn < 0:
+            row = int(block.turn_row[-1 - turn])
+            raise ValueError(f"{path}: row {row} of the part that is scanned is not UTF-8; convert the file")
+        yield _table(index, block, places, scores), len(oversized)
+
+
+def _table(index: Index, block: TurnBlock, places: np.ndarray, scores: np.ndarray) -> pa.Table:
+    """One line per row and instance, its first turn of the highest score."""
+    row, instance = block.turn_row[places[:, 0]], places[:, 1]
+    order = np.lexsort((places[:, 0], -scores, instance, row))
+    row, instance = row[order], instance[order]
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = (row[1:] != row[:-1]) | (instance[1:] != instance[:-1])
+    row, instance, order = row[is_first], instance[is_first], order[is_first]
+    begins, ends = _match_bounds(block.text, block.turn_start, block.turn_end, places[order])
+    in_block = row - block.first_row
+    names = pa.array([benchmark.name for benchmark in index.header.benchmarks], pa.string())
+    arrays = [
+        row,
+        _strings(block.ids, block.id_offsets[in_block], block.id_offsets[in_block + 1], 1 << 30),
+        block.turn_index[places[order, 0]].astype(np.int32),
+        instance.astype(np.int32),
+        names.take(pa.array(index.benchmark[instance])),
+        index.benchmark_row[instance],
+        scores[order],
+        index.num_terms[instance],
+        _strings(block.text, begins, ends, _MATCH_CHARACTERS),
+        block.line_start[in_block],
+        block.line_end[in_block],
+    ]
+    return pa.Table.from_arrays(
+        [pa.array(array, field.type) for array, field in zip(arrays, HITS, strict=True)], schema=HITS
+    )
+
+
+def _match_bounds(
+    text: np.ndarray, turn_start: np.ndarray, turn_end: np.ndarray, places: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Source bytes of the matches, in the order of `places`."""
+    by_turn = np.argsort(places[:, 0], kind="stable")
+    begins, ends = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
+    begins[by_turn], ends[by_turn] = locate_hits(
+        text, turn_start, turn_end, places[by_turn], LOWER_BYTES, LOWER_CODE_POINTS
+    )
+    return begins, ends
+
+
+def _strings(source: np.ndarray, begins: np.ndarray, ends: np.ndarray, max_characters: int) -> pa.Array:
+    data, offsets = gather_texts(source, begins, ends, max_characters)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+    return pa.Array.from_buffers(pa.large_string(), len(begins), buffers).cast(pa.string())
+
+
+def scan_texts(index: Index, texts: Sequence[str], match_threshold: float = 0.5) -> list[Hit]:
+    """Hits of texts in memory, each a turn of its own, by turn and instance."""
+    hits, _ = _scan_texts(index, texts, match_threshold)
+    return hits
+
+
+def best_scores(index: Index, texts: Sequence[str], match_threshold: float = 0.5) -> np.ndarray:
+    """Best score of each instance over texts in memory; in n-gram mode those at or below the threshold too."""
+    _, state = _scan_texts(index, texts, match_threshold)
+    return state.best_score
+
+
+def _scan_texts(index: Index, texts: Sequence[str], match_threshold: float) -> tuple[list[Hit], State]:
+    data = [text.encode() for text in texts]
+    offsets = np.concatenate([[0], np.cumsum([len(text) for text in data])]).astype(np.int64)
+    source = np.frombuffer(bytearray(b"".join(data)), np.uint8)
+    start, end = offsets[:-1].copy(), offsets[1:].copy()
+    state = new_state(index)
+    hits: list[Hit] = []
+    turn = 0
+    while turn < len(texts):
+        turn, places, scores, _ = scan(
+            source, start, end, np.arange(len(texts)), turn, index.phrases, index.full, index.ngram, index.window,
+            match_threshold, state, LOWER_BYTES, LOWER_CODE_POINTS, _HITS_AT_A_TIME,
+        )  # fmt: skip
+        order = np.lexsort((places[:, 1], places[:, 0]))
+        places, scores = places[order], scores[order]
+        begins, ends = _match_bounds(source, start, end, places)
+        matches = _strings(source, begins, ends, 1 << 30).to_pylist()
+        hits += [
+            Hit(number, instance, score, match)
+            for (number, instance), score, match in zip(places[:, :2].tolist(), scores.tolist(), matches, strict=True)
+        ]
+    return hits, state

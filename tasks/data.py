@@ -14,10 +14,11 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from schemas.data import DataSource
 
@@ -29,14 +30,24 @@ ALL_SUBSETS = "*"
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_NUM_REQUESTS_AT_ONCE = 8
 
 
 class SourceUnavailable(ValueError):
     """A Hub dataset that cannot be had just now: no network, no access, or no such repository or revision."""
 
 
+class HubUnreachable(SourceUnavailable):
+    """The Hub did not answer at all: another repository would fare no better."""
+
+
 def expand_path(text: str) -> Path:
-    """`text` with `${VARIABLE}`, `${VARIABLE:-default}` (used where it is unset or empty, as in a shell) and `~`.
+    """A path with its variables and `~` expanded. Errors: as `expand_text`."""
+    return Path(expand_text(text)).expanduser()
+
+
+def expand_text(text: str) -> str:
+    """`text` with `${VARIABLE}`, `${VARIABLE:-default}` (used where it is unset or empty, as in a shell).
 
     Raises:
         ValueError: a variable without a default is unset, or a `${` is not of these forms.
@@ -56,7 +67,7 @@ def expand_path(text: str) -> Path:
     expanded = _VARIABLE.sub(value, text)
     if "${" in expanded:
         raise ValueError(f"path {text!r}: write variables as ${{NAME}} or ${{NAME:-default}}")
-    return Path(expanded).expanduser()
+    return expanded
 
 
 def read_rows(source: DataSource, world: Path | None = None) -> Iterator[Any]:
@@ -141,7 +152,11 @@ def resolve_revision(source: DataSource, endpoint: str | None = None) -> str:
 
 
 def resolve_commit(
-    kind: Literal["dataset", "model"], repository: str, revision: str, endpoint: str | None = None
+    kind: Literal["dataset", "model"],
+    repository: str,
+    revision: str,
+    endpoint: str | None = None,
+    timeout_seconds: float = 30.0,
 ) -> str:
     """The commit (40 hex digits) that a revision of a Hub repository stands for; one given in full is not looked up.
 
@@ -150,18 +165,23 @@ def resolve_commit(
         repository: owner/name.
         revision: branch, tag or commit.
         endpoint: Hub address; None: huggingface_hub's default (HF_ENDPOINT).
+        timeout_seconds: for an answer.
 
     Raises:
-        SourceUnavailable: unknown repository or revision, no access, or no network.
+        HubUnreachable: no network, or no answer in time.
+        SourceUnavailable: unknown repository or revision, no access, or an error of the Hub.
+        ValueError: a malformed name.
     """
-    if _COMMIT.fullmatch(revision):
+    if is_commit(revision):
         return revision
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     name = f"Hub {kind} {repository!r}"
     try:
-        info = HfApi(endpoint=endpoint).repo_info(repository, repo_type=kind, revision=revision, timeout=30)
+        info = HfApi(endpoint=endpoint).repo_info(
+            repository, repo_type=kind, revision=revision, timeout=timeout_seconds
+        )
     except GatedRepoError as error:
         raise SourceUnavailable(
             f"{name} is gated: accept its terms on its page and set HF_TOKEN (or run `hf auth login`)"
@@ -182,13 +202,55 @@ def resolve_commit(
     except ValueError as error:  # huggingface_hub refuses malformed names itself
         raise ValueError(f"{name} is not a valid name: write owner/name ({error})") from error
     except Exception as error:  # connection errors differ by HTTP library
-        raise SourceUnavailable(
+        raise HubUnreachable(
             f"{name}: the Hub cannot be reached to resolve revision {revision!r} ({type(error).__name__}); "
             "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or pin a full 40-digit commit"
         ) from error
     if not info.sha:
         raise SourceUnavailable(f"{name}: the Hub named no commit for revision {revision!r}; pin one in full")
     return str(info.sha)
+
+
+class Reference(NamedTuple):
+    """A revision of a Hub repository, as a recipe names it."""
+
+    kind: Literal["dataset", "model"]
+    repository: str
+    revision: str
+
+
+def resolve_commits(
+    references: Iterable[Reference], resolve: Callable[[Reference], str]
+) -> dict[Reference, str | ValueError]:
+    """Commit of every reference, or the error that `resolve` raised for it; several are asked for at a time.
+
+    After the first answer that never came the others are not asked for any more: 25 timeouts would take minutes.
+    """
+    wanted = list(dict.fromkeys(references))
+    unanswered: list[HubUnreachable] = []
+
+    def one(reference: Reference) -> str | ValueError:
+        if unanswered and not is_commit(reference.revision):
+            name = f"Hub {reference.kind} {reference.repository!r}, revision {reference.revision!r}"
+            return HubUnreachable(f"{name}: not asked for after: {unanswered[0]}")
+        try:
+            return resolve(reference)
+        except ValueError as error:
+            if isinstance(error, HubUnreachable):
+                unanswered.append(error)
+            return error
+
+    if not wanted:
+        return {}
+    # Alone first: it imports the client once, and tells whether the Hub can be reached at all.
+    first = one(wanted[0])
+    with ThreadPoolExecutor(_NUM_REQUESTS_AT_ONCE) as pool:
+        return dict(zip(wanted, [first, *pool.map(one, wanted[1:])], strict=True))
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a commit in full, which needs no look-up."""
+    return _COMMIT.fullmatch(revision) is not None
 
 
 def _read_hub(source: DataSource) -> Iterator[Any]:

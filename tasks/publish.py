@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from artifacts.keys import file_digest
 from schemas.artifact import Manifest
 from schemas.evaluation import EvaluationOutputs
 from schemas.publish import PublishInputs, PublishOutputs, PublishStageConfig
@@ -125,14 +126,14 @@ def _manifest(folder: Path) -> Manifest:
 
 
 def _check_recorded(model: Path) -> None:
-    """Weights must still be what the store wrote down when the stage that made them finished."""
+    """Every file must still be what the store wrote down when the stage that made it finished: digests, not sizes."""
     file = model.parent / "manifest.json"
     if not file.is_file():
         return  # a base model from the Hub or a local folder
     recorded = _manifest(model.parent).files
     for path in sorted(model.iterdir()):
         record = recorded.get(f"{model.name}/{path.name}")
-        if _is_weight(path) and (record is None or record.sha256 != _sha256(path)):
+        if record is None or record.blake3 != file_digest(path):
             raise ValueError(
                 f"{path.name} is not what its artifact's manifest recorded: the file was changed or damaged. "
                 "Make the stage again (refresh) before publishing"

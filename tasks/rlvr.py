@@ -112,7 +112,7 @@ def train_rlvr(
         ),
         train_dataset=kept,
         processing_class=tokenizer,
-        callbacks=callbacks(context),
+        callbacks=callbacks(context, cycle),
     )
     num_steps = train(trainer, context, len(kept))
     shown = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "tokens_per_second")

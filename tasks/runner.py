@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
-import platform
 import shutil
-import subprocess
-import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from artifacts.store import Found, Store
+from artifacts.catalogue import Catalogue
+from artifacts.checkpoints import fault, newest_checkpoint
+from artifacts.files import remove_tree
+from artifacts.manifests import Ref
+from artifacts.store import Found, Missing, Store
+from artifacts.verify import verify_artifacts
 from schemas.artifact import ArtifactReference, FileRecord, InputRecord, Manifest, Spec
 from schemas.compute import ComputeSettings
-from tasks.child import MESSAGE_PREFIX
-from tasks.stage import Stage, StageContext
+from schemas.training import TrainingInputs
+from tasks.disk import model_size, training_bytes
+from tasks.environment import environment
+from tasks.launch import DISK_ADVICE, TRAINING_STAGES, StageFailed, run_child
+from tasks.progress import Progress
+from tasks.sharing import share, share_if_absent, take_over
+from tasks.stage import DATASETS_FOLDER, Stage, StageContext
 
-_PROGRESS_SECONDS = 3.0
-_LOG_TAIL_LINES = 25
-_RECORDED_PACKAGES = (
-    "torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "lm_eval", "huggingface_hub", "prefect",
-    "numpy", "pydantic",
-)  # fmt: skip
-
-_running: set[subprocess.Popen] = set()
-_running_lock = threading.Lock()
-
-
-class StageFailed(RuntimeError):
-    """A stage's process ended without a result; the text holds the end of its log."""
+if TYPE_CHECKING:
+    from artifacts.remote import Remote
 
 
 @dataclass(frozen=True)
@@ -62,58 +54,153 @@ class Job:
     refresh: bool = False
 
 
-def run_stage(job: Job, store: Store, log: logging.Logger | logging.LoggerAdapter) -> ArtifactReference:
-    """Return the artifact of a job, made now or found.
+def run_stage(
+    job: Job, store: Store, log: logging.Logger | logging.LoggerAdapter, remote: Remote | None = None
+) -> ArtifactReference:
+    """Return the artifact of a job: found here, taken from the shared store `remote`, or made now.
 
     Raises ValueError for what the user must mend (bad data, bad model, disk full), StageFailed for a crash.
     """
     digests = {name: record.digest for name, record in job.input_records.items()}
     found = store.find(job.spec, digests)
     if isinstance(found, Found) and not job.refresh:
+        store.touch(found)
+        if remote is not None:
+            share_if_absent(found, remote, job.node, log)
         return reference_to(found, job.stage.name, job.node, "Cached")
-    asked_at = time.time()
-    with store.producer(
-        job.spec, lambda whom: log.info("%s: waiting for %s, which makes it", job.node, whom)
-    ) as folder:
-        found = store.find(job.spec, digests)
-        # Another producer may have made it while we waited; a refresh is content with what was made since it was asked.
-        if isinstance(found, Found) and (not job.refresh or _finished(found) >= asked_at):
+    asked_for = _generation(found)
+    try:
+        with store.producer(
+            job.spec, lambda whom: log.info("%s: waiting for %s, which makes it", job.node, whom)
+        ) as folder:
+            found = store.find(job.spec, digests)
+            # Another producer may have made it while we waited; a refresh is content with what was made meanwhile.
+            if isinstance(found, Found) and (not job.refresh or _generation(found) != asked_for):
+                return reference_to(found, job.stage.name, job.node, "Cached")
+            if isinstance(found, Missing):
+                if found.damaged:
+                    aside = store.quarantine(folder, found.damaged, found.reason)
+                    log.warning("%s: %s; set aside as %s and made again", job.node, found.reason, aside.name)
+                else:
+                    log.info("%s: runs (%s)", job.node, found.reason)
+            return _take_or_make(job, store, folder, remote, log)
+    except OSError as error:
+        if error.errno not in DISK_ADVICE:
+            raise
+        raise ValueError(
+            f"{job.node}: {error.strerror} ({error.filename or store.root}); {DISK_ADVICE[error.errno]}, then run "
+            "again: finished stages and whole checkpoints are kept"
+        ) from error
+
+
+def _take_or_make(
+    job: Job, store: Store, folder: Path, remote: Remote | None, log: logging.Logger | logging.LoggerAdapter
+) -> ArtifactReference:
+    """The shared artifact where there is one, else one that is made here and shared: one machine makes a key."""
+    if remote is None:
+        return reference_to(*_make(job, store, folder, log))
+    digests = {name: record.digest for name, record in job.input_records.items()}
+
+    def taken() -> Found | None:
+        return None if job.refresh else take_over(job.spec, digests, store, remote, job.node, log)
+
+    if (found := taken()) is not None:
+        return reference_to(found, job.stage.name, job.node, "Cached")
+    if not remote.writable:
+        return reference_to(*_make(job, store, folder, log))
+    from artifacts.remote import RemoteError
+
+    with contextlib.ExitStack() as held:
+        try:
+            lease = held.enter_context(remote.lease(
+                job.stage.name, folder.name, lambda whom: log.info("%s: waiting for %s, which makes it", job.node, whom)
+            ))  # fmt: skip
+        except RemoteError as error:
+            log.warning("%s: %s; goes on without the shared store", job.node, error)
+            return reference_to(*_make(job, store, folder, log))
+        # Looked for again: it may have been made elsewhere before we had the lease, or while we waited for it (None).
+        if (found := taken()) is not None:
             return reference_to(found, job.stage.name, job.node, "Cached")
-        if not isinstance(found, Found):
-            log.info("%s: runs (%s)", job.node, found.reason)
-        _require_disk(store.root, job.compute.min_free_disk_gb)
-        work = folder / "work"
-        (work / "checkpoints").mkdir(parents=True, exist_ok=True)
-        output = folder / "work" / "output"
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir()
-        started = datetime.now(UTC)
-        result = _run_function(job, work, output, log)
-        outputs = job.stage.outputs.model_validate(result["outputs"])
+        made = _make(job, store, folder, log)
+        if lease is not None:
+            share(made[0], remote, lease, job.node, log)
+        return reference_to(*made)
 
-        def draft(files: dict[str, FileRecord], digest: str) -> Manifest:
-            finished = datetime.now(UTC)
-            return Manifest(
-                key=folder.name,
-                spec=job.spec,
-                digest=digest,
-                inputs=dict(job.input_records),
-                outputs=outputs.model_dump(mode="json"),
-                metrics=result["metrics"],
-                files=files,
-                environment=environment(),
-                compute=job.compute.model_dump(mode="json"),
-                node=job.node,
-                started_at=started.isoformat(timespec="seconds"),
-                finished_at=finished.isoformat(timespec="seconds"),
-                duration_seconds=(finished - started).total_seconds(),
-                resumed_from_steps=tuple(result["resumed_from_steps"]),
-            )
 
-        made = store.commit(job.spec, output, draft)
-        return reference_to(
-            made, job.stage.name, job.node, "Resumed" if made.manifest.resumed_from_steps else "Completed"
+def _make(
+    job: Job, store: Store, folder: Path, log: logging.Logger | logging.LoggerAdapter
+) -> tuple[Found, str, str, str]:
+    """Run the stage and commit what it made; the arguments of `reference_to`. The caller holds the producer's lock."""
+    _check_inputs(job, store)
+    work = store.open_work(folder)
+    if fault(work / DATASETS_FOLDER, full=True) is not None:
+        remove_tree(work / DATASETS_FOLDER)
+    _require_disk(job, store.root, work)
+    _warn_of_drift(work, job.node, log)
+    output = work / "output"
+    remove_tree(output)
+    output.mkdir()
+    # Two clocks: the wall's for people, the monotonic one for the duration, which a clock set back must not spoil.
+    started, began = datetime.now(UTC), time.monotonic()
+    result = _run_function(job, work, output, log)
+    outputs = job.stage.outputs.model_validate(result["outputs"])
+
+    def draft(files: dict[str, FileRecord], digest: str) -> Manifest:
+        return Manifest(
+            key=folder.name,
+            spec=job.spec,
+            digest=digest,
+            inputs=dict(job.input_records),
+            outputs=outputs.model_dump(mode="json"),
+            metrics=result["metrics"],
+            files=files,
+            environment=environment(),
+            compute=job.compute.model_dump(mode="json"),
+            node=job.node,
+            started_at=started.isoformat(timespec="seconds"),
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            duration_seconds=time.monotonic() - began,
+            resumed_from_steps=tuple(result["resumed_from_steps"]),
         )
+
+    made = store.commit(job.spec, output, draft)
+    return made, job.stage.name, job.node, "Resumed" if made.manifest.resumed_from_steps else "Completed"
+
+
+def _check_inputs(job: Job, store: Store) -> None:
+    """Read every byte that the stage is made from: weights that went bad would spoil, unseen, all that follows."""
+    refs = {Ref(record.stage, record.key) for record in job.input_records.values()}
+    damaged = []
+    for finding in verify_artifacts(Catalogue(store.root), sorted(refs), report_only=False, told=lambda finding: None):
+        if finding.status == "damaged":
+            damaged.append(f"{finding.ref.stage}/{finding.ref.key[:12]}: {'; '.join(finding.faults)} ({finding.aside})")
+    if damaged:
+        raise StageFailed(
+            f"{job.node}: what it is made from was damaged on disk: {'. '.join(damaged)}. Run again to have that made "
+            "again"
+        )
+
+
+def _generation(found: Found | Missing) -> str | None:
+    return found.folder.name if isinstance(found, Found) else None
+
+
+def _warn_of_drift(work: Path, node: str, log: logging.Logger | logging.LoggerAdapter) -> None:
+    """Say where unfinished work was begun with other code or packages than it would go on with."""
+    file, now = work / "environment.json", environment()
+    if newest_checkpoint(work / "checkpoints") is None or not file.exists():
+        file.write_text(json.dumps(now))
+        return
+    try:
+        before = json.loads(file.read_text())
+        packages = {name: (before["packages"].get(name), version) for name, version in now["packages"].items()}  # type: ignore[attr-defined]
+        changed = [f"{name} {old} -> {new}" for name, (old, new) in packages.items() if old != new]
+        if before["git_commit"] != now["git_commit"]:
+            changed.append(f"code {str(before['git_commit'])[:12]} -> {str(now['git_commit'])[:12]}")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        changed = ["what it was begun with is unreadable"]
+    if changed:
+        log.warning("%s: goes on from a checkpoint made with other versions: %s", node, ", ".join(changed))
 
 
 def _run_function(job: Job, work: Path, output: Path, log: logging.Logger | logging.LoggerAdapter) -> dict:
@@ -121,162 +208,41 @@ def _run_function(job: Job, work: Path, output: Path, log: logging.Logger | logg
     for name in ("result.json", "error.json"):
         (work / name).unlink(missing_ok=True)
     if job.compute.launcher == "inline":
-        context = StageContext(output, work, job.compute, _Progress(job.node, log))
+        context = StageContext(output, work, job.compute, Progress(job.node, log))
         outputs, metrics = job.stage.function(job.config, job.inputs, context)
         result: dict[str, Any] = {"outputs": outputs.model_dump(mode="json"), "metrics": metrics}
     else:
-        _run_child(job, work, output, log)
+        run_child(job, work, output, log)
         result = json.loads((work / "result.json").read_text())
     resumes = work / "resumed.jsonl"
-    result["resumed_from_steps"] = [int(line) for line in resumes.read_text().split()] if resumes.exists() else []
+    lines = resumes.read_text(errors="replace").split() if resumes.exists() else []
+    result["resumed_from_steps"] = [int(line) for line in lines if line.isdecimal()]
     return result
 
 
-def _run_child(job: Job, work: Path, output: Path, log: logging.Logger | logging.LoggerAdapter) -> None:
-    description = {
-        "stage": job.stage.name,
-        "config": job.config.model_dump(mode="json"),
-        "inputs": job.inputs.model_dump(mode="json"),
-        "compute": job.compute.model_dump(mode="json"),
-        "folder": str(output),
-        "work": str(work),
-        "parent_pid": os.getpid(),
-    }
-    job_file = work / "job.json"
-    job_file.write_text(json.dumps(description))
-    command = [sys.executable, "-m", "tasks.child", str(job_file)]
-    if job.compute.num_processes > 1 and job.stage.name in ("sft", "reward_model", "dpo", "rlvr"):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.compute.num_processes}"]
-        command = [sys.executable, *launcher, "-m", "tasks.child", str(job_file)]
-    tail: deque[str] = deque(maxlen=_LOG_TAIL_LINES)
-    progress = _Progress(job.node, log)
-    with (work / "log.txt").open("a") as log_file:
-        # This thread starts the child and waits for it: the child dies with the thread that started it.
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-            env=_child_environment(job.compute),
-            cwd=Path(__file__).resolve().parent.parent,
-        )
-        with _running_lock:
-            _running.add(process)
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                log_file.write(line)
-                log_file.flush()
-                if line.startswith(MESSAGE_PREFIX):
-                    _relay(json.loads(line[len(MESSAGE_PREFIX) :]), progress, job.node, log)
-                else:
-                    tail.append(line.rstrip())
-            code = process.wait()
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            with _running_lock:
-                _running.discard(process)
-    if code == 2 and (work / "error.json").exists():
-        raise ValueError(f"{job.node}: {json.loads((work / 'error.json').read_text())['message']}")
-    if code != 0:
-        reason = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        hint = " (often: out of memory)" if code == -9 else ""
-        raise StageFailed(
-            f"{job.node}: its process {reason}{hint}. Run again to go on from the last checkpoint. "
-            f"Whole log: {work / 'log.txt'}; its end:\n" + "\n".join(tail)
-        )
-
-
-def stop_children() -> None:
-    """End every stage process that this process started: called when a flow is cancelled or fails."""
-    with _running_lock:
-        for process in _running:
-            process.terminate()
-
-
-def _relay(message: dict, progress: _Progress, node: str, log: logging.Logger | logging.LoggerAdapter) -> None:
-    if message["kind"] == "progress":
-        progress(message["step"], message["num_steps"], **message["metrics"])
-    else:
-        log.log(logging.getLevelName(message["level"]), "%s: %s", node, message["text"])
-
-
-class _Progress:
-    """Progress lines at most every few seconds: step N of M, metrics, time left."""
-
-    def __init__(self, node: str, log: logging.Logger | logging.LoggerAdapter) -> None:
-        self.node, self.log = node, log
-        self.first: tuple[int, float] | None = None
-        self.last_shown = -float("inf")
-
-    def __call__(self, step: int, num_steps: int, **metrics: float) -> None:
-        now = time.monotonic()
-        if self.first is None or step < self.first[0]:
-            self.first = (step, now)
-        if now - self.last_shown < _PROGRESS_SECONDS and step != num_steps:
-            return
-        self.last_shown = now
-        parts = [f"step {step:,} of {num_steps:,}"]
-        parts += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in metrics.items()]
-        done = step - self.first[0]
-        if done > 0 and step < num_steps:
-            parts.append(f"{duration((now - self.first[1]) / done * (num_steps - step))} left")
-        self.log.info("%s: %s", self.node, " · ".join(parts))
-
-
-def _short(value: float) -> str:
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 1e-2 else f"{value:.3f}".rstrip("0").rstrip(".")
-
-
-def duration(seconds: float) -> str:
-    """A duration for people: 45 s, 3 min 20 s, 5 h 12 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def _child_environment(compute: ComputeSettings) -> dict[str, str]:
-    """The parent's environment, telemetry off. HF_TOKEN stays: stages read gated data with it, and never print it."""
-    extra = {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        "TQDM_DISABLE": "1",
-        # Spinning barriers cost ten times the work where stages share the cores of a CPU machine.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-        # glibc gives large buffers back after every step and faults them in again: a quarter of a small model's time.
-        "MALLOC_MMAP_MAX_": os.environ.get("MALLOC_MMAP_MAX_", "0"),
-        "MALLOC_TRIM_THRESHOLD_": os.environ.get("MALLOC_TRIM_THRESHOLD_", str(8 << 30)),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
-    }
-    if compute.num_threads:
-        extra["OMP_NUM_THREADS"] = str(compute.num_threads)
-    return {**os.environ, **extra}
-
-
-def _require_disk(root: Path, min_free_gb: float) -> None:
-    root.mkdir(parents=True, exist_ok=True)
+def _require_disk(job: Job, root: Path, work: Path) -> None:
+    """Refuse to start a stage that the disk would stop half-way: computed for trainings, `min_free_disk_gb` for all."""
     free_gb = shutil.disk_usage(root).free / 1e9
-    if free_gb < min_free_gb:
+    if free_gb < job.compute.min_free_disk_gb:
         raise ValueError(
-            f"{free_gb:.1f} GB free under {root}, compute.min_free_disk_gb asks for {min_free_gb:g}; "
+            f"{free_gb:.1f} GB free under {root}, compute.min_free_disk_gb asks for {job.compute.min_free_disk_gb:g}; "
             "free some space, or lower it if you know that the stage needs less"
         )
-
-
-def _finished(found: Found) -> float:
-    return datetime.fromisoformat(found.manifest.finished_at).timestamp()
+    if job.stage.name not in TRAINING_STAGES:
+        return
+    inputs = TrainingInputs.model_validate(job.inputs.model_dump())
+    num_kept = job.compute.save_total_limit + 1  # and the best
+    whole = training_bytes(
+        job.stage.name, model_size(Path(inputs.model)), Path(inputs.dataset).stat().st_size, num_kept
+    )
+    there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    needed_gb = (whole - there) / 1e9
+    if free_gb < needed_gb:
+        raise ValueError(
+            f"{job.node} needs {needed_gb:.1f} GB more for checkpoints and rows, {free_gb:.1f} GB are free under "
+            f"{root}; free some (`smoltulu gc` shows what may go), name another compute.store, or lower "
+            "compute.save_total_limit"
+        )
 
 
 def reference_to(found: Found, stage: str, node: str, outcome: str) -> ArtifactReference:
@@ -292,36 +258,3 @@ def reference_to(found: Found, stage: str, node: str, outcome: str) -> ArtifactR
         outputs=manifest.outputs,
         metrics=manifest.metrics,
     )
-
-
-@cache
-def environment() -> dict[str, object]:
-    """What a result was made with: packages, Python, machine, git commit. Recorded, not part of any key."""
-    packages = {}
-    for name in _RECORDED_PACKAGES:
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "packages": packages,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "num_cpus": os.cpu_count(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        return subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).resolve().parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

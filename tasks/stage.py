@@ -11,6 +11,15 @@ from pydantic import BaseModel
 
 from schemas.compute import ComputeSettings
 
+#: Folder of a stage's `work` for caches of its rows, marked complete like a checkpoint.
+DATASETS_FOLDER = "datasets"
+#: Exit status of a stage process that was asked to stop and did, its checkpoint written.
+STOPPED = 143
+
+
+class StageStopped(Exception):
+    """The stage was asked to stop (SIGTERM) before it was done; what it wrote into `work` is there to go on from."""
+
 
 class Report(Protocol):
     """Progress of a stage: shown to the user, never part of a result."""

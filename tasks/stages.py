@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from tasks.base import base_model
 from tasks.contamination import contamination
+from tasks.contamination_index import benchmark_index
 from tasks.dataset import dataset
 from tasks.dpo import dpo
 from tasks.evaluation import evaluation
+from tasks.languages import languages
 from tasks.publish import publish
 from tasks.reward_model import reward_model
 from tasks.rlvr import rlvr
@@ -16,5 +18,18 @@ from tasks.world.stage import world
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
-    for stage in (world, dataset, contamination, base_model, sft, reward_model, dpo, rlvr, evaluation, publish)
+    for stage in (
+        world,
+        dataset,
+        benchmark_index,
+        contamination,
+        languages,
+        base_model,
+        sft,
+        reward_model,
+        dpo,
+        rlvr,
+        evaluation,
+        publish,
+    )
 }

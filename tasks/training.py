@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts.store import mark_complete, newest_checkpoint
+from artifacts.checkpoints import mark_complete, newest_checkpoint, planned_steps, prune, torn_checkpoints
+from artifacts.files import remove_tree, write_atomically
+from artifacts.keys import LOGS_FOLDER
 from schemas.compute import ComputeSettings
 from schemas.models import ModelOutputs
 from schemas.training import TrainingSettings
 from tasks.models import device_of, history_metrics, save_model, use_bfloat16
-from tasks.stage import Report, StageContext
+from tasks.stage import DATASETS_FOLDER, Report, StageContext, StageStopped
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 logger = logging.getLogger("smoltulu")
-HISTORY_FILE = "history.jsonl"
+HISTORY_FILE = f"{LOGS_FOLDER}/history.jsonl"
 
 
 def accumulation_steps(effective_batch_size: int, compute: ComputeSettings) -> int:
@@ -44,7 +48,7 @@ def load_rows(file: str, context: StageContext, columns: list[str]) -> Dataset:
     """Rows of a dataset artifact, memory-mapped; its Arrow cache lives in the stage's work folder and goes with it."""
     from datasets import load_dataset
 
-    rows = load_dataset("json", data_files=file, split="train", cache_dir=str(context.work / "datasets"))
+    rows = load_dataset("json", data_files=file, split="train", cache_dir=str(context.work / DATASETS_FOLDER))
     return rows.select_columns(columns)
 
 
@@ -72,7 +76,7 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
         "logging_nan_inf_filter": False,  # the filter would hide a NaN loss
         "save_strategy": "steps",
         "save_steps": compute.save_steps,
-        "save_total_limit": compute.save_total_limit,
+        "save_total_limit": None,  # CompleteCheckpoint removes old ones, and only after the new one is whole
         "report_to": "tensorboard",
         "disable_tqdm": True,
         "push_to_hub": False,
@@ -87,7 +91,7 @@ def prepare_torch(context: StageContext) -> None:
     import torch
     import transformers
 
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.folder / "tensorboard")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.folder / LOGS_FOLDER / "tensorboard")
     if context.compute.num_threads:
         torch.set_num_threads(context.compute.num_threads)
     if torch.cuda.is_available():
@@ -95,22 +99,27 @@ def prepare_torch(context: StageContext) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def callbacks(context: StageContext) -> list[TrainerCallback]:
-    """Progress, history and the completion marker of checkpoints, as callbacks of transformers' Trainer."""
+def callbacks(context: StageContext, cycle: int = 1) -> list[TrainerCallback]:
+    """Progress, history, checkpoints' completion markers and stopping when asked, as callbacks of the Trainer.
+
+    `cycle`: optimizer steps between instants at which a checkpoint holds all there is to go on from.
+    """
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
-        """Reports every optimizer step; the history file is cut back to the resumed step, so no line is there twice."""
+        """Reports every optimizer step; the history file begins with what was logged until the resumed step."""
 
         def __init__(self, report: Report, history: Path) -> None:
             self.report, self.history = report, history
+            history.parent.mkdir(exist_ok=True)
             self.started: tuple[float, float] | None = None
             self.metrics: dict[str, float] = {}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            rows = _read_history(self.history) if self.history.exists() else []
-            kept = [row for row in rows if row["step"] <= state.global_step]
-            self.history.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            # In one step: a kill half-way would lose what the metrics of the manifest are taken from.
+            if state.is_world_process_zero:
+                rows = _history_until(state.log_history, self.history)
+                write_atomically(self.history, "".join(json.dumps(row) + "\n" for row in rows))
             self.started = (time.monotonic(), float(state.num_input_tokens_seen or 0))
             self.report(state.global_step, state.max_steps)
 
@@ -138,13 +147,46 @@ def callbacks(context: StageContext) -> list[TrainerCallback]:
                 file.write(json.dumps({"step": state.global_step, **values}) + "\n")
 
     class CompleteCheckpoint(TrainerCallback):
-        """Marks a checkpoint whole once the trainer has written all of it."""
+        """Marks a checkpoint whole once the trainer has written all of it; keeps the newest few and the best.
+
+        Best: by the mean reward (RLVR), else by the loss, over what was logged since the checkpoint before.
+        """
+
+        def __init__(self) -> None:
+            self.logged: list[float] = []
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            score = logs.get("reward", -logs["loss"] if "loss" in logs else None) if logs else None
+            if score is not None:
+                self.logged.append(float(score))
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
-                mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                score = sum(self.logged) / len(self.logged) if self.logged else None
+                mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", score)
+                prune(Path(args.output_dir), context.compute.save_total_limit)
+            self.logged.clear()
 
-    return [Progress(context.report, context.work / HISTORY_FILE), CompleteCheckpoint()]
+    class StopWhenAsked(TrainerCallback):
+        """On SIGTERM: a checkpoint at the next step that allows one, then the end of training."""
+
+        def __init__(self) -> None:
+            self.asked = threading.Event()
+            self.before: Any = None
+            # Ranks of one training could disagree about the step, and wait for each other for ever: they just end.
+            alone = context.compute.num_processes == 1
+            if alone and threading.current_thread() is threading.main_thread():
+                self.before = signal.signal(signal.SIGTERM, lambda *_: self.asked.set())
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.before is not None:
+                signal.signal(signal.SIGTERM, self.before)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.asked.is_set() and state.global_step % cycle == 0 and state.global_step < state.max_steps:
+                control.should_save = control.should_training_stop = True
+
+    return [Progress(context.report, context.work / HISTORY_FILE), CompleteCheckpoint(), StopWhenAsked()]
 
 
 def train(trainer: Trainer, context: StageContext, num_rows: int) -> int:
@@ -158,16 +200,44 @@ def train(trainer: Trainer, context: StageContext, num_rows: int) -> int:
         raise ValueError(f"none of {num_rows:,} rows has anything to train on within max_length; raise it")
     if num_kept < num_rows:
         logger.warning("%s of %s rows left out: too long for max_length", f"{num_rows - num_kept:,}", f"{num_rows:,}")
-    newest = newest_checkpoint(context.work / "checkpoints")
+    if trainer.is_world_process_zero():
+        # Tokenised rows are used again by a resume; the runner drops what is not as it was written.
+        mark_complete(context.work / DATASETS_FOLDER)
+    checkpoints = context.work / "checkpoints"
+    newest = newest_checkpoint(checkpoints, full=True)
+    for step, path, fault in torn_checkpoints(checkpoints, full=True) if trainer.is_world_process_zero() else ():
+        logger.warning("checkpoint of step %s is not whole (%s): passed over and removed", f"{step:,}", fault)
+        remove_tree(path)
     if newest is not None:
-        logger.info("resumes at step %d", newest[0])
+        logger.info("resumes at step %s of %s", f"{newest[0]:,}", f"{planned_steps(newest[1]) or 0:,}")
         if trainer.is_world_process_zero():
             with (context.work / "resumed.jsonl").open("a") as file:
                 file.write(f"{newest[0]}\n")
+    trainer.add_callback(_token_count(trainer))
     trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise StageStopped(f"stopped as asked at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}")
     if trainer.is_world_process_zero():
+        (context.folder / LOGS_FOLDER).mkdir(exist_ok=True)
         (context.folder / HISTORY_FILE).write_bytes((context.work / HISTORY_FILE).read_bytes())
     return trainer.state.global_step
+
+
+def _token_count(trainer: Trainer) -> TrainerCallback:
+    """Keeps TRL's count of tokens in the checkpoints: SFT, reward model and DPO begin at zero again after a resume."""
+    from transformers import TrainerCallback
+
+    class TokenCount(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if hasattr(trainer, "_total_train_tokens"):
+                trainer._total_train_tokens = int(state.num_input_tokens_seen)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # GRPO counts in the state itself.
+            counted = getattr(trainer, "_total_train_tokens", 0)
+            state.num_input_tokens_seen = max(state.num_input_tokens_seen, counted)
+
+    return TokenCount()
 
 
 def finish(
@@ -187,12 +257,32 @@ def finish(
     return outputs, history_metrics(history, shown)
 
 
+def _history_until(log_history: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """What was logged up to the step that a training goes on from; none at its start.
+
+    From the checkpoint, whose bytes were checked; only the speed, which the trainer does not log, from the old file.
+    """
+    speeds = {row["step"]: row.get("tokens_per_second") for row in _read_history(file)} if file.exists() else {}
+    rows = []
+    for entry in log_history:
+        row = {"step": entry["step"]}
+        row |= {
+            name: float(value) for name, value in entry.items() if isinstance(value, (int, float)) and name != "step"
+        }
+        if isinstance(speeds.get(entry["step"]), float):
+            row["tokens_per_second"] = speeds[entry["step"]]
+        rows.append(row)
+    return rows
+
+
 def _read_history(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             # A kill can tear the last line; the steps since the last checkpoint are logged again anyway.
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows

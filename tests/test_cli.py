@@ -15,8 +15,9 @@ from rich.errors import MarkupError
 from typer.testing import CliRunner
 
 from flows import demo, doctor, machine
-from flows.cli import _overrides, app
+from flows.cli import app
 from flows.logs import shield
+from flows.recipe import parse_overrides
 from schemas.run import RunScore, RunSummary, StageRun
 
 HEAVY = {"torch", "transformers", "trl", "datasets", "lm_eval", "prefect"}
@@ -89,7 +90,7 @@ def test_bad_input_gets_one_message(arguments: list[str], message: str) -> None:
 
 def test_override_values_are_read_as_numbers_lists_and_texts() -> None:
     given = ["dpo.learning_rate=5e-7", "sft.max_steps=3", "evaluation.sampled=null", "name=a=b", "x=[1, 2]", "y=true"]
-    assert _overrides(given) == {
+    assert parse_overrides(given) == {
         "dpo.learning_rate": 5e-7,
         "sft.max_steps": 3,
         "evaluation.sampled": None,

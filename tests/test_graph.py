@@ -32,7 +32,7 @@ def changed(overrides: dict[str, Any]) -> set[str]:
 def test_every_stage_of_tiny_is_there() -> None:
     assert list(keys()) == [
         "world",
-        "dataset-sft", "contamination-sft",
+        "dataset-sft", "benchmark-index", "contamination-sft",
         "dataset-preference", "contamination-preference",
         "dataset-rlvr", "contamination-rlvr",
         "dataset-preference-eval", "dataset-verified-eval",
@@ -88,7 +88,7 @@ def test_until_stops_after_a_stage_and_still_evaluates_its_models() -> None:
     assert {"dpo", "evaluation-dpo", "evaluation-reward-model"} <= names
     assert not names & {"rlvr", "evaluation-rlvr", "publish"}
     assert set(keys(until="contamination")) == {
-        name for name in keys() if name.startswith(("world", "dataset", "contamination"))
+        name for name in keys() if name.startswith(("world", "dataset", "benchmark", "contamination"))
     }
     assert set(keys()) - set(keys(until="evaluation")) == {"publish"}
 
@@ -112,8 +112,8 @@ def test_graph_and_plan_never_import_torch() -> None:
 
 
 def test_plan_of_an_empty_store_runs_everything(tmp_path: Path) -> None:
-    rows = plan(load_recipe("tiny"), None, [], Store(tmp_path))
-    assert {row.status for row in rows} == {"runs"} and len(rows) == 21
+    rows = plan(load_recipe("tiny"), None, [], Store(tmp_path)).rows
+    assert {row.status for row in rows} == {"runs"} and [row.node for row in rows] == list(keys())
     assert rows[0].reason == "never made"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from artifacts.keys import file_digest
 from schemas.artifact import FileRecord, InputRecord, Manifest, Spec
 from schemas.compute import ComputeSettings
 from schemas.evaluation import EvaluationOutputs, Score
@@ -58,14 +59,13 @@ def _write(folder: Path, manifest: Manifest) -> Path:
 @pytest.fixture
 def world(tmp_path: Path) -> dict:
     """Artifacts of a small run: dataset -> dpo, and the evaluation of dpo."""
-    import hashlib
 
     store = tmp_path / "store"
     dpo = store / "dpo"
     build_tiny_model(dpo / "model")
     (dpo / "model" / "training_args.bin").write_bytes(b"a pickle that a trainer leaves behind")
     files = {
-        f"model/{path.name}": FileRecord(size=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        f"model/{path.name}": FileRecord(size=path.stat().st_size, blake3=file_digest(path))
         for path in (dpo / "model").iterdir()
     }
     _write(store / "dataset", _manifest("dataset", "aaaa", "d1", {}, {}))

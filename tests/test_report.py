@@ -171,7 +171,7 @@ def sample_run(folder: Path, label: str = "sft.jsonl", made: int | None = None) 
             },
             outputs=outputs,
             metrics=metrics,
-            files={"model/model.safetensors": FileRecord(size=4_300_112, sha256="12" * 32)},
+            files={"model/model.safetensors": FileRecord(size=4_300_112, blake3="12" * 32)},
             environment={"python": "3.11", "packages": {"torch": "2.13.0"}, "hardware": label},
             node=node,
             started_at="2026-11-21T07:00:00+00:00",

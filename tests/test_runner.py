@@ -17,14 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from artifacts.store import Store, newest_checkpoint
+from artifacts.checkpoints import newest_checkpoint
+from artifacts.store import Store
 from schemas.artifact import Spec
 from schemas.common import scientific
 from schemas.compute import ComputeSettings
 from schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
 from schemas.training import SFTSettings, TrainingInputs
 from schemas.world import WorldConfig
-from tasks.runner import Job, duration, run_stage
+from tasks.progress import duration
+from tasks.runner import Job, run_stage
 from tasks.stages import STAGES
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifacts.checkpoints import CHECKPOINT_MARKER, mark_complete, newest_checkpoint, prune, torn_checkpoints
 from artifacts.keys import artifact_key, canonical_json, folder_records, records_digest
-from artifacts.store import CHECKPOINT_MARKER, Found, Missing, Store, differences, mark_complete, newest_checkpoint
+from artifacts.store import Found, Missing, Store
 from schemas.artifact import InputRecord, Manifest, Spec
 
 
@@ -133,12 +134,16 @@ def test_every_kind_of_damage_is_a_miss_with_its_reason(tmp_path: Path) -> None:
     assert "model.txt has 5 bytes, its manifest says 7" in reason()
     (generation / "model.txt").unlink()
     assert "model.txt is gone" in reason()
+    (generation / "model.txt").write_text("weights")
     manifest = generation / "manifest.json"
     whole = manifest.read_text()
+    # A flipped byte that leaves it readable: no file digest covers metrics, outputs and times.
+    manifest.write_text(whole.replace('"node": "sft"', '"node": "dpo"'))
+    assert "unreadable manifest" in reason()
     manifest.write_text(whole[: len(whole) // 2])
     assert "unreadable manifest" in reason()
-    manifest.write_text(json.dumps({**json.loads(whole), "schema_version": 99}))
-    assert "another version" in reason()
+    manifest.write_text(json.dumps({**json.loads(whole), "schema_version": 99, "new_field": 1}))
+    assert "format 99, written by newer code" in reason()
     manifest.unlink()
     assert "no manifest" in reason()
     (generation.parent / "current").write_text("../../../etc")
@@ -151,10 +156,55 @@ def test_flipped_byte_is_found_by_verify_and_set_aside(tmp_path: Path) -> None:
     assert store.verify(made) == []
     (made.folder / "model.txt").write_text("weighty")
     found = store.find(spec())
-    assert isinstance(found, Found) and store.verify(found) == ["model.txt"]
-    aside = store.quarantine(found, "model.txt differs")
+    assert isinstance(found, Found) and store.verify(found) == ["model.txt has other bytes than its manifest says"]
+    (made.folder / "extra.txt").write_text("x")
+    assert store.verify(found)[1:] == ["extra.txt is not in the manifest"]
+    aside = store.quarantine(found.folder.parent, found.folder.name, "model.txt differs")
     assert (aside / "reason.txt").read_text() == "model.txt differs\n"
-    assert isinstance(store.find(spec()), Missing)
+    assert store.find(spec()) == Missing("gen-0001 was set aside: model.txt differs")
+    # The name is not given again, or a reader of the old one could take the new one for it.
+    assert commit(store, spec()).folder.name == "gen-0002"
+
+
+def test_an_older_generation_does_not_slip_into_the_place_of_a_damaged_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    commit(store, spec())
+    second = commit(store, spec(), "other weights")
+    store.quarantine(second.folder.parent, second.folder.name, "flipped")
+    with store.producer(spec(), lambda whom: None):
+        assert isinstance(store.find(spec()), Missing)
+
+
+def test_left_over_work_of_a_committed_generation_is_not_gone_on_from(tmp_path: Path) -> None:
+    """Killed between commit and clean-up: a refresh must train again, not copy the last checkpoint."""
+    store = Store(tmp_path)
+    with store.producer(spec(), lambda whom: None) as folder:
+        work = store.open_work(folder)
+        (work / "checkpoints" / "checkpoint-1").mkdir()
+        assert store.open_work(folder) == work and (work / "checkpoints" / "checkpoint-1").exists()
+        (folder / "gen-0001").mkdir()
+        assert list((store.open_work(folder) / "checkpoints").iterdir()) == []
+
+
+def test_what_a_stage_logs_is_kept_and_checked_but_is_no_content(tmp_path: Path) -> None:
+    digests = []
+    for text in ("12 tokens/s", "14 tokens/s"):
+        folder = tmp_path / text[:2]
+        (folder / "logs").mkdir(parents=True)
+        (folder / "logs" / "history.jsonl").write_text(text)
+        (folder / "model.txt").write_text("weights")
+        records = folder_records(folder)
+        assert records.keys() == {"logs/history.jsonl", "model.txt"}
+        digests.append(records_digest(records))
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../b", ".", "a//b"])
+def test_a_manifest_names_only_files_inside_its_folder(name: str) -> None:
+    record = {"size": 1, "blake3": "0" * 64}
+    with pytest.raises(ValueError, match="no plain relative path"):
+        Manifest(key="k", spec=spec(), digest="d", inputs={}, outputs={}, metrics={}, files={name: record},
+                 environment={}, node="sft", started_at="", finished_at="", duration_seconds=0)  # fmt: skip
 
 
 def test_a_killed_producer_between_rename_and_pointer_loses_nothing(tmp_path: Path) -> None:
@@ -235,6 +285,23 @@ def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == (9, tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-9" / CHECKPOINT_MARKER).write_text("{")
     assert newest_checkpoint(tmp_path) is None
+    assert [(step, reason) for step, _, reason in torn_checkpoints(tmp_path)] == [
+        (20, "it was not written to its end"),
+        (10, "weights has 4 of 10 bytes"),
+        (9, "its completion marker or a file of it is unreadable (ValidationError)"),
+    ]
+
+
+def test_retention_keeps_the_newest_and_the_best_and_leaves_the_torn(tmp_path: Path) -> None:
+    scores = {10: -3.0, 20: -1.0, 30: -2.0, 40: None, 50: -1.5}
+    for step, score in scores.items():
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "weights").write_text("x")
+        mark_complete(checkpoint, score)
+    (tmp_path / "checkpoint-60").mkdir()
+    prune(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (20, 40, 50, 60)]
 
 
 def test_nearest_names_the_differing_fields(tmp_path: Path) -> None:
@@ -242,8 +309,8 @@ def test_nearest_names_the_differing_fields(tmp_path: Path) -> None:
     commit(store, spec(learning_rate=1e-4, seed=0))
     commit(store, spec(learning_rate=1e-3, seed=1))
     nearest = store.nearest(spec(learning_rate=1e-4, seed=2))
-    assert nearest is not None and nearest[1] == {"config.seed": (0, 2)}
-    assert differences(spec(a=1), spec(b={"c": 2})) == {"config.a": (1, None), "config.b.c": (None, 2)}
+    assert nearest is not None and nearest.changes == {"config.seed": (0, 2)}
+    assert nearest.key == artifact_key(spec(learning_rate=1e-4, seed=0))
 
 
 def test_waiting_is_told_once_a_while_not_in_a_loop(tmp_path: Path) -> None:

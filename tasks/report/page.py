@@ -358,7 +358,7 @@ def _files(manifest: Manifest) -> str:
         return ""
     total = sum(record.size for record in manifest.files.values())
     listed = sorted(manifest.files.items())[:_MAX_LISTED_FILES]
-    lines = [f"{record.sha256[:12]}  {text.size(record.size):>10}  {name}" for name, record in listed]
+    lines = [f"{record.blake3[:12]}  {text.size(record.size):>10}  {name}" for name, record in listed]
     if len(manifest.files) > len(listed):
         lines.append(f"… and {len(manifest.files) - len(listed)} more")
     head = f"{len(manifest.files):,} files, {text.size(total)}"

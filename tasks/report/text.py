@@ -10,7 +10,9 @@ SHORT_KEY = 8
 STAGE_TITLES = {
     "world": "World",
     "dataset": "Data set",
+    "benchmark_index": "Benchmark index",
     "contamination": "Contamination check",
+    "languages": "Language shares",
     "base_model": "Base model",
     "sft": "SFT",
     "reward_model": "Reward model",

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from artifacts.store import newest_checkpoint
+from artifacts.checkpoints import newest_checkpoint
 from flows import machine
 from flows.graph import Graph
 from flows.recipe import load_recipe
@@ -124,7 +124,7 @@ def test_every_stage_runs_then_every_stage_is_cached(place: Place) -> None:
 
     code, out = place.run(overrides=SMALL)
     assert code == 0 and set(place.outcomes().values()) == {"Cached"}
-    assert "21 of 21 stages cached" in out
+    assert f"{len(outcomes)} of {len(outcomes)} stages cached" in out
 
 
 def test_machinery_runs_nothing_again_and_a_learning_rate_only_what_depends_on_it(place: Place) -> None:

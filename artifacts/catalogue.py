@@ -1,0 +1,354 @@
+"""What is in a store: artifacts, lineage, sizes, runs, tags. Reads only, and is never upset by what it finds.
+
+Listing reads JSON and picks fields, without pydantic: 10,000 artifacts are looked through in under a second. What
+cannot be read is passed over and said in `Catalogue.notes`. Links are read like folders (a stage may lie on another
+disk), and marked, so that nothing is ever removed behind one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from artifacts.manifests import InputRef, Ref, dig, inputs_of, num_bytes_of, read_json, scores_of
+from schemas.run import RunRecord, TagRecord
+
+KEY = re.compile(r"[0-9a-f]{64}")
+GENERATION = re.compile(r"gen-\d+")
+#: Folders of the root that hold no artifacts.
+RUNS, TAGS = "runs", "tags"
+_QUOTED_KEY = re.compile(rb'"([0-9a-f]{64})"')
+_MIN_PREFIX = 4
+_SAME_START_SECONDS = 60.0
+_NUM_READERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What listing needs of one generation. `problem` says why its manifest is unreadable; the rest is then empty."""
+
+    name: str
+    schema_version: int = 0
+    digest: str = ""
+    inputs: tuple[InputRef, ...] = ()
+    num_bytes: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFolder:
+    """What lies in the folder of one key.
+
+    current    name that the pointer holds, whether or not that generation is there; None without a pointer
+    last_used  modification time of the pointer in ns; 0 without one
+    whole      generations with a manifest, oldest first
+    headless   generations without one: never written by us
+    damaged    generations that were set aside
+    leftovers  temporary files and trash
+    foreign    names that this project does not write
+    is_link    the folder, or its stage's, is a symbolic link
+    """
+
+    ref: Ref
+    path: Path
+    has_spec: bool = False
+    current: str | None = None
+    last_used: int = 0
+    whole: tuple[str, ...] = ()
+    headless: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
+    has_work: bool = False
+    has_pull: bool = False
+    leftovers: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    is_link: bool = False
+
+    @property
+    def newest(self) -> str | None:
+        """The generation that counts: as `Store.producer` would have it.
+
+        A newer whole one than the pointer names was left by a kill just before it was pointed at. An older one does not
+        slip into the place of one that was set aside.
+        """
+        pointed = self.current if self.current and GENERATION.fullmatch(self.current) else ""
+        return self.whole[-1] if self.whole and self.whole[-1] >= pointed else None
+
+    @property
+    def next_generation(self) -> str:
+        """Name that the next generation gets; `work/generation` names it where `work` is for that one."""
+        numbers = re.findall(r"gen-(\d+)", " ".join([*self.whole, *self.headless, *self.damaged]))
+        return f"gen-{max(map(int, numbers), default=0) + 1:04d}"
+
+
+@dataclass
+class Catalogue:
+    """Everything under one store root. ValueError where there is no store."""
+
+    root: Path
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.root = Path(self.root).absolute()
+        if not os.path.isdir(self.root):
+            what = "is a file, not a store" if os.path.exists(self.root) else "does not exist"
+            raise ValueError(f"no store at {self.root}: it {what}; give --store FOLDER or set SMOLTULU_STORE")
+
+    # Artifacts
+
+    @cached_property
+    def refs(self) -> list[Ref]:
+        """Every key that was ever begun."""
+        found = []
+        for stage in self._scan(self.root):
+            if stage.name in (RUNS, TAGS) or stage.name.startswith("."):
+                continue
+            if not os.path.isdir(stage.path):
+                self._note(f"{stage.name}: not ours, left alone")
+                continue
+            for entry in self._scan(Path(stage.path)):
+                if KEY.fullmatch(entry.name) and _is_folder(entry):
+                    found.append(Ref(stage.name, entry.name))
+                elif not entry.name.startswith("."):
+                    self._note(f"{stage.name}/{entry.name}: not ours, left alone")
+        return found
+
+    def matching(self, prefix: str) -> list[Ref]:
+        """Keys that begin with `prefix`, or with the part after `stage/`; not those of which gc left only the lock."""
+        stage, slash, start = prefix.rpartition("/")
+        found = [ref for ref in self.refs if ref.key.startswith(start) and (not slash or ref.stage == stage)]
+        return sorted(ref for ref in found if {entry.name for entry in self._scan(self.path(ref))} - {"lock", "writer"})
+
+    def resolve(self, what: str) -> Ref | RunRecord:
+        """What a user means by a tag's name, a run's name, or a key's first digits. ValueError says what is there."""
+        tags = self.tags()
+        if what in tags:
+            return Ref(tags[what].stage, tags[what].key)
+        run = self.run(what)
+        if run is not None:
+            return run
+        digits = what.rpartition("/")[2]
+        if re.fullmatch(r"[0-9a-f]+", digits):
+            if len(digits) < _MIN_PREFIX:
+                raise ValueError(f"{what!r} is too short for a key: give at least {_MIN_PREFIX} of its digits")
+            found = self.matching(what)
+            if len(found) == 1:
+                return found[0]
+            if found:
+                shown = ", ".join(f"{ref.stage}/{ref.key[:16]}" for ref in found[:10])
+                more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+                raise ValueError(f"{what!r} means {len(found)} keys: {shown}{more}; give more digits")
+        import difflib
+
+        names = [*tags, *(path.stem for path in self._records(RUNS))]
+        near = difflib.get_close_matches(what, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; `smoltulu runs` lists the runs"
+        raise ValueError(f"{self.root} has no key, tag or run {what!r}{hint}")
+
+    def path(self, ref: Ref) -> Path:
+        """Folder of a key."""
+        return self.root / ref.stage / ref.key
+
+    def folder(self, ref: Ref) -> KeyFolder:
+        """What lies in the folder of a key; all empty where it does not exist."""
+        path = self.path(ref)
+        names: dict[str, list[str]] = {"whole": [], "headless": [], "damaged": [], "leftovers": [], "foreign": []}
+        current, last_used, has_work, has_pull, has_spec = None, 0, False, False, False
+        for entry in self._scan(path):
+            name = entry.name
+            if name in ("lock", "writer"):
+                continue
+            if name == "spec.json":
+                has_spec = True
+            elif name == "current":
+                current, last_used = self._pointer(Path(entry.path))
+            elif name == "work":
+                has_work = True
+            elif name == "pull":
+                has_pull = True
+            elif GENERATION.fullmatch(name):
+                names["whole" if os.path.exists(f"{entry.path}/manifest.json") else "headless"].append(name)
+            elif name.startswith("damaged-"):
+                names["damaged"].append(name)
+            elif name.startswith("."):
+                names["leftovers"].append(name)
+            else:
+                names["foreign"].append(name)
+        sorted_names = {kind: tuple(sorted(found)) for kind, found in names.items()}
+        return KeyFolder(
+            ref,
+            path,
+            has_spec,
+            current,
+            last_used,
+            has_work=has_work,
+            has_pull=has_pull,
+            is_link=path.is_symlink() or path.parent.is_symlink(),
+            **sorted_names,
+        )
+
+    def manifest(self, ref: Ref, generation: str | None = None) -> dict[str, Any]:
+        """A manifest as plain JSON, of the current generation unless one is named. ValueError says what is wrong."""
+        if generation is None:
+            # Straight to the pointer: listing a whole folder first would cost more than the manifest.
+            generation = self._pointer(self.path(ref) / "current")[0]
+            if generation is None or not GENERATION.fullmatch(generation):
+                generation = self.folder(ref).newest
+            if generation is None:
+                raise ValueError("is gone: the artifact is not finished")
+        return read_json(self.path(ref) / generation / "manifest.json")
+
+    def generation(self, ref: Ref, name: str) -> Generation:
+        """What listing needs of one generation."""
+        version = 0
+        try:
+            manifest = self.manifest(ref, name)
+            version = int(manifest["schema_version"])
+            return Generation(name, version, str(manifest["digest"]), inputs_of(manifest), num_bytes_of(manifest))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = str(error) if type(error) is ValueError else f"has unexpected content ({error!r})"
+            return Generation(name, version, problem=f"manifest {problem}")
+
+    def upstream_by_spec(self, ref: Ref) -> set[str]:
+        """Keys (and other 64-digit digests) that the spec of an artifact names, finished or not; cheap."""
+        try:
+            # Without pathlib, whose joins would cost more than the reading.
+            with open(f"{self.root}/{ref.stage}/{ref.key}/spec.json", "rb", buffering=0) as file:
+                text = file.read()
+        except OSError:
+            try:
+                text = json.dumps(self.manifest(ref)["spec"]).encode()
+            except (ValueError, KeyError):
+                return set()
+        return {digits.decode() for digits in _QUOTED_KEY.findall(text)} - {ref.key}
+
+    @cached_property
+    def consumers(self) -> dict[str, list[Ref]]:
+        """Key -> artifacts that were begun from it, straight; one pass over the specs."""
+
+        def read(refs: list[Ref]) -> list[tuple[Ref, set[str]]]:
+            return [(ref, self.upstream_by_spec(ref)) for ref in refs]
+
+        # A cold disk, or one across a network, answers many at a time as fast as one.
+        found: dict[str, list[Ref]] = {}
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            for pairs in pool.map(read, [self.refs[start::_NUM_READERS] for start in range(_NUM_READERS)]):
+                for ref, keys in pairs:
+                    for key in keys:
+                        found.setdefault(key, []).append(ref)
+        return found
+
+    def scores(self, ref: Ref) -> list[dict[str, Any]]:
+        """Scores of a model from the evaluations of it, with `kind`; of an evaluation its own. Needs `consumers`."""
+        if ref.stage == "evaluation":
+            try:
+                return scores_of(self.manifest(ref))
+            except ValueError:
+                return []
+        scores = []
+        for consumer in self.consumers.get(ref.key, []):
+            if consumer.stage == "evaluation":
+                try:
+                    manifest = self.manifest(consumer)
+                except ValueError:
+                    continue
+                if dig(manifest, "spec", "inputs", "model") == ref.key:
+                    scores += scores_of(manifest)
+        return scores
+
+    # Runs and tags
+
+    def runs(self) -> list[RunRecord]:
+        """Every run, newest first."""
+        found = [run for path in self._records(RUNS) if (run := self.run(path.stem)) is not None]
+        return sorted(found, key=lambda run: (run.started_at, run.run_name), reverse=True)
+
+    def run(self, name: str) -> RunRecord | None:
+        """A run by its name; None where there is none that can be read."""
+        path = self.root / RUNS / f"{name}.json"
+        if "/" in name or not os.path.isfile(path):
+            return None
+        return self._record(path, RunRecord)
+
+    def tags(self) -> dict[str, TagRecord]:
+        """Tag -> what it names."""
+        pairs = ((path.stem, self._record(path, TagRecord)) for path in self._records(TAGS))
+        return {name: record for name, record in pairs if record is not None}
+
+    def _records(self, folder: str) -> list[Path]:
+        entries = self._scan(self.root / folder)
+        return sorted(Path(e.path) for e in entries if e.name.endswith(".json") and not e.name.startswith("."))
+
+    def _record(self, path: Path, model: type[Any]) -> Any:
+        try:
+            return model.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            self._note(f"{path.parent.name}/{path.name}: passed over, {where} {first['msg']}".replace(",  ", ", "))
+        except OSError as error:
+            self._note(f"{path.parent.name}/{path.name}: passed over, {error.strerror}")
+        return None
+
+    # Reading
+
+    def _scan(self, folder: Path) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entries, key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self._note(f"{folder.relative_to(self.root)}: passed over, {error.strerror}")
+            return []
+
+    def _pointer(self, path: Path) -> tuple[str | None, int]:
+        try:
+            with open(path, "rb") as file:
+                name = file.read(4096).decode(errors="replace").split()
+                return (name[0] if name else ""), os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return None, 0
+        except OSError as error:
+            self._note(f"{path.relative_to(self.root)}: passed over, {error.strerror}")
+            return None, 0
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # The first costs nothing; the second follows a link, and is False where that may not be looked at.
+    return entry.is_dir(follow_symlinks=False) or os.path.isdir(entry.path)
+
+
+def is_alive(record: RunRecord) -> bool | None:
+    """Whether the process of a run that is recorded as Running is there; None where it runs on another host."""
+    if record.state != "Running":
+        return False
+    if record.host != os.uname().nodename:
+        return None
+    import psutil
+
+    try:
+        born = psutil.Process(record.pid).create_time()
+        # After a restart of the machine the number may belong to another process, which began later.
+        return born <= datetime.fromisoformat(record.started_at).timestamp() + _SAME_START_SECONDS
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.Error, ValueError):
+        return True
+
+
+def state_of(record: RunRecord) -> str:
+    """State to show: a run that says Running although its process is gone is `Crashed?`."""
+    return "Crashed?" if record.state == "Running" and is_alive(record) is False else record.state

@@ -1,0 +1,109 @@
+"""Trainer checkpoints inside `work/`: which are whole, which one to go on from, which to keep.
+
+The trainer's own saves are not atomic (transformers#35782): a checkpoint counts only with its completion marker, which
+names every file with its size and digest and is written after all of them are on disk. Sizes are enough to see a torn
+checkpoint; before a training goes on from one its bytes are read too, for a damaged optimizer would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from artifacts.files import remove_tree, sync, write_atomically
+from artifacts.keys import file_digest, folder_records
+from schemas.artifact import FileRecord
+from schemas.common import StrictModel
+
+CHECKPOINT_MARKER = ".complete"
+
+
+class Marker(StrictModel):
+    """Content of a completion marker."""
+
+    files: dict[str, FileRecord] = Field(min_length=1)
+    score: float | None = None
+
+
+def mark_complete(folder: Path, score: float | None = None) -> None:
+    """Write the completion marker; `score` (higher is better) is what `prune` keeps the best checkpoint by."""
+    (folder / CHECKPOINT_MARKER).unlink(missing_ok=True)
+    files = folder_records(folder)
+    for name in files:
+        sync(folder / name)
+    kept = score if score is not None and math.isfinite(score) else None
+    write_atomically(folder / CHECKPOINT_MARKER, Marker(files=files, score=kept).model_dump_json())
+
+
+def newest_checkpoint(folder: Path, full: bool = False) -> tuple[int, Path] | None:
+    """Step and folder of the newest complete `checkpoint-<step>`; others are passed over. `full`: as for `fault`."""
+    newest_first = sorted(_checkpoints(folder), reverse=True)
+    return next(((step, path) for step, path in newest_first if fault(path, full) is None), None)
+
+
+def torn_checkpoints(folder: Path, full: bool = False) -> list[tuple[int, Path, str]]:
+    """Step, folder and fault of every checkpoint that does not count, newest first. `full`: as for `fault`."""
+    found = ((step, path, fault(path, full)) for step, path in _checkpoints(folder))
+    return sorted(((step, path, reason) for step, path, reason in found if reason is not None), reverse=True)
+
+
+def fault(folder: Path, full: bool = False) -> str | None:
+    """What is wrong with a checkpoint (or another folder that was marked), or None where it is whole.
+
+    full    read and hash every byte, instead of looking at sizes
+    """
+    try:
+        files = Marker.model_validate_json((folder / CHECKPOINT_MARKER).read_bytes()).files
+        for name, record in files.items():
+            size = (folder / name).stat().st_size
+            if size != record.size:
+                return f"{name} has {size:,} of {record.size:,} bytes"
+        if full:
+            for name, record in files.items():
+                if file_digest(folder / name) != record.blake3:
+                    return f"{name} has other bytes than were written"
+    except FileNotFoundError as error:
+        name = Path(error.filename).name
+        return "it was not written to its end" if name == CHECKPOINT_MARKER else f"{name} is gone"
+    except (OSError, ValidationError) as error:
+        return f"its completion marker or a file of it is unreadable ({type(error).__name__})"
+    return None
+
+
+def planned_steps(checkpoint: Path) -> int | None:
+    """Optimizer steps of the whole training that a checkpoint belongs to; None where the trainer did not say."""
+    try:
+        steps = json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return steps if isinstance(steps, int) and steps > 0 else None
+
+
+def prune(folder: Path, num_kept: int) -> None:
+    """Remove whole checkpoints but the newest `num_kept` and the one with the best score.
+
+    Called after a new one is marked complete: the trainer's own rotation deletes before, and a kill in between would
+    lose everything where one is kept.
+    """
+    whole = sorted((step, path) for step, path in _checkpoints(folder) if fault(path) is None)
+    scored = [(score, step) for step, path in whole if (score := _score(path)) is not None]
+    best = max(scored, default=(0.0, -1))[1]
+    for step, path in whole[:-num_kept]:
+        if step != best:
+            remove_tree(path)
+
+
+def _score(checkpoint: Path) -> float | None:
+    return Marker.model_validate_json((checkpoint / CHECKPOINT_MARKER).read_bytes()).score
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit():
+            found.append((int(step), path))
+    return found

@@ -1,0 +1,305 @@
+"""One producer per key on a shared store: turns with a fencing token, built on exclusive creation alone.
+
+Objects below `<stage>/<key>/turns/`, where the token n counts up from 1:
+  <n>.lease   created exclusively by whoever gets turn n; says who
+  <n>.beat    overwritten by the holder every `beat_seconds`; a counter
+  <n>.end     created exclusively: turn n is over. `published` (by the holder: this artifact is current), `released`
+              (by the holder: nothing was made) or `fenced` (by a waiter: the holder was silent for too long)
+
+Turn n + 1 begins only after n has ended. As an end is created once, a holder that was fenced cannot publish, however
+late it wakes up: losing a lease and being unable to publish are the same fact, decided by the store, not by a clock.
+A waiter counts silence on its own monotonic clock, so that clocks that differ by minutes do not matter. Compare the
+leader election of https://morling.dev/blog/leader-election-with-s3-conditional-writes, which fences by expiry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from artifacts.objects import Objects, explained
+from schemas.common import StrictModel
+
+_NAME = re.compile(r"(\d{8})\.(lease|beat|end)")
+_TOLD_SECONDS = 30.0
+
+
+class LeaseLost(RuntimeError):
+    """Another process took over; what this one made is not published."""
+
+
+class LeaseRecord(StrictModel):
+    """Who holds a turn. `since` is for people only: no clock is ever compared with another machine's."""
+
+    pid: int
+    host: str
+    since: str
+    nonce: str = Field(description="makes the record unlike every other, see Objects.create")
+
+    def holder(self) -> str:
+        return f"process {self.pid} on {self.host} (since {self.since})"
+
+
+class Ending(StrictModel):
+    """How a turn ended; `published` ones are what readers go by."""
+
+    schema_version: int = Field(1)
+    kind: Literal["published", "released", "fenced"]
+    by: LeaseRecord
+    manifest: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="BLAKE3 of the manifest's bytes")
+    part_bytes: int | None = Field(None, ge=1, description="files above this size were uploaded in parts of it")
+
+
+class Lease:
+    """Turn `token` of a key, kept alive by a thread until it is published, released or lost."""
+
+    def __init__(self, objects: Objects, folder: str, token: int, record: LeaseRecord, beat_seconds: float) -> None:
+        self.token = token
+        self.folder = folder
+        #: set as soon as the heartbeat learns that another process took over
+        self.lost = threading.Event()
+        self._objects = objects
+        self._record = record
+        self._beat_seconds = beat_seconds
+        self._stop = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._beat, name=f"lease-{token}", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises LeaseLost if another process took over, RemoteError if the store cannot be asked."""
+        try:
+            if self._superseded():
+                self.lost.set()
+        except OSError as error:
+            raise explained(error, self._objects.url) from None
+        if self.lost.is_set():
+            raise LeaseLost(self._lost_text())
+
+    def publish(self, manifest: str, part_bytes: int) -> None:
+        """End the turn by making an uploaded artifact the current one, in one step. Raises LeaseLost, RemoteError."""
+        self._silence()
+        ending = Ending(kind="published", by=self._record, manifest=manifest, part_bytes=part_bytes)
+        try:
+            made = self._objects.create(_name(self.folder, self.token, "end"), ending.model_dump_json().encode())
+            # Ends below a published one are cleared away: one that was fenced could be created anew, to no effect.
+            names = list_turns(self._objects, self.folder)
+            newest = current(self._objects, self.folder, names) if made and max(names, default=0) > self.token else None
+        except OSError as error:
+            raise explained(error, self._objects.url) from None
+        self._ended = True
+        if not made or (newest is not None and newest[0] > self.token):
+            self.lost.set()
+            raise LeaseLost(self._lost_text())
+
+    def release(self) -> None:
+        """End the turn without an artifact, if it has not ended; never raises, for the turn goes stale anyway."""
+        # First the heartbeat, then the last write: the other way round the lease would outlive its end.
+        self._silence()
+        if not self._ended and not self.lost.is_set():
+            ending = Ending(kind="released", by=self._record)
+            with contextlib.suppress(OSError):
+                name = _name(self.folder, self.token, "end")
+                self._objects.create(name, ending.model_dump_json().encode(), patience=10)
+        self._ended = True
+
+    def _silence(self) -> None:
+        self._stop.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _beat(self) -> None:
+        count, pause = 0, 0.0
+        while not self._stop.wait(pause):
+            try:
+                self._objects.put(_name(self.folder, self.token, "beat"), str(count).encode(), patience=0)
+                count += 1
+                pause = self._beat_seconds
+                if self._superseded(patience=0):
+                    self.lost.set()
+                    return
+            except Exception:
+                # Whatever it was, the lease is kept for as long as nobody takes it: try again soon.
+                pause = min(self._beat_seconds, 2.0)
+
+    def _superseded(self, patience: float = 60.0) -> bool:
+        names = list_turns(self._objects, self.folder, patience)
+        return max(names, default=0) != self.token or "end" in names[self.token]
+
+    def _lost_text(self) -> str:
+        try:
+            by = Ending.model_validate_json(self._objects.get(_name(self.folder, self.token, "end"), 0)).by.holder()
+        except (OSError, ValidationError):
+            by = "another process"
+        return (
+            f"the lease {self.token} on {self.folder} was taken over by {by}, because this process was not heard of "
+            "for too long; what it made stays in the local store and is not published to the shared one"
+        )
+
+
+@contextlib.contextmanager
+def lease(
+    objects: Objects,
+    folder: str,
+    waiting: Callable[[str], None],
+    *,
+    beat_seconds: float,
+    stale_seconds: float,
+    wait: bool = True,
+) -> Iterator[Lease | None]:
+    """Hold the next turn of a key; None if the holder that was waited for published meanwhile.
+
+    Without `wait` also None as soon as another holder shows a sign of life; a silent one is waited out all the same.
+    `waiting` is told whom we wait for, at once and every 30 s. A holder that is silent for `stale_seconds` is fenced.
+    Raises OSError if the store cannot be used.
+    """
+    held = _acquire(objects, folder, waiting, beat_seconds, stale_seconds, wait)
+    try:
+        yield held
+    finally:
+        if held is not None:
+            held.release()
+
+
+def _acquire(
+    objects: Objects,
+    folder: str,
+    waiting: Callable[[str], None],
+    beat_seconds: float,
+    stale_seconds: float,
+    wait: bool,
+) -> Lease | None:
+    poll = min(5.0, stale_seconds / 12)
+    told, looked = -math.inf, 0.0
+    seen: tuple[int, bytes | None] | None = None
+    silence = 0.0
+    while True:
+        try:
+            # The first look is patient; a later one may fail for as long as it likes, for a wait can be hours long.
+            names = list_turns(objects, folder, 60.0 if seen is None else 0.0)
+            token = max(names, default=0)
+            if not token or "end" in names[token]:
+                if seen is not None and _published(objects, folder, token):
+                    return None
+                record = _who()
+                if objects.create(_name(folder, token + 1, "lease"), record.model_dump_json().encode()):
+                    names = list_turns(objects, folder)
+                    # Not so if we slept between looking and creating, and the turns went on and were cleared away.
+                    if max(names) == token + 1 and "end" not in names[token + 1]:
+                        _clear(objects, folder, names)
+                        return Lease(objects, folder, token + 1, record, beat_seconds)
+                    objects.delete([_name(folder, token + 1, "lease")])
+                continue
+            beat = _beat_of(objects, folder, token)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError:
+            if seen is None:
+                raise
+            # While we cannot see the store, the holder may not be able to reach it either: begin to count anew.
+            silence, looked = 0.0, time.monotonic()
+            if looked - told > _TOLD_SECONDS:
+                waiting("the shared store, which cannot be reached")
+                told = looked
+            time.sleep(poll)
+            continue
+        now = time.monotonic()
+        if seen == (token, beat):
+            # Only time in which we looked counts: after a suspend both sides wake up, and we may be first.
+            silence += min(now - looked, 3 * poll)
+        elif seen is not None and not wait:
+            return None
+        else:
+            silence = 0.0
+        seen, looked = (token, beat), now
+        if silence >= stale_seconds:
+            ending = Ending(kind="fenced", by=_who())
+            objects.create(_name(folder, token, "end"), ending.model_dump_json().encode())
+            continue
+        if now - told > _TOLD_SECONDS:
+            waiting(holder(objects, folder, token))
+            told = now
+        time.sleep(poll)
+
+
+def list_turns(objects: Objects, folder: str, patience: float = 60.0) -> dict[int, set[str]]:
+    """Token -> which of lease, beat and end are there."""
+    return turns_in(objects.list(f"{folder}/turns", patience), folder)
+
+
+def turns_in(names: Mapping[str, int], folder: str) -> dict[int, set[str]]:
+    """The same from names that were listed already."""
+    turns: dict[int, set[str]] = {}
+    for name in names:
+        if match := _NAME.fullmatch(name.removeprefix(f"{folder}/turns/")):
+            turns.setdefault(int(match[1]), set()).add(match[2])
+    return turns
+
+
+def current(objects: Objects, folder: str, turns: Mapping[int, set[str]]) -> tuple[int, Ending] | None:
+    """Token and end of the newest turn that published. Raises ValueError for an end that is unreadable, OSError."""
+    for token in sorted(turns, reverse=True):
+        if "end" in turns[token]:
+            ending = Ending.model_validate_json(objects.get(_name(folder, token, "end")))
+            if ending.kind == "published":
+                return token, ending
+    return None
+
+
+def holder(objects: Objects, folder: str, token: int) -> str:
+    """Who has a turn, in words."""
+    try:
+        return LeaseRecord.model_validate_json(objects.get(_name(folder, token, "lease"), 0)).holder()
+    except (OSError, ValidationError):
+        return "another process"
+
+
+def _published(objects: Objects, folder: str, token: int) -> bool:
+    try:
+        return Ending.model_validate_json(objects.get(_name(folder, token, "end"))).kind == "published"
+    except (ValidationError, FileNotFoundError):
+        return False
+
+
+def _beat_of(objects: Objects, folder: str, token: int) -> bytes | None:
+    try:
+        return objects.get(_name(folder, token, "beat"), 0)
+    except FileNotFoundError:
+        return None
+
+
+def _clear(objects: Objects, folder: str, turns: Mapping[int, set[str]]) -> None:
+    """Remove what earlier turns left; ends stay until a later one published, for they keep fenced holders out."""
+    newest = max(turns)
+    with contextlib.suppress(OSError, ValueError):
+        published = current(objects, folder, turns)
+        floor = published[0] if published else 0
+        objects.delete(
+            _name(folder, token, kind)
+            for token, kinds in turns.items()
+            for kind in kinds
+            if token < newest and (kind != "end" or token < floor)
+        )
+
+
+def _name(folder: str, token: int, kind: str) -> str:
+    return f"{folder}/turns/{token:08d}.{kind}"
+
+
+def _who() -> LeaseRecord:
+    return LeaseRecord(
+        pid=os.getpid(),
+        host=os.uname().nodename,
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+        nonce=uuid.uuid4().hex,
+    )

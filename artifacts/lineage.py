@@ -1,0 +1,166 @@
+"""Who made what from which data: the inputs of an artifact down to their sources, and what was made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from artifacts.catalogue import Catalogue
+from artifacts.manifests import InputRef, Ref, inputs_of, scores_of, sources_of
+from schemas.common import StageName
+
+_STAGE_ORDER = {stage: position for position, stage in enumerate(get_args(StageName))}
+#: Inputs of every training and evaluation alike: said once for an artifact itself, not at each of its ancestors.
+_EVERYWHERE = ("chat_template:", "lm_eval_tasks:")
+
+
+@dataclass
+class Relative:
+    """An ancestor or a descendant.
+
+    binding   input that it is, or through which it takes
+    node      name in the graph that first asked for it; empty where its manifest is gone
+    mark      what is wrong: gone, made again since, not finished; empty where nothing is
+    repeated  shown above, with its own relatives
+    """
+
+    ref: Ref
+    binding: str
+    node: str = ""
+    finished_at: str = ""
+    mark: str = ""
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    relatives: list[Relative] = field(default_factory=list)
+    repeated: bool = False
+
+
+def ancestors(catalogue: Catalogue, manifest: dict[str, Any]) -> list[Relative]:
+    """Inputs of an artifact, their inputs, and so on; each with its scores and with its sources outside the store."""
+    seen: set[tuple[Ref, str]] = set()
+
+    def visit(given: InputRef) -> Relative:
+        found, mark = _as_recorded(catalogue, given)
+        relative = Relative(given.ref, given.binding, mark=mark)
+        if found is None:
+            return relative
+        relative.node, relative.finished_at = str(found.get("node", "")), str(found.get("finished_at", ""))
+        if (given.ref, given.digest) in seen:
+            relative.repeated = True
+            return relative
+        seen.add((given.ref, given.digest))
+        relative.scores = catalogue.scores(given.ref)
+        relative.sources = [source for source in sources_of(found) if not source.startswith(_EVERYWHERE)]
+        relative.relatives = [visit(upstream) for upstream in _direct(found)]
+        return relative
+
+    return [visit(given) for given in _direct(manifest)]
+
+
+def planned_inputs(catalogue: Catalogue, spec: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Inputs of an artifact that is not finished, in the form of a manifest's: by its spec, as they are now."""
+    stages = {ref.key: ref.stage for ref in catalogue.refs}
+    inputs = {}
+
+    def add(binding: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                add(f"{binding}.{name}", inner)
+        elif isinstance(value, list):
+            for position, inner in enumerate(value):
+                add(f"{binding}.{position}", inner)
+        elif value in stages:
+            try:
+                digest = str(catalogue.manifest(Ref(stages[value], value)).get("digest"))
+            except ValueError:
+                digest = ""
+            inputs[binding] = {"stage": stages[value], "key": value, "digest": digest}
+
+    given = spec.get("inputs")
+    for name, value in given.items() if isinstance(given, dict) else ():
+        add(name, value)
+    return inputs
+
+
+def descendants(catalogue: Catalogue, ref: Ref, limit: int | None = None) -> tuple[list[Relative], int]:
+    """What was made from an artifact, and from that, and so on: the first `limit`, and how many more there are."""
+    seen = {ref}
+    num_shown, num_left = 0, 0
+
+    def visit(upstream: Ref, digest: str, is_root: bool) -> list[Relative]:
+        nonlocal num_shown, num_left
+        relatives = []
+        consumers = catalogue.consumers.get(upstream.key, [])
+        for consumer in sorted(consumers, key=lambda found: (_STAGE_ORDER.get(found.stage, 99), found.key)):
+            if consumer in seen:
+                continue
+            if limit is not None and num_shown >= limit:
+                # Only counted: reading thousands of manifests that nobody sees would take long.
+                seen.add(consumer)
+                num_left += 1
+                visit(consumer, "", False)
+                continue
+            relative, its_digest = _consumer(catalogue, consumer, upstream, digest, is_root)
+            if relative is None:
+                continue
+            seen.add(consumer)
+            num_shown += 1
+            relative.relatives = visit(consumer, its_digest, False)
+            relatives.append(relative)
+        return relatives
+
+    try:
+        own = str(catalogue.manifest(ref).get("digest", ""))
+    except ValueError:
+        own = ""
+    return visit(ref, own, True), num_left
+
+
+def _consumer(
+    catalogue: Catalogue, consumer: Ref, upstream: Ref, digest: str, is_root: bool
+) -> tuple[Relative | None, str]:
+    """A consumer with its digest; None where it names the artifact only as a part of a longer story."""
+    try:
+        manifest = catalogue.manifest(consumer)
+        inputs = [given for given in inputs_of(manifest) if given.ref == upstream]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Relative(consumer, "", mark="not finished"), ""
+    bindings = [given.binding for given in inputs]
+    # A publication names all ancestors of its model, and every evaluation: it is shown under its model.
+    hidden = ("lineage.",) if is_root else ("lineage.", "evaluations.")
+    if not inputs or all(binding.startswith(hidden) for binding in bindings):
+        return None, ""
+    earlier = digest and all(given.digest != digest for given in inputs)
+    return Relative(
+        consumer,
+        ", ".join(bindings),
+        str(manifest.get("node", "")),
+        str(manifest.get("finished_at", "")),
+        "made from an earlier content" if earlier else "",
+        scores_of(manifest),
+    ), str(manifest.get("digest", ""))
+
+
+def _direct(manifest: dict[str, Any]) -> list[InputRef]:
+    """Inputs in the order of the pipeline, without those that a publication names although its model has them."""
+    try:
+        inputs = [given for given in inputs_of(manifest) if not given.binding.startswith("lineage.")]
+    except (KeyError, TypeError, AttributeError):
+        return []
+    # Models first: what an artifact is a training or evaluation of.
+    return sorted(inputs, key=lambda given: (given.binding != "model", given.binding))
+
+
+def _as_recorded(catalogue: Catalogue, given: InputRef) -> tuple[dict[str, Any] | None, str]:
+    """Manifest of an input as it was when it was taken, and what has become of it since."""
+    try:
+        current = catalogue.manifest(given.ref)
+    except ValueError:
+        current = None
+    if current is not None and current.get("digest") == given.digest:
+        return current, ""
+    for name in catalogue.folder(given.ref).whole:
+        if catalogue.generation(given.ref, name).digest == given.digest:
+            earlier = catalogue.manifest(given.ref, name)
+            return earlier, f"stale: made again since; this is {name}"
+    return current, "gone" if current is None else "stale: made again since, and what was taken is gone"

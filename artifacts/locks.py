@@ -1,0 +1,63 @@
+"""Kernel locks (`flock`): nothing goes stale, a killed holder frees its lock at once."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+_TOLD_EVERY_SECONDS = 30.0
+_POLL_SECONDS = 0.2
+
+
+def take(descriptor: int, waiting: Callable[[], None]) -> None:
+    """Exclusive lock on an open file; tells `waiting` once, then every 30 s, while another holds it."""
+    told = -math.inf
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() - told > _TOLD_EVERY_SECONDS:
+                waiting()
+                told = time.monotonic()
+            time.sleep(_POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Whether nobody holds the lock file; it is held until the block ends where that is so. A missing file is free."""
+    try:
+        file = path.open("a+")
+    except FileNotFoundError:
+        yield True
+        return
+    with file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def write_holder(lock: IO[str]) -> None:
+    """Say in a lock file who holds it: for people only, the lock itself is the kernel's."""
+    lock.truncate(0)
+    lock.write(json.dumps({"pid": os.getpid(), "host": os.uname().nodename, "since": time.time()}))
+    lock.flush()
+
+
+def holder_text(lock: Path) -> str:
+    """Who holds a lock, for a message."""
+    try:
+        record = json.loads(lock.read_text())
+        return f"process {record['pid']} on {record['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

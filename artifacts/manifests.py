@@ -1,0 +1,91 @@
+"""Picking from manifests as plain JSON: for listing many, where validating each would take most of the time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Ref(NamedTuple):
+    """Name of an artifact."""
+
+    stage: str
+    key: str
+
+
+class InputRef(NamedTuple):
+    """An input as a manifest recorded it."""
+
+    binding: str
+    ref: Ref
+    digest: str
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. ValueError says in a few words why there is none."""
+    try:
+        with open(path, "rb") as file:
+            value = json.loads(file.read())
+    except FileNotFoundError:
+        raise ValueError("is gone") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ValueError("is no JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError("is no JSON object")
+    return value
+
+
+def inputs_of(manifest: dict[str, Any]) -> tuple[InputRef, ...]:
+    """Inputs of a manifest. AttributeError, KeyError or TypeError where they have another form."""
+    return tuple(
+        InputRef(binding, Ref(str(record["stage"]), str(record["key"])), str(record["digest"]))
+        for binding, record in manifest["inputs"].items()
+    )
+
+
+def num_bytes_of(manifest: dict[str, Any]) -> int:
+    """Bytes of an artifact's files as its manifest has them."""
+    return sum(int(record["size"]) for record in manifest["files"].values())
+
+
+def scores_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Scores in the manifest of an evaluation, each with the `kind` and `subject` of the evaluation; else none."""
+    scores = dig(manifest, "outputs", "scores")
+    kind, subject = dig(manifest, "spec", "config", "kind"), dig(manifest, "spec", "config", "subject")
+    found = scores if isinstance(scores, list) else []
+    return [
+        {"kind": kind, "subject": subject, **score}
+        for score in found
+        if isinstance(score, dict) and isinstance(score.get("value"), (int, float)) and "task" in score
+    ]
+
+
+def sources_of(manifest: dict[str, Any]) -> list[str]:
+    """What an artifact was made from outside the store: Hub repositories at a revision, digests of local content."""
+
+    def repositories(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            if isinstance(value.get("repository"), str) and "revision" in value:
+                parts = [str(value[name]) for name in ("subset", "split") if value.get(name)]
+                yield f"{value['repository']} @ {value['revision']}" + (f" ({' '.join(parts)})" if parts else "")
+            for item in value.values():
+                yield from repositories(item)
+        elif isinstance(value, list):
+            for item in value:
+                yield from repositories(item)
+
+    externals = dig(manifest, "spec", "externals")
+    local = externals.items() if isinstance(externals, dict) else ()
+    found = [*repositories(dig(manifest, "spec", "config")), *(f"{name}: {digest}" for name, digest in local)]
+    return list(dict.fromkeys(found))
+
+
+def dig(value: Any, *names: str) -> Any:
+    """A value deep in plain JSON; None where a step is missing."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

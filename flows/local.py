@@ -1,0 +1,47 @@
+"""A recipe without Prefect: the same graph, stages and store, one stage after the other, in this process.
+
+`python -m flows.local RECIPE [field=value ...]`: for debugging, for machines without a server, and for tests that
+kill it. No report, no schedule, nothing is pushed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from artifacts.store import Store
+from flows.graph import Graph
+from flows.nodes import NodeGraph
+from flows.recipe import load_recipe, parse_overrides
+from schemas.artifact import ArtifactReference
+from tasks.data import expand_path
+from tasks.runner import run_stage
+from tasks.sharing import open_remote
+
+if TYPE_CHECKING:
+    from artifacts.remote import Remote
+
+
+def run_graph(
+    graph: NodeGraph, store: Store, log: logging.Logger, remote: Remote | None = None
+) -> dict[str, ArtifactReference]:
+    """Every node of a graph, made or found, in its order. Errors: as `run_stage`."""
+    references: dict[str, ArtifactReference] = {}
+    for name, node in graph.nodes.items():
+        upstream = {binding.node: references[binding.node] for binding in node.bindings().values()}
+        references[name] = run_stage(graph.job(name, upstream), store, log, remote)
+        log.info("%s: %s %s", name, references[name].outcome.lower(), references[name].key[:12])
+    return references
+
+
+def main(arguments: list[str]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    recipe = load_recipe(arguments[0], parse_overrides(arguments[1:]))
+    store, remote = Store(expand_path(recipe.compute.store)), open_remote(recipe.compute)
+    run_graph(Graph(recipe), store, logging.getLogger("smoltulu.local"), remote)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,123 @@
+"""What a graph of stages is: nodes, what each takes from which, their artifact keys and the jobs that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from artifacts.keys import artifact_key
+from schemas.artifact import ArtifactReference, InputRecord, Spec
+from schemas.common import scientific
+from schemas.compute import ComputeSettings
+from tasks.runner import Job
+from tasks.stage import Stage
+
+
+@dataclass(frozen=True)
+class Binding:
+    """An input that comes from another node: a file or folder its outputs name, or its whole artifact folder."""
+
+    node: str
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of one recipe.
+
+    inputs     input field -> binding, or name -> binding for fields that hold several
+    literals   input field -> plain value (the chat template's text); its digest is in `externals`
+    externals  name -> content digest or resolved revision of what comes from outside the store
+    """
+
+    name: str
+    stage: Stage
+    config: BaseModel
+    inputs: Mapping[str, Binding | Mapping[str, Binding]] = field(default_factory=dict)
+    literals: Mapping[str, str] = field(default_factory=dict)
+    externals: Mapping[str, str] = field(default_factory=dict)
+
+    def bindings(self) -> dict[str, Binding]:
+        """Every binding by dotted name."""
+        flat = {}
+        for name, value in self.inputs.items():
+            if isinstance(value, Binding):
+                flat[name] = value
+            else:
+                flat.update({f"{name}.{inner}": binding for inner, binding in value.items()})
+        return flat
+
+
+class NodeGraph:
+    """Nodes in an order in which every node comes after its inputs; keys follow without running anything."""
+
+    def __init__(self, name: str, compute: ComputeSettings) -> None:
+        """`name` is for records and reports, `compute` the machine's shape."""
+        self.name = name
+        self.compute = compute
+        self.nodes: dict[str, Node] = {}
+        self._keys: dict[str, str] = {}
+
+    def spec(self, name: str) -> Spec:
+        """What the key of a node is made of."""
+        node = self.nodes[name]
+        inputs: dict[str, Any] = {}
+        for input_name, value in node.inputs.items():
+            if isinstance(value, Binding):
+                inputs[input_name] = self.key(value.node)
+            else:
+                inputs[input_name] = {inner: self.key(binding.node) for inner, binding in value.items()}
+        return Spec(
+            stage=node.stage.name,
+            version=node.stage.version,
+            config=scientific(node.config),
+            inputs=inputs,
+            externals=dict(node.externals),
+        )
+
+    def key(self, name: str) -> str:
+        """Artifact key of a node."""
+        if name not in self._keys:
+            self._keys[name] = artifact_key(self.spec(name))
+        return self._keys[name]
+
+    def keys(self) -> dict[str, str]:
+        """Artifact key of every node."""
+        return {name: self.key(name) for name in self.nodes}
+
+    def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
+        """A node with its inputs found: ready to run."""
+        node = self.nodes[name]
+
+        def path(binding: Binding) -> str:
+            reference = references[binding.node]
+            return str(Path(reference.path) / reference.outputs[binding.output]) if binding.output else reference.path
+
+        values: dict[str, Any] = dict(node.literals)
+        for input_name, value in node.inputs.items():
+            if isinstance(value, Binding):
+                values[input_name] = path(value)
+            else:
+                values[input_name] = {inner: path(binding) for inner, binding in value.items()}
+        records = {
+            dotted: InputRecord(
+                stage=references[binding.node].stage,
+                key=references[binding.node].key,
+                digest=references[binding.node].digest,
+            )
+            for dotted, binding in node.bindings().items()
+        }
+        return Job(
+            node=name,
+            stage=node.stage,
+            config=node.config,
+            compute=self.compute.of(node.stage.name),
+            spec=self.spec(name),
+            inputs=node.stage.inputs.model_validate(values),
+            input_records=records,
+            refresh=refresh,
+        )

@@ -1,0 +1,164 @@
+"""`smoltulu plan` on a terminal: a table and its totals, or everything as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from artifacts.store import Store
+from flows.estimate import Estimate
+from flows.plan import Plan, Unresolved, plan
+from flows.recipe import load_recipe
+from tasks.data import HubUnreachable, expand_path
+from tasks.progress import duration
+
+_COLOURS = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
+_UNKNOWN = "-"
+_NUM_NAMED = 4
+
+
+def make_plan(recipe: str, overrides: dict[str, object], until: str | None, refresh: list[str]) -> Plan:
+    """The plan of a recipe in its own store. ValueError or OSError where something has to be mended."""
+    checked = load_recipe(recipe, overrides)
+    return plan(checked, until, refresh, Store(expand_path(checked.compute.store)))
+
+
+def show(planned: Plan, as_json: bool) -> None:
+    """Print a plan."""
+    if as_json:
+        print(json.dumps(as_dict(planned), indent=1))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    columns = [
+        name for name in _HEADINGS if any(getattr(r.estimate, name) is not None for r in planned.rows if _todo(r))
+    ]
+    table = Table(title=f"{planned.recipe} in {planned.store}", title_justify="left")
+    for heading in ("stage", "what", "why"):
+        table.add_column(heading)
+    for name in columns:
+        table.add_column(_HEADINGS[name], justify="right", no_wrap=True)
+    table.add_column("key", no_wrap=True)
+    for row in planned.rows:
+        cells = [_amount(row.estimate, name) if _todo(row) else "" for name in columns]
+        status = f"[{_COLOURS[row.status]}]{row.status}[/]" + ("*" if row.notes else "")
+        key = row.key[:12] + ("~" if row.provisional else "")
+        table.add_row(row.node, status, escape(row.reason), *cells, key)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for line in summary(planned):
+        console.print(line, highlight=False, markup=False)
+
+
+def summary(planned: Plan) -> list[str]:
+    """The lines below the table: counts, totals, and what the plan is not sure of."""
+    counts = Counter(str(row.status) for row in planned.rows)
+    lines = [", ".join(f"{counts[status]} {status}" for status in _COLOURS if counts[status])]
+    if counts["cached"] < len(planned.rows):
+        lines.append("still to do: " + _still_to_do(planned))
+    drifted: dict[str, list[str]] = {}
+    for row in planned.rows:
+        for note in row.notes:
+            drifted.setdefault(note, []).append(row.node)
+    for note, nodes in drifted.items():
+        which = "all that are cached" if len(nodes) == counts["cached"] > _NUM_NAMED else ", ".join(nodes)
+        lines.append(f"* made with something else than now: {note} ({which})")
+    return lines + _unresolved(planned.unresolved) + list(planned.notes)
+
+
+def _still_to_do(planned: Plan) -> str:
+    parts = []
+    for name, words in _HEADINGS.items():
+        value, num_unknown = planned.totals[name]
+        if value:
+            more = f" (and {num_unknown} stages unknown)" if num_unknown else ""
+            parts.append(f"{words} {_FORMATS[name](value)}{more}")
+    return " · ".join(parts) or "nothing alike was finished here, so no estimate"
+
+
+def _unresolved(items: Sequence[Unresolved]) -> list[str]:
+    """Which revisions have no known commit and why; that the Hub did not answer is said once."""
+    if not items:
+        return []
+    silent = [item for item in items if isinstance(item.reason, HubUnreachable)]
+    lines = ["~ provisional: the key hangs on a Hub revision whose commit is not known"]
+    if silent:
+        names = [f"{item.reference.repository}@{item.reference.revision}" for item in silent[:_NUM_NAMED]]
+        more = f" and {len(silent) - _NUM_NAMED} more (--json names all)" if len(silent) > _NUM_NAMED else ""
+        lines += [f"  {silent[0].reason}", f"  not resolved: {', '.join(names)}{more}"]
+    lines += [f"  {item.reason}" for item in items if item not in silent]
+    if needed := sum(item.needed for item in items):
+        lines.append(f"  a run would stop at its start: it needs {needed} of {len(items)} that are not resolved")
+    return lines
+
+
+def as_dict(planned: Plan) -> dict[str, Any]:
+    """A plan as plain JSON values; what is not known is null."""
+    rows = []
+    for row in planned.rows:
+        record = asdict(row)
+        record["estimate"] = asdict(row.estimate) if _todo(row) else None
+        if row.nearest is not None:
+            changes = {name: {"old": old, "new": new} for name, (old, new) in row.nearest.changes.items()}
+            record["nearest"]["changes"] = changes
+        rows.append(record)
+    return {
+        "recipe": planned.recipe,
+        "store": planned.store,
+        "stages": rows,
+        "totals": {name: total._asdict() for name, total in planned.totals.items()},
+        "unresolved": [
+            {**item.reference._asdict(), "needed": item.needed, "reason": str(item.reason)}
+            for item in planned.unresolved
+        ],
+        "notes": list(planned.notes),
+    }
+
+
+def count(value: float) -> str:
+    """A count for people: 998, 12.3k, 486M, 1.05e+19."""
+    for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "G")):
+        if value < limit * 0.9995:
+            scaled = value / (limit / 1e3)
+            return f"{scaled:.3g}{unit}" if unit else f"{scaled:.0f}"
+    return f"{value:.2e}"
+
+
+def num_bytes(value: float) -> str:
+    """A size for people: 512 B, 3.8 MB, 82 GB."""
+    for limit, unit in ((1e3, "B"), (1e6, "kB"), (1e9, "MB"), (1e12, "GB")):
+        if value < limit * 0.9995:
+            return f"{value / (limit / 1e3):.3g} {unit}"
+    return f"{value / 1e12:.3g} TB"
+
+
+_HEADINGS = {
+    "num_steps": "steps",
+    "num_tokens": "tokens",
+    "flops": "FLOPs",
+    "peak_disk_bytes": "disk",
+    "seconds": "time",
+}
+
+_FORMATS = {
+    "num_steps": lambda value: f"{value:,}",
+    "num_tokens": count,
+    "flops": lambda value: f"{value:.2e}",
+    "peak_disk_bytes": num_bytes,
+    "seconds": duration,
+}
+
+
+def _amount(estimate: Estimate, name: str) -> str:
+    value = getattr(estimate, name)
+    return _UNKNOWN if value is None else _FORMATS[name](value)
+
+
+def _todo(row: Any) -> bool:
+    return row.status != "cached"

@@ -1,0 +1,50 @@
+"""The store's own record of a flow run: what it asked for and what came of it. `smoltulu runs` and `gc` read it."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from artifacts.files import write_atomically
+from artifacts.store import Store
+from flows.nodes import NodeGraph
+from schemas.run import RunRecord
+
+RUNS = "runs"
+
+
+def begin_run(store: Store, run_name: str, graph: NodeGraph, flow_run_id: str) -> RunRecord:
+    """Write down that a run starts, with the keys of all that it may use: gc keeps them while it runs."""
+    record = RunRecord(
+        run_name=run_name,
+        flow_run_id=flow_run_id,
+        recipe=graph.name,
+        state="Running",
+        started_at=_now(),
+        host=os.uname().nodename,
+        pid=os.getpid(),
+        stages={name: node.stage.name for name, node in graph.nodes.items()},
+        keys=graph.keys(),
+    )
+    _write(store, record)
+    return record
+
+
+def end_run(store: Store, record: RunRecord, state: str, outcomes: dict[str, str], report_path: str = "") -> RunRecord:
+    """Write down how a run ended: node -> outcome of what was reached."""
+    ended = record.model_copy(
+        update={"state": state, "finished_at": _now(), "outcomes": outcomes, "report_path": report_path}
+    )
+    _write(store, ended)
+    return ended
+
+
+def _write(store: Store, record: RunRecord) -> None:
+    folder = store.root / RUNS
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{Path(record.run_name).name}.json", record.model_dump_json(indent=1))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

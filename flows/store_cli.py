@@ -1,0 +1,334 @@
+"""The commands about the store: runs, show, verify, gc, tag, untag. None needs a server, none imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from artifacts.catalogue import Catalogue
+    from artifacts.gc import Plan, Removal
+    from artifacts.manifests import Ref
+    from artifacts.verify import Finding
+
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="folder of the store; default: SMOLTULU_STORE, else artifacts/store")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="everything, as JSON")]
+_NUM_REMOVALS_SHOWN = 40
+_NUM_NOTES_SHOWN = 5
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (runs, show, verify, gc, tag, untag):
+        app.command()(command)
+
+
+def runs(
+    limit: Annotated[int, typer.Option(min=1, help="newest runs only")] = 20,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs of the pipeline, newest first: state, stages, scores of the last model, disk."""
+    from flows.store_views import run_values, runs_table
+
+    catalogue = _open(store)
+    found = catalogue.runs()
+    values = [run_values(catalogue, run) for run in found[:limit]]
+    if as_json:
+        _print_json(values)
+    elif not values:
+        typer.echo(f"no runs yet in {catalogue.root}")
+    else:
+        console = _console()
+        console.print(runs_table(values))
+        if len(found) > limit:
+            console.print(f"{len(found) - limit} earlier runs; --limit shows more", highlight=False)
+    _print_notes(catalogue)
+
+
+def show(
+    what: Annotated[str, typer.Argument(help="first digits of a key (4 or more), a tag, or a run's name")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show an artifact (what it is, what it was made from, what was made from it) or a run."""
+    from artifacts.lineage import descendants
+    from artifacts.manifests import Ref
+    from flows import store_views
+    from schemas.run import RunRecord
+
+    catalogue = _open(store)
+    try:
+        found = catalogue.resolve(what)
+        if isinstance(found, RunRecord):
+            details = store_views.run_details(catalogue, found)
+        else:
+            details = store_views.artifact_details(catalogue, found)
+    except ValueError as error:
+        _fail(error)
+    if as_json:
+        if isinstance(found, Ref):
+            details["ancestors"] = [store_views.relative_values(relative) for relative in details["ancestors"]]
+            made_from_it, _ = descendants(catalogue, found)
+            details["descendants"] = [store_views.relative_values(relative) for relative in made_from_it]
+        _print_json(details)
+    else:
+        view = (
+            store_views.artifact_view(catalogue, details) if isinstance(found, Ref) else store_views.run_view(details)
+        )
+        _console().print(view, highlight=False)
+    _print_notes(catalogue)
+
+
+def verify(
+    what: Annotated[list[str] | None, typer.Argument(help="keys, tags or runs; default: everything")] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="leave damaged artifacts where they are")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Read every byte and compare it with the manifests; damaged artifacts are set aside, to be made again.
+
+    Ends with 1 where anything is damaged or cannot be read.
+    """
+    from rich.filesize import decimal
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from artifacts.verify import verify_artifacts, verify_tags
+
+    catalogue = _open(store)
+    refs = _refs(catalogue, what)
+    console = _console()
+    total = None
+    if console.is_terminal:
+        total = sum(catalogue.generation(ref, name).num_bytes for ref in refs for name in catalogue.folder(ref).whole)
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    began = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=total)
+
+        def told(finding: Finding) -> None:
+            progress.advance(bar, finding.num_bytes)
+            if finding.status != "ok":
+                console.print(_finding_text(finding), highlight=False)
+
+        findings = verify_artifacts(catalogue, refs, report_only=report_only, told=told)
+        if not what:
+            for finding in verify_tags(catalogue):
+                findings.append(finding)
+                told(finding)
+    seconds = time.monotonic() - began
+    counts = Counter(finding.status for finding in findings)
+    num_bytes = sum(finding.num_bytes for finding in findings)
+    parts = [
+        f"{counts[status]} {status}" for status in ("ok", "damaged", "unreadable", "other version") if counts[status]
+    ]
+    speed = f" in {seconds:.1f} s, {num_bytes / 1e9 / max(seconds, 1e-9):.2f} GB/s"
+    console.print(escape(f"{', '.join(parts) or 'nothing to verify'}; {decimal(num_bytes)}{speed}"), highlight=False)
+    _print_notes(catalogue)
+    if counts["damaged"] or counts["unreadable"]:
+        raise typer.Exit(1)
+
+
+def gc(
+    yes: Annotated[bool, typer.Option("--yes", help="remove; without it nothing is changed")] = False,
+    keep_days: Annotated[float, typer.Option(min=0, help="keep what was used, or worked on, in so many days")] = 30.0,
+    keep_runs: Annotated[int, typer.Option(min=0, help="keep everything of the newest runs")] = 5,
+    keep_published: Annotated[
+        bool, typer.Option(help="keep every artifact of the publish stage and what it was made from")
+    ] = True,
+    every: Annotated[bool, typer.Option("--all", help="list everything that would go")] = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the store could do without, and why the rest stays; with --yes, remove it."""
+    from rich.filesize import decimal
+
+    from artifacts.gc import Rules, plan_gc
+    from artifacts.sweep import remove
+
+    catalogue = _open(store)
+    plan = plan_gc(catalogue, Rules(keep_days, keep_runs, keep_published))
+    console = _console()
+    if not as_json:
+        _print_plan(console, catalogue, plan, every)
+    outcome = None
+    if yes:
+        outcome = remove(plan, catalogue.root)
+        for removal, reason in outcome.skipped if not as_json else []:
+            console.print(f"left {_name(removal.ref)} {removal.kind}: {reason}", markup=False, highlight=False)
+    if as_json:
+        _print_json(
+            {
+                "removals": [_removal_values(removal) for removal in plan.removals],
+                "kept": {_name(ref, 64): reason for ref, reason in plan.kept.items()},
+                "num_bytes": plan.num_bytes,
+                "num_bytes_freed": outcome.num_bytes if outcome else 0,
+                "skipped": [[_name(removal.ref, 64), reason] for removal, reason in outcome.skipped] if outcome else [],
+            }
+        )
+    elif not plan.removals:
+        console.print("nothing to remove")
+    elif outcome is not None:
+        console.print(f"freed {decimal(outcome.num_bytes)}", highlight=False)
+    else:
+        console.print(f"would free {decimal(plan.num_bytes)}; nothing was changed, --yes removes it", highlight=False)
+    _print_notes(catalogue)
+    if outcome is not None and outcome.skipped:
+        raise typer.Exit(1)
+
+
+def tag(
+    name: Annotated[str, typer.Argument(help="e.g. best-dpo")],
+    what: Annotated[str, typer.Argument(help="first digits of a key, or another tag")],
+    move: Annotated[bool, typer.Option("--move", help="take the name away from what it names now")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Name an artifact; gc keeps it and everything that it was made from."""
+    from artifacts.tags import set_tag
+    from schemas.run import RunRecord
+
+    catalogue = _open(store)
+    try:
+        found = catalogue.resolve(what)
+        if isinstance(found, RunRecord):
+            _fail(f"{what!r} is a run; tag one of its artifacts (`smoltulu show {what}` lists their keys)")
+        before = set_tag(catalogue, name, found, move=move)
+    except ValueError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(f"{error.strerror}: {error.filename}")
+    moved = f" (before: {before.stage}/{before.key[:12]})" if before and (before.stage, before.key) != found else ""
+    typer.echo(f"{name} is {_name(found)}{moved}")
+
+
+def untag(name: Annotated[str, typer.Argument()], store: StoreOption = None) -> None:
+    """Take a tag away; the artifact stays until gc finds that nothing else keeps it."""
+    from artifacts.tags import remove_tag
+
+    catalogue = _open(store)
+    try:
+        before = remove_tag(catalogue, name)
+    except ValueError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(f"{error.strerror}: {error.filename}")
+    typer.echo(f"{name} removed" + (f"; it was {before.stage}/{before.key[:12]}" if before else ""))
+
+
+def _print_plan(console: Console, catalogue: Catalogue, plan: Plan, every: bool) -> None:
+    from rich.filesize import decimal
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = plan.removals if every else sorted(plan.removals, key=lambda r: -r.num_bytes)[:_NUM_REMOVALS_SHOWN]
+    if shown:
+        table = Table("goes", "what", "why", "frees")
+        for removal in shown:
+            names = "" if removal.kind in ("artifact", "unfinished work") else f" {', '.join(removal.names)}"
+            table.add_row(
+                _name(removal.ref), removal.kind + escape(names), escape(removal.reason), decimal(removal.num_bytes)
+            )
+        console.print(table)
+        if len(shown) < len(plan.removals):
+            console.print(f"the largest {len(shown)} of {len(plan.removals)}; --all lists all", highlight=False)
+    stages = sorted({ref.stage for ref in plan.kept_bytes} | {removal.ref.stage for removal in plan.removals})
+    table = Table("stage", "stays", "", "goes", "")
+    for stage in stages:
+        kept = [size for ref, size in plan.kept_bytes.items() if ref.stage == stage]
+        going = [removal.num_bytes for removal in plan.removals if removal.ref.stage == stage]
+        table.add_row(stage or "(root)", str(len(kept)), decimal(sum(kept)), str(len(going)), decimal(sum(going)))
+    if stages:
+        console.print(table)
+    reasons = Counter(plan.kept.values())
+    for reason, count in reasons.most_common(None if every else _NUM_REMOVALS_SHOWN):
+        console.print(f"stays: {count} · {reason}", markup=False, highlight=False)
+
+
+def _removal_values(removal: Removal) -> dict[str, Any]:
+    names = ("names", "kind", "reason", "num_bytes")
+    return {"ref": _name(removal.ref, 64), **{name: getattr(removal, name) for name in names}}
+
+
+def _finding_text(finding: Finding) -> str:
+    from rich.markup import escape
+
+    colour = {"damaged": "red", "unreadable": "red"}.get(finding.status, "yellow")
+    faults = "; ".join(finding.faults[:3]) + (f" and {len(finding.faults) - 3} more" if len(finding.faults) > 3 else "")
+    text = f"[{colour}]{finding.status}[/] {_name(finding.ref)} {escape(finding.name)}: {escape(faults)}"
+    return text + (f" ({escape(finding.aside)})" if finding.aside else "")
+
+
+def _refs(catalogue: Catalogue, what: list[str] | None) -> list[Ref]:
+    """Artifacts that the user means; all of the store without a word."""
+    from artifacts.manifests import Ref
+    from schemas.run import RunRecord
+
+    if not what:
+        return catalogue.refs
+    refs: list[Ref] = []
+    for name in what:
+        try:
+            found = catalogue.resolve(name)
+        except ValueError as error:
+            _fail(error)
+        if isinstance(found, RunRecord):
+            refs += [Ref(found.stages[node], key) for node, key in found.keys.items() if node in found.stages]
+        else:
+            refs.append(found)
+    return list(dict.fromkeys(refs))
+
+
+def _open(store: Path | None) -> Catalogue:
+    """The store that is asked for, else the one that a recipe uses unless it says otherwise."""
+    from artifacts.catalogue import Catalogue
+
+    try:
+        if store is None:
+            from flows import machine
+            from schemas.compute import ComputeSettings
+            from tasks.data import expand_path
+
+            # A flow run works in the checkout, and so do the relative paths of a recipe.
+            store = machine.PROJECT / expand_path(ComputeSettings().store)
+        return Catalogue(store)
+    except ValueError as error:
+        _fail(error)
+
+
+def _name(ref: Ref, num_digits: int = 12) -> str:
+    return f"{ref.stage}/{ref.key[:num_digits]}" if ref.key else ref.stage or "(root)"
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _print_notes(catalogue: Catalogue) -> None:
+    """What was passed over, to standard error, so that --json stays JSON."""
+    for note in catalogue.notes[:_NUM_NOTES_SHOWN]:
+        typer.echo(f"note: {note}", err=True)
+    if len(catalogue.notes) > _NUM_NOTES_SHOWN:
+        typer.echo(f"note: and {len(catalogue.notes) - _NUM_NOTES_SHOWN} more", err=True)
+
+
+def _fail(error: object) -> NoReturn:
+    """One clear message, exit code 1."""
+    typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,390 @@
+"""What `smoltulu runs` and `smoltulu show` say, as plain values (for --json) and as Rich text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from artifacts.catalogue import Catalogue, state_of
+from artifacts.checkpoints import newest_checkpoint, planned_steps
+from artifacts.lineage import Relative, ancestors, descendants, planned_inputs
+from artifacts.manifests import Ref, dig, num_bytes_of, read_json, scores_of
+from schemas.artifact import MANIFEST_SCHEMA_VERSION, Manifest
+from schemas.run import RunRecord
+from tasks.progress import duration
+
+_MODEL_STAGES = ("rlvr", "dpo", "sft", "base_model")
+_STATE_COLOURS = {"Completed": "green", "Running": "cyan", "Failed": "red", "Crashed": "red", "Crashed?": "red"}
+_OUTCOME_COLOURS = {"Completed": "green", "Cached": "green", "Resumed": "yellow", "Failed": "red"}
+_NUM_FILES_SHOWN = 20
+_NUM_DESCENDANTS_SHOWN = 40
+_NUM_SCORES_SHOWN = 4
+_VALUE_WIDTH = 100
+
+
+# Runs
+
+
+def run_values(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
+    """A run in a line: state, times, counts, disk of its artifacts, scores of its last model."""
+    manifests = {ref: manifest for ref in _refs(run).values() if (manifest := _manifest(catalogue, ref)) is not None}
+    outcomes = list(run.outcomes.values())
+    return {
+        "run": run.run_name,
+        "recipe": run.recipe,
+        "state": state_of(run),
+        "started_at": run.started_at,
+        "finished_at": run.finished_at,
+        "seconds": _seconds_between(run.started_at, run.finished_at),
+        "num_stages": len(run.keys),
+        "num_made": sum(outcome in ("Completed", "Resumed") for outcome in outcomes),
+        "num_cached": outcomes.count("Cached"),
+        "num_failed": outcomes.count("Failed"),
+        "num_bytes": sum(_num_bytes(manifest) for manifest in manifests.values()),
+        "scores": _last_model_scores(list(manifests.values())),
+    }
+
+
+def runs_table(runs: list[dict[str, Any]]) -> Table:
+    """One line a run."""
+    table = Table("run", "recipe", "state", "when", "took", "stages", "last model", "disk")
+    for run in runs:
+        counts = [f"{run[f'num_{name}']} {name}" for name in ("made", "cached", "failed") if run[f"num_{name}"]]
+        table.add_row(
+            escape(run["run"]),
+            escape(run["recipe"]),
+            _coloured(run["state"], _STATE_COLOURS),
+            _when(run["started_at"]),
+            "" if run["seconds"] is None else duration(run["seconds"]),
+            " · ".join(counts) or f"{run['num_stages']} planned",
+            scores_text(run["scores"], with_subject=True),
+            decimal(run["num_bytes"]),
+        )
+    return table
+
+
+def _last_model_scores(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of the model that the run ends with: the last stage of the pipeline that was measured."""
+    scores = [score for manifest in manifests for score in scores_of(manifest)]
+    for subject in _MODEL_STAGES:
+        found = [score for score in scores if score["subject"] == subject and score["kind"] == "language_model"]
+        if found:
+            return found
+    return scores
+
+
+# One run
+
+
+def run_details(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
+    """Everything about a run."""
+    stages = []
+    for node, ref in _refs(run).items():
+        manifest = _manifest(catalogue, ref)
+        stages.append(
+            {
+                "node": node,
+                "stage": ref.stage,
+                "key": ref.key,
+                "outcome": run.outcomes.get(node, ""),
+                "finished_at": manifest.get("finished_at") if manifest else None,
+                "made_in_seconds": manifest.get("duration_seconds") if manifest else None,
+                "num_bytes": _num_bytes(manifest) if manifest else None,
+                "scores": scores_of(manifest) if manifest else [],
+            }
+        )
+    return {"kind": "run", **run.model_dump(mode="json"), "state": state_of(run), "stages": stages}
+
+
+def run_view(run: dict[str, Any]) -> RenderableType:
+    """A run and its stages."""
+    head = Table.grid(padding=(0, 2))
+    seconds = _seconds_between(run["started_at"], run["finished_at"])
+    head.add_row("run", escape(run["run_name"]))
+    head.add_row("recipe", escape(run["recipe"]))
+    head.add_row("state", _coloured(run["state"], _STATE_COLOURS))
+    head.add_row("started", _when(run["started_at"]))
+    head.add_row("took", "" if seconds is None else duration(seconds))
+    head.add_row("process", escape(f"{run['pid']} on {run['host']}"))
+    if run["report_path"]:
+        head.add_row("report", escape(run["report_path"]))
+    table = Table("stage", "outcome", "key", "made", "made in", "size", "scores")
+    for stage in run["stages"]:
+        is_there = stage["num_bytes"] is not None
+        table.add_row(
+            escape(stage["node"]),
+            _coloured(stage["outcome"], _OUTCOME_COLOURS),
+            stage["key"][:12],
+            _when(stage["finished_at"]) if is_there else "[dim]not in the store[/]",
+            duration(stage["made_in_seconds"]) if isinstance(stage["made_in_seconds"], (int, float)) else "",
+            decimal(stage["num_bytes"]) if is_there else "",
+            scores_text(stage["scores"]),
+        )
+    return Group(head, table)
+
+
+# One artifact
+
+
+def artifact_details(catalogue: Catalogue, ref: Ref) -> dict[str, Any]:
+    """Everything about an artifact. ValueError where its folder holds nothing that can be read."""
+    folder = catalogue.folder(ref)
+    details: dict[str, Any] = {
+        "kind": "artifact",
+        "stage": ref.stage,
+        "key": ref.key,
+        "folder": str(folder.path),
+        "generation": folder.newest,
+        "tags": [name for name, tag in catalogue.tags().items() if (tag.stage, tag.key) == ref],
+        "problems": [],
+        "set_aside": {name: _reason(folder.path / name / "reason.txt") for name in folder.damaged},
+        "other_generations": [name for name in folder.whole if name != folder.newest],
+    }
+    manifest: dict[str, Any] = {}
+    if folder.newest is not None:
+        details["folder"] = str(folder.path / folder.newest)
+        try:
+            manifest = catalogue.manifest(ref, folder.newest)
+            details["problems"] += _problems(manifest, ref)
+        except ValueError as error:
+            details["problems"].append(f"its manifest {error}")
+    elif folder.has_spec:
+        try:
+            spec = read_json(folder.path / "spec.json")
+            manifest = {"spec": spec, "inputs": planned_inputs(catalogue, spec)}
+        except ValueError as error:
+            details["problems"].append(f"its spec {error}")
+    elif not (folder.has_work or folder.damaged or folder.headless):
+        raise ValueError(f"{catalogue.root} has no artifact {ref.stage}/{ref.key}")
+    checkpoint = newest_checkpoint(folder.path / "work" / "checkpoints")
+    if checkpoint is not None:
+        details["resumable"] = {"step": checkpoint[0], "num_steps": planned_steps(checkpoint[1])}
+    if folder.last_used:
+        details["last_used"] = datetime.fromtimestamp(folder.last_used / 1e9).astimezone().isoformat(timespec="seconds")
+    details = {**manifest, **details}
+    details["num_bytes"] = _num_bytes(manifest)
+    details["scores"] = catalogue.scores(ref)
+    details["ancestors"] = ancestors(catalogue, manifest)
+    return details
+
+
+def artifact_view(catalogue: Catalogue, details: dict[str, Any]) -> RenderableType:
+    """An artifact: what it is, what went in, what came out of it."""
+    parts: list[RenderableType] = [_identity(details)]
+    parts += [f"[red]problem: {escape(problem)}[/]" for problem in details["problems"]]
+    config = dict(_flat(dig(details, "spec", "config") or {}))
+    externals = {f"external {name}": value for name, value in (dig(details, "spec", "externals") or {}).items()}
+    parts.append(_pairs("config", {**config, **externals}))
+    scores = {_score_name(score): _score_value(score) for score in details["scores"]}
+    metrics = details.get("metrics")
+    metrics = metrics if isinstance(metrics, dict) and details["stage"] != "evaluation" else {}
+    parts.append(_pairs("scores", scores))
+    parts.append(_pairs("metrics", metrics))
+    parts.append(_files(details))
+    environment = dict(_flat(details.get("environment") or {}))
+    parts.append(_pairs("environment", {name.removeprefix("packages."): value for name, value in environment.items()}))
+    if details["ancestors"]:
+        tree = Tree("[bold]made from[/]")
+        _grow(tree, details["ancestors"])
+        parts.append(tree)
+    found, num_left = descendants(catalogue, Ref(details["stage"], details["key"]), _NUM_DESCENDANTS_SHOWN)
+    if found:
+        tree = Tree("[bold]made from it[/]")
+        _grow(tree, found)
+        if num_left:
+            tree.add(f"[dim]and {num_left} more (--json lists all)[/]")
+        parts.append(tree)
+    return Group(*(part for part in parts if part))
+
+
+def relative_values(relative: Relative) -> dict[str, Any]:
+    """A relative and its relatives as plain values."""
+    return {
+        "stage": relative.ref.stage,
+        "key": relative.ref.key,
+        "binding": relative.binding,
+        "node": relative.node,
+        "finished_at": relative.finished_at,
+        "mark": relative.mark,
+        "scores": relative.scores,
+        "sources": relative.sources,
+        "repeated": relative.repeated,
+        "relatives": [relative_values(inner) for inner in relative.relatives],
+    }
+
+
+def scores_text(scores: list[dict[str, Any]], with_subject: bool = False) -> str:
+    """The first scores in a line."""
+    texts = [f"{_score_name(score)} {_score_value(score)}" for score in scores[:_NUM_SCORES_SHOWN]]
+    if len(scores) > _NUM_SCORES_SHOWN:
+        texts.append(f"{len(scores) - _NUM_SCORES_SHOWN} more")
+    subjects = {str(score["subject"]) for score in scores}
+    subject = f"{subjects.pop()}: " if with_subject and len(subjects) == 1 else ""
+    return escape(subject + ", ".join(texts))
+
+
+def _identity(details: dict[str, Any]) -> Table:
+    head = Table.grid(padding=(0, 2))
+    node = details.get("node")
+    head.add_row("stage", escape(details["stage"] + (f", as {node}" if node else "")))
+    head.add_row("version", str(dig(details, "spec", "version")))
+    head.add_row("key", details["key"])
+    if details["tags"]:
+        head.add_row("tags", escape(", ".join(details["tags"])))
+    if details["generation"] is None:
+        head.add_row("state", "[yellow]not finished[/]")
+    else:
+        others = details["other_generations"]
+        text = details["generation"] + (f" (earlier, still there: {', '.join(others)})" if others else "")
+        head.add_row("generation", text)
+        head.add_row("content", str(details.get("digest")))
+        head.add_row("made", _when(details.get("finished_at")))
+    seconds, steps = details.get("duration_seconds"), details.get("resumed_from_steps")
+    if isinstance(seconds, (int, float)):
+        head.add_row("took", duration(seconds))
+    if isinstance(steps, list) and steps:
+        head.add_row("resumed", "from step " + ", ".join(f"{step:,}" for step in steps))
+    if "resumable" in details:
+        step, num_steps = details["resumable"]["step"], details["resumable"]["num_steps"]
+        head.add_row("resumes", f"at step {step:,}" + (f" of {num_steps:,}" if num_steps else ""))
+    if "last_used" in details:
+        head.add_row("last used", _when(details["last_used"]))
+    for name, reason in details["set_aside"].items():
+        head.add_row("set aside", f"[red]{escape(name)}: {escape(reason)}[/]")
+    head.add_row("folder", escape(details["folder"]))
+    return head
+
+
+def _pairs(title: str, values: dict[str, Any]) -> RenderableType:
+    if not values:
+        return ""
+    table = Table.grid(padding=(0, 2))
+    for name, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        short = text if len(text) <= _VALUE_WIDTH else text[: _VALUE_WIDTH - 1] + "…"
+        table.add_row("  " + escape(name), escape(short))
+    return Group(f"[bold]{title}[/]", table)
+
+
+def _files(details: dict[str, Any]) -> RenderableType:
+    files = details.get("files")
+    if not isinstance(files, dict) or not files:
+        return ""
+    try:
+        sizes = sorted(((int(record["size"]), str(name)) for name, record in files.items()), reverse=True)
+    except (KeyError, TypeError, ValueError):
+        return ""
+    table = Table.grid(padding=(0, 2))
+    for size, name in sizes[:_NUM_FILES_SHOWN]:
+        table.add_row("  " + escape(name), decimal(size))
+    if len(sizes) > _NUM_FILES_SHOWN:
+        rest = sizes[_NUM_FILES_SHOWN:]
+        table.add_row(f"  and {len(rest)} more", decimal(sum(size for size, _ in rest)))
+    return Group(f"[bold]files[/], {len(sizes)}, {decimal(sum(size for size, _ in sizes))}", table)
+
+
+def _grow(tree: Tree, relatives: list[Relative]) -> None:
+    for relative in relatives:
+        name = relative.node or relative.ref.stage
+        text = f"{escape(relative.binding)}: " if relative.binding else ""
+        text += f"[cyan]{escape(name)}[/] {relative.ref.key[:12]}"
+        if relative.finished_at:
+            text += f" [dim]{_when(relative.finished_at)}[/]"
+        if relative.mark:
+            text += f" [red]{escape(relative.mark)}[/]"
+        if relative.repeated:
+            tree.add(f"{text} [dim](see above)[/]")
+            continue
+        if relative.scores:
+            text += f"  {scores_text(relative.scores)}"
+        branch = tree.add(text)
+        for source in relative.sources:
+            branch.add(f"[dim]{escape(source)}[/]")
+        _grow(branch, relative.relatives)
+
+
+def _problems(manifest: dict[str, Any], ref: Ref) -> Iterator[str]:
+    version = manifest.get("schema_version")
+    if version != MANIFEST_SCHEMA_VERSION:
+        yield f"its manifest has format {version}; this version reads {MANIFEST_SCHEMA_VERSION} and shows it as it is"
+        return
+    try:
+        Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        yield f"its manifest is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    if manifest.get("key") != ref.key:
+        yield "its manifest is that of another artifact"
+
+
+def _refs(run: RunRecord) -> dict[str, Ref]:
+    return {node: Ref(run.stages[node], key) for node, key in run.keys.items() if node in run.stages}
+
+
+def _manifest(catalogue: Catalogue, ref: Ref) -> dict[str, Any] | None:
+    try:
+        return catalogue.manifest(ref)
+    except ValueError:
+        return None
+
+
+def _num_bytes(manifest: dict[str, Any]) -> int:
+    try:
+        return num_bytes_of(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return 0
+
+
+def _reason(path: Any) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return "no reason given"
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    elif prefix:
+        yield prefix, value
+
+
+def _score_name(score: dict[str, Any]) -> str:
+    metric = str(score.get("metric", "")).partition(",")[0]
+    suffix = " (implicit reward)" if score.get("kind") == "implicit_reward" else ""
+    return f"{score['task']} {metric}{suffix}".strip()
+
+
+def _score_value(score: dict[str, Any]) -> str:
+    stderr = score.get("stderr")
+    limited = ", on a part" if score.get("limited") else ""
+    return f"{score['value']:.3f}" + (f" ± {stderr:.3f}" if isinstance(stderr, (int, float)) else "") + limited
+
+
+def _when(moment: Any) -> str:
+    """Local time to the minute."""
+    try:
+        return datetime.fromisoformat(moment).astimezone().strftime("%Y-%m-%d %H:%M")
+    except (TypeError, ValueError):
+        return str(moment or "")
+
+
+def _seconds_between(start: str, end: str) -> float | None:
+    try:
+        return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
+    except (TypeError, ValueError):
+        return None
+
+
+def _coloured(text: str, colours: dict[str, str]) -> str:
+    return f"[{colours[text]}]{escape(text)}[/]" if text in colours else escape(text)

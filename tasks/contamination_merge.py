@@ -1,0 +1,179 @@
+"""What the shards of a contamination scan say together, and the rows that are left.
+
+Merging is union and maximum: every partition into shards gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.contamination import BenchmarkReport, ShardResult
+from tasks.contamination_engine import HITS, Index, load_index
+
+_SHORT_TERMS = 8  # instances under so many terms are often found by accident
+_ROW_GROUP = 65_536
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What all shards say together. `counting`: of hits on instances of `min_terms` terms or more only."""
+
+    num_rows: int
+    num_turns: int
+    num_bytes: int
+    num_hits: int
+    num_rows_contaminated: int
+    num_oversized_terms: int
+    benchmarks: tuple[BenchmarkReport, ...]
+    counting: tuple[BenchmarkReport, ...]
+
+
+def merge(
+    index_folder: Path,
+    results: Sequence[ShardResult],
+    folder: Path,
+    *,
+    min_terms: int = 1,
+    match_threshold: float = 0.5,
+) -> Merged:
+    """Write `folder`/hits.parquet with the hits of all shards, and count them.
+
+    Raises:
+        ValueError: a shard's result is missing, or given twice.
+    """
+    index = load_index(index_folder)
+    results = sorted(results, key=lambda result: result.number)
+    if not results or [result.number for result in results] != list(range(results[0].num_shards)):
+        raise ValueError(
+            f"merge needs the result of every shard once: given are {[result.number for result in results]}, wanted "
+            f"0 to {results[0].num_shards - 1 if results else '?'}; scan the missing ones"
+        )
+    is_found = np.zeros(index.header.num_instances, dtype=bool)
+    best = np.zeros(index.header.num_instances, np.float64)
+    num_rows_contaminated = 0
+    with pq.ParquetWriter(folder / "hits.parquet", HITS, compression="zstd") as writer:
+        waiting: list[pa.Table] = []
+        for table in _hits_of_all(results):
+            row, instance = (table.column(name).to_numpy() for name in ("row", "instance"))
+            num_rows_contaminated += len(np.unique(row))
+            is_found[instance] = True
+            waiting.append(table)
+            while sum(map(len, waiting)) >= _ROW_GROUP:
+                whole = pa.concat_tables(waiting)
+                writer.write_table(whole.slice(0, _ROW_GROUP).combine_chunks())
+                waiting = [whole.slice(_ROW_GROUP)]
+        if sum(map(len, waiting)):
+            writer.write_table(pa.concat_tables(waiting).combine_chunks())
+    for result in results:
+        with np.load(Path(result.folder) / "best.npz", allow_pickle=False) as shard_best:
+            instance = shard_best["instance"]
+            best[instance] = np.maximum(best[instance], shard_best["score"])
+    is_counting = is_found & (index.num_terms >= min_terms)
+    return Merged(
+        num_rows=sum(result.num_rows for result in results),
+        num_turns=sum(result.num_turns for result in results),
+        num_bytes=sum(result.num_bytes for result in results),
+        num_hits=sum(result.num_hits for result in results),
+        num_rows_contaminated=num_rows_contaminated,
+        num_oversized_terms=sum(result.num_oversized_terms for result in results),
+        benchmarks=_reports(index, is_found, best, match_threshold),
+        counting=_reports(index, is_counting, best, match_threshold),
+    )
+
+
+def _hits_of_all(results: Sequence[ShardResult]) -> Iterator[pa.Table]:
+    """Hits by shard, rows numbered through. Tables hold whole rows: a shard writes them so."""
+    before = 0
+    for result in results:
+        with pq.ParquetFile(Path(result.folder) / "hits.parquet") as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group)
+                row = pa.array(table.column("row").to_numpy() + before, pa.int64())
+                yield table.set_column(0, HITS.field("row"), row)
+        before += result.num_rows
+
+
+def _reports(
+    index: Index, is_found: np.ndarray, best: np.ndarray, match_threshold: float
+) -> tuple[BenchmarkReport, ...]:
+    reports = []
+    for number, benchmark in enumerate(index.header.benchmarks):
+        mine = index.benchmark == number
+        found = is_found & mine
+        scores = best[mine].tolist()
+        reports.append(
+            BenchmarkReport(
+                name=benchmark.name,
+                num_instances=benchmark.num_instances,
+                num_skipped=benchmark.num_skipped,
+                num_contaminated=int(found.sum()),
+                num_unmatchable=int((index.best_possible[mine] <= match_threshold).sum()),
+                num_short_hits=int((found & (index.num_terms < _SHORT_TERMS)).sum()),
+                mean_score=sum(scores) / len(scores) if index.window and scores else None,
+                not_checked=benchmark.not_checked,
+            )
+        )
+    return tuple(reports)
+
+
+def write_kept(dataset: Path, hits_file: Path, kept: Path, removed: Path, min_terms: int | None) -> int:
+    """Copy the lines of `dataset` without those of rows with a hit on `min_terms` terms or more; how many those are.
+
+    `removed` gets a line per such row: {"id", "reasons": {benchmark: [rows of the benchmark]}}. Bytes are copied as
+    they are. A `min_terms` of None removes nothing.
+    """
+    num_removed = 0
+    with dataset.open("rb") as source, kept.open("wb") as output, removed.open("w", encoding="utf-8") as log:
+        for start, end, row_id, reasons in _rows_to_remove(hits_file, min_terms):
+            _copy(source, output, start - source.tell())
+            source.seek(end)
+            num_removed += 1
+            log.write(json.dumps({"id": row_id, "reasons": reasons}, ensure_ascii=False) + "\n")
+        shutil.copyfileobj(source, output, 1 << 20)
+    return num_removed
+
+
+def _copy(source: BinaryIO, output: BinaryIO, num_bytes: int) -> None:
+    while num_bytes:
+        block = source.read(min(num_bytes, 1 << 20))
+        assert block, "the rows file ends before a row that was found in it"
+        output.write(block)
+        num_bytes -= len(block)
+
+
+def _rows_to_remove(hits_file: Path, min_terms: int | None) -> Iterator[tuple[int, int, str, dict[str, list[int]]]]:
+    """(first byte, byte behind, id, reasons) of each row to be removed, in order."""
+    if min_terms is None:
+        return
+    row: tuple[int, int, str, dict[str, list[int]]] | None = None
+    for start, end, row_id, benchmark, benchmark_row in _counting_hits(hits_file, min_terms):
+        if row is None or row[0] != start:
+            if row is not None:
+                yield row
+            row = (start, end, row_id, {})
+        row[3].setdefault(benchmark, []).append(benchmark_row)
+    if row is not None:
+        yield row
+
+
+def _counting_hits(hits_file: Path, min_terms: int) -> Iterator[tuple[int, int, str, str, int]]:
+    with pq.ParquetFile(hits_file, read_dictionary=["benchmark"]) as file:
+        columns = ["line_start", "line_end", "row_id", "benchmark", "benchmark_row", "num_terms"]
+        for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=columns):
+            batch = batch.filter(pa.array(batch.column("num_terms").to_numpy() >= min_terms))
+            names = batch.column("benchmark").dictionary.to_pylist()
+            numbers = batch.column("benchmark").indices.to_numpy().tolist()
+            starts, ends, rows = (
+                batch.column(name).to_numpy().tolist() for name in ("line_start", "line_end", "benchmark_row")
+            )
+            row_ids = batch.column("row_id").to_pylist()
+            yield from zip(starts, ends, row_ids, (names[number] for number in numbers), rows, strict=True)

@@ -1,0 +1,251 @@
+"""Compiled loops over text: UTF-8 to terms, and hashes of terms.
+
+A turn is normalised into its terms, lower-cased and joined by one space. A term holds no space, so a phrase occurs in a
+turn exactly where its own normalised bytes stand between spaces or ends.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import numpy as np
+
+from tasks.contamination_compile import inner, kernel
+
+_SPACE = 32
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
+_MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
+_SHIFT = np.uint64(33)
+_ONE, _LOW_SIX, _TOP_SIX = np.uint64(1), np.uint64(63), np.uint64(58)
+
+_NUM_TABLED = 0x20000  # no code point above has another lower case (tested for all of Unicode)
+_SEPARATORS = ' ,.?!:;()"-\n\\'
+
+
+def _lower_code_points() -> np.ndarray:
+    # Java lower-cases per code point: İ gives i, and Σ gives σ at the end of a word too.
+    special = {0x130: ord("i"), 0x3A3: 0x3C3}
+    return np.array([special.get(point) or ord(chr(point).lower()) for point in range(_NUM_TABLED)], dtype=np.int32)
+
+
+def _lower_bytes() -> np.ndarray:
+    table = np.arange(256, dtype=np.uint8)
+    table[ord("A") : ord("Z") + 1] += 32
+    table[[ord(separator) for separator in _SEPARATORS]] = _SPACE
+    return table
+
+
+LOWER_CODE_POINTS, LOWER_BYTES = _lower_code_points(), _lower_bytes()
+
+
+@inner
+def decode(source, i, end):
+    """(code point, bytes) of the non-ASCII character at `i`, (-1, 0) for what is not UTF-8."""
+    b = source[i]
+    if b >= 0xC2 and b < 0xE0:
+        size, point = 2, np.int64(b & 0x1F)
+    elif b >= 0xE0 and b < 0xF0:
+        size, point = 3, np.int64(b & 0x0F)
+    elif b >= 0xF0 and b < 0xF5:
+        size, point = 4, np.int64(b & 0x07)
+    else:
+        return np.int64(-1), 0
+    if i + size > end:
+        return np.int64(-1), 0
+    for k in range(1, size):
+        if source[i + k] & 0xC0 != 0x80:
+            return np.int64(-1), 0
+        point = (point << 6) | np.int64(source[i + k] & 0x3F)
+    if size == 3 and (point < 0x800 or (point >= 0xD800 and point < 0xE000)):
+        return np.int64(-1), 0
+    if size == 4 and (point < 0x10000 or point > 0x10FFFF):
+        return np.int64(-1), 0
+    return point, size
+
+
+@inner
+def encode(point, out, n):
+    """Write a code point as UTF-8 at out[n:]; where the next byte goes."""
+    if point < 0x80:
+        out[n] = point
+        return n + 1
+    if point < 0x800:
+        out[n], out[n + 1] = 0xC0 | (point >> 6), 0x80 | (point & 0x3F)
+        return n + 2
+    if point < 0x10000:
+        out[n], out[n + 1], out[n + 2] = 0xE0 | (point >> 12), 0x80 | ((point >> 6) & 0x3F), 0x80 | (point & 0x3F)
+        return n + 3
+    out[n], out[n + 1] = 0xF0 | (point >> 18), 0x80 | ((point >> 12) & 0x3F)
+    out[n + 2], out[n + 3] = 0x80 | ((point >> 6) & 0x3F), 0x80 | (point & 0x3F)
+    return n + 4
+
+
+@inner
+def normalise(source, start, end, out, lower_bytes, lower_points):
+    """Terms of source[start:end] into `out`, joined by one space; their number of bytes, or -1 if not UTF-8.
+
+    `out` has at least 1.5 times the bytes: lower-casing can turn two bytes into three.
+    """
+    n = 0
+    after_space = True
+    i = start
+    while i < end:
+        b = source[i]
+        if b < 0x80:
+            c = lower_bytes[b]
+            is_space = c == _SPACE
+            out[n] = c
+            n += not (is_space and after_space)
+            after_space = is_space
+            i += 1
+        else:
+            point, size = decode(source, i, end)
+            if point < 0:
+                return -1
+            n = encode(np.int64(lower_points[point]) if point < _NUM_TABLED else point, out, n)
+            after_space = False
+            i += size
+    if after_space and n > 0:
+        n -= 1
+    return n
+
+
+@inner
+def locate(source, start, end, wanted, order, from_source, to_source, lower_bytes, lower_points, scratch):
+    """Where the characters that hold the normalised bytes `wanted` (visited by `order`) begin and end in the source."""
+    n = 0
+    after_space = True
+    i = start
+    k = 0
+    while i < end and k < len(order):
+        b = source[i]
+        before, size = n, 1
+        if b < 0x80:
+            is_space = lower_bytes[b] == _SPACE
+            n += not (is_space and after_space)
+            after_space = is_space
+        else:
+            point, size = decode(source, i, end)
+            n += encode(np.int64(lower_points[point]) if point < _NUM_TABLED else point, scratch, 0)
+            after_space = False
+        while k < len(order) and wanted[order[k]] < n:
+            if wanted[order[k]] >= before:
+                from_source[order[k]], to_source[order[k]] = i, i + size
+            k += 1
+        i += size
+
+
+@inner
+def mix(h):
+    """Spread every bit over all others (the finaliser of MurmurHash3)."""
+    h ^= h >> _SHIFT
+    h *= _MIX_1
+    h ^= h >> _SHIFT
+    h *= _MIX_2
+    return h ^ (h >> _SHIFT)
+
+
+@inner
+def hash_bytes(text, start, end):
+    """Hash of text[start:end]."""
+    h = _FNV_OFFSET
+    for i in range(start, end):
+        h = (h ^ np.uint64(text[i])) * _FNV_PRIME
+    return mix(h)
+
+
+@inner
+def hash_terms(text, start, end, starts, hashes, limit):
+    """Begin and hash of up to `limit` terms of normalised text[start:end]: (their number, longest in bytes)."""
+    num_terms = 0
+    longest = 0
+    i = start
+    while i < end and num_terms < limit:
+        begin = i
+        h = _FNV_OFFSET
+        while i < end and text[i] != _SPACE:
+            h = (h ^ np.uint64(text[i])) * _FNV_PRIME
+            i += 1
+        starts[num_terms] = begin
+        hashes[num_terms] = mix(h)
+        num_terms += 1
+        longest = max(longest, i - begin)
+        i += 1
+    return num_terms, longest
+
+
+@inner
+def extend(h, term):
+    """Hash of a run of terms, made longer by one; that of none is 0."""
+    return h * _MULTIPLIER + term
+
+
+@inner
+def filter_bits(key):
+    """The two bits, of one word, that a filter has for a hash; the word comes from the bits between."""
+    return (_ONE << (key & _LOW_SIX)) | (_ONE << (key >> _TOP_SIX))
+
+
+@kernel
+def gather_texts(source, begins, ends, max_characters):
+    """Slices of the source, cut after `max_characters` (the last one then is "…"), as (bytes, offsets)."""
+    room = 0
+    for k in range(len(begins)):
+        room += min(ends[k] - begins[k], 4 * max_characters) + 3
+    out = np.empty(room, np.uint8)
+    offsets = np.zeros(len(begins) + 1, np.int64)
+    n = 0
+    for k in range(len(begins)):
+        characters = 0
+        before_last = n
+        for i in range(begins[k], ends[k]):
+            if source[i] & 0xC0 != 0x80:
+                characters += 1
+                if characters > max_characters:
+                    n = before_last
+                    out[n], out[n + 1], out[n + 2] = 0xE2, 0x80, 0xA6
+                    n += 3
+                    break
+                if characters == max_characters:
+                    before_last = n
+            out[n] = source[i]
+            n += 1
+        offsets[k + 1] = n
+    return out[:n], offsets
+
+
+@kernel
+def locate_hits(source, turn_start, turn_end, hits, lower_bytes, lower_points):
+    """Source bytes (first, behind the last) of the normalised matches hits[:, 2:4]; their turns hits[:, 0] ascend."""
+    num_hits = len(hits)
+    begins, ends = np.empty(num_hits, np.int64), np.empty(num_hits, np.int64)
+    unused = np.empty(num_hits, np.int64)
+    scratch = np.empty(8, np.uint8)
+    first = 0
+    while first < num_hits:
+        turn = hits[first, 0]
+        last = first
+        while last < num_hits and hits[last, 0] == turn:
+            last += 1
+        start, end = turn_start[turn], turn_end[turn]
+        wanted = hits[first:last, 2].copy()
+        order = np.argsort(wanted)
+        locate(
+            source,
+            start,
+            end,
+            wanted,
+            order,
+            begins[first:last],
+            unused[first:last],
+            lower_bytes,
+            lower_points,
+            scratch,
+        )
+        wanted = hits[first:last, 3] - 1
+        order = np.argsort(wanted)
+        locate(
+            source, start, end, wanted, order, unused[first:last], ends[first:last], lower_bytes, lower_points, scratch
+        )
+        first = last
+    return begins, ends

@@ -1,0 +1,149 @@
+"""Starting the process of a stage, listening to it, ending it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from schemas.compute import ComputeSettings
+from tasks.child import MESSAGE_PREFIX
+from tasks.progress import Progress
+from tasks.stage import STOPPED
+
+if TYPE_CHECKING:
+    from tasks.runner import Job
+
+#: Stages that torchrun starts where compute.num_processes is above one.
+TRAINING_STAGES = ("sft", "reward_model", "dpo", "rlvr")
+_LOG_TAIL_LINES = 25
+DISK_ADVICE = {
+    errno.ENOSPC: "the disk is full; free some space (`smoltulu gc` shows what may go)",
+    errno.EDQUOT: "the quota is used up; free some space (`smoltulu gc` shows what may go)",
+    errno.EROFS: "the store is read-only; name a writable one in compute.store",
+    errno.EACCES: "the store may not be written; name a writable one in compute.store",
+    errno.EPERM: "the store may not be written; name a writable one in compute.store",
+}
+#: Seconds that a stage gets to write a checkpoint when it is asked to stop.
+_STOP_SECONDS = 8.0
+
+_running: set[subprocess.Popen] = set()
+_running_lock = threading.Lock()
+
+
+class StageFailed(RuntimeError):
+    """A stage's process ended without a result; the text holds the end of its log."""
+
+
+def run_child(job: Job, work: Path, output: Path, log: logging.Logger | logging.LoggerAdapter) -> None:
+    description = {
+        "stage": job.stage.name,
+        "config": job.config.model_dump(mode="json"),
+        "inputs": job.inputs.model_dump(mode="json"),
+        "compute": job.compute.model_dump(mode="json"),
+        "folder": str(output),
+        "work": str(work),
+        "parent_pid": os.getpid(),
+        "num_ranks": job.compute.num_processes if job.stage.name in TRAINING_STAGES else 1,
+    }
+    job_file = work / "job.json"
+    job_file.write_text(json.dumps(description))
+    tail: deque[str] = deque(maxlen=_LOG_TAIL_LINES)
+    progress = Progress(job.node, log)
+    with (work / "log.txt").open("a") as log_file:
+        # This thread starts the child and waits for it: the child dies with the thread that started it.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tasks.child", str(job_file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            env=_child_environment(job.compute),
+            cwd=Path(__file__).resolve().parent.parent,
+        )
+        with _running_lock:
+            _running.add(process)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log_file.write(line)
+                log_file.flush()
+                if line.startswith(MESSAGE_PREFIX):
+                    _relay(json.loads(line[len(MESSAGE_PREFIX) :]), progress, job.node, log)
+                else:
+                    tail.append(line.rstrip())
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            with _running_lock:
+                _running.discard(process)
+    if code == 2 and (work / "error.json").exists():
+        raise ValueError(f"{job.node}: {json.loads((work / 'error.json').read_text())['message']}")
+    if code != 0:
+        if code in (-signal.SIGTERM, STOPPED):
+            raise StageFailed(f"{job.node}: was stopped. Run again to go on from its last checkpoint")
+        reason = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        hint = " (often: out of memory)" if code == -signal.SIGKILL else ""
+        if any(os.strerror(errno.ENOSPC) in line for line in tail):
+            hint = f" ({DISK_ADVICE[errno.ENOSPC]})"
+        raise StageFailed(
+            f"{job.node}: its process {reason}{hint}. Run again to go on from the last checkpoint. "
+            f"Whole log: {work / 'log.txt'}; its end:\n" + "\n".join(tail)
+        )
+
+
+def stop_children() -> None:
+    """End every stage process that this process started: called when a flow is cancelled or fails.
+
+    A training writes a checkpoint first, if it can within a few seconds; what still runs then is killed.
+    """
+    with _running_lock:
+        processes = list(_running)
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _STOP_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _relay(message: dict, progress: Progress, node: str, log: logging.Logger | logging.LoggerAdapter) -> None:
+    if message["kind"] == "progress":
+        progress(message["step"], message["num_steps"], **message["metrics"])
+    else:
+        log.log(logging.getLevelName(message["level"]), "%s: %s", node, message["text"])
+
+
+def _child_environment(compute: ComputeSettings) -> dict[str, str]:
+    """The parent's environment, telemetry off. HF_TOKEN stays: stages read gated data with it, and never print it."""
+    extra = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "TQDM_DISABLE": "1",
+        # Spinning barriers cost ten times the work where stages share the cores of a CPU machine.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        # glibc gives large buffers back after every step and faults them in again: a quarter of a small model's time.
+        "MALLOC_MMAP_MAX_": os.environ.get("MALLOC_MMAP_MAX_", "0"),
+        "MALLOC_TRIM_THRESHOLD_": os.environ.get("MALLOC_TRIM_THRESHOLD_", str(8 << 30)),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
+    }
+    if compute.num_threads:
+        extra["OMP_NUM_THREADS"] = str(compute.num_threads)
+    return {**os.environ, **extra}

@@ -1,0 +1,101 @@
+"""The paper's table of a data set: share of each benchmark found, the published one beside it, weak points. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from schemas.audit import AuditResult
+from schemas.benchmarks import BenchmarkRegistry
+from schemas.contamination import BenchmarkReport, MatchMode
+
+NOT_CHECKED = "not checked"
+
+#: Said below every table: what a clean number does not prove.
+CAVEATS: dict[MatchMode, str] = {
+    "full": "Full match finds verbatim copies: one changed number escapes it, paraphrases escape both modes.",
+    "ngram": "8-gram match does not see items under 8 tokens, and paraphrases escape both modes.",
+}
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One benchmark, as text."""
+
+    title: str
+    num_instances: str
+    num_found: str
+    share: str  # "79.98 %", or NOT_CHECKED: never a zero for what was not looked at
+    paper: str  # "" where the paper has no figure for this data set and benchmark
+    remarks: str
+
+
+def table_rows(result: AuditResult, registry: BenchmarkRegistry) -> list[TableRow]:
+    """Benchmarks in the order of the registry (the paper's), others after them."""
+    order = {benchmark.name: position for position, benchmark in enumerate(registry.benchmarks)}
+    reports = sorted(result.benchmarks, key=lambda report: order.get(report.name, len(order)))
+    # The paper's figures are those of full match in user turns, of the whole set.
+    settings = result.settings
+    as_published = settings.mode == "full" and settings.roles == ("user",) and settings.limit is None
+    return [_row(report, result, registry, as_published) for report in reports]
+
+
+def has_paper_figures(rows: Sequence[TableRow]) -> bool:
+    """Whether the column of the paper says anything."""
+    return any(row.paper for row in rows)
+
+
+def _row(report: BenchmarkReport, result: AuditResult, registry: BenchmarkRegistry, as_published: bool) -> TableRow:
+    known = registry.find(report.name)
+    published = registry.published_share(report.name, result.repository) if as_published else None
+    paper = "" if published is None else two_decimals(published)
+    if report.share is None:
+        reason = report.not_checked or "no instance that can be checked"
+        return TableRow(known.title if known else report.name, "", "", NOT_CHECKED, paper, reason)
+    return TableRow(
+        title=known.title if known else report.name,
+        num_instances=f"{report.num_instances:,}",
+        num_found=f"{report.num_contaminated:,}",
+        share=two_decimals(report.share),
+        paper=paper,
+        remarks="; ".join(remarks(report, result, registry)),
+    )
+
+
+def remarks(report: BenchmarkReport, result: AuditResult, registry: BenchmarkRegistry) -> list[str]:
+    """Known weak points of this number."""
+    settings, known = result.settings, registry.find(report.name)
+    said = []
+    if report.num_short_hits:
+        said.append(f"{report.num_short_hits:,} of the found have under 8 terms, often by accident")
+    if report.num_unmatchable and settings.mode == "ngram":
+        said.append(f"{report.num_unmatchable:,} too short for this rule: never found in any data")
+    elif report.num_unmatchable:
+        said.append(f"{report.num_unmatchable:,} with a field without terms: never found in any data")
+    if report.num_skipped:
+        said.append(f"{report.num_skipped:,} left out: a field is null")
+    if known and known.num_instances and known.num_instances != report.num_instances + report.num_skipped:
+        said.append(f"the paper's N is {known.num_instances:,}" if known.paper else f"usually {known.num_instances:,}")
+    note = (known.hit_note if report.num_contaminated else known.clean_note) if known else ""
+    if note and settings.mode == "full":
+        said.append(note)
+    return said
+
+
+def two_decimals(share: float) -> str:
+    """Percent with two decimals, as the paper prints it; a share that is not 0 never reads as 0."""
+    return "< 0.01 %" if 0 < share < 0.00005 else f"{100 * share:.2f} %"
+
+
+def malformed_note(result: AuditResult) -> str:
+    """One sentence about rows that could not be read and so were not searched; empty where there are none."""
+    num_rows = sum(source.num_rows for source in result.dataset.sources)
+    num_malformed = sum(source.num_malformed for source in result.dataset.sources)
+    if not num_malformed:
+        return ""
+    reasons: dict[str, int] = {}
+    for source in result.dataset.sources:
+        for reason, count in source.reasons.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    listed = "; ".join(f"{reason}: {count:,}" for reason, count in list(reasons.items())[:3])
+    return f"{num_malformed:,} of {num_rows:,} rows are malformed and were not searched ({listed})"

@@ -1,0 +1,157 @@
+"""The hits of a contamination check as pages: per benchmark, each instance that was found, the rows, the text.
+
+Every page stands alone (no script, nothing loaded); texts come from data sets and are escaped. One page holds
+`INSTANCES_PER_PAGE` instances and each instance its first `ROWS_PER_INSTANCE` rows; `hits.parquet` has all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.report import text
+from tasks.report.document import document
+from tasks.report.markup import e
+
+INSTANCES_PER_PAGE = 50
+ROWS_PER_INSTANCE = 20
+_CHARACTERS_OF_TURN = 1200
+_CHARACTERS_BEFORE_MATCH = 300
+_CHARACTERS_OF_FIELD = 2000
+
+
+@dataclass(frozen=True)
+class FoundInstance:
+    """One benchmark instance and where it was found: the first rows, and how many there are."""
+
+    row: int  # of the benchmark
+    fields: tuple[str, ...]
+    hits: tuple[dict[str, Any], ...]  # rows of hits.parquet
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class BenchmarkPages:
+    """The pages of one benchmark, in order."""
+
+    benchmark: str
+    num_instances: int
+    files: tuple[str, ...]
+
+
+def write_hit_pages(hits: Path, queries: Path, rows: Path, folder: Path) -> list[BenchmarkPages]:
+    """Write the pages of every benchmark with hits into `folder`.
+
+    hits      hits.parquet of a contamination artifact
+    queries   queries.parquet of its index
+    rows      the rows file that was scanned
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    with rows.open("rb") as stream:
+        for position, (benchmark, found) in enumerate(_by_benchmark(hits, queries), 1):
+            pages = [found[start : start + INSTANCES_PER_PAGE] for start in range(0, len(found), INSTANCES_PER_PAGE)]
+            name = f"{position:02d}-{text.artifact_key(benchmark)}"
+            names = tuple(f"{name}-{number:04d}.html" for number in range(1, len(pages) + 1))
+            for number, page in enumerate(pages):
+                turns = {id(hit): _turn(stream, hit) for instance in page for hit in instance.hits}
+                body = "".join(_instance(instance, [turns[id(hit)] for hit in instance.hits]) for instance in page)
+                html = _page(benchmark, len(found), names, number, body)
+                (folder / names[number]).write_text(html, encoding="utf-8")
+            made.append(BenchmarkPages(benchmark, len(found), names))
+    return made
+
+
+def _by_benchmark(hits: Path, queries: Path) -> Iterator[tuple[str, list[FoundInstance]]]:
+    """(benchmark, its found instances in the order of the benchmark); rows of an instance by score, then position."""
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    columns = ["instance", "benchmark", "benchmark_row", "row", "row_id", "turn", "score", "text"]
+    table = pyarrow.parquet.read_table(hits, columns=[*columns, "line_start", "line_end"])
+    fields = pyarrow.parquet.read_table(queries, columns=["instance", "fields"])
+    for benchmark in sorted(pyarrow.compute.unique(table["benchmark"]).to_pylist()):
+        own = table.filter(pyarrow.compute.equal(table["benchmark"], benchmark))
+        own = own.sort_by([("instance", "ascending"), ("score", "descending"), ("row", "ascending")])
+        counts = pyarrow.compute.value_counts(own["instance"])
+        starts, position = {}, 0
+        for pair in counts:  # in order of appearance, so of position
+            starts[pair["values"].as_py()] = (position, pair["counts"].as_py())
+            position += pair["counts"].as_py()
+        wanted = fields.filter(
+            pyarrow.compute.is_in(fields["instance"], value_set=pyarrow.array(list(starts), fields["instance"].type))
+        )
+        texts = dict(zip(wanted["instance"].to_pylist(), wanted["fields"].to_pylist(), strict=True))
+        found = []
+        for instance, (start, count) in starts.items():
+            shown = own.slice(start, min(count, ROWS_PER_INSTANCE)).to_pylist()
+            found.append(FoundInstance(shown[0]["benchmark_row"], tuple(texts[instance]), tuple(shown), count))
+        yield benchmark, sorted(found, key=lambda instance: instance.row)
+
+
+def _turn(stream: Any, hit: dict[str, Any]) -> str:
+    """The turn in which a hit lies; its matched text alone where the row cannot be read by position."""
+    if hit["line_start"] < 0:
+        return str(hit["text"])
+    stream.seek(hit["line_start"])
+    row = json.loads(stream.read(hit["line_end"] - hit["line_start"]))
+    messages = [message for name in ("messages", "prompt", "chosen", "rejected") for message in row.get(name, ())]
+    return str(messages[hit["turn"]]["content"])
+
+
+def _instance(instance: FoundInstance, turns: Sequence[str]) -> str:
+    query = "".join(f"<pre>{e(_cut(field, _CHARACTERS_OF_FIELD))}</pre>" for field in instance.fields)
+    rows = "".join(_row(hit, turn) for hit, turn in zip(instance.hits, turns, strict=True))
+    more = instance.num_rows - len(instance.hits)
+    rest = f'<p class="muted">and {more:,} more rows: see hits.parquet</p>' if more else ""
+    plural = "row" if instance.num_rows == 1 else "rows"
+    head = f'<h3 id="i{instance.row}">instance {instance.row} <small>in {instance.num_rows:,} {plural}</small></h3>'
+    return f"<section>{head}{query}{rows}{rest}</section>"
+
+
+def _row(hit: dict[str, Any], turn: str) -> str:
+    score = "" if hit["score"] == 1 else f", score {hit['score']:.3f}"
+    head = f"row {e(hit['row_id'])}, turn {hit['turn']}{score}"
+    return (
+        f'<details><summary>{head}</summary><div class="inside"><pre>{marked(turn, hit["text"])}</pre></div></details>'
+    )
+
+
+def marked(turn: str, match: str) -> str:
+    """The part of `turn` around `match`, escaped, with the match marked where it is found as it is written."""
+    match = match.removesuffix("…")
+    start = turn.find(match) if match else -1
+    if start < 0:
+        return e(_cut(turn, _CHARACTERS_OF_TURN))
+    first = max(0, start - _CHARACTERS_BEFORE_MATCH)
+    last = max(start + len(match), first + _CHARACTERS_OF_TURN)
+    before, after = turn[first:start], turn[start + len(match) : last]
+    return (
+        f"{'…' if first else ''}{e(before)}<mark>{e(match)}</mark>{e(after)}{'…' if last < len(turn) else ''}"
+    )  # fmt: skip
+
+
+def _page(benchmark: str, num_found: int, names: Sequence[str], number: int, body: str) -> str:
+    title = f"{benchmark}: {num_found:,} instances found"
+    first, last = number * INSTANCES_PER_PAGE + 1, min((number + 1) * INSTANCES_PER_PAGE, num_found)
+    links = ['<a href="index.html">overview</a>']
+    if number > 0:
+        links.append(f'<a href="{names[number - 1]}">previous</a>')
+    if number + 1 < len(names):
+        links.append(f'<a href="{names[number + 1]}">next</a>')
+    links += [
+        f'<a href="{name}">{other + 1}</a>' if other != number else f"<b>{other + 1}</b>"
+        for other, name in enumerate(names)
+        if abs(other - number) <= 5 or other in (0, len(names) - 1)
+    ]
+    navigation = f"<nav>{' '.join(links)}</nav>"
+    head = f"<header><h1>{e(title)}</h1><p>Instances {first:,} to {last:,}, each with the rows it is in.</p></header>"
+    return document(title, f"{head}{navigation}<main>{body}</main>{navigation}")
+
+
+def _cut(value: str, length: int) -> str:
+    return value if len(value) <= length else re.sub(r"\s+$", "", value[:length]) + "…"

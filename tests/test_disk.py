@@ -1,0 +1,120 @@
+"""Disk that a training needs: parameters from headers, a formula, and the formula against a real training."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas.compute import ComputeSettings
+from schemas.training import DPOSettings, SFTSettings, TrainingInputs
+from tasks.disk import ModelSize, checkpoint_bytes, model_bytes, model_size, num_parameters, training_bytes
+from tasks.stage import StageContext
+from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
+
+
+def weights(file: Path, shapes: dict[str, list[int]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        count = 1
+        for extent in shape:
+            count *= extent
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * count]}
+        end += 4 * count
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+
+
+def test_parameters_from_headers_and_shards(tmp_path: Path) -> None:
+    weights(tmp_path / "model-1.safetensors", {"a": [3, 4], "b": [5]})
+    weights(tmp_path / "model-2.safetensors", {"c": [2, 2], "scalar": []})
+    (tmp_path / "config.json").write_text("{}")
+    assert model_size(tmp_path) == ModelSize(num_parameters=12 + 5 + 4 + 1, num_tensors=4, other_bytes=2)
+    # A left-over beside the shards that the index names is not part of the model.
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}))
+    assert num_parameters(tmp_path) == 17
+    index.write_text(json.dumps({"weight_map": {"a": "model-9.safetensors"}}))
+    with pytest.raises(ValueError, match=r"model-9.safetensors cannot be read \(No such file"):
+        model_size(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="is no index of shards"):
+        model_size(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x01",
+        struct.pack("<Q", 1 << 60) + b"{}",
+        struct.pack("<Q", 4) + b"[1,2",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 12) + b'{"a":{"x":1}}',
+    ],
+)
+def test_headers_that_are_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file .*copy the model again"):
+        num_parameters(tmp_path)
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no \*.safetensors"):
+        num_parameters(tmp_path)
+
+
+def test_disk_by_hand() -> None:
+    size = ModelSize(num_parameters=1_000_000, num_tensors=10, other_bytes=500)
+    assert checkpoint_bytes(size) == 12_000_000 + 10_000 + 500 + 30_000
+    assert model_bytes(size) == 4_000_500
+    # Three that are kept (two newest, the best) and the one being written; fourteen times the rows for SFT.
+    assert training_bytes("sft", size, 1000, 3) == 14_000 + 4 * 12_040_500
+    assert training_bytes("rlvr", size, 0, 1) == 2 * 12_040_500
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_formula_against_a_real_training(tmp_path: Path, stage: str) -> None:
+    from tasks.dpo import train_dpo
+    from tasks.sft import train_sft
+
+    def turns(**by_role: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": content} for role, content in by_role.items()]
+
+    model, file = build_tiny_model(tmp_path / "model"), tmp_path / "rows.jsonl"
+    with file.open("w") as stream:
+        for i in range(400):
+            text = f"What is {i} plus 7? Write your answer in upper case and name exactly three animals. " * 3
+            row = {"messages": turns(user=text, assistant=text)}
+            if stage == "dpo":
+                row = {"prompt": turns(user=text), "chosen": turns(assistant=text), "rejected": turns(assistant="no")}
+            stream.write(json.dumps(row) + "\n")
+    compute = ComputeSettings(device="cpu", per_device_train_batch_size=2, save_steps=1, logging_steps=1)
+    context = StageContext(tmp_path / "out", tmp_path / "work", compute, lambda *args, **kwargs: None)
+    context.folder.mkdir()
+    (context.work / "checkpoints").mkdir(parents=True)
+    settings = {
+        "learning_rate": 1e-3, "effective_batch_size": 2, "max_steps": 4, "max_length": 200, "precision": "float32",
+    }  # fmt: skip
+    inputs = TrainingInputs(model=str(model), dataset=str(file), chat_template=TULU_TEMPLATE)
+    if stage == "sft":
+        train_sft(SFTSettings(**settings), inputs, context)
+    else:
+        train_dpo(DPOSettings(**settings), inputs, context)
+
+    size = model_size(model)
+    assert size.num_parameters == 33_440
+    saved = sorted((context.work / "checkpoints").glob("checkpoint-*"))
+    assert checkpoint_bytes(size) == pytest.approx(_bytes(saved[-1]), rel=0.05)
+    assert model_bytes(size) == pytest.approx(_bytes(context.folder / "model"), rel=0.05)
+    # The bound holds with the one more that was there before the oldest went, and is not far off.
+    peak = _bytes(context.work) + _bytes(saved[-1])
+    assert peak <= training_bytes(stage, size, file.stat().st_size, len(saved)) <= 1.5 * peak
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,554 @@
+"""`smoltulu plan`: what would run and why, what it would take, also without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from artifacts.checkpoints import mark_complete
+from artifacts.nearest import SpecIndex, differences, flat
+from artifacts.store import Found, Store
+from flows.estimate import (
+    NOTHING,
+    Cost,
+    Estimate,
+    closest,
+    closest_rows,
+    estimated_seconds,
+    estimated_tokens,
+    optimizer_steps,
+    totals,
+    training_flops,
+)
+from flows.graph import Graph
+from flows.machine import PROJECT
+from flows.plan import Plan, PlanRow, drift, plan
+from flows.plan_cli import as_dict, count, num_bytes, show, summary
+from flows.recipe import load_recipe
+from schemas.artifact import InputRecord, Manifest
+from tasks.data import HubUnreachable, Reference, SourceUnavailable, resolve_commits
+from tasks.environment import environment
+
+NUM_PARAMETERS = 1_711_376_384  # SmolLM2-1.7B
+ROWS = 1000
+ROWS_BYTES = 100
+
+
+def commit_of(reference: Reference) -> str:
+    """A Hub that knows every name."""
+    return hashlib.sha1("/".join(reference).encode()).hexdigest()
+
+
+def silent(reference: Reference) -> str:
+    raise HubUnreachable(f"{reference.repository}: no answer")
+
+
+def graph_of(recipe: str, resolve: Callable[[Reference], str] = commit_of, **overrides: Any) -> Graph:
+    return Graph(load_recipe(recipe, overrides), unresolved="keep", resolve=resolve)
+
+
+def finish(store: Store, graph: Graph, name: str, text: str = "", size: int = NUM_PARAMETERS, **changes: Any) -> Found:
+    """Commit an artifact for a node as a run would, with contents that only matter by their size."""
+    node, spec = graph.nodes[name], graph.spec(name)
+    inputs = {}
+    for dotted, binding in node.bindings().items():
+        upstream = store.find(graph.spec(binding.node))
+        assert isinstance(upstream, Found), upstream
+        inputs[dotted] = InputRecord(
+            stage=graph.nodes[binding.node].stage.name, key=upstream.manifest.key, digest=upstream.manifest.digest
+        )
+    outputs: dict[str, Any] = {}
+    if node.stage.name in ("dataset", "contamination"):
+        outputs = {"file": "rows.jsonl", "num_rows": ROWS}
+    elif node.stage.name == "base_model":
+        outputs = {"num_parameters": size}
+    elif hasattr(node.config, "effective_batch_size"):
+        batch = node.config.effective_batch_size
+        num_steps = getattr(node.config, "num_steps", 0) or optimizer_steps(ROWS, node.config.num_train_epochs, batch)
+        outputs = {
+            "num_parameters": size, "num_steps": num_steps, "num_tokens": num_steps * batch * 500,
+        }  # fmt: skip
+    with store.producer(spec, lambda whom: None) as folder:
+        output = store.open_work(folder) / "output"
+        output.mkdir()
+        (output / "rows.jsonl").write_text(text.ljust(ROWS_BYTES, "x"))
+        manifest = {
+            "key": graph.key(name), "spec": spec, "inputs": inputs, "outputs": outputs, "metrics": {},
+            "environment": environment(), "compute": graph.recipe.compute.of(node.stage.name).model_dump(),
+            "node": name, "started_at": "2026-11-01T10:00:00+00:00", "finished_at": "2026-11-01T12:34:56+00:00",
+            "duration_seconds": 10.0 * outputs.get("num_steps", 6),
+        } | changes  # fmt: skip
+        return store.commit(spec, output, lambda files, digest: Manifest(files=files, digest=digest, **manifest))
+
+
+def finish_all(store: Store, graph: Graph, **changes: Any) -> None:
+    for name in graph.nodes:
+        finish(store, graph, name, **changes)
+
+
+def rows_of(planned: Plan) -> dict[str, PlanRow]:
+    return {row.node: row for row in planned.rows}
+
+
+def make(graph: Graph, store: Store, refresh: tuple[str, ...] = ()) -> dict[str, PlanRow]:
+    return rows_of(plan(graph.recipe, None, refresh, store, graph))
+
+
+# --- The acceptance: 1130 beside a finished 1207 ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_1207(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store in which every stage of smoltulu-1207 is finished."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    finish_all(store, graph_of("smoltulu-1207"))
+    return store
+
+
+def test_plan_of_1130_on_an_empty_store(tmp_path: Path) -> None:
+    rows = make(graph_of("smoltulu-1130"), Store(tmp_path / "store"))
+    assert {(row.status, row.reason) for row in rows.values()} == {("runs", "never made")}
+    # Nothing alike was made, so nothing is known but what the recipe says itself.
+    assert {name: row.estimate for name, row in rows.items() if row.estimate != Estimate()} == {
+        "rlvr": Estimate(num_steps=2000)
+    }
+    assert not (tmp_path / "store").exists()
+
+
+def test_plan_of_1130_beside_a_finished_1207_explains_the_difference(with_1207: Store) -> None:
+    rows = make(graph_of("smoltulu-1130"), with_1207)
+    data = ("dataset", "benchmark", "contamination")
+    kept = {"base-model", "evaluation-base-model"} | {name for name in rows if name.startswith(data)}
+    assert {name for name, row in rows.items() if row.status == "cached"} == kept
+    assert rows["base-model"].reason == "made 2026-11-01 12:34"
+
+    keys = graph_of("smoltulu-1207").keys()
+
+    def nearest(name: str) -> str:
+        return f"differs from the nearest ({keys[name][:12]}, 2026-11-01) in "
+
+    assert {name: row.reason.removeprefix(nearest(name)) for name, row in rows.items() if name not in kept} == {
+        "sft": "learning_rate: 3.1e-06 -> 9e-05, effective_batch_size: 32 -> 8",
+        "evaluation-sft": "input model (sft) is another artifact",
+        "reward-model": "learning_rate: 7.5e-07 -> 4e-05, effective_batch_size: 8 -> 4, "
+        "input model (sft) is another artifact",
+        "evaluation-reward-model": "input model (reward-model) is another artifact",
+        "dpo": "learning_rate: 5e-07 -> 8e-07, effective_batch_size: 32 -> 12, input model (sft) is another artifact",
+        "evaluation-dpo": "input model (dpo) is another artifact",
+        "evaluation-dpo-implicit-reward": "input model (dpo) is another artifact, "
+        "input reference_model (sft) is another artifact",
+        "rlvr": "input model (dpo) is another artifact",
+        "evaluation-rlvr": "input model (rlvr) is another artifact",
+        "publish": "recipe_name: smoltulu-1207 -> smoltulu-1130, input model (rlvr) is another artifact, "
+        "input evaluation-sft is another artifact, input evaluation-dpo is another artifact, and 5 more",
+    }
+    sft = rows["sft"].nearest
+    assert sft is not None and sft.key == keys["sft"]
+    assert sft.changes == {"config.learning_rate": (3.1e-6, 9e-5), "config.effective_batch_size": (32, 8)}
+
+
+def test_plan_estimates_1130_from_1207(with_1207: Store) -> None:
+    graph = graph_of("smoltulu-1130")
+    planned = plan(graph.recipe, None, [], with_1207, graph)
+    rows = rows_of(planned)
+    # 1000 rows / 8 = 125 steps an epoch, two epochs; 500 tokens a row; the 1207 arm took 10 s a step of 32 rows.
+    checkpoint = 12 * NUM_PARAMETERS + 30_000
+    assert rows["sft"].estimate == Estimate(
+        num_steps=250,
+        num_tokens=250 * 8 * 500,
+        flops=6.0 * NUM_PARAMETERS * 1_000_000,
+        disk_bytes=4 * NUM_PARAMETERS,
+        peak_disk_bytes=14 * ROWS_BYTES + 2 * checkpoint,  # saved once in 250 steps, and once more while it is written
+        seconds=250 * 10.0 * 8 / 32,
+    )
+    # 1000 pairs / 12, one epoch.
+    assert rows["dpo"].estimate.num_steps == 84
+    assert rows["dpo"].estimate.flops == 8.0 * NUM_PARAMETERS * 84 * 12 * 500
+    # 2000 steps are 40 saves: the newest two, the best and the one being written. KL term: reference forward passes.
+    assert rows["rlvr"].estimate.peak_disk_bytes == 2 * ROWS_BYTES + 4 * checkpoint
+    assert rows["rlvr"].estimate.flops == 10.0 * NUM_PARAMETERS * 2000 * 32 * 500
+    # What has no steps takes what its like took.
+    assert rows["evaluation-sft"].estimate == Estimate(disk_bytes=100, peak_disk_bytes=100, seconds=60.0)
+    assert rows["base-model"].estimate == NOTHING
+    assert planned.totals["num_steps"] == (250 + 250 + 84 + 2000, 0)
+    # What stays, and on top what the greediest stage (RLVR; one at a time) has besides.
+    stays = 4 * 4 * NUM_PARAMETERS + 6 * ROWS_BYTES
+    extra = 2 * ROWS_BYTES + 4 * checkpoint - 4 * NUM_PARAMETERS
+    assert planned.totals["peak_disk_bytes"] == (stays + extra, 0)
+
+
+def test_nothing_is_taken_from_other_data(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    finish_all(store, Graph(load_recipe("tiny"), "sft"))
+    rows = make(Graph(load_recipe("tiny", {"world.num_sft": 77}), "sft"), store)
+    # Another world has other rows: how many, and so how many steps, nobody knows.
+    assert rows["dataset-sft"].estimate == rows["contamination-sft"].estimate == Estimate()
+    assert rows["sft"].estimate.num_steps is None
+    # A world of the same sizes from another seed is as much work all the way down.
+    rows = make(Graph(load_recipe("tiny", {"world.seed": 7}), "sft"), store)
+    assert rows["dataset-sft"].estimate.seconds == 60.0
+    assert rows["sft"].estimate.num_steps == 63 and rows["sft"].estimate.num_tokens == 63 * 16 * 500
+
+
+def test_a_larger_model_takes_longer(with_1207: Store, tmp_path: Path) -> None:
+    store, graph = Store(shutil.copytree(with_1207.root, tmp_path / "store")), graph_of("tulu3-8b")
+    for name in graph.nodes:
+        upstream = name == "base-model" or name.startswith(("dataset", "benchmark", "contamination"))
+        if upstream and not isinstance(store.find(graph.spec(name)), Found):
+            finish(store, graph, name, size=2 * NUM_PARAMETERS)
+    rows = make(graph, store)
+    assert rows["evaluation-base-model"].estimate.seconds == 120.0
+    assert rows["publish"].estimate.disk_bytes == 2 * ROWS_BYTES
+    # 8 steps an epoch of 128 rows; eight processes, so twice 10 s of 32 rows on one become 10 s.
+    assert rows["sft"].estimate.num_steps == 16
+    assert rows["sft"].estimate.seconds == pytest.approx(16 * 10.0 * (128 / 32) * 2 / 8)
+
+
+def test_plan_offline_says_what_it_cannot_know(with_1207: Store) -> None:
+    graph = graph_of("smoltulu-1130", silent)
+    planned = plan(graph.recipe, None, [], with_1207, graph)
+    rows, keys = rows_of(planned), graph_of("smoltulu-1207").keys()
+    assert all(row.provisional and row.status == "runs" for row in rows.values())
+    assert rows["contamination-sft"].reason == (
+        f"cached as {keys['contamination-sft'][:12]}, 2026-11-01 if the unresolved revisions are still those that it "
+        "was made from"
+    )
+    assert rows["sft"].reason == (
+        f"differs from the nearest ({keys['sft'][:12]}, 2026-11-01) in learning_rate: 3.1e-06 -> 9e-05, "
+        "effective_batch_size: 32 -> 8, perhaps in unresolved revisions"
+    )
+    assert rows["sft"].estimate.num_steps == 250  # of rows and a model like these
+    assert len(planned.unresolved) == 25 and sum(item.needed for item in planned.unresolved) == 5
+    text = "\n".join(summary(planned))
+    assert "allenai/tulu-3-sft-mixture@main" in text and "21 more" in text and "it needs 5 of 25" in text
+
+
+def test_plan_marks_only_what_hangs_on_an_unresolved_revision(tmp_path: Path) -> None:
+    gated = "cais/mmlu"
+
+    def resolve(reference: Reference) -> str:
+        if reference.repository == gated:
+            raise SourceUnavailable(f"Hub dataset {gated!r} is gated")
+        return commit_of(reference)
+
+    graph = graph_of("smoltulu-1130", resolve)
+    planned = plan(graph.recipe, None, [], Store(tmp_path), graph)
+    sure = {row.node for row in planned.rows if not row.provisional}
+    assert sure == {"base-model", "evaluation-base-model"} | {n for n in graph.nodes if n.startswith("dataset")}
+    # A benchmark may be missing: the run goes on without it, and so do its keys.
+    assert [item.needed for item in planned.unresolved] == [False]
+    assert "is gated" in "\n".join(summary(planned)) and "stop" not in "\n".join(summary(planned))
+    strict = Graph(graph.recipe, resolve=resolve)
+    assert strict.keys() == graph.keys()
+
+
+def test_flows_still_refuse_what_cannot_be_resolved() -> None:
+    with pytest.raises(HubUnreachable, match="no answer"):
+        Graph(load_recipe("smoltulu-1130"), resolve=silent)
+
+
+# --- Resolving revisions ----------------------------------------------------------------------------------------------
+
+
+def references(number: int) -> list[Reference]:
+    return [Reference("dataset", f"someone/set-{i}", "main") for i in range(number)]
+
+
+def test_one_silence_is_enough() -> None:
+    asked: list[Reference] = []
+
+    def resolve(reference: Reference) -> str:
+        asked.append(reference)
+        raise HubUnreachable("no network")
+
+    pinned = Reference("model", "someone/pinned", "a" * 40)
+    found = resolve_commits([*references(25), pinned], lambda r: r.revision if r == pinned else resolve(r))
+    assert len(asked) == 1
+    assert all(isinstance(error, HubUnreachable) and "no network" in str(error) for error in list(found.values())[:-1])
+    assert found[pinned] == "a" * 40  # in full: nobody needs to be asked
+
+
+def test_a_refusal_does_not_stop_the_others_and_they_are_asked_at_once() -> None:
+    meeting = threading.Barrier(8, timeout=30)  # breaks unless eight are asked for at a time
+
+    def resolve(reference: Reference) -> str:
+        if reference == references(1)[0]:
+            raise SourceUnavailable("gated")
+        meeting.wait()
+        return commit_of(reference)
+
+    found = resolve_commits(references(17) * 2, resolve)
+    assert isinstance(found[references(1)[0]], SourceUnavailable)
+    assert list(found)[1:] == references(17)[1:]
+    assert [found[r] for r in references(17)[1:]] == [commit_of(r) for r in references(17)[1:]]
+
+
+def test_plan_offline_as_a_command_is_light_and_does_not_fail(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom flows.cli import app\n"
+        "try:\n    app(['plan', 'smoltulu-1130', '--json'])\n"
+        "except SystemExit as e:\n    print('exit', e.code, file=sys.stderr)\n"
+        "heavy = ('torch', 'transformers', 'trl', 'datasets', 'prefect', 'lm_eval', 'numpy', 'pyarrow', 'numba')\n"
+        "print('heavy', [m for m in heavy if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, text=True, capture_output=True, timeout=60, check=True,
+        env={**os.environ, "SMOLTULU_STORE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert "exit 0" in done.stderr and "heavy []" in done.stderr
+    printed = json.loads(done.stdout)
+    assert len(printed["stages"]) == len(graph_of("smoltulu-1130").nodes)
+    assert len(printed["unresolved"]) == 25 and all(stage["provisional"] for stage in printed["stages"])
+    assert printed["stages"][0]["estimate"]["num_steps"] is None
+
+
+# --- Statuses -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Graph]:
+    """A store in which every stage of `tiny` up to DPO is finished."""
+    root, graph = tmp_path_factory.mktemp("finished"), Graph(load_recipe("tiny"), "dpo")
+    finish_all(Store(root), graph)
+    return root, graph
+
+
+@pytest.fixture
+def tiny(finished: tuple[Path, Graph], tmp_path: Path) -> tuple[Store, Graph]:
+    """A copy of it, to be changed."""
+    root, graph = finished
+    return Store(shutil.copytree(root, tmp_path / "store")), graph
+
+
+def test_all_cached(tiny: tuple[Store, Graph]) -> None:
+    store, graph = tiny
+    planned = plan(graph.recipe, "dpo", [], store, graph)
+    assert {row.status for row in planned.rows} == {"cached"} and not any(row.notes for row in planned.rows)
+    assert summary(planned) == [f"{len(graph.nodes)} cached"]
+
+
+def test_damaged_and_what_hangs_on_it(tiny: tuple[Store, Graph]) -> None:
+    store, graph = tiny
+    found = store.find(graph.spec("sft"))
+    assert isinstance(found, Found)
+    (found.folder / "rows.jsonl").write_text("short")
+    rows = make(graph, store)
+    assert (rows["sft"].status, rows["sft"].reason) == (
+        "runs", f"damaged: rows.jsonl has 5 bytes, its manifest says {ROWS_BYTES}",
+    )  # fmt: skip
+    assert rows["dpo"].status == "runs" and rows["dpo"].reason == "cached if sft comes out the same as before"
+    assert rows["evaluation-dpo-implicit-reward"].reason == "cached if dpo, sft comes out the same as before"
+    assert rows["base-model"].status == "cached"
+
+
+def test_stale_and_refresh(tiny: tuple[Store, Graph]) -> None:
+    store, graph = tiny
+    finish(store, graph, "sft", "other weights")
+    rows = make(graph, store, ("reward_model",))
+    assert rows["sft"].status == "cached"
+    assert rows["dpo"].reason == "stale: its input model was made again with another content"
+    assert (rows["reward-model"].status, rows["reward-model"].reason) == ("runs", "asked for again (refresh)")
+
+
+def checkpoint(store: Store, graph: Graph, name: str, step: int, num_steps: int) -> None:
+    with store.producer(graph.spec(name), lambda whom: None) as folder:
+        saved = store.open_work(folder) / "checkpoints" / f"checkpoint-{step}"
+        saved.mkdir()
+        (saved / "trainer_state.json").write_text(json.dumps({"max_steps": num_steps}))
+        mark_complete(saved)
+
+
+def test_resumes_at_step_n_of_m(tmp_path: Path) -> None:
+    store, graph = Store(tmp_path), Graph(load_recipe("tiny"), "sft")
+    for name in list(graph.nodes)[: list(graph.nodes).index("sft")]:
+        finish(store, graph, name)
+    checkpoint(store, graph, "sft", 20, 998)
+    row = make(graph, store)["sft"]
+    assert (row.status, row.reason, row.step, row.num_steps) == ("resumes", "at step 20 of 998", 20, 998)
+    assert row.estimate.num_steps == 978 and row.estimate.num_tokens is None
+
+    # Left-overs of a generation that was committed are no unfinished work.
+    finish(store, graph, "sft")
+    checkpoint(store, graph, "sft", 40, 998)
+    assert make(graph, store)["sft"].status == "cached"
+    assert make(graph, store, ("sft",))["sft"].reason == "at step 40 of 998"
+    (store.folder(graph.spec("sft")) / "work" / "generation").write_text("gen-0001")
+    assert make(graph, store, ("sft",))["sft"].reason == "asked for again (refresh)"
+
+
+def test_drift_is_a_note_on_cached_rows(tiny: tuple[Store, Graph], capsys: pytest.CaptureFixture[str]) -> None:
+    store, graph = tiny
+    now = environment()
+    packages = dict(now["packages"])  # type: ignore[call-overload]
+    version = packages["torch"]
+    then = now | {"packages": packages | {"torch": "2.12.0"}, "git_commit": "a" * 40}
+    finish(store, graph, "evaluation-sft", environment=then)
+    planned = plan(graph.recipe, "dpo", [], store, graph)
+    row = rows_of(planned)["evaluation-sft"]
+    assert row.status == "cached" and row.notes[0] == f"torch 2.12.0 -> {version}"
+    assert now["git_commit"] is None or row.notes[1].startswith("code aaaaaaaaaaaa -> ")
+    show(planned, as_json=False)
+    assert f"made with something else than now: torch 2.12.0 -> {version} (evaluation-sft)" in capsys.readouterr().out
+
+
+def test_drift_by_hand() -> None:
+    before = {"packages": {"torch": "2.12", "trl": "1.16", "gone": "1"}, "python": "3.11.7", "git_commit": None}
+    after = {"packages": {"torch": "2.13", "trl": "1.16", "new": "1"}, "python": "3.12.1", "git_commit": "b" * 40}
+    assert drift(before, after) == ["torch 2.12 -> 2.13", "python 3.11.7 -> 3.12.1"]
+    assert drift({}, after) == []
+
+
+def test_json_has_all_that_the_table_shortens(with_1207: Store) -> None:
+    graph = graph_of("smoltulu-1130")
+    printed = json.loads(json.dumps(as_dict(plan(graph.recipe, None, [], with_1207, graph))))
+    stages = {stage["node"]: stage for stage in printed["stages"]}
+    assert stages["sft"]["nearest"]["changes"]["config.learning_rate"] == {"old": 3.1e-6, "new": 9e-5}
+    assert stages["sft"]["key"] == graph.key("sft") and stages["sft"]["estimate"]["num_steps"] == 250
+    assert stages["base-model"]["estimate"] is None and stages["base-model"]["nearest"] is None
+    assert len(stages["publish"]["nearest"]["changes"]) > 5
+    assert printed["totals"]["num_steps"] == {"value": 2584, "num_unknown": 0}
+
+
+# --- The nearest artifact ---------------------------------------------------------------------------------------------
+
+
+def test_flat_goes_by_names_where_there_are_any() -> None:
+    value = {"a": {"b": 1, "c": []}, "tasks": [{"name": "x", "limit": 2}], "rows": [{"n": 1}, "two"], "none": {}}
+    assert flat(value) == {
+        "a.b": 1, "a.c": "[]", "tasks.x.name": "x", "tasks.x.limit": 2, "rows.0.n": 1, "rows.1": "two", "none": "{}",
+    }  # fmt: skip
+
+
+def test_an_inserted_benchmark_is_one_difference_not_all_that_follow() -> None:
+    old = {"benchmarks": [{"name": name} for name in "abc"]}
+    new = {"benchmarks": [{"name": name} for name in "aXbc"]}
+    assert differences(old, new) == {"benchmarks.X.name": (None, "X")}
+
+
+def test_differences_tell_true_from_one_and_keep_the_order_of_the_new() -> None:
+    assert differences({"x": 1, "gone": 0}, {"z": 1, "x": True, "a": None}) == {
+        "z": (None, 1), "x": (1, True), "a": (None, None), "gone": (0, None),
+    }  # fmt: skip
+    assert list(differences({"x": 1}, {"z": 1, "x": 2, "a": 3})) == ["z", "x", "a"]
+    assert differences({"lr": 1}, {"lr": 1.0}) == {}
+
+
+def test_nearest_passes_over_what_was_only_begun_and_what_cannot_be_read(tmp_path: Path) -> None:
+    store, graph = Store(tmp_path), Graph(load_recipe("tiny"), "base_model")
+    finish(store, graph, "world")
+    other = Graph(load_recipe("tiny", {"world.seed": 1, "world.num_sft": 5}))
+    with store.producer(other.spec("world"), lambda whom: None):
+        pass
+    broken = store.folder(Graph(load_recipe("tiny", {"world.seed": 2})).spec("world"))
+    broken.mkdir()
+    (broken / "spec.json").write_text("{")
+    wanted = Graph(load_recipe("tiny", {"world.seed": 1})).spec("world")
+    (near,) = SpecIndex(store.root).ranked(wanted.model_dump())
+    assert near.key == graph.key("world") and near.changes == {"config.seed": (0, 1)}
+    assert store.nearest(wanted) == near
+
+
+def test_of_equally_near_artifacts_the_one_used_last(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for seed in (0, 1, 2):
+        graph = Graph(load_recipe("tiny", {"world.seed": seed}))
+        pointer = finish(store, graph, "world").folder.parent / "current"
+        os.utime(pointer, ns=(0, (5, 9, 7)[seed] * 10**9))
+    near = store.nearest(Graph(load_recipe("tiny", {"world.seed": 3})).spec("world"))
+    assert near is not None and near.changes == {"config.seed": (1, 3)}
+
+
+# --- Estimates ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "epochs", "batch", "max_steps", "expected"),
+    [
+        (939_343, 2, 8, None, 234_836),  # 117,417.9 -> 117,418 an epoch
+        (15_960, 1.0, 16, None, 998),
+        (64, 1.0, 16, None, 4),
+        (65, 0.5, 16, None, 3),  # 5 an epoch, half of it 2.5
+        (3, 1.0, 16, None, 1),
+        (1000, 3.0, 16, 7, 7),
+    ],
+)
+def test_optimizer_steps(num_rows: int, epochs: float, batch: int, max_steps: int | None, expected: int) -> None:
+    assert optimizer_steps(num_rows, epochs, batch, max_steps) == expected
+
+
+SEEN = Cost(
+    num_steps=100, num_timed_steps=50, num_tokens=40_000, seconds=200.0, effective_batch_size=4, num_parameters=1000,
+    device="cuda", num_processes=1, dataset="a", max_length=128,
+)  # fmt: skip
+
+
+def test_estimates_by_hand() -> None:
+    # 40,000 tokens in 100 steps of 4 rows: 100 a row; 10 steps of 8 rows.
+    assert estimated_tokens(10, 8, SEEN) == 8000
+    assert estimated_tokens(10, 8, None) is None
+    # 4 s a step (timed since the resume); twice the batch, three times the model, two processes.
+    assert estimated_seconds(10, 8, 3000, 2, SEEN) == pytest.approx(10 * 4 * 2 * 3 / 2)
+    assert estimated_seconds(10, 8, None, 1, SEEN) is None and estimated_seconds(10, 8, 3000, 1, None) is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "factor"),
+    [
+        ("sft", {}, 6), ("reward_model", {}, 6), ("dpo", {}, 8), ("rlvr", {}, 8),
+        ("rlvr", {"num_iterations": 2, "with_reference": True}, 16),
+    ],
+)  # fmt: skip
+def test_training_flops(stage: str, options: dict[str, Any], factor: int) -> None:
+    assert training_flops(stage, 1000, 50, **options) == factor * 50_000
+
+
+def test_the_closest_stage_is_of_the_same_device_then_of_the_nearest_size_then_of_the_same_rows() -> None:
+    def cost(**changes: Any) -> Cost:
+        return Cost(**{**vars(SEEN), **changes})
+
+    assert closest([SEEN], 1000, "cpu") is None
+    assert closest([cost(num_timed_steps=0)], 1000, "cuda") is None
+    small, large, same = cost(num_parameters=100), cost(num_parameters=20_000), cost(dataset="b")
+    assert closest([small, large], 1000, "cuda") == small  # ten times smaller beats twenty times larger
+    assert closest([SEEN, same], 1000, "cuda", "b") == same
+    assert closest_rows([SEEN, cost(dataset="b", max_length=4)], "b", 128) == cost(dataset="b", max_length=4)
+    assert closest_rows([SEEN, cost(max_length=512)], "z", 400) == cost(max_length=512)
+    assert closest_rows([cost(num_tokens=0)], "a", 128) is None
+
+
+def test_totals_say_how_much_is_not_in_them() -> None:
+    first = Estimate(num_steps=3, disk_bytes=10, peak_disk_bytes=30, seconds=1.0)
+    second = Estimate(num_steps=4, disk_bytes=20, peak_disk_bytes=90)
+    sums = totals([first, second, Estimate()])
+    assert sums["num_steps"] == (7, 1) and sums["seconds"] == (1.0, 2) and sums["flops"] == (0, 3)
+    assert sums["peak_disk_bytes"] == (10 + 20 + 70, 1)
+    assert totals([first, second], num_parallel=2)["peak_disk_bytes"] == (10 + 20 + 70 + 20, 0)
+    assert totals([])["num_tokens"] == (0, 0)
+
+
+@given(st.floats(1, 1e18))
+def test_counts_and_sizes_keep_three_digits(value: float) -> None:
+    units = {"k": 1e3, "M": 1e6, "G": 1e9}
+    text = count(value)
+    number = float(text[:-1]) * units[text[-1]] if text[-1] in units else float(text)
+    assert number == pytest.approx(value, rel=0.006, abs=0.5)
+    amount, unit = num_bytes(value).split()
+    scale = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+    assert float(amount) * scale == pytest.approx(value, rel=0.006)
+
+
+def test_counts_and_sizes_by_hand() -> None:
+    assert [count(v) for v in (0, 998, 12_345, 486e6, 1.05e19)] == ["0", "998", "12.3k", "486M", "1.05e+19"]
+    assert [num_bytes(v) for v in (100, 3_809_736, 82.1e9, 2e12)] == ["100 B", "3.81 MB", "82.1 GB", "2 TB"]

@@ -1,0 +1,82 @@
+"""A recipe's stages over a shared store: made once, taken by the other machine, uploads made up for."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from artifacts.remote import Remote, RemoteArtifact
+from artifacts.store import Found, Store
+from schemas.compute import ComputeSettings
+from tasks.runner import run_stage
+from tasks.sharing import open_remote
+from tests.test_runner import world_job
+
+LOG = logging.getLogger("test")
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Remote:
+    remote = Remote((tmp_path / "shared").as_uri(), beat_seconds=0.2, stale_seconds=1.0)
+    remote.check()
+    return remote
+
+
+def test_made_on_one_machine_taken_by_the_other(tmp_path: Path, shared: Remote) -> None:
+    first = run_stage(world_job(), Store(tmp_path / "a"), LOG, shared)
+    assert first.outcome == "Completed"
+    second = run_stage(world_job(), Store(tmp_path / "b"), LOG, shared)
+    assert second.outcome == "Cached" and second.digest == first.digest
+    assert second.path == first.path.replace("/a/", "/b/")
+    names = {path.name for path in Path(first.path).iterdir()}
+    assert {path.name for path in Path(second.path).iterdir()} == names
+    found = Store(tmp_path / "b").find(world_job().spec)
+    assert isinstance(found, Found) and Store(tmp_path / "b").verify(found) == []
+
+
+def test_an_artifact_that_is_only_here_is_shared_by_the_next_run(tmp_path: Path, shared: Remote) -> None:
+    store = Store(tmp_path / "a")
+    made = run_stage(world_job(), store, LOG)
+    assert not isinstance(shared.find("world", made.key), RemoteArtifact)
+    assert run_stage(world_job(), store, LOG, shared).outcome == "Cached"
+    assert isinstance(shared.find("world", made.key), RemoteArtifact)
+
+
+def test_damage_here_is_mended_from_the_shared_store(
+    tmp_path: Path, shared: Remote, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path / "a")
+    made = run_stage(world_job(), store, LOG, shared)
+    (Path(made.path) / "sft.jsonl").write_text("short")
+    with caplog.at_level(logging.INFO):
+        again = run_stage(world_job(), store, LOG, shared)
+    assert again.outcome == "Cached" and again.digest == made.digest and again.path != made.path
+    assert "sft.jsonl has 5 bytes" in caplog.text and "set aside as damaged-gen-0001" in caplog.text
+
+
+def test_damage_there_is_made_again_and_mended_there(
+    tmp_path: Path, shared: Remote, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = run_stage(world_job(), Store(tmp_path / "a"), LOG, shared)
+    largest = max((tmp_path / "shared" / "world" / made.key / "files").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[100] ^= 1
+    largest.write_bytes(data)
+    again = run_stage(world_job(), Store(tmp_path / "b"), LOG, shared)
+    assert again.outcome == "Completed" and "damaged" in caplog.text
+    shutil.rmtree(tmp_path / "b")
+    assert run_stage(world_job(), Store(tmp_path / "b"), LOG, shared).outcome == "Cached"
+
+
+def test_an_unreachable_shared_store_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    compute = ComputeSettings(remote=f"file://{tmp_path}/file/store")
+    with pytest.raises(ValueError, match="shared store"):
+        open_remote(compute)
+    assert open_remote(ComputeSettings()) is None
+    monkeypatch.setenv("SHARED", (tmp_path / "real").as_uri())
+    remote = open_remote(ComputeSettings(remote="${SHARED}"))
+    assert remote is not None and remote.url.endswith("/real")
