@@ -17,8 +17,9 @@ from flows.costs import Costs
 from flows.estimate import NOTHING, Estimate, Total, totals
 from flows.graph import Graph
 from flows.recipe import check_stage_names
+from schemas.artifact import Manifest
 from schemas.recipe import Recipe
-from tasks.data import Reference, is_commit, resolve_commit
+from tasks.data import Reference, expand_text, is_commit, resolve_commit
 from tasks.environment import environment
 
 #: A plan is for looking: it gives up on a silent Hub sooner than a run.
@@ -88,9 +89,18 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     costs = Costs(graph, index)
     provisional = _provisional(graph)
     digests: dict[str, str] = {}
+    shared = _Shared(recipe.compute.remote)
     rows = []
     for name in graph.nodes:
         row, found = _row(graph, store, index, name, digests, refresh, provisional)
+        if row.status == "runs" and isinstance(found, Missing) and row.stage not in refresh:
+            bindings = graph.nodes[name].bindings()
+            if all(binding.node in digests for binding in bindings.values()):
+                inputs = {dotted: digests[binding.node] for dotted, binding in bindings.items()}
+                if (manifest := shared.find(row.stage, row.key, inputs)) is not None:
+                    reason = f"in the shared store, made {_minute(manifest.finished_at)}"
+                    row = PlanRow(**{**vars(row), "status": "cached", "reason": reason, "nearest": None})
+                    found = Found(manifest, store.root)
         if row.status == "cached":
             assert isinstance(found, Found)
             digests[name] = found.manifest.digest
@@ -99,13 +109,40 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
             estimate = costs.estimate(name, row.step or 0, row.num_steps)
             row = PlanRow(**{**vars(row), "estimate": estimate})
         rows.append(row)
-    notes: tuple[str, ...] = ()
-    if recipe.compute.remote is not None:
-        notes = ("the shared store is not looked at: what it holds is fetched, not made again",)
+    notes = (f"the shared store was not looked at: {shared.error}",) if shared.error else ()
     errors = {reference: error for reference, error in graph.commits.items() if isinstance(error, ValueError)}
     unresolved = (Unresolved(ref, needed, errors[ref]) for ref, needed in graph.unresolved.items())
     sums = _totals(rows, recipe.compute.max_parallel_stages)
     return Plan(recipe.name, str(store.root), tuple(rows), tuple(unresolved), notes, sums)
+
+
+class _Shared:
+    """The shared store, as far as a plan asks it; the first error ends the asking."""
+
+    def __init__(self, url: str | None) -> None:
+        self.error: str | None = None
+        self._remote = None
+        if url is not None:
+            from artifacts.remote import Remote
+
+            self._remote = Remote(expand_text(url))
+
+    def find(self, stage: str, key: str, input_digests: Mapping[str, str]) -> Manifest | None:
+        """The manifest of a shared artifact that was made from these inputs."""
+        if self._remote is None or self.error:
+            return None
+        from artifacts.remote import RemoteArtifact, RemoteError
+
+        try:
+            shared = self._remote.find(stage, key)
+        except RemoteError as error:
+            self.error = str(error)
+            return None
+        if not isinstance(shared, RemoteArtifact):
+            return None
+        recorded = shared.manifest.inputs
+        same = all(name in recorded and recorded[name].digest == digest for name, digest in input_digests.items())
+        return shared.manifest if same else None
 
 
 def _resolve(reference: Reference) -> str:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from artifacts.checkpoints import mark_complete
 from artifacts.nearest import SpecIndex, differences, flat
+from artifacts.remote import Remote
 from artifacts.store import Found, Store
 from flows.estimate import (
     NOTHING,
@@ -552,3 +553,29 @@ def test_counts_and_sizes_keep_three_digits(value: float) -> None:
 def test_counts_and_sizes_by_hand() -> None:
     assert [count(v) for v in (0, 998, 12_345, 486e6, 1.05e19)] == ["0", "998", "12.3k", "486M", "1.05e+19"]
     assert [num_bytes(v) for v in (100, 3_809_736, 82.1e9, 2e12)] == ["100 B", "3.81 MB", "82.1 GB", "2 TB"]
+
+
+# --- The shared store -----------------------------------------------------------------------------------------------
+
+
+def test_what_the_shared_store_holds_is_cached(tiny: tuple[Store, Graph], tmp_path: Path) -> None:
+    store, graph = tiny
+    remote = Remote((tmp_path / "shared").as_uri(), beat_seconds=0.2, stale_seconds=1.0)
+    remote.check()
+    for name in ("world", "dataset-sft"):
+        found = store.find(graph.spec(name))
+        assert isinstance(found, Found)
+        with remote.lease(graph.nodes[name].stage.name, graph.key(name), lambda whom: None) as lease:
+            assert lease is not None and remote.push(found.folder, lease)
+    compute = graph.recipe.compute.model_copy(update={"remote": remote.url})
+    recipe = graph.recipe.model_copy(update={"compute": compute})
+    elsewhere = Store(tmp_path / "elsewhere")
+    rows = rows_of(plan(recipe, None, [], elsewhere, graph))
+    assert {name: row.status for name, row in rows.items() if row.status != "runs"} == {
+        "world": "cached", "dataset-sft": "cached",
+    }  # fmt: skip
+    assert rows["dataset-sft"].reason.startswith("in the shared store, made 2026-11-01")
+
+    blocked = recipe.model_copy(update={"compute": compute.model_copy(update={"remote": f"{__file__}/store"})})
+    planned = plan(blocked, None, [], elsewhere, graph)
+    assert {row.status for row in planned.rows} == {"runs"} and "was not looked at" in planned.notes[0]
