@@ -1,0 +1,260 @@
+"""A store that a fault is tried on: runs of a shrunken recipe, what they left, how it differs from the baseline."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from artifacts.keys import LOGS_FOLDER
+from artifacts.store import MANIFEST, Found, Missing, Store
+from flows.graph import Graph
+from flows.recipe import load_recipe
+from schemas.artifact import Manifest
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+KILLER = Path(__file__).resolve().parent / "killer"
+TRAINERS = ("sft", "reward-model", "dpo", "rlvr")
+#: A run is given up after this: on a busy machine a stage takes many times its usual seconds.
+RUN_SECONDS = 600.0
+#: A process that should die with another one has this long to be gone.
+ORPHAN_SECONDS = 15.0
+
+#: `tiny` with every stage as it is, but so small that each takes seconds; trainers write three to six checkpoints.
+SHRUNKEN: dict[str, Any] = {
+    "world.num_pretrain": 200,
+    "world.num_sft": 300,
+    "world.num_preference": 120,
+    "world.num_rlvr": 120,
+    "world.num_eval_arithmetic": 40,
+    "world.num_eval_instructions": 20,
+    "world.num_eval_verified": 40,
+    "world.num_preference_eval": 40,
+    "world.planted_sft": 5,
+    "world.planted_preference": 3,
+    "world.planted_rlvr": 3,
+    "base_model.scratch.num_steps": 5,
+    "base_model.scratch.num_hidden_layers": 2,
+    "base_model.scratch.hidden_size": 32,
+    "base_model.scratch.intermediate_size": 64,
+    "base_model.scratch.num_attention_heads": 2,
+    "sft.max_steps": 18,
+    "reward_model.max_steps": 12,
+    "dpo.max_steps": 12,
+    "rlvr.num_steps": 10,
+    "rlvr.effective_batch_size": 32,
+    # So little training answers nothing right: without a reward for stopping, RLVR would leave the weights as they are.
+    "rlvr.non_stop_reward": -1.0,
+    "rlvr.learning_rate": 1e-3,
+    "evaluation.sampled.num_prompts": 20,
+    "evaluation.sampled.num_samples_per_prompt": 2,
+    "evaluation.sampled.max_new_tokens": 16,
+    "compute.stages.rlvr.per_device_train_batch_size": 32,
+    "compute.stages.sft.save_steps": 3,
+    "compute.stages.reward_model.save_steps": 3,
+    "compute.stages.dpo.save_steps": 3,
+    "compute.stages.rlvr.save_steps": 2,
+    # Every step is in the history file, so that what a kill cost can be read off it.
+    "compute.logging_steps": 1,
+    "compute.min_free_disk_gb": 0,
+}
+#: For the sample in `make test`: from the world to SFT.
+UP_TO_SFT: dict[str, Any] = {
+    **{name: value for name, value in SHRUNKEN.items() if name.startswith(("world", "base_model", "sft", "compute.l"))},
+    "compute.stages.sft.save_steps": 3,
+    "compute.min_free_disk_gb": 0,
+    **dict.fromkeys(("reward_model", "dpo", "rlvr", "evaluation", "publish", "contamination"), None),
+}
+
+
+@dataclass
+class Run:
+    """One `flows.local` process, running or over."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+    popen_time: float = field(default_factory=time.monotonic)
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def wait(self) -> int:
+        """Exit status. AssertionError where it does not end."""
+        try:
+            return self.process.wait(RUN_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"the run did not end; {self.output}") from None
+
+    def outcomes(self) -> dict[str, str]:
+        """Node -> cached, completed or resumed, as the run said."""
+        lines = (line.split(": ", 1) for line in self.text.splitlines() if ": " in line)
+        return {node: rest.split()[0] for node, rest in lines if rest.split() and rest.split()[0] in _OUTCOMES}
+
+
+_OUTCOMES = ("cached", "completed", "resumed")
+
+
+@dataclass
+class Sandbox:
+    """A folder with a store, for runs of one recipe; what runs print goes to `logs` where that is another folder."""
+
+    home: Path
+    overrides: dict[str, Any]
+    logs: Path | None = None
+    #: what runs have in their environment besides this process's
+    environment: dict[str, str] = field(default_factory=dict)
+    num_runs: int = 0
+
+    @property
+    def root(self) -> Path:
+        return self.home / "store"
+
+    @cached_property
+    def graph(self) -> Graph:
+        return Graph(load_recipe("tiny", self.overrides))
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.root)
+
+    def beside(self, name: str) -> Sandbox:
+        """Another one of the same recipe, in a folder of this one."""
+        return Sandbox(self.home / name, self.overrides, environment=dict(self.environment))
+
+    def folder(self, node: str) -> Path:
+        """Folder of a node's key."""
+        return self.store.folder(self.graph.spec(node))
+
+    def found(self, node: str) -> Found | Missing:
+        return self.store.find(self.graph.spec(node))
+
+    def manifest(self, node: str) -> Manifest:
+        """Manifest of a finished node."""
+        found = self.found(node)
+        assert isinstance(found, Found), f"{node}: {found.reason}"
+        return found.manifest
+
+    def start(self, fault: dict[str, Any] | None = None, **overrides: Any) -> Run:
+        """Start the recipe; `fault` is for killer/sitecustomize.py."""
+        self.num_runs += 1
+        logs = self.logs or self.home
+        logs.mkdir(parents=True, exist_ok=True)
+        output = logs / f"run-{self.num_runs}.txt"
+        environment = {
+            **os.environ,
+            "SMOLTULU_STORE": str(self.root),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(KILLER), os.environ.get("PYTHONPATH")])),
+            "SMOLTULU_FAULT": json.dumps(fault or {}),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **self.environment,
+        }
+        given = [f"{name}={json.dumps(value)}" for name, value in {**self.overrides, **overrides}.items()]
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.local", "tiny", *given],
+                cwd=PROJECT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        return Run(process, output)
+
+    def run(self, fault: dict[str, Any] | None = None, **overrides: Any) -> tuple[int, Run]:
+        """Run the recipe to the end: exit status, run."""
+        run = self.start(fault, **overrides)
+        return run.wait(), run
+
+    def copy_from(self, baseline: Sandbox, *, without: str | None = None) -> None:
+        """Begin with what the baseline made, the artifact of one node left out."""
+        left_out = baseline.folder(without) if without else None
+        shutil.copytree(
+            baseline.root,
+            self.root,
+            ignore=lambda folder, names: [name for name in names if Path(folder, name) == left_out],
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """Stage processes of this store, of whatever parent."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            command = process.info["cmdline"] or []
+            if "tasks.child" in command and any(text.startswith(f"{self.root}/") for text in command):
+                found.append(process)
+        return [process for process in found if process.info["status"] != psutil.STATUS_ZOMBIE]
+
+    def num_orphans(self) -> int:
+        """Stage processes that outlive their parent by more than ORPHAN_SECONDS; they are ended then."""
+        _, alive = psutil.wait_procs(self.processes(), timeout=ORPHAN_SECONDS)
+        for process in alive:
+            process.kill()
+        return len(alive)
+
+    def last_step(self, node: str) -> int:
+        """Optimizer steps that a training in progress has done, by its history."""
+        try:
+            lines = (self.folder(node) / "work" / LOGS_FOLDER / "history.jsonl").read_text().splitlines()
+        except OSError:
+            return 0
+        steps = [
+            int(line.split(":", 1)[1].split(",", 1)[0]) for line in lines if line.startswith('{"step":') and "," in line
+        ]
+        return max(steps, default=0)
+
+    def save_steps(self, node: str) -> int:
+        """Optimizer steps between checkpoints of a node."""
+        return self.graph.recipe.compute.of(self.graph.nodes[node].stage.name).save_steps
+
+    def differences(self, baseline: Sandbox) -> list[str]:
+        """What is not as in the baseline: every file of every artifact by its bytes, every manifest by its content."""
+        wrong = []
+        for node in self.graph.nodes:
+            mine, theirs = self.found(node), baseline.found(node)
+            assert isinstance(theirs, Found)
+            if isinstance(mine, Missing):
+                wrong.append(f"{node}: {mine.reason}")
+                continue
+            wrong += [f"{node}: {fault}" for fault in self.store.verify(mine)]
+            files = _differing_files(mine.folder, theirs.folder)
+            fields = _differing_fields(mine.manifest, theirs.manifest)
+            if node == "publish":
+                # Its card and lineage tell when and how long each artifact was made.
+                files = [name for name in files if name not in ("model/README.md", "model/lineage.json")]
+                fields = [name for name in fields if name != "digest"]
+            wrong += [f"{node}: {name} differs" for name in files]
+            wrong += [f"{node}: {name} of the manifest differs" for name in fields]
+        return wrong
+
+
+def _differing_files(mine: Path, theirs: Path) -> list[str]:
+    def names(folder: Path) -> set[str]:
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        return {name for name in files if name != MANIFEST and not name.startswith(f"{LOGS_FOLDER}/")}
+
+    both = names(mine) & names(theirs)
+    _, differing, unreadable = filecmp.cmpfiles(mine, theirs, sorted(both), shallow=False)
+    return [*differing, *unreadable, *sorted(names(mine) ^ names(theirs))]
+
+
+def _differing_fields(mine: Manifest, theirs: Manifest) -> list[str]:
+    def content(manifest: Manifest) -> dict[str, Any]:
+        values = manifest.model_dump(include={"key", "spec", "digest", "inputs", "outputs", "metrics"})
+        # Speeds are measured, not computed.
+        values["metrics"] = {n: v for n, v in values["metrics"].items() if "second" not in n}
+        return values
+
+    a, b = content(mine), content(theirs)
+    return [name for name in a if a[name] != b[name]]
