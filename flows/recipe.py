@@ -166,23 +166,22 @@ def _explain(error: ValidationError, name: str) -> str:
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
     """Field names of the model that a location leads to."""
-    current: type[BaseModel] | None = model
+    found: list[type[BaseModel]] = [model]
     for part in location:
-        if isinstance(part, int) or current is None:
+        if isinstance(part, int):
             continue
-        field = current.model_fields.get(part)
-        current = _model_in(field.annotation) if field else current
-    yield from (current.model_fields if current else ())
+        # Of models that are told apart by their `kind`, a location names that one.
+        of_kind = [one for one in found if "kind" in one.model_fields and one.model_fields["kind"].default == part]
+        fields = [one.model_fields[part] for one in found if part in one.model_fields]
+        found = of_kind or [inner for field in fields for inner in _models_in(field.annotation)]
+    yield from (found[0].model_fields if found else ())
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation such as `X | None` or `tuple[X, ...]`."""
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models inside an annotation such as `X | None` or `tuple[X, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        if found := _model_in(inner):
-            return found
-    return None
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
 
 
 def _nearest(name: str, allowed: Any) -> str:

@@ -30,9 +30,23 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def science(default: Any = ..., **kwargs: Any) -> Any:
-    """Field that changes a result: it is part of the artifact key (design, section 3)."""
-    return Field(default, json_schema_extra={"role": "science"}, **kwargs)
+#: The values that `science(absent=...)` takes: compared by type and value, written in a schema as they are.
+Scalar = bool | int | float | str | None
+_ALWAYS_IN_KEY: Any = object()
+
+
+def science(default: Any = ..., *, absent: Scalar = _ALWAYS_IN_KEY, **kwargs: Any) -> Any:
+    """Field that changes a result: it is part of the artifact key (design, section 3).
+
+    absent  for a field that is added when artifacts exist already: the value that means what the code did before there
+            was such a field. At this value the field is left out of the key, so every older key stays as it is. It is
+            frozen for ever, also where the default changes later; another value enters the key as any other field.
+    """
+    extra: dict[str, Any] = {"role": "science"}
+    if absent is not _ALWAYS_IN_KEY:
+        assert absent is None or isinstance(absent, (bool, int, float, str)), absent
+        extra["absent"] = absent
+    return Field(default, json_schema_extra=extra, **kwargs)
 
 
 def machinery(default: Any = ..., **kwargs: Any) -> Any:
@@ -45,6 +59,13 @@ def role_of(field: FieldInfo) -> str:
     extra = field.json_schema_extra
     assert isinstance(extra, dict) and extra.get("role") in ("science", "machinery"), field
     return str(extra["role"])
+
+
+def _is_left_out(field: FieldInfo, value: Any) -> bool:
+    """Whether a science field stands at its frozen `absent` value; False is not 0 there, as in the key."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    return "absent" in extra and type(value) is type(extra["absent"]) and value == extra["absent"]
 
 
 def scientific(model: BaseModel) -> dict[str, Any]:
@@ -66,5 +87,5 @@ def scientific(model: BaseModel) -> dict[str, Any]:
     return {
         name: plain(getattr(model, name))
         for name, field in type(model).model_fields.items()
-        if role_of(field) == "science"
+        if role_of(field) == "science" and not _is_left_out(field, getattr(model, name))
     }

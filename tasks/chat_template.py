@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,17 @@ def check_chat_template(text: str, name: str) -> None:
     lost = [turn["content"] for turn in _PROBE if turn["content"] not in whole]
     if lost:
         raise ValueError(f"chat_template {name!r} loses text: {lost} is not in what it renders")
-    if "generation" not in text:
+    if not re.search(r"\{%[-+]?\s*generation\b", text):  # the word alone is in every add_generation_prompt
         raise ValueError(
             f"chat_template {name!r} has no generation markers: wrap the assistant's content and eos in "
             "{% generation %} … {% endgeneration %}"
+        )
+    trained = _render(text, _PROBE, add_generation_prompt=False, show_trained=True)
+    if "<eos>" in whole and "<train>probe answer<eos>" not in trained:
+        raise ValueError(
+            f"chat_template {name!r} trains on other text than the assistant's content and eos: begin the block with "
+            "the content and put the eos inside {% generation %} … {% endgeneration %}; without the eos in it, a model "
+            "never learns to stop"
         )
     if "<eos>" not in whole:
         raise ValueError(
@@ -60,20 +68,30 @@ def check_chat_template(text: str, name: str) -> None:
         )
 
 
-def _render(text: str, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    """As transformers renders (sandboxed, trimmed blocks, `generation` blocks), without importing it."""
+def _render(
+    text: str, messages: list[dict[str, str]], *, add_generation_prompt: bool, show_trained: bool = False
+) -> str:
+    """As transformers renders (sandboxed, trimmed blocks, `generation` blocks), without importing it.
+
+    show_trained: what is inside `generation` blocks stands between <train> and </train>.
+    """
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """Accepts {% generation %} blocks and renders what is inside."""
+        """Accepts {% generation %} blocks, renders what is inside, and marks it where asked to."""
 
         tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            if show_trained:
+                before, after = (
+                    jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in ("<train>", "</train>")
+                )
+                body = [before, *body, after]
             return jinja2.nodes.Scope(body).set_lineno(line)
 
     def fail(message: str) -> None:

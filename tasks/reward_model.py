@@ -8,12 +8,27 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from schemas.models import ModelOutputs
 from schemas.training import RewardModelSettings, TrainingInputs
 from tasks.models import check_model_folder, fit_embeddings, load_tokenizer, stop_ids
 from tasks.stage import Stage, StageContext
 from tasks.training import callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _keep_in_float32(head: torch.nn.Linear) -> None:
+    """Take the score head out of bfloat16 autocast, which would round a score between 2 and 4 to a multiple of 1/64."""
+    import torch
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight)
+
+    head.forward = forward
 
 
 def train_reward_model(
@@ -34,6 +49,7 @@ def train_reward_model(
     fit_embeddings(model, tokenizer)
     stop_ids(model, tokenizer)
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
+    _keep_in_float32(model.score)
 
     rows = load_rows(inputs.dataset, context, ["prompt", "chosen", "rejected"])
     trainer = RewardTrainer(
@@ -49,9 +65,9 @@ def train_reward_model(
         processing_class=tokenizer,
         callbacks=callbacks(context),
     )
-    num_steps = train(trainer, context, len(rows))
+    num_steps = train(trainer, context, len(rows), config.schedule)
     shown = ("loss", "accuracy", "margin", "tokens_per_second")
     return finish(trainer, tokenizer, context, num_steps, shown)
 
 
-reward_model = Stage("reward_model", 1, RewardModelSettings, TrainingInputs, ModelOutputs, train_reward_model)
+reward_model = Stage("reward_model", 2, RewardModelSettings, TrainingInputs, ModelOutputs, train_reward_model)

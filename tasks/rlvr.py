@@ -114,7 +114,7 @@ def train_rlvr(
         processing_class=tokenizer,
         callbacks=callbacks(context, cycle),
     )
-    num_steps = train(trainer, context, len(kept))
+    num_steps = train(trainer, context, len(kept), config.schedule)
     shown = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "tokens_per_second")
     return finish(trainer, tokenizer, context, num_steps, shown)
 

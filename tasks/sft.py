@@ -50,7 +50,7 @@ def train_sft(
         processing_class=tokenizer,
         callbacks=callbacks(context),
     )
-    num_steps = train(trainer, context, len(rows))
+    num_steps = train(trainer, context, len(rows), config.schedule)
     shown = ("loss", "mean_token_accuracy", "tokens_per_second")
     return finish(trainer, tokenizer, context, num_steps, shown)
 

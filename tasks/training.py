@@ -16,8 +16,9 @@ from artifacts.files import remove_tree, write_atomically
 from artifacts.keys import LOGS_FOLDER
 from schemas.compute import ComputeSettings
 from schemas.models import ModelOutputs
-from schemas.training import TrainingSettings
+from schemas.training import ScheduleSettings, TrainingSettings
 from tasks.models import device_of, history_metrics, save_model, use_bfloat16
+from tasks.schedules import learning_rate_factor
 from tasks.stage import DATASETS_FOLDER, Report, StageContext, StageStopped
 
 if TYPE_CHECKING:
@@ -189,11 +190,12 @@ def callbacks(context: StageContext, cycle: int = 1) -> list[TrainerCallback]:
     return [Progress(context.report, context.work / HISTORY_FILE), CompleteCheckpoint(), StopWhenAsked()]
 
 
-def train(trainer: Trainer, context: StageContext, num_rows: int) -> int:
+def train(trainer: Trainer, context: StageContext, num_rows: int, schedule: ScheduleSettings | None) -> int:
     """Train from the newest complete checkpoint, or from the start. Number of optimizer steps done in all.
 
     `num_rows` went into the trainer: what it dropped in silence is said. The history of logged metrics lands in the
-    artifact. ValueError where the trainer kept no row.
+    artifact. A `schedule` stands in for the trainer's own. ValueError where the trainer kept no row, or where the
+    schedule does not fit into its number of steps.
     """
     num_kept = len(trainer.train_dataset)
     if not num_kept:
@@ -214,6 +216,8 @@ def train(trainer: Trainer, context: StageContext, num_rows: int) -> int:
             with (context.work / "resumed.jsonl").open("a") as file:
                 file.write(f"{newest[0]}\n")
     trainer.add_callback(_token_count(trainer))
+    if schedule is not None:
+        _follow(schedule, trainer)
     trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
     if trainer.state.global_step < trainer.state.max_steps:
         raise StageStopped(f"stopped as asked at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}")
@@ -221,6 +225,30 @@ def train(trainer: Trainer, context: StageContext, num_rows: int) -> int:
         (context.folder / LOGS_FOLDER).mkdir(exist_ok=True)
         (context.folder / HISTORY_FILE).write_bytes((context.work / HISTORY_FILE).read_bytes())
     return trainer.state.global_step
+
+
+def _follow(schedule: ScheduleSettings, trainer: Trainer) -> None:
+    """Makes the trainer take its learning rates from a schedule of ours.
+
+    In place of its `create_scheduler`, because only there the number of steps is known, the optimizer is made, and the
+    state of a checkpoint is not loaded yet: so a resume restores this scheduler as it does the trainer's own.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    def create_scheduler(num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        # A function, not an object: LambdaLR would store the fields of an object and lay old ones over new ones.
+        def factor(step: int) -> float:
+            return learning_rate_factor(schedule, step, num_training_steps, _num_tokens(trainer))
+
+        trainer.lr_scheduler = LambdaLR(optimizer or trainer.optimizer, factor)
+        return trainer.lr_scheduler
+
+    trainer.create_scheduler = create_scheduler
+
+
+def _num_tokens(trainer: Trainer) -> int:
+    """Tokens trained on, of this training, before a resume too. GRPO counts in the state itself, the others in TRL."""
+    return max(int(trainer.state.num_input_tokens_seen), getattr(trainer, "_total_train_tokens", 0))
 
 
 def _token_count(trainer: Trainer) -> TrainerCallback:
@@ -233,9 +261,7 @@ def _token_count(trainer: Trainer) -> TrainerCallback:
                 trainer._total_train_tokens = int(state.num_input_tokens_seen)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # GRPO counts in the state itself.
-            counted = getattr(trainer, "_total_train_tokens", 0)
-            state.num_input_tokens_seen = max(state.num_input_tokens_seen, counted)
+            state.num_input_tokens_seen = _num_tokens(trainer)
 
     return TokenCount()
 

@@ -30,6 +30,8 @@ FIRST_CURVES = (
     "reward",
     "accuracy",
     "margin",
+    "rewards/accuracies_normalised",
+    "rewards/margins_normalised",
     "rewards/accuracies",
     "rewards/margins",
     "mean_token_accuracy",

@@ -1,0 +1,129 @@
+"""The training stages on a two-layer model and a handful of rows: what the proofs of their mathematics run on.
+
+Everything goes through the stage's own function and the real trainer. `run` trains; `trainer_of` stops when the
+trainer is built, for tests of what it was given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import tasks.dpo
+import tasks.reward_model
+import tasks.sft
+from schemas.compute import ComputeSettings
+from schemas.training import DPOSettings, RewardModelSettings, SFTSettings, TrainingInputs
+from tasks.stage import StageContext
+from tests.tiny_model import TULU_TEMPLATE
+
+MODULES = {"sft": tasks.sft, "reward_model": tasks.reward_model, "dpo": tasks.dpo}
+FUNCTIONS: dict[str, Callable] = {
+    "sft": tasks.sft.train_sft,
+    "reward_model": tasks.reward_model.train_reward_model,
+    "dpo": tasks.dpo.train_dpo,
+}
+SETTINGS: dict[str, Callable] = {"sft": SFTSettings, "reward_model": RewardModelSettings, "dpo": DPOSettings}
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    """SFT rows of clearly different lengths; every third has two turns, every fourth a system turn."""
+    rows = []
+    for i in range(count):
+        system = [turn("system", "You are helpful.")] if i % 4 == 1 else []
+        first = [turn("user", f"What is {i} plus {i % 7}?"), turn("assistant", "so " * (4 * i % 9) + f"#### {i}")]
+        second = [turn("user", "Which one is better?"), turn("assistant", f"The answer is {i}.")] if i % 3 == 0 else []
+        rows.append({"id": f"0:{i}", "messages": system + first + second})
+    return rows
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    """Preference rows; the chosen side is longer in some and shorter in others, every third prompt has two turns."""
+    rows = []
+    for i in range(count):
+        before = [turn("user", "Good morning"), turn("assistant", "Good morning.")] if i % 3 == 0 else []
+        prompt = [*before, turn("user", f"What is {i} plus {i % 7}?")]
+        chosen, rejected = "so " * (5 * i % 8) + f"#### {i + i % 7}", "or more " * (3 * i % 5) + f"#### {i}"
+        rows.append(
+            {
+                "id": f"0:{i}",
+                "prompt": prompt,
+                "chosen": [turn("assistant", chosen)],
+                "rejected": [turn("assistant", rejected)],
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training: its history (one row per logged step) and where its files lie."""
+
+    outputs: Any
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    model: Path
+    checkpoints: Path
+
+
+def stage_arguments(
+    stage: str, folder: Path, model: Path, rows: list[dict[str, Any]], settings: dict[str, Any], **compute: Any
+) -> tuple[Any, TrainingInputs, StageContext]:
+    """What the stage's function is called with; its rows are written to `folder`."""
+    (folder / "out").mkdir(parents=True, exist_ok=True)
+    (folder / "work" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    dataset = folder / "rows.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = {"learning_rate": 1e-3, "effective_batch_size": len(rows), "max_length": 128, "precision": "float32"}
+    machinery = {
+        "device": "cpu",
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "num_threads": 1,
+    }
+    inputs = TrainingInputs(model=str(model), dataset=str(dataset), chat_template=TULU_TEMPLATE)
+    context = StageContext(
+        folder / "out", folder / "work", ComputeSettings(**machinery | compute), lambda *args, **kwargs: None
+    )
+    return SETTINGS[stage](**chosen | settings), inputs, context
+
+
+def run(
+    stage: str, folder: Path, model: Path, rows: list[dict[str, Any]], settings: dict[str, Any], **compute: Any
+) -> Run:
+    """Train; all rows make one optimizer step unless `effective_batch_size` is given."""
+    config, inputs, context = stage_arguments(stage, folder, model, rows, settings, **compute)
+    outputs, metrics = FUNCTIONS[stage](config, inputs, context)
+    history = [json.loads(line) for line in (folder / "out" / "logs" / "history.jsonl").open()]
+    return Run(outputs, metrics, history, folder / "out" / "model", folder / "work" / "checkpoints")
+
+
+class _BuiltError(Exception):
+    pass
+
+
+def trainer_of(
+    stage: str, folder: Path, model: Path, rows: list[dict[str, Any]], settings: dict[str, Any], **compute: Any
+) -> Any:
+    """The trainer as the stage builds it, with tokenised rows, before its first step."""
+    built = []
+
+    def keep(trainer: Any, *_: Any) -> int:
+        built.append(trainer)
+        raise _BuiltError
+
+    with mock.patch.object(MODULES[stage], "train", keep):
+        try:
+            FUNCTIONS[stage](*stage_arguments(stage, folder, model, rows, settings, **compute))
+        except _BuiltError:
+            return built[0]
+    raise AssertionError("the stage did not come to its training")
