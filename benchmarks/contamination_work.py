@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -20,7 +22,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 MB = 1e6
-COPIES = 8  # of the real rows in the input
 PEER_STEP = 8  # peers get every so many-th row: they take minutes for what takes us a second
 
 
@@ -81,13 +82,13 @@ def one_turn(text: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "ok"}]}
 
 
-def prepare(folder: str) -> dict[str, Any]:
-    """Write the inputs: all rows several times, a sample for the peers, and the adversarial ones."""
+def prepare(folder: str, copies: int) -> dict[str, Any]:
+    """Write the inputs: all rows `copies` times, a sample for the peers, and the adversarial ones."""
     rows = list(real_rows())
     texts = [user_text(row) for row in rows]
     benchmarks = load_benchmarks()
     queries = [[" ".join(query) for query in benchmark.queries if query is not None] for benchmark in benchmarks]
-    write_rows(Path(folder, "normal.jsonl"), (row for _ in range(COPIES) for row in rows))
+    write_rows(Path(folder, "normal.jsonl"), (row for _ in range(copies) for row in rows))
     sample = {"texts": texts[::PEER_STEP], "benchmarks": queries}
     Path(folder, "peers.json").write_text(json.dumps(sample), encoding="utf-8")
 
@@ -150,16 +151,19 @@ def scan_one(arguments: tuple[str, Any, str]) -> tuple[Any, int, float, float]:
     return result, os.getpid(), peak_rss_mb(), time.process_time() - used
 
 
-def scan(index_folder: str, path: str, processes: int, repeats: int, folder: str) -> dict[str, Any]:
+def scan(
+    index_folder: str, path: str, processes: int, repeats: int, folder: str, keep_rows: bool = False
+) -> dict[str, Any]:
     """From the file to the merged hits, `repeats` times; `processes` 1 stays in this process, on one core.
 
-    Each process scans a little before the clock runs; `start_up` says what that takes.
+    Each process scans a little before the clock runs; `start_up` says what that takes. `keep_rows`: the rows without a
+    hit are written too, which `kept_cpu` says in seconds of CPU.
     """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
     from tasks.contamination_engine import plan_shards
-    from tasks.contamination_merge import merge
+    from tasks.contamination_merge import merge, write_kept
 
     file = Path(path)
     shard_bytes = min(64 << 20, file.stat().st_size // (4 * processes) + 1)
@@ -167,7 +171,8 @@ def scan(index_folder: str, path: str, processes: int, repeats: int, folder: str
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     warm_up = Path(tempfile.mkdtemp(dir=folder))
     write_rows(warm_up / "rows.jsonl", (one_turn(f"warm up {number}") for number in range(64)))
-    wall, cpu, peaks, peak_by_shard = [], [], {}, []
+    wall, cpu, kept_cpu, peak_by_shard = [], [], [], []
+    peaks: dict[int, float] = {}
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         run = map if processes == 1 else pool.map
         started = time.perf_counter()
@@ -188,10 +193,16 @@ def scan(index_folder: str, path: str, processes: int, repeats: int, folder: str
             merged = merge(Path(index_folder), results, out)
             cpu.append(seconds + time.process_time() - used)
             wall.append(time.perf_counter() - started)
+            if keep_rows:
+                used = time.process_time()
+                write_kept(file, out / "hits.parquet", out / "kept.jsonl", out / "removed.jsonl", min_terms=1)
+                kept_cpu.append(time.process_time() - used)
+            shutil.rmtree(out)
     peaks[os.getpid()] = peak_rss_mb()
     return {
         "wall": wall,
         "cpu": cpu,
+        "kept_cpu": kept_cpu,
         "start_up": start_up,
         "rss_mb": sum(peaks.values()),
         "peak_by_shard": peak_by_shard,
@@ -200,6 +211,24 @@ def scan(index_folder: str, path: str, processes: int, repeats: int, folder: str
         "num_hits": merged.num_hits,
         "gsm8k": sum(report.num_contaminated for report in merged.benchmarks if report.name == "gsm8k"),
     }
+
+
+def in_memory(index_folder: str, path: str, repeats: int) -> dict[str, Any]:
+    """The peers' texts, in memory as they have them, and what that takes without the start-up: seconds of CPU."""
+    from tasks.contamination_engine import load_index, scan_texts
+
+    texts = json.loads(Path(path).read_text(encoding="utf-8"))["texts"]
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    index = load_index(Path(index_folder))
+    scan_texts(index, texts)
+    times: list[list[float]] = []
+    for given in (texts[:16], texts):
+        times.append([])
+        for _ in range(4 * repeats):
+            started = time.process_time()
+            scan_texts(index, given)
+            times[-1].append(time.process_time() - started)
+    return {"cpu": statistics.median(times[1]) - statistics.median(times[0])}
 
 
 def byte_limit(repeats: int) -> dict[str, Any]:

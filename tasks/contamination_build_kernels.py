@@ -148,7 +148,7 @@ def run_hashes(text, offsets):
     num_runs = run_offsets[num_phrases]
     keys, heads = np.zeros(num_runs, np.uint64), np.zeros(num_runs, np.uint64)
     lengths, first_byte = np.zeros(num_runs, np.int32), np.zeros(num_runs, np.int64)
-    starts, hashes = np.empty(most, np.int64), np.empty(most, np.uint64)
+    starts, hashes = np.empty(most + 1, np.int64), np.empty(most, np.uint64)
     run = 0
     for phrase in range(num_phrases):
         num_terms, _ = hash_terms(text, offsets[phrase], offsets[phrase + 1], starts, hashes, most)

@@ -243,7 +243,7 @@ def scan(
         room = max(room, turn_end[turn] - turn_start[turn])
     text = np.empty(room + room // 2 + 8, np.uint8)
     piece = (
-        np.empty(PIECE + ANCHOR_TERMS, np.int64),  # first byte of each term
+        np.empty(PIECE + ANCHOR_TERMS + 1, np.int64),  # first byte of each term
         np.empty(PIECE + 2 * ANCHOR_TERMS, np.uint64),  # its hash
         np.empty(PIECE + ANCHOR_TERMS, np.int64),  # positions that a filter lets pass
         np.empty(PIECE + ANCHOR_TERMS, np.int64),  # which filters: a bit each
@@ -280,9 +280,9 @@ def scan(
         if window == 0:
             num_hits = decide_full(full, phrases, found, num_found, state, turn, row, hits, scores, num_hits)
             continue
-        # Scores depend on which phrases are in a turn, not on where; places are those of hits only. So a set that gave none
-        # gives none again, and its best scores, of an earlier row, are kept: a phrase that hundreds of instances share
-        # (headers, instructions) costs once, not in every row.
+        # Scores depend on which phrases are in a turn, not on where; places are those of hits only. So a set that gave
+        # none gives none again, and the best scores that it gave stand, with the earlier row: a phrase that hundreds of
+        # instances share (headers, instructions) costs once, not in every row.
         slot = memo_slot(found, num_found) if num_found <= _MEMO_PHRASES else -1
         if slot >= 0 and is_remembered(memo, slot, found, num_found):
             continue

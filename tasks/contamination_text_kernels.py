@@ -156,21 +156,31 @@ def hash_bytes(text, start, end):
 
 @inner
 def hash_terms(text, start, end, starts, hashes, limit):
-    """Begin and hash of up to `limit` terms of normalised text[start:end]: (their number, longest in bytes)."""
+    """Begin and hash of up to `limit` terms of normalised text[start:end]: (their number, longest in bytes).
+
+    `starts` needs room for one more.
+    """
     num_terms = 0
-    longest = 0
+    h = _FNV_OFFSET
     i = start
+    starts[0] = start
     while i < end and num_terms < limit:
-        begin = i
-        h = _FNV_OFFSET
-        while i < end and text[i] != _SPACE:
-            h = (h ^ np.uint64(text[i])) * _FNV_PRIME
-            i += 1
-        starts[num_terms] = begin
-        hashes[num_terms] = mix(h)
-        num_terms += 1
-        longest = max(longest, i - begin)
+        # No branch, as none could be foretold: what is written for a term stands when its space comes.
+        byte = text[i]
         i += 1
+        is_end = byte == _SPACE
+        hashes[num_terms] = h
+        starts[num_terms + 1] = i
+        h = _FNV_OFFSET if is_end else (h ^ np.uint64(byte)) * _FNV_PRIME
+        num_terms += is_end
+    if start < end and num_terms < limit:  # the last term of the text has no space behind it
+        hashes[num_terms] = h
+        num_terms += 1
+        starts[num_terms] = end + 1
+    longest = 0
+    for k in range(num_terms):
+        hashes[k] = mix(hashes[k])
+        longest = max(longest, starts[k + 1] - 1 - starts[k])
     return num_terms, longest
 
 
@@ -219,7 +229,6 @@ def locate_hits(source, turn_start, turn_end, hits, lower_bytes, lower_points):
     """Source bytes (first, behind the last) of the normalised matches hits[:, 2:4]; their turns hits[:, 0] ascend."""
     num_hits = len(hits)
     begins, ends = np.empty(num_hits, np.int64), np.empty(num_hits, np.int64)
-    unused = np.empty(num_hits, np.int64)
     scratch = np.empty(8, np.uint8)
     first = 0
     while first < num_hits:
@@ -227,25 +236,14 @@ def locate_hits(source, turn_start, turn_end, hits, lower_bytes, lower_points):
         last = first
         while last < num_hits and hits[last, 0] == turn:
             last += 1
-        start, end = turn_start[turn], turn_end[turn]
-        wanted = hits[first:last, 2].copy()
-        order = np.argsort(wanted)
+        num_here = last - first
+        wanted = np.empty(2 * num_here, np.int64)
+        wanted[:num_here], wanted[num_here:] = hits[first:last, 2], hits[first:last, 3] - 1
+        from_source, to_source = np.empty(2 * num_here, np.int64), np.empty(2 * num_here, np.int64)
         locate(
-            source,
-            start,
-            end,
-            wanted,
-            order,
-            begins[first:last],
-            unused[first:last],
-            lower_bytes,
-            lower_points,
-            scratch,
-        )
-        wanted = hits[first:last, 3] - 1
-        order = np.argsort(wanted)
-        locate(
-            source, start, end, wanted, order, unused[first:last], ends[first:last], lower_bytes, lower_points, scratch
-        )
+            source, turn_start[turn], turn_end[turn], wanted, np.argsort(wanted), from_source, to_source, lower_bytes,
+            lower_points, scratch,
+        )  # fmt: skip
+        begins[first:last], ends[first:last] = from_source[:num_here], to_source[num_here:]
         first = last
     return begins, ends

@@ -78,3 +78,9 @@ def generate(seed: int, num_instances: int, num_turns: int) -> tuple[list[tuple[
             pieces.append(text(rng, 10))
         turns.append("".join(pieces))
     return instances, turns
+
+
+def conversation(row_id, *texts):
+    """A normalised row of these turns, the first one of the user."""
+    roles = ("user", "assistant")
+    return {"id": row_id, "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}

@@ -92,7 +92,7 @@ def test_full_match_is_the_rule(instances, turns, slices):
 )
 def test_ngram_match_is_the_rule(instances, turns, slices, n, threshold):
     instances, turns = with_planted(instances, turns, slices)
-    agree(instances, turns, "ngram", n, threshold)
+    agree(instances, [*turns, *turns[::-1]], "ngram", n, threshold)  # twice: what gave no hit is remembered
 
 
 # A row may hold more than its messages, in any order, and be written in any way that JSON allows.
