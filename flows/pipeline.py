@@ -175,7 +175,12 @@ def _report(
         report_path=str(folder / "report.html"),
     )
     (folder / "summary.json").write_text(summary.model_dump_json(indent=1), encoding="utf-8")
-    recipe_yaml = yaml.safe_dump(graph.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    recipe_yaml = yaml.dump(
+        graph.recipe.model_dump(mode="json"),
+        Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper),
+        sort_keys=False,
+        allow_unicode=True,
+    )
     page = html_report(
         summary,
         {reference.node: manifest for reference, manifest in pairs},
@@ -184,8 +189,9 @@ def _report(
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     (reports / "latest").write_text(run_name)
-    create_markdown_artifact(key=artifact_key(f"{graph.recipe.name}-run"), markdown=markdown(summary))
     num_cached = sum(reference.outcome == "Cached" for reference in made)
+    if num_cached < len(graph.nodes):  # else the page of the run that made them still says it all
+        create_markdown_artifact(key=artifact_key(f"{graph.recipe.name}-run"), markdown=markdown(summary))
     log.info("%d of %d stages cached; report: %s", num_cached, len(graph.nodes), (folder / "report.html").resolve())
     return folder / "report.html"
 
