@@ -54,7 +54,6 @@ class KeyFolder:
     headless   generations without one: never written by us
     damaged    generations that were set aside
     leftovers  temporary files and trash
-    foreign    names that this project does not write
     is_link    the folder, or its stage's, is a symbolic link
     """
 
@@ -69,7 +68,6 @@ class KeyFolder:
     has_work: bool = False
     has_pull: bool = False
     leftovers: tuple[str, ...] = ()
-    foreign: tuple[str, ...] = ()
     is_link: bool = False
 
     @property
@@ -160,7 +158,7 @@ class Catalogue:
     def folder(self, ref: Ref) -> KeyFolder:
         """What lies in the folder of a key; all empty where it does not exist."""
         path = self.path(ref)
-        names: dict[str, list[str]] = {"whole": [], "headless": [], "damaged": [], "leftovers": [], "foreign": []}
+        names: dict[str, list[str]] = {"whole": [], "headless": [], "damaged": [], "leftovers": []}
         current, last_used, has_work, has_pull, has_spec = None, 0, False, False, False
         for entry in self._scan(path):
             name = entry.name
@@ -180,8 +178,6 @@ class Catalogue:
                 names["damaged"].append(name)
             elif name.startswith("."):
                 names["leftovers"].append(name)
-            else:
-                names["foreign"].append(name)
         sorted_names = {kind: tuple(sorted(found)) for kind, found in names.items()}
         return KeyFolder(
             ref,

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from artifacts.files import remove_tree, sync, write_atomically
 from artifacts.keys import artifact_key, canonical_json, file_digest, folder_records, manifest_checksum, records_digest
 from artifacts.locks import holder_text, take, write_holder
 from artifacts.nearest import Nearest, SpecIndex
-from schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, InputRecord, Manifest, Spec
+from schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest, Spec
 
 MANIFEST = "manifest.json"
 DEFAULT_ROOT = Path("artifacts/store")
@@ -90,10 +90,8 @@ class Store:
             return Missing(f"{name} was written for another key", damaged=name)
         if (fault := wrong_size(generation, manifest)) is not None:
             return Missing(fault, damaged=name)
-        for binding, digest in (input_digests or {}).items():
-            recorded = manifest.inputs.get(binding)
-            if recorded is None or recorded.digest != digest:
-                return Missing(f"stale: its input {binding} was made again with another content")
+        if (binding := stale_input(manifest, input_digests or {})) is not None:
+            return Missing(f"stale: its input {binding} was made again with another content")
         return Found(manifest, generation)
 
     def touch(self, found: Found) -> None:
@@ -198,9 +196,13 @@ class Store:
         return next(iter(SpecIndex(self.root).ranked(spec.model_dump())), None)
 
 
-def input_records(references: dict[str, tuple[str, str, str]]) -> dict[str, InputRecord]:
-    """Binding -> (stage, key, digest) as records of a manifest."""
-    return {name: InputRecord(stage=stage, key=key, digest=digest) for name, (stage, key, digest) in references.items()}
+def stale_input(manifest: Manifest, input_digests: Mapping[str, str]) -> str | None:
+    """An input (binding -> content digest now) that is not what the artifact was made from."""
+    recorded = manifest.inputs
+    return next(
+        (name for name, digest in input_digests.items() if name not in recorded or recorded[name].digest != digest),
+        None,
+    )
 
 
 class ManifestVersionError(ValueError):

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from artifacts.checkpoints import planned_steps
 from artifacts.nearest import Changes, SpecIndex, read_generation
-from artifacts.store import Found, Missing, Store
+from artifacts.store import Found, Missing, Store, stale_input
 from flows.costs import Costs
 from flows.estimate import NOTHING, Estimate, Total, totals
 from flows.graph import Graph
@@ -140,9 +140,7 @@ class _Shared:
             return None
         if not isinstance(shared, RemoteArtifact):
             return None
-        recorded = shared.manifest.inputs
-        same = all(name in recorded and recorded[name].digest == digest for name, digest in input_digests.items())
-        return shared.manifest if same else None
+        return shared.manifest if stale_input(shared.manifest, input_digests) is None else None
 
 
 def _resolve(reference: Reference) -> str:

@@ -6,12 +6,11 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
+from artifacts.catalogue import RUNS
 from artifacts.files import write_atomically
 from artifacts.store import Store
 from flows.nodes import NodeGraph
 from schemas.run import RunRecord
-
-RUNS = "runs"
 
 
 def begin_run(store: Store, run_name: str, graph: NodeGraph, flow_run_id: str) -> RunRecord:

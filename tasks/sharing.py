@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from artifacts.store import Found, Store
+from artifacts.store import Found, Store, stale_input
 from schemas.artifact import Spec
 from schemas.compute import ComputeSettings
 from tasks.data import expand_text
@@ -46,8 +46,7 @@ def take_over(
         shared = remote.find(spec.stage, key_folder.name)
         if not isinstance(shared, RemoteArtifact):
             return None
-        recorded = {name: record.digest for name, record in shared.manifest.inputs.items()}
-        if any(recorded.get(name) != digest for name, digest in input_digests.items()):
+        if stale_input(shared.manifest, input_digests) is not None:
             log.info("%s: the shared store's artifact was made from inputs with another content", node)
             return None
         target = key_folder / "pull"

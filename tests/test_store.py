@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from artifacts.checkpoints import CHECKPOINT_MARKER, mark_complete, newest_checkpoint, prune, torn_checkpoints
-from artifacts.keys import artifact_key, canonical_json, folder_records, records_digest
+from artifacts.keys import artifact_key, folder_records, records_digest
 from artifacts.store import Found, Missing, Store
 from schemas.artifact import InputRecord, Manifest, Spec
 
@@ -36,47 +34,6 @@ def commit(store: Store, wanted: Spec, text: str = "weights", inputs: dict[str, 
                 files=files, environment={}, node="sft", started_at="", finished_at="", duration_seconds=0,
             ),
         )  # fmt: skip
-
-
-def test_canonical_json_is_one_spelling() -> None:
-    assert canonical_json({"b": 1e-4, "a": [1.0, True, None]}) == '{"a":[1,true,null],"b":0.0001}'
-    assert canonical_json({"x": 1}) == canonical_json({"x": 1.0})
-    assert canonical_json({"x": 1}) != canonical_json({"x": True})
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_canonical_json_refuses_what_is_not_finite(value: float) -> None:
-    with pytest.raises(ValueError, match="finite"):
-        canonical_json({"x": value})
-
-
-@pytest.mark.parametrize("value", [{1, 2}, Path("x"), b"x", object()])
-def test_canonical_json_refuses_types_without_a_form(value: object) -> None:
-    with pytest.raises(TypeError, match="canonical form"):
-        canonical_json(value)
-
-
-plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=10,
-)
-
-
-@given(plain, plain)
-def test_canonical_json_tells_values_apart_exactly_when_they_differ(a: object, b: object) -> None:
-    def same(x: object, y: object) -> bool:
-        if isinstance(x, bool) or isinstance(y, bool):
-            return isinstance(x, bool) and isinstance(y, bool) and x == y
-        if isinstance(x, dict) and isinstance(y, dict):
-            return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
-        if isinstance(x, list) and isinstance(y, list):
-            return len(x) == len(y) and all(map(same, x, y))
-        return (type(x) is type(y) and x == y) or (
-            isinstance(x, (int, float)) and isinstance(y, (int, float)) and x == y
-        )
-
-    assert (canonical_json(a) == canonical_json(b)) == same(a, b)
 
 
 def test_key_is_the_same_in_another_process_with_another_hash_seed() -> None:

@@ -20,24 +20,10 @@ from artifacts.checkpoints import newest_checkpoint
 from flows import machine
 from flows.graph import Graph
 from flows.recipe import load_recipe
+from tests.small_tiny import SMALL_TINY
 
 SMALL: dict[str, Any] = {
-    "world.num_pretrain": 200,
-    "world.num_sft": 300,
-    "world.num_preference": 120,
-    "world.num_rlvr": 120,
-    "world.num_eval_arithmetic": 40,
-    "world.num_eval_instructions": 20,
-    "world.num_eval_verified": 40,
-    "world.num_preference_eval": 40,
-    "world.planted_sft": 5,
-    "world.planted_preference": 3,
-    "world.planted_rlvr": 3,
-    "base_model.scratch.num_steps": 5,
-    "base_model.scratch.num_hidden_layers": 2,
-    "base_model.scratch.hidden_size": 32,
-    "base_model.scratch.intermediate_size": 64,
-    "base_model.scratch.num_attention_heads": 2,
+    **SMALL_TINY,
     "sft.max_steps": 6,
     "reward_model.max_steps": 3,
     "dpo.max_steps": 3,
