@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -36,6 +39,24 @@ def mark_complete(folder: Path, score: float | None = None) -> None:
         sync(folder / name)
     kept = score if score is not None and math.isfinite(score) else None
     write_atomically(folder / CHECKPOINT_MARKER, Marker(files=files, score=kept).model_dump_json())
+
+
+def place_checkpoint(whole: Path, target: Path, left_out: Collection[str] = ()) -> None:
+    """A whole checkpoint at a second place, its marker last; `left_out`: names of files that do not come along.
+
+    Files are hard links where the file system has them: checkpoints are only ever read, or removed.
+    """
+    marker = Marker.model_validate_json((whole / CHECKPOINT_MARKER).read_bytes())
+    files = {name: record for name, record in marker.files.items() if name not in left_out}
+    remove_tree(target)
+    for name in files:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(whole / name, target / name)
+        except OSError:
+            shutil.copyfile(whole / name, target / name)
+            sync(target / name)
+    write_atomically(target / CHECKPOINT_MARKER, Marker(files=files, score=marker.score).model_dump_json())
 
 
 def newest_checkpoint(folder: Path, full: bool = False) -> tuple[int, Path] | None:

@@ -13,8 +13,12 @@ from blake3 import blake3
 
 from schemas.artifact import FileRecord, Manifest, Spec
 
-#: Folder of an artifact for what a stage logs: kept and checked, but no part of its content.
+#: Folder of an artifact for what a stage logs.
 LOGS_FOLDER = "logs"
+#: Folder of an artifact for the trainer checkpoint that a training with a larger budget goes on from.
+CHECKPOINT_FOLDER = "checkpoint"
+#: Kept and checked like all of an artifact, but no part of its content: nothing that follows is made from them.
+NO_CONTENT = (LOGS_FOLDER, CHECKPOINT_FOLDER)
 
 _PARALLEL_BYTES = 1 << 20
 _NUM_FILES_AT_ONCE = 4
@@ -85,17 +89,20 @@ def folder_records(folder: Path) -> dict[str, FileRecord]:
 
 
 def records_digest(records: dict[str, FileRecord]) -> str:
-    """Content digest of a set of files: over their names, sizes and digests; diaries below `logs/` do not count.
+    """Content digest of a set of files: over their names, sizes and digests; what lies in `NO_CONTENT` does not count.
 
-    What a stage logs (times, speeds) differs between two runs that made the same model.
+    What a stage logs (times, speeds), and what its trainer notes of the machine, differs between two runs that made
+    the same model.
     """
-    content = {name: record.model_dump() for name, record in records.items() if not name.startswith(f"{LOGS_FOLDER}/")}
+    content = {name: record.model_dump() for name, record in records.items() if name.split("/")[0] not in NO_CONTENT}
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
 def manifest_checksum(manifest: Manifest) -> str:
     """SHA-256 over everything else in a manifest: scores and output names are in no file that has a digest."""
-    return hashlib.sha256(canonical_json(manifest.model_dump(mode="json", exclude={"checksum"})).encode()).hexdigest()
+    # Manifests from before there was `extends` keep their checksum.
+    left_out = {"checksum"} if manifest.extends else {"checksum", "extends"}
+    return hashlib.sha256(canonical_json(manifest.model_dump(mode="json", exclude=left_out)).encode()).hexdigest()
 
 
 def folder_digest(folder: Path) -> str:

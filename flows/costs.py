@@ -14,12 +14,14 @@ from flows.estimate import (
     closest_rows,
     estimated_seconds,
     estimated_tokens,
-    optimizer_steps,
     training_flops,
 )
 from flows.graph import Binding, Graph, Node
-from schemas.training import RLVRSettings, SupervisedSettings, TrainingSettings
-from tasks.disk import ModelSize, model_bytes, training_bytes
+from flows.preflight_figures import planned_steps
+from schemas.training import RLVRSettings, TrainingSettings
+from tasks.disk import BYTES_PER_TOKEN, TEXT_FACTOR, ModelSize, checkpoint_bytes, model_bytes, training_bytes
+from tasks.extension import keeps_checkpoint
+from tasks.planned_steps import tokens_of_steps
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class _Facts:
     """What is known about the artifact of a node, made or like one that was made."""
 
     num_rows: int | None = None
+    num_tokens: int | None = None
     rows_bytes: int | None = None
     num_parameters: int | None = None
 
@@ -58,7 +61,7 @@ class Costs:
         self._facts[name] = facts
         num_bytes: int | None = sum(sizes.values())
         seconds = _seconds(twin) if self._device(node) == _device(twin) else None
-        if "model" in node.inputs:
+        if "model" in node.inputs and node.stage.name != "preflight":  # which tokenises, whatever the model's size
             ratio = self._size_ratio(node, twin)
             seconds = None if seconds is None or ratio is None else seconds * ratio
             if node.stage.name == "publish":  # it holds the model
@@ -71,7 +74,7 @@ class Costs:
         start, rows = self._upstream(node, "model"), self._upstream(node, "dataset")
         size = start.num_parameters
         self._facts[node.name] = _Facts(num_parameters=size)
-        all_steps = num_steps or _num_steps(settings, rows.num_rows)
+        all_steps = num_steps or planned_steps(settings, rows.num_rows, rows.num_tokens)
         left = None if all_steps is None else max(all_steps - step, 0)
         compute = self.graph.recipe.compute.of(stage)
         dataset = self.graph.spec(node.name).inputs["dataset"]
@@ -81,18 +84,28 @@ class Costs:
         batch, device = settings.effective_batch_size, compute.device
         tokens = seconds = peak = flops = None
         if left is not None:
-            tokens = estimated_tokens(left, batch, closest_rows(costs, dataset, _max_length(settings)))
+            if rows.num_rows and rows.num_tokens and not isinstance(settings, RLVRSettings):
+                assert all_steps is not None
+                seen = tokens_of_steps(all_steps - left, rows.num_rows, rows.num_tokens, batch)
+                tokens = tokens_of_steps(all_steps, rows.num_rows, rows.num_tokens, batch) - seen
+            else:
+                tokens = estimated_tokens(left, batch, closest_rows(costs, dataset, _max_length(settings)))
             similar = closest(costs, size, device, dataset)
             seconds = estimated_seconds(left, batch, size, compute.num_processes, similar)
         if size is not None and tokens is not None:
             passes = (settings.num_iterations, settings.beta > 0) if isinstance(settings, RLVRSettings) else (1, False)
             flops = training_flops(stage, size, tokens, *passes)
         if size is not None and rows.rows_bytes is not None:
-            kept = compute.save_total_limit + 1  # the best one beside the newest
+            # The best one beside the newest, and the one that is to be stored.
+            kept = compute.save_total_limit + 1 + keeps_checkpoint(settings, compute)
             if all_steps is not None:
                 kept = min(kept, -(-all_steps // compute.save_steps))
-            peak = training_bytes(stage, ModelSize(size), rows.rows_bytes, kept)
+            known = rows.num_tokens is not None and not isinstance(settings, RLVRSettings)
+            cache = (rows.num_tokens or 0) * BYTES_PER_TOKEN if known else rows.rows_bytes * TEXT_FACTOR
+            peak = training_bytes(ModelSize(size), cache, kept)
         disk = None if size is None else model_bytes(ModelSize(size))
+        if disk is not None and keeps_checkpoint(settings, compute):
+            disk += checkpoint_bytes(ModelSize(size or 0))
         return Estimate(left, tokens, flops, disk, peak, seconds)
 
     def _size_ratio(self, node: Node, twin: Mapping[str, Any]) -> float | None:
@@ -109,8 +122,8 @@ class Costs:
         return self._facts.get(binding.node, _Facts())
 
     def _inherited(self, node: Node) -> _Facts:
-        """A contamination check keeps nearly all of its rows."""
-        if node.stage.name == "contamination":
+        """A contamination check keeps nearly all of its rows, and so does a preflight that passes."""
+        if node.stage.name in ("contamination", "preflight"):
             return self._upstream(node, "dataset")
         return _Facts()
 
@@ -174,21 +187,17 @@ def cost_of(manifest: Mapping[str, Any]) -> Cost | None:
         return None
 
 
-def _num_steps(settings: TrainingSettings, num_rows: int | None) -> int | None:
-    if isinstance(settings, RLVRSettings):
-        return settings.num_steps
-    assert isinstance(settings, SupervisedSettings)
-    if settings.max_steps is not None:
-        return settings.max_steps
-    return num_rows and optimizer_steps(num_rows, settings.num_train_epochs, settings.effective_batch_size)
-
-
 def _max_length(settings: TrainingSettings) -> int:
     return settings.max_completion_length if isinstance(settings, RLVRSettings) else getattr(settings, "max_length", 0)
 
 
 def _facts_of(outputs: Mapping[str, Any], file_bytes: Mapping[str, int]) -> _Facts:
-    return _Facts(outputs.get("num_rows"), file_bytes.get(outputs.get("file", "")), outputs.get("num_parameters"))
+    return _Facts(
+        num_rows=outputs.get("num_rows"),
+        num_tokens=outputs.get("num_tokens"),
+        rows_bytes=file_bytes.get(outputs.get("file", "")),
+        num_parameters=outputs.get("num_parameters"),
+    )
 
 
 def _file_bytes(manifest: Mapping[str, Any]) -> dict[str, int]:

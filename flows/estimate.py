@@ -55,16 +55,6 @@ class Cost:
     max_length: int = 0
 
 
-def optimizer_steps(
-    num_rows: int, num_train_epochs: float, effective_batch_size: int, max_steps: int | None = None
-) -> int:
-    """Steps of transformers' Trainer: the last batch of an epoch may be short, and epochs are rounded up to steps."""
-    if max_steps is not None:
-        return max_steps
-    per_epoch = max(-(-num_rows // effective_batch_size), 1)
-    return math.ceil(num_train_epochs * per_epoch)
-
-
 def estimated_tokens(num_steps: int, effective_batch_size: int, similar: Cost | None) -> int | None:
     """Tokens of `num_steps` steps, if a row has as many tokens as those of a similar stage had on average."""
     if similar is None or not similar.num_tokens or not similar.num_steps:
@@ -79,7 +69,8 @@ def training_flops(
     """Model FLOPs with 2 a parameter and token forward, 4 backward (Kaplan et al., arXiv 2001.08361, section 2.1).
 
     sft, reward_model  6 N T
-    dpo                8 N T: the policy's 6, and the reference's forward pass (one epoch)
+    dpo                6 N T: the reference's forward pass is a stage of its own; packed, it is less, because the prompt
+                       of a pair is computed once
     rlvr               (2 + 6 num_iterations) N T: writing the rollouts, then training on them; 2 more for the
                        reference model where there is a KL term
     Attention's own share, which grows with the length of a row, is left out.
@@ -87,7 +78,7 @@ def training_flops(
     factors = {
         "sft": 6,
         "reward_model": 6,
-        "dpo": 8,
+        "dpo": 6,
         "rlvr": 2 + 6 * num_iterations + (2 if with_reference else 0),
     }
     return float(factors[stage]) * num_parameters * num_tokens

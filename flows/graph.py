@@ -13,10 +13,14 @@ from pydantic import BaseModel
 
 from artifacts.keys import folder_digest, text_digest
 from flows.nodes import Binding, Node, NodeGraph
+from flows.preflight_figures import planned_training
 from schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from schemas.evaluation import EvaluationStageConfig, EvaluationTask
+from schemas.preflight import PreflightConfig, PreflightSettings
 from schemas.publish import PublishStageConfig
-from schemas.recipe import STAGE_ORDER, Recipe
+from schemas.recipe import Recipe
+from schemas.reference import ReferenceLogpsConfig
+from schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings, TrainingSettings
 from tasks.chat_template import load_chat_template
 from tasks.data import Reference, SourceUnavailable, expand_path, resolve_commit, resolve_commits, source_digest
 from tasks.models import check_model_folder
@@ -51,7 +55,8 @@ class Graph(NodeGraph):
         self.unresolved: dict[Reference, bool] = {}
         self._keep_unresolved = unresolved == "keep"
         self.commits = resolve_commits(_hub_references(recipe), resolve)
-        self._until = STAGE_ORDER.index(until) if until else len(STAGE_ORDER)
+        self._order = recipe.stage_order()
+        self._until = self._order.index(until) if until else len(self._order)
         self._template = load_chat_template(recipe.chat_template)
         self._template_external = {"chat_template": text_digest(self._template)}
         self._lay_out()
@@ -74,22 +79,30 @@ class Graph(NodeGraph):
 
         base = self._base_model(sft_rows)
         self._evaluate(base, "language_model", verified_eval=verified_eval)
-        sft = self._train("sft", base, sft_rows)
+        sft_tokens = self._preflight("sft", base, sft_rows)
+        reward_model_tokens = self._preflight("reward_model", base, preference_rows)
+        dpo_tokens = self._preflight("dpo", base, preference_rows)
+        rlvr_prompts = self._preflight("rlvr", base, rlvr_rows)
+        sft = self._train("sft", base, sft_tokens)
         self._evaluate(sft, "language_model", verified_eval=verified_eval)
-        reward_model = self._train("reward_model", sft, preference_rows)
-        self._evaluate(reward_model, "reward_model", preference_eval=preference_eval)
-        dpo = self._train("dpo", sft, preference_rows)
+        if recipe.reward_model and recipe.reward_model.start_from == "sft":
+            reward_model = self._train("reward_model", sft, reward_model_tokens)
+            self._evaluate(reward_model, "reward_model", preference_eval=preference_eval)
+        dpo = self._train("dpo", sft, dpo_tokens, reference_logps=self._reference_logps(sft, dpo_tokens))
         self._evaluate(dpo, "language_model", verified_eval=verified_eval)
         self._evaluate(dpo, "implicit_reward", reference_model=sft, preference_eval=preference_eval)
-        rlvr = self._train("rlvr", dpo or sft, rlvr_rows)
+        if recipe.reward_model and recipe.reward_model.start_from == "dpo":
+            reward_model = self._train("reward_model", dpo, reward_model_tokens)
+            self._evaluate(reward_model, "reward_model", preference_eval=preference_eval)
+        rlvr = self._train("rlvr", dpo or sft, rlvr_prompts)
         self._evaluate(rlvr, "language_model", verified_eval=verified_eval)
         self._publish(rlvr or dpo or sft or base)
 
     def _add(self, name: str, stage: Stage, config: BaseModel, **parts: Any) -> str | None:
         """Add a node unless `until` lies before its stage. Evaluations belong to the model that they measure."""
-        order = STAGE_ORDER.index(stage.name)
+        order = self._order.index(stage.name)
         if stage.name == "evaluation":
-            measured = STAGE_ORDER.index(parts["inputs"]["model"].node.replace("-", "_"))
+            measured = self._order.index(parts["inputs"]["model"].node.replace("-", "_"))
             order = min(order, measured)
         if order > self._until:
             return None
@@ -156,17 +169,50 @@ class Graph(NodeGraph):
             config = config.model_copy(update={"revision": revision})
         return self._add("base-model", STAGES["base_model"], config, inputs=inputs, externals=externals)
 
-    def _train(self, block: str, start: str | None, rows: str | None) -> str | None:
+    def _preflight(self, block: str, base: str | None, rows: str | None) -> str | None:
+        """Tokenised rows of a training stage. All are there before SFT begins: bad rows of DPO are said then."""
         settings = getattr(self.recipe, block)
-        if settings is None or start is None or rows is None:
+        if settings is None or base is None or rows is None:
             return None
+        if self._order.index("preflight") < self._until < self._order.index(block):
+            return None
+        config = preflight_config(block, settings, self.recipe.preflight)
+        return self._add(
+            f"preflight-{block.replace('_', '-')}",
+            STAGES["preflight"],
+            config,
+            inputs={"model": Binding(base, "folder"), "dataset": Binding(rows, "file")},
+            literals={"chat_template": self._template},
+            externals=self._template_external,
+        )
+
+    def _reference_logps(self, start: str | None, tokens: str | None) -> str | None:
+        if self.recipe.dpo is None or start is None or tokens is None:
+            return None
+        return self._add(
+            "reference-logps",
+            STAGES["reference_logps"],
+            ReferenceLogpsConfig(precision=self.recipe.dpo.precision),
+            inputs={"model": Binding(start, "folder"), "dataset": Binding(tokens, "file")},
+            literals={"chat_template": self._template},
+            externals=self._template_external,
+        )
+
+    def _train(self, block: str, start: str | None, rows: str | None, **others: str | None) -> str | None:
+        """A training on tokenised rows; `others`: further inputs, each the file of a node."""
+        settings = getattr(self.recipe, block)
+        if settings is None or start is None or rows is None or None in others.values():
+            return None
+        inputs = {"model": Binding(start, "folder"), "dataset": Binding(rows, "file")}
+        inputs |= {name: Binding(node, "file") for name, node in others.items() if node is not None}
         return self._add(
             block.replace("_", "-"),
             STAGES[block],
             settings,
-            inputs={"model": Binding(start, "folder"), "dataset": Binding(rows, "file")},
+            inputs=inputs,
             literals={"chat_template": self._template},
             externals=self._template_external,
+            after=tuple(name for name, node in self.nodes.items() if node.stage.name == "preflight"),
         )
 
     def _evaluate(
@@ -279,6 +325,29 @@ class Graph(NodeGraph):
 
     def _world_if_generated(self, sources: Iterable[DataSource]) -> dict[str, Binding]:
         return {"world": Binding("world")} if any(source.generated for source in sources) else {}
+
+
+def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSettings) -> PreflightConfig:
+    """What the preflight of a training stage needs to know of its settings: no more, so that a sweep shares it."""
+    if isinstance(settings, RLVRSettings):
+        kind, max_length, overlong, turns = "prompts", settings.max_prompt_length, "drop", "last"
+    elif isinstance(settings, SFTSettings):
+        kind, max_length, overlong, turns = "conversations", settings.max_length, settings.overlong, "last"
+    elif isinstance(settings, DPOSettings):
+        kind, max_length, overlong, turns = "pairs", settings.max_length, settings.overlong, settings.trained_turns
+    else:
+        assert isinstance(settings, RewardModelSettings)
+        kind, max_length, overlong, turns = "pairs", settings.max_length, "drop", "last"
+    return PreflightConfig(
+        kind=kind,
+        max_length=max_length,
+        overlong=overlong,
+        trained_turns=turns,
+        subject=block,
+        precision=settings.precision,
+        settings=checks,
+        training=planned_training(settings),
+    )
 
 
 def _hub_references(recipe: Recipe) -> list[Reference]:

@@ -32,6 +32,7 @@ class Node:
     inputs     input field -> binding, or name -> binding for fields that hold several
     literals   input field -> plain value (the chat template's text); its digest is in `externals`
     externals  name -> content digest or resolved revision of what comes from outside the store
+    after      nodes that must have succeeded before it begins, though it takes nothing from them
     """
 
     name: str
@@ -40,6 +41,7 @@ class Node:
     inputs: Mapping[str, Binding | Mapping[str, Binding]] = field(default_factory=dict)
     literals: Mapping[str, str] = field(default_factory=dict)
     externals: Mapping[str, str] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
 
     def bindings(self) -> dict[str, Binding]:
         """Every binding by dotted name."""

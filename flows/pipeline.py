@@ -113,7 +113,8 @@ def smoltulu(
     pushed = ""
     try:
         for name, node in graph.nodes.items():
-            upstream = {binding.node: futures[binding.node] for binding in node.bindings().values()}
+            before = (*(binding.node for binding in node.bindings().values()), *node.after)
+            upstream = {earlier: futures[earlier] for earlier in before}
             futures[name] = stage.with_options(name=node.stage.name, task_run_name=name).submit(name, upstream)
         for future in futures.values():
             future.wait()

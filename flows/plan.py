@@ -10,17 +10,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from pydantic import BaseModel
+
 from artifacts.checkpoints import planned_steps
 from artifacts.nearest import Changes, SpecIndex, read_generation
 from artifacts.store import Found, Missing, Store, stale_input
 from flows.costs import Costs
 from flows.estimate import NOTHING, Estimate, Total, totals
 from flows.graph import Graph
+from flows.preflight_figures import PreflightFigures, preflight_figures
 from flows.recipe import check_stage_names
 from schemas.artifact import Manifest
+from schemas.preflight import PreflightConfig
 from schemas.recipe import Recipe
+from schemas.training import TrainingSettings
 from tasks.data import Reference, expand_text, is_commit, resolve_commit
 from tasks.environment import environment
+from tasks.extension import Donor, find_donor
 
 #: A plan is for looking: it gives up on a silent Hub sooner than a run.
 _HUB_TIMEOUT_SECONDS = 3.0
@@ -45,6 +51,7 @@ class PlanRow:
     provisional  the key hangs on a Hub revision that was not resolved
     notes        what is different now from when a cached artifact was made
     step         optimizer step that it goes on from, and num_steps of how many; None where it does not resume
+    preflight    what is known of the rows of a training; None where their preflight is not cached
     """
 
     node: str
@@ -58,6 +65,7 @@ class PlanRow:
     step: int | None = None
     num_steps: int | None = None
     estimate: Estimate = NOTHING
+    preflight: PreflightFigures | None = None
 
 
 class Unresolved(NamedTuple):
@@ -89,6 +97,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     costs = Costs(graph, index)
     provisional = _provisional(graph)
     digests: dict[str, str] = {}
+    preflights: dict[str, Mapping[str, Any]] = {}
     shared = _Shared(recipe.compute.remote)
     rows = []
     for name in graph.nodes:
@@ -108,7 +117,9 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         else:
             estimate = costs.estimate(name, row.step or 0, row.num_steps)
             row = PlanRow(**{**vars(row), "estimate": estimate})
-        rows.append(row)
+        if row.stage == "preflight" and isinstance(found, Found) and row.status == "cached":
+            preflights[name] = found.manifest.outputs
+        rows.append(PlanRow(**{**vars(row), "preflight": _figures(graph, name, preflights)}))
     notes = (f"the shared store was not looked at: {shared.error}",) if shared.error else ()
     errors = {reference: error for reference, error in graph.commits.items() if isinstance(error, ValueError)}
     unresolved = (Unresolved(ref, needed, errors[ref]) for ref, needed in graph.unresolved.items())
@@ -147,6 +158,20 @@ def _resolve(reference: Reference) -> str:
     return resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS)
 
 
+def _figures(graph: Graph, name: str, preflights: Mapping[str, Mapping[str, Any]]) -> PreflightFigures | None:
+    """What the cached preflight of a training node says; None for other nodes."""
+    node = graph.nodes[name]
+    if not isinstance(node.config, TrainingSettings):
+        return None
+    source = node.bindings()["dataset"].node
+    if source not in preflights:
+        return None
+    config = graph.nodes[source].config
+    assert isinstance(config, PreflightConfig)
+    compute = graph.recipe.compute.of(node.stage.name)
+    return preflight_figures(source, config, preflights[source], node.config, compute)
+
+
 def _totals(rows: list[PlanRow], num_parallel: int) -> dict[str, Total]:
     """Steps, tokens and FLOPs of the training stages, disk and time of all that are not cached."""
     todo = [row for row in rows if row.status != "cached"]
@@ -183,11 +208,16 @@ def _row(
         row["notes"] = tuple(drift(found.manifest.environment, environment()))
     elif checkpoint is not None:
         step, folder = checkpoint
-        num_steps = planned_steps(folder)
+        # What the recipe says: the checkpoint may be that of a shorter training.
+        num_steps = _planned(node.config) or planned_steps(folder)
         reason = f"at step {step:,}" + (f" of {num_steps:,}" if num_steps else "")
         row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
     elif refreshed:
         row["reason"] = "asked for again (refresh)"
+    elif not waits_for and (donor := _donor(graph, store, index, name, digests)) is not None:
+        step, num_steps = donor.record.step, _planned(node.config)
+        reason = f"would go on from step {step:,} of {num_steps:,}, stored by {donor.record.key[:12]}"
+        row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
     elif isinstance(found, Found):
         row["reason"] = f"cached if {', '.join(waits_for)} comes out the same as before"
     elif found.reason in ("never made", "resumable work is there"):
@@ -199,6 +229,19 @@ def _row(
     else:
         row["reason"] = f"damaged: {found.reason}" if found.damaged else found.reason
     return PlanRow(**row), found
+
+
+def _donor(graph: Graph, store: Store, index: SpecIndex, name: str, digests: Mapping[str, str]) -> Donor | None:
+    """The finished training with a smaller budget that a node would go on from."""
+    node = graph.nodes[name]
+    inputs = {dotted: digests[binding.node] for dotted, binding in node.bindings().items()}
+    compute = graph.recipe.compute.of(node.stage.name)
+    return find_donor(store, graph.spec(name), node.config, compute, inputs, index=index)
+
+
+def _planned(config: BaseModel) -> int | None:
+    """Optimizer steps of a training, where its settings say so."""
+    return config.planned_steps() if isinstance(config, TrainingSettings) else None
 
 
 def _nearest(index: SpecIndex, spec: Mapping[str, Any]) -> NearestArtifact | None:

@@ -12,9 +12,11 @@ from typing import Any
 from artifacts.store import Store
 from flows.estimate import Estimate
 from flows.plan import Plan, Unresolved, plan
+from flows.preflight_figures import PreflightFigures
 from flows.recipe import load_recipe
 from tasks.data import HubUnreachable, expand_path
 from tasks.progress import duration
+from tasks.report.text import percent
 
 _COLOURS = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
 _UNKNOWN = "-"
@@ -52,8 +54,50 @@ def show(planned: Plan, as_json: bool) -> None:
         table.add_row(row.node, status, escape(row.reason), *cells, key)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
+    if any(row.preflight for row in planned.rows):
+        console.print(_preflights(planned))
     for line in summary(planned):
         console.print(line, highlight=False, markup=False)
+
+
+def _preflights(planned: Plan) -> Any:
+    """A table of what the finished preflights say of their trainings."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="preflight", title_justify="left")
+    table.add_column("training")
+    for heading in ("rows", "too long", "trained", "tokens/epoch", "longest", "steps", "peak memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("dry run made with")
+    for row in planned.rows:
+        figures = row.preflight
+        if figures is None:
+            continue
+        overlong = figures.num_overlong / max(figures.num_source_rows, 1)
+        table.add_row(
+            row.node,
+            f"{figures.num_rows:,} of {figures.num_source_rows:,}",
+            f"{percent(overlong)} {figures.fate}" if overlong else "none",
+            _UNKNOWN if figures.trained_share is None else percent(figures.trained_share),
+            count(figures.num_tokens),
+            f"{figures.longest:,} of {figures.max_length:,}",
+            _UNKNOWN if figures.num_steps is None else f"{figures.num_steps:,}",
+            _UNKNOWN if figures.peak_memory_bytes is None else num_bytes(figures.peak_memory_bytes),
+            escape(_made_with(figures)),
+        )
+    return table
+
+
+def _made_with(figures: PreflightFigures) -> str:
+    run = figures.dry_run
+    if run is None:
+        return "no dry run"
+    parts = [run["device"], run["precision"], f"{run['per_device_train_batch_size']} rows"]
+    parts += [name for name in ("activation_checkpointing", "packing") if run[name]]
+    if figures.notes:
+        parts.append("now other: " + ", ".join(figures.notes))
+    return ", ".join(parts)
 
 
 def summary(planned: Plan) -> list[str]:
@@ -62,6 +106,11 @@ def summary(planned: Plan) -> list[str]:
     lines = [", ".join(f"{counts[status]} {status}" for status in _COLOURS if counts[status])]
     if counts["cached"] < len(planned.rows):
         lines.append("still to do: " + _still_to_do(planned))
+    if missing := [row.node for row in planned.rows if row.stage == "preflight" and row.status != "cached"]:
+        lines.append(
+            f"preflight not run yet: {', '.join(missing)}; `prefect deployment run smoltulu/full -p "
+            f"recipe={planned.recipe} -p until=preflight` makes it in minutes, before any training"
+        )
     drifted: dict[str, list[str]] = {}
     for row in planned.rows:
         for note in row.notes:

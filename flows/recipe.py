@@ -83,8 +83,10 @@ def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> 
 
 def recipe_stages(recipe: Recipe) -> list[str]:
     """The stages that a recipe runs, in order."""
+    block = {"benchmark_index": "contamination", "preflight": "sft", "reference_logps": "dpo"}
     always = {"dataset", "base_model"}
-    return [name for name in STAGE_ORDER if name in always or getattr(recipe, name, None) is not None]
+    order = recipe.stage_order()
+    return [name for name in order if name in always or getattr(recipe, block.get(name, name), None) is not None]
 
 
 def _read(name_or_path: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from schemas.common import StrictModel
 
-#: 2: digests are BLAKE3, what lies below `logs/` is no content.
+#: 2: digests are BLAKE3, what lies below `logs/` (and, since it exists, `checkpoint/`) is no content.
 MANIFEST_SCHEMA_VERSION = 2
 
 
@@ -39,13 +39,22 @@ class Spec(StrictModel):
     externals: dict[str, str] = Field(description="name -> content digest or resolved revision")
 
 
+class ExtendedTraining(StrictModel):
+    """The training with a smaller budget whose stored checkpoint another one went on from."""
+
+    stage: str
+    key: str
+    step: int = Field(ge=1, description="optimizer step of the checkpoint")
+    num_steps: int = Field(ge=1, description="optimizer steps of that training")
+
+
 class Manifest(StrictModel):
     """Written last into a generation: without it there is no artifact."""
 
     schema_version: int = Field(MANIFEST_SCHEMA_VERSION)
     key: str
     spec: Spec
-    digest: str = Field(description="over the names, sizes and digests of the files, those below logs/ left out")
+    digest: str = Field(description="over the names, sizes and digests of the files, without logs/ and checkpoint/")
     inputs: dict[str, InputRecord] = Field(description="binding -> upstream artifact")
     outputs: dict[str, Any] = Field(description="the stage's outputs model as JSON")
     metrics: dict[str, float]
@@ -57,6 +66,7 @@ class Manifest(StrictModel):
     finished_at: str = Field(description="UTC, ISO 8601")
     duration_seconds: float = Field(ge=0)
     resumed_from_steps: tuple[int, ...] = Field((), description="optimizer step of each resume")
+    extends: ExtendedTraining | None = Field(None, description="none: it trained from its own start")
     checksum: str = Field("", description="SHA-256 over all other fields; none: not checked")
 
     @field_validator("files")

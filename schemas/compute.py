@@ -41,9 +41,22 @@ class ComputeSettings(StrictModel):
     per_device_train_batch_size: int = machinery(1, ge=1, description="gradient_accumulation_steps is derived from it")
     per_device_eval_batch_size: int = machinery(8, ge=1)
     activation_checkpointing: bool = machinery(False, description="trade compute for memory")
+    packing: bool = machinery(
+        True,
+        description="SFT, DPO: rows of a micro-batch lie end to end instead of being padded; each attends to itself "
+        "only, so results are those of padded batches",
+    )
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = machinery(
+        ("tensorboard",), description="where loss, learning rate, speed and memory go besides the artifact's history"
+    )
     dataloader_num_workers: int = machinery(0, ge=0)
     save_steps: int = machinery(500, ge=1, description="optimizer steps between resumable checkpoints")
     save_total_limit: int = machinery(2, ge=1, description="newest checkpoints kept; the best is kept beside them")
+    keep_extension_checkpoint: bool = machinery(
+        True,
+        description="with a `schedule`: keep the trainer checkpoint that a larger budget goes on from in the artifact, "
+        "about three times the model's size",
+    )
     logging_steps: int = machinery(10, ge=1)
     max_parallel_stages: int = machinery(
         1, ge=1, description="stages that may run side by side, e.g. reward model and DPO"

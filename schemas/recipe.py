@@ -12,6 +12,7 @@ from schemas.contamination import ContaminationSettings
 from schemas.data import DataSet, DataSettings, DataSource
 from schemas.evaluation import EvaluationSettings
 from schemas.models import ModelSource
+from schemas.preflight import PreflightSettings
 from schemas.publish import PublishSettings
 from schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings
 from schemas.world import WorldConfig
@@ -32,6 +33,7 @@ class Recipe(StrictModel):
     )
     data: DataSettings = science()
     contamination: ContaminationSettings | None = science(None)
+    preflight: PreflightSettings = machinery(PreflightSettings())
     sft: SFTSettings | None = science(None)
     reward_model: RewardModelSettings | None = science(None)
     dpo: DPOSettings | None = science(None)
@@ -49,6 +51,8 @@ class Recipe(StrictModel):
         for block in ("reward_model", "dpo", "rlvr"):
             if getattr(self, block) is not None and self.sft is None:
                 problems.append(f"{block}: starts from the SFT model; add an sft block")
+        if self.reward_model and self.reward_model.start_from == "dpo" and self.dpo is None:
+            problems.append("reward_model.start_from: dpo needs a dpo block; add it or set start_from to sft")
         if self.evaluation and self.evaluation.sampled and self.data.verified_eval is None:
             problems.append("evaluation.sampled: needs data.verified_eval")
         if self.world is None:
@@ -60,6 +64,13 @@ class Recipe(StrictModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def stage_order(self) -> tuple[str, ...]:
+        """The stages in the order in which this recipe runs them: a reward model may start from DPO."""
+        if self.reward_model is None or self.reward_model.start_from != "dpo":
+            return STAGE_ORDER
+        order = [stage for stage in STAGE_ORDER if stage != "reward_model"]
+        return (*order[: order.index("dpo") + 1], "reward_model", *order[order.index("dpo") + 1 :])
 
     def data_sources(self) -> list[DataSource]:
         """Every data source that the recipe names: training, held-out, audit, benchmarks, evaluation files."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.common import StrictModel, science
+from schemas.common import StrictModel, machinery, science
 
 Schedule = Literal["linear", "cosine", "constant"]
 DecayShape = Literal["linear", "cosine", "1-sqrt", "inverse", "half-life", "exponential"]
@@ -284,35 +284,103 @@ class TrainingSettings(StrictModel):
         raise NotImplementedError
 
 
+class LoraSettings(StrictModel):
+    """Low-rank adapters (arXiv 2106.09685) on all linear layers but the output head; merged at the end."""
+
+    r: int = science(16, ge=1, description="rank")
+    lora_alpha: float = science(32.0, gt=0, description="the adapter is scaled by lora_alpha / r")
+    lora_dropout: float = science(0.0, ge=0, lt=1)
+
+
+class GateSettings(StrictModel):
+    """What a trained language model must show before its artifact is committed; no result depends on it."""
+
+    num_prompts: int = machinery(8, ge=0, description="prompts of the training rows that it answers greedily; 0: none")
+    max_new_tokens: int = machinery(512, ge=1, description="tokens in which an answer should have stopped")
+    min_stopped_share: float = machinery(
+        0.125, ge=0, le=1, description="share of the answers that must end in eos, here one of eight; 0: only counted"
+    )
+
+
 class SupervisedSettings(TrainingSettings):
-    """Stages that go over a set in epochs."""
+    """Stages that go over a set of rows: for so many epochs, optimizer steps or tokens."""
 
     num_train_epochs: float = science(1.0, gt=0)
-    max_steps: int | None = science(None, ge=1, description="stop after so many optimizer steps")
+    max_steps: int | None = science(None, ge=1, description="optimizer steps, instead of epochs")
+    max_tokens: int | None = science(
+        None, absent=None, ge=1, description="tokens, instead of epochs; rounded up to whole optimizer steps"
+    )
     max_length: int = science(ge=8, description="tokens")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.max_steps is not None and self.max_tokens is not None:
+            raise ValueError(f"max_steps {self.max_steps} and max_tokens {self.max_tokens} are two budgets; give one")
+        return self
 
     def planned_steps(self) -> int | None:
         return self.max_steps
 
 
+#: What becomes of a row that is longer than max_length.
+Overlong = Literal["truncate", "drop"]
+
+
 class SFTSettings(SupervisedSettings):
-    """Loss on assistant tokens and the closing eos only; over-long rows are cut at `max_length` (Tulu 3)."""
+    """Loss on assistant tokens and the closing eos only."""
+
+    overlong: Overlong = science(
+        "truncate", absent="truncate", description="rows longer than max_length; truncate: cut at its end (Tulu 3)"
+    )
+    lora: LoraSettings | None = science(None, absent=None, description="none: every weight is trained (Tulu 3)")
+    gate: GateSettings = machinery(GateSettings())
 
 
 class RewardModelSettings(SupervisedSettings):
-    """Bradley-Terry; score head drawn from N(0, 1/(hidden_size + 1)); dropout off. Starts from SFT (Tulu 3)."""
+    """Bradley-Terry; score head drawn from N(0, 1/(hidden_size + 1)); dropout off. Over-long pairs are dropped."""
 
+    start_from: Literal["sft", "dpo"] = science(
+        "sft", absent="sft", description="sft: Tulu 3; dpo: the card of SmolTulu's reward model"
+    )
     adam_epsilon: float = science(1e-5, gt=0, description="Tulu 3")
+
+
+PreferenceLoss = Literal[
+    "sigmoid_norm", "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "apo_zero", "apo_down", "sppo_hard"
+]
+TrainedTurns = Literal["last", "all"]
 
 
 class DPOSettings(SupervisedSettings):
     """Starts from SFT, which is also the reference."""
 
-    loss_type: Literal["sigmoid_norm", "sigmoid"] = science(
+    loss_type: PreferenceLoss = science(
         "sigmoid_norm",
         description="sigmoid_norm: log-probabilities divided by completion length (open-instruct dpo_norm)",
     )
     beta: float = science(5.0, gt=0, description="5 with sigmoid_norm (Tulu 3); 0.1 is usual with sigmoid")
+    label_smoothing: float = science(
+        0.0, absent=0.0, ge=0, lt=0.5, description="share of pairs taken to be the wrong way round"
+    )
+    trained_turns: TrainedTurns = science(
+        "last", absent="last", description="assistant turns that count; all: also those of the prompt (open-instruct)"
+    )
+    overlong: Overlong = science(
+        "truncate", absent="truncate", description="pairs longer than max_length; truncate: cut the completions' ends"
+    )
+    lora: LoraSettings | None = science(None, absent=None, description="none: every weight is trained (Tulu 3)")
+    gate: GateSettings = machinery(GateSettings())
+
+    @model_validator(mode="after")
+    def _label_smoothing_has_a_meaning(self) -> Self:
+        if self.label_smoothing and self.loss_type not in ("robust", "exo_pair"):
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} has no meaning for loss_type {self.loss_type}; set it to 0, "
+                "or take robust or exo_pair"
+            )
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise ValueError("loss_type exo_pair needs a label_smoothing above 0: its paper recommends 1e-3")
+        return self
 
 
 class RLVRSettings(TrainingSettings):
@@ -332,6 +400,7 @@ class RLVRSettings(TrainingSettings):
     scale_rewards: Literal["group", "batch", "none"] = science("group")
     reward_correct: float = science(1.0, gt=0, description="reward of a verified completion; 10 in Tulu 3")
     non_stop_reward: float | None = science(None, description="reward of a completion without eos; None: as verified")
+    gate: GateSettings = machinery(GateSettings())
 
     def planned_steps(self) -> int | None:
         return self.num_steps
@@ -350,5 +419,11 @@ class TrainingInputs(StrictModel):
     """Resolved inputs of a training stage."""
 
     model: str = Field(description="folder of the model to start from")
-    dataset: str = Field(description="rows file")
+    dataset: str = Field(description="rows file of the preflight: tokenised (RLVR: rows whose prompts fit)")
     chat_template: str = Field(description="text of the Jinja template")
+
+
+class DPOInputs(TrainingInputs):
+    """Those of DPO."""
+
+    reference_logps: str = Field(description="file of the reference's log-probabilities, one line a tokenised pair")

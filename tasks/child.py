@@ -1,8 +1,9 @@
 """The process of one stage: `python -m tasks.child JOB.json`. It dies with its parent and holds the key's `writer`.
 
 What it prints: lines that start with `@smoltulu ` carry JSON for the parent (progress, warnings); everything else is
-the log of the libraries. Exit status: 0 done, 2 the user's to mend (message in error.json), 143 stopped as
-asked, 1 a failure.
+the log of the libraries. Exit status: 0 done, 2 the user's to mend (message in error.json), 3 out of memory (message
+in out_of_memory.json), 143 stopped as asked, 1 a failure. Where torchrun starts the ranks, its own status hides theirs:
+the two files count.
 """
 
 from __future__ import annotations
@@ -18,11 +19,25 @@ import sys
 import traceback
 from pathlib import Path
 
+from artifacts.files import write_atomically
 from schemas.compute import ComputeSettings
 from tasks.stage import STOPPED, Stage, StageContext, StageStopped
 
 MESSAGE_PREFIX = "@smoltulu "
+#: Files of `work` that say why a stage ended; any rank may write them.
+ERROR_FILE = "error.json"
+OUT_OF_MEMORY_FILE = "out_of_memory.json"
+#: Exit status of a stage process that ran out of memory.
+OUT_OF_MEMORY = 3
 _PR_SET_PDEATHSIG = 1
+#: What torch's allocators and the libraries below it say. CUDA's own exception is told by its name.
+_OUT_OF_MEMORY_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+)
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -36,6 +51,13 @@ def die_with_parent(parent_pid: int) -> None:
 def tell(kind: str, **values: object) -> None:
     """One message for the parent."""
     print(MESSAGE_PREFIX + json.dumps({"kind": kind, **values}), flush=True)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a stage failed for want of memory on the host or on a GPU (torch is not imported to ask)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
 
 
 class _ToParent(logging.Handler):
@@ -91,10 +113,14 @@ def main(job_file: str) -> int:
         return STOPPED
     except ValueError as error:
         traceback.print_exc()
-        (Path(job["work"]) / "error.json").write_text(json.dumps({"message": str(error)}))
+        write_atomically(Path(job["work"]) / ERROR_FILE, json.dumps({"message": str(error)}))
         return 2
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if is_out_of_memory(error):
+            message = {"message": str(error).strip().partition("\n")[0] or type(error).__name__}
+            write_atomically(Path(job["work"]) / OUT_OF_MEMORY_FILE, json.dumps(message))
+            return OUT_OF_MEMORY
         return 1
     return 0
 

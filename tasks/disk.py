@@ -8,7 +8,7 @@ A checkpoint holds, for N parameters (weights are float32 in both precisions, se
       arguments and trainer state
 
 At its peak `work/` holds the checkpoints that are kept and the one being written, since old ones go only after the new
-one is whole, and the Arrow copies of the rows. The finished model (4 N) takes the place of the checkpoint in writing.
+one is whole, and the Arrow copy of the rows. The finished model (4 N) takes the place of the checkpoint in writing.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ _BYTES_PER_TENSOR = 1_000
 _STATE_BYTES = 30_000
 _MAX_HEADER_BYTES = 100_000_000
 
-#: Arrow copies of the rows (the text, then token ids and masks as 64-bit integers after each of TRL's passes) as a
-#: multiple of the rows file. Measured with trl 1.16: 10.5, 4.4, 5.7 and 1.0 at five bytes of text a token; these are
-#: for four (English has 4 to 4.5), rounded up.
-_ROWS_FACTOR = {"sft": 14, "reward_model": 6, "dpo": 8, "rlvr": 2}
+#: In the Arrow copy of tokenised rows: input_ids and labels, or ids and mask; of a pair no token takes more.
+BYTES_PER_TOKEN = 8
+#: Arrow copy of rows of text as a multiple of their file: of RLVR's prompts; of other rows, at four bytes of text a
+#: token, what their tokens will take (8 / 4).
+TEXT_FACTOR = 2
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,30 @@ def model_bytes(size: ModelSize) -> int:
     return size.num_parameters * _BYTES_PER_PARAMETER + size.other_bytes
 
 
-def training_bytes(stage: str, size: ModelSize, rows_bytes: int, num_checkpoints_kept: int) -> int:
+def cache_bytes(rows: Path) -> int:
+    """The Arrow copy of a rows file that a training makes: exact for tokenised rows, from the file's footer."""
+    if rows.suffix != ".parquet":
+        return TEXT_FACTOR * rows.stat().st_size
+    from pyarrow import parquet
+
+    metadata = parquet.read_metadata(rows)
+    widths = {"row": 8, **{f"{side}_mask": 1 for side in ("prompt", "chosen", "rejected")}}
+    return sum(
+        column.num_values * widths.get(column.path_in_schema.partition(".")[0], 4)
+        for group in range(metadata.num_row_groups)
+        for column in map(metadata.row_group(group).column, range(metadata.num_columns))
+    )
+
+
+def training_bytes(size: ModelSize, rows_cache_bytes: int, num_checkpoints_kept: int) -> int:
     """Most that a training stage has on disk at any time.
 
     Args:
-        stage: sft, reward_model, dpo or rlvr.
         size: of the model that it starts from.
-        rows_bytes: size of its rows file.
+        rows_cache_bytes: Arrow copy of its rows, see `cache_bytes`.
         num_checkpoints_kept: checkpoints that stay beside the one being written.
     """
-    return rows_bytes * _ROWS_FACTOR[stage] + (num_checkpoints_kept + 1) * checkpoint_bytes(size)
+    return rows_cache_bytes + (num_checkpoints_kept + 1) * checkpoint_bytes(size)
 
 
 def _tensor_sizes(file: Path) -> list[int]:

@@ -1,87 +1,169 @@
-"""DPO from the SFT model, which is also the reference.
+"""DPO from the SFT model, which is also the reference. Losses: tasks/preference_loss.py, batches: preference_batch.py.
 
-`sigmoid_norm` is open-instruct's dpo_norm: with s = policy minus reference log-probability of a completion, summed,
-and n its number of tokens, loss = -log sigmoid(beta (s_chosen / n_chosen - s_rejected / n_rejected)).
+The trainer is transformers' own, not TRL's DPOTrainer: of that we would use the loop, which it has from transformers,
+and replace tokenisation, collator, reference and loss; it would still hash every weight for a cache that we do not
+have, and give a LoRA model a second adapter as its reference.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from schemas.models import ModelOutputs
-from schemas.training import DPOSettings, TrainingInputs
+from schemas.training import DPOInputs, DPOSettings
+from tasks.guards import LossRule
+from tasks.lora import with_adapter
 from tasks.models import load_language_model, load_tokenizer, stop_ids
+from tasks.packed_attention import pack
 from tasks.stage import Stage, StageContext
-from tasks.training import callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
 
 
 def _trainer_class() -> type:
-    """DPOTrainer that also logs accuracies and margins divided by length: TRL logs them from sums, whatever the loss.
+    """A Trainer whose loss is a preference loss, averaged over the pairs of the whole optimizer step.
 
-    `rewards/accuracies_normalised` is the share of pairs with s_chosen / n_chosen > s_rejected / n_rejected,
-    `rewards/margins_normalised` the mean of beta times that difference.
+    transformers averages the means of micro-batches, which weighs pairs otherwise where the last of an epoch is short.
+    What is logged are means over all pairs since the log before, named as in TRL and, like there, made of sums over
+    tokens whatever the loss: rewards are beta (log pi - log pi_ref). Those divided by length are ours:
+    `rewards/margins_normalised` is the mean of beta (c / n_c - r / n_r), `rewards/accuracies_normalised` the share of
+    pairs in which it is above 0.
     """
-    from trl import DPOTrainer
+    import torch
+    from transformers import Trainer
 
-    class NormalisedMarginsTrainer(DPOTrainer):
-        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            # No row left: `train` says so in words, TRL fails on an empty list of tensors.
-            return super()._precompute_ref_logps(dataset, name, batch_size) if len(dataset) else dataset
+    from tasks.preference_batch import completion_logps
+    from tasks.preference_loss import LogRatios, preference_loss
 
-        def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-            # TRL keeps the log-probabilities to itself, and a second forward pass would cost a third of the training.
-            seen: list[Any] = []
-            hook = model.register_forward_hook(lambda module, args, output: seen.append(output.log_probs.detach()))
-            try:
-                result = super()._compute_loss(model, inputs, return_outputs)
-            finally:
-                hook.remove()
-            num_chosen, num_rejected = inputs["completion_mask"].sum(dim=1).chunk(2)
-            chosen, rejected = seen[0].sum(dim=1).chunk(2)
-            margins = (chosen - inputs["ref_chosen_logps"]) / num_chosen
-            margins = self.accelerator.gather(margins - (rejected - inputs["ref_rejected_logps"]) / num_rejected)
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            metrics["rewards/accuracies_normalised"].append((margins > 0).float().mean().item())
-            metrics["rewards/margins_normalised"].append(self.beta * margins.mean().item())
-            return result
+    class PreferenceTrainer(Trainer):
+        loss_is_scaled_for_ga = True
 
-    return NormalisedMarginsTrainer
+        def __init__(self, *args: Any, settings: DPOSettings, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.settings = settings
+            #: Name -> sum over pairs since the last log; on the device, so that no step waits for it.
+            self._sums: dict[str, torch.Tensor] = {}
+            self._num_pairs = 0
+            self._total_train_tokens = 0
+
+        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
+            """The micro-batches of an optimizer step, and the number of pairs in them, of all processes."""
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            counts = [sum(len(batch["row"]) for batch in batches), sum(batch["num_tokens"] for batch in batches)]
+            if self.accelerator.num_processes > 1:
+                counts = self.accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist()
+            self._total_train_tokens += counts[1]
+            return batches, counts[0]
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> torch.Tensor:
+            """Sum over the micro-batch, divided by the pairs of the step (alone: by its own)."""
+            assert not return_outputs, "no evaluation here"
+            chosen, rejected = completion_logps(model, inputs)
+            ratios = LogRatios(
+                chosen - inputs["reference_chosen"],
+                rejected - inputs["reference_rejected"],
+                inputs["num_chosen"],
+                inputs["num_rejected"],
+            )
+            losses = preference_loss(self.settings.loss_type, ratios, self.settings.beta, self.settings.label_smoothing)
+            self._note(chosen.detach(), rejected.detach(), ratios)
+            num_processes = self.accelerator.num_processes
+            # Gradients of several processes are averaged, not summed.
+            return losses.sum() * num_processes / (num_items_in_batch or len(losses) * num_processes)
+
+        @torch.no_grad()
+        def _note(self, chosen: torch.Tensor, rejected: torch.Tensor, ratios: LogRatios) -> None:
+            beta = self.settings.beta
+            values = {
+                "rewards/chosen": beta * ratios.chosen,
+                "rewards/rejected": beta * ratios.rejected,
+                "rewards/accuracies": ratios.margins > 0,
+                "rewards/margins": beta * ratios.margins,
+                "rewards/accuracies_normalised": ratios.normalised_margins > 0,
+                "rewards/margins_normalised": beta * ratios.normalised_margins,
+                "logps/chosen": chosen,
+                "logps/rejected": rejected,
+            }
+            for name, value in values.items():
+                self._sums[name] = self._sums.get(name, 0) + value.double().sum()
+            self._num_pairs += len(chosen)
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            if self._num_pairs:
+                count = torch.tensor(self._num_pairs, dtype=torch.float64, device=self.accelerator.device)
+                # All processes come here, at the same step.
+                sums = self.accelerator.reduce(torch.stack([*self._sums.values(), count]), "sum").tolist()
+                logs |= {name: value / sums[-1] for name, value in zip(self._sums, sums[:-1], strict=True)}
+                logs["num_tokens"] = self._total_train_tokens
+                self._sums, self._num_pairs = {}, 0
+            super().log(logs, start_time)
+
+    return PreferenceTrainer
 
 
-def train_dpo(
-    config: DPOSettings, inputs: TrainingInputs, context: StageContext
-) -> tuple[ModelOutputs, dict[str, float]]:
-    """Preference optimisation. Rows: {"prompt", "chosen", "rejected"}, each a list of messages."""
+def load_pairs(inputs: DPOInputs, context: StageContext) -> Dataset:
+    """Tokenised pairs with the reference's log-probabilities; ValueError where those are of other rows."""
+    from pyarrow import parquet
+
+    from tasks.preference_batch import COLUMNS, REFERENCE_COLUMNS
+
+    rows = load_rows(inputs.dataset, context, list(COLUMNS))
+    reference = parquet.read_table(inputs.reference_logps)
+    if len(reference) != len(rows):
+        raise ValueError(
+            f"{inputs.reference_logps} has {len(reference):,} lines and {inputs.dataset} {len(rows):,} pairs: the "
+            "reference's log-probabilities are of other rows; make them again (refresh reference-logps)"
+        )
+    for name, source in zip(REFERENCE_COLUMNS, ("chosen", "rejected"), strict=True):
+        rows = rows.add_column(name, reference[source].to_numpy())
+    return rows
+
+
+def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> tuple[ModelOutputs, dict[str, float]]:
+    """Preference optimisation of tokenised pairs, whose log-probabilities under the reference are known."""
     prepare_torch(context)
-    from trl import DPOConfig
+    from transformers import TrainingArguments, set_seed
+
+    from tasks.preference_batch import PairCollator, give_fused_head
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+    set_seed(config.seed)
     model = load_language_model(Path(inputs.model))
     stop_ids(model, tokenizer)
+    if context.compute.packing:
+        pack(model)
+    give_fused_head(model)
+    if config.lora:
+        model = with_adapter(model, config.lora)
 
-    rows = load_rows(inputs.dataset, context, ["prompt", "chosen", "rejected"])
+    rows = load_pairs(inputs, context)
+    arguments = trainer_arguments(config, context)
+    del arguments["trust_remote_code"]  # TRL's own; `load_language_model` runs none
     trainer = _trainer_class()(
         model=model,
-        args=DPOConfig(
-            **trainer_arguments(config, context),
-            num_train_epochs=config.num_train_epochs,
-            max_steps=config.max_steps or -1,
-            max_length=config.max_length,
-            loss_type=[config.loss_type],
-            beta=config.beta,
-            # Once, before training: the reference is then not kept in memory. The model is still the SFT model here,
-            # also when training goes on from a checkpoint, which is loaded later.
-            precompute_ref_log_probs=True,
-            precompute_ref_batch_size=context.compute.per_device_eval_batch_size,
+        args=TrainingArguments(
+            **arguments,
+            **budget(config, rows),
+            remove_unused_columns=False,
         ),
+        data_collator=PairCollator(tokenizer.pad_token_id, context.compute.packing),
         train_dataset=rows,
         processing_class=tokenizer,
         callbacks=callbacks(context),
+        settings=config,
     )
-    num_steps = train(trainer, context, len(rows), config.schedule)
+    # A pair that is beyond the hinge has a loss of 0.
+    rule = LossRule(zero_is_fault=config.loss_type != "hinge")
+    num_steps = train(trainer, context, len(rows), config.schedule, rule)
     rewards = ("rewards/accuracies", "rewards/margins", "rewards/accuracies_normalised", "rewards/margins_normalised")
-    return finish(trainer, tokenizer, context, num_steps, ("loss", *rewards, "tokens_per_second"))
+    shown = ("loss", *rewards, "tokens_per_second")
+    return finish(trainer, tokenizer, context, num_steps, shown, config.gate)
 
 
-dpo = Stage("dpo", 1, DPOSettings, TrainingInputs, ModelOutputs, train_dpo)
+dpo = Stage("dpo", 2, DPOSettings, DPOInputs, ModelOutputs, train_dpo)

@@ -195,17 +195,16 @@ def _reward_model(
     )
     for record in measured.records:
         write({"task": "preference", **record})
-    return [
-        _own_score(
-            "preference",
-            "pair_accuracy",
-            measured.value,
-            measured.stderr,
-            measured.num_pairs,
-            inputs.chat_template,
-            measured.details,
-        )
-    ]
+    margin = {"margin": "score of chosen minus score of rejected"}
+    return _pair_scores(
+        "preference",
+        measured,
+        inputs,
+        [
+            ("pair_accuracy", measured.value, measured.stderr, measured.details),
+            ("mean_margin", measured.margin, measured.margin_stderr, margin),
+        ],
+    )
 
 
 def _implicit_reward(
@@ -236,26 +235,36 @@ def _implicit_reward(
     measured = pair_accuracy.implicit_reward_accuracy(encoded, logps[0], logps[1], num_too_long)
     for record in measured.records:
         write({"task": "implicit_reward", **record})
-    unnormalised, unnormalised_stderr = measured.details["accuracy_sum"], measured.details["accuracy_sum_stderr"]
+    sums = measured.details
+    per_token = "log-probability ratio per completion token, eos included"
+    summed = "log-probability ratio summed over the completion, eos included"
+    margin, margin_stderr = sums["margin_sum"], sums["margin_sum_stderr"]
+    return _pair_scores(
+        "implicit_reward",
+        measured,
+        inputs,
+        [
+            ("pair_accuracy", measured.value, measured.stderr, {**sums, "reward": per_token}),
+            ("pair_accuracy_unnormalised", sums["accuracy_sum"], sums["accuracy_sum_stderr"], {"reward": summed}),
+            ("mean_margin", measured.margin, measured.margin_stderr, {"reward": f"{per_token}, without beta"}),
+            ("mean_margin_unnormalised", margin, margin_stderr, {"reward": f"{summed}, without beta"}),
+        ],
+    )
+
+
+def _pair_scores(
+    task: str,
+    measured: pair_accuracy.PairAccuracy,
+    inputs: EvaluationInputs,
+    values: list[tuple[str, float, float | None, dict[str, Any]]],
+) -> list[Score]:
+    """Scores of (metric, value, standard error, details) on the held-out pairs; says how many of them were too long."""
+    if num_too_long := measured.details["num_too_long"]:
+        num_in_all = measured.num_pairs + num_too_long
+        logger.warning("%s of %s held-out pairs left out: longer than max_length", num_too_long, num_in_all)
     return [
-        _own_score(
-            "implicit_reward",
-            "pair_accuracy",
-            measured.value,
-            measured.stderr,
-            measured.num_pairs,
-            inputs.chat_template,
-            {**measured.details, "reward": "log-probability ratio per completion token, eos included"},
-        ),
-        _own_score(
-            "implicit_reward",
-            "pair_accuracy_unnormalised",
-            unnormalised,
-            unnormalised_stderr,
-            measured.num_pairs,
-            inputs.chat_template,
-            {"reward": "log-probability ratio summed over the completion, eos included"},
-        ),
+        _own_score(task, metric, value, stderr, measured.num_pairs, inputs.chat_template, details)
+        for metric, value, stderr, details in values
     ]
 
 

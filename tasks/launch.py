@@ -15,15 +15,16 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from artifacts.files import remove_tree
 from schemas.compute import ComputeSettings
-from tasks.child import MESSAGE_PREFIX
+from tasks.child import ERROR_FILE, MESSAGE_PREFIX, OUT_OF_MEMORY_FILE
 from tasks.progress import Progress
 from tasks.stage import STOPPED
 
 if TYPE_CHECKING:
     from tasks.runner import Job
 
-#: Stages that torchrun starts where compute.num_processes is above one.
+#: Trainings. With compute.num_processes above one torchrun starts them, and the reference pass of DPO.
 TRAINING_STAGES = ("sft", "reward_model", "dpo", "rlvr")
 _LOG_TAIL_LINES = 25
 DISK_ADVICE = {
@@ -45,15 +46,58 @@ class StageFailed(RuntimeError):
 
 
 def run_child(job: Job, work: Path, output: Path, log: logging.Logger | logging.LoggerAdapter) -> None:
+    """Run a stage in a process of its own; its result is in `work`, what it made in `output`.
+
+    A training that runs out of memory is started again with smaller micro-batches of the same effective batch, which
+    changes no result, and goes on from its last checkpoint.
+    """
+    compute = job.compute
+    while (message := _run_once(job, compute, work, output, log)) is not None:
+        size = compute.per_device_train_batch_size
+        smaller = smaller_batch(size, getattr(job.config, "effective_batch_size", 0), compute.num_processes)
+        if job.stage.name not in TRAINING_STAGES or smaller is None:
+            raise ValueError(f"{job.node}: out of memory{_out_of_memory_advice(job, size)}. It said: {message}")
+        log.warning(
+            "%s: out of memory with per_device_train_batch_size %d: goes on with %d, same effective batch",
+            job.node,
+            size,
+            smaller,
+        )
+        compute = compute.model_copy(update={"per_device_train_batch_size": smaller})
+        remove_tree(output)
+        output.mkdir()
+
+
+def smaller_batch(size: int, effective_batch_size: int, num_processes: int) -> int | None:
+    """The largest per-device batch of at most half the size that divides the effective batch; None below one row."""
+    return next((half for half in range(size // 2, 0, -1) if effective_batch_size % (half * num_processes) == 0), None)
+
+
+def _out_of_memory_advice(job: Job, size: int) -> str:
+    if job.stage.name not in TRAINING_STAGES:
+        return ""
+    return (
+        f" with per_device_train_batch_size {size}, and no smaller one gives the same effective batch; set "
+        "compute.activation_checkpointing, lower max_length, or take a machine with more memory. The checkpoints are "
+        "kept"
+    )
+
+
+def _run_once(
+    job: Job, compute: ComputeSettings, work: Path, output: Path, log: logging.Logger | logging.LoggerAdapter
+) -> str | None:
+    """Run the stage; what was said where it ran out of memory, else None. Other ends without a result are raised."""
+    for name in (ERROR_FILE, OUT_OF_MEMORY_FILE):
+        (work / name).unlink(missing_ok=True)
     description = {
         "stage": job.stage.name,
         "config": job.config.model_dump(mode="json"),
         "inputs": job.inputs.model_dump(mode="json"),
-        "compute": job.compute.model_dump(mode="json"),
+        "compute": compute.model_dump(mode="json"),
         "folder": str(output),
         "work": str(work),
         "parent_pid": os.getpid(),
-        "num_ranks": job.compute.num_processes if job.stage.name in TRAINING_STAGES else 1,
+        "num_ranks": compute.num_processes if job.stage.name in (*TRAINING_STAGES, "reference_logps") else 1,
     }
     job_file = work / "job.json"
     job_file.write_text(json.dumps(description))
@@ -68,7 +112,7 @@ def run_child(job: Job, work: Path, output: Path, log: logging.Logger | logging.
             stdin=subprocess.DEVNULL,
             text=True,
             errors="replace",
-            env=_child_environment(job.compute),
+            env=_child_environment(compute),
             cwd=Path(__file__).resolve().parent.parent,
         )
         with _running_lock:
@@ -89,8 +133,12 @@ def run_child(job: Job, work: Path, output: Path, log: logging.Logger | logging.
                 process.wait()
             with _running_lock:
                 _running.discard(process)
-    if code == 2 and (work / "error.json").exists():
-        raise ValueError(f"{job.node}: {json.loads((work / 'error.json').read_text())['message']}")
+    # The files, not the status: torchrun has one of its own.
+    if code > 0 and code != STOPPED:
+        if (message := _message(work / ERROR_FILE)) is not None:
+            raise ValueError(f"{job.node}: {message}")
+        if (message := _message(work / OUT_OF_MEMORY_FILE)) is not None:
+            return message
     if code != 0:
         if code in (-signal.SIGTERM, STOPPED):
             raise StageFailed(f"{job.node}: was stopped. Run again to go on from its last checkpoint")
@@ -102,6 +150,11 @@ def run_child(job: Job, work: Path, output: Path, log: logging.Logger | logging.
             f"{job.node}: its process {reason}{hint}. Run again to go on from the last checkpoint. "
             f"Whole log: {work / 'log.txt'}; its end:\n" + "\n".join(tail)
         )
+    return None
+
+
+def _message(file: Path) -> str | None:
+    return json.loads(file.read_text())["message"] if file.exists() else None
 
 
 def stop_children() -> None:

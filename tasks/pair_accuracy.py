@@ -1,11 +1,13 @@
-"""Pair accuracy: how often the chosen answer scores above the rejected one, by a reward model or by DPO's own reward.
+"""Pair accuracy: how often the chosen answer scores above the rejected one, and by how much on average (the margin), by
+a reward model or by DPO's own reward.
 
 Rules (RewardBench v1): chosen > rejected strictly, a tie is wrong; raw logits; the score head in float32. A pair of
-which one side is longer than `max_length` is left out and counted, as the trainers leave it out.
+which one side is longer than `max_length` is left out and counted: cut, it would be ranked by half an answer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,10 +45,15 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class PairAccuracy:
-    """Share of pairs ranked right, with its binomial standard error, and one record per pair."""
+    """Share of pairs ranked right, mean margin (chosen minus rejected), and one record per pair.
+
+    Both with their standard error sd/sqrt(n); none for a single pair.
+    """
 
     value: float
     stderr: float | None
+    margin: float
+    margin_stderr: float | None
     num_pairs: int
     records: tuple[dict[str, Any], ...]
     details: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +62,21 @@ class PairAccuracy:
 def ranked_right(chosen: Sequence[float], rejected: Sequence[float]) -> list[float]:
     """1.0 where chosen > rejected strictly, else 0.0: a tie is wrong, and so is NaN."""
     return [float(first > second) for first, second in zip(chosen, rejected, strict=True)]
+
+
+def mean_margin(chosen: Sequence[float], rejected: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of chosen - rejected over the pairs, and its standard error.
+
+    Raises:
+        ValueError: a score is NaN or infinite.
+    """
+    margins = [first - second for first, second in zip(chosen, rejected, strict=True)]
+    if broken := sum(not math.isfinite(margin) for margin in margins):
+        raise ValueError(
+            f"{broken} of {len(margins)} pairs have a score that is NaN or infinite: the model is broken; look at the "
+            "loss of its training"
+        )
+    return mean_and_stderr(margins)
 
 
 def implicit_rewards(
@@ -183,13 +205,11 @@ def reward_model_accuracy(
         {"id": pair.id, "right": mark, "chosen": first, "rejected": second}
         for pair, mark, first, second in zip(encoded, right, chosen, rejected, strict=True)
     )
-    margin, _ = mean_and_stderr([first - second for first, second in zip(chosen, rejected, strict=True)])
     details = {
         "num_too_long": num_too_long,
         "num_ties": sum(first == second for first, second in zip(chosen, rejected, strict=True)),
-        "mean_margin": margin,
     }
-    return PairAccuracy(value, stderr, len(encoded), records, details)
+    return PairAccuracy(value, stderr, *mean_margin(chosen, rejected), len(encoded), records, details)
 
 
 def completion_logps(
@@ -237,7 +257,7 @@ def completion_logps(
 def implicit_reward_accuracy(
     pairs: Sequence[EncodedPair], policy: Sequence[float], reference: Sequence[float], num_too_long: int = 0
 ) -> PairAccuracy:
-    """Pair accuracy of DPO's implicit reward, per token (headline) and summed (in `details`).
+    """Pair accuracy and margin (nats, without beta) of DPO's implicit reward, per token, and summed in `details`.
 
     Args:
         policy, reference: log-probabilities of chosen, rejected, chosen, … in the order of `pairs`.
@@ -261,11 +281,12 @@ def implicit_reward_accuracy(
         }
         for place, pair in enumerate(pairs)
     )
-    margin, _ = mean_and_stderr([first - second for first, second in zip(per_token[::2], per_token[1::2], strict=True)])
+    margin_summed, margin_summed_stderr = mean_margin(summed[::2], summed[1::2])
     details = {
         "accuracy_sum": value_summed,
         "accuracy_sum_stderr": stderr_summed,
-        "mean_margin": margin,
+        "margin_sum": margin_summed,
+        "margin_sum_stderr": margin_summed_stderr,
         "num_too_long": num_too_long,
     }
-    return PairAccuracy(value, stderr, len(pairs), records, details)
+    return PairAccuracy(value, stderr, *mean_margin(per_token[::2], per_token[1::2]), len(pairs), records, details)

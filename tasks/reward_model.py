@@ -1,7 +1,7 @@
-"""Reward model: Bradley-Terry over preference pairs, -log sigmoid(r_chosen - r_rejected), from the SFT model.
+"""Reward model: Bradley-Terry over preference pairs, -log sigmoid(r_chosen - r_rejected), from the SFT or DPO model.
 
 As in Tulu 3 (open-instruct `reward_modeling.py`): score head drawn from N(0, 1/(hidden_size + 1)), no dropout, one
-epoch, Adam epsilon 1e-5. TRL's own default head (std 0.02) is not Tulu's.
+epoch, Adam epsilon 1e-5. TRL's own default head (std 0.02) is not Tulu's. Batches: tasks/reward_batch.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from schemas.models import ModelOutputs
 from schemas.training import RewardModelSettings, TrainingInputs
 from tasks.models import check_model_folder, fit_embeddings, load_tokenizer, stop_ids
+from tasks.packed_attention import pack
 from tasks.stage import Stage, StageContext
-from tasks.training import callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -34,11 +35,13 @@ def _keep_in_float32(head: torch.nn.Linear) -> None:
 def train_reward_model(
     config: RewardModelSettings, inputs: TrainingInputs, context: StageContext
 ) -> tuple[ModelOutputs, dict[str, float]]:
-    """Train a one-score classifier. Rows: {"prompt", "chosen", "rejected"}, each a list of messages."""
+    """Train a one-score classifier on tokenised pairs, none of which has a side longer than max_length."""
     prepare_torch(context)
     import torch
     from transformers import AutoModelForSequenceClassification, set_seed
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardConfig
+
+    from tasks.reward_batch import COLUMNS, PairCollator, PairTrainer
 
     check_model_folder(Path(inputs.model))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
@@ -50,17 +53,20 @@ def train_reward_model(
     stop_ids(model, tokenizer)
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
     _keep_in_float32(model.score)
+    if context.compute.packing:
+        pack(model)
 
-    rows = load_rows(inputs.dataset, context, ["prompt", "chosen", "rejected"])
-    trainer = RewardTrainer(
+    rows = load_rows(inputs.dataset, context, list(COLUMNS))
+    trainer = PairTrainer(
         model=model,
         args=RewardConfig(
             **trainer_arguments(config, context),
-            num_train_epochs=config.num_train_epochs,
-            max_steps=config.max_steps or -1,
-            max_length=config.max_length,
+            **budget(config, rows),
+            max_length=None,  # the preflight dropped what is longer
+            remove_unused_columns=False,  # TRL would drop the prompts
             disable_dropout=True,
         ),
+        data_collator=PairCollator(tokenizer.pad_token_id, context.compute.packing),
         train_dataset=rows,
         processing_class=tokenizer,
         callbacks=callbacks(context),
@@ -70,4 +76,4 @@ def train_reward_model(
     return finish(trainer, tokenizer, context, num_steps, shown)
 
 
-reward_model = Stage("reward_model", 2, RewardModelSettings, TrainingInputs, ModelOutputs, train_reward_model)
+reward_model = Stage("reward_model", 3, RewardModelSettings, TrainingInputs, ModelOutputs, train_reward_model)

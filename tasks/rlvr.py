@@ -6,13 +6,13 @@ that does not end in eos gets that instead (Tulu 3: 10 and -10, open-instruct `p
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from schemas.models import ModelOutputs
 from schemas.training import RLVRSettings, TrainingInputs
+from tasks.guards import LossRule
 from tasks.models import load_language_model, load_tokenizer, stop_ids
 from tasks.stage import Stage, StageContext
 from tasks.training import (
@@ -25,8 +25,6 @@ from tasks.training import (
     trainer_arguments,
 )
 from tasks.verifiers import verify
-
-logger = logging.getLogger("smoltulu")
 
 
 def rollout_reward(
@@ -63,30 +61,40 @@ def reward_function(config: RLVRSettings, eos_token_id: int) -> Callable[..., li
     return verifiable_reward
 
 
+def _trainer_class() -> type:
+    """GRPOTrainer whose order of prompts depends on the epoch alone: TRL's begins anew wherever a resume does."""
+    import torch
+    from trl import GRPOTrainer
+
+    class EpochOrderTrainer(GRPOTrainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            sampler = super()._get_train_sampler(dataset)
+
+            def set_epoch(epoch: int) -> None:
+                sampler.generator.manual_seed(sampler.seed)
+                for _ in range(epoch):  # those that an unbroken training has drawn by then
+                    torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+            # The trainer calls it where a sampler has one.
+            sampler.set_epoch = set_epoch
+            return sampler
+
+    return EpochOrderTrainer
+
+
 def train_rlvr(
     config: RLVRSettings, inputs: TrainingInputs, context: StageContext
 ) -> tuple[ModelOutputs, dict[str, float]]:
     """GRPO. Rows: {"prompt": messages, "verifier", "ground_truth"}."""
     prepare_torch(context)
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     model = load_language_model(Path(inputs.model))
     stop_ids(model, tokenizer)
 
+    # The preflight left out prompts that are longer than max_prompt_length.
     rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
-
-    def fits(row: dict[str, Any]) -> bool:
-        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        return len(ids) <= config.max_prompt_length
-
-    kept = rows.filter(fits)
-    if len(kept) < len(rows):
-        logger.warning("%d of %d prompts are longer than %d tokens: left out", len(rows) - len(kept), len(rows),
-                       config.max_prompt_length)  # fmt: skip
-    if not len(kept):
-        raise ValueError(f"no prompt has at most max_prompt_length {config.max_prompt_length} tokens; raise it")
-
     arguments = trainer_arguments(config, context)
     # TRL counts steps_per_generation in micro-batches, we in optimizer steps: the batch of rollouts must not change
     # with per_device_train_batch_size.
@@ -94,7 +102,7 @@ def train_rlvr(
     # A checkpoint inside a generation cycle would lose its rollouts: save at the cycle's border only.
     cycle = config.steps_per_generation * config.num_iterations
     arguments["save_steps"] = -(-context.compute.save_steps // cycle) * cycle
-    trainer = GRPOTrainer(
+    trainer = _trainer_class()(
         model=model,
         reward_funcs=[reward_function(config, tokenizer.eos_token_id)],
         args=GRPOConfig(
@@ -110,13 +118,15 @@ def train_rlvr(
             loss_type=config.loss_type,
             scale_rewards=config.scale_rewards,
         ),
-        train_dataset=kept,
+        train_dataset=rows,
         processing_class=tokenizer,
         callbacks=callbacks(context, cycle),
     )
-    num_steps = train(trainer, context, len(kept), config.schedule)
+    # Advantages have a mean of 0: the value of the loss says nothing.
+    rule = LossRule(zero_is_fault=False, must_not_grow=False)
+    num_steps = train(trainer, context, len(rows), config.schedule, rule)
     shown = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "tokens_per_second")
-    return finish(trainer, tokenizer, context, num_steps, shown)
+    return finish(trainer, tokenizer, context, num_steps, shown, config.gate)
 
 
-rlvr = Stage("rlvr", 1, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr)
+rlvr = Stage("rlvr", 2, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr)

@@ -24,8 +24,9 @@ from artifacts.verify import verify_artifacts
 from schemas.artifact import ArtifactReference, FileRecord, InputRecord, Manifest, Spec
 from schemas.compute import ComputeSettings
 from schemas.training import TrainingInputs
-from tasks.disk import model_size, training_bytes
+from tasks.disk import cache_bytes, model_size, training_bytes
 from tasks.environment import environment
+from tasks.extension import begin_with, extended, find_donor, keeps_checkpoint
 from tasks.launch import DISK_ADVICE, TRAINING_STAGES, StageFailed, run_child
 from tasks.progress import Progress
 from tasks.sharing import share, share_if_absent, take_over
@@ -135,6 +136,7 @@ def _make(
     work = store.open_work(folder)
     if fault(work / DATASETS_FOLDER, full=True) is not None:
         remove_tree(work / DATASETS_FOLDER)
+    _begin_with_stored(job, store, work, log)
     _require_disk(job, store.root, work)
     _warn_of_drift(work, job.node, log)
     output = work / "output"
@@ -161,10 +163,29 @@ def _make(
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
             duration_seconds=time.monotonic() - began,
             resumed_from_steps=tuple(result["resumed_from_steps"]),
+            extends=extended(work),
         )
 
     made = store.commit(job.spec, output, draft)
     return made, job.stage.name, job.node, "Resumed" if made.manifest.resumed_from_steps else "Completed"
+
+
+def _begin_with_stored(job: Job, store: Store, work: Path, log: logging.Logger | logging.LoggerAdapter) -> None:
+    """Where a training has no checkpoint of its own, lay that of a finished one with a smaller budget into `work`."""
+    if job.refresh or newest_checkpoint(work / "checkpoints") is not None:
+        return
+    digests = {name: record.digest for name, record in job.input_records.items()}
+    donor = find_donor(
+        store, job.spec, job.config, job.compute, digests, damaged=lambda why: log.warning("%s: %s", job.node, why)
+    )
+    try:
+        begin_with(donor, work)
+    except FileNotFoundError:
+        log.warning("%s: %s was removed before it could be gone on from", job.node, donor)
+        donor = None
+        begin_with(None, work)
+    if donor is not None:
+        log.info("%s: goes on from %s, which had budget %s", job.node, donor, f"{donor.record.num_steps:,}")
 
 
 def _check_inputs(job: Job, store: Store) -> None:
@@ -230,11 +251,11 @@ def _require_disk(job: Job, root: Path, work: Path) -> None:
         )
     if job.stage.name not in TRAINING_STAGES:
         return
-    inputs = TrainingInputs.model_validate(job.inputs.model_dump())
-    num_kept = job.compute.save_total_limit + 1  # and the best
-    whole = training_bytes(
-        job.stage.name, model_size(Path(inputs.model)), Path(inputs.dataset).stat().st_size, num_kept
-    )
+    inputs = job.inputs
+    assert isinstance(inputs, TrainingInputs)
+    # And the best, and the one that is to be stored.
+    num_kept = job.compute.save_total_limit + 1 + keeps_checkpoint(job.config, job.compute)
+    whole = training_bytes(model_size(Path(inputs.model)), cache_bytes(Path(inputs.dataset)), num_kept)
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     needed_gb = (whole - there) / 1e9
     if free_gb < needed_gb:

@@ -12,10 +12,12 @@ import math
 from itertools import pairwise
 
 from schemas.training import (
+    Budgets,
     ConstantSchedule,
     CosineSchedule,
     CyclicCosineSchedule,
     Decay,
+    FinalDecay,
     LinearSchedule,
     PowerSchedule,
     ScheduleSettings,
@@ -56,6 +58,38 @@ def learning_rate_factor(settings: ScheduleSettings, step: int, num_steps: int, 
         case PowerSchedule():
             falling = decay(settings, step, num_steps - settings.num_decay_steps(num_steps), num_steps)
             return rising * power(settings.initial_tokens + tokens, settings.anchor_tokens, settings.exponent) * falling
+
+
+def extension_step(settings: ScheduleSettings, num_steps: int) -> int | None:
+    """Optimizer steps after which a checkpoint serves a training with a larger budget, the most there are.
+
+    The last step before the decay, or the last of all where the schedule goes on from there; None where a larger
+    budget changes the past (linear, cosine).
+    """
+    if isinstance(settings, FinalDecay):
+        return num_steps - settings.num_decay_steps(num_steps) or None
+    return num_steps if isinstance(settings, (Budgets, ConstantSchedule)) else None
+
+
+def same_past(
+    old: ScheduleSettings, old_num_steps: int, new: ScheduleSettings, new_num_steps: int, num_shared: int
+) -> bool:
+    """Whether two schedules have bit-equal factors in the first `num_shared` steps, whatever the tokens.
+
+    Power schedules are compared with their like only: of one curve in tokens, the rest of the factor is compared.
+    """
+    if isinstance(old, PowerSchedule) or isinstance(new, PowerSchedule):
+        if not (isinstance(old, PowerSchedule) and isinstance(new, PowerSchedule)):
+            return False
+        curves = [(power_.anchor_tokens, power_.exponent, power_.initial_tokens) for power_ in (old, new)]
+        if curves[0] != curves[1]:
+            return False
+        # With no tokens at all the power law is 1.
+        old, new = (power_.model_copy(update={"initial_tokens": 0}) for power_ in (old, new))
+    return all(
+        learning_rate_factor(old, step, old_num_steps) == learning_rate_factor(new, step, new_num_steps)
+        for step in range(num_shared)
+    )
 
 
 def decay(settings: Decay, step: int, start: int, end: int) -> float:

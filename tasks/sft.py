@@ -1,58 +1,78 @@
 """SFT: loss on assistant tokens and the closing eos only, token-exact over the optimizer step.
 
-TRL divides the summed loss by the number of supervised tokens in the whole optimizer step, so the gradient does not
-depend on how the batch is cut into micro-batches; Tulu 3 summed and left the scale to Adam (open-instruct,
+Rows come tokenised from the preflight. Those of a micro-batch lie end to end (docs/packing.md) or are padded, which
+changes no result: TRL divides the summed loss by the number of supervised tokens in the whole optimizer step, so the
+gradient does not depend on how the step is cut. Tulu 3 summed and left the scale to Adam (open-instruct,
 `--reduce_loss sum`), which is the same up to a per-step factor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from schemas.models import ModelOutputs
 from schemas.training import SFTSettings, TrainingInputs
+from tasks.lora import with_adapter
 from tasks.models import fit_embeddings, load_language_model, load_tokenizer, stop_ids
+from tasks.packed_attention import pack, segments_of_lengths
 from tasks.stage import Stage, StageContext
-from tasks.training import (
-    callbacks,
-    finish,
-    load_rows,
-    prepare_torch,
-    train,
-    trainer_arguments,
-)
+from tasks.tokens import IGNORED
+from tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+
+
+def collate_packed(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    """Rows end to end: {"input_ids", "labels", "position_ids"}, each (1, T), and "segments".
+
+    The label of a row's first token is ignored: what stands before it is the end of another row.
+    """
+    import torch
+
+    segments = segments_of_lengths([len(row["input_ids"]) for row in rows])
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "labels": torch.tensor([[label for row in rows for label in (IGNORED, *row["labels"][1:])]]),
+        "position_ids": torch.tensor([segments.position_ids]),
+        "segments": segments,
+    }
 
 
 def train_sft(
     config: SFTSettings, inputs: TrainingInputs, context: StageContext
 ) -> tuple[ModelOutputs, dict[str, float]]:
-    """Fine-tune a base model on conversations. Rows: {"messages": [{"role", "content"}, ...]}."""
+    """Fine-tune a base model on conversations. Rows: {"row", "input_ids", "labels"}, none longer than max_length."""
     prepare_torch(context)
+    from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+    set_seed(config.seed)
     model = load_language_model(Path(inputs.model))
     fit_embeddings(model, tokenizer)
     stop_ids(model, tokenizer)
+    if context.compute.packing:
+        pack(model)
+    if config.lora:
+        model = with_adapter(model, config.lora)
 
-    rows = load_rows(inputs.dataset, context, ["messages"])
+    rows = load_rows(inputs.dataset, context, ["row", "input_ids", "labels"])
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
             **trainer_arguments(config, context),
-            num_train_epochs=config.num_train_epochs,
-            max_steps=config.max_steps or -1,
-            max_length=config.max_length,
-            assistant_only_loss=True,
-            packing=False,
+            **budget(config, rows),
+            max_length=None,  # the preflight cut or dropped what is longer
+            packing=False,  # TRL's changes which rows a step holds
         ),
+        data_collator=collate_packed if context.compute.packing else None,
         train_dataset=rows,
         processing_class=tokenizer,
         callbacks=callbacks(context),
     )
     num_steps = train(trainer, context, len(rows), config.schedule)
     shown = ("loss", "mean_token_accuracy", "tokens_per_second")
-    return finish(trainer, tokenizer, context, num_steps, shown)
+    return finish(trainer, tokenizer, context, num_steps, shown, config.gate)
 
 
-sft = Stage("sft", 1, SFTSettings, TrainingInputs, ModelOutputs, train_sft)
+sft = Stage("sft", 2, SFTSettings, TrainingInputs, ModelOutputs, train_sft)

@@ -9,7 +9,9 @@ from tasks.dataset import dataset
 from tasks.dpo import dpo
 from tasks.evaluation import evaluation
 from tasks.languages import languages
+from tasks.preflight import preflight
 from tasks.publish import publish
+from tasks.reference_logps import reference_logps
 from tasks.reward_model import reward_model
 from tasks.rlvr import rlvr
 from tasks.sft import sft
@@ -25,8 +27,10 @@ STAGES: dict[str, Stage] = {
         contamination,
         languages,
         base_model,
+        preflight,
         sft,
         reward_model,
+        reference_logps,
         dpo,
         rlvr,
         evaluation,

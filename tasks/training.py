@@ -7,7 +7,6 @@ import logging
 import math
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,15 @@ from artifacts.files import remove_tree, write_atomically
 from artifacts.keys import LOGS_FOLDER
 from schemas.compute import ComputeSettings
 from schemas.models import ModelOutputs
-from schemas.training import ScheduleSettings, TrainingSettings
+from schemas.training import GateSettings, ScheduleSettings, SupervisedSettings, TrainingSettings
+from tasks.extension import keep_checkpoint, store_checkpoint
+from tasks.gate import check_saved
+from tasks.guards import LossRule, guard
+from tasks.lora import ADAPTER_FOLDER, merged, save_adapter
 from tasks.models import device_of, history_metrics, save_model, use_bfloat16
 from tasks.schedules import learning_rate_factor
 from tasks.stage import DATASETS_FOLDER, Report, StageContext, StageStopped
+from tasks.tracking import numbers, require_trackers, speed_and_memory, trackers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,11 +49,40 @@ def accumulation_steps(effective_batch_size: int, compute: ComputeSettings) -> i
     return effective_batch_size // per_step
 
 
+def steps_for_tokens(max_tokens: int, mean_tokens: float, effective_batch_size: int) -> int:
+    """Optimizer steps that see `max_tokens` tokens, rounded up; mean_tokens: of a row (of both sides of a pair)."""
+    # Rounding of the mean must not add a step where the budget is whole steps.
+    return math.ceil(max_tokens / (mean_tokens * effective_batch_size) - 1e-9)
+
+
+def budget(settings: SupervisedSettings, rows: Dataset) -> dict[str, Any]:
+    """`num_train_epochs` and `max_steps` for the trainer, to which a number of steps stands above epochs."""
+    max_steps = settings.max_steps or -1
+    if settings.max_tokens is not None and len(rows):
+        mean_tokens = count_tokens(rows) / len(rows)
+        max_steps = steps_for_tokens(settings.max_tokens, mean_tokens, settings.effective_batch_size)
+    return {"num_train_epochs": settings.num_train_epochs, "max_steps": max_steps}
+
+
+def count_tokens(rows: Dataset) -> int:
+    """Tokens of tokenised rows; of pairs those of both sides, each with its prompt, as the trainers count them."""
+    import pyarrow.compute as pc
+
+    times = {"input_ids": 1, "prompt_ids": 2, "chosen_ids": 1, "rejected_ids": 1}
+    # Lengths only: the tokens themselves, gigabytes, stay on disk.
+    return sum(
+        times[name] * int(pc.sum(pc.list_value_length(rows.data.column(name))).as_py())
+        for name in rows.column_names
+        if name in times
+    )
+
+
 def load_rows(file: str, context: StageContext, columns: list[str]) -> Dataset:
-    """Rows of a dataset artifact, memory-mapped; its Arrow cache lives in the stage's work folder and goes with it."""
+    """Rows of an artifact, memory-mapped; their Arrow cache lives in the stage's work folder and goes with it."""
     from datasets import load_dataset
 
-    rows = load_dataset("json", data_files=file, split="train", cache_dir=str(context.work / DATASETS_FOLDER))
+    kind = "parquet" if file.endswith(".parquet") else "json"
+    rows = load_dataset(kind, data_files=file, split="train", cache_dir=str(context.work / DATASETS_FOLDER))
     return rows.select_columns(columns)
 
 
@@ -78,7 +111,7 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
         "save_strategy": "steps",
         "save_steps": compute.save_steps,
         "save_total_limit": None,  # CompleteCheckpoint removes old ones, and only after the new one is whole
-        "report_to": "tensorboard",
+        "report_to": "none",  # tasks/tracking.py: its own do not know what was logged before a resume
         "disable_tqdm": True,
         "push_to_hub": False,
         "trust_remote_code": False,
@@ -86,22 +119,21 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
 
 
 def prepare_torch(context: StageContext) -> None:
-    """Settings of the process: logs inside the artifact, threads, and no cuDNN attention (NaN in DPO, trl#7181)."""
-    import os
-
+    """Settings of the process: threads, and no cuDNN attention where its gradients are wrong. Trackers are there."""
     import torch
     import transformers
 
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.folder / LOGS_FOLDER / "tensorboard")
+    require_trackers(context.compute.report_to)
     if context.compute.num_threads:
         torch.set_num_threads(context.compute.num_threads)
-    if torch.cuda.is_available():
+    # trl#7181: NaN gradients in bfloat16 with torch 2.13; off from there on until a version is known to be mended.
+    if torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
         torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.utils.logging.disable_progress_bar()
 
 
 def callbacks(context: StageContext, cycle: int = 1) -> list[TrainerCallback]:
-    """Progress, history, checkpoints' completion markers and stopping when asked, as callbacks of the Trainer.
+    """Progress, history, trackers, completion markers of checkpoints and stopping when asked, as callbacks.
 
     `cycle`: optimizer steps between instants at which a checkpoint holds all there is to go on from.
     """
@@ -113,15 +145,15 @@ def callbacks(context: StageContext, cycle: int = 1) -> list[TrainerCallback]:
         def __init__(self, report: Report, history: Path) -> None:
             self.report, self.history = report, history
             history.parent.mkdir(exist_ok=True)
-            self.started: tuple[float, float] | None = None
             self.metrics: dict[str, float] = {}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             # In one step: a kill half-way would lose what the metrics of the manifest are taken from.
             if state.is_world_process_zero:
-                rows = _history_until(state.log_history, self.history)
+                rows = _history_until(state.log_history)
                 write_atomically(self.history, "".join(json.dumps(row) + "\n" for row in rows))
-            self.started = (time.monotonic(), float(state.num_input_tokens_seen or 0))
+            # A resume brings those of the checkpoint, which may be another training's.
+            state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
             self.report(state.global_step, state.max_steps)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -130,20 +162,9 @@ def callbacks(context: StageContext, cycle: int = 1) -> list[TrainerCallback]:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if not state.is_world_process_zero or not logs or "train_runtime" in logs:
                 return
-            values = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float))}
-            assert self.started is not None
-            tokens = float(values.get("num_tokens", 0.0)) - self.started[1]
-            seconds = time.monotonic() - self.started[0]
-            if tokens > 0 and seconds > 0:
-                values["tokens_per_second"] = tokens / seconds
+            values = numbers(logs)
             shown = ("loss", "reward", "rewards/accuracies", "accuracy", "tokens_per_second")
             self.metrics = {name: values[name] for name in shown if name in values}
-            loss = values.get("loss", values.get("grad_norm", 0.0))
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"loss is {loss} at step {state.global_step}; the checkpoints before it are kept. Lower the "
-                    "learning rate, or look for rows that the preflight did not catch"
-                )
             with self.history.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **values}) + "\n")
 
@@ -187,15 +208,26 @@ def callbacks(context: StageContext, cycle: int = 1) -> list[TrainerCallback]:
             if self.asked.is_set() and state.global_step % cycle == 0 and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
 
-    return [Progress(context.report, context.work / HISTORY_FILE), CompleteCheckpoint(), StopWhenAsked()]
+    return [
+        Progress(context.report, context.work / HISTORY_FILE),
+        trackers(context.compute.report_to, context.folder, context.work),
+        CompleteCheckpoint(),
+        StopWhenAsked(),
+    ]
 
 
-def train(trainer: Trainer, context: StageContext, num_rows: int, schedule: ScheduleSettings | None) -> int:
+def train(
+    trainer: Trainer,
+    context: StageContext,
+    num_rows: int,
+    schedule: ScheduleSettings | None,
+    loss_rule: LossRule = LossRule(),  # noqa: B008 - frozen
+) -> int:
     """Train from the newest complete checkpoint, or from the start. Number of optimizer steps done in all.
 
     `num_rows` went into the trainer: what it dropped in silence is said. The history of logged metrics lands in the
-    artifact. A `schedule` stands in for the trainer's own. ValueError where the trainer kept no row, or where the
-    schedule does not fit into its number of steps.
+    artifact. A `schedule` stands in for the trainer's own. ValueError where the trainer kept no row, where the schedule
+    does not fit into its number of steps, or where the guards (`tasks.guards`) end the training.
     """
     num_kept = len(trainer.train_dataset)
     if not num_kept:
@@ -210,21 +242,38 @@ def train(trainer: Trainer, context: StageContext, num_rows: int, schedule: Sche
     for step, path, fault in torn_checkpoints(checkpoints, full=True) if trainer.is_world_process_zero() else ():
         logger.warning("checkpoint of step %s is not whole (%s): passed over and removed", f"{step:,}", fault)
         remove_tree(path)
+    num_steps = 0
     if newest is not None:
-        logger.info("resumes at step %s of %s", f"{newest[0]:,}", f"{planned_steps(newest[1]) or 0:,}")
+        # Not what the checkpoint says: it may be that of a shorter training.
+        num_steps = trainer.args.max_steps if trainer.args.max_steps > 0 else planned_steps(newest[1]) or 0
+        logger.info("resumes at step %s of %s", f"{newest[0]:,}", f"{num_steps:,}")
         if trainer.is_world_process_zero():
             with (context.work / "resumed.jsonl").open("a") as file:
                 file.write(f"{newest[0]}\n")
     trainer.add_callback(_token_count(trainer))
+    trainer.add_callback(speed_and_memory(trainer, lambda: _num_tokens(trainer)))
+    # Last, so that it sees whether a checkpoint is to be written.
+    trainer.add_callback(guard(trainer, loss_rule, lambda num_steps: _num_warmup_steps(trainer, schedule, num_steps)))
     if schedule is not None:
         _follow(schedule, trainer)
+        # GRPO goes on at the border of its generations only: tasks/extension.py does not look for that.
+        if context.compute.keep_extension_checkpoint and not hasattr(trainer.args, "num_generations"):
+            trainer.add_callback(keep_checkpoint(schedule, context))
+    if newest is not None and newest[0] >= num_steps > 0:
+        # The trainer looks whether it is done only after a step: in the middle of an epoch it would do one too many.
+        trainer._run_epoch = lambda **kwargs: None
     trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
     if trainer.state.global_step < trainer.state.max_steps:
         raise StageStopped(f"stopped as asked at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}")
     if trainer.is_world_process_zero():
         (context.folder / LOGS_FOLDER).mkdir(exist_ok=True)
         (context.folder / HISTORY_FILE).write_bytes((context.work / HISTORY_FILE).read_bytes())
+        store_checkpoint(context)
     return trainer.state.global_step
+
+
+def _num_warmup_steps(trainer: Trainer, schedule: ScheduleSettings | None, num_steps: int) -> int:
+    return schedule.num_warmup_steps(num_steps) if schedule else int(trainer.args.get_warmup_steps(num_steps))
 
 
 def _follow(schedule: ScheduleSettings, trainer: Trainer) -> None:
@@ -240,7 +289,19 @@ def _follow(schedule: ScheduleSettings, trainer: Trainer) -> None:
         def factor(step: int) -> float:
             return learning_rate_factor(schedule, step, num_training_steps, _num_tokens(trainer))
 
-        trainer.lr_scheduler = LambdaLR(optimizer or trainer.optimizer, factor)
+        class FromFunction(LambdaLR):
+            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+                """Goes on at the step of a checkpoint with our rate of that step.
+
+                The stored one is that of the schedule it was saved under: at the end of a shorter training, decayed.
+                """
+                super().load_state_dict(state_dict)
+                now = factor(self.last_epoch)
+                self._last_lr = [base * now for base in self.base_lrs]
+                for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+                    group["lr"] = rate
+
+        trainer.lr_scheduler = FromFunction(optimizer or trainer.optimizer, factor)
         return trainer.lr_scheduler
 
     trainer.create_scheduler = create_scheduler
@@ -267,38 +328,43 @@ def _token_count(trainer: Trainer) -> TrainerCallback:
 
 
 def finish(
-    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, context: StageContext, num_steps: int, shown: tuple[str, ...]
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    context: StageContext,
+    num_steps: int,
+    shown: tuple[str, ...],
+    gate: GateSettings | None = None,
 ) -> tuple[ModelOutputs, dict[str, float]]:
-    """Save the trained model, checked by loading it again; outputs, and the `shown` metrics as last logged."""
+    """Save the trained model and put it through the gate; outputs, and the `shown` metrics as last logged.
+
+    `gate`: what a language model must show; None for a reward model, which is loaded again and compared only.
+    """
+    from accelerate.utils import is_peft_model
+
     if not trainer.is_world_process_zero():
         return ModelOutputs(num_parameters=trainer.model.num_parameters()), {}
     history = _read_history(context.folder / HISTORY_FILE)
-    num_parameters = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context.folder / "model")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if is_peft_model(model):
+        save_adapter(model, context.folder / ADAPTER_FOLDER)
+        model = merged(model)
+    num_parameters = save_model(model, tokenizer, context.folder / "model")
+    passed = check_saved(model, tokenizer, context.folder / "model", trainer.train_dataset, gate, trainer.args.bf16)
     outputs = ModelOutputs(
         num_parameters=num_parameters,
         num_steps=num_steps,
         num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
         history_file=HISTORY_FILE,
     )
-    return outputs, history_metrics(history, shown)
+    return outputs, history_metrics(history, shown) | passed
 
 
-def _history_until(log_history: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+def _history_until(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was logged up to the step that a training goes on from; none at its start.
 
-    From the checkpoint, whose bytes were checked; only the speed, which the trainer does not log, from the old file.
+    From the checkpoint, whose bytes were checked.
     """
-    speeds = {row["step"]: row.get("tokens_per_second") for row in _read_history(file)} if file.exists() else {}
-    rows = []
-    for entry in log_history:
-        row = {"step": entry["step"]}
-        row |= {
-            name: float(value) for name, value in entry.items() if isinstance(value, (int, float)) and name != "step"
-        }
-        if isinstance(speeds.get(entry["step"]), float):
-            row["tokens_per_second"] = speeds[entry["step"]]
-        rows.append(row)
-    return rows
+    return [{"step": entry["step"], **numbers(entry)} for entry in log_history]
 
 
 def _read_history(file: Path) -> list[dict[str, Any]]:

@@ -16,8 +16,13 @@ from unittest import mock
 import tasks.dpo
 import tasks.reward_model
 import tasks.sft
+from flows.graph import preflight_config
 from schemas.compute import ComputeSettings
-from schemas.training import DPOSettings, RewardModelSettings, SFTSettings, TrainingInputs
+from schemas.preflight import PreflightInputs, PreflightSettings
+from schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
+from schemas.training import DPOInputs, DPOSettings, RewardModelSettings, SFTSettings, TrainingInputs, TrainingSettings
+from tasks.preflight import run_preflight
+from tasks.reference_logps import run_reference_logps
 from tasks.stage import StageContext
 from tests.tiny_model import TULU_TEMPLATE
 
@@ -77,12 +82,18 @@ class Run:
 def stage_arguments(
     stage: str, folder: Path, model: Path, rows: list[dict[str, Any]], settings: dict[str, Any], **compute: Any
 ) -> tuple[Any, TrainingInputs, StageContext]:
-    """What the stage's function is called with; its rows are written to `folder`."""
+    """What the stage's function is called with; what stages before it make of the rows is written to `folder`."""
     (folder / "out").mkdir(parents=True, exist_ok=True)
     (folder / "work" / "checkpoints").mkdir(parents=True, exist_ok=True)
-    dataset = folder / "rows.jsonl"
-    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chosen = {"learning_rate": 1e-3, "effective_batch_size": len(rows), "max_length": 128, "precision": "float32"}
+    chosen = {
+        "learning_rate": 1e-3,
+        "effective_batch_size": len(rows),
+        "max_length": 128,
+        "precision": "float32",
+        "gate": {"num_prompts": 0},
+    }
+    if stage == "reward_model":
+        del chosen["gate"]
     machinery = {
         "device": "cpu",
         "per_device_train_batch_size": 2,
@@ -90,11 +101,49 @@ def stage_arguments(
         "save_steps": 1,
         "num_threads": 1,
     }
-    inputs = TrainingInputs(model=str(model), dataset=str(dataset), chat_template=TULU_TEMPLATE)
-    context = StageContext(
-        folder / "out", folder / "work", ComputeSettings(**machinery | compute), lambda *args, **kwargs: None
+    machines = ComputeSettings(**machinery | compute)
+    config = SETTINGS[stage](**chosen | settings)
+    inputs = training_inputs(stage, folder, model, rows, config, machines)
+    context = StageContext(folder / "out", folder / "work", machines, lambda *args, **kwargs: None)
+    return config, inputs, context
+
+
+def training_inputs(
+    stage: str,
+    folder: Path,
+    model: Path,
+    rows: list[dict[str, Any]],
+    config: TrainingSettings,
+    compute: ComputeSettings,
+) -> TrainingInputs:
+    """The model, the rows as the preflight tokenises them, and for DPO the reference's log-probabilities."""
+    source = folder / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checks = PreflightSettings(max_overlong_share=1, max_unstable_share=1, max_faulty_share=1, dry_run=False)
+    outputs, _ = run_preflight(
+        preflight_config(stage, config, checks),
+        PreflightInputs(model=str(model), dataset=str(source), chat_template=TULU_TEMPLATE),
+        _context(folder / "preflight", compute),
     )
-    return SETTINGS[stage](**chosen | settings), inputs, context
+    taken = {
+        "model": str(model),
+        "dataset": str(folder / "preflight" / "out" / outputs.file),
+        "chat_template": TULU_TEMPLATE,
+    }
+    if stage != "dpo":
+        return TrainingInputs(**taken)
+    reference, _ = run_reference_logps(
+        ReferenceLogpsConfig(precision=config.precision),
+        ReferenceLogpsInputs(**taken),
+        _context(folder / "reference", compute),
+    )
+    return DPOInputs(**taken, reference_logps=str(folder / "reference" / "out" / reference.file))
+
+
+def _context(folder: Path, compute: ComputeSettings) -> StageContext:
+    for name in ("out", "work"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return StageContext(folder / "out", folder / "work", compute, lambda *args, **kwargs: None)
 
 
 def run(

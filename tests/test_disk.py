@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from schemas.compute import ComputeSettings
-from schemas.training import DPOSettings, SFTSettings, TrainingInputs
-from tasks.disk import ModelSize, checkpoint_bytes, model_bytes, model_size, num_parameters, training_bytes
+from schemas.training import DPOSettings, SFTSettings
+from tasks.disk import ModelSize, cache_bytes, checkpoint_bytes, model_bytes, model_size, num_parameters, training_bytes
 from tasks.stage import StageContext
-from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
+from tests.small_runs import training_inputs
+from tests.tiny_model import build_tiny_model
 
 
 def weights(file: Path, shapes: dict[str, list[int]]) -> None:
@@ -72,9 +73,8 @@ def test_disk_by_hand() -> None:
     size = ModelSize(num_parameters=1_000_000, num_tensors=10, other_bytes=500)
     assert checkpoint_bytes(size) == 12_000_000 + 10_000 + 500 + 30_000
     assert model_bytes(size) == 4_000_500
-    # Three that are kept (two newest, the best) and the one being written; fourteen times the rows for SFT.
-    assert training_bytes("sft", size, 1000, 3) == 14_000 + 4 * 12_040_500
-    assert training_bytes("rlvr", size, 0, 1) == 2 * 12_040_500
+    # Three that are kept (two newest, the best) and the one being written.
+    assert training_bytes(size, 1000, 3) == 1000 + 4 * 12_040_500
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -85,26 +85,26 @@ def test_the_formula_against_a_real_training(tmp_path: Path, stage: str) -> None
     def turns(**by_role: str) -> list[dict[str, str]]:
         return [{"role": role, "content": content} for role, content in by_role.items()]
 
-    model, file = build_tiny_model(tmp_path / "model"), tmp_path / "rows.jsonl"
-    with file.open("w") as stream:
-        for i in range(400):
-            text = f"What is {i} plus 7? Write your answer in upper case and name exactly three animals. " * 3
-            row = {"messages": turns(user=text, assistant=text)}
-            if stage == "dpo":
-                row = {"prompt": turns(user=text), "chosen": turns(assistant=text), "rejected": turns(assistant="no")}
-            stream.write(json.dumps(row) + "\n")
+    model, rows = build_tiny_model(tmp_path / "model"), []
+    for i in range(400):
+        text = f"What is {i} plus 7? Write your answer in upper case and name exactly three animals. " * 3
+        row = {"messages": turns(user=text, assistant=text)}
+        if stage == "dpo":
+            row = {"prompt": turns(user=text), "chosen": turns(assistant=text), "rejected": turns(assistant="no")}
+        rows.append(row)
     compute = ComputeSettings(device="cpu", per_device_train_batch_size=2, save_steps=1, logging_steps=1)
     context = StageContext(tmp_path / "out", tmp_path / "work", compute, lambda *args, **kwargs: None)
     context.folder.mkdir()
     (context.work / "checkpoints").mkdir(parents=True)
     settings = {
         "learning_rate": 1e-3, "effective_batch_size": 2, "max_steps": 4, "max_length": 200, "precision": "float32",
+        "gate": {"num_prompts": 0},
     }  # fmt: skip
-    inputs = TrainingInputs(model=str(model), dataset=str(file), chat_template=TULU_TEMPLATE)
-    if stage == "sft":
-        train_sft(SFTSettings(**settings), inputs, context)
-    else:
-        train_dpo(DPOSettings(**settings), inputs, context)
+    config = SFTSettings(**settings) if stage == "sft" else DPOSettings(**settings)
+    (tmp_path / "before").mkdir()
+    inputs = training_inputs(stage, tmp_path / "before", model, rows, config, compute)
+    file = Path(inputs.dataset)
+    (train_sft if stage == "sft" else train_dpo)(config, inputs, context)
 
     size = model_size(model)
     assert size.num_parameters == 33_440
@@ -113,7 +113,7 @@ def test_the_formula_against_a_real_training(tmp_path: Path, stage: str) -> None
     assert model_bytes(size) == pytest.approx(_bytes(context.folder / "model"), rel=0.05)
     # The bound holds with the one more that was there before the oldest went, and is not far off.
     peak = _bytes(context.work) + _bytes(saved[-1])
-    assert peak <= training_bytes(stage, size, file.stat().st_size, len(saved)) <= 1.5 * peak
+    assert peak <= training_bytes(size, cache_bytes(file), len(saved)) <= 1.1 * peak
 
 
 def _bytes(folder: Path) -> int:

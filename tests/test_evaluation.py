@@ -354,18 +354,23 @@ def test_reward_model_and_implicit_reward_stages(tmp_path: Path, folder: Path) -
     ]
     rows = _jsonl(tmp_path / "pairs.jsonl", pairs)
     reward = build_tiny_model(tmp_path / "reward", num_labels=1)
-    outputs, _, samples, steps = _run(tmp_path / "a", {}, reward, "reward_model", preference_eval=rows)
-    (score,) = outputs.scores
+    outputs, metrics, samples, steps = _run(tmp_path / "a", {}, reward, "reward_model", preference_eval=rows)
+    score, margin = outputs.scores
     assert score.num_samples == 8 and score.metric == "pair_accuracy" and len(samples) == 8 and steps[-1] == (16, 16)
     assert score.value == sum(sample["chosen"] > sample["rejected"] for sample in samples) / 8
+    assert margin.metric == "mean_margin" and margin.stderr is not None and margin.num_samples == 8
+    assert margin.value == pytest.approx(sum(sample["chosen"] - sample["rejected"] for sample in samples) / 8)
+    assert metrics == {"preference/pair_accuracy": score.value, "preference/mean_margin": margin.value}
     # A policy that is its own reference prefers nothing: every pair is a tie, and a tie is wrong.
     outputs, *_ = _run(tmp_path / "b", {}, folder, "implicit_reward", preference_eval=rows, reference_model=str(folder))
-    assert [score.value for score in outputs.scores] == [0.0, 0.0]
+    assert [score.value for score in outputs.scores] == [0.0, 0.0, 0.0, 0.0]
     other = build_tiny_model(tmp_path / "other", seed=1)
     outputs, _, samples, _ = _run(
         tmp_path / "c", {}, other, "implicit_reward", preference_eval=rows, reference_model=str(folder)
     )
-    assert [score.metric for score in outputs.scores] == ["pair_accuracy", "pair_accuracy_unnormalised"]
+    metric_names = ["pair_accuracy", "pair_accuracy_unnormalised", "mean_margin", "mean_margin_unnormalised"]
+    assert [score.metric for score in outputs.scores] == metric_names
+    assert outputs.scores[2].value == pytest.approx(sum(row["chosen"] - row["rejected"] for row in samples) / 8)
     assert outputs.scores[0].value == sum(sample["chosen"] > sample["rejected"] for sample in samples) / 8
     with pytest.raises(ValueError, match="reference_model"):
         _run(tmp_path / "d", {}, folder, "implicit_reward", preference_eval=rows)

@@ -105,7 +105,7 @@ def test_sft_supervises_assistant_content_and_its_eos_only(base: Path, tmp_path:
 
 
 def test_sft_batches_supervise_what_the_hand_written_template_says(base: Path, tmp_path: Path) -> None:
-    trainer = trainer_of("sft", tmp_path, base, CONVERSATIONS, {})
+    trainer = trainer_of("sft", tmp_path, base, CONVERSATIONS, {}, packing=False)
     for row, conversation in zip(trainer.train_dataset, CONVERSATIONS, strict=True):
         ids, supervised = encoded(base, conversation["messages"])
         assert row["input_ids"] == ids
@@ -229,7 +229,7 @@ def test_reward_model_loss_is_bradley_terry_at_the_last_token(base: Path, tmp_pa
 
 def test_reward_is_read_at_the_closing_eos_whatever_the_padding(base: Path, tmp_path: Path) -> None:
     """And not where pad = eos would put it: on the token before."""
-    trainer = trainer_of("reward_model", tmp_path, base, PAIRS, {})
+    trainer = trainer_of("reward_model", tmp_path, base, PAIRS, {}, packing=False)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(len(PAIRS))])
     pad, eos = trainer.processing_class.pad_token_id, trainer.processing_class.eos_token_id
     assert trainer.model.config.pad_token_id == pad != eos and (batch["input_ids"] == pad).any()
@@ -266,7 +266,7 @@ def test_score_head_is_drawn_with_variance_one_over_d_plus_one(tmp_path: Path) -
 
 
 def test_score_head_stays_in_float32_under_bfloat16_autocast(base: Path, tmp_path: Path) -> None:
-    trainer = trainer_of("reward_model", tmp_path, base, PAIRS, {})
+    trainer = trainer_of("reward_model", tmp_path, base, PAIRS, {}, packing=False)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
     inputs: list[torch.Tensor] = []
     trainer.model.score.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
@@ -331,20 +331,19 @@ def test_dpo_norm_of_open_instruct_is_sigmoid_norm(base: Path, tmp_path: Path) -
     margin = 5 * ((-1.0 - -2.0) - (-1.5 - -1.9))
     assert margin == pytest.approx(3.0)
     trainer = trainer_of("dpo", tmp_path, base, PAIRS, {})
-    batch = trainer.data_collator([trainer.train_dataset[0]])
-    lengths = batch["completion_mask"].sum(dim=1).double()
+    row = trainer.train_dataset[0]
+    batch = trainer.data_collator([row])
     with torch.no_grad():
-        ids = [
-            row[: int(mask.sum())].tolist()
-            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        policy = [
+            token_log_probs(trainer.model, row["prompt_ids"] + row[side])[-len(row[side]) :].sum()
+            for side in ("chosen_ids", "rejected_ids")
         ]
-        policy = [token_log_probs(trainer.model, one)[-int(n) :].sum() for one, n in zip(ids, lengths, strict=True)]
         # A reference that makes the two averaged log-ratios 0.5 and -0.1.
-        batch["ref_chosen_logps"] = policy[0] - 0.5 * lengths[:1]
-        batch["ref_rejected_logps"] = policy[1] + 0.1 * lengths[1:]
+        batch["reference_chosen"] = policy[0] - 0.5 * torch.tensor([len(row["chosen_ids"])])
+        batch["reference_rejected"] = policy[1] + 0.1 * torch.tensor([len(row["rejected_ids"])])
         loss = float(trainer.compute_loss(trainer.model, batch))
     assert loss == pytest.approx(0.0485874, rel=1e-4)
-    assert trainer.args.loss_type == ["sigmoid_norm"] and trainer.beta == 5.0
+    assert trainer.settings.loss_type == "sigmoid_norm" and trainer.settings.beta == 5.0
 
 
 def test_dpo_counts_the_last_turn_and_its_eos_only(base: Path, tmp_path: Path) -> None:

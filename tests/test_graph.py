@@ -11,6 +11,7 @@ import pytest
 
 from artifacts.store import Store
 from flows.graph import Graph
+from flows.nodes import Binding
 from flows.plan import plan
 from flows.recipe import load_recipe
 from tasks.chat_template import TEMPLATES, check_chat_template, load_chat_template
@@ -37,9 +38,10 @@ def test_every_stage_of_tiny_is_there() -> None:
         "dataset-rlvr", "contamination-rlvr",
         "dataset-preference-eval", "dataset-verified-eval",
         "base-model", "evaluation-base-model",
+        "preflight-sft", "preflight-reward-model", "preflight-dpo", "preflight-rlvr",
         "sft", "evaluation-sft",
         "reward-model", "evaluation-reward-model",
-        "dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward",
+        "reference-logps", "dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward",
         "rlvr", "evaluation-rlvr",
         "publish",
     ]  # fmt: skip
@@ -75,8 +77,15 @@ def test_machinery_changes_no_key(overrides: dict[str, Any]) -> None:
         ),
         (
             {"data.rlvr.max_malformed_share": 0.5},
-            {"dataset-rlvr", "contamination-rlvr", "rlvr", "evaluation-rlvr", "publish"},
+            {"dataset-rlvr", "contamination-rlvr", "preflight-rlvr", "rlvr", "evaluation-rlvr", "publish"},
         ),
+        # A sweep of DPO's settings shares the tokens and the reference, whatever its learning rate, loss or batch.
+        (
+            {"dpo.loss_type": "ipo", "dpo.beta": 0.1, "dpo.effective_batch_size": 64, "dpo.max_tokens": 9999},
+            DPO_AND_AFTER,
+        ),
+        ({"dpo.trained_turns": "all"}, {"preflight-dpo", "reference-logps", *DPO_AND_AFTER}),
+        ({"preflight.max_overlong_share": 0.5, "sft.gate.num_prompts": 0}, set()),
     ],
 )
 def test_a_field_changes_its_own_stage_and_what_depends_on_it(overrides: dict[str, Any], expected: set[str]) -> None:
@@ -91,6 +100,29 @@ def test_until_stops_after_a_stage_and_still_evaluates_its_models() -> None:
         name for name in keys() if name.startswith(("world", "dataset", "benchmark", "contamination"))
     }
     assert set(keys()) - set(keys(until="evaluation")) == {"publish"}
+
+
+def test_every_preflight_comes_before_the_first_training() -> None:
+    graph = Graph(load_recipe("tiny"))
+    preflights = {name for name in graph.nodes if name.startswith("preflight-")}
+    assert preflights == {"preflight-sft", "preflight-reward-model", "preflight-dpo", "preflight-rlvr"}
+    assert set(graph.nodes["sft"].after) == preflights == set(graph.nodes["rlvr"].after)
+    alone = Graph(load_recipe("tiny"), until="preflight").nodes
+    assert preflights < set(alone) and not {"sft", "evaluation-sft", "reference-logps"} & set(alone)
+    # Who stops after SFT is not kept waiting for the rows of DPO.
+    assert {name for name in keys(until="sft") if name.startswith("preflight")} == {"preflight-sft"}
+
+
+def test_the_reward_model_starts_where_the_recipe_says() -> None:
+    graph = Graph(load_recipe("tiny", {"reward_model.start_from": "dpo"}))
+    assert graph.nodes["reward-model"].inputs["model"] == Binding("dpo", "folder")
+    assert list(graph.nodes).index("dpo") < list(graph.nodes).index("reward-model")
+    assert Graph(load_recipe("tiny")).nodes["reward-model"].inputs["model"] == Binding("sft", "folder")
+    until = {"reward_model.start_from": "dpo"}
+    assert "reward-model" not in Graph(load_recipe("tiny", until), until="dpo").nodes
+    assert {"dpo", "reward-model"} <= set(Graph(load_recipe("tiny", until), until="reward_model").nodes)
+    with pytest.raises(ValueError, match=r"reward_model.start_from: dpo needs a dpo block"):
+        load_recipe({"extends": "tiny", "dpo": None, "reward_model": {"start_from": "dpo"}})
 
 
 def test_keys_are_the_same_in_another_process(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tasks.pair_accuracy import (
     implicit_reward_accuracy,
     implicit_rewards,
     load_reward_model,
+    mean_margin,
     ranked_right,
     reward_model_accuracy,
     reward_scores,
@@ -51,7 +53,17 @@ def test_normalised_and_summed_accuracy_can_disagree() -> None:
     assert [record["right"] for record in measured.records] == [0.0, 1.0]
     assert [record["right_unnormalised"] for record in measured.records] == [1.0, 0.0]
     assert measured.stderr == pytest.approx(math.sqrt(0.5 / 2))  # variance of (0, 1) with n - 1 is 0.5
-    assert measured.details["mean_margin"] == pytest.approx((-0.5 + 0.75) / 2)
+    # Margins: -0.5 and 0.75 per token, 1 and 0 summed; the standard error of two values is half their distance.
+    assert (measured.margin, measured.margin_stderr) == pytest.approx((0.125, 1.25 / 2))
+    assert measured.details["margin_sum"] == 0.5 and measured.details["margin_sum_stderr"] == pytest.approx(0.5)
+
+
+def test_mean_margin_by_hand() -> None:
+    # Margins 1, 0 and -4: mean -1, variance (4 + 1 + 9) / 2 = 7
+    assert mean_margin([2.0, 1.5, 0.0], [1.0, 1.5, 4.0]) == (-1.0, pytest.approx(math.sqrt(7 / 3)))
+    assert mean_margin([2.0], [1.0]) == (1.0, None)
+    with pytest.raises(ValueError, match="1 of 2 pairs have a score that is NaN or infinite"):
+        mean_margin([2.0, math.nan], [1.0, 0.0])
 
 
 def test_completions_are_content_and_eos() -> None:
@@ -87,7 +99,10 @@ def test_batched_reward_scores_equal_the_forward_pass_one_by_one(tmp_path: Path)
         scores = reward_scores(model, tokenizer, texts, batch_size=batch_size)
         assert scores == pytest.approx(alone, abs=1e-6)
     measured = reward_model_accuracy(model, tokenizer, PAIRS, max_length=256, batch_size=4)
-    assert measured.value == sum(a > b for a, b in zip(alone[::2], alone[1::2], strict=True)) / len(PAIRS)
+    margins = [a - b for a, b in zip(alone[::2], alone[1::2], strict=True)]
+    assert measured.value == sum(margin > 0 for margin in margins) / len(PAIRS)
+    assert measured.margin == pytest.approx(sum(margins) / len(PAIRS), abs=1e-6)
+    assert measured.margin_stderr == pytest.approx(statistics.stdev(margins) / math.sqrt(len(PAIRS)), abs=1e-6)
     assert len({round(score, 6) for score in alone}) > 5  # scores differ, so the comparison above says something
 
 

@@ -29,7 +29,6 @@ from flows.estimate import (
     closest_rows,
     estimated_seconds,
     estimated_tokens,
-    optimizer_steps,
     totals,
     training_flops,
 )
@@ -39,8 +38,10 @@ from flows.plan import Plan, PlanRow, drift, plan
 from flows.plan_cli import as_dict, count, num_bytes, show, summary
 from flows.recipe import load_recipe
 from schemas.artifact import InputRecord, Manifest
+from schemas.preflight import DryRun, LengthReport, PreflightOutputs
 from tasks.data import HubUnreachable, Reference, SourceUnavailable, resolve_commits
 from tasks.environment import environment
+from tasks.planned_steps import optimizer_steps, tokens_of_steps
 
 NUM_PARAMETERS = 1_711_376_384  # SmolLM2-1.7B
 ROWS = 1000
@@ -60,6 +61,19 @@ def graph_of(recipe: str, resolve: Callable[[Reference], str] = commit_of, **ove
     return Graph(load_recipe(recipe, overrides), unresolved="keep", resolve=resolve)
 
 
+def preflight_outputs(subject: str, **changes: Any) -> dict[str, Any]:
+    """All rows are left, of 500 tokens each, 100 of them trained; the dry run took four, as smoltulu-1130 asks."""
+    run = DryRun(
+        subject=subject, device="cpu", precision="float32", per_device_train_batch_size=4, asked_batch_size=4,
+        activation_checkpointing=True, packing=True, num_tokens=4000, seconds=1.0, peak_memory_bytes=70 * 10**9,
+    )  # fmt: skip
+    outputs = PreflightOutputs(
+        file="rows.jsonl", num_rows=ROWS, num_source_rows=ROWS, num_tokens=500 * ROWS, num_trained_tokens=100 * ROWS,
+        longest=900, lengths=LengthReport(mean=500.0, percentiles={"100": 900}), dry_run=run,
+    )  # fmt: skip
+    return outputs.model_dump(mode="json") | changes
+
+
 def finish(store: Store, graph: Graph, name: str, text: str = "", size: int = NUM_PARAMETERS, **changes: Any) -> Found:
     """Commit an artifact for a node as a run would, with contents that only matter by their size."""
     node, spec = graph.nodes[name], graph.spec(name)
@@ -73,6 +87,8 @@ def finish(store: Store, graph: Graph, name: str, text: str = "", size: int = NU
     outputs: dict[str, Any] = {}
     if node.stage.name in ("dataset", "contamination"):
         outputs = {"file": "rows.jsonl", "num_rows": ROWS}
+    elif node.stage.name == "preflight":
+        outputs = preflight_outputs(node.config.subject)
     elif node.stage.name == "base_model":
         outputs = {"num_parameters": size}
     elif hasattr(node.config, "effective_batch_size"):
@@ -130,7 +146,7 @@ def test_plan_of_1130_on_an_empty_store(tmp_path: Path) -> None:
 
 def test_plan_of_1130_beside_a_finished_1207_explains_the_difference(with_1207: Store) -> None:
     rows = make(graph_of("smoltulu-1130"), with_1207)
-    data = ("dataset", "benchmark", "contamination")
+    data = ("dataset", "benchmark", "contamination", "preflight")
     kept = {"base-model", "evaluation-base-model"} | {name for name in rows if name.startswith(data)}
     assert {name for name, row in rows.items() if row.status == "cached"} == kept
     assert rows["base-model"].reason == "made 2026-11-01 12:34"
@@ -144,16 +160,18 @@ def test_plan_of_1130_beside_a_finished_1207_explains_the_difference(with_1207: 
         "sft": "learning_rate: 3.1e-06 -> 9e-05, effective_batch_size: 32 -> 8",
         "evaluation-sft": "input model (sft) is another artifact",
         "reward-model": "learning_rate: 7.5e-07 -> 4e-05, effective_batch_size: 8 -> 4, "
-        "input model (sft) is another artifact",
+        "input model (dpo) is another artifact",
         "evaluation-reward-model": "input model (reward-model) is another artifact",
-        "dpo": "learning_rate: 5e-07 -> 8e-07, effective_batch_size: 32 -> 12, input model (sft) is another artifact",
+        "reference-logps": "input model (sft) is another artifact",
+        "dpo": "learning_rate: 5e-07 -> 8e-07, effective_batch_size: 32 -> 12, input model (sft) is another artifact, "
+        "input reference_logps (reference-logps) is another artifact",
         "evaluation-dpo": "input model (dpo) is another artifact",
         "evaluation-dpo-implicit-reward": "input model (dpo) is another artifact, "
         "input reference_model (sft) is another artifact",
         "rlvr": "input model (dpo) is another artifact",
         "evaluation-rlvr": "input model (rlvr) is another artifact",
         "publish": "recipe_name: smoltulu-1207 -> smoltulu-1130, input model (rlvr) is another artifact, "
-        "input evaluation-sft is another artifact, input evaluation-dpo is another artifact, and 5 more",
+        "input evaluation-sft is another artifact, input evaluation-dpo is another artifact, and 6 more",
     }
     sft = rows["sft"].nearest
     assert sft is not None and sft.key == keys["sft"]
@@ -171,12 +189,14 @@ def test_plan_estimates_1130_from_1207(with_1207: Store) -> None:
         num_tokens=250 * 8 * 500,
         flops=6.0 * NUM_PARAMETERS * 1_000_000,
         disk_bytes=4 * NUM_PARAMETERS,
-        peak_disk_bytes=14 * ROWS_BYTES + 2 * checkpoint,  # saved once in 250 steps, and once more while it is written
+        # Eight bytes a token; saved once in 250 steps, and once more while it is written.
+        peak_disk_bytes=8 * 1000 * 500 + 2 * checkpoint,
         seconds=250 * 10.0 * 8 / 32,
     )
     # 1000 pairs / 12, one epoch.
     assert rows["dpo"].estimate.num_steps == 84
-    assert rows["dpo"].estimate.flops == 8.0 * NUM_PARAMETERS * 84 * 12 * 500
+    # An epoch is 1000 pairs, not 84 times 12: the last batch is short.
+    assert rows["dpo"].estimate.flops == 6.0 * NUM_PARAMETERS * 1000 * 500
     # 2000 steps are 40 saves: the newest two, the best and the one being written. KL term: reference forward passes.
     assert rows["rlvr"].estimate.peak_disk_bytes == 2 * ROWS_BYTES + 4 * checkpoint
     assert rows["rlvr"].estimate.flops == 10.0 * NUM_PARAMETERS * 2000 * 32 * 500
@@ -185,7 +205,7 @@ def test_plan_estimates_1130_from_1207(with_1207: Store) -> None:
     assert rows["base-model"].estimate == NOTHING
     assert planned.totals["num_steps"] == (250 + 250 + 84 + 2000, 0)
     # What stays, and on top what the greediest stage (RLVR; one at a time) has besides.
-    stays = 4 * 4 * NUM_PARAMETERS + 6 * ROWS_BYTES
+    stays = 4 * 4 * NUM_PARAMETERS + 7 * ROWS_BYTES
     extra = 2 * ROWS_BYTES + 4 * checkpoint - 4 * NUM_PARAMETERS
     assert planned.totals["peak_disk_bytes"] == (stays + extra, 0)
 
@@ -200,7 +220,7 @@ def test_nothing_is_taken_from_other_data(tmp_path: Path) -> None:
     # A world of the same sizes from another seed is as much work all the way down.
     rows = make(Graph(load_recipe("tiny", {"world.seed": 7}), "sft"), store)
     assert rows["dataset-sft"].estimate.seconds == 60.0
-    assert rows["sft"].estimate.num_steps == 63 and rows["sft"].estimate.num_tokens == 63 * 16 * 500
+    assert rows["sft"].estimate.num_steps == 63 and rows["sft"].estimate.num_tokens == ROWS * 500
 
 
 def test_a_larger_model_takes_longer(with_1207: Store, tmp_path: Path) -> None:
@@ -258,6 +278,83 @@ def test_plan_marks_only_what_hangs_on_an_unresolved_revision(tmp_path: Path) ->
 def test_flows_still_refuse_what_cannot_be_resolved() -> None:
     with pytest.raises(HubUnreachable, match="no answer"):
         Graph(load_recipe("smoltulu-1130"), resolve=silent)
+
+
+# --- The preflight's figures ------------------------------------------------------------------------------------------
+
+
+def printed(planned: Plan, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a terminal shows, with the lines that a table wraps in one."""
+    show(planned, as_json=False)
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_plan_of_1130_shows_the_figures_of_its_preflights(with_1207: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = graph_of("smoltulu-1130")
+    planned = plan(graph.recipe, None, [], with_1207, graph)
+    rows = rows_of(planned)
+    figures = {name: row.preflight for name, row in rows.items() if row.preflight is not None}
+    assert list(figures) == ["sft", "dpo", "reward-model", "rlvr"]
+    sft = figures["sft"]
+    assert (sft.node, sft.num_rows, sft.num_tokens, sft.trained_share, sft.longest, sft.max_length) == (
+        "preflight-sft", ROWS, 500 * ROWS, 0.2, 900, 4096,
+    )  # fmt: skip
+    assert sft.peak_memory_bytes == 70 * 10**9 and sft.notes == ()
+    # Two epochs of 1000 rows in batches of 8; one of 12 and one of 4; 2000 by the recipe.
+    assert [figures[name].num_steps for name in ("sft", "dpo", "reward-model", "rlvr")] == [250, 84, 250, 2000]
+    assert figures["rlvr"].trained_share is None
+    # A dry run that was made with other machinery says so. RLVR trains 8 rows at once.
+    assert figures["rlvr"].notes == ("per_device_train_batch_size 4 -> 8",)
+
+    text = printed(planned, capsys)
+    assert "sft 1,000 of 1,000 none 20.00 % 500k 900 of 4,096 250 70 GB cpu, float32, 4 rows" in text
+    assert "now other: per_device_train_batch_size 4 -> 8" in text
+    assert "preflight not run yet" not in text
+
+    record = {stage["node"]: stage for stage in json.loads(json.dumps(as_dict(planned)))["stages"]}
+    assert record["sft"]["preflight"]["num_steps"] == 250
+    assert record["sft"]["preflight"]["dry_run"]["seconds"] == 1.0
+    assert record["preflight-sft"]["preflight"] is None and record["publish"]["preflight"] is None
+
+
+def test_plan_says_how_to_get_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = graph_of("smoltulu-1130")
+    planned = plan(graph.recipe, None, [], Store(tmp_path / "store"), graph)
+    assert not any(row.preflight for row in planned.rows)
+    text = printed(planned, capsys)
+    assert "preflight not run yet: preflight-sft, preflight-reward-model, preflight-dpo, preflight-rlvr" in text
+    assert "-p recipe=smoltulu-1130 -p until=preflight` makes it in minutes" in text
+
+
+def test_tokens_of_a_preflight_stand_above_those_of_a_similar_training(with_1207: Store, tmp_path: Path) -> None:
+    store, graph = Store(shutil.copytree(with_1207.root, tmp_path / "store")), graph_of("smoltulu-1130")
+    finish(store, graph, "preflight-sft", outputs=preflight_outputs("sft", num_rows=990, num_tokens=123_000))
+    rows = make(graph, store)
+    # 124 steps an epoch; the trainings of this store took 500 tokens a row.
+    assert rows["sft"].estimate.num_steps == 248 and rows["sft"].estimate.num_tokens == 246_000
+    assert rows["sft"].preflight is not None and rows["sft"].preflight.num_steps == 248
+    # A budget in tokens: 123,000 / 990 are 124.24 a row, 993.9 a step.
+    graph = graph_of("smoltulu-1130", **{"sft.max_tokens": 10_000})
+    assert make(graph, store)["sft"].estimate.num_steps == 11
+
+
+def test_figures_of_another_version_are_not_shown(with_1207: Store, tmp_path: Path) -> None:
+    store, graph = Store(shutil.copytree(with_1207.root, tmp_path / "store")), graph_of("smoltulu-1130")
+    finish(store, graph, "preflight-sft", outputs={"file": "rows.jsonl", "num_of_another_time": 3})
+    rows = make(graph, store)
+    assert rows["sft"].preflight is None and rows["dpo"].preflight is not None
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 50), st.integers(0, 50))
+def test_tokens_of_steps_add_up(num_rows: int, batch: int, first: int, more: int) -> None:
+    num_tokens = 7 * num_rows
+
+    def tokens(num_steps: int) -> int:
+        return tokens_of_steps(num_steps, num_rows, num_tokens, batch)
+
+    an_epoch = optimizer_steps(num_rows, 1, batch)
+    assert tokens(an_epoch) == num_tokens and tokens(first * an_epoch) == first * num_tokens
+    assert tokens(first) <= tokens(first + more) <= 7 * batch * (first + more)
 
 
 # --- Resolving revisions ----------------------------------------------------------------------------------------------
@@ -349,7 +446,9 @@ def test_damaged_and_what_hangs_on_it(tiny: tuple[Store, Graph]) -> None:
     assert (rows["sft"].status, rows["sft"].reason) == (
         "runs", f"damaged: rows.jsonl has 5 bytes, its manifest says {ROWS_BYTES}",
     )  # fmt: skip
-    assert rows["dpo"].status == "runs" and rows["dpo"].reason == "cached if sft comes out the same as before"
+    assert rows["dpo"].status == "runs" and rows["dpo"].reason == (
+        "cached if reference-logps, sft comes out the same as before"
+    )
     assert rows["evaluation-dpo-implicit-reward"].reason == "cached if dpo, sft comes out the same as before"
     assert rows["base-model"].status == "cached"
 
@@ -378,7 +477,9 @@ def test_resumes_at_step_n_of_m(tmp_path: Path) -> None:
     checkpoint(store, graph, "sft", 20, 998)
     row = make(graph, store)["sft"]
     assert (row.status, row.reason, row.step, row.num_steps) == ("resumes", "at step 20 of 998", 20, 998)
-    assert row.estimate.num_steps == 978 and row.estimate.num_tokens is None
+    # 63 steps are an epoch of 500,000 tokens: what is left is that of 998 steps without that of the first 20.
+    assert row.estimate.num_steps == 978
+    assert row.estimate.num_tokens == tokens_of_steps(998, ROWS, 500 * ROWS, 16) - 20 * 16 * 500
 
     # Left-overs of a generation that was committed are no unfinished work.
     finish(store, graph, "sft")
@@ -507,7 +608,7 @@ def test_estimates_by_hand() -> None:
 @pytest.mark.parametrize(
     ("stage", "options", "factor"),
     [
-        ("sft", {}, 6), ("reward_model", {}, 6), ("dpo", {}, 8), ("rlvr", {}, 8),
+        ("sft", {}, 6), ("reward_model", {}, 6), ("dpo", {}, 6), ("rlvr", {}, 8),
         ("rlvr", {"num_iterations": 2, "with_reference": True}, 16),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +24,12 @@ from schemas.artifact import Spec
 from schemas.common import scientific
 from schemas.compute import ComputeSettings
 from schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
-from schemas.training import SFTSettings, TrainingInputs
+from schemas.training import GateSettings, SFTSettings, TrainingInputs
 from schemas.world import WorldConfig
 from tasks.progress import duration
 from tasks.runner import Job, run_stage
 from tasks.stages import STAGES
+from tests.small_runs import training_inputs
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
 
 LOG = logging.getLogger("test")
@@ -101,10 +103,11 @@ def sft_job(folder: Path) -> Job:
     """SFT of 400 steps over the rows in `folder`, a checkpoint every 20."""
     stage = STAGES["sft"]
     settings = SFTSettings(
-        learning_rate=1e-3, effective_batch_size=4, max_length=128, precision="float32", max_steps=400
-    )
+        learning_rate=1e-3, effective_batch_size=4, max_length=128, precision="float32", max_steps=400,
+        gate=GateSettings(num_prompts=0),
+    )  # fmt: skip
     inputs = TrainingInputs(
-        model=str(folder / "model"), dataset=str(folder / "rows.jsonl"), chat_template=TULU_TEMPLATE
+        model=str(folder / "model"), dataset=str(folder / "rows.parquet"), chat_template=TULU_TEMPLATE
     )
     compute = COMPUTE.model_copy(update={"per_device_train_batch_size": 4, "save_steps": 20})
     spec = Spec(stage="sft", version=1, config=scientific(settings), inputs={}, externals={})
@@ -119,7 +122,10 @@ def sft_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"id": f"0:{i}", "messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": str(i)}]}
         for i in range(200)
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = folder / "before"
+    before.mkdir()
+    inputs = training_inputs("sft", before, folder / "model", rows, sft_job(folder).config, COMPUTE)  # type: ignore[arg-type]
+    shutil.copy(inputs.dataset, folder / "rows.parquet")
     return folder
 
 

@@ -33,7 +33,6 @@ from schemas.training import (
     PowerSchedule,
     ScheduleSettings,
     SFTSettings,
-    TrainingInputs,
     WSDSchedule,
     WSDSSchedule,
     share_of,
@@ -41,7 +40,6 @@ from schemas.training import (
 from tasks.schedules import decay, learning_rate_factor, power
 from tests import test_training as training
 from tests.golden_keys import made_up_commit
-from tests.tiny_model import TULU_TEMPLATE
 
 SHAPES: tuple[DecayShape, ...] = get_args(DecayShape)
 
@@ -469,11 +467,11 @@ STAGE_SCHEDULES: dict[str, Any] = {
 
 def train(stage: str, world: Path, folder: Path, schedule: Any) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """History and weights of a stage of `tests.test_training` with a schedule."""
-    function, config, rows = training.STAGES[stage]
+    function, config, _ = training.STAGES[stage]
     values = config.model_dump() | {"warmup_ratio": 0.0, "schedule": schedule}
     if stage != "rlvr":
         values["max_steps"] = NUM_STEPS
-    inputs = TrainingInputs(model=str(world / "model"), dataset=str(world / rows), chat_template=TULU_TEMPLATE)
+    inputs = training.inputs_of(stage, world, folder)
     function(type(config)(**values), inputs, training.context(folder))
     history = [json.loads(line) for line in (folder / "out" / "logs" / "history.jsonl").open()]
     return history, load_file(folder / "out" / "model" / "model.safetensors")
@@ -504,9 +502,9 @@ def test_logged_learning_rates_are_the_pure_function_s_also_after_a_resume(
 
 
 def test_a_schedule_that_does_not_fit_the_epochs_is_refused_before_the_first_step(world: Path, tmp_path: Path) -> None:
-    function, config, rows = training.STAGES["sft"]
+    function, config, _ = training.STAGES["sft"]
     values = config.model_dump() | {"warmup_ratio": 0.0, "schedule": WSDSchedule(decay_steps=7)}
-    inputs = TrainingInputs(model=str(world / "model"), dataset=str(world / rows), chat_template=TULU_TEMPLATE)
+    inputs = training.inputs_of("sft", world, tmp_path)
     with pytest.raises(ValueError, match="0 steps of warm-up and 7 of decay are more than all 6"):
         function(type(config)(**values), inputs, training.context(tmp_path))
     assert not (tmp_path / "work" / "history.jsonl").exists()

@@ -21,23 +21,27 @@ from tasks.rlvr import reward_function, rollout_reward, train_rlvr
 from tasks.sft import train_sft
 from tasks.stage import StageContext
 from tasks.training import accumulation_steps
-from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
+from tests.small_runs import training_inputs
+from tests.tiny_model import build_tiny_model
 
 NUM_ROWS = 48
 SUPERVISED: dict[str, Any] = {
     "learning_rate": 1e-3, "effective_batch_size": 8, "max_length": 128, "precision": "float32", "warmup_ratio": 0.1,
 }  # fmt: skip
+NO_GATE: dict[str, Any] = {"gate": {"num_prompts": 0}}
 STAGES: dict[str, tuple[Callable, Any, str]] = {
-    "sft": (train_sft, SFTSettings(**SUPERVISED), "sft.jsonl"),
+    "sft": (train_sft, SFTSettings(**SUPERVISED, **NO_GATE), "sft.jsonl"),
     "reward_model": (train_reward_model, RewardModelSettings(**SUPERVISED), "pairs.jsonl"),
-    "dpo": (train_dpo, DPOSettings(**SUPERVISED), "pairs.jsonl"),
+    "dpo": (train_dpo, DPOSettings(**SUPERVISED, **NO_GATE), "pairs.jsonl"),
     "rlvr": (
         train_rlvr,
         RLVRSettings(learning_rate=1e-3, effective_batch_size=8, num_generations=4, num_steps=6, max_prompt_length=100,
-                     max_completion_length=6, precision="float32", num_iterations=2, beta=0.05),
+                     max_completion_length=6, precision="float32", num_iterations=2, beta=0.05, **NO_GATE),
         "prompts.jsonl",
     ),
 }  # fmt: skip
+# An epoch is four steps, which are two of the pairs of prompts: the checkpoint of step 4 is at its end.
+STAGES["rlvr, five prompts"] = (*STAGES["rlvr"][:2], "five_prompts.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         files["prompts.jsonl"].append(
             {"id": f"0:{i}", "prompt": question, "verifier": "constraint", "ground_truth": truth}
         )
+    files["five_prompts.jsonl"] = files["prompts.jsonl"][:5]
     for name, rows in files.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -72,10 +77,18 @@ def context(folder: Path, **compute: Any) -> StageContext:
     return StageContext(folder / "out", folder / "work", ComputeSettings(**settings), lambda *args, **kwargs: None)
 
 
+def inputs_of(stage: str, world: Path, folder: Path) -> TrainingInputs:
+    """What the stage takes: the rows of its file, gone through the stages before it."""
+    _, settings, file = STAGES[stage]
+    rows = [json.loads(line) for line in (world / file).open()]
+    before = folder / "before"
+    before.mkdir(parents=True, exist_ok=True)
+    return training_inputs(stage.partition(",")[0], before, world / "model", rows, settings, context(folder).compute)
+
+
 def run(stage: str, world: Path, folder: Path, **compute: Any) -> tuple[Any, dict[str, float], dict[str, torch.Tensor]]:
-    function, settings, rows = STAGES[stage]
-    inputs = TrainingInputs(model=str(world / "model"), dataset=str(world / rows), chat_template=TULU_TEMPLATE)
-    outputs, metrics = function(settings, inputs, context(folder, **compute))
+    function, settings, _ = STAGES[stage]
+    outputs, metrics = function(settings, inputs_of(stage, world, folder), context(folder, **compute))
     return outputs, metrics, load_file(folder / "out" / "model" / "model.safetensors")
 
 
@@ -168,10 +181,3 @@ def test_reward_function_sees_eos_in_the_tokens() -> None:
         ground_truth=["4", "4", "5"],
     )
     assert rewards == [10.0, -10.0, 0.0]
-
-
-def test_no_prompt_short_enough_is_said_before_training(world: Path, tmp_path: Path) -> None:
-    function, settings, rows = STAGES["rlvr"]
-    inputs = TrainingInputs(model=str(world / "model"), dataset=str(world / rows), chat_template=TULU_TEMPLATE)
-    with pytest.raises(ValueError, match="no prompt has at most max_prompt_length 8 tokens"):
-        function(settings.model_copy(update={"max_prompt_length": 8}), inputs, context(tmp_path))

@@ -19,6 +19,7 @@ from schemas.run import RunScore, RunSummary, StageRun
 from tasks.report import text
 from tasks.report.charts import MAX_POINTS, line_chart, lineage, parse_history
 from tasks.report.markup import anchor, clean, e, preformatted, readable_json, table
+from tasks.report.preflight import preflight_section
 from tasks.report.style import STYLE
 from tasks.report.summary import grid_columns, preference_label, score_grid
 
@@ -58,6 +59,7 @@ def html_report(
         ("curves", "Training", _curves(summary, manifests, folders)),
         ("contamination", "Contamination", _contamination(summary, manifests)),
         ("data", "Data", _data(summary, manifests)),
+        ("preflight", "Preflight", preflight_section(summary.stages, manifests)),
         ("lineage", "Lineage", _lineage(manifests) if manifests else ""),
         ("details", "Details", _details(summary, manifests)),
         ("recipe", "Recipe", f"<details><summary>Recipe as it was run</summary>{preformatted(recipe_yaml)}</details>"),

@@ -43,6 +43,8 @@ figcaption { font-size: 13px; } figcaption b { font-weight: 600; }
 svg text { fill: var(--muted); font-size: 10.5px; font-family: inherit; }
 .grid { stroke: var(--line); } .axis { stroke: var(--muted); } .curve { fill: none; stroke: var(--accent);
   stroke-width: 1.6; stroke-linejoin: round; } .band { fill: var(--band); } .dot { fill: var(--accent); }
+.bar { fill: var(--accent); } .bar.over { fill: var(--warn); }
+.tokens .t { border-left: 1px solid var(--line); } .tokens .trained { background: var(--band); }
 .lineage { max-width: none; display: block; } .lineage .name { fill: var(--ink); font-size: 12px; font-weight: 600; }
 .box { fill: var(--panel); stroke: var(--line); } .box.model { stroke: var(--accent); } .edge { fill: none;
   stroke: var(--muted); stroke-opacity: 0.55; }

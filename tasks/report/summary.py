@@ -9,8 +9,10 @@ from pydantic import ValidationError
 from schemas.artifact import ArtifactReference, Manifest
 from schemas.contamination import ContaminationOutputs
 from schemas.evaluation import EvaluationOutputs
+from schemas.preflight import PreflightOutputs
 from schemas.run import RunScore, RunSummary, StageRun
 from tasks.report import text
+from tasks.report.preflight import preflight_figures
 
 #: Columns of the table of scores: stages whose model is a language model, in the order in which they are made.
 MODEL_STAGES = ("base_model", "sft", "dpo", "rlvr")
@@ -185,6 +187,8 @@ def stage_table(reference: ArtifactReference) -> list[dict[str, str]]:
                         f"not checked: {benchmark.not_checked}" if benchmark.not_checked else found,
                     )
                 )
+        if reference.stage == "preflight":
+            rows += preflight_figures(PreflightOutputs.model_validate(reference.outputs)).items()
     except ValidationError:
         rows.append(("outputs", "written by another version, not shown"))
     rows += [(name, text.number(value)) for name, value in sorted(reference.metrics.items())]

@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from artifacts.checkpoints import newest_checkpoint
 from flows import machine
 from tests.faults.sandbox import Sandbox
+from tests.small_tiny import LENIENT_GATE
 
 #: Up to SFT; one row at a time, so that its training is long enough to be interrupted.
 SLOW_SFT: dict[str, Any] = {
@@ -39,6 +40,7 @@ SLOW_SFT: dict[str, Any] = {
     "base_model.scratch.intermediate_size": 32,
     "base_model.scratch.num_attention_heads": 2,
     "sft.max_steps": 120,
+    "sft.gate": LENIENT_GATE,
     "compute.per_device_train_batch_size": 1,
     "compute.stages.sft.save_steps": 1000,
     "compute.logging_steps": 1,

@@ -1,0 +1,117 @@
+"""What a finished preflight says of the training that it is for, as `smoltulu plan` shows it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from schemas.compute import ComputeSettings
+from schemas.preflight import DryRun, PlannedTraining, PreflightConfig, PreflightOutputs
+from schemas.training import RLVRSettings, SupervisedSettings, TrainingSettings
+from tasks import preflight_checks
+from tasks.planned_steps import optimizer_steps
+
+
+@dataclass(frozen=True)
+class PreflightFigures:
+    """Figures of the rows of one training stage.
+
+    num_overlong       source rows longer than max_length; fate: cut or dropped
+    num_tokens         of one epoch
+    trained_share      of these tokens; None for prompts, whose answers are not written yet
+    num_steps          optimizer steps that this recipe's training takes on these rows
+    peak_memory_bytes  of the dry run, and `dry_run` the settings that it was made with
+    notes              what of these settings is another in this recipe
+    """
+
+    node: str
+    num_rows: int
+    num_source_rows: int
+    num_overlong: int
+    fate: str
+    num_tokens: int
+    trained_share: float | None
+    longest: int
+    max_length: int
+    num_steps: int | None
+    peak_memory_bytes: int | None
+    dry_run: dict[str, Any] | None
+    notes: tuple[str, ...]
+
+
+def preflight_figures(
+    node: str, config: PreflightConfig, outputs: Mapping[str, Any], settings: TrainingSettings, compute: ComputeSettings
+) -> PreflightFigures | None:
+    """Figures from the outputs of a preflight; None where another version wrote them.
+
+    settings, compute  of the training stage, as the recipe says them now
+    """
+    try:
+        found = PreflightOutputs.model_validate(outputs)
+    except ValidationError:
+        return None
+    prompts = config.kind == "prompts"
+    run = found.dry_run
+    return PreflightFigures(
+        node=node,
+        num_rows=found.num_rows,
+        num_source_rows=found.num_source_rows,
+        num_overlong=found.num_overlong,
+        fate="dropped" if prompts or config.overlong == "drop" else "cut",
+        num_tokens=found.num_tokens,
+        trained_share=None if prompts else found.num_trained_tokens / max(found.num_tokens, 1),
+        longest=found.longest,
+        max_length=config.max_length,
+        num_steps=planned_steps(settings, found.num_rows, found.num_tokens),
+        peak_memory_bytes=None if run is None else run.peak_memory_bytes,
+        dry_run=None if run is None else run.model_dump(mode="json"),
+        notes=() if run is None else tuple(_other_settings(run, config, compute)),
+    )
+
+
+def planned_steps(settings: TrainingSettings, num_rows: int | None, num_tokens: int | None) -> int | None:
+    """Optimizer steps of a training: as its settings say, or as they follow from the rows; None where not known."""
+    if (steps := settings.planned_steps()) is not None:
+        return steps
+    assert isinstance(settings, SupervisedSettings)
+    if not num_rows:
+        return None
+    if settings.max_tokens is None:
+        return optimizer_steps(num_rows, settings.num_train_epochs, settings.effective_batch_size)
+    return preflight_checks.planned_steps(planned_training(settings), num_rows, num_tokens) if num_tokens else None
+
+
+def planned_training(settings: TrainingSettings) -> PlannedTraining:
+    """What a preflight is told of the training that it is for."""
+    if isinstance(settings, RLVRSettings):
+        return PlannedTraining(
+            effective_batch_size=settings.effective_batch_size,
+            max_steps=settings.num_steps,
+            max_completion_length=settings.max_completion_length,
+        )
+    assert isinstance(settings, SupervisedSettings)
+    return PlannedTraining(
+        effective_batch_size=settings.effective_batch_size,
+        num_train_epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        max_tokens=settings.max_tokens,
+    )
+
+
+def _other_settings(run: DryRun, config: PreflightConfig, compute: ComputeSettings) -> list[str]:
+    """In what the recipe's machinery differs from that of the dry run: name old -> new."""
+    asked = run.asked_batch_size or run.per_device_train_batch_size
+    pairs: list[tuple[str, object, object]] = [
+        ("stage", run.subject or config.subject, config.subject),
+        ("activation_checkpointing", run.activation_checkpointing, compute.activation_checkpointing),
+        ("per_device_train_batch_size", asked, compute.per_device_train_batch_size),
+    ]
+    if config.subject != "rlvr":
+        pairs.append(("packing", run.packing, compute.packing))
+    other = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+    if run.per_device_train_batch_size != asked:
+        other.append(f"out of memory with {asked} rows, {run.per_device_train_batch_size} fit")
+    return other

@@ -1,0 +1,136 @@
+"""Preflight: rows tokenised once, checked before any training, and what was found."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from schemas.common import StrictModel, machinery, science
+from schemas.training import Overlong, TrainedTurns
+
+
+class PreflightSettings(StrictModel):
+    """What a set of rows must show before a training begins. Thresholds change no row: they are machinery."""
+
+    max_overlong_share: float = machinery(
+        0.1, ge=0, le=1, description="rows longer than max_length, whether they are cut or dropped; ours"
+    )
+    max_unstable_share: float = machinery(
+        0.01, ge=0, le=1, description="rows whose prompt is tokenised otherwise in training than in generation; ours"
+    )
+    max_faulty_share: float = machinery(
+        0.01,
+        ge=0,
+        le=1,
+        description="rows of any one fault: not rendered by the template, nothing to train on, no eos at the end, "
+        "chosen and rejected the same; ours",
+    )
+    dry_run: bool = machinery(True, description="train one step on the longest rows, for its memory and its time")
+
+
+class PlannedTraining(StrictModel):
+    """Settings of the training stage that change no row: for the planned steps and the dry run. See its schema."""
+
+    effective_batch_size: int = machinery(ge=1)
+    num_train_epochs: float = machinery(1.0, gt=0)
+    max_steps: int | None = machinery(None, ge=1)
+    max_tokens: int | None = machinery(None, ge=1)
+    max_completion_length: int = machinery(
+        0, ge=0, description="RLVR: tokens that a dry run adds to its longest prompts"
+    )
+
+
+class PreflightConfig(StrictModel):
+    """Config of the `preflight` stage: what decides about the tokens of a row."""
+
+    kind: Literal["conversations", "pairs", "prompts"] = science(
+        description="conversations: SFT; pairs: reward model, DPO; prompts: RLVR"
+    )
+    max_length: int = science(ge=8, description="tokens; of a prompt, for prompts")
+    overlong: Overlong = science(description="prompts are always dropped")
+    trained_turns: TrainedTurns = science("last", description="pairs: assistant turns that count")
+    subject: str = machinery("", description="training stage that the dry run is for")
+    precision: Literal["float32", "bfloat16"] = machinery("float32", description="of the dry run")
+    settings: PreflightSettings = machinery(PreflightSettings())
+    training: PlannedTraining | None = machinery(None, description="of `subject`; none: no planned steps in the report")
+
+
+class PreflightInputs(StrictModel):
+    """Resolved inputs of the `preflight` stage."""
+
+    model: str = Field(description="folder of the base model: its tokenizer, and its size for the dry run")
+    dataset: str = Field(description="rows file")
+    chat_template: str = Field(description="text of the Jinja template")
+
+
+class LengthReport(StrictModel):
+    """Lengths in tokens, before anything is cut or dropped."""
+
+    mean: float
+    percentiles: dict[str, int] = Field(description="5, 25, 50, 75, 90, 95, 99, 100 -> tokens")
+    bin_width: int = Field(1, ge=1, description="tokens")
+    histogram: tuple[int, ...] = Field(
+        (), description="rows of 0 to bin_width - 1 tokens, of bin_width to 2 bin_width - 1 …"
+    )
+
+
+class TokenizerFacts(StrictModel):
+    """What of the tokenizer and the base model decides about the rows."""
+
+    eos_token_id: int
+    pad_token_id: int
+    bos_token_id: int | None = None
+    adds_bos: bool = Field(False, description="called on rendered text, it puts a bos before the one of the template")
+    num_embeddings: int | None = Field(None, description="rows of the base model's embeddings (config.json)")
+    max_position_embeddings: int | None = None
+
+
+class DryRun(StrictModel):
+    """One training step on the longest rows. Belongs to the machine and the settings that it names.
+
+    `per_device_train_batch_size` is the largest that fits, `asked_batch_size` what compute says.
+    """
+
+    subject: str = Field("", description="training stage whose step it was")
+    device: str
+    precision: str
+    per_device_train_batch_size: int
+    activation_checkpointing: bool
+    packing: bool = True
+    asked_batch_size: int | None = None
+    num_tokens: int = Field(description="tokens of the batch, padding not counted")
+    seconds: float
+    peak_memory_bytes: int = Field(description="highest during the step; model, gradients, optimizer state included")
+
+
+class PreflightOutputs(StrictModel):
+    """Rows as they will be trained on, and the report (`report.html`, `report.json`)."""
+
+    file: str = Field("rows.parquet", description="tokenised rows; for prompts rows.jsonl")
+    report_file: str = Field("report.html")
+    num_rows: int = Field(ge=0, description="rows that are left: one line each in `file`")
+    num_source_rows: int = Field(ge=0)
+    num_dropped: int = Field(0, ge=0, description="longer than max_length")
+    num_empty: int = Field(0, ge=0, description="left out: nothing to train on, once cut")
+    num_truncated: int = Field(0, ge=0)
+    num_overlong: int = Field(0, ge=0, description="longer than max_length: dropped, truncated, or empty once cut")
+    num_malformed: int = Field(0, ge=0, description="left out: the template does not render them")
+    num_eos_lost: int = Field(0, ge=0, description="cut rows whose closing eos is not trained on")
+    num_without_eos: int = Field(0, ge=0, description="whole rows whose last trained token is not eos")
+    num_unstable: int = Field(0, ge=0, description="prompt is not how the tokens of the row begin")
+    num_special: int = Field(0, ge=0, description="rows whose own text spells a special token, and becomes that token")
+    num_special_trained: int = Field(0, ge=0, description="of these, rows where it stands in an answer")
+    num_headers: int = Field(0, ge=0, description="rows whose own text holds a header of the chat template")
+    num_two_bos: int = Field(0, ge=0, description="rows that begin with two bos tokens")
+    num_beyond_embeddings: int = Field(0, ge=0, description="rows with a token that the base model has no embedding of")
+    num_duplicates: int = Field(0, ge=0, description="rows with the same tokens as one before them")
+    num_equal: int = Field(0, ge=0, description="pairs whose chosen and rejected side are the same tokens, once cut")
+    longest: int = Field(0, ge=0, description="tokens of the longest row that is left; of a pair's longer side")
+    num_tokens: int = Field(0, ge=0, description="of one epoch, as the trainer counts them; both answers of a pair")
+    num_trained_tokens: int = Field(0, ge=0, description="tokens with a loss")
+    lengths: LengthReport
+    tokenizer: TokenizerFacts | None = None
+    disk_bytes: int | None = Field(None, description="most that the training has on disk while it runs (tasks/disk.py)")
+    first_rows: dict[str, tuple[int, ...]] = Field({}, description="finding -> first rows that show it, counted from 0")
+    dry_run: DryRun | None = None

@@ -1,0 +1,30 @@
+"""Log-probabilities of the reference model for DPO, as an artifact of their own."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from schemas.common import StrictModel, science
+
+
+class ReferenceLogpsConfig(StrictModel):
+    """Config of the `reference_logps` stage. Data, template and length are in the key of the tokenised pairs."""
+
+    precision: Literal["float32", "bfloat16"] = science("bfloat16", description="as DPO's")
+
+
+class ReferenceLogpsInputs(StrictModel):
+    """Resolved inputs of the `reference_logps` stage."""
+
+    model: str = Field(description="folder of the reference model")
+    dataset: str = Field(description="tokenised pairs")
+    chat_template: str = Field(description="text of the Jinja template")
+
+
+class ReferenceLogpsOutputs(StrictModel):
+    """One line a pair, in the order of the tokenised pairs."""
+
+    file: str = Field("reference_logps.parquet", description="chosen, rejected: sums of log-probabilities (float32)")
+    num_rows: int = Field(ge=0)

@@ -1,0 +1,187 @@
+"""A finished training, made longer: which stored checkpoint a larger budget goes on from, and how one gets there.
+
+A cache, never a change of science: a checkpoint is taken only where a training from the start would have come to it bit
+by bit. That is where stage, inputs, data and settings are the same but for the budget and the schedule, and both
+schedules have the same learning rates up to the checkpoint's step. RLVR is left out: it goes on at the border
+of its generations only, which is not looked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from artifacts.checkpoints import fault, newest_checkpoint, place_checkpoint
+from artifacts.files import write_atomically
+from artifacts.keys import CHECKPOINT_FOLDER
+from artifacts.nearest import Changes, Nearest, SpecIndex
+from artifacts.store import Found, Missing, Store
+from schemas.artifact import ExtendedTraining, Manifest, Spec
+from schemas.compute import ComputeSettings
+from schemas.training import Budgets, ConstantSchedule, FinalDecay, ScheduleSettings, SupervisedSettings
+from tasks.schedules import extension_step, same_past
+from tasks.stage import StageContext
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+#: Settings in which two trainings may differ and still have their first steps in common.
+_BUDGETS = ("max_steps", "num_train_epochs", "max_tokens")
+#: Folder of `work` for the checkpoint that is to be kept: outside of those that the trainer prunes.
+_KEPT_FOLDER = "kept"
+#: File of `work`: whose checkpoint it began with.
+_EXTENDS_FILE = "extends.json"
+#: transformers pickles its arguments, folders of this machine among them; no resume reads them.
+_NOT_KEPT = ("training_args.bin",)
+
+
+def keeps_checkpoint(config: BaseModel, compute: ComputeSettings) -> bool:
+    """Whether a training leaves a checkpoint, of three times its model's size, in its artifact."""
+    if not isinstance(config, SupervisedSettings) or config.schedule is None:
+        return False
+    return compute.keep_extension_checkpoint and isinstance(config.schedule, (FinalDecay, Budgets, ConstantSchedule))
+
+
+@dataclass(frozen=True)
+class Donor:
+    """A finished training and its checkpoint that another training can go on from."""
+
+    record: ExtendedTraining
+    checkpoint: Path
+    environment: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"step {self.record.step:,} of {self.record.stage}/{self.record.key[:12]}"
+
+
+def find_donor(
+    store: Store,
+    spec: Spec,
+    config: BaseModel,
+    compute: ComputeSettings,
+    input_digests: Mapping[str, str],
+    *,
+    index: SpecIndex | None = None,
+    damaged: Callable[[str], None] | None = None,
+) -> Donor | None:
+    """The finished training that shares the most first steps with the one that is wanted; None where none does.
+
+    input_digests  content of the inputs (binding -> digest): a training on other content of these keys does not count
+    index          of the store's specs, where there is one already
+    damaged        checkpoints are read byte by byte, and this is told of those that are passed over for it; None: only
+                   their sizes are looked at
+    """
+    if not isinstance(config, SupervisedSettings) or config.schedule is None or config.planned_steps() is None:
+        return None
+    ranked = (index or SpecIndex(store.root)).ranked(spec.model_dump())
+    near = [found for found in ranked if _only_the_budget_differs(found.changes)]
+    found = list(_donors(store, near, config, compute, dict(input_digests), damaged))
+    for donor in sorted(found, key=lambda donor: donor.record.step, reverse=True):
+        reason = fault(donor.checkpoint, full=damaged is not None)
+        if reason is None:
+            return donor
+        if damaged is not None:
+            damaged(f"{donor} is not gone on from: {reason}")
+    return None
+
+
+def _only_the_budget_differs(changes: Changes) -> bool:
+    fields = [name.removeprefix("config.") for name in changes]
+    return all(field in _BUDGETS or field.startswith("schedule.") for field in fields)
+
+
+def _donors(
+    store: Store,
+    near: list[Nearest],
+    config: SupervisedSettings,
+    compute: ComputeSettings,
+    input_digests: dict[str, str],
+    damaged: Callable[[str], None] | None,
+) -> Iterator[Donor]:
+    num_steps = config.planned_steps()
+    assert config.schedule is not None and num_steps is not None
+    for candidate in near:
+        try:
+            spec = Spec.model_validate_json((candidate.folder / "spec.json").read_bytes())
+            old = type(config).model_validate(spec.config).schedule
+        except (OSError, ValidationError):
+            continue  # written by other code, or damaged: `plan` and `verify` speak of it
+        found = store.find(spec, input_digests)
+        if isinstance(found, Missing) and found.damaged and damaged is not None:
+            damaged(f"{spec.stage}/{candidate.key[:12]} is not gone on from: {found.reason}")
+        if not isinstance(found, Found) or old is None or not _made_alike(found.manifest, compute):
+            continue
+        stored = newest_checkpoint(found.folder / CHECKPOINT_FOLDER)
+        old_num_steps = found.manifest.outputs.get("num_steps")
+        if stored is None or not isinstance(old_num_steps, int) or stored[0] >= num_steps:
+            continue
+        step, checkpoint = stored
+        if same_past(old, old_num_steps, config.schedule, num_steps, step):
+            record = ExtendedTraining(stage=spec.stage, key=found.manifest.key, step=step, num_steps=old_num_steps)
+            yield Donor(record, checkpoint, found.manifest.environment)
+
+
+def _made_alike(manifest: Manifest, compute: ComputeSettings) -> bool:
+    """A checkpoint holds the random state of every process: another number of them could not go on from it."""
+    return manifest.compute.get("num_processes", 1) == compute.num_processes
+
+
+def begin_with(donor: Donor | None, work: Path) -> None:
+    """Lay a donor's checkpoint into a work folder, so that the training resumes from it as from one of its own.
+
+    Raises FileNotFoundError where the donor was removed meanwhile: what is there then counts as no checkpoint.
+    """
+    (work / _EXTENDS_FILE).unlink(missing_ok=True)
+    if donor is None:
+        return
+    write_atomically(work / _EXTENDS_FILE, donor.record.model_dump_json())
+    (work / "environment.json").write_text(json.dumps(donor.environment))
+    place_checkpoint(donor.checkpoint, work / "checkpoints" / donor.checkpoint.name)
+
+
+def extended(work: Path) -> ExtendedTraining | None:
+    """Whose checkpoint the work in a folder began with."""
+    try:
+        return ExtendedTraining.model_validate_json((work / _EXTENDS_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+# --- In the training's own process ------------------------------------------------------------------------------------
+
+
+def keep_checkpoint(schedule: ScheduleSettings, context: StageContext) -> TrainerCallback:
+    """Has the trainer save at the step that a larger budget can go on from, and keeps what it saved there."""
+    from transformers import TrainerCallback
+
+    class KeepCheckpoint(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.step = extension_step(schedule, state.max_steps)
+            # Resumed from it: a kill right after it was saved may have come before it was kept.
+            self._keep(args, state)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == self.step:
+                control.should_save = True
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._keep(args, state)
+
+        def _keep(self, args: Any, state: Any) -> None:
+            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if state.is_world_process_zero and state.global_step == self.step and fault(saved) is None:
+                place_checkpoint(saved, context.work / _KEPT_FOLDER / saved.name, _NOT_KEPT)
+
+    return KeepCheckpoint()
+
+
+def store_checkpoint(context: StageContext) -> None:
+    """Put the checkpoint that was kept into the artifact."""
+    kept = newest_checkpoint(context.work / _KEPT_FOLDER)
+    if kept is not None:
+        place_checkpoint(kept[1], context.folder / CHECKPOINT_FOLDER / kept[1].name)

@@ -1,0 +1,290 @@
+"""What ends a training before it spoils its weights: rules as pure functions, and the callback that applies them.
+
+At every optimizer step, before the weights move: loss and gradient norm are finite, and the loss is not exactly 0.
+Before every checkpoint: the weights are finite. At every log: the loss has not grown. See docs/guards.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+#: The loss has grown when its mean over so many optimizer steps ...
+WINDOW = 50
+#: ... is above so many times that of the first ones after warm-up ...
+GROWTH = 1.5
+#: ... and by more than this: the mean of a loss near 0 doubles by chance.
+MIN_RISE = 0.1
+_SHOWN_ROWS = 8
+_SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class LossRule:
+    """What the value of a stage's loss says.
+
+    zero_is_fault   exactly 0 means that nothing was trained; not so where 0 is a good loss (DPO's hinge), and in GRPO,
+                    whose advantages have a mean of 0
+    must_not_grow   a mean that grows means divergence; not so in GRPO
+    """
+
+    zero_is_fault: bool = True
+    must_not_grow: bool = True
+
+
+def fault_of_step(losses: Sequence[float], grad_norms: Sequence[float], zero_is_fault: bool) -> str | None:
+    """What is wrong with an optimizer step, by the loss and the gradient norm of every process; None where nothing."""
+    for loss in losses:
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+    for loss, grad_norm in zip(losses, grad_norms, strict=True):
+        if not math.isfinite(grad_norm):
+            return f"gradient norm is {grad_norm} (loss {loss:.4g})"
+    if zero_is_fault and any(loss == 0 for loss in losses):
+        return "loss is exactly 0"
+    return None
+
+
+def is_spoiled(loss: float, zero_is_fault: bool) -> bool:
+    """Whether the loss of one micro-batch is itself at fault."""
+    return not math.isfinite(loss) or (zero_is_fault and loss == 0)
+
+
+class LossMeans:
+    """Mean loss of the first `WINDOW` steps after warm-up and of the last ones, from what is logged."""
+
+    def __init__(self, num_warmup_steps: int) -> None:
+        self.num_warmup_steps = num_warmup_steps
+        self.step = 0
+        self.first: list[tuple[int, float]] = []
+        # An entry stands for at least one step, so these are enough.
+        self.last: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+
+    def add(self, step: int, loss: float) -> None:
+        """`loss` is the mean of the steps since the one that was added before."""
+        if step <= self.step:
+            return
+        start, self.step = self.step, step
+        if sum(num_steps for num_steps, _ in self.first) >= WINDOW:
+            self.last.append((step - start, loss))
+        elif start >= self.num_warmup_steps:
+            self.first.append((step - start, loss))
+
+    def early_and_late(self) -> tuple[float, float] | None:
+        """The two means; None while there are too few steps for windows that do not overlap."""
+        late: list[tuple[int, float]] = []
+        for span in reversed(self.last):
+            late.append(span)
+            if sum(num_steps for num_steps, _ in late) >= WINDOW:
+                return _mean(self.first), _mean(late)
+        return None
+
+
+def has_diverged(early: float, late: float) -> bool:
+    """Whether a mean loss that was `early` and is `late` belongs to a training that diverges."""
+    return late > GROWTH * early and late > early + MIN_RISE
+
+
+def _mean(spans: Sequence[tuple[int, float]]) -> float:
+    return sum(num_steps * loss for num_steps, loss in spans) / sum(num_steps for num_steps, _ in spans)
+
+
+# ------------------------------------------------------------------------------------------------ which rows these were
+
+
+def sequences(batch: Mapping[str, Any]) -> list[list[int]]:
+    """Token ids of the rows of a micro-batch, without padding.
+
+    Padded: input_ids and attention_mask (B, T). Packed: input_ids (1, T), position_ids (1, T) that are 0 where a row
+    begins. A packed pair is one sequence: its prompt and both completions.
+    """
+    rows: list[list[int]] = []
+    masks = batch["attention_mask"].tolist() if "attention_mask" in batch else None
+    positions = batch["position_ids"].tolist() if "position_ids" in batch else None
+    for number, tokens in enumerate(batch["input_ids"].tolist()):
+        rows.append([])
+        for place, token in enumerate(tokens):
+            if masks is not None and not masks[number][place]:
+                continue
+            if positions is not None and positions[number][place] == 0 and rows[-1]:
+                rows.append([])
+            rows[-1].append(token)
+    return rows
+
+
+def lines_of(wanted: Sequence[list[int]], dataset: Iterable[Mapping[str, Any]]) -> list[int | None]:
+    """Line of the tokenised rows that each sequence was taken from; None where there is none.
+
+    A sequence may have lost tokens at its end: the line that goes on for the fewest tokens after it is taken.
+    """
+    best: list[tuple[int, int] | None] = [None] * len(wanted)
+    for line, row in enumerate(dataset):
+        for tokens in _sides(row):
+            for place, ids in enumerate(wanted):
+                num_more = len(tokens) - len(ids)
+                known = best[place]
+                if num_more >= 0 and (known is None or num_more < known[0]) and tokens[: len(ids)] == ids:
+                    best[place] = (num_more, line)
+    return [found[1] if found else None for found in best]
+
+
+def _sides(row: Mapping[str, Any]) -> list[list[int]]:
+    if "input_ids" in row:
+        return [list(row["input_ids"])]
+    return [list(row["prompt_ids"]) + list(row[side]) for side in ("chosen_ids", "rejected_ids")]
+
+
+def rows_of(batch: Any, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The rows of a micro-batch as "row 17 'how it begins'": number in the source rows, or else in the tokenised ones.
+
+    Reads the whole dataset where the batch has no `row`: only for a training that ends.
+    """
+    if isinstance(batch, list):  # GRPO: rows that are not tokenised yet, a prompt several times
+        numbers = {str(row["prompt"]): row.get("row") for row in batch}
+        if None in numbers.values():
+            for line, prompt in enumerate(dataset["prompt"]):
+                if str(prompt) in numbers:
+                    numbers[str(prompt)] = line
+        texts = {str(row["prompt"]): row["prompt"] for row in batch}
+        return [_named(numbers[key], _beginning(prompt)) for key, prompt in texts.items()]
+    found = sequences(batch)
+    if "row" in batch:
+        lines: list[int | None] = batch["row"].tolist()
+    else:
+        known = {"input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "row"} & set(dataset.column_names)
+        lines = lines_of(found, dataset.select_columns(sorted(known)))
+        if "row" in known:
+            lines = [None if line is None else int(dataset[line]["row"]) for line in lines]
+    # Of pairs the rejected sides come after all chosen ones: the same rows again.
+    texts_of = {
+        line: tokenizer.decode(ids[:_SHOWN_CHARACTERS]) for line, ids in list(zip(lines, found, strict=False))[::-1]
+    }
+    return [_named(line, texts_of[line]) for line in dict.fromkeys(lines)]
+
+
+def _beginning(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[0]["content"])
+
+
+def _named(line: int | None, text: str) -> str:
+    short = text[:_SHOWN_CHARACTERS]
+    return f"{'a row' if line is None else f'row {line:,}'} {short!r}"
+
+
+# --------------------------------------------------------------------------------------------------- in the training
+
+
+def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], int]) -> TrainerCallback:
+    """The callback that ends a training of `trainer` with a ValueError; every process raises the same one.
+
+    The trainer keeps the loss of a step and the gradient norm to itself until it logs: both are taken where they are
+    computed. Costs one device synchronisation an optimizer step. `num_warmup_steps`: of a training of so many steps.
+    """
+    import torch
+    from accelerate.utils import gather_object
+    from transformers import TrainerCallback
+
+    step_of_trainer, norm_of_trainer = trainer.training_step, trainer._get_grad_norm
+    micro_batches: list[tuple[Any, torch.Tensor]] = []
+    grad_norms: list[Any] = []
+    means_of_loss: list[LossMeans] = []
+
+    def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = step_of_trainer(model, inputs, *args, **kwargs)
+        micro_batches.append((inputs, loss))
+        return loss
+
+    def grad_norm(*args: Any, **kwargs: Any) -> Any:
+        grad_norms.append(norm_of_trainer(*args, **kwargs))
+        return grad_norms[-1]
+
+    trainer.training_step, trainer._get_grad_norm = training_step, grad_norm
+
+    def rows_at_fault() -> list[str]:
+        """Of this process: the rows of the micro-batches that are spoiled themselves."""
+        return [
+            name
+            for batch, loss in micro_batches
+            if is_spoiled(loss.item(), rule.zero_is_fault)
+            for name in rows_of(batch, trainer.train_dataset, trainer.processing_class)
+        ]
+
+    def all_rows() -> list[str]:
+        return [
+            name
+            for batch, _ in micro_batches
+            for name in rows_of(batch, trainer.train_dataset, trainer.processing_class)
+        ]
+
+    class Guard(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            means_of_loss.append(LossMeans(num_warmup_steps(state.max_steps)))
+            for row in state.log_history:  # of the steps before a resume
+                if "loss" in row:
+                    means_of_loss[0].add(row["step"], row["loss"])
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            loss = torch.stack([loss for _, loss in micro_batches]).sum()
+            norm = torch.as_tensor(grad_norms[-1], dtype=loss.dtype, device=loss.device)
+            # All processes see the numbers of all: the one with the spoiled rows must not leave the others waiting.
+            of_processes = trainer.accelerator.gather(torch.stack([loss, norm])[None]).tolist()
+            losses, norms = [row[0] for row in of_processes], [row[1] for row in of_processes]
+            fault = fault_of_step(losses, norms, rule.zero_is_fault)
+            if fault is not None:
+                rows = gather_object(rows_at_fault()) or gather_object(all_rows())
+                raise ValueError(
+                    f"{fault} at step {state.global_step + 1:,}; the checkpoints before it are kept. {_listed(rows)}. "
+                    + _advice(fault)
+                )
+            micro_batches.clear()
+            grad_norms.clear()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if control.should_save and not _all_finite(trainer.model):
+                raise ValueError(
+                    f"weights hold NaN or infinity after step {state.global_step:,}, though loss and gradient were "
+                    "finite: no checkpoint of them was written, those before it are kept. Lower learning_rate"
+                )
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if not rule.must_not_grow or not logs or "loss" not in logs:
+                return
+            means_of_loss[0].add(state.global_step, logs["loss"])
+            means = means_of_loss[0].early_and_late()
+            if means is not None and has_diverged(*means):
+                raise ValueError(
+                    f"the training diverges: at step {state.global_step:,} the mean loss of the last {WINDOW} steps is "
+                    f"{means[1]:.4g}, that of the first {WINDOW} after warm-up was {means[0]:.4g}, and more than "
+                    f"{GROWTH:g} times as much ends a training; the checkpoints before it are kept. Lower "
+                    "learning_rate or lengthen the warm-up"
+                )
+
+    return Guard()
+
+
+def _all_finite(model: torch.nn.Module) -> bool:
+    import torch
+
+    return bool(torch.stack([torch.isfinite(weight).all() for weight in model.parameters()]).all())
+
+
+def _listed(rows: Sequence[str]) -> str:
+    shown = list(dict.fromkeys(rows))
+    more = f", and {len(shown) - _SHOWN_ROWS:,} more" if len(shown) > _SHOWN_ROWS else ""
+    return "Its rows: " + ", ".join(shown[:_SHOWN_ROWS]) + more
+
+
+def _advice(fault: str) -> str:
+    if "exactly 0" in fault:
+        return (
+            "Nothing was trained in this step: look whether these rows have tokens to train on; where they do, the "
+            "model gives the same answer to everything, and learning_rate was too high"
+        )
+    return "Look at these rows; where there is nothing wrong with them, lower learning_rate or set precision to float32"

@@ -1,0 +1,216 @@
+"""What the preflight's figures mean: one check each, its threshold, and what to do where it is not met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from schemas.preflight import PlannedTraining, PreflightConfig, PreflightOutputs
+from tasks.planned_steps import optimizer_steps
+from tasks.report import text
+from tasks.training import steps_for_tokens
+
+Status = Literal["ok", "noticed", "fails"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what was found, from which share on it fails, the first rows that show it, and what to do."""
+
+    name: str
+    status: Status
+    found: str
+    threshold: str = "none"
+    rows: tuple[int, ...] = ()
+    advice: str = ""
+
+    def __str__(self) -> str:
+        """As an error says it."""
+        rows = f" (rows {', '.join(map(str, self.rows))})" if self.rows else ""
+        limit = f"; allowed: {self.threshold}" if self.threshold != "none" else ""
+        return f"{self.found}{rows}{limit}; {self.advice}"
+
+
+def checks(config: PreflightConfig, outputs: PreflightOutputs, examples: dict[str, list[int]]) -> list[Check]:
+    """All checks of these rows, in the order of the report."""
+    settings, facts = config.settings, outputs.tokenizer
+    noun = {"conversations": "rows", "pairs": "pairs", "prompts": "prompts"}[config.kind]
+
+    def share(field: str, name: str, words: str, limit: tuple[str, float] | None, advice: str) -> Check:
+        """A count of source rows against the largest share that a setting allows; None: never fails."""
+        count = getattr(outputs, field)
+        part = count / max(outputs.num_source_rows, 1)
+        status: Status = "ok" if not count else "fails" if limit is not None and part > limit[1] else "noticed"
+        found = f"{count:,} of {outputs.num_source_rows:,} {noun} ({text.percent(part)}) {words}"
+        threshold = "none" if limit is None else f"preflight.{limit[0]} {limit[1]:g}"
+        return Check(name, status, found, threshold, tuple(examples.get(field, ())), advice)
+
+    overlong = ("max_overlong_share", settings.max_overlong_share)
+    faulty = ("max_faulty_share", settings.max_faulty_share)
+    unstable = ("max_unstable_share", settings.max_unstable_share)
+    in_answers = config.kind != "prompts" and outputs.num_special_trained
+    length = "max_prompt_length" if config.kind == "prompts" else "max_length"
+    found = []
+    if not outputs.num_rows:
+        nothing = (
+            f"none of {outputs.num_source_rows:,} {noun} has anything to train on within {config.max_length} tokens"
+        )
+        found.append(Check("Something is left", "fails", nothing, advice=f"raise {length}, or look at the data"))
+    fate = "dropped" if config.overlong == "drop" or config.kind == "prompts" else "cut"
+    found.append(
+        share(
+            "num_overlong",
+            "Length",
+            f"are longer than {length} {config.max_length} and {fate}",
+            overlong,
+            f"raise {length}, shorten or filter the data, or allow a larger share",
+        )
+    )
+    found.append(
+        share(
+            "num_malformed",
+            "Template renders",
+            "are not rendered by the chat template and left out",
+            faulty,
+            "mend or filter these rows (the log has the first error), or use a template that takes their roles",
+        )
+    )
+    if config.kind != "prompts":
+        found += [
+            share(
+                "num_empty",
+                "Trained tokens",
+                "have nothing to train on, once cut, and are left out",
+                faulty,
+                f"filter them, or raise {length}: their prompts may fill it",
+            ),
+            share(
+                "num_without_eos",
+                "Ends in eos",
+                "do not end their last trained turn with eos",
+                faulty,
+                "put eos_token inside the template's generation block, and see that the tokenizer has it as one token: "
+                "else the model never learns to stop",
+            ),
+            share(
+                "num_eos_lost",
+                "eos cut off",
+                "are cut before the eos of their last answer",
+                None,
+                f"of these the model does not learn to stop: raise {length}, or set overlong to drop",
+            ),
+            share(
+                "num_unstable",
+                "Prompt as in generation",
+                "begin with other tokens than generation would see for the same prompt",
+                unstable,
+                "use a template whose prompt ends on a token boundary (often: an answer that begins with white space)",
+            ),
+        ]
+    if config.kind == "pairs":
+        found.append(
+            share(
+                "num_equal",
+                "Sides differ",
+                "have the same tokens chosen and rejected, once cut",
+                faulty,
+                f"they teach nothing (gradient 0): filter them, or raise {length} if they differ behind the cut",
+            )
+        )
+    found += [
+        share(
+            "num_two_bos",
+            "One bos",
+            "begin with two bos tokens",
+            faulty,
+            "take the bos out of the chat template or out of the data",
+        ),
+        share(
+            "num_special",
+            "Special tokens in the data",
+            "spell a special token in their own text, which becomes that token"
+            + (f"; {outputs.num_special_trained:,} of them in an answer, where it is trained" if in_answers else ""),
+            None,
+            "the model takes it for the real one, e.g. for the end of a turn: filter or rewrite these rows",
+        ),
+        share(
+            "num_headers",
+            "Headers in the data",
+            "hold a header of the chat template in their own text",
+            None,
+            "it reads as the beginning of a turn: filter or rewrite these rows",
+        ),
+        share(
+            "num_duplicates", "Duplicates", "have the same tokens as one before them", None, "remove them if unmeant"
+        ),
+    ]
+    if facts is not None:
+        found += _of_the_model(config, outputs, share)
+    return found
+
+
+def _of_the_model(config: PreflightConfig, outputs: PreflightOutputs, share: Callable[..., Check]) -> list[Check]:
+    facts = outputs.tokenizer
+    assert facts is not None
+    same = facts.pad_token_id == facts.eos_token_id
+    found = [
+        Check(
+            "pad is not eos",
+            "fails" if same else "ok",
+            f"pad is token {facts.pad_token_id}, eos {facts.eos_token_id}",
+            "different",
+            advice="set base_model.pad_token to a token that the template never writes: padding would hide the eos",
+        ),
+        share(
+            "num_beyond_embeddings",
+            "Vocabulary",
+            f"hold a token beyond the {facts.num_embeddings or 0:,} embeddings of the base model",
+            None,
+            "SFT adds embeddings for them, which begin untrained: see that the tokenizer belongs to the model",
+        ),
+    ]
+    if facts.adds_bos:
+        found.append(
+            Check(
+                "bos of the tokenizer",
+                "noticed",
+                "called on rendered text, the tokenizer puts a second bos before the template's",
+                advice="training does not do so; see that whoever serves the model does not",
+            )
+        )
+    room = facts.max_position_embeddings
+    if room is not None:
+        extra = config.training.max_completion_length if config.training else 0
+        longest, allowed = outputs.longest + extra, config.max_length + extra
+        status: Status = "fails" if longest > room else "noticed" if allowed > room else "ok"
+        answers = f" with its answer of up to {extra:,}" if extra else ""
+        found.append(
+            Check(
+                "Positions",
+                status,
+                f"the longest row has {longest:,} tokens{answers}, at most {allowed:,} are allowed, the model has "
+                f"{room:,} positions",
+                "max_position_embeddings",
+                advice=f"lower the lengths to {room:,} together, or take a model with a longer context",
+            )
+        )
+    run = outputs.dry_run
+    if run is not None and run.asked_batch_size not in (None, run.per_device_train_batch_size):
+        found.append(
+            Check(
+                "Memory",
+                "noticed",
+                f"out of memory with {run.asked_batch_size} of the longest rows; {run.per_device_train_batch_size} fit",
+                advice=f"set compute.stages.{config.subject}.per_device_train_batch_size to "
+                f"{run.per_device_train_batch_size}; the training halves it by itself",
+            )
+        )
+    return found
+
+
+def planned_steps(training: PlannedTraining, num_rows: int, num_tokens: int) -> int:
+    """Optimizer steps of the training on these rows, as it will count them itself."""
+    if training.max_tokens is not None:
+        return steps_for_tokens(training.max_tokens, num_tokens / max(num_rows, 1), training.effective_batch_size)
+    return optimizer_steps(num_rows, training.num_train_epochs, training.effective_batch_size, training.max_steps)

@@ -1,0 +1,115 @@
+"""Tokenised pairs as batches of the reward model, padded or packed, and the trainer for both.
+
+    padded    2B rows: the B chosen sides, then the B rejected ones, each after its prompt, padded on the right
+    packed    one row, pair by pair: prompt, chosen, rejected; both completions attend to the one prompt
+
+A score is read at the last token of a side, so nothing but the layout differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import SequenceClassifierOutput
+from trl import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+from tasks.packed_attention import segments_of_pairs
+
+COLUMNS = ("row", "prompt_ids", "chosen_ids", "rejected_ids")
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Tokenised pairs -> a batch of B of them.
+
+    padded    input_ids, attention_mask (2B, T)
+    packed    input_ids, position_ids (1, T), segments, last_tokens (2B,) where each side ends, num_tokens () of both
+              sides, each with its prompt, row (B,) number of each pair in the rows that the preflight read
+    """
+
+    pad_token_id: int
+    packing: bool
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if self.packing:
+            return packed(rows)
+        sides = [{side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} for row in rows]
+        batch: dict[str, Any] = DataCollatorForPreference(pad_token_id=self.pad_token_id)(sides)
+        return batch
+
+
+def packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The packed batch; see `PairCollator`."""
+    lengths = [(len(row["prompt_ids"]), len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    segments = segments_of_pairs(*zip(*lengths, strict=True))
+    # A pair is two segments: prompt and chosen, rejected.
+    ends = [part.query[1] - 1 for part in segments.parts]
+    ids = [token for row in rows for name in ("prompt_ids", "chosen_ids", "rejected_ids") for token in row[name]]
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([segments.position_ids]),
+        "segments": segments,
+        "last_tokens": torch.tensor(ends[0::2] + ends[1::2]),
+        "row": torch.tensor([row["row"] for row in rows]),
+        "num_tokens": torch.tensor(sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths)),
+    }
+
+
+class PairTrainer(RewardTrainer):
+    """TRL's trainer with a loss that is the mean over the pairs of the whole optimizer step, padded or packed.
+
+    TRL averages the means of micro-batches, which weighs pairs otherwise where the last of an epoch is short: of three
+    pairs cut into 2 + 1 the odd one counts double.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
+        """The micro-batches of an optimizer step, and the number of pairs in them, of all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_pairs = sum(_num_pairs(batch) for batch in batches)
+        if self.accelerator.num_processes > 1:
+            num_pairs = int(self.accelerator.reduce(torch.tensor(num_pairs, device=device), "sum").item())
+        return batches, num_pairs
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss and metrics; of a packed batch from scores read where each side ends."""
+        num_pairs = _num_pairs(inputs)
+        batch = dict(inputs)
+        if "segments" in batch:
+            last_tokens, num_tokens, _ = (batch.pop(name) for name in ("last_tokens", "num_tokens", "row"))
+            # TRL takes its count of tokens from the mask.
+            batch["attention_mask"] = num_tokens
+            model = self._scores_at(last_tokens, model)
+        mean, outputs = super().compute_loss(model, batch, return_outputs=True)
+        # Gradients of several processes are averaged, not summed.
+        num_processes = self.accelerator.num_processes
+        loss = mean * num_pairs * num_processes / (num_items_in_batch or num_pairs * num_processes)
+        return (loss, outputs) if return_outputs else loss
+
+    def _scores_at(self, last_tokens: torch.Tensor, model: Any) -> Callable[..., SequenceClassifierOutput]:
+        """`model` as a function that gives the scores at `last_tokens`, (2B, 1)."""
+        of_tokens: list[torch.Tensor] = []
+
+        def scores(attention_mask: torch.Tensor, **batch: Any) -> SequenceClassifierOutput:
+            # transformers pools one score a row; the head gives one a token, and is called by the model's own forward,
+            # as several processes need it to be.
+            head = self.accelerator.unwrap_model(self.model).score
+            hook = head.register_forward_hook(lambda module, args, output: of_tokens.append(output))
+            try:
+                model(**batch)
+            finally:
+                hook.remove()
+            return SequenceClassifierOutput(logits=of_tokens[0][0, last_tokens])
+
+        return scores
+
+
+def _num_pairs(batch: Mapping[str, Any]) -> int:
+    return len(batch["row"]) if "segments" in batch else len(batch["input_ids"]) // 2

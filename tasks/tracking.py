@@ -1,0 +1,210 @@
+"""Where a training's metrics go besides the artifact's history: TensorBoard, trackio, Weights & Biases.
+
+Their files lie below `logs/` of the artifact. A training that goes on from a checkpoint begins them anew and fills in
+what was logged before, so that they hold every step once. Nothing leaves the machine unless the environment asks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from artifacts.keys import LOGS_FOLDER
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+
+PROJECT = "smoltulu"
+
+
+class Tracker(Protocol):
+    """A place for metrics."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """ValueError where the package of one is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"compute.report_to names {name}, which is not installed: pip install 'smoltulu[tracking]', or take it "
+                "out of compute.report_to"
+            )
+
+
+class TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(log_dir=str(folder / "tensorboard"))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class Trackio:
+    """A SQLite file, written by a thread of this process; no server runs. TRACKIO_SPACE_ID sends it to a Space too."""
+
+    def __init__(self, folder: Path, run_name: str) -> None:
+        wanted = os.environ.get("TRACKIO_DIR")
+        # Read where trackio is imported, once.
+        os.environ["TRACKIO_DIR"] = wanted or str(folder / "trackio")
+        import trackio
+
+        if wanted is None and os.environ.pop("TRACKIO_DIR") != str(trackio.utils.TRACKIO_DIR):
+            raise ValueError(
+                f"trackio keeps to one folder per process, here {trackio.utils.TRACKIO_DIR}: set compute.launcher to "
+                "process, or TRACKIO_DIR to one folder for all runs"
+            )
+        # System metrics would be sampled by one more thread; peak memory is logged anyway.
+        self.run = trackio.init(
+            project=PROJECT, name=run_name, resume="never", embed=False, auto_log_gpu=False, auto_log_cpu=False
+        )
+        self.trackio = trackio
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def finish(self) -> None:
+        self.trackio.finish()
+
+
+class WeightsAndBiases:
+    """Offline unless WANDB_MODE or WANDB_API_KEY is set; `wandb sync` sends a run later."""
+
+    def __init__(self, folder: Path, run_name: str) -> None:
+        import wandb
+
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        self.folder = folder / "wandb"
+        # wandb's own log; it would lie in the home folder.
+        os.environ.setdefault("WANDB_CACHE_DIR", str(self.folder / "cache"))
+        # The same id after a resume: what was sent before is gone on with.
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run_name,
+            id=run_name,
+            resume="allow",
+            mode=mode,
+            dir=str(folder),
+            settings=wandb.Settings(console="off", disable_git=True, save_code=False),
+        )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if step >= self.run.step:  # wandb would warn of every step that it has already
+            self.run.log(values, step=step)
+
+    def finish(self) -> None:
+        self.run.finish()
+        for path in self.folder.rglob("*"):
+            if path.is_symlink():  # to the newest run, to its own log: an artifact holds plain files only
+                path.unlink()
+
+
+def open_trackers(names: Sequence[str], folder: Path, run_name: str) -> list[Tracker]:
+    """Those of `compute.report_to`, writing below `folder`."""
+    made: list[Tracker] = []
+    if "tensorboard" in names:
+        made.append(TensorBoard(folder))
+    if "trackio" in names:
+        made.append(Trackio(folder, run_name))
+    if "wandb" in names:
+        made.append(WeightsAndBiases(folder, run_name))
+    return made
+
+
+def numbers(entry: dict[str, Any]) -> dict[str, float]:
+    """What of a logged entry is a number, the step left out."""
+    return {name: float(value) for name, value in entry.items() if isinstance(value, (int, float)) and name != "step"}
+
+
+def trackers(names: Sequence[str], folder: Path, work: Path) -> TrainerCallback:
+    """Metrics of the main process to all trackers. `folder`, `work`: those of the stage."""
+    from transformers import TrainerCallback
+
+    # store/<stage>/<key>/work
+    run_name = f"{work.parent.parent.name}-{work.parent.name[:12]}"
+
+    class Trackers(TrainerCallback):
+        def __init__(self) -> None:
+            self.open: list[Tracker] = []
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not state.is_world_process_zero:
+                return
+            logs = folder / LOGS_FOLDER
+            logs.mkdir(exist_ok=True)
+            self.open = open_trackers(names, logs, run_name)
+            for entry in state.log_history:
+                self.log(entry["step"], entry)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.log(state.global_step, logs or {})
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for tracker in self.open:
+                tracker.finish()
+
+        def log(self, step: int, entry: dict[str, Any]) -> None:
+            if "train_runtime" not in entry:
+                values = {f"train/{name}": value for name, value in numbers(entry).items()}
+                for tracker in self.open:
+                    tracker.log(step, values)
+
+    return Trackers()
+
+
+def speed_and_memory(trainer: Trainer, num_tokens: Callable[[], int]) -> TrainerCallback:
+    """Has the trainer log tokens seen, tokens per second since it began, and peak memory: all that listen get them.
+
+    `num_tokens`: those trained on so far, before a resume too.
+    """
+    from transformers import TrainerCallback
+
+    log_of_trainer = trainer.log
+    began: list[tuple[float, int]] = []
+
+    class Began(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            began[:] = [(time.monotonic(), num_tokens())]
+
+    def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs["num_tokens"] = num_tokens()
+            seconds, tokens = time.monotonic() - began[0][0], logs["num_tokens"] - began[0][1]
+            if seconds > 0 and tokens > 0:
+                logs["tokens_per_second"] = tokens / seconds
+            logs["peak_memory_gb"] = peak_memory_bytes(trainer.args.device.type) / 1e9
+        log_of_trainer(logs, *args, **kwargs)
+
+    trainer.log = log
+    return Began()
+
+
+def peak_memory_bytes(device: str) -> int:
+    """On a GPU the most that was allocated on it; on a CPU the most of this process that was in memory."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "linux":
+        # getrusage would begin with what the process that started this one had.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
