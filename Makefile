@@ -12,6 +12,8 @@ USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 # Options for installing torch alone, for example an index with its CPU build: make setup TORCH_ARGS="--index-url ..."
 TORCH_ARGS ?=
 
+# Processes that run the tests.
+WORKERS ?= 2
 MARKS := not gpu$(if $(SMOLTULU_SLOW),, and not slow)
 
 .PHONY: help setup demo test test-all test-gpu faults lint format up down clean
@@ -43,8 +45,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## the whole pipeline on the tiny recipe, with a server and a worker of its own
 	@$(BIN)/python -m flows.demo
 
-test: setup ## the tests; SMOLTULU_SLOW=1 adds the slow ones
-	$(BIN)/python -m pytest -m "$(MARKS)" $(ARGS)
+# A file at a time to each worker: what a module sets up is set up once. One thread each, or they wait for one another.
+test: setup ## the tests, by WORKERS=2 processes; SMOLTULU_SLOW=1 adds the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "$(MARKS)" $(ARGS)
 
 test-all: ## the tests, slow ones too
 	@$(MAKE) --no-print-directory test SMOLTULU_SLOW=1

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from schemas.compute import ComputeSettings
 from schemas.preflight import DryRun, PreflightConfig, PreflightInputs
+from tasks.child import is_out_of_memory
 from tasks.models import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
 from tasks.stage import StageContext
 from tasks.tokens import IGNORED, prompt_ids
@@ -41,8 +42,6 @@ def dry_run(config: PreflightConfig, inputs: PreflightInputs, file: Path, contex
 
     The first of two steps makes the optimizer's state and is not timed. ValueError where not even one row fits.
     """
-    import torch
-
     from tasks.training import prepare_torch
 
     prepare_torch(context)
@@ -61,7 +60,9 @@ def dry_run(config: PreflightConfig, inputs: PreflightInputs, file: Path, contex
             num_tokens, seconds, peak = _measured(
                 lambda batch: _train(subject, inputs, tokenizer, batch, compute, config), rows[:size], device
             )
-        except (torch.OutOfMemoryError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             logger.warning("dry run of %s: out of memory with %d of the longest rows", subject, size)
             size //= 2
             num_tokens = 0
