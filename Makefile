@@ -47,7 +47,7 @@ demo: setup ## the whole pipeline on the tiny recipe, with a server and a worker
 
 # A file at a time to each worker: what a module sets up is set up once. One thread each, or they wait for one another.
 test: setup ## the tests, by WORKERS=2 processes; SMOLTULU_SLOW=1 adds the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "$(MARKS)" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(MARKS)" $(ARGS)
 
 test-all: ## the tests, slow ones too
 	@$(MAKE) --no-print-directory test SMOLTULU_SLOW=1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from datetime import datetime
@@ -18,7 +19,7 @@ from artifacts.catalogue import Catalogue, state_of
 from artifacts.checkpoints import newest_checkpoint, planned_steps
 from artifacts.lineage import Relative, ancestors, descendants, planned_inputs
 from artifacts.manifests import Ref, dig, num_bytes_of, read_json, scores_of
-from schemas.artifact import MANIFEST_SCHEMA_VERSION, Manifest
+from schemas.artifact import MANIFEST_SCHEMA_VERSION, ExtendedTraining, Manifest
 from schemas.run import RunRecord
 from tasks.progress import duration
 
@@ -253,6 +254,10 @@ def _identity(details: dict[str, Any]) -> Table:
         head.add_row("took", duration(seconds))
     if isinstance(steps, list) and steps:
         head.add_row("resumed", "from step " + ", ".join(f"{step:,}" for step in steps))
+    with contextlib.suppress(ValidationError):  # most extend none; other versions may write it otherwise
+        other = ExtendedTraining.model_validate(details.get("extends"))
+        which = escape(f"{other.stage}/{other.key[:12]}")
+        head.add_row("extends", f"{which}, from its step {other.step:,} of {other.num_steps:,}")
     if "resumable" in details:
         step, num_steps = details["resumable"]["step"], details["resumable"]["num_steps"]
         head.add_row("resumes", f"at step {step:,}" + (f" of {num_steps:,}" if num_steps else ""))

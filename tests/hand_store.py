@@ -12,7 +12,7 @@ from artifacts.catalogue import Catalogue
 from artifacts.checkpoints import mark_complete
 from artifacts.keys import artifact_key, canonical_json, folder_records, records_digest
 from artifacts.manifests import Ref
-from schemas.artifact import InputRecord, Manifest, Spec
+from schemas.artifact import ExtendedTraining, InputRecord, Manifest, Spec
 from schemas.run import RunRecord, TagRecord
 
 DAY = 86_400.0
@@ -61,6 +61,7 @@ class HandStore:
         files: dict[str, str] | None = None,
         days_ago: float = 100.0,
         taken: dict[str, str] | None = None,
+        extends: ExtendedTraining | None = None,
         **config: Any,
     ) -> Ref:
         """A finished artifact; a second one of the same name is its next generation.
@@ -96,6 +97,7 @@ class HandStore:
             started_at="2026-10-01T08:00:00+00:00",
             finished_at="2026-10-01T09:00:00+00:00",
             duration_seconds=3600.0,
+            extends=extends,
         )
         (generation / "manifest.json").write_text(manifest.model_dump_json(indent=1))
         (self.folder(ref) / "current").write_text(generation.name)

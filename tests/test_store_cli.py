@@ -16,7 +16,7 @@ from artifacts.store import Found, Store
 from benchmarks.store_fixture import make_store
 from flows import machine
 from flows.cli import app
-from schemas.artifact import Spec
+from schemas.artifact import ExtendedTraining, Spec
 from tests.hand_store import HandStore, pipeline
 
 HEAVY = {"torch", "transformers", "trl", "datasets", "lm_eval", "prefect", "numpy", "pyarrow"}
@@ -93,6 +93,13 @@ def test_show_an_artifact(store: HandStore) -> None:
     assert details["files"] == store.manifests[sft].model_dump(mode="json")["files"]
     assert [relative["stage"] for relative in details["ancestors"]] == ["base_model", "dataset"]
     assert [relative["stage"] for relative in details["descendants"]] == ["dpo", "evaluation"]
+
+
+def test_show_says_what_a_training_went_on_from(store: HandStore) -> None:
+    short = store.make("sft", "short")
+    longer = store.make("sft", "longer", extends=ExtendedTraining(stage="sft", key=short.key, step=900, num_steps=1000))
+    assert f"extends sft/{short.key[:12]}, from its step 900 of 1,000" in words(call(store, "show", longer.key).output)
+    assert "extends" not in call(store, "show", short.key).output
 
 
 def test_show_marks_what_is_stale(store: HandStore) -> None:
