@@ -43,8 +43,8 @@ class ComputeSettings(StrictModel):
     activation_checkpointing: bool = machinery(False, description="trade compute for memory")
     packing: bool = machinery(
         True,
-        description="SFT, DPO: rows of a micro-batch lie end to end instead of being padded; each attends to itself "
-        "only, so results are those of padded batches",
+        description="SFT, reward model, DPO: rows of a micro-batch lie end to end instead of being padded, and each "
+        "attends to itself only: the same mathematics, rounded otherwise",
     )
     report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = machinery(
         ("tensorboard",), description="where loss, learning rate, speed and memory go besides the artifact's history"
