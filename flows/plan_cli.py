@@ -95,6 +95,7 @@ def _made_with(figures: PreflightFigures) -> str:
         return "no dry run"
     parts = [run["device"], run["precision"], f"{run['per_device_train_batch_size']} rows"]
     parts += [name for name in ("activation_checkpointing", "packing") if run[name]]
+    parts += [f"LoRA of rank {run['lora_r']}"] if run["lora_r"] else []
     if figures.notes:
         parts.append("now other: " + ", ".join(figures.notes))
     return ", ".join(parts)

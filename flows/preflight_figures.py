@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from schemas.compute import ComputeSettings
 from schemas.preflight import DryRun, PlannedTraining, PreflightConfig, PreflightOutputs
-from schemas.training import RLVRSettings, SupervisedSettings, TrainingSettings
+from schemas.training import DPOSettings, RLVRSettings, SFTSettings, SupervisedSettings, TrainingSettings
 from tasks import preflight_checks
 from tasks.planned_steps import optimizer_steps
 
@@ -68,7 +68,7 @@ def preflight_figures(
         num_steps=planned_steps(settings, found.num_rows, found.num_tokens),
         peak_memory_bytes=None if run is None else run.peak_memory_bytes,
         dry_run=None if run is None else run.model_dump(mode="json"),
-        notes=() if run is None else tuple(_other_settings(run, config, compute)),
+        notes=() if run is None else tuple(_other_settings(run, config, settings, compute)),
     )
 
 
@@ -98,16 +98,28 @@ def planned_training(settings: TrainingSettings) -> PlannedTraining:
         num_train_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
         max_tokens=settings.max_tokens,
+        lora_r=_lora_r(settings),
     )
 
 
-def _other_settings(run: DryRun, config: PreflightConfig, compute: ComputeSettings) -> list[str]:
-    """In what the recipe's machinery differs from that of the dry run: name old -> new."""
+def _lora_r(settings: TrainingSettings) -> int | None:
+    return settings.lora.r if isinstance(settings, SFTSettings | DPOSettings) and settings.lora else None
+
+
+def _what_is_trained(lora_r: int | None) -> str:
+    return "every weight" if lora_r is None else f"LoRA of rank {lora_r}"
+
+
+def _other_settings(
+    run: DryRun, config: PreflightConfig, settings: TrainingSettings, compute: ComputeSettings
+) -> list[str]:
+    """In what the recipe differs from the dry run: name old -> new."""
     asked = run.asked_batch_size or run.per_device_train_batch_size
     pairs: list[tuple[str, object, object]] = [
         ("stage", run.subject or config.subject, config.subject),
         ("activation_checkpointing", run.activation_checkpointing, compute.activation_checkpointing),
         ("per_device_train_batch_size", asked, compute.per_device_train_batch_size),
+        ("trains", _what_is_trained(run.lora_r), _what_is_trained(_lora_r(settings))),
     ]
     if config.subject != "rlvr":
         pairs.append(("packing", run.packing, compute.packing))

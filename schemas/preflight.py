@@ -39,6 +39,9 @@ class PlannedTraining(StrictModel):
     max_completion_length: int = machinery(
         0, ge=0, description="RLVR: tokens that a dry run adds to its longest prompts"
     )
+    lora_r: int | None = machinery(
+        None, ge=1, description="rank of the adapters that a dry run trains; none: every weight is trained"
+    )
 
 
 class PreflightConfig(StrictModel):
@@ -98,6 +101,7 @@ class DryRun(StrictModel):
     per_device_train_batch_size: int
     activation_checkpointing: bool
     packing: bool = True
+    lora_r: int | None = Field(None, description="rank of the adapters that alone were trained")
     asked_batch_size: int | None = None
     num_tokens: int = Field(description="tokens of the batch, padding not counted")
     seconds: float

@@ -1,8 +1,8 @@
 """One training step on the longest rows, for its memory and its time.
 
 Not a trainer: the model, the batch, the loss's shape, gradients, clipping and AdamW, which is what memory goes to. Not
-in it: the reference model and the generation of RLVR, adapters of LoRA (which need less), gradient buckets of several
-processes (4 bytes a parameter more).
+in it: the reference model and the generation of RLVR, and the gradient buckets of several processes, which are 4 bytes
+a trained parameter more.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from schemas.compute import ComputeSettings
 from schemas.preflight import DryRun, PreflightConfig, PreflightInputs
+from schemas.training import LoraSettings
 from tasks.child import is_out_of_memory
+from tasks.lora import with_adapter
 from tasks.models import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
 from tasks.stage import StageContext
 from tasks.tokens import IGNORED, prompt_ids
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("smoltulu")
@@ -79,20 +82,26 @@ def dry_run(config: PreflightConfig, inputs: PreflightInputs, file: Path, contex
             asked_batch_size=asked,
             activation_checkpointing=compute.activation_checkpointing,
             packing=_packs(subject, compute),
+            lora_r=_lora_r(config),
             num_tokens=num_tokens,
             seconds=seconds,
             peak_memory_bytes=peak,
         )
     lengths = "max_prompt_length or max_completion_length" if config.kind == "prompts" else "max_length"
+    adapters = f", add a {subject}.lora block" if subject in ("sft", "dpo") and _lora_r(config) is None else ""
     raise ValueError(
         f"{subject}: out of memory with one of the longest rows alone ({_length(rows[0]):,} tokens); set "
-        f"compute.activation_checkpointing, lower {lengths}, or take a larger device (preflight.dry_run: false skips "
-        "this check, not the failure)"
+        f"compute.activation_checkpointing, lower {lengths}{adapters}, or take a larger device "
+        "(preflight.dry_run: false skips this check, not the failure)"
     )
 
 
 def _packs(subject: str, compute: ComputeSettings) -> bool:
     return compute.packing and subject != "rlvr"
+
+
+def _lora_r(config: PreflightConfig) -> int | None:
+    return config.training.lora_r if config.training else None
 
 
 def _measured(train: Callable[[list[Row]], tuple[int, float]], rows: list[Row], device: str) -> tuple[int, float, int]:
@@ -128,11 +137,12 @@ def _train(
     import torch
 
     device = device_of(compute)
-    model = _model(subject, Path(inputs.model), tokenizer, compute).to(device)
+    model = _model(subject, Path(inputs.model), tokenizer, compute, _lora_r(config)).to(device)
     if compute.activation_checkpointing:
         model.activation_checkpointing_enable()
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
     loss_of, batch, num_tokens = _batch(subject, model, rows, tokenizer, compute)
     batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     seconds = 0.0
@@ -141,7 +151,7 @@ def _train(
         with torch.autocast(device, torch.bfloat16, enabled=use_bfloat16(config.precision, compute)):
             loss = loss_of(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device == "cuda":
@@ -150,7 +160,9 @@ def _train(
     return num_tokens, seconds
 
 
-def _model(subject: str, folder: Path, tokenizer: PreTrainedTokenizerBase, compute: ComputeSettings) -> PreTrainedModel:
+def _model(
+    subject: str, folder: Path, tokenizer: PreTrainedTokenizerBase, compute: ComputeSettings, lora_r: int | None
+) -> PreTrainedModel | PeftModel:
     """The base model as the stage would hold it: with a score head, or with the head that holds no logits."""
     import torch
 
@@ -175,12 +187,12 @@ def _model(subject: str, folder: Path, tokenizer: PreTrainedTokenizerBase, compu
     if _packs(subject, compute):
         pack(model)
     give_fused_head(model)
-    return model
+    return model if lora_r is None else with_adapter(model, LoraSettings(r=lora_r))
 
 
 def _batch(
     subject: str,
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     rows: list[Row],
     tokenizer: PreTrainedTokenizerBase,
     compute: ComputeSettings,

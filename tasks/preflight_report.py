@@ -148,6 +148,7 @@ def _dry_run(outputs: PreflightOutputs) -> str:
         ("Tokens", f"{run.num_tokens:,}"),
         ("Packed", "yes" if run.packing else "no"),
         ("Activation checkpointing", "yes" if run.activation_checkpointing else "no"),
+        ("Trained", "every weight" if run.lora_r is None else f"LoRA of rank {run.lora_r}"),
         ("Peak memory", text.size(run.peak_memory_bytes)),
         ("Time of the step", text.duration(run.seconds)),
     ]

@@ -305,6 +305,9 @@ def test_plan_of_1130_shows_the_figures_of_its_preflights(with_1207: Store, caps
     assert figures["rlvr"].trained_share is None
     # A dry run that was made with other machinery says so. RLVR trains 8 rows at once.
     assert figures["rlvr"].notes == ("per_device_train_batch_size 4 -> 8",)
+    adapters = graph_of("smoltulu-1130", **{"sft.lora": {"r": 8}})
+    with_adapters = rows_of(plan(adapters.recipe, None, [], with_1207, adapters))["sft"].preflight
+    assert with_adapters is not None and with_adapters.notes == ("trains every weight -> LoRA of rank 8",)
 
     text = printed(planned, capsys)
     assert "sft 1,000 of 1,000 none 20.00 % 500k 900 of 4,096 250 70 GB cpu, float32, 4 rows" in text

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import tasks.dry_run
+from flows.preflight_figures import planned_training
 from schemas.artifact import ArtifactReference
 from schemas.common import scientific
 from schemas.compute import ComputeSettings, StageCompute
@@ -342,6 +344,36 @@ def test_dry_run_of_every_stage(model: Path, tmp_path: Path, subject: str, packi
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("subject", ["sft", "dpo"])
+def test_dry_run_trains_the_adapter_where_the_training_does(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subject: str
+) -> None:
+    """Else a model that LoRA is chosen for, because training all of it does not fit, could not pass."""
+    import torch
+
+    trained: list[int] = []
+    real = torch.optim.AdamW
+
+    def watched(values: Any, **options: Any) -> torch.optim.Optimizer:
+        held = list(values)
+        trained.append(sum(value.numel() for value in held))
+        return real(held, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", watched)
+    rows = rows_for(subject, 4)
+    for lora in (None, {"r": 4}):
+        settings = small_runs.SETTINGS[subject](learning_rate=1e-3, effective_batch_size=4, max_length=128, lora=lora)
+        checks = {"dry_run": True}
+        flight = fly(tmp_path / str(lora), model, rows, KINDS[subject], subject=subject, checks=checks,
+                     training=planned_training(settings))  # fmt: skip
+        run = flight.outputs.dry_run
+        assert run is not None and run.lora_r == (lora and 4)
+        assert ("LoRA of rank 4" if lora else "every weight") in flight.page
+    num_all = sum(value.numel() for value in load_file(model / "model.safetensors").values())
+    # Per layer q, k, v, o of 32 x 32 and gate, up, down of 32 x 64: r x (in + out) each.
+    assert trained == [num_all, 2 * 4 * (4 * 64 + 3 * 96)]
+
+
 def test_dry_run_takes_what_costs_most(model: Path, tmp_path: Path) -> None:
     for number, (kind, rows) in enumerate((("conversations", small_runs.conversations(30)),
                                            ("pairs", distinct_pairs(30)))):  # fmt: skip
@@ -385,6 +417,7 @@ def test_out_of_memory_halves_the_batch_until_it_fits(
         flight = fly(tmp_path, model, small_runs.conversations(12), **config)
         assert tried == [8, 4, 2, 1] and flight.outputs.dry_run is None
         assert "out of memory with one of the longest rows alone (" in flight.error and "Not made" in flight.page
+        assert ", add a sft.lora block, or take a larger device" in flight.error
         return
     flight = fly(tmp_path, model, small_runs.conversations(12), **config)
     run = flight.outputs.dry_run
