@@ -15,7 +15,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from artifacts.files import remove_tree
+from artifacts.files import remove_tree, write_atomically
 from schemas.compute import ComputeSettings
 from tasks.child import ERROR_FILE, MESSAGE_PREFIX, OUT_OF_MEMORY_FILE
 from tasks.progress import Progress
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 #: Trainings. With compute.num_processes above one torchrun starts them, and the reference pass of DPO.
 TRAINING_STAGES = ("sft", "reward_model", "dpo", "rlvr")
+#: Stages without an optimizer. Their batch is compute.per_device_eval_batch_size, of any number of rows.
+_EVALUATING_STAGES = ("reference_logps", "evaluation")
+#: File of `work`: compute as asked for, and with the batch that fits into memory.
+_FITS_FILE = "fits.json"
 _LOG_TAIL_LINES = 25
 DISK_ADVICE = {
     errno.ENOSPC: "the disk is full; free some space (`smoltulu gc` shows what may go)",
@@ -48,24 +52,42 @@ class StageFailed(RuntimeError):
 def run_child(job: Job, work: Path, output: Path, log: logging.Logger | logging.LoggerAdapter) -> None:
     """Run a stage in a process of its own; its result is in `work`, what it made in `output`.
 
-    A training that runs out of memory is started again with smaller micro-batches of the same effective batch, which
-    changes no result, and goes on from its last checkpoint.
+    One that runs out of memory is started again with smaller batches, which changes no result (a training has the same
+    effective batch), and goes on from its last checkpoint. What fits is remembered in `work`: a later attempt begins
+    with it, unless compute is another by then.
     """
-    compute = job.compute
+    evaluates = job.stage.name in _EVALUATING_STAGES
+    setting = "per_device_eval_batch_size" if evaluates else "per_device_train_batch_size"
+    compute = _that_fits(job, work)
+    if compute != job.compute:
+        log.info("%s: begins with %s %d, which fitted into memory before", job.node, setting, getattr(compute, setting))
     while (message := _run_once(job, compute, work, output, log)) is not None:
-        size = compute.per_device_train_batch_size
-        smaller = smaller_batch(size, getattr(job.config, "effective_batch_size", 0), compute.num_processes)
-        if job.stage.name not in TRAINING_STAGES or smaller is None:
+        size = getattr(compute, setting)
+        smaller = None
+        if evaluates:
+            smaller = size // 2 or None
+        elif job.stage.name in TRAINING_STAGES:
+            smaller = smaller_batch(size, job.config.effective_batch_size, compute.num_processes)  # type: ignore[attr-defined]
+        if smaller is None:
             raise ValueError(f"{job.node}: out of memory{_out_of_memory_advice(job, size)}. It said: {message}")
-        log.warning(
-            "%s: out of memory with per_device_train_batch_size %d: goes on with %d, same effective batch",
-            job.node,
-            size,
-            smaller,
-        )
-        compute = compute.model_copy(update={"per_device_train_batch_size": smaller})
+        same = "" if evaluates else ", same effective batch"
+        log.warning("%s: out of memory with %s %d: goes on with %d%s", job.node, setting, size, smaller, same)
+        compute = compute.model_copy(update={setting: smaller})
+        fits = {"asked": job.compute.model_dump(mode="json"), "fits": compute.model_dump(mode="json")}
+        write_atomically(work / _FITS_FILE, json.dumps(fits))
         remove_tree(output)
         output.mkdir()
+
+
+def _that_fits(job: Job, work: Path) -> ComputeSettings:
+    """The job's compute, with the batch that an earlier attempt with the same compute came to."""
+    try:
+        found = json.loads((work / _FITS_FILE).read_text())
+        if found["asked"] == job.compute.model_dump(mode="json"):
+            return ComputeSettings.model_validate(found["fits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return job.compute
 
 
 def smaller_batch(size: int, effective_batch_size: int, num_processes: int) -> int | None:
@@ -74,6 +96,8 @@ def smaller_batch(size: int, effective_batch_size: int, num_processes: int) -> i
 
 
 def _out_of_memory_advice(job: Job, size: int) -> str:
+    if job.stage.name in _EVALUATING_STAGES:
+        return " with per_device_eval_batch_size 1; take a machine with more memory. What is finished is kept"
     if job.stage.name not in TRAINING_STAGES:
         return ""
     return (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import re
 import shutil
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,16 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import tasks.launch
 import tasks.training
 from artifacts.checkpoints import newest_checkpoint
 from artifacts.store import Store
 from schemas.artifact import Spec
 from schemas.common import scientific
+from schemas.compute import ComputeSettings
 from tasks.child import is_out_of_memory
 from tasks.guards import LossMeans, fault_of_step, has_diverged, lines_of, rows_of, sequences
-from tasks.launch import smaller_batch
+from tasks.launch import run_child, smaller_batch
 from tasks.preference_batch import PairCollator
 from tasks.runner import Job, run_stage
 from tasks.sft import collate_packed
@@ -292,6 +297,79 @@ def test_what_counts_as_out_of_memory() -> None:
     assert is_out_of_memory(raised.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(ValueError("no memory"))
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, setting: str, most: int) -> list[int]:
+    """Stages run out of memory with more than `most` rows; the sizes of the attempts. No process is started."""
+    tried: list[int] = []
+
+    def run_once(asked: Job, compute: ComputeSettings, *_: Any) -> str | None:
+        tried.append(getattr(compute, setting))
+        return "CUDA out of memory" if tried[-1] > most else None
+
+    monkeypatch.setattr(tasks.launch, "_run_once", run_once)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "sizes"),
+    [
+        ("dpo", "per_device_train_batch_size", [6, 3, 1]),  # of 6 pairs a step
+        ("reference_logps", "per_device_eval_batch_size", [9, 4, 2]),
+        ("evaluation", "per_device_eval_batch_size", [9, 4, 2]),
+    ],
+)
+def test_the_batch_that_fits_is_remembered_until_compute_is_another(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    stage: str, setting: str, sizes: list[int],
+) -> None:  # fmt: skip
+    tried = scripted(monkeypatch, setting, 2)
+    asked = job("dpo", tmp_path / "job", base, pairs(7)[1:], {}, **{setting: sizes[0]})
+    asked = dataclasses.replace(asked, node=stage, stage=STAGES[stage])
+    work, output = tmp_path / "work", tmp_path / "work" / "output"
+    output.mkdir(parents=True)
+    (output / "half").touch()
+    with caplog.at_level(logging.INFO, "test"):
+        run_child(asked, work, output, LOG)
+        assert tried == sizes and not list(output.iterdir())
+        run_child(asked, work, output, LOG)  # as after a kill
+    assert tried == [*sizes, sizes[-1]]
+    same = ", same effective batch" if stage == "dpo" else ""
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        *(f"{stage}: out of memory with {setting} {a}: goes on with {b}{same}" for a, b in pairwise(sizes)),
+        f"{stage}: begins with {setting} {sizes[-1]}, which fitted into memory before",
+    ]
+    larger = asked.compute.model_copy(update={"activation_checkpointing": True})
+    run_child(dataclasses.replace(asked, compute=larger), work, output, LOG)
+    assert tried[4:] == sizes
+    (work / "fits.json").write_text('{"asked": ')
+    run_child(asked, work, output, LOG)
+    assert tried[7:] == sizes
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "advice"),
+    [
+        (
+            "dpo",
+            "per_device_train_batch_size",
+            "size 1, and no smaller one gives the same effective batch; set compute",
+        ),
+        ("reference_logps", "per_device_eval_batch_size", "size 1; take a machine with more memory"),
+        ("dataset", "per_device_train_batch_size", "dataset: out of memory. It said: CUDA"),
+    ],
+)
+def test_where_not_even_one_row_fits_it_says_what_to_change(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, stage: str, setting: str, advice: str
+) -> None:
+    tried = scripted(monkeypatch, setting, 0)
+    asked = job("dpo", tmp_path / "job", base, pairs(7)[1:], {}, **{setting: 2})
+    asked = dataclasses.replace(asked, node=stage, stage=STAGES[stage])
+    (tmp_path / "output").mkdir()
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        run_child(asked, tmp_path, tmp_path / "output", LOG)
+    assert tried == ([2] if stage == "dataset" else [2, 1])
 
 
 def hungry_job(folder: Path, size: int) -> Job:
