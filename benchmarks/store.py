@@ -67,7 +67,7 @@ def shown(values: list[float]) -> str:
 
 def cached_flow(folder: Path, repeats: int) -> None:
     sys.path.insert(0, str(PROJECT))
-    from flows import machine
+    from flows import machine, prefect_api
 
     recipe = folder / "seven.yaml"
     recipe.write_text(SEVEN_STAGES)
@@ -76,7 +76,7 @@ def cached_flow(folder: Path, repeats: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running = machine.up(home, port=port, limit=None, say=lambda line: None)
-    environment = {**machine.client_environment(running.url), "SMOLTULU_STORE": str(folder / "store")}
+    environment = {**prefect_api.client_environment(running.url), "SMOLTULU_STORE": str(folder / "store")}
     ours = [sys.executable, "-c", f"from flows.pipeline import smoltulu; smoltulu({str(recipe)!r})"]
     plain = [sys.executable, str(PEERS / "plain_flow.py")]
     try:

@@ -32,7 +32,7 @@ def up(
     limit: Annotated[int | None, typer.Option(min=1, help="flow runs at a time; 1 unless given")] = None,
 ) -> None:
     """Start server, work pool, deployments and worker on this machine, in the background."""
-    from flows import machine
+    from flows import machine, prefect_api
 
     home = machine.default_home()
     try:
@@ -41,7 +41,7 @@ def up(
         _fail(error)
     typer.echo(f"\nUI        {running.url.removesuffix('/api')}")
     typer.echo(f"logs      {home / 'logs'}")
-    default = machine.url_of(machine.DEFAULT_PORT)
+    default = prefect_api.url_of(prefect_api.DEFAULT_PORT)
     if running.url != os.environ.get("PREFECT_API_URL", default):
         typer.echo(f"export    export PREFECT_API_URL={running.url}")
     elif Path.cwd() != machine.PROJECT:
@@ -73,13 +73,13 @@ def run(
 
     Prefect itself waits in silence where no worker polls. Everything after DEPLOYMENT goes to Prefect as it is.
     """
-    from flows import doctor, machine
+    from flows import doctor, machine, prefect_api
 
     home = machine.default_home()
     url = doctor.api_url(home)
     if not doctor.reachable(url):
         _fail(doctor.no_server(url))
-    registered = dict(machine.deployments(url))
+    registered = dict(prefect_api.deployments(url))
     if deployment not in registered:
         import difflib
 
@@ -91,7 +91,7 @@ def run(
         _fail(doctor.NO_WORKER.format(pool=pool))
     sys.stdout.flush()
     command = [sys.executable, "-m", "prefect", "deployment", "run", deployment, "--watch", *context.args]
-    environment = machine.client_environment(url)
+    environment = prefect_api.client_environment(url)
     if not sys.stdout.isatty():
         environment.setdefault("COLUMNS", "160")  # else Prefect folds the log at 80
     os.execve(sys.executable, command, environment)

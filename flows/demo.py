@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from flows import machine
+from flows import machine, prefect_api
 from flows.doctor import store_root
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ def demo() -> int:
     running: machine.Machine | None = None
     try:
         server = machine.running(home, "server")
-        port = machine.DEFAULT_PORT
-        if server is None and not machine.port_is_free(port):
-            console.print(f"port {port} is taken by {machine.port_holder(port)}, which is left alone")
-            port = machine.free_port()
+        port = prefect_api.DEFAULT_PORT
+        if server is None and not prefect_api.port_is_free(port):
+            console.print(f"port {port} is taken by {prefect_api.port_holder(port)}, which is left alone")
+            port = prefect_api.free_port()
         running = machine.up(home, None if server else port, say=_say)
         if server is not None and "worker" not in running.started:
             _say("demo      uses the server and the worker that were up already")
@@ -110,7 +110,7 @@ def _cancel(url: str, name: str) -> None:
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
     from prefect.states import Cancelling
 
-    with machine.client(url) as server:
+    with prefect_api.client(url) as server:
         for run in server.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name]))):
             if run.state is not None and not run.state.is_final():
                 _say(f"cancelling run {name}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-from flows import machine
+from flows import machine, prefect_api, processes
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -195,26 +195,26 @@ def api_url(home: Path) -> str:
     if given := os.environ.get("PREFECT_API_URL"):
         return given
     if server := machine.running(home, "server"):
-        return machine.url_of(server.port)
+        return prefect_api.url_of(server.port)
     from prefect.settings import PREFECT_API_URL
 
-    return PREFECT_API_URL.value() or machine.url_of(machine.DEFAULT_PORT)
+    return PREFECT_API_URL.value() or prefect_api.url_of(prefect_api.DEFAULT_PORT)
 
 
 def no_server(url: str) -> str:
     """What to say when nobody answers at `url`."""
     parts = urlsplit(url)
     text = f"no Prefect server answers at {url}"
-    if machine.is_local(url) and parts.port and not machine.port_is_free(parts.port):
-        text += f" (port {parts.port} is taken by {machine.port_holder(parts.port)})"
+    if prefect_api.is_local(url) and parts.port and not prefect_api.port_is_free(parts.port):
+        text += f" (port {parts.port} is taken by {prefect_api.port_holder(parts.port)})"
     return f"{text}: run `smoltulu up`, or set PREFECT_API_URL"
 
 
 def reachable(url: str) -> bool:
     """Whether a Prefect API answers, with the credentials of Prefect's settings."""
-    if machine.is_local(url):
-        return machine.answers(url)
-    with contextlib.suppress(Exception), machine.client(url) as server:
+    if prefect_api.is_local(url):
+        return prefect_api.answers(url)
+    with contextlib.suppress(Exception), prefect_api.client(url) as server:
         return server.api_healthcheck() is None
     return False
 
@@ -222,7 +222,7 @@ def reachable(url: str) -> bool:
 def pollers(home: Path, url: str, pool: str) -> list[str] | None:
     """Workers that poll a pool; None where there is no such pool. A killed worker of ours counts no more, though the
     server believes in it for another minute and a half."""
-    names = machine.online_workers(url, pool)
+    names = prefect_api.online_workers(url, pool)
     ours = machine.read_record(home, "worker")
     if names and ours and not ours.alive:
         names = [name for name in names if name != ours.name]
@@ -242,7 +242,7 @@ def expected_deployments() -> list[tuple[str, str]]:
 def examine_prefect(home: Path, url: str, fix: bool = False) -> Iterator[Check]:
     """Server, pool, worker, deployments and runs, as far as the first that lacks."""
     ours = machine.running(home, "server")
-    if ours and url.rstrip("/") != (ours_url := machine.url_of(ours.port)):
+    if ours and url.rstrip("/") != (ours_url := prefect_api.url_of(ours.port)):
         detail = f"PREFECT_API_URL is {url}, `smoltulu up` runs {ours_url}"
         yield Check("address", "warn", detail, f"export PREFECT_API_URL={ours_url}")
     if not reachable(url):
@@ -250,20 +250,20 @@ def examine_prefect(home: Path, url: str, fix: bool = False) -> Iterator[Check]:
         return
     yield Check("server", "ok", url)
 
-    names = pollers(home, url, machine.POOL)
+    names = pollers(home, url, prefect_api.POOL)
     if names is None:
-        yield Check("pool", "fail", f"there is no work pool {machine.POOL}", "smoltulu up")
+        yield Check("pool", "fail", f"there is no work pool {prefect_api.POOL}", "smoltulu up")
     else:
-        yield Check("pool", "ok", machine.POOL)
+        yield Check("pool", "ok", prefect_api.POOL)
         if names:
             yield Check(
                 "worker", "ok", f"{len(names)} poll{'s' if len(names) == 1 else ''} the pool: {', '.join(names)}"
             )
         else:
-            detail, _, advice = NO_WORKER.format(pool=machine.POOL).partition(": run ")
+            detail, _, advice = NO_WORKER.format(pool=prefect_api.POOL).partition(": run ")
             yield Check("worker", "fail", detail, f"run {advice}")
 
-    with machine.client(url) as server:
+    with prefect_api.client(url) as server:
         there = {(deployment.entrypoint, deployment.name) for deployment in server.read_deployments()}
     missing = [name for entrypoint, name in expected_deployments() if (entrypoint, name) not in there]
     if missing:
@@ -275,9 +275,9 @@ def examine_prefect(home: Path, url: str, fix: bool = False) -> Iterator[Check]:
 
 def _stuck(url: str, fix: bool) -> Check:
     """Runs that say Running though their process is gone: after a power cut they stay so for ever."""
-    if not machine.is_local(url):
+    if not prefect_api.is_local(url):
         return Check("stuck runs", "ok", "not looked at: the server is on another machine, so may be the runs")
-    with machine.client(url) as server:
+    with prefect_api.client(url) as server:
         stuck = stuck_runs(server)
         listed = ", ".join(f"{run.name} ({run.id})" for run in stuck)
         if not stuck:
@@ -298,7 +298,7 @@ def stuck_runs(server: SyncPrefectClient) -> list[FlowRun]:
 
     going = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])
     runs = server.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=going)), limit=200)
-    alive = {machine.flow_run_of(process) for process in machine.processes_with("PREFECT__FLOW_RUN_ID")}
+    alive = {processes.flow_run_of(process) for process in processes.processes_with("PREFECT__FLOW_RUN_ID")}
     return [run for run in runs if str(run.id) not in alive and _process_is_gone(run)]
 
 
@@ -308,4 +308,4 @@ def _process_is_gone(run: FlowRun) -> bool:
     if not pid.isdigit():
         return False
     # An id that lives, but whose environment we may read and that did not name the run, was given to another process.
-    return machine.start_time(int(pid)) is None or machine.environment_of(int(pid)) is not None
+    return processes.start_time(int(pid)) is None or processes.environment_of(int(pid)) is not None

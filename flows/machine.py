@@ -13,26 +13,32 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
-if TYPE_CHECKING:
-    from prefect.client.orchestration import SyncPrefectClient
+from flows.prefect_api import (
+    DEFAULT_PORT,
+    POOL,
+    answers,
+    cancel_missed,
+    client,
+    client_environment,
+    deployments,
+    online_workers,
+    port_holder,
+    port_is_free,
+    url_of,
+)
+from flows.processes import Process, ancestors, flow_run_of, processes_with, send, start_time, wait_gone
 
 PROJECT = Path(__file__).resolve().parent.parent
-POOL = "smoltulu"
-DEFAULT_PORT = 4200
 MARK = "SMOLTULU_MACHINE"
 SERVER_READY_SECONDS = 120  # measured 6 to 8 s on two cores with a new database; slow disks take much longer
 WORKER_ONLINE_SECONDS = 60
@@ -50,97 +56,6 @@ def default_home() -> Path:
     return Path(os.environ.get("SMOLTULU_HOME") or PROJECT / ".smoltulu").absolute()
 
 
-def url_of(port: int) -> str:
-    """API address of a server of ours; it listens on this machine only."""
-    return f"http://127.0.0.1:{port}/api"
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Process:
-    """A background process of ours. `started` tells it from a later process with the same id."""
-
-    pid: int
-    started: str
-    port: int = 0
-    name: str = ""
-    limit: int = 0
-
-    @property
-    def alive(self) -> bool:
-        """Whether this very process still runs."""
-        return start_time(self.pid) == self.started
-
-
-def start_time(pid: int) -> str | None:
-    """Boot id and start tick of a process; None where it is gone or only waits to be reaped."""
-    try:
-        # Fields after the command name, which may itself hold spaces and brackets (proc(5)): state is the first,
-        # starttime the twentieth.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"
-
-
-def environment_of(pid: int) -> dict[str, str] | None:
-    """Environment with which a process was started; None where it may not be read."""
-    try:
-        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-
-
-def processes_with(name: str, value: str | None = None) -> list[Process]:
-    """Live processes in whose environment `name` is set (to `value`, where given), except this one and its parents."""
-    found = []
-    mine = set(ancestors(os.getpid()))
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) in mine:
-            continue
-        started, environment = start_time(int(entry)), environment_of(int(entry))
-        if started and environment and name in environment and value in (None, environment[name]):
-            found.append(Process(int(entry), started))
-    return found
-
-
-def ancestors(pid: int) -> Iterator[int]:
-    """The process and its parents, up to the first one."""
-    while pid > 0:
-        yield pid
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            return
-
-
-def flow_run_of(process: Process) -> str:
-    """Id of the flow run that a process works for (its engine or a stage); empty where none."""
-    return (environment_of(process.pid) or {}).get("PREFECT__FLOW_RUN_ID", "")
-
-
-def send(processes: list[Process], number: int) -> None:
-    """Signal those that still are who they were."""
-    for process in processes:
-        if process.alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
-
-
-def wait_gone(processes: list[Process], seconds: float) -> list[Process]:
-    """Wait for processes to end; returns those that did not."""
-    deadline = time.monotonic() + seconds
-    while True:
-        left = [process for process in processes if process.alive]
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(0.2)
-
-
 def read_record(home: Path, name: str) -> Process | None:
     """Record of the `server` or the `worker`, whether it still runs or not."""
     try:
@@ -155,53 +70,7 @@ def running(home: Path, name: str) -> Process | None:
     return record if record and record.alive else None
 
 
-# --- ports and the API -----------------------------------------------------------------------------------------------
-
-
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen on 127.0.0.1 at `port`."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def port_holder(port: int) -> str:
-    """Who listens on a port, as far as this user may know."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                command = " ".join(psutil.Process(connection.pid).cmdline())
-                return f"process {connection.pid} ({command[:80]})"
-    return "another process"
-
-
-def answers(url: str, seconds: float = 2.0) -> bool:
-    """Whether a Prefect API answers at `url`. Proxies are not asked: a local server is not behind one."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{url.rstrip('/')}/health", timeout=seconds) as response:
-            return bool(response.read().strip() == b"true")
-    except (OSError, ValueError):
-        return False
-
-
-def client_environment(url: str) -> dict[str, str]:
-    """Environment for commands that talk to a server: its address, no telemetry, no proxy for this machine."""
-    local = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1,localhost"]))
-    return {**os.environ, "PREFECT_API_URL": url, "DO_NOT_TRACK": "1", "NO_PROXY": local, "no_proxy": local}
+# --- records, commands -----------------------------------------------------------------------------------------------
 
 
 def child_environment(home: Path, url: str) -> dict[str, str]:
@@ -245,39 +114,6 @@ def log_end(path: Path) -> str:
             return last_lines("".join(deque(file, maxlen=25)))
     except OSError:
         return "    (no log)"
-
-
-def is_local(url: str) -> bool:
-    """Whether an address is on this machine."""
-    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-
-
-def client(url: str) -> SyncPrefectClient:
-    """A client of the server at `url`, with the credentials of Prefect's settings."""
-    from prefect.client.orchestration import SyncPrefectClient
-    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
-
-    auth = PREFECT_API_AUTH_STRING.value()
-    return SyncPrefectClient(
-        api=url,
-        api_key=PREFECT_API_KEY.value(),
-        auth_string=auth.get_secret_value() if auth else None,
-        # A proxy that is set for the internet does not lead to this machine.
-        httpx_settings={"trust_env": not is_local(url)},
-    )
-
-
-def online_workers(url: str, pool: str = POOL) -> list[str] | None:
-    """Names of the workers that poll a pool; None where the server has no such pool."""
-    from prefect.exceptions import ObjectNotFound
-
-    with client(url) as server:
-        try:
-            server.read_work_pool(pool)
-        except ObjectNotFound:
-            return None
-        workers = server.read_workers_for_work_pool(pool)
-    return [worker.name for worker in workers if worker.status and worker.status.value == "ONLINE"]
 
 
 # --- up --------------------------------------------------------------------------------------------------------------
@@ -428,38 +264,6 @@ def _start_worker(home: Path, url: str, limit: int, say: Say) -> None:
             )
         time.sleep(0.3)
     say(f"worker    polls the pool after {time.monotonic() - begin:.1f} s")
-
-
-def deployments(url: str) -> list[tuple[str, str | None]]:
-    """Registered deployments: `flow/deployment` and the work pool of each, sorted."""
-    with client(url) as server:
-        flows = {flow.id: flow.name for flow in server.read_flows()}
-        return sorted((f"{flows[d.flow_id]}/{d.name}", d.work_pool_name) for d in server.read_deployments())
-
-
-def cancel_missed(url: str, before: datetime) -> int:
-    """Cancel runs that a schedule wanted before a time and that never began; returns how many.
-
-    Prefect would run every one of them, night by night, before anything that a user starts now.
-    """
-    from prefect.client.schemas.filters import (
-        FlowRunFilter,
-        FlowRunFilterNextScheduledStartTime,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
-    )
-    from prefect.client.schemas.objects import StateType
-    from prefect.states import Cancelled
-
-    late = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-        next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=before),
-    )
-    with client(url) as server:
-        missed = [run for run in server.read_flow_runs(flow_run_filter=late) if run.auto_scheduled]
-        for run in missed:
-            server.set_flow_run_state(run.id, Cancelled(message="its time passed while no worker was up"), force=True)
-    return len(missed)
 
 
 # --- down ------------------------------------------------------------------------------------------------------------

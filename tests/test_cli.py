@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.errors import MarkupError
 from typer.testing import CliRunner
 
-from flows import demo, doctor, machine
+from flows import demo, doctor, machine, prefect_api
 from flows.cli import app
 from flows.logs import shield
 from flows.recipe import parse_overrides
@@ -110,7 +110,7 @@ def test_down_without_anything_up(tmp_path: Path) -> None:
 
 
 def test_doctor_without_a_server(tmp_path: Path) -> None:
-    url = machine.url_of(machine.free_port())
+    url = prefect_api.url_of(prefect_api.free_port())
     secret = "hf_" + "x" * 34
     begin = time.monotonic()
     done = _python(
@@ -141,7 +141,7 @@ def test_doctor_names_packages_that_are_not_as_pinned(monkeypatch: pytest.Monkey
 
 def test_doctor_counts_no_worker_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server believes in a killed worker for 90 s."""
-    monkeypatch.setattr(machine, "online_workers", lambda url, pool: ["dead", "alive"])
+    monkeypatch.setattr(prefect_api, "online_workers", lambda url, pool: ["dead", "alive"])
     (tmp_path / "worker.json").write_text('{"pid": 1, "started": "another boot/1", "name": "dead"}')
     assert doctor.pollers(tmp_path, "http://127.0.0.1:1/api", "smoltulu") == ["alive"]
 
@@ -164,7 +164,7 @@ def test_doctor_says_who_sits_on_the_port() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        said = doctor.no_server(machine.url_of(port))
+        said = doctor.no_server(prefect_api.url_of(port))
     assert f"port {port} is taken by process {os.getpid()}" in said
 
 

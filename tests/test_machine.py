@@ -16,7 +16,7 @@ from uuid import UUID
 
 import pytest
 
-from flows import doctor, machine
+from flows import doctor, machine, prefect_api, processes
 
 PROBE = f"""
 import sys, subprocess
@@ -70,9 +70,9 @@ def _until(true: Callable[[], object], seconds: float, step: float = 0.5) -> boo
 
 def _clean(home: Path) -> None:
     """Whatever a failed test left behind."""
-    left = machine.processes_with(machine.MARK, str(home))
-    machine.send(left, signal.SIGKILL)
-    machine.wait_gone(left, 10)
+    left = processes.processes_with(machine.MARK, str(home))
+    processes.send(left, signal.SIGKILL)
+    processes.wait_gone(left, 10)
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,16 @@ class Box:
     def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return _cli(self.home, *arguments)
 
-    def working(self) -> list[machine.Process]:
+    def working(self) -> list[processes.Process]:
         """Processes of flow runs: an engine and what it started."""
-        return [p for p in machine.processes_with(machine.MARK, str(self.home)) if machine.flow_run_of(p)]
+        return [p for p in processes.processes_with(machine.MARK, str(self.home)) if processes.flow_run_of(p)]
 
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     home, probe = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("probe")
-    port = machine.free_port()
-    url = machine.url_of(port)
+    port = prefect_api.free_port()
+    url = prefect_api.url_of(port)
     try:
         up = _cli(home, "up", "--port", str(port))
         assert up.returncode == 0, up.stdout
@@ -111,17 +111,17 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
         yield Box(home, url, up.stdout)
     finally:
         down = _cli(home, "down")
-        left = machine.processes_with(machine.MARK, str(home))
+        left = processes.processes_with(machine.MARK, str(home))
         _clean(home)
     assert down.returncode == 0 and not left, (down.stdout, left)
-    assert machine.port_is_free(port)
+    assert prefect_api.port_is_free(port)
 
 
 def test_up_registers_what_prefect_yaml_lists_and_prints_what_to_do(box: Box) -> None:
-    registered = {name for name, _ in machine.deployments(box.url)}
+    registered = {name for name, _ in prefect_api.deployments(box.url)}
     assert {"smoltulu/full", "smoltulu/tiny", "smoltulu-eval/nightly"} <= registered
     assert len(doctor.expected_deployments()) == len({name for name in registered if not name.startswith("probe/")})
-    assert doctor.pollers(box.home, box.url, machine.POOL)
+    assert doctor.pollers(box.home, box.url, prefect_api.POOL)
     # Not the default port, so a plain `prefect` in the checkout needs to be told.
     assert f"export PREFECT_API_URL={box.url}" in box.first
 
@@ -131,7 +131,7 @@ def test_the_nightly_deployment_gets_scheduled_runs(box: Box) -> None:
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
 
     def scheduled() -> list[str]:
-        with machine.client(box.url) as server:
+        with prefect_api.client(box.url) as server:
             nightly = DeploymentFilter(name=DeploymentFilterName(any_=["nightly"]))
             runs = server.read_flow_runs(deployment_filter=nightly)
         return [run.state_name or "" for run in runs if run.expected_start_time and run.expected_start_time.hour == 3]
@@ -143,11 +143,11 @@ def test_scheduled_runs_that_were_missed_are_cancelled(box: Box) -> None:
     """After a week off, seven nightly evaluations would go before what the user starts."""
     now = datetime.now(UTC)
     machine.call_prefect(box.home, box.url, "deployment", "run", "probe/unserved", "--start-in", "in 1 hour")
-    assert machine.cancel_missed(box.url, now) == 0
+    assert prefect_api.cancel_missed(box.url, now) == 0
     # As seen from 36 hours ahead, one or two nights have passed; what a user asked for is left alone.
-    assert machine.cancel_missed(box.url, now + timedelta(hours=36)) in (1, 2)
-    assert machine.cancel_missed(box.url, now + timedelta(hours=36)) == 0
-    with machine.client(box.url) as server:
+    assert prefect_api.cancel_missed(box.url, now + timedelta(hours=36)) in (1, 2)
+    assert prefect_api.cancel_missed(box.url, now + timedelta(hours=36)) == 0
+    with prefect_api.client(box.url) as server:
         states = {run.state_name for run in server.read_flow_runs() if not run.auto_scheduled}
     assert states == {"Scheduled"}
 
@@ -158,7 +158,7 @@ def test_up_again_changes_nothing(box: Box) -> None:
     assert again.returncode == 0, again.stdout
     assert again.stdout.count("already runs") == 2
     assert [machine.running(box.home, name) for name in ("server", "worker")] == before != [None, None]
-    other = box.cli("up", "--port", str(machine.free_port()))
+    other = box.cli("up", "--port", str(prefect_api.free_port()))
     assert other.returncode == 1 and "smoltulu down" in other.stdout
 
 
@@ -170,7 +170,7 @@ def test_a_taken_port_is_named_and_nothing_is_left(tmp_path: Path) -> None:
         up = _cli(tmp_path, "up", "--port", str(port))
     assert up.returncode == 1
     assert f"port {port} is taken by process {os.getpid()}" in up.stdout and "--port" in up.stdout
-    assert not machine.processes_with(machine.MARK, str(tmp_path))
+    assert not processes.processes_with(machine.MARK, str(tmp_path))
     assert not (tmp_path / "server.json").exists()
 
 
@@ -178,10 +178,10 @@ def test_a_server_that_cannot_start_shows_its_log_and_is_taken_down(tmp_path: Pa
     (tmp_path / "file").touch()
     url = f"sqlite+aiosqlite:///{tmp_path}/file/no-folder/prefect.db"
     try:
-        up = _cli(tmp_path, "up", "--port", str(machine.free_port()), PREFECT_SERVER_DATABASE_CONNECTION_URL=url)
+        up = _cli(tmp_path, "up", "--port", str(prefect_api.free_port()), PREFECT_SERVER_DATABASE_CONNECTION_URL=url)
         assert up.returncode == 1
         assert "server.log" in up.stdout and "unable to open database file" in up.stdout
-        assert not machine.processes_with(machine.MARK, str(tmp_path))
+        assert not processes.processes_with(machine.MARK, str(tmp_path))
     finally:
         _clean(tmp_path)
 
@@ -200,7 +200,7 @@ def test_run_says_what_is_missing(box: Box, tmp_path: Path) -> None:
     assert typo.returncode == 1 and "did you mean smoltulu/full?" in typo.stdout
     unserved = box.cli("run", "probe/unserved")
     assert unserved.returncode == 1 and "no worker polls the pool unserved" in unserved.stdout
-    nobody = machine.url_of(machine.free_port())
+    nobody = prefect_api.url_of(prefect_api.free_port())
     no_server = _cli(tmp_path, "run", "smoltulu/full", PREFECT_API_URL=nobody)
     assert no_server.returncode == 1 and f"no Prefect server answers at {nobody}" in no_server.stdout
 
@@ -211,7 +211,9 @@ def test_plain_prefect_in_the_checkout_fails_without_a_server(tmp_path: Path) ->
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "deployment", "run", "smoltulu/full", "--watch"],
         cwd=machine.PROJECT,
-        env=_environment(tmp_path, PREFECT_HOME=str(tmp_path), PREFECT_API_URL=machine.url_of(machine.free_port())),
+        env=_environment(
+            tmp_path, PREFECT_HOME=str(tmp_path), PREFECT_API_URL=prefect_api.url_of(prefect_api.free_port())
+        ),
         capture_output=True,
         text=True,
         timeout=60,
@@ -223,21 +225,21 @@ def test_plain_prefect_in_the_checkout_fails_without_a_server(tmp_path: Path) ->
 
 def test_a_power_cut_is_diagnosed_and_mended(box: Box) -> None:
     def state() -> str:
-        with machine.client(box.url) as server:
+        with prefect_api.client(box.url) as server:
             return str(server.read_flow_run(UUID(run)).state_name)
 
     machine.call_prefect(box.home, box.url, "deployment", "run", "probe/one", "-p", "what=sleep")
     assert _until(lambda: len(box.working()) == 2, 60)
-    run = machine.flow_run_of(box.working()[0])
+    run = processes.flow_run_of(box.working()[0])
     assert state() == "Running"
-    with machine.client(box.url) as server:
+    with prefect_api.client(box.url) as server:
         assert doctor.stuck_runs(server) == []
 
     worker = machine.running(box.home, "worker")
     assert worker is not None
     killed = [worker, *box.working()]
-    machine.send(killed, signal.SIGKILL)
-    assert machine.wait_gone(killed, 10) == []
+    processes.send(killed, signal.SIGKILL)
+    assert processes.wait_gone(killed, 10) == []
 
     found = {check.name: check for check in doctor.examine_prefect(box.home, box.url, fix=False)}
     assert found["worker"].status == "fail" and "no worker polls the pool smoltulu" in found["worker"].detail
@@ -258,13 +260,13 @@ def test_down_stops_runs_which_report_their_end_and_nothing_else(box: Box) -> No
     """The worker alone, so that the server can be asked afterwards; the fixture takes down the rest."""
     machine.call_prefect(box.home, box.url, "deployment", "run", "probe/one", "-p", "what=sleep")
     assert _until(lambda: len(box.working()) == 2, 60)
-    run = machine.flow_run_of(box.working()[0])
+    run = processes.flow_run_of(box.working()[0])
     said: list[str] = []
     assert machine.down(box.home, ("worker",), said.append)
     assert any("stopping 1" in line for line in said)
     assert box.working() == [] and machine.running(box.home, "worker") is None
-    assert machine.answers(box.url)
-    with machine.client(box.url) as server:
+    assert prefect_api.answers(box.url)
+    with prefect_api.client(box.url) as server:
         assert server.read_flow_run(UUID(run)).state_name == "Crashed"
 
 
@@ -290,7 +292,7 @@ def test_down_finds_orphans_without_any_record(tmp_path: Path) -> None:
     others = {**os.environ, machine.MARK: str(tmp_path / "another")}
     with subprocess.Popen(["sleep", "60"], env=ours) as orphan, subprocess.Popen(["sleep", "60"], env=others) as other:
         try:
-            assert _until(lambda: len(machine.processes_with(machine.MARK, str(tmp_path))) == 1, 5, 0.05)
+            assert _until(lambda: len(processes.processes_with(machine.MARK, str(tmp_path))) == 1, 5, 0.05)
             machine.down(tmp_path, say=lambda text: None)
             assert orphan.wait(5) == -signal.SIGKILL
             assert other.poll() is None
@@ -305,11 +307,11 @@ def test_only_one_up_or_down_at_a_time(tmp_path: Path) -> None:
 
 
 def test_start_times_tell_processes_apart() -> None:
-    mine = machine.start_time(os.getpid())
-    assert mine is not None and machine.Process(os.getpid(), mine).alive
+    mine = processes.start_time(os.getpid())
+    assert mine is not None and processes.Process(os.getpid(), mine).alive
     with subprocess.Popen(["sleep", "60"]) as child:
-        started = machine.start_time(child.pid)
+        started = processes.start_time(child.pid)
         assert started not in (None, mine)
         child.kill()
         # A zombie is as good as gone, though its id is still taken.
-        assert _until(lambda: machine.start_time(child.pid) is None, 5, 0.02)
+        assert _until(lambda: processes.start_time(child.pid) is None, 5, 0.02)

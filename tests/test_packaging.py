@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from flows import doctor, machine
+from flows import doctor, machine, prefect_api
 
 PROJECT = tomllib.loads((machine.PROJECT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = {Requirement(text).name.lower(): Requirement(text) for text in PROJECT["dependencies"]}
@@ -78,7 +78,7 @@ def test_entrypoints_import_and_take_their_parameters(deployment: dict[str, Any]
     expected = {"nightly": "smoltulu-eval", "data": "smoltulu-audit"}.get(deployment["name"], "smoltulu")
     assert flow.name == expected
     flow.validate_parameters(deployment.get("parameters", {}))
-    assert deployment["work_pool"]["name"] == machine.POOL
+    assert deployment["work_pool"]["name"] == prefect_api.POOL
 
 
 def test_deployments_hold_no_template() -> None:
@@ -105,7 +105,7 @@ def test_prefect_toml_is_read_and_the_environment_wins(given: str | None) -> Non
         [sys.executable, "-c", code], cwd=machine.PROJECT, env=environment, capture_output=True, text=True, check=True
     )
     url, *rest = done.stdout.split()
-    assert url == (given or machine.url_of(machine.DEFAULT_PORT))
+    assert url == (given or prefect_api.url_of(prefect_api.DEFAULT_PORT))
     assert rest == ["3.0", "False", "prefect.server.concurrency.lease_storage.filesystem", "True", "True"]
 
 

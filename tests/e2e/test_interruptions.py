@@ -17,7 +17,7 @@ import pytest
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from artifacts.checkpoints import newest_checkpoint
-from flows import machine
+from flows import machine, prefect_api
 from tests.faults.sandbox import Sandbox
 from tests.small_tiny import LENIENT_GATE
 
@@ -68,7 +68,7 @@ class Place:
         """Start a flow run up to SFT."""
         overrides = json.dumps({**sandbox.overrides, "compute.store": str(self.store)})
         self.command("deployment", "run", "smoltulu/tiny", "-p", f"overrides={overrides}", "-p", "until=sft")
-        with machine.client(self.url) as client:
+        with prefect_api.client(self.url) as client:
             runs = client.read_flow_runs()
         new = {run.id for run in runs if not run.auto_scheduled} - set(self.begun)
         self.begun += new
@@ -78,14 +78,14 @@ class Place:
         return machine.call_prefect(self.home, self.url, *arguments)
 
     def state(self, run: UUID) -> str:
-        with machine.client(self.url) as client:
+        with prefect_api.client(self.url) as client:
             state = client.read_flow_run(run).state
         assert state is not None
         return str(state.name)
 
     def stage_states(self, run: UUID) -> dict[str, str]:
         """State names of the newest task run of each stage."""
-        with machine.client(self.url) as client:
+        with prefect_api.client(self.url) as client:
             tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])))
         newest = sorted(tasks, key=lambda task: task.expected_start_time)
         return {task.name: str(task.state_name) for task in newest}
@@ -95,7 +95,7 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     home = tmp_path_factory.mktemp("home")
     try:
-        running = machine.up(home, machine.free_port())
+        running = machine.up(home, prefect_api.free_port())
         yield Place(home, running.url, tmp_path_factory.mktemp("artifacts") / "store")
     finally:
         machine.down(home)

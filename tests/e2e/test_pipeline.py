@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from artifacts.checkpoints import newest_checkpoint
-from flows import machine
+from flows import machine, prefect_api
 from flows.graph import Graph
 from flows.recipe import load_recipe
 from tests.small_tiny import SMALL_TINY
@@ -82,7 +82,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     before = os.environ.get("SMOLTULU_STORE")
     os.environ["SMOLTULU_STORE"] = str(store)  # the worker hands its environment on to the flows
     try:
-        port = machine.free_port()
+        port = prefect_api.free_port()
         running = machine.up(home, port)
         yield Place(home, running.url, store)
     finally:

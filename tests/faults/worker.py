@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from flows import machine
+from flows import machine, prefect_api
 from tests.faults.kills import Result, finish
 from tests.faults.sandbox import RUN_SECONDS, Sandbox
 
@@ -18,7 +18,7 @@ from tests.faults.sandbox import RUN_SECONDS, Sandbox
 def killed_worker(sandbox: Sandbox, baseline: Sandbox, home: Path, node: str, step: int) -> Result:
     """Kill the worker when a training has done `step` steps: neither the training nor its flow run goes on for long."""
     sandbox.copy_from(baseline, without=node)
-    port = None if machine.running(home, "server") else machine.free_port()
+    port = None if machine.running(home, "server") else prefect_api.free_port()
     url = machine.up(home, port, say=lambda text: None).url
     overrides = {**sandbox.overrides, "compute.store": str(sandbox.root)}
     machine.call_prefect(home, url, "deployment", "run", "smoltulu/tiny", "-p", f"overrides={json.dumps(overrides)}")

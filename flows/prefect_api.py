@@ -1,0 +1,133 @@
+"""A Prefect server: its address and port, whether it answers, and what it is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import urllib.request
+from datetime import datetime
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+POOL = "smoltulu"
+DEFAULT_PORT = 4200
+
+
+def url_of(port: int) -> str:
+    """API address of a server of ours; it listens on this machine only."""
+    return f"http://127.0.0.1:{port}/api"
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on 127.0.0.1 at `port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def port_holder(port: int) -> str:
+    """Who listens on a port, as far as this user may know."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                command = " ".join(psutil.Process(connection.pid).cmdline())
+                return f"process {connection.pid} ({command[:80]})"
+    return "another process"
+
+
+def answers(url: str, seconds: float = 2.0) -> bool:
+    """Whether a Prefect API answers at `url`. Proxies are not asked: a local server is not behind one."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url.rstrip('/')}/health", timeout=seconds) as response:
+            return bool(response.read().strip() == b"true")
+    except (OSError, ValueError):
+        return False
+
+
+def client_environment(url: str) -> dict[str, str]:
+    """Environment for commands that talk to a server: its address, no telemetry, no proxy for this machine."""
+    local = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1,localhost"]))
+    return {**os.environ, "PREFECT_API_URL": url, "DO_NOT_TRACK": "1", "NO_PROXY": local, "no_proxy": local}
+
+
+def is_local(url: str) -> bool:
+    """Whether an address is on this machine."""
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def client(url: str) -> SyncPrefectClient:
+    """A client of the server at `url`, with the credentials of Prefect's settings."""
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
+
+    auth = PREFECT_API_AUTH_STRING.value()
+    return SyncPrefectClient(
+        api=url,
+        api_key=PREFECT_API_KEY.value(),
+        auth_string=auth.get_secret_value() if auth else None,
+        # A proxy that is set for the internet does not lead to this machine.
+        httpx_settings={"trust_env": not is_local(url)},
+    )
+
+
+def online_workers(url: str, pool: str = POOL) -> list[str] | None:
+    """Names of the workers that poll a pool; None where the server has no such pool."""
+    from prefect.exceptions import ObjectNotFound
+
+    with client(url) as server:
+        try:
+            server.read_work_pool(pool)
+        except ObjectNotFound:
+            return None
+        workers = server.read_workers_for_work_pool(pool)
+    return [worker.name for worker in workers if worker.status and worker.status.value == "ONLINE"]
+
+
+def deployments(url: str) -> list[tuple[str, str | None]]:
+    """Registered deployments: `flow/deployment` and the work pool of each, sorted."""
+    with client(url) as server:
+        flows = {flow.id: flow.name for flow in server.read_flows()}
+        return sorted((f"{flows[d.flow_id]}/{d.name}", d.work_pool_name) for d in server.read_deployments())
+
+
+def cancel_missed(url: str, before: datetime) -> int:
+    """Cancel runs that a schedule wanted before a time and that never began; returns how many.
+
+    Prefect would run every one of them, night by night, before anything that a user starts now.
+    """
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterNextScheduledStartTime,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Cancelled
+
+    late = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=before),
+    )
+    with client(url) as server:
+        missed = [run for run in server.read_flow_runs(flow_run_filter=late) if run.auto_scheduled]
+        for run in missed:
+            server.set_flow_run_state(run.id, Cancelled(message="its time passed while no worker was up"), force=True)
+    return len(missed)
