@@ -70,7 +70,7 @@ def running(home: Path, name: str) -> Process | None:
     return record if record and record.alive else None
 
 
-# --- records, commands -----------------------------------------------------------------------------------------------
+# --- commands --------------------------------------------------------------------------------------------------------
 
 
 def child_environment(home: Path, url: str) -> dict[str, str]:

@@ -373,10 +373,10 @@ def test_where_not_even_one_row_fits_it_says_what_to_change(
 
 
 def hungry_job(folder: Path, size: int) -> Job:
-    """SFT whose activations, of rows with wide layers between, are most of what it needs: 130 MB a row and step."""
+    """SFT whose activations, of rows with wide layers between, are most of what it needs: 130 MB a row."""
     answer = {"role": "assistant", "content": "so " * 400}
-    rows = [{"id": f"0:{n}", "messages": [{"role": "user", "content": f"{n}?"}, answer]} for n in range(16)]
-    settings = {"effective_batch_size": 16, "max_steps": 1, "max_length": 256}
+    rows = [{"id": f"0:{n}", "messages": [{"role": "user", "content": f"{n}?"}, answer]} for n in range(27)]
+    settings = {"effective_batch_size": 27, "max_steps": 1, "max_length": 256}
     return job("sft", folder / str(size), folder / "model", rows, settings, per_device_train_batch_size=size)
 
 
@@ -413,9 +413,11 @@ class Watched(threading.Thread):
 @pytest.mark.slow  # three starts of a stage's process
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
 def test_out_of_memory_goes_on_with_half_the_batch_to_the_same_weights(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First without a limit, with the smaller batch, to see what it needs; then with that limit and the larger one."""
+    # Threads that meet in malloc get an arena each, 64 MB of address space: on a busy machine a gigabyte of them.
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     build_tiny_model(tmp_path / "small")
     config = LlamaConfig.from_pretrained(tmp_path / "small")
     config.intermediate_size = 16384
@@ -424,11 +426,12 @@ def test_out_of_memory_goes_on_with_half_the_batch_to_the_same_weights(
     AutoTokenizer.from_pretrained(str(tmp_path / "small")).save_pretrained(tmp_path / "model")
 
     with Watched() as free:
-        expected = run_stage(hungry_job(tmp_path, 8), Store(tmp_path / "free"), LOG)
-    # Eight rows more need 1,000 MB more, which is well above what an allocator's slack adds to one run or another.
-    with Watched(free.most), caplog.at_level(logging.WARNING, "test"):
-        found = run_stage(hungry_job(tmp_path, 16), Store(tmp_path / "limited"), LOG)
-    said = "sft: out of memory with per_device_train_batch_size 16: goes on with 8, same effective batch"
+        expected = run_stage(hungry_job(tmp_path, 9), Store(tmp_path / "free"), LOG)
+    # Eighteen rows more need 2,300 MB more. The limit lies half-way, far from the slack that an allocator has in one
+    # run and not in another.
+    with Watched(free.most + (1150 << 20)), caplog.at_level(logging.WARNING, "test"):
+        found = run_stage(hungry_job(tmp_path, 27), Store(tmp_path / "limited"), LOG)
+    said = "sft: out of memory with per_device_train_batch_size 27: goes on with 9, same effective batch"
     assert [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()] == [said]
     one, other = (load_file(Path(made.path) / "model" / "model.safetensors") for made in (expected, found))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

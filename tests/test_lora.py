@@ -16,9 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from artifacts.checkpoints import CHECKPOINT_MARKER
+from schemas.artifact import Spec
+from schemas.common import scientific
 from schemas.training import LoraSettings
+from tasks.launch import run_child
 from tasks.lora import merged, with_adapter
-from tests.small_runs import Run, conversations, pairs, run
+from tasks.runner import Job
+from tasks.stages import STAGES
+from tests.small_runs import Run, conversations, pairs, run, stage_arguments
 from tests.tiny_model import build_tiny_model
 
 # The first pair has the same answer twice.
@@ -159,6 +164,37 @@ def test_resumed_sft_with_dropout_and_grown_embeddings_ends_bitwise_the_same(bas
     dropped = [row["loss"] for row in unbroken.history]
     plain = [row["loss"] for row in run("sft", tmp_path / "plain", model, ROWS["sft"], SETTINGS).history]
     assert dropped[0] == plain[0] and dropped[1] != plain[1]  # B is zero in the first step
+
+
+@pytest.mark.slow  # two starts of torchrun
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_two_processes_train_the_adapter_of_one_and_resume_to_the_same_bytes(
+    base: Path, tmp_path: Path, stage: str
+) -> None:
+    """torchrun over gloo, same effective batch; dropout off, because each process draws its own."""
+    settings = SETTINGS | {"learning_rate": 1e-3}
+    one = load_file(run(stage, tmp_path / "one", base, ROWS[stage], settings).model / "model.safetensors")
+    config, inputs, context = stage_arguments(stage, tmp_path / "job", base, ROWS[stage], settings, num_processes=2)
+    spec = Spec(stage=stage, version=1, config=scientific(config), inputs={}, externals={})
+    job = Job(stage, STAGES[stage], config, context.compute, spec, inputs)
+
+    def made(name: str) -> Path:
+        work = tmp_path / name / "work"
+        (work / "output").mkdir(parents=True)
+        run_child(job, work, work / "output", logging.getLogger("test"))
+        return work
+
+    unbroken = made("unbroken")
+    shutil.copytree(unbroken / "checkpoints", tmp_path / "resumed" / "work" / "checkpoints")
+    shutil.rmtree(tmp_path / "resumed" / "work" / "checkpoints" / "checkpoint-4")
+    resumed = made("resumed")
+    assert (resumed / "resumed.jsonl").read_text() == "3\n"
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (unbroken / "output" / name).read_bytes() == (resumed / "output" / name).read_bytes(), name
+    two, before = load_file(unbroken / "output" / "model" / "model.safetensors"), load_file(base / "model.safetensors")
+    assert max((value - before[name]).abs().max() for name, value in two.items()) > 1e-4
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
