@@ -122,7 +122,7 @@ def test_doctor_without_a_server(tmp_path: Path) -> None:
         HF_TOKEN=secret,
         HF_HUB_OFFLINE="1",
     )
-    assert time.monotonic() - begin < 15  # about 1.5 s on an idle machine
+    assert time.monotonic() - begin < 45  # about 1.5 s on an idle machine
     assert done.returncode == 1
     assert f"no Prefect server answers at {url}" in done.stdout and "smoltulu up" in done.stdout
     assert "HF_TOKEN is set" in done.stdout and "hf_x" not in done.stdout + done.stderr

@@ -54,7 +54,7 @@ def _cli(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProces
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -106,7 +106,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
             env=machine.child_environment(home, url),
             check=True,
             capture_output=True,
-            timeout=60,
+            timeout=300,
         )
         yield Box(home, url, up.stdout)
     finally:
@@ -229,7 +229,7 @@ def test_a_power_cut_is_diagnosed_and_mended(box: Box) -> None:
             return str(server.read_flow_run(UUID(run)).state_name)
 
     machine.call_prefect(box.home, box.url, "deployment", "run", "probe/one", "-p", "what=sleep")
-    assert _until(lambda: len(box.working()) == 2, 60)
+    assert _until(lambda: len(box.working()) == 2, 300)
     run = processes.flow_run_of(box.working()[0])
     assert state() == "Running"
     with prefect_api.client(box.url) as server:
@@ -259,7 +259,7 @@ def test_a_power_cut_is_diagnosed_and_mended(box: Box) -> None:
 def test_down_stops_runs_which_report_their_end_and_nothing_else(box: Box) -> None:
     """The worker alone, so that the server can be asked afterwards; the fixture takes down the rest."""
     machine.call_prefect(box.home, box.url, "deployment", "run", "probe/one", "-p", "what=sleep")
-    assert _until(lambda: len(box.working()) == 2, 60)
+    assert _until(lambda: len(box.working()) == 2, 300)
     run = processes.flow_run_of(box.working()[0])
     said: list[str] = []
     assert machine.down(box.home, ("worker",), said.append)

@@ -29,7 +29,7 @@ from artifacts.remote_format import parts_of, unfit_file_names
 from schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest, Spec
 from tests import s3_double
 
-BEAT, STALE = 0.15, 1.5
+BEAT, STALE = 0.15, 3.0
 PART = 1000
 SPEC = Spec(stage="sft", version=1, config={"learning_rate": 1e-4}, inputs={}, externals={})
 KEY = artifact_key(SPEC)

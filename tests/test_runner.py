@@ -135,7 +135,7 @@ def start_sft(folder: Path, store: Path) -> subprocess.Popen[str]:
 
 def wait_for_checkpoint(store: Path, process: subprocess.Popen[str]) -> psutil.Process:
     """The stage's process, once a checkpoint is whole."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         folders = list(store.glob("sft/*/work/checkpoints"))
         if folders and newest_checkpoint(folders[0]):
@@ -158,10 +158,10 @@ def test_killed_parent_takes_its_child_along_and_the_next_run_resumes_to_the_sam
     assert not alive, "the training process outlived its parent"
 
     resumed = start_sft(sft_world, store)
-    out, _ = resumed.communicate(timeout=200)
+    out, _ = resumed.communicate(timeout=600)
     assert "outcome Resumed" in out and "resumes at step" in out
     unbroken = start_sft(sft_world, tmp_path / "unbroken")
-    out_unbroken, _ = unbroken.communicate(timeout=200)
+    out_unbroken, _ = unbroken.communicate(timeout=600)
     assert "outcome Completed" in out_unbroken and "step 400 of 400" in out_unbroken
 
     def weights(text: str) -> dict[str, torch.Tensor]:
@@ -175,7 +175,7 @@ def test_killed_child_is_a_clear_failure_that_names_the_log(sft_world: Path, tmp
     parent = start_sft(sft_world, tmp_path)
     child = wait_for_checkpoint(tmp_path, parent)
     os.kill(child.pid, signal.SIGKILL)
-    out, _ = parent.communicate(timeout=60)
+    out, _ = parent.communicate(timeout=600)
     assert parent.returncode == 1 and "outcome" not in out
     log = next(tmp_path.glob("sft/*/work/log.txt"))
     assert log.stat().st_size > 0

@@ -56,7 +56,7 @@ def test_loss_and_gradient_of_a_step_are_those_of_padded_rows(base: Path, tmp_pa
         loss.backward()
         made.append((loss.detach(), {name: value.grad for name, value in model.named_parameters()}, trainer))
     (padded_loss, padded, padded_trainer), (packed_loss, packed, packed_trainer) = made
-    torch.testing.assert_close(packed_loss, padded_loss, rtol=1e-7, atol=0)
+    torch.testing.assert_close(packed_loss, padded_loss, rtol=1e-6, atol=0)  # the head computes in float32
     for name, value in padded.items():
         torch.testing.assert_close(packed[name], value, rtol=0, atol=1e-6 * float(value.abs().max()))
     for metric in ("num_tokens", "mean_token_accuracy", "entropy"):

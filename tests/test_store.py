@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -275,10 +276,13 @@ def test_waiting_is_told_once_a_while_not_in_a_loop(tmp_path: Path) -> None:
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     told: list[float] = []
     try:
-        import threading
 
-        threading.Timer(1.0, holder.kill).start()
-        with Store(tmp_path).producer(spec(), lambda whom: told.append(time.monotonic())):
+        def waiting(whom: str) -> None:
+            told.append(time.monotonic())
+            if len(told) == 1:
+                threading.Timer(1.0, holder.kill).start()
+
+        with Store(tmp_path).producer(spec(), waiting):
             assert len(told) == 1
     finally:
         holder.kill()

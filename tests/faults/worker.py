@@ -33,6 +33,6 @@ def killed_worker(sandbox: Sandbox, baseline: Sandbox, home: Path, node: str, st
     os.kill(worker.pid, signal.SIGKILL)
     result = Result(num_kills=1, limit=sandbox.save_steps(node), num_orphans=sandbox.num_orphans())
     done = max(done, sandbox.last_step(node))
-    _, alive = psutil.wait_procs([flow], timeout=30)
+    _, alive = psutil.wait_procs([flow], timeout=60)
     result.num_orphans += len(alive)
     return finish(sandbox, baseline, node, result, done)
