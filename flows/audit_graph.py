@@ -28,9 +28,9 @@ from schemas.data import DataSet, DatasetOutputs, DatasetStageConfig, DataSource
 from schemas.languages import LanguageOutputs, LanguageSettings, LanguageStageConfig
 from tasks.benchmarks import benchmarks_folder, choose_benchmarks
 from tasks.data import SUFFIXES, HubUnreachable, Reference, read_rows, resolve_commit, resolve_commits, source_digest
+from tasks.job import Job
 from tasks.report.text import artifact_key as slug
 from tasks.row_formats import SAMPLE_ROWS, DetectedFormat, detect_format, format_as_given
-from tasks.runner import Job
 from tasks.stages import STAGES
 
 INDEX = "benchmark-index"

@@ -82,6 +82,8 @@ class Costs:
 
         costs = self._costs(node)
         batch, device = settings.effective_batch_size, compute.device
+        # Its size follows from the shapes of a model that may not be made yet: some per cent, not counted.
+        adapter = ModelSize(0) if getattr(settings, "lora", None) else None
         tokens = seconds = peak = flops = None
         if left is not None:
             if rows.num_rows and rows.num_tokens and not isinstance(settings, RLVRSettings):
@@ -102,10 +104,10 @@ class Costs:
                 kept = min(kept, -(-all_steps // compute.save_steps))
             known = rows.num_tokens is not None and not isinstance(settings, RLVRSettings)
             cache = (rows.num_tokens or 0) * BYTES_PER_TOKEN if known else rows.rows_bytes * TEXT_FACTOR
-            peak = training_bytes(ModelSize(size), cache, kept)
+            peak = training_bytes(ModelSize(size), cache, kept, adapter)
         disk = None if size is None else model_bytes(ModelSize(size))
         if disk is not None and keeps_checkpoint(settings, compute):
-            disk += checkpoint_bytes(ModelSize(size or 0))
+            disk += checkpoint_bytes(adapter or ModelSize(size or 0))
         return Estimate(left, tokens, flops, disk, peak, seconds)
 
     def _size_ratio(self, node: Node, twin: Mapping[str, Any]) -> float | None:

@@ -174,7 +174,8 @@ class Graph(NodeGraph):
         settings = getattr(self.recipe, block)
         if settings is None or base is None or rows is None:
             return None
-        if self._order.index("preflight") < self._until < self._order.index(block):
+        first = self._order.index("reference_logps" if block == "dpo" else block)
+        if self._order.index("preflight") < self._until < first:
             return None
         config = preflight_config(block, settings, self.recipe.preflight)
         return self._add(

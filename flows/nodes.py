@@ -13,7 +13,7 @@ from artifacts.keys import artifact_key
 from schemas.artifact import ArtifactReference, InputRecord, Spec
 from schemas.common import scientific
 from schemas.compute import ComputeSettings
-from tasks.runner import Job
+from tasks.job import Job
 from tasks.stage import Stage
 
 

@@ -205,7 +205,8 @@ def _row(
     checkpoint = store.unfinished(spec)
     if isinstance(found, Found) and not waits_for and not refreshed:
         row |= {"status": "cached", "reason": f"made {_minute(found.manifest.finished_at)}"}
-        row["notes"] = tuple(drift(found.manifest.environment, environment()))
+        objections = node.stage.objections_to(found.manifest, node.config)
+        row["notes"] = (*drift(found.manifest.environment, environment()), *(f"refused: {one}" for one in objections))
     elif checkpoint is not None:
         step, folder = checkpoint
         # What the recipe says: the checkpoint may be that of a shorter training.

@@ -12,6 +12,7 @@ from schemas.compute import ComputeSettings
 from schemas.preflight import DryRun, PlannedTraining, PreflightConfig, PreflightOutputs
 from schemas.training import DPOSettings, RLVRSettings, SFTSettings, SupervisedSettings, TrainingSettings
 from tasks import preflight_checks
+from tasks.extension import keeps_checkpoint
 from tasks.planned_steps import optimizer_steps
 
 
@@ -99,6 +100,7 @@ def planned_training(settings: TrainingSettings) -> PlannedTraining:
         max_steps=settings.max_steps,
         max_tokens=settings.max_tokens,
         lora_r=_lora_r(settings),
+        is_extendable=keeps_checkpoint(settings, ComputeSettings(keep_extension_checkpoint=True)),
     )
 
 

@@ -40,8 +40,9 @@ class PlannedTraining(StrictModel):
         0, ge=0, description="RLVR: tokens that a dry run adds to its longest prompts"
     )
     lora_r: int | None = machinery(
-        None, ge=1, description="rank of the adapters that a dry run trains; none: every weight is trained"
+        None, ge=1, description="rank of the adapters that are trained; none: every weight is"
     )
+    is_extendable: bool = machinery(False, description="has a checkpoint that a larger budget could go on from")
 
 
 class PreflightConfig(StrictModel):
@@ -109,10 +110,10 @@ class DryRun(StrictModel):
 
 
 class PreflightOutputs(StrictModel):
-    """Rows as they will be trained on, and the report (`report.html`, `report.json`)."""
+    """Rows as they will be trained on, and the report (`logs/report.html`, `logs/report.json`)."""
 
     file: str = Field("rows.parquet", description="tokenised rows; for prompts rows.jsonl")
-    report_file: str = Field("report.html")
+    report_file: str = Field("logs/report.html", description="among the logs: its figures are of a machine")
     num_rows: int = Field(ge=0, description="rows that are left: one line each in `file`")
     num_source_rows: int = Field(ge=0)
     num_dropped: int = Field(0, ge=0, description="longer than max_length")

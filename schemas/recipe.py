@@ -7,7 +7,7 @@ from typing import Any, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from schemas.common import StageName, StrictModel, machinery, science
-from schemas.compute import ComputeSettings
+from schemas.compute import ComputeSettings, accumulation_steps
 from schemas.contamination import ContaminationSettings
 from schemas.data import DataSet, DataSettings, DataSource
 from schemas.evaluation import EvaluationSettings
@@ -55,6 +55,12 @@ class Recipe(StrictModel):
             problems.append("reward_model.start_from: dpo needs a dpo block; add it or set start_from to sft")
         if self.evaluation and self.evaluation.sampled and self.data.verified_eval is None:
             problems.append("evaluation.sampled: needs data.verified_eval")
+        for block in ("sft", "reward_model", "dpo", "rlvr"):
+            if (settings := getattr(self, block)) is not None:
+                try:
+                    accumulation_steps(settings.effective_batch_size, self.compute.of(block))
+                except ValueError as error:
+                    problems.append(f"{block}: {error}")
         if self.world is None:
             problems += [
                 f"data source {source.generated!r}: generated data needs a world block"

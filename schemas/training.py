@@ -236,7 +236,7 @@ class TrainingSettings(StrictModel):
         ge=1, description="sequences (SFT), pairs (reward model, DPO) or completions (RLVR) per optimizer step"
     )
     lr_scheduler_type: Schedule = science("linear")
-    warmup_ratio: float = science(0.0, ge=0, le=1, description="share of all steps")
+    warmup_ratio: float = science(0.0, ge=0, lt=1, description="share of all steps; transformers: 1 is one step")
     schedule: ScheduleSettings | None = science(
         None,
         absent=None,
@@ -262,6 +262,11 @@ class TrainingSettings(StrictModel):
     @model_validator(mode="after")
     def _one_schedule_that_fits(self) -> Self:
         if self.schedule is None:
+            if self.lr_scheduler_type == "constant" and self.warmup_ratio:
+                raise ValueError(
+                    f"lr_scheduler_type constant has no warm-up, and would ignore warmup_ratio {self.warmup_ratio}; "
+                    "set it to 0, or use a schedule of kind constant, which has one"
+                )
             return self
         if self.lr_scheduler_type != "linear" or self.warmup_ratio:
             raise ValueError(

@@ -8,19 +8,18 @@ the two files count.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import logging
 import os
 import random
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 from artifacts.files import write_atomically
 from schemas.compute import ComputeSettings
+from tasks.process import die_with_parent, is_out_of_memory
 from tasks.stage import STOPPED, Stage, StageContext, StageStopped
 
 MESSAGE_PREFIX = "@smoltulu "
@@ -29,35 +28,11 @@ ERROR_FILE = "error.json"
 OUT_OF_MEMORY_FILE = "out_of_memory.json"
 #: Exit status of a stage process that ran out of memory.
 OUT_OF_MEMORY = 3
-_PR_SET_PDEATHSIG = 1
-#: What torch's allocators and the libraries below it say. CUDA's own exception is told by its name.
-_OUT_OF_MEMORY_TEXTS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "std::bad_alloc",
-)
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends; leave if that happened already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        sys.exit("the process that started this stage is gone")
 
 
 def tell(kind: str, **values: object) -> None:
     """One message for the parent."""
     print(MESSAGE_PREFIX + json.dumps({"kind": kind, **values}), flush=True)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a stage failed for want of memory on the host or on a GPU (torch is not imported to ask)."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
 
 
 class _ToParent(logging.Handler):

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 from schemas.contamination import BenchmarkIndexOutputs, IndexedBenchmark
 from tasks.contamination_build_kernels import fill_filter, fill_slots, normalise_all, run_hashes, window_phrases
-from tasks.contamination_index import LoadedBenchmark
 from tasks.contamination_layout import (
     ANCHOR_TERMS,
     FILTER_HEAD,
@@ -28,14 +27,13 @@ from tasks.contamination_layout import (
     NgramPostings,
     Phrases,
 )
+from tasks.contamination_queries import LoadedBenchmark, Query
 from tasks.contamination_text_kernels import LOWER_BYTES, LOWER_CODE_POINTS
 
 #: text -> (first, last) character of each token: an integer array of two columns.
 Tokenizer = Callable[[str], np.ndarray]
 
 _BITS_PER_KEY = 16  # of a filter: at most one key in 60 that is not in it passes
-
-Query = tuple[str, ...]
 
 
 def build_index(

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from schemas.contamination import Benchmark, BenchmarkIndexConfig, BenchmarkIndexInputs, BenchmarkIndexOutputs
+from tasks.contamination_queries import LoadedBenchmark, Query
 from tasks.data import SourceUnavailable, read_rows
 from tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
-
-Query = tuple[str, ...]
-
-
-@dataclass
-class LoadedBenchmark:
-    """Queries of one benchmark; None where a field is None: the rule leaves such instances out."""
-
-    name: str
-    queries: list[Query | None]
-    not_checked: str | None = None
 
 
 def build_benchmark_index(

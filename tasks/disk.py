@@ -9,11 +9,13 @@ A checkpoint holds, for N parameters (weights are float32 in both precisions, se
 
 At its peak `work/` holds the checkpoints that are kept and the one being written, since old ones go only after the new
 one is whole, and the Arrow copy of the rows. The finished model (4 N) takes the place of the checkpoint in writing.
+With LoRA, N is the adapter's parameters in a checkpoint, and the model's in the finished one beside the adapter.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +35,17 @@ TEXT_FACTOR = 2
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model folder holds. other_bytes: configuration and tokenizer, which every checkpoint repeats."""
+    """What a model folder holds.
+
+    other_bytes   configuration and tokenizer, which every checkpoint repeats
+    num_matrices  tensors of two dimensions, and matrix_sides the sum of both extents of all of them
+    """
 
     num_parameters: int
     num_tensors: int = 0
     other_bytes: int = 0
+    num_matrices: int = 0
+    matrix_sides: int = 0
 
 
 def num_parameters(folder: Path) -> int:
@@ -63,9 +71,21 @@ def model_size(folder: Path) -> ModelSize:
         shards = sorted(path.name for path in folder.glob("*.safetensors"))
     if not shards:
         raise ValueError(f"{folder} has no *.safetensors weights")
-    counts = [count for name in shards for count in _tensor_sizes(folder / name)]
+    shapes = [shape for name in shards for shape in _shapes(folder / name)]
     other = (path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors")
-    return ModelSize(sum(counts), len(counts), sum(path.stat().st_size for path in other))
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    return ModelSize(
+        num_parameters=sum(map(math.prod, shapes)),
+        num_tensors=len(shapes),
+        other_bytes=sum(path.stat().st_size for path in other),
+        num_matrices=len(matrices),
+        matrix_sides=sum(map(sum, matrices)),
+    )
+
+
+def adapter_size(size: ModelSize, r: int) -> ModelSize:
+    """A LoRA adapter of rank `r`: r (in + out) values beside a matrix. At most: embeddings and head have none."""
+    return ModelSize(r * size.matrix_sides, 2 * size.num_matrices, size.other_bytes)
 
 
 def checkpoint_bytes(size: ModelSize) -> int:
@@ -94,19 +114,24 @@ def cache_bytes(rows: Path) -> int:
     )
 
 
-def training_bytes(size: ModelSize, rows_cache_bytes: int, num_checkpoints_kept: int) -> int:
+def training_bytes(
+    size: ModelSize, rows_cache_bytes: int, num_checkpoints_kept: int, adapter: ModelSize | None = None
+) -> int:
     """Most that a training stage has on disk at any time.
 
     Args:
         size: of the model that it starts from.
         rows_cache_bytes: Arrow copy of its rows, see `cache_bytes`.
         num_checkpoints_kept: checkpoints that stay beside the one being written.
+        adapter: where it alone is trained.
     """
-    return rows_cache_bytes + (num_checkpoints_kept + 1) * checkpoint_bytes(size)
+    checkpoint = checkpoint_bytes(adapter or size)
+    at_the_end = model_bytes(size) + (model_bytes(adapter) if adapter else 0)
+    return rows_cache_bytes + num_checkpoints_kept * checkpoint + max(checkpoint, at_the_end)
 
 
-def _tensor_sizes(file: Path) -> list[int]:
-    """Number of values of every tensor of a safetensors file."""
+def _shapes(file: Path) -> list[tuple[int, ...]]:
+    """Shape of every tensor of a safetensors file."""
     try:
         with file.open("rb") as stream:
             head = stream.read(8)
@@ -114,14 +139,7 @@ def _tensor_sizes(file: Path) -> list[int]:
             if not 2 <= length <= min(file.stat().st_size, _MAX_HEADER_BYTES):
                 raise ValueError("its header is longer than the file, or none")
             header = json.loads(stream.read(length))
-        sizes = []
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for extent in tensor["shape"]:
-                    count *= int(extent)
-                sizes.append(count)
-        return sizes
+        return [tuple(map(int, tensor["shape"])) for name, tensor in header.items() if name != "__metadata__"]
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}); copy the model again") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from schemas.models import ModelOutputs
 from schemas.training import DPOInputs, DPOSettings
+from tasks.gate import objections
 from tasks.guards import LossRule
 from tasks.lora import with_adapter
 from tasks.models import load_language_model, load_tokenizer, stop_ids
@@ -166,4 +167,4 @@ def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> 
     return finish(trainer, tokenizer, context, num_steps, shown, config.gate)
 
 
-dpo = Stage("dpo", 2, DPOSettings, DPOInputs, ModelOutputs, train_dpo)
+dpo = Stage("dpo", 2, DPOSettings, DPOInputs, ModelOutputs, train_dpo, objections)

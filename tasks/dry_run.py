@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from schemas.compute import ComputeSettings
 from schemas.preflight import DryRun, PreflightConfig, PreflightInputs
 from schemas.training import LoraSettings
-from tasks.child import is_out_of_memory
 from tasks.lora import with_adapter
 from tasks.models import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
+from tasks.process import is_out_of_memory
 from tasks.stage import StageContext
 from tasks.tokens import IGNORED, prompt_ids
 
@@ -76,7 +76,7 @@ def dry_run(config: PreflightConfig, inputs: PreflightInputs, file: Path, contex
         bfloat16 = use_bfloat16(config.precision, compute)
         return DryRun(
             subject=subject,
-            device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            device=_device_name(device),
             precision="bfloat16" if bfloat16 else "float32",
             per_device_train_batch_size=size,
             asked_batch_size=asked,
@@ -94,6 +94,12 @@ def dry_run(config: PreflightConfig, inputs: PreflightInputs, file: Path, contex
         f"compute.activation_checkpointing, lower {lengths}{adapters}, or take a larger device "
         "(preflight.dry_run: false skips this check, not the failure)"
     )
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
 def _packs(subject: str, compute: ComputeSettings) -> bool:

@@ -89,7 +89,8 @@ class LossMeans:
 
 def has_diverged(early: float, late: float) -> bool:
     """Whether a mean loss that was `early` and is `late` belongs to a training that diverges."""
-    return late > GROWTH * early and late > early + MIN_RISE
+    # Some losses fall below 0, where a multiple of it lies lower still.
+    return late - early > max(MIN_RISE, (GROWTH - 1) * abs(early))
 
 
 def _mean(spans: Sequence[tuple[int, float]]) -> float:

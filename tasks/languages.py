@@ -29,7 +29,7 @@ from schemas.languages import (
     LanguageStageConfig,
     Undetermined,
 )
-from tasks.child import die_with_parent
+from tasks.process import die_with_parent
 from tasks.prose import judge
 from tasks.report.languages import languages_page
 from tasks.stage import Stage, StageContext

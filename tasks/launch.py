@@ -13,16 +13,13 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from artifacts.files import remove_tree, write_atomically
 from schemas.compute import ComputeSettings
 from tasks.child import ERROR_FILE, MESSAGE_PREFIX, OUT_OF_MEMORY_FILE
+from tasks.job import Job
 from tasks.progress import Progress
 from tasks.stage import STOPPED
-
-if TYPE_CHECKING:
-    from tasks.runner import Job
 
 #: Trainings. With compute.num_processes above one torchrun starts them, and the reference pass of DPO.
 TRAINING_STAGES = ("sft", "reward_model", "dpo", "rlvr")
@@ -113,6 +110,7 @@ def _run_once(
     """Run the stage; what was said where it ran out of memory, else None. Other ends without a result are raised."""
     for name in (ERROR_FILE, OUT_OF_MEMORY_FILE):
         (work / name).unlink(missing_ok=True)
+    num_ranks = compute.num_processes if job.stage.name in (*TRAINING_STAGES, "reference_logps") else 1
     description = {
         "stage": job.stage.name,
         "config": job.config.model_dump(mode="json"),
@@ -121,7 +119,7 @@ def _run_once(
         "folder": str(output),
         "work": str(work),
         "parent_pid": os.getpid(),
-        "num_ranks": compute.num_processes if job.stage.name in (*TRAINING_STAGES, "reference_logps") else 1,
+        "num_ranks": num_ranks,
     }
     job_file = work / "job.json"
     job_file.write_text(json.dumps(description))
@@ -136,7 +134,7 @@ def _run_once(
             stdin=subprocess.DEVNULL,
             text=True,
             errors="replace",
-            env=_child_environment(compute),
+            env=_child_environment(compute, num_ranks),
             cwd=Path(__file__).resolve().parent.parent,
         )
         with _running_lock:
@@ -205,8 +203,11 @@ def _relay(message: dict, progress: Progress, node: str, log: logging.Logger | l
         log.log(logging.getLevelName(message["level"]), "%s: %s", node, message["text"])
 
 
-def _child_environment(compute: ComputeSettings) -> dict[str, str]:
-    """The parent's environment, telemetry off. HF_TOKEN stays: stages read gated data with it, and never print it."""
+def _child_environment(compute: ComputeSettings, num_ranks: int) -> dict[str, str]:
+    """The parent's environment, telemetry off. HF_TOKEN stays: stages read gated data with it, and never print it.
+
+    One process sees one GPU, the first that is visible here.
+    """
     extra = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
@@ -223,4 +224,6 @@ def _child_environment(compute: ComputeSettings) -> dict[str, str]:
     }
     if compute.num_threads:
         extra["OMP_NUM_THREADS"] = str(compute.num_threads)
+    if num_ranks == 1 and compute.device != "cpu":
+        extra["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     return {**os.environ, **extra}

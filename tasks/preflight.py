@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
-from tasks.disk import cache_bytes, model_size, training_bytes
+from tasks.disk import adapter_size, cache_bytes, model_size, training_bytes
 from tasks.models import check_model_folder, load_tokenizer
 from tasks.preflight_rows import Counts, Look, Tokenised, tokenised
 from tasks.stage import Stage, StageContext
@@ -70,11 +70,12 @@ def run_preflight(
     page = html_report(config, outputs, counts.examples, counts.texts, counts.shown(tokenizer))
     found = problems(config, outputs, counts.examples) + too_large
     # Where it fails, the page is in no artifact: it stays in `work`, which outlives the failure.
-    folder = context.work if found else context.folder
-    (folder / outputs.report_file).write_text(page, encoding="utf-8")
-    (folder / "report.json").write_text(json_report(config, outputs), encoding="utf-8")
+    report = (context.work if found else context.folder) / outputs.report_file
+    report.parent.mkdir(exist_ok=True)
+    report.write_text(page, encoding="utf-8")
+    report.with_suffix(".json").write_text(json_report(config, outputs), encoding="utf-8")
     if found:
-        raise ValueError("; ".join(found) + f". The whole report: {folder / outputs.report_file}")
+        raise ValueError("; ".join(found) + f". The whole report: {report}")
     metrics = {
         "num_rows": float(outputs.num_rows),
         "overlong_share": overlong_share(outputs),
@@ -90,8 +91,13 @@ def _disk_bytes(config: PreflightConfig, inputs: PreflightInputs, file: Path, co
     """What the training needs, as it will be asked for before it starts; None where no training is named."""
     if not config.subject:
         return None
-    num_kept = context.compute.of(config.subject).save_total_limit + 1  # and the best
-    return training_bytes(model_size(Path(inputs.model)), cache_bytes(file), num_kept)
+    compute, training = context.compute.of(config.subject), config.training
+    num_kept = compute.save_total_limit + 1  # and the best
+    size, adapter = model_size(Path(inputs.model)), None
+    if training is not None:
+        num_kept += training.is_extendable and compute.keep_extension_checkpoint
+        adapter = adapter_size(size, training.lora_r) if training.lora_r else None
+    return training_bytes(size, cache_bytes(file), num_kept, adapter)
 
 
 def overlong_share(outputs: PreflightOutputs) -> float:
@@ -217,4 +223,10 @@ def _rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
             yield number, json.loads(line)
 
 
-preflight = Stage("preflight", 1, PreflightConfig, PreflightInputs, PreflightOutputs, run_preflight)
+def _objections(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:
+    from tasks.preflight_report import problems
+
+    return problems(config, outputs, {name: list(rows) for name, rows in outputs.first_rows.items()})
+
+
+preflight = Stage("preflight", 1, PreflightConfig, PreflightInputs, PreflightOutputs, run_preflight, _objections)

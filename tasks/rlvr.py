@@ -12,6 +12,7 @@ from typing import Any
 
 from schemas.models import ModelOutputs
 from schemas.training import RLVRSettings, TrainingInputs
+from tasks.gate import objections
 from tasks.guards import LossRule
 from tasks.models import load_language_model, load_tokenizer, stop_ids
 from tasks.stage import Stage, StageContext
@@ -129,4 +130,4 @@ def train_rlvr(
     return finish(trainer, tokenizer, context, num_steps, shown, config.gate)
 
 
-rlvr = Stage("rlvr", 2, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr)
+rlvr = Stage("rlvr", 2, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr, objections)

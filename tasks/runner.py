@@ -7,13 +7,9 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel
 
 from artifacts.catalogue import Catalogue
 from artifacts.checkpoints import fault, newest_checkpoint
@@ -21,38 +17,19 @@ from artifacts.files import remove_tree
 from artifacts.manifests import Ref
 from artifacts.store import Found, Missing, Store
 from artifacts.verify import verify_artifacts
-from schemas.artifact import ArtifactReference, FileRecord, InputRecord, Manifest, Spec
-from schemas.compute import ComputeSettings
+from schemas.artifact import ArtifactReference, FileRecord, Manifest
 from schemas.training import TrainingInputs
-from tasks.disk import cache_bytes, model_size, training_bytes
+from tasks.disk import adapter_size, cache_bytes, model_size, training_bytes
 from tasks.environment import environment
 from tasks.extension import begin_with, extended, find_donor, keeps_checkpoint
+from tasks.job import Job
 from tasks.launch import DISK_ADVICE, TRAINING_STAGES, StageFailed, run_child
 from tasks.progress import Progress
 from tasks.sharing import share, share_if_absent, take_over
-from tasks.stage import DATASETS_FOLDER, Stage, StageContext
+from tasks.stage import DATASETS_FOLDER, StageContext
 
 if TYPE_CHECKING:
     from artifacts.remote import Remote
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage that is wanted: identity (spec) and everything needed to make it.
-
-    inputs         resolved inputs model (folders and files of upstream artifacts)
-    input_records  binding -> upstream artifact, for the manifest and the stale check
-    refresh        make it again even if it is there
-    """
-
-    node: str
-    stage: Stage
-    config: BaseModel
-    compute: ComputeSettings
-    spec: Spec
-    inputs: BaseModel
-    input_records: Mapping[str, InputRecord] = field(default_factory=dict)
-    refresh: bool = False
 
 
 def run_stage(
@@ -65,6 +42,7 @@ def run_stage(
     digests = {name: record.digest for name, record in job.input_records.items()}
     found = store.find(job.spec, digests)
     if isinstance(found, Found) and not job.refresh:
+        _accept(found, job)
         store.touch(found)
         if remote is not None:
             share_if_absent(found, remote, job.node, log)
@@ -77,6 +55,7 @@ def run_stage(
             found = store.find(job.spec, digests)
             # Another producer may have made it while we waited; a refresh is content with what was made meanwhile.
             if isinstance(found, Found) and (not job.refresh or _generation(found) != asked_for):
+                _accept(found, job)
                 return reference_to(found, job.stage.name, job.node, "Cached")
             if isinstance(found, Missing):
                 if found.damaged:
@@ -94,6 +73,12 @@ def run_stage(
         ) from error
 
 
+def _accept(found: Found, job: Job) -> None:
+    """ValueError where a threshold that was changed since would not have let this artifact pass."""
+    if objections := job.stage.objections_to(found.manifest, job.config):
+        raise ValueError(f"{job.node}: {found.folder} is there, but by today's thresholds: {'; '.join(objections)}")
+
+
 def _take_or_make(
     job: Job, store: Store, folder: Path, remote: Remote | None, log: logging.Logger | logging.LoggerAdapter
 ) -> ArtifactReference:
@@ -106,6 +91,7 @@ def _take_or_make(
         return None if job.refresh else take_over(job.spec, digests, store, remote, job.node, log)
 
     if (found := taken()) is not None:
+        _accept(found, job)
         return reference_to(found, job.stage.name, job.node, "Cached")
     if not remote.writable:
         return reference_to(*_make(job, store, folder, log))
@@ -121,6 +107,7 @@ def _take_or_make(
             return reference_to(*_make(job, store, folder, log))
         # Looked for again: it may have been made elsewhere before we had the lease, or while we waited for it (None).
         if (found := taken()) is not None:
+            _accept(found, job)
             return reference_to(found, job.stage.name, job.node, "Cached")
         made = _make(job, store, folder, log)
         if lease is not None:
@@ -255,7 +242,9 @@ def _require_disk(job: Job, root: Path, work: Path) -> None:
     assert isinstance(inputs, TrainingInputs)
     # And the best, and the one that is to be stored.
     num_kept = job.compute.save_total_limit + 1 + keeps_checkpoint(job.config, job.compute)
-    whole = training_bytes(model_size(Path(inputs.model)), cache_bytes(Path(inputs.dataset)), num_kept)
+    size, lora = model_size(Path(inputs.model)), getattr(job.config, "lora", None)
+    adapter = adapter_size(size, lora.r) if lora else None
+    whole = training_bytes(size, cache_bytes(Path(inputs.dataset)), num_kept, adapter)
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     needed_gb = (whole - there) / 1e9
     if free_gb < needed_gb:

@@ -14,6 +14,7 @@ from typing import Any
 
 from schemas.models import ModelOutputs
 from schemas.training import SFTSettings, TrainingInputs
+from tasks.gate import objections
 from tasks.lora import with_adapter
 from tasks.models import fit_embeddings, load_language_model, load_tokenizer, stop_ids
 from tasks.packed_attention import pack, segments_of_lengths
@@ -75,4 +76,4 @@ def train_sft(
     return finish(trainer, tokenizer, context, num_steps, shown, config.gate)
 
 
-sft = Stage("sft", 2, SFTSettings, TrainingInputs, ModelOutputs, train_sft)
+sft = Stage("sft", 2, SFTSettings, TrainingInputs, ModelOutputs, train_sft, objections)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from schemas.artifact import Manifest
 from schemas.compute import ComputeSettings
 
 #: Folder of a stage's `work` for caches of its rows, marked complete like a checkpoint.
@@ -51,6 +52,9 @@ class Stage:
 
     Raise `version` when the meaning of the stage changes: it is part of every key. `ValueError` from the function
     is the user's to mend and is shown without a traceback.
+
+    objections(config, outputs, metrics)  what today's thresholds say against a cached artifact: they are machinery, so
+                                          the key does not tell
     """
 
     name: str
@@ -59,3 +63,14 @@ class Stage:
     inputs: type[BaseModel]
     outputs: type[BaseModel]
     function: Callable[[Any, Any, StageContext], tuple[BaseModel, dict[str, float]]]
+    objections: Callable[[Any, Any, Mapping[str, float]], list[str]] | None = None
+
+    def objections_to(self, manifest: Manifest, config: BaseModel) -> list[str]:
+        """What the thresholds of `config` say against an artifact; nothing where another version wrote it."""
+        if self.objections is None:
+            return []
+        try:
+            outputs = self.outputs.model_validate(manifest.outputs)
+        except ValidationError:
+            return []
+        return self.objections(config, outputs, manifest.metrics)

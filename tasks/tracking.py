@@ -7,18 +7,22 @@ what was logged before, so that they hold every step once. Nothing leaves the ma
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from artifacts.files import write_atomically
 from artifacts.keys import LOGS_FOLDER
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
+logger = logging.getLogger("smoltulu")
 PROJECT = "smoltulu"
 
 
@@ -83,25 +87,36 @@ class Trackio:
 
 
 class WeightsAndBiases:
-    """Offline unless WANDB_MODE or WANDB_API_KEY is set; `wandb sync` sends a run later."""
+    """Offline unless WANDB_MODE or WANDB_API_KEY is set, or where nobody answers; `wandb sync` sends a run later."""
 
-    def __init__(self, folder: Path, run_name: str) -> None:
+    def __init__(self, folder: Path, run_name: str, run_id: str) -> None:
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         self.folder = folder / "wandb"
         # wandb's own log; it would lie in the home folder.
         os.environ.setdefault("WANDB_CACHE_DIR", str(self.folder / "cache"))
-        # The same id after a resume: what was sent before is gone on with.
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=run_name,
-            id=run_name,
-            resume="allow",
-            mode=mode,
-            dir=str(folder),
-            settings=wandb.Settings(console="off", disable_git=True, save_code=False),
-        )
+
+        def begin(mode: Any) -> Any:
+            # The same id after a resume: what was sent before is gone on with.
+            return wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                name=run_name,
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                dir=str(folder),
+                settings=wandb.Settings(console="off", disable_git=True, save_code=False),
+            )
+
+        try:
+            self.run = begin(mode)
+        except Exception as error:  # wandb's own have no common base
+            if mode == "offline":
+                raise
+            logger.warning("wandb: %s; goes on offline: `wandb sync` sends it later", str(error).partition("\n")[0])
+            wandb.teardown()  # it still holds the id
+            self.run = begin("offline")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         if step >= self.run.step:  # wandb would warn of every step that it has already
@@ -114,21 +129,29 @@ class WeightsAndBiases:
                 path.unlink()
 
 
-def open_trackers(names: Sequence[str], folder: Path, run_name: str) -> list[Tracker]:
-    """Those of `compute.report_to`, writing below `folder`."""
+def open_trackers(names: Sequence[str], folder: Path, run_name: str, run_id: str) -> list[Tracker]:
+    """Those of `compute.report_to`, writing below `folder`. `run_id`: the same for every attempt at a training."""
     made: list[Tracker] = []
     if "tensorboard" in names:
         made.append(TensorBoard(folder))
     if "trackio" in names:
         made.append(Trackio(folder, run_name))
     if "wandb" in names:
-        made.append(WeightsAndBiases(folder, run_name))
+        made.append(WeightsAndBiases(folder, run_name, run_id))
     return made
 
 
 def numbers(entry: dict[str, Any]) -> dict[str, float]:
     """What of a logged entry is a number, the step left out."""
     return {name: float(value) for name, value in entry.items() if isinstance(value, (int, float)) and name != "step"}
+
+
+def _run_id(work: Path, run_name: str) -> str:
+    """Kept in `work`, so that a resume goes on with it and a training that is made again has one of its own."""
+    file = work / "run_id"
+    if not file.exists():
+        write_atomically(file, f"{run_name}-{secrets.token_hex(4)}")
+    return file.read_text()
 
 
 def trackers(names: Sequence[str], folder: Path, work: Path) -> TrainerCallback:
@@ -147,7 +170,7 @@ def trackers(names: Sequence[str], folder: Path, work: Path) -> TrainerCallback:
                 return
             logs = folder / LOGS_FOLDER
             logs.mkdir(exist_ok=True)
-            self.open = open_trackers(names, logs, run_name)
+            self.open = open_trackers(names, logs, run_name, _run_id(work, run_name))
             for entry in state.log_history:
                 self.log(entry["step"], entry)
 
@@ -161,8 +184,12 @@ def trackers(names: Sequence[str], folder: Path, work: Path) -> TrainerCallback:
         def log(self, step: int, entry: dict[str, Any]) -> None:
             if "train_runtime" not in entry:
                 values = {f"train/{name}": value for name, value in numbers(entry).items()}
-                for tracker in self.open:
-                    tracker.log(step, values)
+                for tracker in tuple(self.open):
+                    try:
+                        tracker.log(step, values)
+                    except Exception as error:  # no days of training for a chart
+                        logger.warning("%s takes no more metrics: %s", type(tracker).__name__, error)
+                        self.open.remove(tracker)
 
     return Trackers()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from artifacts.checkpoints import mark_complete, newest_checkpoint, planned_steps, prune, torn_checkpoints
 from artifacts.files import remove_tree, write_atomically
 from artifacts.keys import LOGS_FOLDER
-from schemas.compute import ComputeSettings
+from schemas.compute import accumulation_steps
 from schemas.models import ModelOutputs
 from schemas.training import GateSettings, ScheduleSettings, SupervisedSettings, TrainingSettings
 from tasks.extension import keep_checkpoint, store_checkpoint
@@ -31,22 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("smoltulu")
 HISTORY_FILE = f"{LOGS_FOLDER}/history.jsonl"
-
-
-def accumulation_steps(effective_batch_size: int, compute: ComputeSettings) -> int:
-    """gradient_accumulation_steps = effective / (per device x processes).
-
-    ValueError where they do not divide: a silently different effective batch would be another experiment.
-    """
-    per_step = compute.per_device_train_batch_size * compute.num_processes
-    if effective_batch_size % per_step:
-        allowed = [size for size in range(1, effective_batch_size + 1) if effective_batch_size % size == 0]
-        raise ValueError(
-            f"effective_batch_size {effective_batch_size} is not a multiple of per_device_train_batch_size "
-            f"{compute.per_device_train_batch_size} x num_processes {compute.num_processes}; "
-            f"their product must be one of {allowed}"
-        )
-    return effective_batch_size // per_step
 
 
 def steps_for_tokens(max_tokens: int, mean_tokens: float, effective_batch_size: int) -> int:
@@ -119,17 +103,37 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
 
 
 def prepare_torch(context: StageContext) -> None:
-    """Settings of the process: threads, and no cuDNN attention where its gradients are wrong. Trackers are there."""
+    """Settings of the process: threads, and no cuDNN attention where its gradients are wrong.
+
+    ValueError where a tracker is not installed, or the GPUs are not one to a process.
+    """
     import torch
     import transformers
 
     require_trackers(context.compute.report_to)
     if context.compute.num_threads:
         torch.set_num_threads(context.compute.num_threads)
+    if device_of(context.compute) == "cuda":
+        _check_num_gpus(torch.cuda.device_count(), context.compute.num_processes)
     # trl#7181: NaN gradients in bfloat16 with torch 2.13; off from there on until a version is known to be mended.
     if torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
         torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.utils.logging.disable_progress_bar()
+
+
+def _check_num_gpus(num_gpus: int, num_processes: int) -> None:
+    if num_processes > num_gpus:
+        raise ValueError(
+            f"compute.num_processes is {num_processes} and there are {num_gpus} GPUs; set it to at most {num_gpus}, or "
+            "CUDA_VISIBLE_DEVICES to more of them"
+        )
+    if num_processes == 1 and num_gpus > 1:
+        # Stages in processes of their own see one (tasks/launch.py). transformers' trainer would spread a batch over
+        # all it sees, and so multiply the effective batch.
+        raise ValueError(
+            f"one process sees {num_gpus} GPUs and would train on all of them with another effective batch; with "
+            "compute.launcher inline set CUDA_VISIBLE_DEVICES to one of them"
+        )
 
 
 def callbacks(context: StageContext, cycle: int = 1) -> list[TrainerCallback]:
@@ -137,6 +141,7 @@ def callbacks(context: StageContext, cycle: int = 1) -> list[TrainerCallback]:
 
     `cycle`: optimizer steps between instants at which a checkpoint holds all there is to go on from.
     """
+    from accelerate import PartialState
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -183,6 +188,8 @@ def callbacks(context: StageContext, cycle: int = 1) -> list[TrainerCallback]:
                 self.logged.append(float(score))
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # Every process writes its random state, and may be at it still.
+            PartialState().wait_for_everyone()
             if state.is_world_process_zero:
                 score = sum(self.logged) / len(self.logged) if self.logged else None
                 mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", score)
@@ -252,13 +259,13 @@ def train(
                 file.write(f"{newest[0]}\n")
     trainer.add_callback(_token_count(trainer))
     trainer.add_callback(speed_and_memory(trainer, lambda: _num_tokens(trainer)))
-    # Last, so that it sees whether a checkpoint is to be written.
-    trainer.add_callback(guard(trainer, loss_rule, lambda num_steps: _num_warmup_steps(trainer, schedule, num_steps)))
     if schedule is not None:
         _follow(schedule, trainer)
         # GRPO goes on at the border of its generations only: tasks/extension.py does not look for that.
         if context.compute.keep_extension_checkpoint and not hasattr(trainer.args, "num_generations"):
             trainer.add_callback(keep_checkpoint(schedule, context))
+    # Last, so that it sees whether a checkpoint is to be written.
+    trainer.add_callback(guard(trainer, loss_rule, lambda num_steps: _num_warmup_steps(trainer, schedule, num_steps)))
     if newest is not None and newest[0] >= num_steps > 0:
         # The trainer looks whether it is done only after a step: in the middle of an epoch it would do one too many.
         trainer._run_epoch = lambda **kwargs: None

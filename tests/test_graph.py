@@ -109,6 +109,8 @@ def test_every_preflight_comes_before_the_first_training() -> None:
     assert set(graph.nodes["sft"].after) == preflights == set(graph.nodes["rlvr"].after)
     alone = Graph(load_recipe("tiny"), until="preflight").nodes
     assert preflights < set(alone) and not {"sft", "evaluation-sft", "reference-logps"} & set(alone)
+    reference = set(Graph(load_recipe("tiny"), until="reference_logps").nodes)
+    assert {"sft", "preflight-dpo", "reference-logps"} <= reference and not {"dpo", "preflight-rlvr"} & reference
     # Who stops after SFT is not kept waiting for the rows of DPO.
     assert {name for name in keys(until="sft") if name.startswith("preflight")} == {"preflight-sft"}
 

@@ -27,10 +27,10 @@ from artifacts.store import Store
 from schemas.artifact import Spec
 from schemas.common import scientific
 from schemas.compute import ComputeSettings
-from tasks.child import is_out_of_memory
 from tasks.guards import LossMeans, fault_of_step, has_diverged, lines_of, rows_of, sequences
 from tasks.launch import run_child, smaller_batch
 from tasks.preference_batch import PairCollator
+from tasks.process import is_out_of_memory
 from tasks.runner import Job, run_stage
 from tasks.sft import collate_packed
 from tasks.stages import STAGES
@@ -96,6 +96,8 @@ def test_windows_of_fifty_steps_after_warm_up() -> None:
 def test_divergence_is_half_as_much_again_and_not_a_small_loss_that_wobbles() -> None:
     assert has_diverged(1.0, 1.51) and not has_diverged(1.0, 1.5)
     assert not has_diverged(0.001, 0.09) and has_diverged(0.001, 0.102)
+    # DPO's robust loss falls below 0 where it learns.
+    assert not has_diverged(-2.0, -1.5) and has_diverged(-2.0, -0.9) and not has_diverged(-0.5, -0.3)
 
 
 # -------------------------------------------------------------------------------------------------- which rows it was
@@ -201,6 +203,17 @@ def test_weights_that_are_not_finite_are_not_stored(
     settings = {"max_steps": 3, "schedule": {"kind": "constant"}}
     with pytest.raises(ValueError, match=r"weights hold NaN or infinity after step 1, .* no checkpoint of them"):
         run("sft", tmp_path, base, conversations(4), settings)
+    assert newest_checkpoint(tmp_path / "work" / "checkpoints") is None
+
+
+def test_weights_that_are_not_finite_are_not_kept_for_a_larger_budget(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That checkpoint is asked for by a callback, which must come before the guard."""
+    monkeypatch.setattr(tasks.training, "learning_rate_factor", lambda *arguments: 1e42)
+    settings = {"max_steps": 2, "schedule": {"kind": "wsd", "decay_steps": 1}}
+    with pytest.raises(ValueError, match=r"weights hold NaN or infinity after step 1, .* no checkpoint of them"):
+        run("sft", tmp_path, base, conversations(4), settings, save_steps=100)
     assert newest_checkpoint(tmp_path / "work" / "checkpoints") is None
 
 
@@ -412,6 +425,7 @@ class Watched(threading.Thread):
 
 @pytest.mark.slow  # three starts of a stage's process
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+@pytest.mark.skipif(psutil.virtual_memory().total < 12 << 30, reason="needs 6 GB beside another test process")
 def test_out_of_memory_goes_on_with_half_the_batch_to_the_same_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

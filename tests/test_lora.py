@@ -19,9 +19,9 @@ from artifacts.checkpoints import CHECKPOINT_MARKER
 from schemas.artifact import Spec
 from schemas.common import scientific
 from schemas.training import LoraSettings
+from tasks.job import Job
 from tasks.launch import run_child
 from tasks.lora import merged, with_adapter
-from tasks.runner import Job
 from tasks.stages import STAGES
 from tests.small_runs import Run, conversations, pairs, run, stage_arguments
 from tests.tiny_model import build_tiny_model

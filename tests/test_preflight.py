@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -17,8 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import tasks.dry_run
+from artifacts.keys import folder_records, records_digest
+from artifacts.store import Store
 from flows.preflight_figures import planned_training
-from schemas.artifact import ArtifactReference
+from schemas.artifact import ArtifactReference, Spec
 from schemas.common import scientific
 from schemas.compute import ComputeSettings, StageCompute
 from schemas.preflight import PlannedTraining, PreflightConfig, PreflightInputs, PreflightOutputs, PreflightSettings
@@ -27,7 +30,9 @@ from tasks.preflight import PERCENTILES, length_report, overlong_share, run_pref
 from tasks.preflight_checks import Check, checks, planned_steps
 from tasks.report import stage_table
 from tasks.report.preflight import preflight_section
+from tasks.runner import Job, run_stage
 from tasks.stage import StageContext
+from tasks.stages import STAGES
 from tests import small_runs
 from tests.small_runs import turn
 from tests.tiny_model import EOS, PAD, TULU_TEMPLATE, build_tiny_model, build_tokenizer
@@ -52,7 +57,7 @@ class Flight:
 
     @property
     def page(self) -> str:
-        return (self.folder / "report.html").read_text("utf-8")
+        return (self.folder / "logs" / "report.html").read_text("utf-8")
 
     @property
     def rows(self) -> Rows:
@@ -84,7 +89,7 @@ def fly(
         outputs, _ = run_preflight(chosen, inputs, context)
         return Flight(chosen, outputs, "", folder / "out")
     except ValueError as error:
-        report = json.loads((folder / "work" / "report.json").read_text())
+        report = json.loads((folder / "work" / "logs" / "report.json").read_text())
         return Flight(chosen, PreflightOutputs.model_validate(report["outputs"]), str(error), folder / "work")
 
 
@@ -248,8 +253,8 @@ def test_every_problem_is_said_at_once(model: Path, tmp_path: Path) -> None:
     assert "3 of 20 rows (15.00 %) are longer than max_length 80 and cut (rows 2, 3, 4)" in flight.error
     assert "allowed: preflight.max_overlong_share 0.1" in flight.error and "raise max_length" in flight.error
     assert "1 of 20 rows (5.00 %) are not rendered by the chat template and left out (rows 5)" in flight.error
-    assert str(tmp_path / "work" / "report.html") in flight.error and 'class="bad' in flight.page
-    assert not (tmp_path / "out" / "report.html").exists()
+    assert str(tmp_path / "work" / "logs" / "report.html") in flight.error and 'class="bad' in flight.page
+    assert not (tmp_path / "out" / "logs").exists()
 
 
 def test_a_template_that_trains_no_eos_fails(model: Path, tmp_path: Path) -> None:
@@ -392,6 +397,50 @@ def test_dry_run_takes_what_costs_most(model: Path, tmp_path: Path) -> None:
         assert len(tasks.dry_run._longest(file, 99, True)) == 30
 
 
+def test_dry_run_on_a_gpu_names_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none here: all that would touch it is set aside, what is written about it stays."""
+    import torch
+
+    monkeypatch.setattr(tasks.dry_run, "device_of", lambda compute: "cuda")
+    monkeypatch.setattr(tasks.dry_run, "_measured", lambda train, rows, device: (7, 1.0, 8))
+    monkeypatch.setattr(tasks.dry_run, "_free", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    run = fly(tmp_path, model, small_runs.conversations(4), subject="sft", checks={"dry_run": True}).outputs.dry_run
+    assert run is not None and (run.device, run.num_tokens) == ("a GPU", 7)
+
+
+def test_a_preflight_that_is_made_again_has_the_same_content(model: Path, tmp_path: Path) -> None:
+    """Seconds, memory and thresholds differ; if they counted, all trainings would be made again."""
+    rows = small_runs.conversations(4)
+    digests = {
+        records_digest(folder_records(fly(tmp_path / str(share), model, rows, checks={"max_overlong_share": share})
+                                      .folder))
+        for share in (0.5, 0.6)
+    }  # fmt: skip
+    assert len(digests) == 1
+
+
+def test_a_cached_preflight_is_held_against_todays_thresholds(model: Path, tmp_path: Path) -> None:
+    """They are in no key: without this a tightened one would change nothing."""
+    store, template = Store(tmp_path / "store"), TULU_TEMPLATE
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in small_runs.conversations(4)))
+    inputs = PreflightInputs(model=str(model), dataset=str(source), chat_template=template)
+    compute = ComputeSettings(device="cpu", num_threads=1, min_free_disk_gb=0, launcher="inline")
+
+    def asked(share: float) -> Job:
+        checks = PreflightSettings(max_overlong_share=share, dry_run=False)
+        config = PreflightConfig(kind="conversations", max_length=40, overlong="truncate", settings=checks)
+        spec = Spec(stage="preflight", version=1, config=scientific(config), inputs={}, externals={})
+        return Job("preflight-sft", STAGES["preflight"], config, compute, spec, inputs)
+
+    assert asked(1.0).spec == asked(0.1).spec
+    assert run_stage(asked(1.0), store, logging.getLogger("test")).outcome == "Completed"
+    assert run_stage(asked(1.0), store, logging.getLogger("test")).outcome == "Cached"
+    with pytest.raises(ValueError, match=r"preflight-sft: .* by today's thresholds: .*max_length 40.*_share 0\.1"):
+        run_stage(asked(0.1), store, logging.getLogger("test"))
+
+
 @pytest.mark.parametrize("most", [3, 1, 0])
 def test_out_of_memory_halves_the_batch_until_it_fits(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
@@ -485,7 +534,7 @@ def test_the_page_loads_nothing_and_escapes_everything(model: Path, tmp_path: Pa
     assert "<script>alert(1)</script>" in page.words and "Row 0: special" in page.words
     assert ("trained" in flight.page.split("</style>")[1]) and 'class="bar"' in flight.page
     assert "Planned steps" in page.words and "3, effective batch 4" in page.words
-    report = json.loads((flight.folder / "report.json").read_text())
+    report = json.loads((flight.folder / "logs" / "report.json").read_text())
     assert {check["status"] for check in report["checks"]} <= {"ok", "noticed", "fails"}
     assert report["outputs"] == flight.outputs.model_dump(mode="json")
 

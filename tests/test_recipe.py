@@ -115,6 +115,17 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
     }
 
 
+def test_micro_batches_that_do_not_divide_are_said_before_anything_runs() -> None:
+    """Of every training: the first would run for days before the second is asked."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("smoltulu-1130", {"compute.per_device_train_batch_size": 8, "compute.stages": {}})
+    assert "dpo: effective_batch_size 12 is not a multiple of per_device_train_batch_size 8 x" in str(caught.value)
+    assert "reward_model: effective_batch_size 4" in str(caught.value) and "sft: effective" not in str(caught.value)
+    exception = {"compute.stages": {"dpo": {"per_device_train_batch_size": 5}}}
+    with pytest.raises(RecipeError, match=r"dpo: effective_batch_size 32 .* must be one of \[1, 2, 4, 8, 16, 32\]"):
+        load_recipe("tiny", exception)
+
+
 def test_one_error_lists_every_problem_with_its_path() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe({"extends": "tiny", "dpo": {"learning_rte": 1, "beta": -1}, "sft": {"seed": "many"}})

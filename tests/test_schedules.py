@@ -434,6 +434,11 @@ def test_a_schedule_changes_the_key_of_its_stage_and_of_what_follows(stage: str)
         (USED | {"warmup_ratio": 0.1}, "warmup_ratio 0.1 and a schedule of kind wsd are two answers"),
         (USED | {"schedule": {"decay_ratio": 0.1}}, "sft.schedule: kind is missing; give one of linear, cosine, const"),
         (USED | {"schedule": {"kind": "wds"}}, "sft.schedule: Input tag 'wds' .*'linear', 'cosine', 'constant'"),
+        (
+            {"lr_scheduler_type": "constant"},
+            "sft: lr_scheduler_type constant has no warm-up, .* warmup_ratio 0.03; set",
+        ),
+        ({"warmup_ratio": 1}, "sft.warmup_ratio: .* less than 1"),
         (USED | {"max_steps": 10, "schedule": {"kind": "wsd", "decay_steps": 11}}, "sft: schedule: 0 steps of warm-up"),
         (USED | {"schedule": {"kind": "cyclic_cosine", "budgets": [5, 10]}}, "needs max_steps 10"),
         (

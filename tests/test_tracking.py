@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sqlite3
 import subprocess
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerState
 
+import tasks.tracking
 from artifacts.keys import folder_records
-from tasks.tracking import numbers, peak_memory_bytes, require_trackers
+from tasks.tracking import numbers, peak_memory_bytes, require_trackers, trackers
 from tests.small_runs import conversations, pairs, run
 from tests.tiny_model import build_tiny_model
 
@@ -65,6 +68,31 @@ def test_a_package_that_is_missing_is_named_with_what_to_install(monkeypatch: py
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"report_to names wandb, .* pip install 'smoltulu\[tracking\]'"):
         require_trackers(("wandb",))
+
+
+def test_a_tracker_that_fails_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full:
+        def log(self, step: int, values: dict[str, float]) -> None:
+            raise OSError("no space left")
+
+        def finish(self) -> None: ...
+
+    monkeypatch.setattr(tasks.tracking, "open_trackers", lambda *arguments: [Full()])
+    made = trackers(("tensorboard",), tmp_path, tmp_path)
+    made.on_train_begin(None, TrainerState(), None)
+    with caplog.at_level(logging.WARNING, "smoltulu"):
+        for _ in range(2):
+            made.on_log(None, TrainerState(), None, logs={"loss": 1.0})
+    assert [record.getMessage() for record in caplog.records] == ["Full takes no more metrics: no space left"]
+
+
+def test_a_training_that_is_made_again_is_another_run_and_a_resumed_one_is_not(tmp_path: Path) -> None:
+    first = tasks.tracking._run_id(tmp_path, "sft-0123")
+    assert first.startswith("sft-0123-") and tasks.tracking._run_id(tmp_path, "sft-0123") == first
+    (tmp_path / "run_id").unlink()  # with all of `work`, when the artifact is committed
+    assert tasks.tracking._run_id(tmp_path, "sft-0123") != first
 
 
 def test_only_numbers_are_tracked() -> None:
@@ -123,9 +151,14 @@ def test_trackio_keeps_a_local_file(base: Path, tmp_path: Path) -> None:
         assert all(kept[f"train/{name}"] == pytest.approx(expected[name]) for name in METRICS)
 
 
-def test_wandb_is_offline_where_no_key_is_set(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3"}],
+    ids=["no key is set", "nobody answers"],
+)
+def test_wandb_is_offline_where(environment: dict[str, str], base: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="pip install 'smoltulu[tracking]'")
-    tracked("wandb", tmp_path, base, {})
+    tracked("wandb", tmp_path, base, environment)
     (run_file,) = (tmp_path / "out" / "logs" / "wandb").glob("offline-run-*/*.wandb")
     text = run_file.read_bytes()
     for name in METRICS:

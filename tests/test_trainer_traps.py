@@ -183,6 +183,7 @@ def test_trl_2964_2458_5406_length_normalised_dpo_is_the_default(base: Path, tmp
 def test_trl_7181_cudnn_attention_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On torch 2.13 its backward pass gives NaN in bfloat16 (DPO, KTO). The switch exists without a GPU as well."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
@@ -261,7 +262,7 @@ def test_trl_6025_3927_rows_left_with_nothing_to_train_are_left_out_and_said(
     }[stage]
     settings = {"max_steps": 1, "effective_batch_size": 4}
     finished = run(stage, tmp_path, base, [*ROWS[stage], long], settings)
-    report = json.loads((tmp_path / "preflight" / "out" / "report.json").read_text())["outputs"]
+    report = json.loads((tmp_path / "preflight" / "out" / "logs" / "report.json").read_text())["outputs"]
     assert (report["num_source_rows"], report["num_rows"], report["num_dropped"] + report["num_empty"]) == (5, 4, 1)
     assert finished.history[0]["loss"] > 0
 

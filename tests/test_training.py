@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,14 +14,22 @@ import torch
 from safetensors.torch import load_file
 
 from artifacts.checkpoints import CHECKPOINT_MARKER, newest_checkpoint
-from schemas.compute import ComputeSettings
-from schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings, TrainingInputs
+from schemas.compute import ComputeSettings, accumulation_steps
+from schemas.training import (
+    DPOSettings,
+    GateSettings,
+    RewardModelSettings,
+    RLVRSettings,
+    SFTSettings,
+    TrainingInputs,
+)
 from tasks.dpo import train_dpo
+from tasks.launch import _child_environment
 from tasks.reward_model import train_reward_model
 from tasks.rlvr import reward_function, rollout_reward, train_rlvr
 from tasks.sft import train_sft
 from tasks.stage import StageContext
-from tasks.training import accumulation_steps
+from tasks.training import _check_num_gpus
 from tests.small_runs import training_inputs
 from tests.tiny_model import build_tiny_model
 
@@ -115,6 +124,50 @@ def test_resumed_run_ends_with_bitwise_the_same_weights(stage: str, world: Path,
     assert [name for name in unbroken if not torch.equal(unbroken[name], resumed[name])] == []
     history = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "out" / "logs" / "history.jsonl").open()]
     assert history == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "rlvr"])
+def test_bfloat16_as_on_a_gpu(stage: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast over float32 weights, on a CPU that can; the gate compares what is saved with what was trained."""
+    _, _, exact = run(stage, world, tmp_path / "exact")
+    for module in ("training", "reference_logps"):
+        monkeypatch.setattr(f"tasks.{module}.use_bfloat16", lambda precision, compute: True)
+    inputs, (function, settings, _) = inputs_of(stage, world, tmp_path), STAGES[stage]
+    if stage != "reward_model":
+        gate = GateSettings(num_prompts=2, max_new_tokens=3, min_stopped_share=0)
+        settings = settings.model_copy(update={"gate": gate})
+    function(settings, inputs, context(tmp_path / "bfloat16"))
+    trained = load_file(tmp_path / "bfloat16" / "out" / "model" / "model.safetensors")
+    base = load_file(world / "model" / "model.safetensors")
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    # Near what float32 gives, and not the same: so it was bfloat16.
+    assert any(not torch.equal(exact[name], value) for name, value in trained.items())
+    for name, value in trained.items():
+        assert torch.isfinite(value).all() and (name not in base or (value - base[name]).abs().max() < 0.1)
+
+
+@pytest.mark.parametrize(("num_gpus", "num_processes", "message"), [
+    (1, 1, None), (4, 4, None), (4, 2, None),
+    (2, 4, "num_processes is 4 and there are 2 GPUs; set it to at most 2"),
+    (4, 1, "one process sees 4 GPUs and would train on all of them with another effective batch"),
+])  # fmt: skip
+def test_every_process_has_a_gpu_and_one_only(num_gpus: int, num_processes: int, message: str | None) -> None:
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        _check_num_gpus(num_gpus, num_processes)
+
+
+@pytest.mark.parametrize(("visible", "num_ranks", "device", "expected"), [
+    (None, 1, "auto", "0"), ("2,3", 1, "cuda", "2"), ("", 1, "auto", ""), ("MIG-a,MIG-b", 1, "auto", "MIG-a"),
+    ("2,3", 2, "auto", "2,3"), (None, 2, "auto", None), (None, 1, "cpu", None),
+])  # fmt: skip
+def test_a_stage_in_one_process_sees_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, num_ranks: int, device: str, expected: str | None
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    made = _child_environment(ComputeSettings(device=device), num_ranks)
+    assert made.get("CUDA_VISIBLE_DEVICES") == expected
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])

@@ -1,0 +1,35 @@
+"""What a process of ours needs of the system: to end with its parent, and to know want of memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+#: What torch's allocators and the libraries below it say. CUDA's own exception is told by its name.
+_OUT_OF_MEMORY_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",  # NCCL
+    "Cannot allocate memory",  # the system's own word, e.g. where a file is mapped
+    "std::bad_alloc",
+)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends; leave if that happened already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("the process that started this stage is gone")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a stage failed for want of memory on the host or on a GPU (torch is not imported to ask)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
