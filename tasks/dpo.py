@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from schemas.models import ModelOutputs
 from schemas.training import DPOInputs, DPOSettings
+from tasks.even_rows import even_out, is_blank
 from tasks.gate import objections
 from tasks.guards import LossRule
 from tasks.lora import with_adapter
@@ -54,7 +55,8 @@ def _trainer_class() -> type:
         def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
             """The micro-batches of an optimizer step, and the number of pairs in them, of all processes."""
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-            counts = [sum(len(batch["row"]) for batch in batches), sum(batch["num_tokens"] for batch in batches)]
+            of_pairs = [batch for batch in batches if not is_blank(batch)]
+            counts = [sum(len(batch["row"]) for batch in of_pairs), sum(batch["num_tokens"] for batch in of_pairs)]
             if self.accelerator.num_processes > 1:
                 counts = self.accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist()
             self._total_train_tokens += counts[1]
@@ -66,11 +68,14 @@ def _trainer_class() -> type:
             """Sum over the micro-batch, divided by the pairs of the step (alone: by its own)."""
             assert not return_outputs, "no evaluation here"
             chosen, rejected = completion_logps(model, inputs)
+            # Of a blank batch none: its loss is a sum over nothing, whose gradient is exactly 0.
+            num_pairs = 0 if is_blank(inputs) else len(inputs["row"])
+            chosen, rejected = chosen[:num_pairs], rejected[:num_pairs]
             ratios = LogRatios(
-                chosen - inputs["reference_chosen"],
-                rejected - inputs["reference_rejected"],
-                inputs["num_chosen"],
-                inputs["num_rejected"],
+                chosen - inputs["reference_chosen"][:num_pairs],
+                rejected - inputs["reference_rejected"][:num_pairs],
+                inputs["num_chosen"][:num_pairs],
+                inputs["num_rejected"][:num_pairs],
             )
             losses = preference_loss(self.settings.loss_type, ratios, self.settings.beta, self.settings.label_smoothing)
             self._note(chosen.detach(), rejected.detach(), ratios)
@@ -96,7 +101,8 @@ def _trainer_class() -> type:
             self._num_pairs += len(chosen)
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            if self._num_pairs:
+            # Not the number of pairs: this process may have had none, and the others wait for it.
+            if self._sums:
                 count = torch.tensor(self._num_pairs, dtype=torch.float64, device=self.accelerator.device)
                 # All processes come here, at the same step.
                 sums = self.accelerator.reduce(torch.stack([*self._sums.values(), count]), "sum").tolist()
@@ -161,6 +167,7 @@ def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> 
     )
     # A pair that is beyond the hinge has a loss of 0.
     rule = LossRule(zero_is_fault=config.loss_type != "hinge")
+    even_out(trainer)
     num_steps = train(trainer, context, len(rows), config.schedule, rule)
     rewards = ("rewards/accuracies", "rewards/margins", "rewards/accuracies_normalised", "rewards/margins_normalised")
     shown = ("loss", *rewards, "tokens_per_second")

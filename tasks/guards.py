@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tasks.even_rows import is_blank
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -213,7 +215,7 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
         return [
             name
             for batch, loss in micro_batches
-            if is_spoiled(loss.item(), rule.zero_is_fault)
+            if not is_blank(batch) and is_spoiled(loss.item(), rule.zero_is_fault)
             for name in rows_of(batch, trainer.train_dataset, trainer.processing_class)
         ]
 
@@ -221,6 +223,7 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
         return [
             name
             for batch, _ in micro_batches
+            if not is_blank(batch)
             for name in rows_of(batch, trainer.train_dataset, trainer.processing_class)
         ]
 
@@ -234,9 +237,11 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             loss = torch.stack([loss for _, loss in micro_batches]).sum()
             norm = torch.as_tensor(grad_norms[-1], dtype=loss.dtype, device=loss.device)
+            has_rows = loss.new_tensor(not all(is_blank(batch) for batch, _ in micro_batches))
             # All processes see the numbers of all: the one with the spoiled rows must not leave the others waiting.
-            of_processes = trainer.accelerator.gather(torch.stack([loss, norm])[None]).tolist()
-            losses, norms = [row[0] for row in of_processes], [row[1] for row in of_processes]
+            of_processes = trainer.accelerator.gather(torch.stack([loss, norm, has_rows])[None]).tolist()
+            # The loss of a process without rows is 0, and its gradient norm that of the others.
+            losses, norms, _ = zip(*(row for row in of_processes if row[2]), strict=True)
             fault = fault_of_step(losses, norms, rule.zero_is_fault)
             if fault is not None:
                 rows = gather_object(rows_at_fault()) or gather_object(all_rows())

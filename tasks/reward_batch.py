@@ -8,15 +8,18 @@ A score is read at the last token of a side, so nothing but the layout differs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import logsigmoid
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from tasks.even_rows import BLANK, is_blank, num_blanks
 from tasks.packed_attention import segments_of_pairs
 
 COLUMNS = ("row", "prompt_ids", "chosen_ids", "rejected_ids")
@@ -81,17 +84,49 @@ class PairTrainer(RewardTrainer):
     ) -> Any:
         """TRL's loss and metrics; of a packed batch from scores read where each side ends."""
         num_pairs = _num_pairs(inputs)
-        batch = dict(inputs)
+        batch = {name: value for name, value in inputs.items() if name != BLANK}
         if "segments" in batch:
             last_tokens, num_tokens, _ = (batch.pop(name) for name in ("last_tokens", "num_tokens", "row"))
             # TRL takes its count of tokens from the mask.
             batch["attention_mask"] = num_tokens
             model = self._scores_at(last_tokens, model)
-        mean, outputs = super().compute_loss(model, batch, return_outputs=True)
+        if num_blanks(self):
+            total, outputs = self._loss_of_uneven(model, batch, num_pairs)
+        else:
+            mean, outputs = super().compute_loss(model, batch, return_outputs=True)
+            total = mean * num_pairs
         # Gradients of several processes are averaged, not summed.
         num_processes = self.accelerator.num_processes
-        loss = mean * num_pairs * num_processes / (num_items_in_batch or num_pairs * num_processes)
+        loss = total * num_processes / (num_items_in_batch or num_pairs * num_processes)
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_of_uneven(self, model: Any, batch: dict[str, Any], num_pairs: int) -> tuple[torch.Tensor, Any]:
+        """Summed loss, where processes may have unlike numbers of pairs. TRL gathers their metrics as if alike."""
+        outputs = model(**batch, use_cache=False)
+        chosen, rejected = (side[:num_pairs] for side in outputs.logits.squeeze(-1).chunk(2))
+        num_tokens = batch["attention_mask"].sum() if num_pairs else 0
+        self._note(chosen, rejected, num_tokens)
+        return -logsigmoid(chosen - rejected).sum(), outputs
+
+    @torch.no_grad()
+    def _note(self, chosen: torch.Tensor, rejected: torch.Tensor, num_tokens: Any) -> None:
+        """TRL's metrics of a micro-batch of all processes, each pair with the same weight."""
+        margins, scores = chosen - rejected, torch.cat([chosen, rejected])
+        # A process may have no scores: it gives ends that those of the others lie within.
+        end = scores.new_tensor([math.inf])
+        lowest, highest = torch.cat([scores, end]).min(), torch.cat([scores, -end]).max()
+        sums = [num_tokens, len(margins), (margins > 0).sum(), margins.sum(), scores.sum()]
+        own = [torch.as_tensor(value, dtype=torch.float64, device=scores.device) for value in (*sums, lowest, highest)]
+        of_all = self.accelerator.gather(torch.stack(own)[None])
+        num_tokens, num_pairs, num_right, margin, reward = of_all[:, :5].sum(dim=0).tolist()
+        self._total_train_tokens += int(num_tokens)
+        metrics = self._metrics["train"]
+        metrics["num_tokens"] = [self._total_train_tokens]
+        metrics["min_reward"].append(of_all[:, 5].min().item())
+        metrics["mean_reward"].append(reward / (2 * num_pairs))
+        metrics["max_reward"].append(of_all[:, 6].max().item())
+        metrics["accuracy"].append(num_right / num_pairs)
+        metrics["margin"].append(margin / num_pairs)
 
     def _scores_at(self, last_tokens: torch.Tensor, model: Any) -> Callable[..., SequenceClassifierOutput]:
         """`model` as a function that gives the scores at `last_tokens`, (2B, 1)."""
@@ -112,4 +147,6 @@ class PairTrainer(RewardTrainer):
 
 
 def _num_pairs(batch: Mapping[str, Any]) -> int:
+    if is_blank(batch):
+        return 0
     return len(batch["row"]) if "segments" in batch else len(batch["input_ids"]) // 2

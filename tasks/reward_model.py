@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from schemas.models import ModelOutputs
 from schemas.training import RewardModelSettings, TrainingInputs
+from tasks.even_rows import even_out
 from tasks.models import check_model_folder, fit_embeddings, load_tokenizer, stop_ids
 from tasks.packed_attention import pack
 from tasks.stage import Stage, StageContext
@@ -71,6 +72,7 @@ def train_reward_model(
         processing_class=tokenizer,
         callbacks=callbacks(context),
     )
+    even_out(trainer)
     num_steps = train(trainer, context, len(rows), config.schedule)
     shown = ("loss", "accuracy", "margin", "tokens_per_second")
     return finish(trainer, tokenizer, context, num_steps, shown)

@@ -14,6 +14,7 @@ from typing import Any
 
 from schemas.models import ModelOutputs
 from schemas.training import SFTSettings, TrainingInputs
+from tasks.even_rows import BLANK, even_out, is_blank
 from tasks.gate import objections
 from tasks.lora import with_adapter
 from tasks.models import fit_embeddings, load_language_model, load_tokenizer, stop_ids
@@ -39,13 +40,37 @@ def collate_packed(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
     }
 
 
+def _trainer_class() -> type:
+    """TRL's trainer, which also takes blank batches (tasks/even_rows.py).
+
+    Without a supervised token they add nothing to its sums; only their tokens must not be counted.
+    """
+    import torch
+    from trl import SFTTrainer
+
+    class EvenSFTTrainer(SFTTrainer):
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if not is_blank(inputs):
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+            def without_mask(attention_mask: torch.Tensor, **batch: Any) -> Any:
+                return model(**batch)
+
+            # TRL takes its count of tokens from the mask; the model needs none for a row without padding.
+            uncounted = inputs | {"attention_mask": torch.zeros_like(inputs["input_ids"])}
+            del uncounted[BLANK]
+            return super().compute_loss(without_mask, uncounted, *args, **kwargs)
+
+    return EvenSFTTrainer
+
+
 def train_sft(
     config: SFTSettings, inputs: TrainingInputs, context: StageContext
 ) -> tuple[ModelOutputs, dict[str, float]]:
     """Fine-tune a base model on conversations. Rows: {"row", "input_ids", "labels"}, none longer than max_length."""
     prepare_torch(context)
     from transformers import set_seed
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     set_seed(config.seed)
@@ -58,7 +83,7 @@ def train_sft(
         model = with_adapter(model, config.lora)
 
     rows = load_rows(inputs.dataset, context, ["row", "input_ids", "labels"])
-    trainer = SFTTrainer(
+    trainer = _trainer_class()(
         model=model,
         args=SFTConfig(
             **trainer_arguments(config, context),
@@ -71,6 +96,7 @@ def train_sft(
         processing_class=tokenizer,
         callbacks=callbacks(context),
     )
+    even_out(trainer)
     num_steps = train(trainer, context, len(rows), config.schedule)
     shown = ("loss", "mean_token_accuracy", "tokens_per_second")
     return finish(trainer, tokenizer, context, num_steps, shown, config.gate)
