@@ -53,7 +53,7 @@ test-all: ## the tests, slow ones too
 	@$(MAKE) --no-print-directory test SMOLTULU_SLOW=1
 
 test-gpu: setup ## the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -m gpu $(ARGS)
 
 faults: setup ## the fault campaign: processes killed at random instants, full disks, flipped bytes; about 20 minutes
 	$(BIN)/python -m tests.faults $(ARGS)

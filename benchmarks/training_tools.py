@@ -77,7 +77,7 @@ def our_environment() -> dict[str, str]:
     from schemas.compute import ComputeSettings
     from tasks.launch import _child_environment
 
-    return _child_environment(ComputeSettings())
+    return _child_environment(ComputeSettings(), 1)
 
 
 def step_seconds(runs: list[list[float]]) -> list[float]:

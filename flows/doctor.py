@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import tomllib
 import urllib.error
@@ -124,7 +125,18 @@ def _gpu() -> Check:
     if done.returncode or not names:
         said = (done.stderr or done.stdout).strip().splitlines()
         return Check("GPU", "warn", f"nvidia-smi: {said[0] if said else 'lists no GPU'}", none)
-    return Check("GPU", "ok", "; ".join(f"{name} free" for name in names))
+    detail = "; ".join(f"{name} free" for name in names)
+    if missing := _missing_for_triton():
+        return Check("GPU", "warn", f"{detail}; no {missing}", "install it: kernels of the trainers are compiled here")
+    return Check("GPU", "ok", detail)
+
+
+def _missing_for_triton() -> str | None:
+    """What Triton compiles its launchers with and does not find. In a slim container it is neither."""
+    if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "C compiler (gcc or clang)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.exists() else f"{header} (python3-dev)"
 
 
 def store_root() -> Path:

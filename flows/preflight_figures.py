@@ -67,7 +67,7 @@ def preflight_figures(
         longest=found.longest,
         max_length=config.max_length,
         num_steps=planned_steps(settings, found.num_rows, found.num_tokens),
-        peak_memory_bytes=None if run is None else run.peak_memory_bytes,
+        peak_memory_bytes=None if run is None else max(run.peak_memory_bytes, run.generation_bytes),
         dry_run=None if run is None else run.model_dump(mode="json"),
         notes=() if run is None else tuple(_other_settings(run, config, settings, compute)),
     )
@@ -92,6 +92,8 @@ def planned_training(settings: TrainingSettings) -> PlannedTraining:
             effective_batch_size=settings.effective_batch_size,
             max_steps=settings.num_steps,
             max_completion_length=settings.max_completion_length,
+            num_rollouts=settings.effective_batch_size * settings.steps_per_generation,
+            has_reference=settings.beta > 0,
         )
     assert isinstance(settings, SupervisedSettings)
     return PlannedTraining(

@@ -39,6 +39,8 @@ class PlannedTraining(StrictModel):
     max_completion_length: int = machinery(
         0, ge=0, description="RLVR: tokens that a dry run adds to its longest prompts"
     )
+    num_rollouts: int = machinery(0, ge=0, description="RLVR: generated at once, by all processes together")
+    has_reference: bool = machinery(False, description="RLVR: a second model is held for the KL term")
     lora_r: int | None = machinery(
         None, ge=1, description="rank of the adapters that are trained; none: every weight is"
     )
@@ -107,6 +109,9 @@ class DryRun(StrictModel):
     num_tokens: int = Field(description="tokens of the batch, padding not counted")
     seconds: float
     peak_memory_bytes: int = Field(description="highest during the step; model, gradients, optimizer state included")
+    generation_bytes: int = Field(
+        0, description="RLVR, computed: model, optimizer state, reference, and the keys and values of all rollouts"
+    )
 
 
 class PreflightOutputs(StrictModel):

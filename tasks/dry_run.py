@@ -1,8 +1,8 @@
 """One training step on the longest rows, for its memory and its time.
 
-Not a trainer: the model, the batch, the loss's shape, gradients, clipping and AdamW, which is what memory goes to. Not
-in it: the reference model and the generation of RLVR, and the gradient buckets of several processes, which are 4 bytes
-a trained parameter more.
+Not a trainer: the model, the batch, the loss's shape, gradients, clipping and AdamW, which is what memory goes to. What
+RLVR holds besides is computed (tasks/rollout_memory.py). Not in it: the gradient buckets of several processes, which
+are 4 bytes a trained parameter.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from schemas.training import LoraSettings
 from tasks.lora import with_adapter
 from tasks.models import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
 from tasks.process import is_out_of_memory
+from tasks.rollout_memory import require_memory, rlvr_bytes
 from tasks.stage import StageContext
 from tasks.tokens import IGNORED, prompt_ids
 
@@ -74,6 +75,9 @@ def dry_run(config: PreflightConfig, inputs: PreflightInputs, file: Path, contex
         if not num_tokens:
             continue
         bfloat16 = use_bfloat16(config.precision, compute)
+        reference, generation = rlvr_bytes(config, Path(inputs.model), _length(rows[0]), compute, bfloat16)
+        if generation and device == "cuda":
+            require_memory(max(reference + peak, generation), config, _length(rows[0]))
         return DryRun(
             subject=subject,
             device=_device_name(device),
@@ -85,7 +89,8 @@ def dry_run(config: PreflightConfig, inputs: PreflightInputs, file: Path, contex
             lora_r=_lora_r(config),
             num_tokens=num_tokens,
             seconds=seconds,
-            peak_memory_bytes=peak,
+            peak_memory_bytes=reference + peak,
+            generation_bytes=generation,
         )
     lengths = "max_prompt_length or max_completion_length" if config.kind == "prompts" else "max_length"
     adapters = f", add a {subject}.lora block" if subject in ("sft", "dpo") and _lora_r(config) is None else ""

@@ -92,6 +92,7 @@ def _language_model(
             tokenizer=tokenizer,
             batch_size=context.compute.per_device_eval_batch_size,
             max_length=max_length,
+            softmax_dtype="float32",  # sums of bfloat16 are rounded to a quarter: choices would tie
         )
         for part, task in enumerate(settings.tasks):
             score, records, results = harness.run_task(
@@ -317,8 +318,13 @@ def _load(
     tokenizer = load_tokenizer(Path(folder), inputs.chat_template)
     model = pair_accuracy.load_reward_model(Path(folder)) if reward_model else load_language_model(Path(folder))
     fit_embeddings(model, tokenizer)  # a pad token that was added here needs a row; it is never attended to
-    dtype = torch.bfloat16 if use_bfloat16(settings.precision, context.compute) else torch.float32
-    return model.to(device=device_of(context.compute), dtype=dtype).eval(), tokenizer
+    if use_bfloat16(settings.precision, context.compute):
+        # Not the buffers: rotary frequencies in bfloat16 turn position 2,000 by another radian. Not the score head,
+        # which was trained in float32.
+        for name, parameter in model.named_parameters():
+            if not (reward_model and name.startswith("score.")):
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model.to(device_of(context.compute)).eval(), tokenizer
 
 
 def _max_length(model: Any, settings: EvaluationSettings) -> int:

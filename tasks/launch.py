@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+import weakref
+from collections import Counter, deque
 from pathlib import Path
 
 from artifacts.files import remove_tree, write_atomically
@@ -39,6 +40,8 @@ DISK_ADVICE = {
 _STOP_SECONDS = 8.0
 
 _running: set[subprocess.Popen] = set()
+#: Where the stages of one process compute, as far as they use a GPU.
+_gpus: weakref.WeakKeyDictionary[subprocess.Popen, str] = weakref.WeakKeyDictionary()
 _running_lock = threading.Lock()
 
 
@@ -97,6 +100,12 @@ def _out_of_memory_advice(job: Job, size: int) -> str:
         return " with per_device_eval_batch_size 1; take a machine with more memory. What is finished is kept"
     if job.stage.name not in TRAINING_STAGES:
         return ""
+    if job.stage.name == "rlvr":
+        return (
+            f" with per_device_train_batch_size {size}. All rollouts of a step are generated at once, whatever it is: "
+            "lower max_completion_length, raise compute.num_processes, or take a device with more memory. The "
+            "checkpoints are kept"
+        )
     return (
         f" with per_device_train_batch_size {size}, and no smaller one gives the same effective batch; set "
         "compute.activation_checkpointing, lower max_length, or take a machine with more memory. The checkpoints are "
@@ -127,18 +136,20 @@ def _run_once(
     progress = Progress(job.node, log)
     with (work / "log.txt").open("a") as log_file:
         # This thread starts the child and waits for it: the child dies with the thread that started it.
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tasks.child", str(job_file)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-            env=_child_environment(compute, num_ranks),
-            cwd=Path(__file__).resolve().parent.parent,
-        )
         with _running_lock:
+            environment = _child_environment(compute, num_ranks)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tasks.child", str(job_file)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+                env=environment,
+                cwd=Path(__file__).resolve().parent.parent,
+            )
             _running.add(process)
+            _gpus[process] = environment.get("CUDA_VISIBLE_DEVICES", "")
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -206,7 +217,7 @@ def _relay(message: dict, progress: Progress, node: str, log: logging.Logger | l
 def _child_environment(compute: ComputeSettings, num_ranks: int) -> dict[str, str]:
     """The parent's environment, telemetry off. HF_TOKEN stays: stages read gated data with it, and never print it.
 
-    One process sees one GPU, the first that is visible here.
+    One process sees one GPU: of those that are visible here the one with the fewest stages on it.
     """
     extra = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -225,5 +236,21 @@ def _child_environment(compute: ComputeSettings, num_ranks: int) -> dict[str, st
     if compute.num_threads:
         extra["OMP_NUM_THREADS"] = str(compute.num_threads)
     if num_ranks == 1 and compute.device != "cpu":
-        extra["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        extra["CUDA_VISIBLE_DEVICES"] = _least_used_gpu()
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Every packed batch has another length, and caches grow by a token: blocks of fixed sizes would not fit again.
+        extra["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return {**os.environ, **extra}
+
+
+def _least_used_gpu() -> str:
+    """Name of a GPU as CUDA_VISIBLE_DEVICES takes it; empty where that says that there is none. Under the lock."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        folder = Path("/proc/driver/nvidia/gpus")
+        num_gpus = len(list(folder.iterdir())) if folder.is_dir() else 1
+        gpus = [str(number) for number in range(num_gpus)]
+    else:
+        gpus = visible.split(",")
+    taken = Counter(_gpus.get(process) for process in _running)
+    return min(gpus, key=lambda gpu: taken[gpu])

@@ -239,6 +239,9 @@ def _by_sdpa(
     outputs = []
     for (number, length), *tensors in zip(shapes, *parts, strict=True):
         q, k, v = (tensor.unflatten(0, (number, length)).transpose(1, 2) for tensor in tensors)
+        if q.is_cuda and q.dtype == torch.float32:
+            # The fast kernel for float32 knows no groups; SDPA would take the one that holds all scores.
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         output = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )

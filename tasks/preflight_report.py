@@ -152,6 +152,8 @@ def _dry_run(outputs: PreflightOutputs) -> str:
         ("Peak memory", text.size(run.peak_memory_bytes)),
         ("Time of the step", text.duration(run.seconds)),
     ]
+    if run.generation_bytes:
+        facts.append(("Memory while rollouts are generated, computed", text.size(run.generation_bytes)))
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
     note = (
         "Forward, backward and AdamW step on the longest rows of a micro-batch. Memory: model, gradients and optimizer "

@@ -6,7 +6,8 @@ that does not end in eos gets that instead (Tulu 3: 10 and -10, open-instruct `p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,35 @@ def reward_function(config: RLVRSettings, eos_token_id: int) -> Callable[..., li
     return verifiable_reward
 
 
+@contextmanager
+def caches_as_attended() -> Iterator[None]:
+    """Under autocast, caches hold what attention casts them to anyway.
+
+    Keys leave the rotary embedding in float32, and transformers' cache takes keys and values as the first key comes.
+    """
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    update = DynamicLayer.update
+
+    def cast_and_update(layer: Any, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_autocast_enabled(keys.device.type):
+            dtype = torch.get_autocast_dtype(keys.device.type)
+            keys, values = keys.to(dtype), values.to(dtype)
+        return update(layer, keys, values, *args, **kwargs)
+
+    DynamicLayer.update = cast_and_update
+    try:
+        yield
+    finally:
+        DynamicLayer.update = update
+
+
 def _trainer_class() -> type:
-    """GRPOTrainer whose order of prompts depends on the epoch alone: TRL's begins anew wherever a resume does."""
+    """GRPOTrainer whose order of prompts depends on the epoch alone: TRL's begins anew wherever a resume does.
+
+    And which generates with half the memory in bfloat16.
+    """
     import torch
     from trl import GRPOTrainer
 
@@ -79,6 +107,11 @@ def _trainer_class() -> type:
             # The trainer calls it where a sampler has one.
             sampler.set_epoch = set_epoch
             return sampler
+
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            # One autocast round all tokens keeps the cast weights; the model's own casts them for every token.
+            with self.accelerator.autocast(), caches_as_attended():
+                return super()._generate_single_turn(*args, **kwargs)
 
     return EpochOrderTrainer
 

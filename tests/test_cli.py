@@ -242,3 +242,19 @@ def test_errors_of_the_machine_end_with_code_1(monkeypatch: pytest.MonkeyPatch, 
     result = CliRunner().invoke(app, ["up"])
     assert result.exit_code == 1
     assert f"there is no prefect.yaml in {tmp_path}" in result.output
+
+
+def test_doctor_says_what_kernels_are_compiled_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton fails with a bare RuntimeError in the first training step where there is no compiler."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'A card, 80 GiB, 79 GiB'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    found = doctor._gpu()
+    assert (found.status, found.detail) == ("warn", "A card, 80 GiB, 79 GiB free; no C compiler (gcc or clang)")
+    monkeypatch.setenv("CC", "a-compiler")
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h (python3-dev)" in doctor._gpu().detail
+    (tmp_path / "Python.h").touch()
+    assert doctor._gpu() == doctor.Check("GPU", "ok", "A card, 80 GiB, 79 GiB free")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import tasks.evaluation
 from schemas.compute import ComputeSettings
 from schemas.evaluation import EvaluationInputs, EvaluationOutputs, EvaluationStageConfig
 from tasks.evaluation import evaluate
@@ -387,3 +388,48 @@ def test_bfloat16_falls_back_with_a_warning_on_a_cpu(tmp_path: Path, folder: Pat
     with caplog.at_level(logging.WARNING, logger="smoltulu"):
         _run(tmp_path / "out", {"tasks": [task], "precision": "bfloat16"}, folder)
     assert "float32" in caplog.text
+
+
+@pytest.mark.parametrize("is_reward_model", [False, True])
+def test_in_bfloat16_the_weights_are_rounded_and_nothing_else(
+    tmp_path: Path, folder: Path, monkeypatch: Any, is_reward_model: bool
+) -> None:
+    """As on a GPU. Rounded frequencies turn late positions by a radian; the score head was trained in float32."""
+    import torch
+
+    from schemas.evaluation import EvaluationSettings
+
+    monkeypatch.setattr(tasks.evaluation, "use_bfloat16", lambda precision, compute: True)
+    path = build_tiny_model(tmp_path / "reward", num_labels=1) if is_reward_model else folder
+    inputs = EvaluationInputs(model=str(path), chat_template=TULU_TEMPLATE)
+    context = StageContext(tmp_path, tmp_path, ComputeSettings(device="cpu"), lambda *_, **__: None)
+    model, _ = tasks.evaluation._load(str(path), inputs, EvaluationSettings(), context, reward_model=is_reward_model)
+    kept = {name for name, value in model.named_parameters() if value.dtype == torch.float32}
+    assert kept == ({"score.weight"} if is_reward_model else set())
+    buffers = dict(model.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    assert all(value.dtype == torch.float32 for value in buffers.values() if value.is_floating_point())
+
+
+def test_evaluation_in_bfloat16_sums_likelihoods_in_float32(tmp_path: Path, folder: Path, monkeypatch: Any) -> None:
+    """As on a GPU. In bfloat16 a sum beyond 32 nats is rounded to a quarter, and choices tie."""
+    import torch
+
+    monkeypatch.setattr(tasks.evaluation, "use_bfloat16", lambda precision, compute: True)
+    seen: list[Any] = []
+    real = tasks.evaluation.harness.run_task
+    monkeypatch.setattr(
+        tasks.evaluation.harness, "run_task", lambda wrapped, *a, **k: seen.append(wrapped) or real(wrapped, *a, **k)
+    )
+    rows = [{"query": f"Which is {n}?", "choices": ["a cat", "three dogs"], "gold": n % 2} for n in range(4)]
+    task = {
+        "name": "local_arc_easy",
+        "metric": "acc_norm,none",
+        "files": {"test": _source(_jsonl(tmp_path / "arc.jsonl", rows))},
+    }
+    outputs, *_ = _run(tmp_path / "out", {"tasks": [task]}, folder)
+    (wrapped,) = seen
+    assert outputs.scores[0].num_samples == 4 and wrapped.model.dtype == torch.bfloat16
+    ids = torch.arange(5, 45).tolist()
+    ((likelihood, _),) = wrapped._loglikelihood_tokens([(("", ""), ids[:1], ids[1:])], disable_tqdm=True)
+    assert likelihood < -64 and likelihood % 0.25  # a sum of bfloat16 numbers would be a multiple

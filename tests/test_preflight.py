@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import types
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,6 +31,7 @@ from tasks.preflight import PERCENTILES, length_report, overlong_share, run_pref
 from tasks.preflight_checks import Check, checks, planned_steps
 from tasks.report import stage_table
 from tasks.report.preflight import preflight_section
+from tasks.rollout_memory import kv_bytes
 from tasks.runner import Job, run_stage
 from tasks.stage import StageContext
 from tasks.stages import STAGES
@@ -407,6 +409,37 @@ def test_dry_run_on_a_gpu_names_it(model: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     run = fly(tmp_path, model, small_runs.conversations(4), subject="sft", checks={"dry_run": True}).outputs.dry_run
     assert run is not None and (run.device, run.num_tokens) == ("a GPU", 7)
+
+
+def test_memory_of_rollouts_by_hand(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2-1.7B: 24 layers, 32 heads of 64; and the tiny model through the stage."""
+    import torch
+
+    smollm2 = {"num_hidden_layers": 24, "num_attention_heads": 32, "hidden_size": 2048}
+    assert kv_bytes(smollm2, 32, 4096, 2) == 32 * 4096 * 24 * 2 * 2048 * 2
+    grouped = smollm2 | {"num_key_value_heads": 8, "head_dim": 128}
+    assert kv_bytes(grouped, 1, 1, 4) == 24 * 2 * 8 * 128 * 4
+
+    training = PlannedTraining(effective_batch_size=4, max_completion_length=20, num_rollouts=8, has_reference=True)
+    options: dict[str, Any] = {"subject": "rlvr", "training": training, "checks": {"dry_run": True}}
+    flight = fly(tmp_path / "cpu", model, prompts(4), "prompts", **options)
+    run = flight.outputs.dry_run
+    weights = 4 * sum(value.numel() for value in load_file(model / "model.safetensors").values())
+    longest = flight.outputs.longest + 20
+    # Weights, two moments, reference; two layers, whose two heads of keys and values have 16 dimensions each.
+    config = json.loads((model / "config.json").read_text())
+    width = config["num_key_value_heads"] * config["head_dim"]
+    assert run is not None and run.generation_bytes == 4 * weights + 8 * longest * 2 * 2 * width * 4
+    assert "rollouts are generated" in flight.page
+
+    # A GPU that has less is refused, before anything is trained.
+    monkeypatch.setattr(tasks.dry_run, "device_of", lambda compute: "cuda")
+    monkeypatch.setattr(tasks.dry_run, "_measured", lambda train, rows, device: (7, 1.0, 8))
+    monkeypatch.setattr(tasks.dry_run, "_free", lambda device: None)
+    small = types.SimpleNamespace(total_memory=run.generation_bytes - 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    refused = fly(tmp_path / "cuda", model, prompts(4), "prompts", **options)
+    assert "rlvr: 8 rollouts of up to" in refused.error and "lower max_completion_length" in refused.error
 
 
 def test_a_preflight_that_is_made_again_has_the_same_content(model: Path, tmp_path: Path) -> None:

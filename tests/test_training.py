@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.cache_utils import DynamicLayer
 
+import tasks.launch
 from artifacts.checkpoints import CHECKPOINT_MARKER, newest_checkpoint
 from schemas.compute import ComputeSettings, accumulation_steps
 from schemas.training import (
@@ -146,6 +150,29 @@ def test_bfloat16_as_on_a_gpu(stage: str, world: Path, tmp_path: Path, monkeypat
         assert torch.isfinite(value).all() and (name not in base or (value - base[name]).abs().max() < 0.1)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "rlvr"])
+def test_every_stage_on_this_gpu(stage: str, world: Path, tmp_path: Path) -> None:
+    """In bfloat16 to the end: trained, saved, compared, asked; then gone on with from the last checkpoint but one."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    inputs, (function, settings, _) = inputs_of(stage, world, tmp_path), STAGES[stage]
+    changes: dict[str, Any] = {"precision": "bfloat16"}
+    if stage != "reward_model":
+        changes["gate"] = GateSettings(num_prompts=2, max_new_tokens=3, min_stopped_share=0)
+    settings = settings.model_copy(update=changes)
+    function(settings, inputs, context(tmp_path / "run", device="cuda"))
+    weights = load_file(tmp_path / "run" / "out" / "model" / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    (tmp_path / "run" / "work" / "checkpoints" / "checkpoint-6" / CHECKPOINT_MARKER).unlink()
+    shutil.rmtree(tmp_path / "run" / "out")
+    outputs, _ = function(settings, inputs, context(tmp_path / "run", device="cuda"))
+    assert (tmp_path / "run" / "work" / "resumed.jsonl").read_text() == "4\n" and outputs.num_steps == 6
+    again = load_file(tmp_path / "run" / "out" / "model" / "model.safetensors")
+    for name, value in weights.items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=1e-2)
+
+
 @pytest.mark.parametrize(("num_gpus", "num_processes", "message"), [
     (1, 1, None), (4, 4, None), (4, 2, None),
     (2, 4, "num_processes is 4 and there are 2 GPUs; set it to at most 2"),
@@ -168,6 +195,33 @@ def test_a_stage_in_one_process_sees_one_gpu(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     made = _child_environment(ComputeSettings(device=device), num_ranks)
     assert made.get("CUDA_VISIBLE_DEVICES") == expected
+    if expected == "2":  # a stage that runs beside it takes the next
+        with subprocess.Popen([sys.executable, "-c", ""]) as process:
+            monkeypatch.setattr(tasks.launch, "_running", {process})
+            monkeypatch.setitem(tasks.launch._gpus, process, "2")
+            assert _child_environment(ComputeSettings(), 1)["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_rollouts_are_generated_as_before_with_half_the_cache(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.training.use_bfloat16", lambda precision, compute: True)
+    dtypes: list[set[torch.dtype]] = []
+    real = DynamicLayer.update
+
+    def update(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        made = real(layer, *args, **kwargs)
+        dtypes[-1] |= {cached.dtype for cached in made}
+        return made
+
+    monkeypatch.setattr(DynamicLayer, "update", update)
+    models = []
+    for name in ("ours", "as TRL does it"):
+        dtypes.append(set())
+        models.append(run("rlvr", world, tmp_path / name)[2])
+        monkeypatch.setattr("tasks.rlvr.caches_as_attended", contextlib.nullcontext)
+    assert dtypes == [{torch.bfloat16}, {torch.float32}] and DynamicLayer.update is update
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])

@@ -1,0 +1,54 @@
+"""Memory that RLVR needs beside its training step: the reference model, and the rollouts, generated all at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from schemas.compute import ComputeSettings
+from schemas.preflight import PreflightConfig
+from tasks.disk import num_parameters
+
+
+def kv_bytes(config: Mapping[str, Any], num_sequences: int, num_tokens: int, bytes_per_value: int) -> int:
+    """Keys and values of sequences that are generated at once, all as long; `config`: the model's config.json."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    return num_sequences * num_tokens * int(config["num_hidden_layers"]) * 2 * kv_heads * head_dim * bytes_per_value
+
+
+def rlvr_bytes(
+    config: PreflightConfig, model: Path, longest: int, compute: ComputeSettings, bfloat16: bool
+) -> tuple[int, int]:
+    """Of RLVR's reference model, and of all there is while rollouts as long as the longest are generated."""
+    training = config.training
+    if training is None or not training.num_rollouts:
+        return 0, 0
+    weights = 4 * num_parameters(model)
+    reference = weights if training.has_reference else 0
+    # Adam's moments stay meanwhile, and autocast keeps its copy of the weights.
+    held = 3 * weights + reference + (weights // 2 if bfloat16 else 0)
+    try:
+        architecture = json.loads((model / "config.json").read_text())
+        num_rollouts = -(-training.num_rollouts // compute.num_processes)
+        return reference, held + kv_bytes(architecture, num_rollouts, longest, 2 if bfloat16 else 4)
+    except (KeyError, TypeError):  # of another kind than a decoder with attention in every layer
+        return reference, held
+
+
+def require_memory(needed: int, config: PreflightConfig, longest: int) -> None:
+    """ValueError where this GPU has less than RLVR needs. Its generation is not tried: it would fail hours later."""
+    import torch
+
+    assert config.training is not None
+    there = torch.cuda.get_device_properties(0).total_memory
+    if needed > there:
+        raise ValueError(
+            f"rlvr: {config.training.num_rollouts:,} rollouts of up to {longest:,} tokens, the model, its optimizer "
+            f"and the reference need {needed / 1e9:.1f} GB, and this GPU has {there / 1e9:.1f}; lower "
+            "max_completion_length or steps_per_generation, raise compute.num_processes, or take a larger device "
+            "(preflight.dry_run: false skips this check, not the failure)"
+        )
