@@ -37,7 +37,9 @@ class ComputeSettings(StrictModel):
     num_processes: int = machinery(
         1, ge=1, description="training processes (GPUs) per stage; started by torchrun above one"
     )
-    num_threads: int | None = machinery(None, ge=1, description="CPU threads per stage process; none: all cores")
+    num_threads: int | None = machinery(
+        None, ge=1, description="CPU threads per stage process, and processes of the preflight; none: all cores"
+    )
     per_device_train_batch_size: int = machinery(1, ge=1, description="gradient_accumulation_steps is derived from it")
     per_device_eval_batch_size: int = machinery(8, ge=1)
     activation_checkpointing: bool = machinery(False, description="trade compute for memory")

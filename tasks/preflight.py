@@ -1,37 +1,30 @@
 """Preflight: the rows of a training stage, tokenised once and checked before anything is trained.
 
 All trainings on the same rows share what it makes: a sweep tokenises nothing again. Rows are cut or dropped here and
-nowhere else, so every row that a model does not see as it was written is counted.
+nowhere else, so every row that a model does not see as it was written is counted. The rows are gone through in parts
+(tasks/preflight_parts.py), which are put together here: the file and the figures do not tell how they were divided.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
 from tasks.disk import adapter_size, cache_bytes, model_size, training_bytes
 from tasks.models import check_model_folder, load_tokenizer
-from tasks.preflight_rows import Counts, Look, Tokenised, tokenised
+from tasks.preflight_counts import Counts, load_counts
+from tasks.preflight_parts import Maker, Part, cut, make_parts, parts_folder, read_rows, tokens_schema
+from tasks.preflight_rows import Look, shown
 from tasks.stage import Stage, StageContext
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("smoltulu")
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99, 100)
-_BATCH_ROWS = 512
 _HISTOGRAM_BINS = 40
-COLUMNS = {
-    "conversations": ("input_ids", "labels"),
-    "pairs": ("prompt_ids", "prompt_mask", "chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask"),
-}
 
 
 def run_preflight(
@@ -44,14 +37,10 @@ def run_preflight(
     check_model_folder(Path(inputs.model))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     look = Look.of(tokenizer, Path(inputs.model))
-    counts = Counts()
-    with _tokenizer_threads(context.compute.num_threads):
-        if config.kind == "prompts":
-            file = context.folder / "rows.jsonl"
-            _write_prompts(config, tokenizer, inputs, file, counts, look, context)
-        else:
-            file = context.folder / "rows.parquet"
-            _write_tokens(config, tokenizer, inputs, file, counts, look, context)
+    folder = parts_folder(config, inputs, context.work)
+    maker = Maker(config, tokenizer, look, Path(inputs.dataset), folder)
+    file = context.folder / maker.file
+    counts = _put_together(maker, file, context)
     run, too_large = None, []
     if config.settings.dry_run and counts.num_rows:
         try:
@@ -67,7 +56,9 @@ def run_preflight(
         first_rows={name: tuple(rows) for name, rows in counts.examples.items()},
         dry_run=run,
     )
-    page = html_report(config, outputs, counts.examples, counts.texts, counts.shown(tokenizer))
+    page = html_report(
+        config, outputs, counts.examples, counts.texts, [shown(tokenizer, row) for row in counts.first_kept]
+    )
     found = problems(config, outputs, counts.examples) + too_large
     # Where it fails, the page is in no artifact: it stays in `work`, which outlives the failure.
     report = (context.work if found else context.folder) / outputs.report_file
@@ -105,26 +96,26 @@ def overlong_share(outputs: PreflightOutputs) -> float:
     return outputs.num_overlong / max(outputs.num_source_rows, 1)
 
 
-def length_report(lengths: list[int]) -> LengthReport:
+def length_report(lengths: Sequence[int]) -> LengthReport:
     """Mean, percentiles (nearest rank) and histogram of row lengths in tokens.
 
     The last bin holds all that is longer: twice the 99th percentile ends the axis, or one row would make it empty.
     """
-    ranked = sorted(lengths)
+    import numpy as np
+
+    ranked = np.sort(np.asarray(lengths, dtype=np.int64))
 
     def percentile(p: int) -> int:
-        return ranked[max(-(-len(ranked) * p // 100) - 1, 0)] if ranked else 0
+        return int(ranked[max(-(-len(ranked) * p // 100) - 1, 0)]) if len(ranked) else 0
 
     end = min(percentile(100), 2 * percentile(99))
     width = _round_up(end / _HISTOGRAM_BINS)
-    histogram = [0] * (end // width + 1)
-    for length in ranked:
-        histogram[min(length // width, len(histogram) - 1)] += 1
+    bins = np.minimum(ranked // width, end // width)
     return LengthReport(
-        mean=sum(ranked) / max(len(ranked), 1),
+        mean=int(ranked.sum()) / max(len(ranked), 1),
         percentiles={str(p): percentile(p) for p in PERCENTILES},
         bin_width=width,
-        histogram=tuple(histogram),
+        histogram=tuple(np.bincount(bins, minlength=end // width + 1).tolist()),
     )
 
 
@@ -138,89 +129,55 @@ def _round_up(value: float) -> int:
         power *= 10
 
 
+def _put_together(maker: Maker, file: Path, context: StageContext) -> Counts:
+    """All parts, in order: their rows in `file`, their counts added up. Holds one batch of rows at a time."""
+    parts, counts = cut(maker.dataset), Counts()
+    num_source_rows = sum(part.num_rows for part in parts)
+
+    with _opened(maker, file) as take_rows:
+
+        def take(part: Part) -> None:
+            folder = maker.folder_of(part)
+            take_rows(folder / maker.file)
+            added = load_counts(folder)
+            if added.malformed and not counts.malformed:
+                logger.warning("%s", added.malformed)
+            counts.add(added)
+            context.report(counts.num_source_rows, num_source_rows)
+
+        make_parts(maker, parts, context.compute.num_threads, take)
+
+    def source_of(number: int) -> dict[str, Any]:
+        part = next(part for part in parts if number < part.first_row + part.num_rows)
+        return next(row for found, row in read_rows(maker.dataset, part) if found == number)
+
+    counts.finish(source_of)
+    return counts
+
+
 @contextmanager
-def _tokenizer_threads(num_threads: int | None) -> Iterator[None]:
-    """Let the tokenizer work on all cores, or on `num_threads`: a stage's process is started with its threads off."""
-    names = {"TOKENIZERS_PARALLELISM": "false" if num_threads == 1 else "true"}
-    if num_threads is not None:
-        names["RAYON_NUM_THREADS"] = str(num_threads)
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _write_tokens(
-    config: PreflightConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: PreflightInputs,
-    file: Path,
-    counts: Counts,
-    look: Look,
-    context: StageContext,
-) -> None:
-    import pyarrow as pa
+def _opened(maker: Maker, file: Path) -> Iterator[Callable[[Path], None]]:
+    """A function that appends the rows of a part's file to `file`."""
     from pyarrow import parquet
 
-    names = COLUMNS[config.kind]
-    # Labels are token ids or -100, masks 0 or 1.
-    types = [pa.list_(pa.int8() if name.endswith("_mask") else pa.int32()) for name in names]
-    schema = pa.schema([("row", pa.int64()), *zip(names, types, strict=True)])
+    if maker.config.kind == "prompts":
+        with file.open("wb") as stream:
+
+            def copy(part: Path) -> None:
+                with part.open("rb") as rows:
+                    shutil.copyfileobj(rows, stream)
+
+            yield copy
+        return
+    schema = tokens_schema(maker.config.kind)
     with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
-        for batch in _batches(config, tokenizer, inputs, counts, context):
-            columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-            for row in batch:
-                fitted = counts.fit(config, look, row)
-                if fitted is None:
-                    continue
-                columns["row"].append(row.number)
-                for name in names:
-                    columns[name].append(getattr(fitted, name))
-            writer.write_table(pa.table(columns, schema))
 
+        def append(part: Path) -> None:
+            with parquet.ParquetFile(part) as rows:
+                for group in range(rows.num_row_groups):
+                    writer.write_table(rows.read_row_group(group, use_threads=False))
 
-def _write_prompts(
-    config: PreflightConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: PreflightInputs,
-    file: Path,
-    counts: Counts,
-    look: Look,
-    context: StageContext,
-) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        for batch in _batches(config, tokenizer, inputs, counts, context):
-            for row in batch:
-                if counts.fit(config, look, row) is not None:
-                    stream.write(json.dumps(row.source, ensure_ascii=False) + "\n")
-
-
-def _batches(
-    config: PreflightConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: PreflightInputs,
-    counts: Counts,
-    context: StageContext,
-) -> Iterator[list[Tokenised]]:
-    """The rows that the template renders, tokenised, nothing cut."""
-    with Path(inputs.dataset).open("rb") as stream:
-        num_source_rows = sum(1 for _ in stream)
-    rows = _rows(Path(inputs.dataset))
-    while batch := list(islice(rows, _BATCH_ROWS)):
-        yield tokenised(config, tokenizer, batch, counts)
-        context.report(counts.num_source_rows, num_source_rows)
-
-
-def _rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream):
-            yield number, json.loads(line)
+        yield append
 
 
 def _objections(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:

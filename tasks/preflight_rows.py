@@ -1,12 +1,9 @@
-"""What the preflight looks for in a row, and what became of all of them."""
+"""A row of the preflight: its tokens, and what is looked for in it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +23,7 @@ from tasks.tokens import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger("smoltulu")
-
-_NUM_EXAMPLES = 3
 _SHOWN_TOKENS = 600
-_SHOWN_CHARACTERS = 2_000
 _PROBE = [
     {"role": "system", "content": "probe system"},
     {"role": "user", "content": "probe question"},
@@ -126,9 +119,9 @@ def tokenised(
     config: PreflightConfig,
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[tuple[int, dict[str, Any]]],
-    counts: Counts,
+    refuse: Callable[[int, dict[str, Any], Exception], None],
 ) -> list[Tokenised]:
-    """The rows of a batch that the template renders; the others are counted, and cost the batch nothing."""
+    """The rows of a batch that the template renders; the others go to `refuse`, and cost the batch nothing."""
     import jinja2
 
     rows = [row for _, row in batch]
@@ -144,92 +137,9 @@ def tokenised(
         return [Tokenised(number, row, whole) for (number, row), whole in zip(batch, made, strict=True)]
     except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
         if len(batch) > 1:
-            return [row for single in batch for row in tokenised(config, tokenizer, [single], counts)]
-        number, row = batch[0]
-        if not counts.num_malformed:
-            logger.warning("row %d is not rendered by the chat template: %s: %s", number, type(error).__name__, error)
-        counts.num_source_rows += 1
-        counts.note("num_malformed", number, row)
+            return [row for single in batch for row in tokenised(config, tokenizer, [single], refuse)]
+        refuse(*batch[0], error)
         return []
-
-
-class Counts:
-    """What became of the rows, as they go by. Every `num_` is a field of PreflightOutputs."""
-
-    def __init__(self) -> None:
-        self.num_source_rows = self.num_rows = self.num_dropped = self.num_empty = self.num_truncated = 0
-        self.num_overlong = self.num_malformed = self.num_eos_lost = self.num_without_eos = self.num_unstable = 0
-        self.num_special = self.num_special_trained = self.num_headers = 0
-        self.num_two_bos = self.num_beyond_embeddings = self.num_duplicates = self.num_equal = 0
-        self.num_tokens = self.num_trained_tokens = self.longest = 0
-        self.lengths: list[int] = []
-        #: Kind of finding -> the first few rows that show it; their text as JSON, cut.
-        self.examples: dict[str, list[int]] = {}
-        self.texts: dict[int, str] = {}
-        self._shown: list[Tokenised] = []
-        self._seen: set[bytes] = set()
-
-    def totals(self) -> dict[str, int]:
-        """All counts, by their field of PreflightOutputs."""
-        return {name: value for name, value in vars(self).items() if name.startswith("num_") or name == "longest"}
-
-    def note(self, finding: str, number: int, source: dict[str, Any]) -> None:
-        """Count a finding and remember its first rows."""
-        setattr(self, finding, getattr(self, finding) + 1)
-        rows = self.examples.setdefault(finding, [])
-        if len(rows) < _NUM_EXAMPLES:
-            rows.append(number)
-            text = json.dumps(source, ensure_ascii=False)
-            self.texts[number] = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
-
-    def fit(self, config: PreflightConfig, look: Look, row: Tokenised) -> Conversation | Pair | None:
-        """The row within max_length, or None where it is left out; counted either way."""
-        self.num_source_rows += 1
-        self.lengths.append(row.length)
-        for finding in _findings(config, look, row):
-            self.note(finding, row.number, row.source)
-        overlong = row.length > config.max_length
-        if overlong:
-            self.note("num_overlong", row.number, row.source)
-        fitted = _fit(config, row.whole)
-        if fitted is None:
-            dropped = overlong and (config.overlong == "drop" or config.kind == "prompts")
-            self.note("num_dropped" if dropped else "num_empty", row.number, row.source)
-            return None
-        if overlong:
-            self.note("num_truncated", row.number, row.source)
-            if _loses_eos(row, config.max_length):
-                self.note("num_eos_lost", row.number, row.source)
-        self._keep(row, fitted)
-        return fitted
-
-    def _keep(self, row: Tokenised, fitted: Conversation | Pair) -> None:
-        self.num_rows += 1
-        sides = sides_of(fitted)
-        self.num_tokens += sum(len(ids) for ids, _ in sides)
-        self.num_trained_tokens += sum(sum(mask) for _, mask in sides)
-        self.longest = max(self.longest, *(len(ids) for ids, _ in sides))
-        # A part between the sides: the same tokens divided otherwise are another pair.
-        tokens = b"|".join(array("q", ids).tobytes() for ids, _ in sides)
-        digest = hashlib.blake2b(tokens, digest_size=12).digest()
-        if digest in self._seen:
-            self.note("num_duplicates", row.number, row.source)
-        self._seen.add(digest)
-        if isinstance(fitted, Pair) and fitted.chosen_ids == fitted.rejected_ids:
-            self.note("num_equal", row.number, row.source)
-        if len(self._shown) < _NUM_EXAMPLES:
-            self._shown.append(Tokenised(row.number, {}, fitted))
-
-    def shown(self, tokenizer: PreTrainedTokenizerBase) -> list[Shown]:
-        """The first rows that are left, token by token."""
-        rows = []
-        for row in self._shown:
-            sides = [
-                [(_piece(tokenizer, token), bool(trained)) for token, trained in zip(ids, mask, strict=True)]
-                for ids, mask in ((ids[:_SHOWN_TOKENS], mask[:_SHOWN_TOKENS]) for ids, mask in row.sides)
-            ]
-            rows.append(Shown(row.number, sides, sum(max(len(ids) - _SHOWN_TOKENS, 0) for ids, _ in row.sides)))
-        return rows
 
 
 def sides_of(row: Conversation | Pair) -> list[tuple[list[int], list[int]]]:
@@ -242,7 +152,8 @@ def sides_of(row: Conversation | Pair) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def _fit(config: PreflightConfig, whole: Conversation | Pair) -> Conversation | Pair | None:
+def fit(config: PreflightConfig, whole: Conversation | Pair) -> Conversation | Pair | None:
+    """The row within max_length; None where it is dropped, or where nothing is left to train on."""
     if config.kind == "prompts":
         assert isinstance(whole, Conversation)
         return whole if len(whole.input_ids) <= config.max_length else None
@@ -251,7 +162,7 @@ def _fit(config: PreflightConfig, whole: Conversation | Pair) -> Conversation | 
     return fit_conversation(whole, config.max_length, config.overlong)
 
 
-def _findings(config: PreflightConfig, look: Look, row: Tokenised) -> list[str]:
+def findings(config: PreflightConfig, look: Look, row: Tokenised) -> list[str]:
     """Findings of a row as it is written."""
     found = []
     facts = look.facts
@@ -282,9 +193,18 @@ def last_trained(mask: Sequence[int]) -> int:
     return next((index + 1 for index in range(len(mask) - 1, -1, -1) if mask[index]), 0)
 
 
-def _loses_eos(row: Tokenised, max_length: int) -> bool:
+def loses_eos(row: Tokenised, max_length: int) -> bool:
     """Whether a side's last trained token, its eos, lies behind the cut."""
     return any(last_trained(mask) > max_length for _, mask in row.sides)
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, row: Tokenised) -> Shown:
+    """A row, token by token."""
+    sides = [
+        [(_piece(tokenizer, token), bool(trained)) for token, trained in zip(ids, mask, strict=True)]
+        for ids, mask in ((ids[:_SHOWN_TOKENS], mask[:_SHOWN_TOKENS]) for ids, mask in row.sides)
+    ]
+    return Shown(row.number, sides, sum(max(len(ids) - _SHOWN_TOKENS, 0) for ids, _ in row.sides))
 
 
 def _piece(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -1,0 +1,263 @@
+"""The preflight in parts: so many rows of the file at a time, tokenised, fitted and counted, by one process or several.
+
+A part is a folder of `work` that counts with its completion marker only, so a preflight that was killed goes on after
+its finished parts. How the rows are divided depends on their number alone, never on the number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from artifacts.checkpoints import fault, mark_complete
+from artifacts.files import remove_tree, write_atomically
+from artifacts.keys import canonical_json, file_digest, text_digest
+from schemas.common import scientific
+from schemas.preflight import PreflightConfig, PreflightInputs
+from tasks.preflight_counts import Counts, load_counts, save_counts
+from tasks.preflight_rows import Look, Tokenised, tokenised
+from tasks.process import die_with_parent
+from tasks.tokens import Conversation, Pair
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+#: Rows between two finished parts: what a kill may cost, and what one process is given at a time. A multiple of
+#: _BATCH_ROWS, or the last row group of every part would be a smaller one.
+PART_ROWS = 2048
+#: Of 235 MB each. More could not be kept busy: putting the parts together takes a twenty-fifth of making them.
+_MAX_PROCESSES = 24
+#: Rows that are tokenised at once, and a row group of the file.
+_BATCH_ROWS = 512
+COLUMNS = {
+    "conversations": ("input_ids", "labels"),
+    "pairs": ("prompt_ids", "prompt_mask", "chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask"),
+}
+#: Files of a model folder that say nothing about its tokenizer.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+#: What else decides about tokens, where they are made by code.
+_PACKAGES = ("transformers", "tokenizers", "jinja2")
+#: Raise it when what lies in a part's folder changes, or is counted otherwise.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of the rows file, and the byte where they begin."""
+
+    number: int
+    first_row: int
+    num_rows: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What a process needs to make parts. It is sent to every process, so it holds no rows."""
+
+    config: PreflightConfig
+    tokenizer: PreTrainedTokenizerBase
+    look: Look
+    dataset: Path
+    folder: Path
+
+    @property
+    def file(self) -> str:
+        """Name of the file of rows, of a part and of all of them."""
+        return "rows.jsonl" if self.config.kind == "prompts" else "rows.parquet"
+
+    def folder_of(self, part: Part) -> Path:
+        return self.folder / f"{part.number:06d}"
+
+    def has(self, part: Part) -> bool:
+        """Whether a part is finished, every byte as it was written."""
+        folder = self.folder_of(part)
+        return fault(folder, full=True) is None and load_counts(folder).num_source_rows == part.num_rows
+
+    def make(self, part: Part) -> None:
+        folder = self.folder_of(part)
+        remove_tree(folder)
+        folder.mkdir()
+        counts = Counts()
+        write_rows = _write_prompts if self.config.kind == "prompts" else _write_tokens
+        write_rows(self.config, self._fitted(part, counts), folder / self.file)
+        save_counts(counts, folder)
+        mark_complete(folder)
+
+    def _fitted(self, part: Part, counts: Counts) -> Iterator[list[tuple[Tokenised, Conversation | Pair]]]:
+        """The rows that are left, batch by batch."""
+        rows = read_rows(self.dataset, part)
+        while batch := list(islice(rows, _BATCH_ROWS)):
+            made = [
+                (row, counts.fit(self.config, self.look, row))
+                for row in tokenised(self.config, self.tokenizer, batch, counts.note_malformed)
+            ]
+            yield [(row, fitted) for row, fitted in made if fitted is not None]
+
+
+def cut(dataset: Path) -> list[Part]:
+    """The parts of a rows file, in order."""
+    offsets, num_rows, position = [], 0, 0
+    with dataset.open("rb") as stream:
+        for line in stream:
+            if num_rows % PART_ROWS == 0:
+                offsets.append(position)
+            num_rows += 1
+            position += len(line)
+    return [
+        Part(number, number * PART_ROWS, min(PART_ROWS, num_rows - number * PART_ROWS), offset)
+        for number, offset in enumerate(offsets)
+    ]
+
+
+def read_rows(dataset: Path, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and content of the rows of a part."""
+    with dataset.open("rb") as stream:
+        stream.seek(part.offset)
+        for number, line in enumerate(islice(stream, part.num_rows), part.first_row):
+            yield number, json.loads(line.decode("utf-8"))
+
+
+def parts_folder(config: PreflightConfig, inputs: PreflightInputs, work: Path) -> Path:
+    """Where parts lie. What was made from other rows, or by another tokenizer, template or config, is removed."""
+    folder = work / "parts"
+    model = Path(inputs.model)
+    files = sorted(file for file in model.iterdir() if file.is_file() and not file.name.endswith(_WEIGHTS))
+    made_from = canonical_json(
+        {
+            "rows": file_digest(Path(inputs.dataset)),
+            "tokenizer": {file.name: file_digest(file) for file in files},
+            "template": text_digest(inputs.chat_template),
+            "config": scientific(config),
+            "packages": {name: metadata.version(name) for name in _PACKAGES},
+            "part_rows": PART_ROWS,
+            "format": _FORMAT,
+        }
+    )
+    marker = folder / "made_from.json"
+    if not marker.exists() or marker.read_text() != made_from:
+        remove_tree(folder)
+        folder.mkdir()
+        write_atomically(marker, made_from)
+    return folder
+
+
+def make_parts(maker: Maker, parts: list[Part], num_threads: int | None, take: Callable[[Part], None]) -> None:
+    """Make what is not there, and give every part to `take`, in order, as soon as it and those before it are finished.
+
+    num_threads   most processes that work at a time; none: as many as there are cores
+    """
+    missing = [part for part in parts if not maker.has(part)]
+    num_processes = min(num_threads or _num_cores(), len(missing), _MAX_PROCESSES)
+    if num_processes > 1:
+        _make_in_processes(maker, parts, missing, num_processes, take)
+        return
+    wanted = {part.number for part in missing}
+    with _tokenizer_threads(num_threads):
+        for part in parts:
+            if part.number in wanted:
+                maker.make(part)
+            take(part)
+
+
+def _make_in_processes(
+    maker: Maker, parts: list[Part], missing: list[Part], num_processes: int, take: Callable[[Part], None]
+) -> None:
+    # Spawned: forking a process that has threads can hang. What the processes inherit is set before they are started.
+    with _tokenizer_threads(1):
+        pool = ProcessPoolExecutor(
+            num_processes, multiprocessing.get_context("spawn"), initializer=_start, initargs=(maker, os.getpid())
+        )
+        try:
+            making = {part.number: pool.submit(_make, part) for part in missing}
+            for part in parts:
+                if part.number in making:
+                    making[part.number].result()
+                take(part)
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "a process that tokenises ended before its part was finished (often: out of memory). "
+                "Finished parts are kept; with compute.stages.preflight.num_threads 1 there is one process"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_maker: Maker | None = None
+
+
+def _start(maker: Maker, parent_pid: int) -> None:
+    global _maker
+    die_with_parent(parent_pid)
+    _maker = maker
+
+
+def _make(part: Part) -> None:
+    assert _maker is not None
+    _maker.make(part)
+
+
+def _num_cores() -> int:
+    # Those that this process may use, where the system says so.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _tokenizer_threads(num_threads: int | None) -> Iterator[None]:
+    """Let the tokenizer work on all cores, or on `num_threads`: a stage's process is started with its threads off."""
+    names = {"TOKENIZERS_PARALLELISM": "false" if num_threads == 1 else "true"}
+    if num_threads is not None:
+        names["RAYON_NUM_THREADS"] = str(num_threads)
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def tokens_schema(kind: str) -> pa.Schema:
+    """Columns of a file of tokenised rows. Labels are token ids or -100, masks 0 or 1."""
+    import pyarrow as pa
+
+    types = {name: pa.list_(pa.int8() if name.endswith("_mask") else pa.int32()) for name in COLUMNS[kind]}
+    return pa.schema({"row": pa.int64(), **types})
+
+
+def _write_tokens(
+    config: PreflightConfig, batches: Iterator[list[tuple[Tokenised, Conversation | Pair]]], file: Path
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = tokens_schema(config.kind)
+    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+        for batch in batches:
+            columns: dict[str, list[Any]] = {"row": [row.number for row, _ in batch]}
+            for name in COLUMNS[config.kind]:
+                columns[name] = [getattr(fitted, name) for _, fitted in batch]
+            writer.write_table(pa.table(columns, schema))
+
+
+def _write_prompts(
+    config: PreflightConfig, batches: Iterator[list[tuple[Tokenised, Conversation | Pair]]], file: Path
+) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        for batch in batches:
+            for row, _ in batch:
+                stream.write(json.dumps(row.source, ensure_ascii=False) + "\n")
