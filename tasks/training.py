@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 import threading
 from pathlib import Path
@@ -114,7 +115,8 @@ def prepare_torch(context: StageContext) -> None:
     if context.compute.num_threads:
         torch.set_num_threads(context.compute.num_threads)
     if device_of(context.compute) == "cuda":
-        _check_num_gpus(torch.cuda.device_count(), context.compute.num_processes)
+        # Not compute.num_processes: a stage that is no training has one process, whatever that says.
+        _check_num_gpus(torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", "1")))
     # trl#7181: NaN gradients in bfloat16 with torch 2.13; off from there on until a version is known to be mended.
     if torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
         torch.backends.cuda.enable_cudnn_sdp(False)

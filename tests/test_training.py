@@ -33,7 +33,7 @@ from tasks.reward_model import train_reward_model
 from tasks.rlvr import reward_function, rollout_reward, train_rlvr
 from tasks.sft import train_sft
 from tasks.stage import StageContext
-from tasks.training import _check_num_gpus
+from tasks.training import _check_num_gpus, prepare_torch
 from tests.small_runs import training_inputs
 from tests.tiny_model import build_tiny_model
 
@@ -181,6 +181,19 @@ def test_every_stage_on_this_gpu(stage: str, world: Path, tmp_path: Path) -> Non
 def test_every_process_has_a_gpu_and_one_only(num_gpus: int, num_processes: int, message: str | None) -> None:
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         _check_num_gpus(num_gpus, num_processes)
+
+
+def test_a_stage_of_one_process_asks_for_one_gpu_whatever_trainings_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The preflight's dry run of a recipe for eight GPUs sees one of them."""
+    monkeypatch.setattr("tasks.training.device_of", lambda compute: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    eight = context(tmp_path, num_processes=8)
+    prepare_torch(eight)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="num_processes is 8 and there are 1 GPUs"):
+        prepare_torch(eight)
 
 
 @pytest.mark.parametrize(("visible", "num_ranks", "device", "expected"), [
