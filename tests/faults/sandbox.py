@@ -238,8 +238,11 @@ def _differing_files(mine: Path, theirs: Path) -> list[str]:
 def _differing_fields(mine: Manifest, theirs: Manifest) -> list[str]:
     def content(manifest: Manifest) -> dict[str, Any]:
         values = manifest.model_dump(include={"key", "spec", "digest", "inputs", "outputs", "metrics"})
-        # Speeds are measured, not computed.
-        values["metrics"] = {n: v for n, v in values["metrics"].items() if "second" not in n}
+        # Speed and memory are measured, not computed.
+        values["metrics"] = {n: v for n, v in values["metrics"].items() if "second" not in n and "memory" not in n}
+        dry_run = values["outputs"].get("dry_run") or {}
+        for name in ("seconds", "peak_memory_bytes"):
+            dry_run.pop(name, None)
         return values
 
     a, b = content(mine), content(theirs)
