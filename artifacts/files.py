@@ -43,3 +43,13 @@ def remove_tree(path: Path) -> None:
     except FileNotFoundError:
         return
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def made_from_folder(folder: Path, made_from: str) -> Path:
+    """A folder of unfinished work; emptied first where `made_from`, kept beside that work, is another than before."""
+    marker = folder / "made_from.json"
+    if not marker.exists() or marker.read_text() != made_from:
+        remove_tree(folder)
+        folder.mkdir()
+        write_atomically(marker, made_from)
+    return folder

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifacts.checkpoints import fault, mark_complete
-from artifacts.files import remove_tree, write_atomically
+from artifacts.files import made_from_folder, remove_tree
 from artifacts.keys import canonical_json, file_digest, text_digest
 from schemas.common import scientific
 from schemas.preflight import PreflightConfig, PreflightInputs
@@ -145,12 +145,7 @@ def parts_folder(config: PreflightConfig, inputs: PreflightInputs, work: Path) -
             "format": _FORMAT,
         }
     )
-    marker = folder / "made_from.json"
-    if not marker.exists() or marker.read_text() != made_from:
-        remove_tree(folder)
-        folder.mkdir()
-        write_atomically(marker, made_from)
-    return folder
+    return made_from_folder(folder, made_from)
 
 
 def make_parts(maker: Maker, parts: list[Part], num_threads: int | None, take: Callable[[Part], None]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifacts.checkpoints import mark_complete
-from artifacts.files import remove_tree, sync, write_atomically
+from artifacts.files import made_from_folder, sync
 from artifacts.keys import file_digest
 from schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs, ReferenceLogpsOutputs
 from tasks.models import device_of, load_language_model, load_tokenizer, use_bfloat16
@@ -133,12 +133,7 @@ def _shards_folder(inputs: ReferenceLogpsInputs, context: StageContext) -> Path:
     folder = context.work / "shards"
     sources = [Path(inputs.dataset), *sorted(Path(inputs.model).glob("*.safetensors"))]
     made_from = json.dumps([file_digest(file) for file in sources])
-    marker = folder / "made_from.json"
-    if not marker.exists() or marker.read_text() != made_from:
-        remove_tree(folder)
-        folder.mkdir()
-        write_atomically(marker, made_from)
-    return folder
+    return made_from_folder(folder, made_from)
 
 
 def _read_shard(file: Path, num_pairs: int) -> np.ndarray | None:

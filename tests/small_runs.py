@@ -7,6 +7,7 @@ trainer is built, for tests of what it was given.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,18 @@ import tasks.dpo
 import tasks.reward_model
 import tasks.sft
 from flows.graph import preflight_config
+from schemas.artifact import Spec
+from schemas.common import scientific
 from schemas.compute import ComputeSettings
 from schemas.preflight import PreflightInputs, PreflightSettings
 from schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
 from schemas.training import DPOInputs, DPOSettings, RewardModelSettings, SFTSettings, TrainingInputs, TrainingSettings
+from tasks.job import Job
+from tasks.launch import run_child
 from tasks.preflight import run_preflight
 from tasks.reference_logps import run_reference_logps
 from tasks.stage import StageContext
+from tasks.stages import STAGES
 from tests.tiny_model import TULU_TEMPLATE
 
 MODULES = {"sft": tasks.sft, "reward_model": tasks.reward_model, "dpo": tasks.dpo}
@@ -176,3 +182,20 @@ def trainer_of(
         except _BuiltError:
             return built[0]
     raise AssertionError("the stage did not come to its training")
+
+
+def two_processes(
+    stage: str, folder: Path, model: Path, rows: list[Any], settings: Any, **compute: Any
+) -> Callable[[str], Path]:
+    """A function: name of a folder -> the work folder of a training there by two processes."""
+    config, inputs, context = stage_arguments(stage, folder / "job", model, rows, settings, num_processes=2, **compute)
+    spec = Spec(stage=stage, version=1, config=scientific(config), inputs={}, externals={})
+    job = Job(stage, STAGES[stage], config, context.compute, spec, inputs)
+
+    def made(name: str) -> Path:
+        work = folder / name / "work"
+        (work / "output").mkdir(parents=True)
+        run_child(job, work, work / "output", logging.getLogger("test"))
+        return work
+
+    return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,14 +16,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, DataLoader
 
-from schemas.artifact import Spec
-from schemas.common import scientific
 from tasks.even_rows import BlankCollator, EvenRows, EvenSampler, blank_row, even_out, is_blank, num_blanks
 from tasks.guards import LossRule, guard
-from tasks.launch import run_child
-from tasks.runner import Job
-from tasks.stages import STAGES
-from tests.small_runs import conversations, pairs, run, stage_arguments, trainer_of
+from tests.small_runs import conversations, pairs, run, trainer_of, two_processes
 from tests.tiny_model import build_tiny_model, build_tokenizer
 
 STAGE_NAMES = ("sft", "reward_model", "dpo")
@@ -189,21 +183,6 @@ def test_guards_neither_ring_for_blanks_nor_name_them() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- the real thing
-
-
-def two_processes(stage: str, folder: Path, model: Path, rows: list[Any], settings: Any, **compute: Any) -> Any:
-    """A function: name of a folder -> the work folder of a training there by two processes."""
-    config, inputs, context = stage_arguments(stage, folder / "job", model, rows, settings, num_processes=2, **compute)
-    spec = Spec(stage=stage, version=1, config=scientific(config), inputs={}, externals={})
-    job = Job(stage, STAGES[stage], config, context.compute, spec, inputs)
-
-    def made(name: str) -> Path:
-        work = folder / name / "work"
-        (work / "output").mkdir(parents=True)
-        run_child(job, work, work / "output", logging.getLogger("test"))
-        return work
-
-    return made
 
 
 #: Rows of two epochs, rows of a micro-batch, packed. With steps of 4 rows, an epoch's last step is

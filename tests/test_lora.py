@@ -16,14 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from artifacts.checkpoints import CHECKPOINT_MARKER
-from schemas.artifact import Spec
-from schemas.common import scientific
 from schemas.training import LoraSettings
-from tasks.job import Job
-from tasks.launch import run_child
 from tasks.lora import merged, with_adapter
-from tasks.stages import STAGES
-from tests.small_runs import Run, conversations, pairs, run, stage_arguments
+from tests.small_runs import Run, conversations, pairs, run, two_processes
 from tests.tiny_model import build_tiny_model
 
 # The first pair has the same answer twice.
@@ -174,16 +169,7 @@ def test_two_processes_train_the_adapter_of_one_and_resume_to_the_same_bytes(
     """torchrun over gloo, same effective batch; dropout off, because each process draws its own."""
     settings = SETTINGS | {"learning_rate": 1e-3}
     one = load_file(run(stage, tmp_path / "one", base, ROWS[stage], settings).model / "model.safetensors")
-    config, inputs, context = stage_arguments(stage, tmp_path / "job", base, ROWS[stage], settings, num_processes=2)
-    spec = Spec(stage=stage, version=1, config=scientific(config), inputs={}, externals={})
-    job = Job(stage, STAGES[stage], config, context.compute, spec, inputs)
-
-    def made(name: str) -> Path:
-        work = tmp_path / name / "work"
-        (work / "output").mkdir(parents=True)
-        run_child(job, work, work / "output", logging.getLogger("test"))
-        return work
-
+    made = two_processes(stage, tmp_path, base, ROWS[stage], settings)
     unbroken = made("unbroken")
     shutil.copytree(unbroken / "checkpoints", tmp_path / "resumed" / "work" / "checkpoints")
     shutil.rmtree(tmp_path / "resumed" / "work" / "checkpoints" / "checkpoint-4")
