@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from recipes import CHAT_TEMPLATES
+
 import argparse
 import json
 import os
@@ -16,7 +18,7 @@ from benchmarks.training_rows import SHAPES, Shape, write_model
 
 WORK = Path(__file__).with_name("training_work.py")
 LEARNING_RATE, SEED = 1e-5, 42
-CHAT_TEMPLATE = (Path(__file__).parents[1] / "recipes" / "chat_templates" / "tulu.jinja").read_text("utf-8")
+CHAT_TEMPLATE = (CHAT_TEMPLATES / "tulu.jinja").read_text("utf-8")
 NAMES = {"sft": "SFT", "reward_model": "reward model", "dpo": "DPO"}
 
 

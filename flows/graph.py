@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from artifacts.keys import folder_digest, text_digest
 from flows.nodes import Binding, Node, NodeGraph
 from flows.preflight_figures import planned_training
+from recipes import LM_EVAL_TASKS
 from schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from schemas.evaluation import EvaluationStageConfig, EvaluationTask
 from schemas.preflight import PreflightConfig, PreflightSettings
@@ -27,7 +28,6 @@ from tasks.models import check_model_folder
 from tasks.stage import Stage
 from tasks.stages import STAGES
 
-LM_EVAL_TASKS = Path(__file__).resolve().parent.parent / "recipes" / "lm_eval"
 
 
 class Graph(NodeGraph):

@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from recipes import PRESETS
 from schemas.recipe import STAGE_ORDER, ExtendingRecipe, Recipe
 
 #: libyaml's, ten times as fast, where PyYAML was built with it.
 _YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-PRESETS = Path(__file__).resolve().parent.parent / "recipes"
 
 
 class RecipeError(ValueError):

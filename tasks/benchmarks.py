@@ -11,12 +11,11 @@ from pathlib import Path
 
 import yaml
 
+from recipes import BENCHMARK_REGISTRY
 from schemas.benchmarks import BenchmarkRegistry, RegisteredBenchmark
 from schemas.contamination import Benchmark
 from schemas.data import DataSource
 from tasks.data import SUFFIXES, expand_path
-
-_REGISTRY = Path(__file__).resolve().parent.parent / "recipes" / "benchmarks" / "registry.yaml"
 
 GROUPS = ("all", "paper", "evaluated")
 
@@ -28,7 +27,7 @@ _DEFAULT_FOLDER = "${SMOLTULU_REAL_DATA:-../shared/data}/eval"
 @cache
 def load_registry() -> BenchmarkRegistry:
     """The shipped registry."""
-    return BenchmarkRegistry.model_validate(yaml.safe_load(_REGISTRY.read_text(encoding="utf-8")))
+    return BenchmarkRegistry.model_validate(yaml.safe_load(BENCHMARK_REGISTRY.read_text(encoding="utf-8")))
 
 
 def benchmarks_folder(given: str | None = None) -> Path | None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-TEMPLATES = Path(__file__).resolve().parent.parent / "recipes" / "chat_templates"
+from recipes import CHAT_TEMPLATES
 
 _PROBE = [
     {"role": "system", "content": "probe system"},
@@ -21,8 +21,8 @@ def load_chat_template(name_or_path: str) -> str:
     Raises ValueError: unknown name, unreadable file, syntax or rendering error, text lost, no generation markers
     (without them the loss cannot be limited to assistant tokens), or a prompt that is not a prefix of the conversation.
     """
-    shipped = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
-    path = TEMPLATES / f"{name_or_path}.jinja" if name_or_path in shipped else Path(name_or_path)
+    shipped = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
+    path = CHAT_TEMPLATES / f"{name_or_path}.jinja" if name_or_path in shipped else Path(name_or_path)
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:

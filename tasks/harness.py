@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes import LM_EVAL_TASKS
 from schemas.data import DataSource
 from schemas.evaluation import EvaluationSettings, EvaluationTask, Score
 from tasks.data import read_rows
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("smoltulu")
 
-TASK_FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "lm_eval"
 _MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DEFAULT_MAX_GEN_TOKS = 256  # lm-eval's, where a task names none
 
@@ -46,7 +46,7 @@ def task_manager(*, stock: bool) -> TaskManager:
     """Index of task definitions: the shipped ones alone (0.03 s), or lm-eval's thousands as well (5 s)."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(TASK_FOLDER), include_defaults=stock)
+    return TaskManager(include_path=str(LM_EVAL_TASKS), include_defaults=stock)
 
 
 def check_tasks(tasks: tuple[EvaluationTask, ...]) -> TaskManager:

@@ -5,6 +5,8 @@ The last two tests are the large ones (over 40,000 instances, 50,000 prompts). A
 
 from __future__ import annotations
 
+from tests import ROOT
+
 import importlib.util
 import json
 import os
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.skipif(oracle.why_not() is not None, reason=f"different
 needs_spacy = pytest.mark.skipif(importlib.util.find_spec("spacy") is None, reason="spaCy is not installed")
 
 N, THRESHOLD = 8, 0.5
-DATA = Path(os.environ.get("SMOLTULU_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data")
+DATA = Path(os.environ.get("SMOLTULU_REAL_DATA") or ROOT.parent / "shared" / "data")
 
 #: New in Unicode 14, so Python 3.11 knows their lower case and Java 17, with Unicode 13, does not.
 NEWER_THAN_JAVA = {0x2C2F, 0xA7C0, 0xA7D0, 0xA7D6, 0xA7D8, *range(0x10570, 0x10596)}

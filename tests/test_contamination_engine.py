@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests import ROOT
+
 import importlib.util
 import json
 import os
@@ -34,8 +36,7 @@ from tests.contamination_fuzz import conversation
 needs_spacy = pytest.mark.skipif(
     importlib.util.find_spec("spacy") is None, reason="spaCy is not installed (optional: n-gram mode)"
 )
-DATA = Path(os.environ.get("SMOLTULU_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data")
-ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("SMOLTULU_REAL_DATA") or ROOT.parent / "shared" / "data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"real data absent: {DATA} (set SMOLTULU_REAL_DATA)")
 
 # The analyzer.

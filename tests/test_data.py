@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests import ROOT
+
 import gzip
 import json
 import subprocess
@@ -255,6 +257,6 @@ def test_import_stays_light():
         "import sys, tasks.data; print([n for n in ('torch', 'datasets', 'pyarrow', 'huggingface_hub', 'prefect') "
         "if n in sys.modules])"
     )
-    root = Path(__file__).parents[1]
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests import ROOT
+
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ from flows.graph import Graph
 from flows.nodes import Binding
 from flows.plan import plan
 from flows.recipe import load_recipe
-from tasks.chat_template import TEMPLATES, check_chat_template, load_chat_template
+from recipes import CHAT_TEMPLATES
+from tasks.chat_template import check_chat_template, load_chat_template
 
 DPO_AND_AFTER = {"dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward", "rlvr", "evaluation-rlvr", "publish"}
 
@@ -130,7 +133,7 @@ def test_the_reward_model_starts_where_the_recipe_says() -> None:
 def test_keys_are_the_same_in_another_process(tmp_path: Path) -> None:
     imports = "from flows.graph import Graph; from flows.recipe import load_recipe"
     code = f"{imports}; print(Graph(load_recipe('tiny')).key('publish'))"
-    environment = {"PYTHONHASHSEED": "7", "PATH": "/usr/bin", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {"PYTHONHASHSEED": "7", "PATH": "/usr/bin", "PYTHONPATH": str(ROOT)}
     printed = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, text=True, capture_output=True, check=True
     )
@@ -190,7 +193,7 @@ def test_templates_that_do_not_do(template: str, message: str) -> None:
 
 
 def test_shipped_templates_do_and_unknown_ones_are_named() -> None:
-    for path in TEMPLATES.glob("*.jinja"):
+    for path in CHAT_TEMPLATES.glob("*.jinja"):
         assert load_chat_template(path.stem) == path.read_text()
     with pytest.raises(ValueError, match=r"'tuul' is neither shipped \(tulu\) nor a readable file"):
         load_chat_template("tuul")

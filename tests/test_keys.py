@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests import ROOT
+
 import copy
 import json
 import math
@@ -30,7 +32,6 @@ from schemas.recipe import Recipe
 from tests import golden_keys
 from tests.golden_keys import made_up_commit
 
-ROOT = Path(__file__).parents[1]
 
 # --- Canonical JSON ---------------------------------------------------------------------------------------------------
 

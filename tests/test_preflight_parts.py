@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests import ROOT
+
 import json
 import multiprocessing
 import os
@@ -36,7 +38,6 @@ from tests.small_runs import turn
 from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model
 
 Rows = list[Any]
-ROOT = Path(__file__).parents[1]
 FREE = PreflightSettings(dry_run=False, max_overlong_share=1, max_unstable_share=1, max_faulty_share=1)
 
 

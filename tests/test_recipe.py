@@ -9,7 +9,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from flows.recipe import PRESETS, RecipeError, check_stage_names, load_recipe, preset_names
+from flows.recipe import RecipeError, check_stage_names, load_recipe, preset_names
+from recipes import PRESETS
 from schemas.common import role_of, scientific
 from schemas.contamination import ContaminationStageConfig
 from schemas.data import DatasetStageConfig

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests import ROOT
+
 import json
 import math
 import os
@@ -145,7 +147,7 @@ def test_two_processes_make_what_one_makes(base: Path, tmp_path: Path, monkeypat
     }
     file = tmp_path / "two" / "work" / "job.json"
     file.write_text(json.dumps(job))
-    root = Path(__file__).parents[1]
+    root = ROOT
     ended = subprocess.run([sys.executable, "-m", "tasks.child", str(file)], cwd=root, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     together = parquet.read_table(tmp_path / "two" / "out" / "reference_logps.parquet")

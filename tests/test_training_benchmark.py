@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests import ROOT
+
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from benchmarks import training, training_gpu, training_rows, training_tools, tr
 from benchmarks.training_gpu import Case, causal_pairs
 from benchmarks.training_rows import SHAPES, conversation_rows, mixed_lengths, pair_rows
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = ROOT
 MINUTE = SHAPES["minute"]
 TINY = ["--shape", "minute", "--repeats", "1", "--steps", "5", "--rows", "16", "--gpu-shapes", "minute"]
 

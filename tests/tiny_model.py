@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from recipes import CHAT_TEMPLATES
+
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 
 EOS = "<|endoftext|>"
 PAD = "<pad>"
-TULU_TEMPLATE = (Path(__file__).parents[1] / "recipes" / "chat_templates" / "tulu.jinja").read_text("utf-8")
+TULU_TEMPLATE = (CHAT_TEMPLATES / "tulu.jinja").read_text("utf-8")
 
 _TEXTS = (
     "<|system|>\nYou are helpful.\n<|user|>\nTom has 12 apples and buys 7 more. How many apples has Tom?\n",

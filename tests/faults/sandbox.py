@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests import ROOT
+
 import filecmp
 import json
 import os
@@ -23,7 +25,7 @@ from flows.recipe import load_recipe
 from schemas.artifact import Manifest
 from tests.small_tiny import SMALL_TINY
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
+PROJECT = ROOT
 KILLER = Path(__file__).resolve().parent / "killer"
 TRAINERS = ("sft", "reward-model", "dpo", "rlvr")
 #: A run is given up after this: on a busy machine a stage takes many times its usual seconds.

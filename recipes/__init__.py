@@ -1,0 +1,13 @@
+"""What ships as files: recipes, chat templates, benchmark registry, lm-eval tasks. The one place that knows where."""
+
+from importlib.resources import files
+from pathlib import Path
+
+#: Folder of the shipped recipes, `NAME.yaml` each. Wheels are installed unpacked, so it is a folder on disk.
+PRESETS = Path(str(files(__name__))).resolve()
+#: Chat templates, `NAME.jinja` each.
+CHAT_TEMPLATES = PRESETS / "chat_templates"
+#: Definitions of lm-eval tasks, `NAME.yaml` each, and the functions that they name.
+LM_EVAL_TASKS = PRESETS / "lm_eval"
+#: The benchmarks that training data are checked against.
+BENCHMARK_REGISTRY = PRESETS / "benchmarks" / "registry.yaml"
