@@ -19,8 +19,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from artifacts.manifests import InputRef, Ref, dig, inputs_of, num_bytes_of, read_json, scores_of
-from schemas.run import RunRecord, TagRecord
+from smoltulu.artifacts.manifests import InputRef, Ref, dig, inputs_of, num_bytes_of, read_json, scores_of
+from smoltulu.schemas.run import RunRecord, TagRecord
 
 KEY = re.compile(r"[0-9a-f]{64}")
 GENERATION = re.compile(r"gen-\d+")

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from artifacts.files import remove_tree, sync, write_atomically
-from artifacts.keys import file_digest, folder_records
-from schemas.artifact import FileRecord
-from schemas.common import StrictModel
+from smoltulu.artifacts.files import remove_tree, sync, write_atomically
+from smoltulu.artifacts.keys import file_digest, folder_records
+from smoltulu.schemas.artifact import FileRecord
+from smoltulu.schemas.common import StrictModel
 
 CHECKPOINT_MARKER = ".complete"
 

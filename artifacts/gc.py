@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from artifacts.catalogue import RUNS, TAGS, Catalogue, Generation, KeyFolder, is_alive
-from artifacts.files import TRASH_PREFIX
-from artifacts.locks import holder_text, try_lock
-from artifacts.manifests import Ref
-from schemas.artifact import MANIFEST_SCHEMA_VERSION
-from schemas.run import RunRecord
+from smoltulu.artifacts.catalogue import RUNS, TAGS, Catalogue, Generation, KeyFolder, is_alive
+from smoltulu.artifacts.files import TRASH_PREFIX
+from smoltulu.artifacts.locks import holder_text, try_lock
+from smoltulu.artifacts.manifests import Ref
+from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION
+from smoltulu.schemas.run import RunRecord
 
 _DAY = 86_400.0
 

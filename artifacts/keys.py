@@ -11,7 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from schemas.artifact import FileRecord, Manifest, Spec
+from smoltulu.schemas.artifact import FileRecord, Manifest, Spec
 
 #: Folder of an artifact for what a stage logs.
 LOGS_FOLDER = "logs"

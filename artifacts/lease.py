@@ -27,8 +27,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from artifacts.objects import Objects, explained
-from schemas.common import StrictModel
+from smoltulu.artifacts.objects import Objects, explained
+from smoltulu.schemas.common import StrictModel
 
 _NAME = re.compile(r"(\d{8})\.(lease|beat|end)")
 _TOLD_SECONDS = 30.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from artifacts.catalogue import Catalogue
-from artifacts.manifests import InputRef, Ref, inputs_of, scores_of, sources_of
-from schemas.common import StageName
+from smoltulu.artifacts.catalogue import Catalogue
+from smoltulu.artifacts.manifests import InputRef, Ref, inputs_of, scores_of, sources_of
+from smoltulu.schemas.common import StageName
 
 _STAGE_ORDER = {stage: position for position, stage in enumerate(get_args(StageName))}
 #: Inputs of every training and evaluation alike: said once for an artifact itself, not at each of its ancestors.

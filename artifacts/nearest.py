@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from artifacts.keys import canonical_json
+from smoltulu.artifacts.keys import canonical_json
 
 #: Artifacts that are compared field by field.
 MOST_RANKED = 48

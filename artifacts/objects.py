@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from artifacts.files import sync
+from smoltulu.artifacts.files import sync
 
 #: Protocols whose fsspec implementation creates exclusively on the server: S3 by `If-None-Match: *`, Google Cloud
 #: Storage by `ifGenerationMatch=0`, Azure by its own `overwrite=False`. fsspec's default (look, then write) does not.

@@ -20,12 +20,12 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from artifacts import lease as leases
-from artifacts.files import remove_tree, sync
-from artifacts.keys import file_digest
-from artifacts.lease import Ending, Lease, LeaseLost
-from artifacts.objects import EXCLUSIVE_PROTOCOLS, RemoteError, explained, open_objects
-from artifacts.remote_format import (
+from smoltulu.artifacts import lease as leases
+from smoltulu.artifacts.files import remove_tree, sync
+from smoltulu.artifacts.keys import file_digest
+from smoltulu.artifacts.lease import Ending, Lease, LeaseLost
+from smoltulu.artifacts.objects import EXCLUSIVE_PROTOCOLS, RemoteError, explained, open_objects
+from smoltulu.artifacts.remote_format import (
     MANIFEST,
     PULL_STATE,
     Part,
@@ -34,7 +34,7 @@ from artifacts.remote_format import (
     checked_manifest,
     parts_of,
 )
-from schemas.artifact import FileRecord, Manifest
+from smoltulu.schemas.artifact import FileRecord, Manifest
 
 __all__ = ["DamagedArtifact", "Lease", "LeaseLost", "Remote", "RemoteArtifact", "RemoteError", "RemoteMissing"]
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ValidationError
 
-from artifacts.keys import artifact_key, records_digest
-from schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest
+from smoltulu.artifacts.keys import artifact_key, records_digest
+from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest
 
 MANIFEST = "manifest.json"
 #: Folder in the target of a pull: what is not finished yet.

@@ -19,12 +19,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts.checkpoints import newest_checkpoint
-from artifacts.files import remove_tree, sync, write_atomically
-from artifacts.keys import artifact_key, canonical_json, file_digest, folder_records, manifest_checksum, records_digest
-from artifacts.locks import holder_text, take, write_holder
-from artifacts.nearest import Nearest, SpecIndex
-from schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest, Spec
+from smoltulu.artifacts.checkpoints import newest_checkpoint
+from smoltulu.artifacts.files import remove_tree, sync, write_atomically
+from smoltulu.artifacts.keys import (
+    artifact_key,
+    canonical_json,
+    file_digest,
+    folder_records,
+    manifest_checksum,
+    records_digest,
+)
+from smoltulu.artifacts.locks import holder_text, take, write_holder
+from smoltulu.artifacts.nearest import Nearest, SpecIndex
+from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest, Spec
 
 MANIFEST = "manifest.json"
 DEFAULT_ROOT = Path("artifacts/store")

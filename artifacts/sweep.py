@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from artifacts.files import TRASH_PREFIX, remove_tree
-from artifacts.gc import Plan, Removal
-from artifacts.locks import holder_text, try_lock
-from artifacts.manifests import Ref
+from smoltulu.artifacts.files import TRASH_PREFIX, remove_tree
+from smoltulu.artifacts.gc import Plan, Removal
+from smoltulu.artifacts.locks import holder_text, try_lock
+from smoltulu.artifacts.manifests import Ref
 
 
 @dataclass

@@ -7,10 +7,10 @@ import os
 import re
 from datetime import UTC, datetime
 
-from artifacts.catalogue import TAGS, Catalogue
-from artifacts.files import write_atomically
-from artifacts.manifests import Ref, inputs_of
-from schemas.run import TagRecord
+from smoltulu.artifacts.catalogue import TAGS, Catalogue
+from smoltulu.artifacts.files import write_atomically
+from smoltulu.artifacts.manifests import Ref, inputs_of
+from smoltulu.schemas.run import TagRecord
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LIKE_A_KEY = re.compile(r"[0-9a-f]{4,64}")

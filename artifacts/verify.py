@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts.catalogue import GENERATION, TAGS, Catalogue, KeyFolder
-from artifacts.keys import artifact_key, records_digest
-from artifacts.locks import holder_text, try_lock
-from artifacts.manifests import Ref
-from artifacts.store import Found, ManifestVersionError, Store, read_manifest
-from schemas.artifact import Manifest, Spec
+from smoltulu.artifacts.catalogue import GENERATION, TAGS, Catalogue, KeyFolder
+from smoltulu.artifacts.keys import artifact_key, records_digest
+from smoltulu.artifacts.locks import holder_text, try_lock
+from smoltulu.artifacts.manifests import Ref
+from smoltulu.artifacts.store import Found, ManifestVersionError, Store, read_manifest
+from smoltulu.schemas.artifact import Manifest, Spec
 
 #: Artifacts at a time: their files are hashed by several threads each, this hides the waiting for many small ones.
 _NUM_AT_ONCE = 4

@@ -28,7 +28,7 @@ import torch
 from river_valley_figure import draw
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from schemas.training import (
+from smoltulu.schemas.training import (
     ConstantSchedule,
     CosineSchedule,
     LinearSchedule,
@@ -36,7 +36,7 @@ from schemas.training import (
     WSDSchedule,
     WSDSSchedule,
 )
-from tasks.schedules import learning_rate_factor
+from smoltulu.tasks.schedules import learning_rate_factor
 
 FIGURE = Path("docs/figures/river_valley.svg")
 NUM_WORDS, NUM_SUCCESSORS, RESTART = 1024, 32, 0.02

@@ -67,7 +67,7 @@ def shown(values: list[float]) -> str:
 
 def cached_flow(folder: Path, repeats: int) -> None:
     sys.path.insert(0, str(PROJECT))
-    from flows import machine, prefect_api
+    from smoltulu.flows import machine, prefect_api
 
     recipe = folder / "seven.yaml"
     recipe.write_text(SEVEN_STAGES)
@@ -77,7 +77,7 @@ def cached_flow(folder: Path, repeats: int) -> None:
         port = free.getsockname()[1]
     running = machine.up(home, port=port, limit=None, say=lambda line: None)
     environment = {**prefect_api.client_environment(running.url), "SMOLTULU_STORE": str(folder / "store")}
-    ours = [sys.executable, "-c", f"from flows.pipeline import smoltulu; smoltulu({str(recipe)!r})"]
+    ours = [sys.executable, "-c", f"from smoltulu.flows.pipeline import smoltulu; smoltulu({str(recipe)!r})"]
     plain = [sys.executable, str(PEERS / "plain_flow.py")]
     try:
         seconds(ours, environment)  # makes the seven artifacts
@@ -133,7 +133,7 @@ def no_op_chain(folder: Path, peers: Path, repeats: int) -> None:
 
 def digest_speed(folder: Path, gigabytes: float) -> None:
     sys.path.insert(0, str(PROJECT))
-    from artifacts.keys import folder_records
+    from smoltulu.artifacts.keys import folder_records
 
     data = folder / "model"
     data.mkdir()
@@ -185,9 +185,9 @@ def large_store(folder: Path, repeats: int) -> None:
     sys.path.insert(0, str(PROJECT))
     from store_fixture import make_store
 
-    from artifacts.store import Found, Store
+    from smoltulu.artifacts.store import Found, Store
 
-    smoltulu = [sys.executable, "-m", "flows.cli"]
+    smoltulu = [sys.executable, "-m", "smoltulu.flows.cli"]
     rows = []
     for num_artifacts in (1_000, 10_000):
         root = folder / str(num_artifacts)

@@ -8,9 +8,9 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from artifacts.keys import artifact_key, canonical_json, records_digest
-from schemas.artifact import FileRecord, InputRecord, Manifest, Spec
-from schemas.run import RunRecord
+from smoltulu.artifacts.keys import artifact_key, canonical_json, records_digest
+from smoltulu.schemas.artifact import FileRecord, InputRecord, Manifest, Spec
+from smoltulu.schemas.run import RunRecord
 
 _BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 _ENVIRONMENT = {

@@ -20,13 +20,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from artifacts.store import Store
-from flows.graph import Graph
-from flows.recipe import load_recipe
-from schemas.artifact import ArtifactReference
-from tasks.data import expand_path
-from tasks.runner import run_stage
-from tasks.sampling import paired_difference
+from smoltulu.artifacts.store import Store
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.recipe import load_recipe
+from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.runner import run_stage
+from smoltulu.tasks.sampling import paired_difference
 
 SEED_FIELDS = (
     "world.seed",

@@ -11,7 +11,6 @@ from unittest import mock
 
 from pydantic import BaseModel
 
-from artifacts.store import Store
 from benchmarks.training_rows import (
     conversation_rows,
     mixed_lengths,
@@ -32,15 +31,23 @@ from benchmarks.training_tools import (
     step_seconds,
     table,
 )
-from schemas.artifact import ArtifactReference, Spec
-from schemas.common import scientific
-from schemas.compute import ComputeSettings
-from schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
-from schemas.training import DPOInputs, DPOSettings, GateSettings, RewardModelSettings, SFTSettings, TrainingInputs
-from tasks import launch
-from tasks.progress import Progress
-from tasks.runner import Job, run_stage
-from tasks.stages import STAGES
+from smoltulu.artifacts.store import Store
+from smoltulu.schemas.artifact import ArtifactReference, Spec
+from smoltulu.schemas.common import scientific
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
+from smoltulu.schemas.training import (
+    DPOInputs,
+    DPOSettings,
+    GateSettings,
+    RewardModelSettings,
+    SFTSettings,
+    TrainingInputs,
+)
+from smoltulu.tasks import launch
+from smoltulu.tasks.progress import Progress
+from smoltulu.tasks.runner import Job, run_stage
+from smoltulu.tasks.stages import STAGES
 
 EFFECTIVE, PER_DEVICE, LOGGING_STEPS = 8, 4, 5
 _NUM_WARM_UP_STEPS = 3

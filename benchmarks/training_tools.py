@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from recipes import CHAT_TEMPLATES
-
 import argparse
 import json
 import os
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training_rows import SHAPES, Shape, write_model
+from smoltulu.recipes import CHAT_TEMPLATES
 
 WORK = Path(__file__).with_name("training_work.py")
 LEARNING_RATE, SEED = 1e-5, 42
@@ -76,8 +75,8 @@ class Run:
 
 def our_environment() -> dict[str, str]:
     """What the runner gives the process of a stage: allocator, waiting threads."""
-    from schemas.compute import ComputeSettings
-    from tasks.launch import _child_environment
+    from smoltulu.schemas.compute import ComputeSettings
+    from smoltulu.tasks.launch import _child_environment
 
     return _child_environment(ComputeSettings(), 1)
 

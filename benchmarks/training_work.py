@@ -81,9 +81,9 @@ def our_stages(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Job: stage, config, inputs, compute, folder; profile: steps at the end that the profiler watches; whole: do not
     leave after the last step.
     """
-    from schemas.compute import ComputeSettings
-    from tasks.stage import StageContext
-    from tasks.stages import STAGES
+    from smoltulu.schemas.compute import ComputeSettings
+    from smoltulu.tasks.stage import StageContext
+    from smoltulu.tasks.stages import STAGES
 
     results = []
     for job in jobs:

@@ -17,21 +17,21 @@ from prefect.states import Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from artifacts.store import Found, Store
-from flows.audit_graph import INDEX, AuditGraph
-from flows.logs import shield_run_logs
-from flows.runs import begin_run, end_run
-from schemas.artifact import ArtifactReference
-from schemas.audit import AuditResult, AuditSettings
-from schemas.contamination import Shard, ShardResult
-from tasks.benchmarks import load_registry
-from tasks.data import expand_path
-from tasks.launch import stop_children
-from tasks.report.audit import write_audit_report
-from tasks.report.contamination_table import table_rows
-from tasks.report.text import artifact_key
-from tasks.runner import Job, run_stage
-from tasks.sharing import open_remote
+from smoltulu.artifacts.store import Found, Store
+from smoltulu.flows.audit_graph import INDEX, AuditGraph
+from smoltulu.flows.logs import shield_run_logs
+from smoltulu.flows.runs import begin_run, end_run
+from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.schemas.audit import AuditResult, AuditSettings
+from smoltulu.schemas.contamination import Shard, ShardResult
+from smoltulu.tasks.benchmarks import load_registry
+from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.launch import stop_children
+from smoltulu.tasks.report.audit import write_audit_report
+from smoltulu.tasks.report.contamination_table import table_rows
+from smoltulu.tasks.report.text import artifact_key
+from smoltulu.tasks.runner import Job, run_stage
+from smoltulu.tasks.sharing import open_remote
 
 Data = Annotated[
     list[str], Field(min_length=1, description="files, folders, or Hub data sets (owner/name, owner/name@revision)")
@@ -48,7 +48,7 @@ def make(job: Job, store_root: str) -> State[ArtifactReference]:
 @task(name="scan", task_run_name="scan-{shard.number}", cache_policy=NO_CACHE, persist_result=False, retries=1)
 def scan(shard: Shard, index: str, folder: str, settings: AuditSettings) -> ShardResult:
     """One shard; at once where it was scanned before."""
-    from tasks.contamination_engine import scan_shard
+    from smoltulu.tasks.contamination_engine import scan_shard
 
     return scan_shard(Path(index), shard, Path(folder), roles=settings.roles, match_threshold=settings.match_threshold)
 
@@ -108,7 +108,7 @@ def _make_all(graph: AuditGraph, store: Store, made: dict[str, ArtifactReference
 
 def _scan_ahead(graph: AuditGraph, store: Store, name: str, made: dict[str, ArtifactReference]) -> None:
     """Scan the shards as mapped tasks into the folder in which the stage then finds them; it only merges."""
-    from tasks.contamination_engine import plan_shards
+    from smoltulu.tasks.contamination_engine import plan_shards
 
     job = graph.job(name, made)
     if isinstance(store.find(job.spec, {key: record.digest for key, record in job.input_records.items()}), Found):

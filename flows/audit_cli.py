@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from artifacts.store import Store
-from flows import machine
-from flows.audit_graph import AuditGraph
-from flows.local import run_graph
-from flows.runs import begin_run, end_run
-from schemas.artifact import ArtifactReference
-from schemas.audit import AuditResult, AuditSettings
-from tasks.benchmarks import load_registry
-from tasks.data import expand_path
-from tasks.report.audit import rule, write_audit_report
-from tasks.report.contamination_table import (
+from smoltulu.artifacts.store import Store
+from smoltulu.flows import machine
+from smoltulu.flows.audit_graph import AuditGraph
+from smoltulu.flows.local import run_graph
+from smoltulu.flows.runs import begin_run, end_run
+from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.schemas.audit import AuditResult, AuditSettings
+from smoltulu.tasks.benchmarks import load_registry
+from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.report.audit import rule, write_audit_report
+from smoltulu.tasks.report.contamination_table import (
     CAVEATS,
     NOT_CHECKED,
     has_paper_figures,
@@ -30,7 +30,7 @@ from tasks.report.contamination_table import (
     table_rows,
     two_decimals,
 )
-from tasks.sharing import open_remote
+from smoltulu.tasks.sharing import open_remote
 
 
 def audit(data: Sequence[str], settings: AuditSettings, console: Console) -> list[AuditResult]:

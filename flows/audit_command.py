@@ -61,10 +61,10 @@ def audit(
     from pydantic import ValidationError
     from rich.console import Console
 
-    from flows.audit_cli import audit as run_audit
-    from schemas.audit import AuditSettings
-    from schemas.compute import ComputeSettings
-    from tasks.launch import StageFailed
+    from smoltulu.flows.audit_cli import audit as run_audit
+    from smoltulu.schemas.audit import AuditSettings
+    from smoltulu.schemas.compute import ComputeSettings
+    from smoltulu.tasks.launch import StageFailed
 
     try:
         settings = AuditSettings.model_validate(

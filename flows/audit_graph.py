@@ -13,10 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.nodes import Binding, Node, NodeGraph
-from schemas.artifact import ArtifactReference
-from schemas.audit import AuditResult, AuditSettings
-from schemas.contamination import (
+from smoltulu.flows.nodes import Binding, Node, NodeGraph
+from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.schemas.audit import AuditResult, AuditSettings
+from smoltulu.schemas.contamination import (
     Benchmark,
     BenchmarkIndexConfig,
     BenchmarkReport,
@@ -24,14 +24,22 @@ from schemas.contamination import (
     ContaminationRules,
     ContaminationStageConfig,
 )
-from schemas.data import DataSet, DatasetOutputs, DatasetStageConfig, DataSource
-from schemas.languages import LanguageOutputs, LanguageSettings, LanguageStageConfig
-from tasks.benchmarks import benchmarks_folder, choose_benchmarks
-from tasks.data import SUFFIXES, HubUnreachable, Reference, read_rows, resolve_commit, resolve_commits, source_digest
-from tasks.job import Job
-from tasks.report.text import artifact_key as slug
-from tasks.row_formats import SAMPLE_ROWS, DetectedFormat, detect_format, format_as_given
-from tasks.stages import STAGES
+from smoltulu.schemas.data import DataSet, DatasetOutputs, DatasetStageConfig, DataSource
+from smoltulu.schemas.languages import LanguageOutputs, LanguageSettings, LanguageStageConfig
+from smoltulu.tasks.benchmarks import benchmarks_folder, choose_benchmarks
+from smoltulu.tasks.data import (
+    SUFFIXES,
+    HubUnreachable,
+    Reference,
+    read_rows,
+    resolve_commit,
+    resolve_commits,
+    source_digest,
+)
+from smoltulu.tasks.job import Job
+from smoltulu.tasks.report.text import artifact_key as slug
+from smoltulu.tasks.row_formats import SAMPLE_ROWS, DetectedFormat, detect_format, format_as_given
+from smoltulu.tasks.stages import STAGES
 
 INDEX = "benchmark-index"
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from artifacts.nearest import Changes, SpecIndex, read_generation
-from flows.estimate import (
+from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
+from smoltulu.flows.estimate import (
     Cost,
     Estimate,
     closest,
@@ -16,12 +16,12 @@ from flows.estimate import (
     estimated_tokens,
     training_flops,
 )
-from flows.graph import Binding, Graph, Node
-from flows.preflight_figures import planned_steps
-from schemas.training import RLVRSettings, TrainingSettings
-from tasks.disk import BYTES_PER_TOKEN, TEXT_FACTOR, ModelSize, checkpoint_bytes, model_bytes, training_bytes
-from tasks.extension import keeps_checkpoint
-from tasks.planned_steps import tokens_of_steps
+from smoltulu.flows.graph import Binding, Graph, Node
+from smoltulu.flows.preflight_figures import planned_steps
+from smoltulu.schemas.training import RLVRSettings, TrainingSettings
+from smoltulu.tasks.disk import BYTES_PER_TOKEN, TEXT_FACTOR, ModelSize, checkpoint_bytes, model_bytes, training_bytes
+from smoltulu.tasks.extension import keeps_checkpoint
+from smoltulu.tasks.planned_steps import tokens_of_steps
 
 
 @dataclass(frozen=True)

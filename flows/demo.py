@@ -16,13 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from flows import machine, prefect_api
-from flows.doctor import store_root
+from smoltulu.flows import machine, prefect_api
+from smoltulu.flows.doctor import store_root
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from schemas.run import RunSummary
+    from smoltulu.schemas.run import RunSummary
 
 DEPLOYMENT = "smoltulu/tiny"
 #: Events that the stages' own log lines tell better.
@@ -119,7 +119,7 @@ def _cancel(url: str, name: str) -> None:
 
 def _read(path: Path) -> RunSummary | None:
     """Summary of a run; None where it wrote none."""
-    from schemas.run import RunSummary
+    from smoltulu.schemas.run import RunSummary
 
     try:
         return RunSummary.model_validate_json(path.read_text())
@@ -132,8 +132,8 @@ def show(summary: RunSummary, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from tasks.report.summary import grid_columns, preference_label, score_grid
-    from tasks.report.text import title
+    from smoltulu.tasks.report.summary import grid_columns, preference_label, score_grid
+    from smoltulu.tasks.report.text import title
 
     columns = grid_columns(summary.scores)
     if columns:

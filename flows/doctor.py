@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-from flows import machine, prefect_api, processes
+from smoltulu.flows import machine, prefect_api, processes
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -141,8 +141,8 @@ def _missing_for_triton() -> str | None:
 
 def store_root() -> Path:
     """Where artifacts go unless a recipe says otherwise; relative paths count from the checkout, as in a flow run."""
-    from schemas.compute import ComputeSettings
-    from tasks.data import expand_path
+    from smoltulu.schemas.compute import ComputeSettings
+    from smoltulu.tasks.data import expand_path
 
     return machine.PROJECT / expand_path(ComputeSettings().store)
 

@@ -13,21 +13,21 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from artifacts.store import Store
-from flows.graph import Graph
-from flows.guard import follow_worker
-from flows.logs import shield_run_logs
-from flows.pipeline import Overrides, RecipeParameter
-from flows.recipe import load_recipe
-from flows.runs import begin_run, end_run
-from schemas.artifact import ArtifactReference
-from schemas.evaluation import EvaluationOutputs
-from tasks.data import expand_path
-from tasks.launch import stop_children
-from tasks.report import artifact_key
-from tasks.runner import reference_to, run_stage
-from tasks.sampling import paired_difference
-from tasks.sharing import find_anywhere, open_remote
+from smoltulu.artifacts.store import Store
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.guard import follow_worker
+from smoltulu.flows.logs import shield_run_logs
+from smoltulu.flows.pipeline import Overrides, RecipeParameter
+from smoltulu.flows.recipe import load_recipe
+from smoltulu.flows.runs import begin_run, end_run
+from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.launch import stop_children
+from smoltulu.tasks.report import artifact_key
+from smoltulu.tasks.runner import reference_to, run_stage
+from smoltulu.tasks.sampling import paired_difference
+from smoltulu.tasks.sharing import find_anywhere, open_remote
 
 #: A difference is called real below this p-value, divided by the number of comparisons of the night (Bonferroni).
 SIGNIFICANCE = 0.05

@@ -6,28 +6,33 @@ Both the flow and `smoltulu plan` read this graph; keys follow from it without r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from artifacts.keys import folder_digest, text_digest
-from flows.nodes import Binding, Node, NodeGraph
-from flows.preflight_figures import planned_training
-from recipes import LM_EVAL_TASKS
-from schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
-from schemas.evaluation import EvaluationStageConfig, EvaluationTask
-from schemas.preflight import PreflightConfig, PreflightSettings
-from schemas.publish import PublishStageConfig
-from schemas.recipe import Recipe
-from schemas.reference import ReferenceLogpsConfig
-from schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings, TrainingSettings
-from tasks.chat_template import load_chat_template
-from tasks.data import Reference, SourceUnavailable, expand_path, resolve_commit, resolve_commits, source_digest
-from tasks.models import check_model_folder
-from tasks.stage import Stage
-from tasks.stages import STAGES
-
+from smoltulu.artifacts.keys import folder_digest, text_digest
+from smoltulu.flows.nodes import Binding, Node, NodeGraph
+from smoltulu.flows.preflight_figures import planned_training
+from smoltulu.recipes import LM_EVAL_TASKS
+from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
+from smoltulu.schemas.evaluation import EvaluationStageConfig, EvaluationTask
+from smoltulu.schemas.preflight import PreflightConfig, PreflightSettings
+from smoltulu.schemas.publish import PublishStageConfig
+from smoltulu.schemas.recipe import Recipe
+from smoltulu.schemas.reference import ReferenceLogpsConfig
+from smoltulu.schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings, TrainingSettings
+from smoltulu.tasks.chat_template import load_chat_template
+from smoltulu.tasks.data import (
+    Reference,
+    SourceUnavailable,
+    expand_path,
+    resolve_commit,
+    resolve_commits,
+    source_digest,
+)
+from smoltulu.tasks.models import check_model_folder
+from smoltulu.tasks.stage import Stage
+from smoltulu.tasks.stages import STAGES
 
 
 class Graph(NodeGraph):

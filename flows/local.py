@@ -1,6 +1,6 @@
 """A recipe without Prefect: the same graph, stages and store, one stage after the other, in this process.
 
-`python -m flows.local RECIPE [field=value ...]`: for debugging, for machines without a server, and for tests that
+`python -m smoltulu.flows.local RECIPE [field=value ...]`: for debugging, for machines without a server, and for tests that
 kill it. No report, no schedule, nothing is pushed.
 """
 
@@ -10,17 +10,17 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from artifacts.store import Store
-from flows.graph import Graph
-from flows.nodes import NodeGraph
-from flows.recipe import load_recipe, parse_overrides
-from schemas.artifact import ArtifactReference
-from tasks.data import expand_path
-from tasks.runner import run_stage
-from tasks.sharing import open_remote
+from smoltulu.artifacts.store import Store
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.nodes import NodeGraph
+from smoltulu.flows.recipe import load_recipe, parse_overrides
+from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.runner import run_stage
+from smoltulu.tasks.sharing import open_remote
 
 if TYPE_CHECKING:
-    from artifacts.remote import Remote
+    from smoltulu.artifacts.remote import Remote
 
 
 def run_graph(

@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from artifacts.keys import artifact_key
-from schemas.artifact import ArtifactReference, InputRecord, Spec
-from schemas.common import scientific
-from schemas.compute import ComputeSettings
-from tasks.job import Job
-from tasks.stage import Stage
+from smoltulu.artifacts.keys import artifact_key
+from smoltulu.schemas.artifact import ArtifactReference, InputRecord, Spec
+from smoltulu.schemas.common import scientific
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.job import Job
+from smoltulu.tasks.stage import Stage
 
 
 @dataclass(frozen=True)

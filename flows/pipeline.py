@@ -19,21 +19,21 @@ from prefect.states import Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from artifacts.store import Found, Store
-from flows.graph import Graph
-from flows.guard import follow_worker
-from flows.logs import shield_run_logs
-from flows.recipe import check_stage_names, load_recipe
-from flows.runs import begin_run, end_run
-from schemas.artifact import ArtifactReference
-from schemas.recipe import ExtendingRecipe, Recipe
-from tasks.data import expand_path
-from tasks.launch import stop_children
-from tasks.progress import duration
-from tasks.push import check_push_access, push_model
-from tasks.report import artifact_key, html_report, markdown, stage_table, summarise
-from tasks.runner import run_stage
-from tasks.sharing import open_remote
+from smoltulu.artifacts.store import Found, Store
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.guard import follow_worker
+from smoltulu.flows.logs import shield_run_logs
+from smoltulu.flows.recipe import check_stage_names, load_recipe
+from smoltulu.flows.runs import begin_run, end_run
+from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
+from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.launch import stop_children
+from smoltulu.tasks.progress import duration
+from smoltulu.tasks.push import check_push_access, push_model
+from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
+from smoltulu.tasks.runner import run_stage
+from smoltulu.tasks.sharing import open_remote
 
 #: More tasks than can run: how many stages really run side by side is compute.max_parallel_stages.
 _MAX_WAITING_TASKS = 32

@@ -12,21 +12,21 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from artifacts.checkpoints import planned_steps
-from artifacts.nearest import Changes, SpecIndex, read_generation
-from artifacts.store import Found, Missing, Store, stale_input
-from flows.costs import Costs
-from flows.estimate import NOTHING, Estimate, Total, totals
-from flows.graph import Graph
-from flows.preflight_figures import PreflightFigures, preflight_figures
-from flows.recipe import check_stage_names
-from schemas.artifact import Manifest
-from schemas.preflight import PreflightConfig
-from schemas.recipe import Recipe
-from schemas.training import TrainingSettings
-from tasks.data import Reference, expand_text, is_commit, resolve_commit
-from tasks.environment import environment
-from tasks.extension import Donor, find_donor
+from smoltulu.artifacts.checkpoints import planned_steps
+from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
+from smoltulu.artifacts.store import Found, Missing, Store, stale_input
+from smoltulu.flows.costs import Costs
+from smoltulu.flows.estimate import NOTHING, Estimate, Total, totals
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.preflight_figures import PreflightFigures, preflight_figures
+from smoltulu.flows.recipe import check_stage_names
+from smoltulu.schemas.artifact import Manifest
+from smoltulu.schemas.preflight import PreflightConfig
+from smoltulu.schemas.recipe import Recipe
+from smoltulu.schemas.training import TrainingSettings
+from smoltulu.tasks.data import Reference, expand_text, is_commit, resolve_commit
+from smoltulu.tasks.environment import environment
+from smoltulu.tasks.extension import Donor, find_donor
 
 #: A plan is for looking: it gives up on a silent Hub sooner than a run.
 _HUB_TIMEOUT_SECONDS = 3.0
@@ -134,7 +134,7 @@ class _Shared:
         self.error: str | None = None
         self._remote = None
         if url is not None:
-            from artifacts.remote import Remote
+            from smoltulu.artifacts.remote import Remote
 
             self._remote = Remote(expand_text(url))
 
@@ -142,7 +142,7 @@ class _Shared:
         """The manifest of a shared artifact that was made from these inputs."""
         if self._remote is None or self.error:
             return None
-        from artifacts.remote import RemoteArtifact, RemoteError
+        from smoltulu.artifacts.remote import RemoteArtifact, RemoteError
 
         try:
             shared = self._remote.find(stage, key)

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from artifacts.store import Store
-from flows.estimate import Estimate
-from flows.plan import Plan, Unresolved, plan
-from flows.preflight_figures import PreflightFigures
-from flows.recipe import load_recipe
-from tasks.data import HubUnreachable, expand_path
-from tasks.progress import duration
-from tasks.report.text import percent
+from smoltulu.artifacts.store import Store
+from smoltulu.flows.estimate import Estimate
+from smoltulu.flows.plan import Plan, Unresolved, plan
+from smoltulu.flows.preflight_figures import PreflightFigures
+from smoltulu.flows.recipe import load_recipe
+from smoltulu.tasks.data import HubUnreachable, expand_path
+from smoltulu.tasks.progress import duration
+from smoltulu.tasks.report.text import percent
 
 _COLOURS = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
 _UNKNOWN = "-"

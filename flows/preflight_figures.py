@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from schemas.compute import ComputeSettings
-from schemas.preflight import DryRun, PlannedTraining, PreflightConfig, PreflightOutputs
-from schemas.training import DPOSettings, RLVRSettings, SFTSettings, SupervisedSettings, TrainingSettings
-from tasks import preflight_checks
-from tasks.extension import keeps_checkpoint
-from tasks.planned_steps import optimizer_steps
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.preflight import DryRun, PlannedTraining, PreflightConfig, PreflightOutputs
+from smoltulu.schemas.training import DPOSettings, RLVRSettings, SFTSettings, SupervisedSettings, TrainingSettings
+from smoltulu.tasks import preflight_checks
+from smoltulu.tasks.extension import keeps_checkpoint
+from smoltulu.tasks.planned_steps import optimizer_steps
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from recipes import PRESETS
-from schemas.recipe import STAGE_ORDER, ExtendingRecipe, Recipe
+from smoltulu.recipes import PRESETS
+from smoltulu.schemas.recipe import STAGE_ORDER, ExtendingRecipe, Recipe
 
 #: libyaml's, ten times as fast, where PyYAML was built with it.
 _YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -6,11 +6,11 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from artifacts.catalogue import RUNS
-from artifacts.files import write_atomically
-from artifacts.store import Store
-from flows.nodes import NodeGraph
-from schemas.run import RunRecord
+from smoltulu.artifacts.catalogue import RUNS
+from smoltulu.artifacts.files import write_atomically
+from smoltulu.artifacts.store import Store
+from smoltulu.flows.nodes import NodeGraph
+from smoltulu.schemas.run import RunRecord
 
 
 def begin_run(store: Store, run_name: str, graph: NodeGraph, flow_run_id: str) -> RunRecord:

@@ -15,10 +15,10 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from artifacts.catalogue import Catalogue
-    from artifacts.gc import Plan, Removal
-    from artifacts.manifests import Ref
-    from artifacts.verify import Finding
+    from smoltulu.artifacts.catalogue import Catalogue
+    from smoltulu.artifacts.gc import Plan, Removal
+    from smoltulu.artifacts.manifests import Ref
+    from smoltulu.artifacts.verify import Finding
 
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help="folder of the store; default: SMOLTULU_STORE, else artifacts/store")
@@ -40,7 +40,7 @@ def runs(
     as_json: JsonOption = False,
 ) -> None:
     """List the runs of the pipeline, newest first: state, stages, scores of the last model, disk."""
-    from flows.store_views import run_values, runs_table
+    from smoltulu.flows.store_views import run_values, runs_table
 
     catalogue = _open(store)
     found = catalogue.runs()
@@ -63,10 +63,10 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show an artifact (what it is, what it was made from, what was made from it) or a run."""
-    from artifacts.lineage import descendants
-    from artifacts.manifests import Ref
-    from flows import store_views
-    from schemas.run import RunRecord
+    from smoltulu.artifacts.lineage import descendants
+    from smoltulu.artifacts.manifests import Ref
+    from smoltulu.flows import store_views
+    from smoltulu.schemas.run import RunRecord
 
     catalogue = _open(store)
     try:
@@ -104,7 +104,7 @@ def verify(
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from artifacts.verify import verify_artifacts, verify_tags
+    from smoltulu.artifacts.verify import verify_artifacts, verify_tags
 
     catalogue = _open(store)
     refs = _refs(catalogue, what)
@@ -154,8 +154,8 @@ def gc(
     """Show what the store could do without, and why the rest stays; with --yes, remove it."""
     from rich.filesize import decimal
 
-    from artifacts.gc import Rules, plan_gc
-    from artifacts.sweep import remove
+    from smoltulu.artifacts.gc import Rules, plan_gc
+    from smoltulu.artifacts.sweep import remove
 
     catalogue = _open(store)
     plan = plan_gc(catalogue, Rules(keep_days, keep_runs, keep_published))
@@ -195,8 +195,8 @@ def tag(
     store: StoreOption = None,
 ) -> None:
     """Name an artifact; gc keeps it and everything that it was made from."""
-    from artifacts.tags import set_tag
-    from schemas.run import RunRecord
+    from smoltulu.artifacts.tags import set_tag
+    from smoltulu.schemas.run import RunRecord
 
     catalogue = _open(store)
     try:
@@ -214,7 +214,7 @@ def tag(
 
 def untag(name: Annotated[str, typer.Argument()], store: StoreOption = None) -> None:
     """Take a tag away; the artifact stays until gc finds that nothing else keeps it."""
-    from artifacts.tags import remove_tag
+    from smoltulu.artifacts.tags import remove_tag
 
     catalogue = _open(store)
     try:
@@ -271,8 +271,8 @@ def _finding_text(finding: Finding) -> str:
 
 def _refs(catalogue: Catalogue, what: list[str] | None) -> list[Ref]:
     """Artifacts that the user means; all of the store without a word."""
-    from artifacts.manifests import Ref
-    from schemas.run import RunRecord
+    from smoltulu.artifacts.manifests import Ref
+    from smoltulu.schemas.run import RunRecord
 
     if not what:
         return catalogue.refs
@@ -291,13 +291,13 @@ def _refs(catalogue: Catalogue, what: list[str] | None) -> list[Ref]:
 
 def _open(store: Path | None) -> Catalogue:
     """The store that is asked for, else the one that a recipe uses unless it says otherwise."""
-    from artifacts.catalogue import Catalogue
+    from smoltulu.artifacts.catalogue import Catalogue
 
     try:
         if store is None:
-            from flows import machine
-            from schemas.compute import ComputeSettings
-            from tasks.data import expand_path
+            from smoltulu.flows import machine
+            from smoltulu.schemas.compute import ComputeSettings
+            from smoltulu.tasks.data import expand_path
 
             # A flow run works in the checkout, and so do the relative paths of a recipe.
             store = machine.PROJECT / expand_path(ComputeSettings().store)

@@ -15,13 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from artifacts.catalogue import Catalogue, state_of
-from artifacts.checkpoints import newest_checkpoint, planned_steps
-from artifacts.lineage import Relative, ancestors, descendants, planned_inputs
-from artifacts.manifests import Ref, dig, num_bytes_of, read_json, scores_of
-from schemas.artifact import MANIFEST_SCHEMA_VERSION, ExtendedTraining, Manifest
-from schemas.run import RunRecord
-from tasks.progress import duration
+from smoltulu.artifacts.catalogue import Catalogue, state_of
+from smoltulu.artifacts.checkpoints import newest_checkpoint, planned_steps
+from smoltulu.artifacts.lineage import Relative, ancestors, descendants, planned_inputs
+from smoltulu.artifacts.manifests import Ref, dig, num_bytes_of, read_json, scores_of
+from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, ExtendedTraining, Manifest
+from smoltulu.schemas.run import RunRecord
+from smoltulu.tasks.progress import duration
 
 _MODEL_STAGES = ("rlvr", "dpo", "sft", "base_model")
 _STATE_COLOURS = {"Completed": "green", "Running": "cyan", "Failed": "red", "Crashed": "red", "Crashed?": "red"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from schemas.common import StrictModel
+from smoltulu.schemas.common import StrictModel
 
 #: 2: digests are BLAKE3, what lies below `logs/` (and, since it exists, `checkpoint/`) is no content.
 MANIFEST_SCHEMA_VERSION = 2

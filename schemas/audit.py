@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas.common import StrictModel
-from schemas.compute import ComputeSettings
-from schemas.contamination import BenchmarkReport, ContaminationOutputs, MatchMode, Role
-from schemas.data import DatasetOutputs, RowFormat
-from schemas.languages import LanguageOutputs
+from smoltulu.schemas.common import StrictModel
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.contamination import BenchmarkReport, ContaminationOutputs, MatchMode, Role
+from smoltulu.schemas.data import DatasetOutputs, RowFormat
+from smoltulu.schemas.languages import LanguageOutputs
 
 
 class AuditSettings(StrictModel):

@@ -6,9 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from schemas.common import StrictModel
-from schemas.contamination import Benchmark
-from schemas.data import DataSource
+from smoltulu.schemas.common import StrictModel
+from smoltulu.schemas.contamination import Benchmark
+from smoltulu.schemas.data import DataSource
 
 #: The three tables of the paper: 1, 4 and 13.
 PaperTable = Literal["sft", "dpo", "rlvr"]

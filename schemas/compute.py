@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from schemas.common import StageName, StrictModel, machinery
+from smoltulu.schemas.common import StageName, StrictModel, machinery
 
 
 class StageCompute(StrictModel):

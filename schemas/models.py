@@ -6,8 +6,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from schemas.base_model import BaseModelConfig
-from schemas.common import StrictModel, machinery, science
+from smoltulu.schemas.base_model import BaseModelConfig
+from smoltulu.schemas.common import StrictModel, machinery, science
 
 
 class ModelSource(StrictModel):

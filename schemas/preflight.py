@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas.common import StrictModel, machinery, science
-from schemas.training import Overlong, TrainedTurns
+from smoltulu.schemas.common import StrictModel, machinery, science
+from smoltulu.schemas.training import Overlong, TrainedTurns
 
 
 class PreflightSettings(StrictModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from schemas.common import StrictModel, machinery, science
+from smoltulu.schemas.common import StrictModel, machinery, science
 
 
 class PublishSettings(StrictModel):

@@ -6,16 +6,16 @@ from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from schemas.common import StageName, StrictModel, machinery, science
-from schemas.compute import ComputeSettings, accumulation_steps
-from schemas.contamination import ContaminationSettings
-from schemas.data import DataSet, DataSettings, DataSource
-from schemas.evaluation import EvaluationSettings
-from schemas.models import ModelSource
-from schemas.preflight import PreflightSettings
-from schemas.publish import PublishSettings
-from schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings
-from schemas.world import WorldConfig
+from smoltulu.schemas.common import StageName, StrictModel, machinery, science
+from smoltulu.schemas.compute import ComputeSettings, accumulation_steps
+from smoltulu.schemas.contamination import ContaminationSettings
+from smoltulu.schemas.data import DataSet, DataSettings, DataSource
+from smoltulu.schemas.evaluation import EvaluationSettings
+from smoltulu.schemas.models import ModelSource
+from smoltulu.schemas.preflight import PreflightSettings
+from smoltulu.schemas.publish import PublishSettings
+from smoltulu.schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings
+from smoltulu.schemas.world import WorldConfig
 
 #: The stages a user can name in `until` and `refresh`, in the order in which they run.
 STAGE_ORDER: tuple[str, ...] = get_args(StageName)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas.common import StrictModel, science
+from smoltulu.schemas.common import StrictModel, science
 
 
 class ReferenceLogpsConfig(StrictModel):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas.common import StrictModel
+from smoltulu.schemas.common import StrictModel
 
 Outcome = Literal["Completed", "Cached", "Resumed", "Failed", "Not run"]
 ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]

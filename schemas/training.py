@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.common import StrictModel, machinery, science
+from smoltulu.schemas.common import StrictModel, machinery, science
 
 Schedule = Literal["linear", "cosine", "constant"]
 DecayShape = Literal["linear", "cosine", "1-sqrt", "inverse", "half-life", "exponential"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from schemas.common import StrictModel, science
+from smoltulu.schemas.common import StrictModel, science
 
 
 class WorldConfig(StrictModel):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from schemas.data import DatasetKind, DataSource
-from tasks.verifiers import VERIFIERS, verify
+from smoltulu.schemas.data import DatasetKind, DataSource
+from smoltulu.tasks.verifiers import VERIFIERS, verify
 
 Message = dict[str, str]
 

@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from schemas.models import BaseModelInputs, ModelOutputs, ModelSource
-from tasks.data import expand_path
-from tasks.models import check_model_folder, tensor_names
-from tasks.stage import Stage, StageContext
+from smoltulu.schemas.models import BaseModelInputs, ModelOutputs, ModelSource
+from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.models import check_model_folder, tensor_names
+from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
 
@@ -26,7 +26,7 @@ def provide_base_model(
     target = context.folder / "model"
     metrics: dict[str, float] = {}
     if config.scratch is not None:
-        from tasks.base_model import build_base_model
+        from smoltulu.tasks.base_model import build_base_model
 
         built = build_base_model(config.scratch, _texts(inputs), target, report=context.report)
         metrics = {"num_tokens": float(built.num_tokens)}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.base_model import BaseModelConfig, BaseModelOutputs
+from smoltulu.schemas.base_model import BaseModelConfig, BaseModelOutputs
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

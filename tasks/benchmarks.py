@@ -11,11 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from recipes import BENCHMARK_REGISTRY
-from schemas.benchmarks import BenchmarkRegistry, RegisteredBenchmark
-from schemas.contamination import Benchmark
-from schemas.data import DataSource
-from tasks.data import SUFFIXES, expand_path
+from smoltulu.recipes import BENCHMARK_REGISTRY
+from smoltulu.schemas.benchmarks import BenchmarkRegistry, RegisteredBenchmark
+from smoltulu.schemas.contamination import Benchmark
+from smoltulu.schemas.data import DataSource
+from smoltulu.tasks.data import SUFFIXES, expand_path
 
 GROUPS = ("all", "paper", "evaluated")
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from recipes import CHAT_TEMPLATES
+from smoltulu.recipes import CHAT_TEMPLATES
 
 _PROBE = [
     {"role": "system", "content": "probe system"},

@@ -1,4 +1,4 @@
-"""The process of one stage: `python -m tasks.child JOB.json`. It dies with its parent and holds the key's `writer`.
+"""The process of one stage: `python -m smoltulu.tasks.child JOB.json`. It dies with its parent and holds the key's `writer`.
 
 What it prints: lines that start with `@smoltulu ` carry JSON for the parent (progress, warnings); everything else is
 the log of the libraries. Exit status: 0 done, 2 the user's to mend (message in error.json), 3 out of memory (message
@@ -17,10 +17,10 @@ import sys
 import traceback
 from pathlib import Path
 
-from artifacts.files import write_atomically
-from schemas.compute import ComputeSettings
-from tasks.process import die_with_parent, is_out_of_memory
-from tasks.stage import STOPPED, Stage, StageContext, StageStopped
+from smoltulu.artifacts.files import write_atomically
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.process import die_with_parent, is_out_of_memory
+from smoltulu.tasks.stage import STOPPED, Stage, StageContext, StageStopped
 
 MESSAGE_PREFIX = "@smoltulu "
 #: Files of `work` that say why a stage ended; any rank may write them.
@@ -69,7 +69,7 @@ def main(job_file: str) -> int:
     if job["num_ranks"] > 1 and "RANK" not in os.environ:
         # In place of this process, so that it dies with its parent too: the kernel keeps that over exec, not over fork.
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job['num_ranks']}"]
-        os.execv(sys.executable, [sys.executable, *launcher, "-m", "tasks.child", job_file])
+        os.execv(sys.executable, [sys.executable, *launcher, "-m", "smoltulu.tasks.child", job_file])
     # Shared by all ranks and kept until exit; launchers do not pass descriptors on, so each process takes it itself.
     writer = open(Path(job["work"]).parent / "writer", "a+")  # noqa: SIM115
     fcntl.flock(writer.fileno(), fcntl.LOCK_SH)
@@ -79,7 +79,7 @@ def main(job_file: str) -> int:
     logger.propagate = False
     random.seed(0)
 
-    from tasks.stages import STAGES
+    from smoltulu.tasks.stages import STAGES
 
     try:
         run(STAGES[job["stage"]], job, is_main=rank == 0)

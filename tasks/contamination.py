@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from schemas.contamination import (
+from smoltulu.schemas.contamination import (
     BenchmarkReport,
     ContaminationInputs,
     ContaminationOutputs,
@@ -20,10 +20,10 @@ from schemas.contamination import (
     Shard,
     ShardResult,
 )
-from tasks.stage import Stage, StageContext
+from smoltulu.tasks.stage import Stage, StageContext
 
 if TYPE_CHECKING:
-    from tasks.contamination_merge import Merged
+    from smoltulu.tasks.contamination_merge import Merged
 
 logger = logging.getLogger("smoltulu")
 
@@ -43,8 +43,8 @@ def check_contamination(
             `fail_above`, or no row is left. No rows file is there then.
     """
     # numba and pyarrow: too slow to import for `plan`.
-    from tasks.contamination_engine import load_index, plan_shards
-    from tasks.contamination_merge import merge, write_kept
+    from smoltulu.tasks.contamination_engine import load_index, plan_shards
+    from smoltulu.tasks.contamination_merge import merge, write_kept
 
     rules = config.settings
     index_folder, source = Path(inputs.index), Path(inputs.dataset)
@@ -111,7 +111,7 @@ def _scan(
     index_folder: Path, shards: list[Shard], rules: ContaminationRules, context: StageContext
 ) -> list[ShardResult]:
     """Every shard, side by side in threads: the compiled scan needs no interpreter lock."""
-    from tasks.contamination_engine import scan_shard
+    from smoltulu.tasks.contamination_engine import scan_shard
 
     folder = context.work / "shards"
     folder.mkdir(parents=True, exist_ok=True)

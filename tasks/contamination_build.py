@@ -16,9 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.contamination import BenchmarkIndexOutputs, IndexedBenchmark
-from tasks.contamination_build_kernels import fill_filter, fill_slots, normalise_all, run_hashes, window_phrases
-from tasks.contamination_layout import (
+from smoltulu.schemas.contamination import BenchmarkIndexOutputs, IndexedBenchmark
+from smoltulu.tasks.contamination_build_kernels import (
+    fill_filter,
+    fill_slots,
+    normalise_all,
+    run_hashes,
+    window_phrases,
+)
+from smoltulu.tasks.contamination_layout import (
     ANCHOR_TERMS,
     FILTER_HEAD,
     HEAD_TERMS,
@@ -27,8 +33,8 @@ from tasks.contamination_layout import (
     NgramPostings,
     Phrases,
 )
-from tasks.contamination_queries import LoadedBenchmark, Query
-from tasks.contamination_text_kernels import LOWER_BYTES, LOWER_CODE_POINTS
+from smoltulu.tasks.contamination_queries import LoadedBenchmark, Query
+from smoltulu.tasks.contamination_text_kernels import LOWER_BYTES, LOWER_CODE_POINTS
 
 #: text -> (first, last) character of each token: an integer array of two columns.
 Tokenizer = Callable[[str], np.ndarray]

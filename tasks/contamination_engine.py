@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.contamination import BenchmarkIndexOutputs, Shard, ShardResult
-from tasks.contamination_build import build_index, spacy_tokenizer
-from tasks.contamination_layout import FullPostings, NgramPostings, Phrases, State
-from tasks.contamination_rows import TurnBlock, plan_shards, read_blocks
-from tasks.contamination_scan_kernels import scan
-from tasks.contamination_text_kernels import LOWER_BYTES, LOWER_CODE_POINTS, gather_texts, locate_hits
+from smoltulu.schemas.contamination import BenchmarkIndexOutputs, Shard, ShardResult
+from smoltulu.tasks.contamination_build import build_index, spacy_tokenizer
+from smoltulu.tasks.contamination_layout import FullPostings, NgramPostings, Phrases, State
+from smoltulu.tasks.contamination_rows import TurnBlock, plan_shards, read_blocks
+from smoltulu.tasks.contamination_scan_kernels import scan
+from smoltulu.tasks.contamination_text_kernels import LOWER_BYTES, LOWER_CODE_POINTS, gather_texts, locate_hits
 
 __all__ = ["build_index", "plan_shards", "spacy_tokenizer"]  # of other modules, for those who use the engine
 

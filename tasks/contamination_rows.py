@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from schemas.contamination import Shard
-from tasks.contamination_json_kernels import read_rows
-from tasks.contamination_layout import ROLES
+from smoltulu.schemas.contamination import Shard
+from smoltulu.tasks.contamination_json_kernels import read_rows
+from smoltulu.tasks.contamination_layout import ROLES
 
 _BLOCK_BYTES = 8 << 20
 _PARQUET_ROWS = 4_096

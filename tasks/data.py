@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from schemas.data import DataSource
+from smoltulu.schemas.data import DataSource
 
 #: What a local file may be called; the folder form takes every such file in it.
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz", ".lst")

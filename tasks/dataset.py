@@ -8,10 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
-from schemas.data import DatasetInputs, DatasetOutputs, DatasetStageConfig, DataSource, SourceReport
-from tasks.adapters import MalformedRow, adapt, check_source
-from tasks.data import read_rows
-from tasks.stage import Stage, StageContext
+from smoltulu.schemas.data import DatasetInputs, DatasetOutputs, DatasetStageConfig, DataSource, SourceReport
+from smoltulu.tasks.adapters import MalformedRow, adapt, check_source
+from smoltulu.tasks.data import read_rows
+from smoltulu.tasks.stage import Stage, StageContext
 
 _NUM_EXAMPLES = 5
 _EXAMPLE_CHARACTERS = 200

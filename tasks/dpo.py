@@ -10,16 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.models import ModelOutputs
-from schemas.training import DPOInputs, DPOSettings
-from tasks.even_rows import even_out, is_blank
-from tasks.gate import objections
-from tasks.guards import LossRule
-from tasks.lora import with_adapter
-from tasks.models import load_language_model, load_tokenizer, stop_ids
-from tasks.packed_attention import pack
-from tasks.stage import Stage, StageContext
-from tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.schemas.models import ModelOutputs
+from smoltulu.schemas.training import DPOInputs, DPOSettings
+from smoltulu.tasks.even_rows import even_out, is_blank
+from smoltulu.tasks.gate import objections
+from smoltulu.tasks.guards import LossRule
+from smoltulu.tasks.lora import with_adapter
+from smoltulu.tasks.models import load_language_model, load_tokenizer, stop_ids
+from smoltulu.tasks.packed_attention import pack
+from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +38,8 @@ def _trainer_class() -> type:
     import torch
     from transformers import Trainer
 
-    from tasks.preference_batch import completion_logps
-    from tasks.preference_loss import LogRatios, preference_loss
+    from smoltulu.tasks.preference_batch import completion_logps
+    from smoltulu.tasks.preference_loss import LogRatios, preference_loss
 
     class PreferenceTrainer(Trainer):
         loss_is_scaled_for_ga = True
@@ -118,7 +118,7 @@ def load_pairs(inputs: DPOInputs, context: StageContext) -> Dataset:
     """Tokenised pairs with the reference's log-probabilities; ValueError where those are of other rows."""
     from pyarrow import parquet
 
-    from tasks.preference_batch import COLUMNS, REFERENCE_COLUMNS
+    from smoltulu.tasks.preference_batch import COLUMNS, REFERENCE_COLUMNS
 
     rows = load_rows(inputs.dataset, context, list(COLUMNS))
     reference = parquet.read_table(inputs.reference_logps)
@@ -137,7 +137,7 @@ def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> 
     prepare_torch(context)
     from transformers import TrainingArguments, set_seed
 
-    from tasks.preference_batch import PairCollator, give_fused_head
+    from smoltulu.tasks.preference_batch import PairCollator, give_fused_head
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     set_seed(config.seed)

@@ -17,15 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.compute import ComputeSettings
-from schemas.preflight import DryRun, PreflightConfig, PreflightInputs
-from schemas.training import LoraSettings
-from tasks.lora import with_adapter
-from tasks.models import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
-from tasks.process import is_out_of_memory
-from tasks.rollout_memory import require_memory, rlvr_bytes
-from tasks.stage import StageContext
-from tasks.tokens import IGNORED, prompt_ids
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.preflight import DryRun, PreflightConfig, PreflightInputs
+from smoltulu.schemas.training import LoraSettings
+from smoltulu.tasks.lora import with_adapter
+from smoltulu.tasks.models import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
+from smoltulu.tasks.process import is_out_of_memory
+from smoltulu.tasks.rollout_memory import require_memory, rlvr_bytes
+from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.tokens import IGNORED, prompt_ids
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def dry_run(config: PreflightConfig, inputs: PreflightInputs, file: Path, contex
 
     The first of two steps makes the optimizer's state and is not timed. ValueError where not even one row fits.
     """
-    from tasks.training import prepare_torch
+    from smoltulu.tasks.training import prepare_torch
 
     prepare_torch(context)
     subject = config.subject or _SUBJECTS[config.kind]
@@ -186,12 +186,12 @@ def _model(
         model.config.pad_token_id = tokenizer.pad_token_id
         fit_embeddings(model, tokenizer)
         if _packs(subject, compute):
-            from tasks.packed_attention import pack
+            from smoltulu.tasks.packed_attention import pack
 
             pack(model)
         return model
-    from tasks.packed_attention import pack
-    from tasks.preference_batch import give_fused_head
+    from smoltulu.tasks.packed_attention import pack
+    from smoltulu.tasks.preference_batch import give_fused_head
 
     model = load_language_model(folder)
     fit_embeddings(model, tokenizer)
@@ -213,7 +213,7 @@ def _batch(
 
     pad = tokenizer.pad_token_id
     if subject == "dpo":
-        from tasks.preference_batch import PairCollator, completion_logps
+        from smoltulu.tasks.preference_batch import PairCollator, completion_logps
 
         def preference_loss(batch: dict[str, Any]) -> torch.Tensor:
             chosen, rejected = completion_logps(model, batch)
@@ -221,7 +221,7 @@ def _batch(
 
         return preference_loss, PairCollator(pad, compute.packing)(rows), sum(map(_length, rows))
     if subject == "reward_model":
-        from tasks import reward_batch
+        from smoltulu.tasks import reward_batch
 
         def ranking_loss(batch: dict[str, Any]) -> torch.Tensor:
             names = ("input_ids", "attention_mask", "position_ids", "segments")
@@ -240,7 +240,7 @@ def _batch(
         return model(**batch, use_cache=False, fused_lm_head=True).loss
 
     if _packs(subject, compute):
-        from tasks.sft import collate_packed
+        from smoltulu.tasks.sft import collate_packed
 
         return token_loss, collate_packed(rows), sum(map(_length, rows))
 

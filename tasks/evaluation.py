@@ -10,15 +10,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from schemas.evaluation import (
+from smoltulu.schemas.evaluation import (
     EvaluationInputs,
     EvaluationOutputs,
     EvaluationSettings,
     EvaluationStageConfig,
     Score,
 )
-from tasks import harness, pair_accuracy, sampling
-from tasks.models import (
+from smoltulu.tasks import harness, pair_accuracy, sampling
+from smoltulu.tasks.models import (
     check_model_folder,
     device_of,
     fit_embeddings,
@@ -26,7 +26,7 @@ from tasks.models import (
     load_tokenizer,
     use_bfloat16,
 )
-from tasks.stage import Stage, StageContext
+from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
 

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from artifacts.checkpoints import fault, newest_checkpoint, place_checkpoint
-from artifacts.files import write_atomically
-from artifacts.keys import CHECKPOINT_FOLDER
-from artifacts.nearest import Changes, Nearest, SpecIndex
-from artifacts.store import Found, Missing, Store
-from schemas.artifact import ExtendedTraining, Manifest, Spec
-from schemas.compute import ComputeSettings
-from schemas.training import Budgets, ConstantSchedule, FinalDecay, ScheduleSettings, SupervisedSettings
-from tasks.schedules import extension_step, same_past
-from tasks.stage import StageContext
+from smoltulu.artifacts.checkpoints import fault, newest_checkpoint, place_checkpoint
+from smoltulu.artifacts.files import write_atomically
+from smoltulu.artifacts.keys import CHECKPOINT_FOLDER
+from smoltulu.artifacts.nearest import Changes, Nearest, SpecIndex
+from smoltulu.artifacts.store import Found, Missing, Store
+from smoltulu.schemas.artifact import ExtendedTraining, Manifest, Spec
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.training import Budgets, ConstantSchedule, FinalDecay, ScheduleSettings, SupervisedSettings
+from smoltulu.tasks.schedules import extension_step, same_past
+from smoltulu.tasks.stage import StageContext
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

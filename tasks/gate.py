@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.training import GateSettings
-from tasks.process import is_out_of_memory
-from tasks.tokens import IGNORED
+from smoltulu.schemas.training import GateSettings
+from smoltulu.tasks.process import is_out_of_memory
+from smoltulu.tasks.tokens import IGNORED
 
 if TYPE_CHECKING:
     import torch

@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes import LM_EVAL_TASKS
-from schemas.data import DataSource
-from schemas.evaluation import EvaluationSettings, EvaluationTask, Score
-from tasks.data import read_rows
+from smoltulu.recipes import LM_EVAL_TASKS
+from smoltulu.schemas.data import DataSource
+from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask, Score
+from smoltulu.tasks.data import read_rows
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
 logger = logging.getLogger("smoltulu")
+
+# The shipped task definitions name these modules; their text is in keys, so it changes with the next version only.
+sys.modules |= {name: importlib.import_module(f"smoltulu.{name}") for name in ("tasks", "tasks.verifiers")}
+sys.modules["tasks.harness"] = sys.modules[__name__]
 
 _MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DEFAULT_MAX_GEN_TOKS = 256  # lm-eval's, where a task names none

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
-from schemas.artifact import InputRecord, Spec
-from schemas.compute import ComputeSettings
-from tasks.stage import Stage
+from smoltulu.schemas.artifact import InputRecord, Spec
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from schemas.languages import (
+from smoltulu.schemas.languages import (
     LANGUAGE_NAMES,
     LanguageInputs,
     LanguageOutputs,
@@ -29,10 +29,10 @@ from schemas.languages import (
     LanguageStageConfig,
     Undetermined,
 )
-from tasks.process import die_with_parent
-from tasks.prose import judge
-from tasks.report.languages import languages_page
-from tasks.stage import Stage, StageContext
+from smoltulu.tasks.process import die_with_parent
+from smoltulu.tasks.prose import judge
+from smoltulu.tasks.report.languages import languages_page
+from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
 

@@ -15,12 +15,12 @@ import weakref
 from collections import Counter, deque
 from pathlib import Path
 
-from artifacts.files import remove_tree, write_atomically
-from schemas.compute import ComputeSettings
-from tasks.child import ERROR_FILE, MESSAGE_PREFIX, OUT_OF_MEMORY_FILE
-from tasks.job import Job
-from tasks.progress import Progress
-from tasks.stage import STOPPED
+from smoltulu.artifacts.files import remove_tree, write_atomically
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.child import ERROR_FILE, MESSAGE_PREFIX, OUT_OF_MEMORY_FILE
+from smoltulu.tasks.job import Job
+from smoltulu.tasks.progress import Progress
+from smoltulu.tasks.stage import STOPPED
 
 #: Trainings. With compute.num_processes above one torchrun starts them, and the reference pass of DPO.
 TRAINING_STAGES = ("sft", "reward_model", "dpo", "rlvr")
@@ -139,7 +139,7 @@ def _run_once(
         with _running_lock:
             environment = _child_environment(compute, num_ranks)
             process = subprocess.Popen(
-                [sys.executable, "-m", "tasks.child", str(job_file)],
+                [sys.executable, "-m", "smoltulu.tasks.child", str(job_file)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from schemas.training import LoraSettings
+from smoltulu.schemas.training import LoraSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel

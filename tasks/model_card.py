@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from schemas.artifact import Manifest
-from schemas.evaluation import EvaluationOutputs, Score
-from schemas.publish import PublishStageConfig
+from smoltulu.schemas.artifact import Manifest
+from smoltulu.schemas.evaluation import EvaluationOutputs, Score
+from smoltulu.schemas.publish import PublishStageConfig
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 _ABSOLUTE = re.compile(r"^(?:~|/|\$\{|[A-Za-z]:\\|file:)")

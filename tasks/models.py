@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from schemas.compute import ComputeSettings
+    from smoltulu.schemas.compute import ComputeSettings
 
 logger = logging.getLogger("smoltulu")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from schemas.training import PreferenceLoss
+from smoltulu.schemas.training import PreferenceLoss
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
-from tasks.disk import adapter_size, cache_bytes, model_size, training_bytes
-from tasks.models import check_model_folder, load_tokenizer
-from tasks.preflight_counts import Counts, load_counts
-from tasks.preflight_parts import Maker, Part, cut, make_parts, parts_folder, read_rows, tokens_schema
-from tasks.preflight_rows import Look, shown
-from tasks.stage import Stage, StageContext
+from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
+from smoltulu.tasks.disk import adapter_size, cache_bytes, model_size, training_bytes
+from smoltulu.tasks.models import check_model_folder, load_tokenizer
+from smoltulu.tasks.preflight_counts import Counts, load_counts
+from smoltulu.tasks.preflight_parts import Maker, Part, cut, make_parts, parts_folder, read_rows, tokens_schema
+from smoltulu.tasks.preflight_rows import Look, shown
+from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99, 100)
@@ -31,8 +31,8 @@ def run_preflight(
     config: PreflightConfig, inputs: PreflightInputs, context: StageContext
 ) -> tuple[PreflightOutputs, dict[str, float]]:
     """Tokenise, count, try the longest batch, report. ValueError lists every threshold that the rows do not meet."""
-    from tasks.dry_run import dry_run
-    from tasks.preflight_report import html_report, json_report, problems
+    from smoltulu.tasks.dry_run import dry_run
+    from smoltulu.tasks.preflight_report import html_report, json_report, problems
 
     check_model_folder(Path(inputs.model))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
@@ -181,7 +181,7 @@ def _opened(maker: Maker, file: Path) -> Iterator[Callable[[Path], None]]:
 
 
 def _objections(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:
-    from tasks.preflight_report import problems
+    from smoltulu.tasks.preflight_report import problems
 
     return problems(config, outputs, {name: list(rows) for name, rows in outputs.first_rows.items()})
 

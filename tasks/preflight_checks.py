@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from schemas.preflight import PlannedTraining, PreflightConfig, PreflightOutputs
-from tasks.planned_steps import optimizer_steps
-from tasks.report import text
-from tasks.training import steps_for_tokens
+from smoltulu.schemas.preflight import PlannedTraining, PreflightConfig, PreflightOutputs
+from smoltulu.tasks.planned_steps import optimizer_steps
+from smoltulu.tasks.report import text
+from smoltulu.tasks.training import steps_for_tokens
 
 Status = Literal["ok", "noticed", "fails"]
 

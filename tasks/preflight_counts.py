@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from schemas.preflight import PreflightConfig
-from tasks.preflight_rows import Look, Tokenised, findings, fit, loses_eos, sides_of
-from tasks.tokens import Conversation, Pair
+from smoltulu.schemas.preflight import PreflightConfig
+from smoltulu.tasks.preflight_rows import Look, Tokenised, findings, fit, loses_eos, sides_of
+from smoltulu.tasks.tokens import Conversation, Pair
 
 #: Bytes that stand for the tokens of a row.
 _DIGEST_BYTES = 12

@@ -19,15 +19,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts.checkpoints import fault, mark_complete
-from artifacts.files import made_from_folder, remove_tree
-from artifacts.keys import canonical_json, file_digest, text_digest
-from schemas.common import scientific
-from schemas.preflight import PreflightConfig, PreflightInputs
-from tasks.preflight_counts import Counts, load_counts, save_counts
-from tasks.preflight_rows import Look, Tokenised, tokenised
-from tasks.process import die_with_parent
-from tasks.tokens import Conversation, Pair
+from smoltulu.artifacts.checkpoints import fault, mark_complete
+from smoltulu.artifacts.files import made_from_folder, remove_tree
+from smoltulu.artifacts.keys import canonical_json, file_digest, text_digest
+from smoltulu.schemas.common import scientific
+from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs
+from smoltulu.tasks.preflight_counts import Counts, load_counts, save_counts
+from smoltulu.tasks.preflight_rows import Look, Tokenised, tokenised
+from smoltulu.tasks.process import die_with_parent
+from smoltulu.tasks.tokens import Conversation, Pair
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from schemas.preflight import LengthReport, PreflightConfig, PreflightOutputs
-from tasks.preflight_checks import Check, checks, planned_steps
-from tasks.report import text
-from tasks.report.charts import ticks
-from tasks.report.document import document
-from tasks.report.markup import e, preformatted, table
+from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightOutputs
+from smoltulu.tasks.preflight_checks import Check, checks, planned_steps
+from smoltulu.tasks.report import text
+from smoltulu.tasks.report.charts import ticks
+from smoltulu.tasks.report.document import document
+from smoltulu.tasks.report.markup import e, preformatted, table
 
 if TYPE_CHECKING:
-    from tasks.preflight_rows import Shown
+    from smoltulu.tasks.preflight_rows import Shown
 
 _STATUS_CLASSES = {"ok": "good", "noticed": "warn", "fails": "bad"}
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.preflight import PreflightConfig, TokenizerFacts
-from tasks.tokens import (
+from smoltulu.schemas.preflight import PreflightConfig, TokenizerFacts
+from smoltulu.tasks.tokens import (
     Conversation,
     Messages,
     Pair,

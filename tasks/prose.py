@@ -10,7 +10,7 @@ import re
 import unicodedata
 from typing import Literal
 
-from schemas.languages import Undetermined
+from smoltulu.schemas.languages import Undetermined
 
 _FENCED = re.compile(r"(```|~~~).*?(?:\1|\Z)", re.DOTALL)  # an open fence reaches to the end
 _INLINE_CODE = re.compile(r"`[^`\n]+`")

@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from artifacts.keys import file_digest
-from schemas.artifact import Manifest
-from schemas.evaluation import EvaluationOutputs
-from schemas.publish import PublishInputs, PublishOutputs, PublishStageConfig
-from tasks.model_card import find_private, lineage_records, model_card, score_records, without_paths
-from tasks.models import check_model_folder
-from tasks.stage import Stage, StageContext
+from smoltulu.artifacts.keys import file_digest
+from smoltulu.schemas.artifact import Manifest
+from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.schemas.publish import PublishInputs, PublishOutputs, PublishStageConfig
+from smoltulu.tasks.model_card import find_private, lineage_records, model_card, score_records, without_paths
+from smoltulu.tasks.models import check_model_folder
+from smoltulu.tasks.stage import Stage, StageContext
 
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 # By name, so that what a trainer leaves behind (training_args.bin is a pickle) stays behind.

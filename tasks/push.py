@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from schemas.publish import PublishSettings, PushResult
+from smoltulu.schemas.publish import PublishSettings, PushResult
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts.checkpoints import mark_complete
-from artifacts.files import made_from_folder, sync
-from artifacts.keys import file_digest
-from schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs, ReferenceLogpsOutputs
-from tasks.models import device_of, load_language_model, load_tokenizer, use_bfloat16
-from tasks.packed_attention import pack
-from tasks.stage import DATASETS_FOLDER, Stage, StageContext
-from tasks.training import load_rows, prepare_torch
+from smoltulu.artifacts.checkpoints import mark_complete
+from smoltulu.artifacts.files import made_from_folder, sync
+from smoltulu.artifacts.keys import file_digest
+from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs, ReferenceLogpsOutputs
+from smoltulu.tasks.models import device_of, load_language_model, load_tokenizer, use_bfloat16
+from smoltulu.tasks.packed_attention import pack
+from smoltulu.tasks.stage import DATASETS_FOLDER, Stage, StageContext
+from smoltulu.tasks.training import load_rows, prepare_torch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,7 @@ def run_reference_logps(
     from accelerate import PartialState
     from pyarrow import parquet
 
-    from tasks.preference_batch import COLUMNS
+    from smoltulu.tasks.preference_batch import COLUMNS
 
     # Processes that torchrun started take every so many-th shard each.
     processes = PartialState(cpu=device_of(context.compute) == "cpu")
@@ -77,7 +77,7 @@ def _computation(
     import numpy as np
     import torch
 
-    from tasks.preference_batch import PairCollator, completion_logps, give_fused_head
+    from smoltulu.tasks.preference_batch import PairCollator, completion_logps, give_fused_head
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     collate = PairCollator(tokenizer.pad_token_id, context.compute.packing)

@@ -10,13 +10,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from schemas.models import ModelOutputs
-from schemas.training import RewardModelSettings, TrainingInputs
-from tasks.even_rows import even_out
-from tasks.models import check_model_folder, fit_embeddings, load_tokenizer, stop_ids
-from tasks.packed_attention import pack
-from tasks.stage import Stage, StageContext
-from tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.schemas.models import ModelOutputs
+from smoltulu.schemas.training import RewardModelSettings, TrainingInputs
+from smoltulu.tasks.even_rows import even_out
+from smoltulu.tasks.models import check_model_folder, fit_embeddings, load_tokenizer, stop_ids
+from smoltulu.tasks.packed_attention import pack
+from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def train_reward_model(
     from transformers import AutoModelForSequenceClassification, set_seed
     from trl import RewardConfig
 
-    from tasks.reward_batch import COLUMNS, PairCollator, PairTrainer
+    from smoltulu.tasks.reward_batch import COLUMNS, PairCollator, PairTrainer
 
     check_model_folder(Path(inputs.model))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from schemas.models import ModelOutputs
-from schemas.training import RLVRSettings, TrainingInputs
-from tasks.gate import objections
-from tasks.guards import LossRule
-from tasks.models import load_language_model, load_tokenizer, stop_ids
-from tasks.stage import Stage, StageContext
-from tasks.training import (
+from smoltulu.schemas.models import ModelOutputs
+from smoltulu.schemas.training import RLVRSettings, TrainingInputs
+from smoltulu.tasks.gate import objections
+from smoltulu.tasks.guards import LossRule
+from smoltulu.tasks.models import load_language_model, load_tokenizer, stop_ids
+from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.training import (
     accumulation_steps,
     callbacks,
     finish,
@@ -26,7 +26,7 @@ from tasks.training import (
     train,
     trainer_arguments,
 )
-from tasks.verifiers import verify
+from smoltulu.tasks.verifiers import verify
 
 
 def rollout_reward(

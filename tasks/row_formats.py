@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from schemas.data import DatasetKind, RowFormat
-from tasks.adapters import FORMAT_FIELDS, KIND_FORMATS
+from smoltulu.schemas.data import DatasetKind, RowFormat
+from smoltulu.tasks.adapters import FORMAT_FIELDS, KIND_FORMATS
 
 #: Rows that are looked at.
 SAMPLE_ROWS = 10_000

@@ -11,25 +11,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts.catalogue import Catalogue
-from artifacts.checkpoints import fault, newest_checkpoint
-from artifacts.files import remove_tree
-from artifacts.manifests import Ref
-from artifacts.store import Found, Missing, Store
-from artifacts.verify import verify_artifacts
-from schemas.artifact import ArtifactReference, FileRecord, Manifest
-from schemas.training import TrainingInputs
-from tasks.disk import adapter_size, cache_bytes, model_size, training_bytes
-from tasks.environment import environment
-from tasks.extension import begin_with, extended, find_donor, keeps_checkpoint
-from tasks.job import Job
-from tasks.launch import DISK_ADVICE, TRAINING_STAGES, StageFailed, run_child
-from tasks.progress import Progress
-from tasks.sharing import share, share_if_absent, take_over
-from tasks.stage import DATASETS_FOLDER, StageContext
+from smoltulu.artifacts.catalogue import Catalogue
+from smoltulu.artifacts.checkpoints import fault, newest_checkpoint
+from smoltulu.artifacts.files import remove_tree
+from smoltulu.artifacts.manifests import Ref
+from smoltulu.artifacts.store import Found, Missing, Store
+from smoltulu.artifacts.verify import verify_artifacts
+from smoltulu.schemas.artifact import ArtifactReference, FileRecord, Manifest
+from smoltulu.schemas.training import TrainingInputs
+from smoltulu.tasks.disk import adapter_size, cache_bytes, model_size, training_bytes
+from smoltulu.tasks.environment import environment
+from smoltulu.tasks.extension import begin_with, extended, find_donor, keeps_checkpoint
+from smoltulu.tasks.job import Job
+from smoltulu.tasks.launch import DISK_ADVICE, TRAINING_STAGES, StageFailed, run_child
+from smoltulu.tasks.progress import Progress
+from smoltulu.tasks.sharing import share, share_if_absent, take_over
+from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext
 
 if TYPE_CHECKING:
-    from artifacts.remote import Remote
+    from smoltulu.artifacts.remote import Remote
 
 
 def run_stage(
@@ -95,7 +95,7 @@ def _take_or_make(
         return reference_to(found, job.stage.name, job.node, "Cached")
     if not remote.writable:
         return reference_to(*_make(job, store, folder, log))
-    from artifacts.remote import RemoteError
+    from smoltulu.artifacts.remote import RemoteError
 
     with contextlib.ExitStack() as held:
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from tasks.verifiers import verify
+from smoltulu.tasks.verifiers import verify
 
 if TYPE_CHECKING:
     import torch

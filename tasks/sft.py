@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from schemas.models import ModelOutputs
-from schemas.training import SFTSettings, TrainingInputs
-from tasks.even_rows import BLANK, even_out, is_blank
-from tasks.gate import objections
-from tasks.lora import with_adapter
-from tasks.models import fit_embeddings, load_language_model, load_tokenizer, stop_ids
-from tasks.packed_attention import pack, segments_of_lengths
-from tasks.stage import Stage, StageContext
-from tasks.tokens import IGNORED
-from tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.schemas.models import ModelOutputs
+from smoltulu.schemas.training import SFTSettings, TrainingInputs
+from smoltulu.tasks.even_rows import BLANK, even_out, is_blank
+from smoltulu.tasks.gate import objections
+from smoltulu.tasks.lora import with_adapter
+from smoltulu.tasks.models import fit_embeddings, load_language_model, load_tokenizer, stop_ids
+from smoltulu.tasks.packed_attention import pack, segments_of_lengths
+from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.tokens import IGNORED
+from smoltulu.tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
 
 
 def collate_packed(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:

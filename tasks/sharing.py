@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from artifacts.store import Found, Store, stale_input
-from schemas.artifact import Spec
-from schemas.compute import ComputeSettings
-from tasks.data import expand_text
+from smoltulu.artifacts.store import Found, Store, stale_input
+from smoltulu.schemas.artifact import Spec
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.data import expand_text
 
 if TYPE_CHECKING:
-    from artifacts.lease import Lease
-    from artifacts.remote import Remote
+    from smoltulu.artifacts.lease import Lease
+    from smoltulu.artifacts.remote import Remote
 
 Log = logging.Logger | logging.LoggerAdapter
 
@@ -25,7 +25,7 @@ def open_remote(compute: ComputeSettings) -> Remote | None:
     """The shared store that `compute` names, looked at once. Raises ValueError where it cannot be used."""
     if compute.remote is None:
         return None
-    from artifacts.remote import Remote
+    from smoltulu.artifacts.remote import Remote
 
     remote = Remote(expand_text(compute.remote))
     remote.check(writing=remote.writable)
@@ -39,7 +39,7 @@ def take_over(
 
     The caller holds the producer's lock.
     """
-    from artifacts.remote import DamagedArtifact, RemoteArtifact, RemoteError
+    from smoltulu.artifacts.remote import DamagedArtifact, RemoteArtifact, RemoteError
 
     key_folder = store.folder(spec)
     try:
@@ -76,7 +76,7 @@ def find_anywhere(
 
 def share(found: Found, remote: Remote, lease: Lease, node: str, log: Log) -> None:
     """Put an artifact into the shared store. What goes wrong there costs no result: it is said, and tried next time."""
-    from artifacts.lease import LeaseLost
+    from smoltulu.artifacts.lease import LeaseLost
 
     try:
         if remote.push(found.folder, lease, _progress(f"{node}: put into the shared store", log)):
@@ -89,7 +89,7 @@ def share(found: Found, remote: Remote, lease: Lease, node: str, log: Log) -> No
 
 def share_if_absent(found: Found, remote: Remote, node: str, log: Log) -> None:
     """Share an artifact that is only here: an upload was cut off, or the shared store was named later."""
-    from artifacts.remote import RemoteArtifact, RemoteError
+    from smoltulu.artifacts.remote import RemoteArtifact, RemoteError
 
     spec = found.manifest.spec
     key = found.manifest.key

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
 
-from schemas.artifact import Manifest
-from schemas.compute import ComputeSettings
+from smoltulu.schemas.artifact import Manifest
+from smoltulu.schemas.compute import ComputeSettings
 
 #: Folder of a stage's `work` for caches of its rows, marked complete like a checkpoint.
 DATASETS_FOLDER = "datasets"

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from tasks.base import base_model
-from tasks.contamination import contamination
-from tasks.contamination_index import benchmark_index
-from tasks.dataset import dataset
-from tasks.dpo import dpo
-from tasks.evaluation import evaluation
-from tasks.languages import languages
-from tasks.preflight import preflight
-from tasks.publish import publish
-from tasks.reference_logps import reference_logps
-from tasks.reward_model import reward_model
-from tasks.rlvr import rlvr
-from tasks.sft import sft
-from tasks.stage import Stage
-from tasks.world.stage import world
+from smoltulu.tasks.base import base_model
+from smoltulu.tasks.contamination import contamination
+from smoltulu.tasks.contamination_index import benchmark_index
+from smoltulu.tasks.dataset import dataset
+from smoltulu.tasks.dpo import dpo
+from smoltulu.tasks.evaluation import evaluation
+from smoltulu.tasks.languages import languages
+from smoltulu.tasks.preflight import preflight
+from smoltulu.tasks.publish import publish
+from smoltulu.tasks.reference_logps import reference_logps
+from smoltulu.tasks.reward_model import reward_model
+from smoltulu.tasks.rlvr import rlvr
+from smoltulu.tasks.sft import sft
+from smoltulu.tasks.stage import Stage
+from smoltulu.tasks.world.stage import world
 
 STAGES: dict[str, Stage] = {
     stage.name: stage

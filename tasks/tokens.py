@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from schemas.training import Overlong, TrainedTurns
+from smoltulu.schemas.training import Overlong, TrainedTurns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

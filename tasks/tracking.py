@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from artifacts.files import write_atomically
-from artifacts.keys import LOGS_FOLDER
+from smoltulu.artifacts.files import write_atomically
+from smoltulu.artifacts.keys import LOGS_FOLDER
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback

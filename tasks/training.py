@@ -11,20 +11,20 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts.checkpoints import mark_complete, newest_checkpoint, planned_steps, prune, torn_checkpoints
-from artifacts.files import remove_tree, write_atomically
-from artifacts.keys import LOGS_FOLDER
-from schemas.compute import accumulation_steps
-from schemas.models import ModelOutputs
-from schemas.training import GateSettings, ScheduleSettings, SupervisedSettings, TrainingSettings
-from tasks.extension import keep_checkpoint, store_checkpoint
-from tasks.gate import check_saved
-from tasks.guards import LossRule, guard
-from tasks.lora import ADAPTER_FOLDER, merged, save_adapter
-from tasks.models import device_of, history_metrics, save_model, use_bfloat16
-from tasks.schedules import learning_rate_factor
-from tasks.stage import DATASETS_FOLDER, Report, StageContext, StageStopped
-from tasks.tracking import numbers, require_trackers, speed_and_memory, trackers
+from smoltulu.artifacts.checkpoints import mark_complete, newest_checkpoint, planned_steps, prune, torn_checkpoints
+from smoltulu.artifacts.files import remove_tree, write_atomically
+from smoltulu.artifacts.keys import LOGS_FOLDER
+from smoltulu.schemas.compute import accumulation_steps
+from smoltulu.schemas.models import ModelOutputs
+from smoltulu.schemas.training import GateSettings, ScheduleSettings, SupervisedSettings, TrainingSettings
+from smoltulu.tasks.extension import keep_checkpoint, store_checkpoint
+from smoltulu.tasks.gate import check_saved
+from smoltulu.tasks.guards import LossRule, guard
+from smoltulu.tasks.lora import ADAPTER_FOLDER, merged, save_adapter
+from smoltulu.tasks.models import device_of, history_metrics, save_model, use_bfloat16
+from smoltulu.tasks.schedules import learning_rate_factor
+from smoltulu.tasks.stage import DATASETS_FOLDER, Report, StageContext, StageStopped
+from smoltulu.tasks.tracking import numbers, require_trackers, speed_and_memory, trackers
 
 if TYPE_CHECKING:
     from datasets import Dataset

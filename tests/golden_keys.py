@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from artifacts.nearest import differences, flat
-from flows.graph import Graph
-from flows.recipe import load_recipe, preset_names
-from tasks.data import Reference, expand_path
+from smoltulu.artifacts.nearest import differences, flat
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.recipe import load_recipe, preset_names
+from smoltulu.tasks.data import Reference, expand_path
 
 FILE = Path(__file__).with_suffix(".json")
 

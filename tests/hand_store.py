@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from artifacts.catalogue import Catalogue
-from artifacts.checkpoints import mark_complete
-from artifacts.keys import artifact_key, canonical_json, folder_records, records_digest
-from artifacts.manifests import Ref
-from schemas.artifact import ExtendedTraining, InputRecord, Manifest, Spec
-from schemas.run import RunRecord, TagRecord
+from smoltulu.artifacts.catalogue import Catalogue
+from smoltulu.artifacts.checkpoints import mark_complete
+from smoltulu.artifacts.keys import artifact_key, canonical_json, folder_records, records_digest
+from smoltulu.artifacts.manifests import Ref
+from smoltulu.schemas.artifact import ExtendedTraining, InputRecord, Manifest, Spec
+from smoltulu.schemas.run import RunRecord, TagRecord
 
 DAY = 86_400.0
 

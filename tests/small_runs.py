@@ -14,29 +14,36 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import tasks.dpo
-import tasks.reward_model
-import tasks.sft
-from flows.graph import preflight_config
-from schemas.artifact import Spec
-from schemas.common import scientific
-from schemas.compute import ComputeSettings
-from schemas.preflight import PreflightInputs, PreflightSettings
-from schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
-from schemas.training import DPOInputs, DPOSettings, RewardModelSettings, SFTSettings, TrainingInputs, TrainingSettings
-from tasks.job import Job
-from tasks.launch import run_child
-from tasks.preflight import run_preflight
-from tasks.reference_logps import run_reference_logps
-from tasks.stage import StageContext
-from tasks.stages import STAGES
+import smoltulu.tasks.dpo
+import smoltulu.tasks.reward_model
+import smoltulu.tasks.sft
+from smoltulu.flows.graph import preflight_config
+from smoltulu.schemas.artifact import Spec
+from smoltulu.schemas.common import scientific
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.preflight import PreflightInputs, PreflightSettings
+from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
+from smoltulu.schemas.training import (
+    DPOInputs,
+    DPOSettings,
+    RewardModelSettings,
+    SFTSettings,
+    TrainingInputs,
+    TrainingSettings,
+)
+from smoltulu.tasks.job import Job
+from smoltulu.tasks.launch import run_child
+from smoltulu.tasks.preflight import run_preflight
+from smoltulu.tasks.reference_logps import run_reference_logps
+from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.stages import STAGES
 from tests.tiny_model import TULU_TEMPLATE
 
-MODULES = {"sft": tasks.sft, "reward_model": tasks.reward_model, "dpo": tasks.dpo}
+MODULES = {"sft": smoltulu.tasks.sft, "reward_model": smoltulu.tasks.reward_model, "dpo": smoltulu.tasks.dpo}
 FUNCTIONS: dict[str, Callable] = {
-    "sft": tasks.sft.train_sft,
-    "reward_model": tasks.reward_model.train_reward_model,
-    "dpo": tasks.dpo.train_dpo,
+    "sft": smoltulu.tasks.sft.train_sft,
+    "reward_model": smoltulu.tasks.reward_model.train_reward_model,
+    "dpo": smoltulu.tasks.dpo.train_dpo,
 }
 SETTINGS: dict[str, Callable] = {"sft": SFTSettings, "reward_model": RewardModelSettings, "dpo": DPOSettings}
 

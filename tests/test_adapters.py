@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.compute import ComputeSettings
-from schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
-from tasks.adapters import FORMAT_FIELDS, MalformedRow, adapt, check_source
-from tasks.dataset import build_dataset
-from tasks.stage import StageContext
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
+from smoltulu.tasks.adapters import FORMAT_FIELDS, MalformedRow, adapt, check_source
+from smoltulu.tasks.dataset import build_dataset
+from smoltulu.tasks.stage import StageContext
 
 
 def source(format: str, fields: dict | None = None, **rest) -> DataSource:

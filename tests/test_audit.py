@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flows import machine
-from flows.audit_graph import INDEX, AuditGraph
-from flows.cli import app
-from schemas.audit import AuditResult, AuditSettings
-from schemas.compute import ComputeSettings
-from tasks.benchmarks import choose_benchmarks
-from tasks.report.contamination_table import NOT_CHECKED
+from smoltulu.flows import machine
+from smoltulu.flows.audit_graph import INDEX, AuditGraph
+from smoltulu.flows.cli import app
+from smoltulu.schemas.audit import AuditResult, AuditSettings
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.benchmarks import choose_benchmarks
+from smoltulu.tasks.report.contamination_table import NOT_CHECKED
 from tests.hub_double import HubDouble
 
 REAL_DATA = Path(os.environ.get("SMOLTULU_REAL_DATA") or "../shared/data").absolute()
@@ -142,8 +142,8 @@ def counting(self, address):
     attempts.append(address)
     return connect(self, address)
 socket.socket.connect = counting
-from flows.audit_graph import AuditGraph
-from schemas.audit import AuditSettings
+from smoltulu.flows.audit_graph import AuditGraph
+from smoltulu.schemas.audit import AuditSettings
 graph = AuditGraph([sys.argv[1]], AuditSettings(detector="none"))
 print(len(graph.benchmarks), len(graph.unreachable), len(set(attempts)), len(attempts))
 """
@@ -165,8 +165,8 @@ print(len(graph.benchmarks), len(graph.unreachable), len(set(attempts)), len(att
 
 def test_an_audit_uses_the_artifacts_of_a_recipe(place: Path) -> None:
     """The same rows against the same benchmarks have the same keys in an audit and in a training run."""
-    from flows.graph import Graph
-    from flows.recipe import load_recipe
+    from smoltulu.flows.graph import Graph
+    from smoltulu.flows.recipe import load_recipe
 
     gsm8k = choose_benchmarks(["gsm8k"], place / "eval")[0]
     source = {"path": str(place / "train.jsonl"), "format": "instruction"}
@@ -207,7 +207,16 @@ def test_a_hub_data_set_stands_beside_the_paper_and_gated_benchmarks_are_not_che
         command = ["audit", "allenai/tulu-3-sft-mixture", "-b", f"gsm8k={place}/eval/gsm8k_test.jsonl", "-b", "piqa"]
         command += ["-b", "wildguard", "-b", "drop", "--benchmarks-folder", str(tmp_path), "--detector", "none"]
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *command, "--store", str(tmp_path / "store"), "--threads", "1"],
+            [
+                sys.executable,
+                "-m",
+                "smoltulu.flows.cli",
+                *command,
+                "--store",
+                str(tmp_path / "store"),
+                "--threads",
+                "1",
+            ],
             cwd=machine.PROJECT,
             env=environment,
             capture_output=True,
@@ -265,7 +274,7 @@ def contamination_digest(store: Path) -> str:
 def test_the_flow_stores_shows_and_finds_again(prefect_server: None, place: Path) -> None:
     from prefect.client.orchestration import get_client
 
-    from flows.audit import audit_data
+    from smoltulu.flows.audit import audit_data
 
     store = place / "flow" / "store"
     first = audit_data([str(place / "train.jsonl")], settings_for(store))
@@ -289,9 +298,9 @@ def test_one_process_two_processes_and_dask_say_the_same(prefect_server: None, p
     from prefect.task_runners import ProcessPoolTaskRunner
     from rich.console import Console
 
-    from flows.audit import audit_data
-    from flows.audit_cli import audit
-    from tasks.contamination_engine import plan_shards
+    from smoltulu.flows.audit import audit_data
+    from smoltulu.flows.audit_cli import audit
+    from smoltulu.tasks.contamination_engine import plan_shards
 
     filler = "It was a day like all others in the town by the river. " * 600
     rows = [{"prompt": f"{QUESTIONS[n % 3] if n % 97 == 0 else n} {filler}", "completion": "x"} for n in range(2_200)]

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.audit import AuditResult, AuditSettings
-from schemas.contamination import BenchmarkReport, ContaminationOutputs
-from schemas.data import DatasetOutputs, SourceReport
-from tasks.benchmarks import benchmarks_folder, choose_benchmarks, load_registry, local_file
-from tasks.report.contamination_table import NOT_CHECKED, malformed_note, table_rows, two_decimals
-from tasks.report.hits import INSTANCES_PER_PAGE, ROWS_PER_INSTANCE, marked, write_hit_pages
-from tasks.row_formats import detect_format, format_as_given
+from smoltulu.schemas.audit import AuditResult, AuditSettings
+from smoltulu.schemas.contamination import BenchmarkReport, ContaminationOutputs
+from smoltulu.schemas.data import DatasetOutputs, SourceReport
+from smoltulu.tasks.benchmarks import benchmarks_folder, choose_benchmarks, load_registry, local_file
+from smoltulu.tasks.report.contamination_table import NOT_CHECKED, malformed_note, table_rows, two_decimals
+from smoltulu.tasks.report.hits import INSTANCES_PER_PAGE, ROWS_PER_INSTANCE, marked, write_hit_pages
+from smoltulu.tasks.row_formats import detect_format, format_as_given
 
 #: The paper's 17, in its order.
 PAPER = [
@@ -59,7 +59,7 @@ def test_published_shares_are_a_whole_number_of_instances() -> None:
 
 
 def test_fields_and_places_are_those_of_the_paper_preset() -> None:
-    from flows.recipe import load_recipe
+    from smoltulu.flows.recipe import load_recipe
 
     settings = load_recipe("smoltulu-1130").contamination
     assert settings is not None

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from schemas.base_model import BaseModelConfig
-from tasks.base_model import build_base_model
+from smoltulu.schemas.base_model import BaseModelConfig
+from smoltulu.tasks.base_model import build_base_model
 
 TINY = BaseModelConfig(
     vocab_size=320,

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.catalogue import Catalogue, is_alive, state_of
-from artifacts.gc import Rules, plan_gc
-from artifacts.lineage import Relative, ancestors, descendants
-from artifacts.manifests import Ref, scores_of, sources_of
-from artifacts.store import Found, Missing, Store
-from artifacts.tags import remove_tag, set_tag
-from artifacts.verify import Finding, verify_artifacts, verify_tags
-from schemas.run import RunRecord
+from smoltulu.artifacts.catalogue import Catalogue, is_alive, state_of
+from smoltulu.artifacts.gc import Rules, plan_gc
+from smoltulu.artifacts.lineage import Relative, ancestors, descendants
+from smoltulu.artifacts.manifests import Ref, scores_of, sources_of
+from smoltulu.artifacts.store import Found, Missing, Store
+from smoltulu.artifacts.tags import remove_tag, set_tag
+from smoltulu.artifacts.verify import Finding, verify_artifacts, verify_tags
+from smoltulu.schemas.run import RunRecord
 from tests.hand_store import HandStore, pipeline
 
 

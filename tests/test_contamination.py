@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from schemas.compute import ComputeSettings
-from schemas.contamination import (
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.contamination import (
     Benchmark,
     BenchmarkIndexConfig,
     BenchmarkIndexInputs,
@@ -19,11 +19,11 @@ from schemas.contamination import (
     ContaminationSettings,
     ContaminationStageConfig,
 )
-from schemas.data import DataSource
-from tasks.contamination import check_contamination
-from tasks.contamination_engine import plan_shards
-from tasks.contamination_index import build_benchmark_index, load_benchmark
-from tasks.stage import StageContext
+from smoltulu.schemas.data import DataSource
+from smoltulu.tasks.contamination import check_contamination
+from smoltulu.tasks.contamination_engine import plan_shards
+from smoltulu.tasks.contamination_index import build_benchmark_index, load_benchmark
+from smoltulu.tasks.stage import StageContext
 from tests.contamination_fuzz import conversation
 
 LEAK = "How many apples does Ann have after lunch today?"  # nine terms
@@ -166,7 +166,7 @@ def test_assistant_turns_are_searched_where_asked_for(tmp_path):
 
 
 def test_a_stopped_stage_takes_up_its_finished_shards(tmp_path, monkeypatch):
-    import tasks.contamination_engine as engine
+    import smoltulu.tasks.contamination_engine as engine
 
     rows = [conversation(f"0:{n}", LEAK if n == 7 else "hello", "and now") for n in range(20)]
     monkeypatch.setattr(engine, "plan_shards", lambda path: plan_shards(path, 200))

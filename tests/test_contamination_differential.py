@@ -5,8 +5,6 @@ The last two tests are the large ones (over 40,000 instances, 50,000 prompts). A
 
 from __future__ import annotations
 
-from tests import ROOT
-
 import importlib.util
 import json
 import os
@@ -14,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.recipe import load_recipe
-from tasks.adapters import MalformedRow, adapt
-from tasks.contamination_index import LoadedBenchmark, load_benchmark
-from tasks.data import read_rows
+from smoltulu.flows.recipe import load_recipe
+from smoltulu.tasks.adapters import MalformedRow, adapt
+from smoltulu.tasks.contamination_index import LoadedBenchmark, load_benchmark
+from smoltulu.tasks.data import read_rows
+from tests import ROOT
 from tests import contamination_brute_force as brute_force
 from tests.contamination_fuzz import generate
 from tests.lucene import oracle
@@ -41,7 +40,7 @@ def spacy_tokenizer():
 
 def scored(folder, benchmarks, turns, mode):
     """The engine's hits: (instance, turn) -> score."""
-    from tasks.contamination_engine import build_index, load_index, scan_texts
+    from smoltulu.tasks.contamination_engine import build_index, load_index, scan_texts
 
     folder.mkdir()
     build_index(folder, benchmarks, mode, N)
@@ -90,7 +89,7 @@ def test_ngram_match_on_generated_texts(tmp_path):
 
 @needs_spacy
 def test_best_scores_below_the_threshold_are_those_of_the_rule_too(tmp_path):
-    from tasks.contamination_engine import best_scores, build_index, load_index
+    from smoltulu.tasks.contamination_engine import best_scores, build_index, load_index
 
     benchmarks, instances, turns = generated(2, 300, 300)
     expected = [0.0] * len(instances)
@@ -144,8 +143,8 @@ def scored_by_shards(folder, benchmarks, turns, mode):
     """The same through files: rows of one user turn, cut into shards, merged."""
     import pyarrow.parquet
 
-    from tasks.contamination_engine import build_index, plan_shards, scan_shard
-    from tasks.contamination_merge import merge
+    from smoltulu.tasks.contamination_engine import build_index, plan_shards, scan_shard
+    from smoltulu.tasks.contamination_merge import merge
 
     rows = folder / "rows.jsonl"
     with rows.open("w", encoding="utf-8") as stream:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.contamination_engine import plan_shards
-from tasks.contamination_rows import read_blocks
+from smoltulu.tasks.contamination_engine import plan_shards
+from smoltulu.tasks.contamination_rows import read_blocks
 from tests.contamination_fuzz import conversation
 
 

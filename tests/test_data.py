@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests import ROOT
-
 import gzip
 import json
 import subprocess
@@ -16,8 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from schemas.data import DataSource
-from tasks.data import SourceUnavailable, expand_path, read_rows, resolve_revision, source_digest
+from smoltulu.schemas.data import DataSource
+from smoltulu.tasks.data import SourceUnavailable, expand_path, read_rows, resolve_revision, source_digest
+from tests import ROOT
 
 ROWS = [{"text": "one, \u00e9"}, {"text": 'two "quoted"\nlines'}, {"text": "\u4e09"}]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -254,9 +253,8 @@ def test_hub_subsets_and_limits(repository):
 
 def test_import_stays_light():
     code = (
-        "import sys, tasks.data; print([n for n in ('torch', 'datasets', 'pyarrow', 'huggingface_hub', 'prefect') "
+        "import sys, smoltulu.tasks.data; print([n for n in ('torch', 'datasets', 'pyarrow', 'huggingface_hub', 'prefect') "
         "if n in sys.modules])"
     )
-    root = ROOT
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from schemas.compute import ComputeSettings
-from schemas.training import DPOSettings, SFTSettings
-from tasks.disk import (
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.training import DPOSettings, SFTSettings
+from smoltulu.tasks.disk import (
     ModelSize,
     adapter_size,
     cache_bytes,
@@ -22,7 +22,7 @@ from tasks.disk import (
     num_parameters,
     training_bytes,
 )
-from tasks.stage import StageContext
+from smoltulu.tasks.stage import StageContext
 from tests.small_runs import training_inputs
 from tests.tiny_model import build_tiny_model
 
@@ -95,8 +95,8 @@ def test_disk_by_hand() -> None:
 
 @pytest.mark.parametrize(("stage", "lora"), [("sft", None), ("dpo", None), ("sft", {"r": 4})])
 def test_the_formula_against_a_real_training(tmp_path: Path, stage: str, lora: dict[str, int] | None) -> None:
-    from tasks.dpo import train_dpo
-    from tasks.sft import train_sft
+    from smoltulu.tasks.dpo import train_dpo
+    from smoltulu.tasks.sft import train_sft
 
     def turns(**by_role: str) -> list[dict[str, str]]:
         return [{"role": role, "content": content} for role, content in by_role.items()]

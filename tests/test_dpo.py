@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from schemas.training import DPOInputs, DPOSettings
-from tasks.dpo import train_dpo
-from tasks.packed_attention import pack
-from tasks.preference_batch import PairCollator, completion_logps, give_fused_head, num_tokens
-from tasks.stage import StageContext
+from smoltulu.schemas.training import DPOInputs, DPOSettings
+from smoltulu.tasks.dpo import train_dpo
+from smoltulu.tasks.packed_attention import pack
+from smoltulu.tasks.preference_batch import PairCollator, completion_logps, give_fused_head, num_tokens
+from smoltulu.tasks.stage import StageContext
 from tests.small_runs import pairs, run, stage_arguments, trainer_of
 from tests.test_packing import exact
 from tests.tiny_model import build_tiny_model

@@ -11,13 +11,20 @@ from typing import Any
 
 import pytest
 
-import tasks.evaluation
-from schemas.compute import ComputeSettings
-from schemas.evaluation import EvaluationInputs, EvaluationOutputs, EvaluationStageConfig
-from tasks.evaluation import evaluate
-from tasks.harness import template_digest
-from tasks.sampling import Completion, encode_prompts, generate, mean_and_stderr, paired_difference, verified_accuracy
-from tasks.stage import StageContext
+import smoltulu.tasks.evaluation
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationOutputs, EvaluationStageConfig
+from smoltulu.tasks.evaluation import evaluate
+from smoltulu.tasks.harness import template_digest
+from smoltulu.tasks.sampling import (
+    Completion,
+    encode_prompts,
+    generate,
+    mean_and_stderr,
+    paired_difference,
+    verified_accuracy,
+)
+from smoltulu.tasks.stage import StageContext
 from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model, build_tokenizer
 
 ARITHMETIC = [{"question": f"What is {n} plus {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(9)]
@@ -397,13 +404,15 @@ def test_in_bfloat16_the_weights_are_rounded_and_nothing_else(
     """As on a GPU. Rounded frequencies turn late positions by a radian; the score head was trained in float32."""
     import torch
 
-    from schemas.evaluation import EvaluationSettings
+    from smoltulu.schemas.evaluation import EvaluationSettings
 
-    monkeypatch.setattr(tasks.evaluation, "use_bfloat16", lambda precision, compute: True)
+    monkeypatch.setattr(smoltulu.tasks.evaluation, "use_bfloat16", lambda precision, compute: True)
     path = build_tiny_model(tmp_path / "reward", num_labels=1) if is_reward_model else folder
     inputs = EvaluationInputs(model=str(path), chat_template=TULU_TEMPLATE)
     context = StageContext(tmp_path, tmp_path, ComputeSettings(device="cpu"), lambda *_, **__: None)
-    model, _ = tasks.evaluation._load(str(path), inputs, EvaluationSettings(), context, reward_model=is_reward_model)
+    model, _ = smoltulu.tasks.evaluation._load(
+        str(path), inputs, EvaluationSettings(), context, reward_model=is_reward_model
+    )
     kept = {name for name, value in model.named_parameters() if value.dtype == torch.float32}
     assert kept == ({"score.weight"} if is_reward_model else set())
     buffers = dict(model.named_buffers())
@@ -415,11 +424,13 @@ def test_evaluation_in_bfloat16_sums_likelihoods_in_float32(tmp_path: Path, fold
     """As on a GPU. In bfloat16 a sum beyond 32 nats is rounded to a quarter, and choices tie."""
     import torch
 
-    monkeypatch.setattr(tasks.evaluation, "use_bfloat16", lambda precision, compute: True)
+    monkeypatch.setattr(smoltulu.tasks.evaluation, "use_bfloat16", lambda precision, compute: True)
     seen: list[Any] = []
-    real = tasks.evaluation.harness.run_task
+    real = smoltulu.tasks.evaluation.harness.run_task
     monkeypatch.setattr(
-        tasks.evaluation.harness, "run_task", lambda wrapped, *a, **k: seen.append(wrapped) or real(wrapped, *a, **k)
+        smoltulu.tasks.evaluation.harness,
+        "run_task",
+        lambda wrapped, *a, **k: seen.append(wrapped) or real(wrapped, *a, **k),
     )
     rows = [{"query": f"Which is {n}?", "choices": ["a cat", "three dogs"], "gold": n % 2} for n in range(4)]
     task = {

@@ -16,8 +16,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, DataLoader
 
-from tasks.even_rows import BlankCollator, EvenRows, EvenSampler, blank_row, even_out, is_blank, num_blanks
-from tasks.guards import LossRule, guard
+from smoltulu.tasks.even_rows import BlankCollator, EvenRows, EvenSampler, blank_row, even_out, is_blank, num_blanks
+from smoltulu.tasks.guards import LossRule, guard
 from tests.small_runs import conversations, pairs, run, trainer_of, two_processes
 from tests.tiny_model import build_tiny_model, build_tokenizer
 
@@ -132,7 +132,7 @@ def test_a_blank_batch_has_a_gradient_of_zeros_and_counts_nothing(
     # Of the reward model the metrics of another process: a pair of 9 tokens with scores of 0.5 and 0.25.
     other = torch.tensor([[9, 1, 1, 0.25, 0.75, 0.25, 0.5]], dtype=torch.float64)
     with (
-        mock.patch("tasks.reward_batch.num_blanks", lambda _: 1),
+        mock.patch("smoltulu.tasks.reward_batch.num_blanks", lambda _: 1),
         mock.patch.object(trainer.accelerator, "gather", lambda own: torch.cat([own, other]) if own.dim() else own),
     ):
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(3))

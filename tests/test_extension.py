@@ -15,20 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from artifacts.checkpoints import CHECKPOINT_MARKER, fault, mark_complete, place_checkpoint
-from artifacts.keys import manifest_checksum, records_digest
-from artifacts.store import Found, Store, read_manifest
-from flows.graph import Graph
-from flows.plan import PlanRow, plan
-from flows.recipe import load_recipe
-from schemas.artifact import ArtifactReference, ExtendedTraining, FileRecord, InputRecord, Manifest, Spec
-from schemas.common import scientific
-from schemas.compute import ComputeSettings
-from schemas.training import ConstantSchedule, CosineSchedule, PowerSchedule, WSDSchedule, WSDSSchedule
-from tasks.extension import begin_with, find_donor
-from tasks.runner import Job, run_stage
-from tasks.schedules import extension_step, learning_rate_factor, same_past
-from tasks.stages import STAGES
+from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, fault, mark_complete, place_checkpoint
+from smoltulu.artifacts.keys import manifest_checksum, records_digest
+from smoltulu.artifacts.store import Found, Store, read_manifest
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.plan import PlanRow, plan
+from smoltulu.flows.recipe import load_recipe
+from smoltulu.schemas.artifact import ArtifactReference, ExtendedTraining, FileRecord, InputRecord, Manifest, Spec
+from smoltulu.schemas.common import scientific
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.training import ConstantSchedule, CosineSchedule, PowerSchedule, WSDSchedule, WSDSSchedule
+from smoltulu.tasks.extension import begin_with, find_donor
+from smoltulu.tasks.runner import Job, run_stage
+from smoltulu.tasks.schedules import extension_step, learning_rate_factor, same_past
+from smoltulu.tasks.stages import STAGES
 from tests.golden_keys import made_up_commit
 from tests.small_runs import conversations, pairs, stage_arguments
 from tests.test_schedules import schedules

@@ -7,7 +7,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from flows.pipeline import smoltulu
+from smoltulu.flows.pipeline import smoltulu
 
 SCHEMA: dict[str, Any] = smoltulu.parameters.model_dump()
 

@@ -14,10 +14,10 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from schemas.training import GateSettings, SFTSettings
-from tasks.gate import Answer, check_equal, check_saved, greedy_answers, judge, objections, prompt_of, prompts
-from tasks.models import load_tokenizer
-from tasks.stages import STAGES
+from smoltulu.schemas.training import GateSettings, SFTSettings
+from smoltulu.tasks.gate import Answer, check_equal, check_saved, greedy_answers, judge, objections, prompt_of, prompts
+from smoltulu.tasks.models import load_tokenizer
+from smoltulu.tasks.stages import STAGES
 from tests.small_runs import FUNCTIONS, conversations, pairs, run, stage_arguments, turn
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
 

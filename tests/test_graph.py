@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests import ROOT
-
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from artifacts.store import Store
-from flows.graph import Graph
-from flows.nodes import Binding
-from flows.plan import plan
-from flows.recipe import load_recipe
-from recipes import CHAT_TEMPLATES
-from tasks.chat_template import check_chat_template, load_chat_template
+from smoltulu.artifacts.store import Store
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.nodes import Binding
+from smoltulu.flows.plan import plan
+from smoltulu.flows.recipe import load_recipe
+from smoltulu.recipes import CHAT_TEMPLATES
+from smoltulu.tasks.chat_template import check_chat_template, load_chat_template
+from tests import ROOT
 
 DPO_AND_AFTER = {"dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward", "rlvr", "evaluation-rlvr", "publish"}
 
@@ -131,9 +130,9 @@ def test_the_reward_model_starts_where_the_recipe_says() -> None:
 
 
 def test_keys_are_the_same_in_another_process(tmp_path: Path) -> None:
-    imports = "from flows.graph import Graph; from flows.recipe import load_recipe"
+    imports = "from smoltulu.flows.graph import Graph; from smoltulu.flows.recipe import load_recipe"
     code = f"{imports}; print(Graph(load_recipe('tiny')).key('publish'))"
-    environment = {"PYTHONHASHSEED": "7", "PATH": "/usr/bin", "PYTHONPATH": str(ROOT)}
+    environment = {"PYTHONHASHSEED": "7", "PATH": "/usr/bin", "PYTHONPATH": str(ROOT / "src")}
     printed = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, text=True, capture_output=True, check=True
     )
@@ -142,7 +141,7 @@ def test_keys_are_the_same_in_another_process(tmp_path: Path) -> None:
 
 def test_graph_and_plan_never_import_torch() -> None:
     code = (
-        "import sys; from flows.graph import Graph; from flows.recipe import load_recipe; Graph(load_recipe('tiny'));"
+        "import sys; from smoltulu.flows.graph import Graph; from smoltulu.flows.recipe import load_recipe; Graph(load_recipe('tiny'));"
         "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'prefect', 'lm_eval') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout == "[]\n"

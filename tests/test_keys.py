@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests import ROOT
-
 import copy
 import json
 import math
@@ -23,15 +21,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from artifacts.keys import artifact_key, canonical_json
-from flows.graph import Graph
-from flows.recipe import load_recipe
-from schemas.artifact import Spec
-from schemas.common import role_of
-from schemas.recipe import Recipe
-from tests import golden_keys
+from smoltulu.artifacts.keys import artifact_key, canonical_json
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.recipe import load_recipe
+from smoltulu.schemas.artifact import Spec
+from smoltulu.schemas.common import role_of
+from smoltulu.schemas.recipe import Recipe
+from tests import ROOT, golden_keys
 from tests.golden_keys import made_up_commit
-
 
 # --- Canonical JSON ---------------------------------------------------------------------------------------------------
 
@@ -134,10 +131,10 @@ import json, sys, types
 class Empty(types.ModuleType):
     def __getattr__(self, name):
         return object
-for name in ("blake3", "pydantic", "schemas", "schemas.artifact"):
+for name in ("blake3", "pydantic", "smoltulu.schemas", "smoltulu.schemas.artifact"):
     sys.modules[name] = Empty(name)
 sys.path.insert(0, sys.argv[1])
-from artifacts.keys import artifact_key
+from smoltulu.artifacts.keys import artifact_key
 class Fields:
     def model_dump(self):
         return json.loads(sys.argv[2])
@@ -164,7 +161,7 @@ def test_canonical_keys_are_the_same_under_every_hash_seed_and_python() -> None:
     for number, python in enumerate([*_pythons(), sys.executable]):
         environment = {"PYTHONHASHSEED": str(number + 1), "PATH": os.environ["PATH"], "LC_ALL": "C"}
         done = subprocess.run(
-            [python, "-c", _ELSEWHERE, str(ROOT), json.dumps(_SPEC)], env=environment, text=True, capture_output=True,
+            [python, "-c", _ELSEWHERE, str(ROOT / "src"), json.dumps(_SPEC)], env=environment, text=True, capture_output=True,
             check=False,
         )  # fmt: skip
         assert done.stdout.strip() == expected, (python, done.stderr)

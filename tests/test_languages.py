@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from schemas.compute import ComputeSettings
-from schemas.languages import DEFAULT_LANGUAGES, LanguageInputs, LanguageSettings, LanguageStageConfig
-from tasks import languages as stage_module
-from tasks.languages import judge_chunks, judge_text, language_shares, make_detector, row_text
-from tasks.prose import judge, num_letters, split_prose
-from tasks.stage import StageContext
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.languages import DEFAULT_LANGUAGES, LanguageInputs, LanguageSettings, LanguageStageConfig
+from smoltulu.tasks import languages as stage_module
+from smoltulu.tasks.languages import judge_chunks, judge_text, language_shares, make_detector, row_text
+from smoltulu.tasks.prose import judge, num_letters, split_prose
+from smoltulu.tasks.stage import StageContext
 
 SENTENCES = {
     "ar": "أين يمكنني أن أجد مكتبة قريبة من المحطة؟",
@@ -239,8 +239,8 @@ import socket
 def refuse(*arguments, **options): raise AssertionError("the network was asked for")
 socket.socket.connect = refuse
 socket.getaddrinfo = refuse
-from schemas.languages import LanguageSettings
-from tasks.languages import make_detector
+from smoltulu.schemas.languages import LanguageSettings
+from smoltulu.tasks.languages import make_detector
 print(make_detector(LanguageSettings(detector={detector!r}))("Where can I find a library around here?"))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

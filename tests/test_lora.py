@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from artifacts.checkpoints import CHECKPOINT_MARKER
-from schemas.training import LoraSettings
-from tasks.lora import merged, with_adapter
+from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
+from smoltulu.schemas.training import LoraSettings
+from smoltulu.tasks.lora import merged, with_adapter
 from tests.small_runs import Run, conversations, pairs, run, two_processes
 from tests.tiny_model import build_tiny_model
 

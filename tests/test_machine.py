@@ -16,13 +16,13 @@ from uuid import UUID
 
 import pytest
 
-from flows import doctor, machine, prefect_api, processes
+from smoltulu.flows import doctor, machine, prefect_api, processes
 
 PROBE = f"""
 import sys, subprocess
 sys.path.insert(0, {str(machine.PROJECT)!r})
 from prefect import flow, get_run_logger
-from flows.logs import shield_run_logs
+from smoltulu.flows.logs import shield_run_logs
 
 @flow(name="probe", persist_result=False)
 def probe(what: str = "finish"):
@@ -48,7 +48,7 @@ def _environment(home: Path, **more: str) -> dict[str, str]:
 
 def _cli(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "smoltulu.flows.cli", *arguments],
         cwd=machine.PROJECT,
         env=_environment(home, **more),
         stdout=subprocess.PIPE,

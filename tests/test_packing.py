@@ -25,8 +25,16 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from tasks import packed_attention
-from tasks.packed_attention import PACKED, Segment, Segments, groups_of, pack, segments_of_lengths, segments_of_pairs
+from smoltulu.tasks import packed_attention
+from smoltulu.tasks.packed_attention import (
+    PACKED,
+    Segment,
+    Segments,
+    groups_of,
+    pack,
+    segments_of_lengths,
+    segments_of_pairs,
+)
 
 VOCAB = 64
 SHAPE: dict[str, Any] = {

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts.checkpoints import mark_complete
-from artifacts.nearest import SpecIndex, differences, flat
-from artifacts.remote import Remote
-from artifacts.store import Found, Store
-from flows.estimate import (
+from smoltulu.artifacts.checkpoints import mark_complete
+from smoltulu.artifacts.nearest import SpecIndex, differences, flat
+from smoltulu.artifacts.remote import Remote
+from smoltulu.artifacts.store import Found, Store
+from smoltulu.flows.estimate import (
     NOTHING,
     Cost,
     Estimate,
@@ -32,16 +32,16 @@ from flows.estimate import (
     totals,
     training_flops,
 )
-from flows.graph import Graph
-from flows.machine import PROJECT
-from flows.plan import Plan, PlanRow, drift, plan
-from flows.plan_cli import as_dict, count, num_bytes, show, summary
-from flows.recipe import load_recipe
-from schemas.artifact import InputRecord, Manifest
-from schemas.preflight import DryRun, LengthReport, PreflightOutputs
-from tasks.data import HubUnreachable, Reference, SourceUnavailable, resolve_commits
-from tasks.environment import environment
-from tasks.planned_steps import optimizer_steps, tokens_of_steps
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.machine import PROJECT
+from smoltulu.flows.plan import Plan, PlanRow, drift, plan
+from smoltulu.flows.plan_cli import as_dict, count, num_bytes, show, summary
+from smoltulu.flows.recipe import load_recipe
+from smoltulu.schemas.artifact import InputRecord, Manifest
+from smoltulu.schemas.preflight import DryRun, LengthReport, PreflightOutputs
+from smoltulu.tasks.data import HubUnreachable, Reference, SourceUnavailable, resolve_commits
+from smoltulu.tasks.environment import environment
+from smoltulu.tasks.planned_steps import optimizer_steps, tokens_of_steps
 
 NUM_PARAMETERS = 1_711_376_384  # SmolLM2-1.7B
 ROWS = 1000
@@ -398,7 +398,7 @@ def test_a_refusal_does_not_stop_the_others_and_they_are_asked_at_once() -> None
 
 def test_plan_offline_as_a_command_is_light_and_does_not_fail(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom flows.cli import app\n"
+        "import sys\nfrom smoltulu.flows.cli import app\n"
         "try:\n    app(['plan', 'smoltulu-1130', '--json'])\n"
         "except SystemExit as e:\n    print('exit', e.code, file=sys.stderr)\n"
         "heavy = ('torch', 'transformers', 'trl', 'datasets', 'prefect', 'lm_eval', 'numpy', 'pyarrow', 'numba')\n"

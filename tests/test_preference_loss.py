@@ -9,8 +9,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from schemas.training import DPOSettings, PreferenceLoss
-from tasks.preference_loss import LogRatios, preference_loss
+from smoltulu.schemas.training import DPOSettings, PreferenceLoss
+from smoltulu.tasks.preference_loss import LogRatios, preference_loss
 from tests.small_runs import pairs
 from tests.tiny_model import build_tiny_model
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests import ROOT
-
 import json
 import multiprocessing
 import os
@@ -24,16 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from artifacts.checkpoints import mark_complete
-from schemas.compute import ComputeSettings
-from schemas.preflight import PreflightConfig, PreflightInputs, PreflightOutputs, PreflightSettings
-from tasks import preflight_parts
-from tasks.models import load_tokenizer
-from tasks.preflight import length_report, run_preflight
-from tasks.preflight_rows import Look, findings, last_trained
-from tasks.stage import Report, StageContext
-from tasks.tokens import conversations, fit_conversation, fit_pair, pairs, prompt_ids
-from tests import small_runs
+from smoltulu.artifacts.checkpoints import mark_complete
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs, PreflightOutputs, PreflightSettings
+from smoltulu.tasks import preflight_parts
+from smoltulu.tasks.models import load_tokenizer
+from smoltulu.tasks.preflight import length_report, run_preflight
+from smoltulu.tasks.preflight_rows import Look, findings, last_trained
+from smoltulu.tasks.stage import Report, StageContext
+from smoltulu.tasks.tokens import conversations, fit_conversation, fit_pair, pairs, prompt_ids
+from tests import ROOT, small_runs
 from tests.small_runs import turn
 from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model
 
@@ -311,14 +309,14 @@ def stamps(work: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-#: Stands in for `python -m tasks.child`, with small parts.
+#: Stands in for `python -m smoltulu.tasks.child`, with small parts.
 CHILD = """
 import sys
-import tasks.preflight_parts
+import smoltulu.tasks.preflight_parts
 
 if __name__ == "__main__":
-    tasks.preflight_parts.PART_ROWS = 32
-    from tasks.child import main
+    smoltulu.tasks.preflight_parts.PART_ROWS = 32
+    from smoltulu.tasks.child import main
 
     sys.exit(main(sys.argv[1]))
 """

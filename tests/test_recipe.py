@@ -9,14 +9,14 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from flows.recipe import RecipeError, check_stage_names, load_recipe, preset_names
-from recipes import PRESETS
-from schemas.common import role_of, scientific
-from schemas.contamination import ContaminationStageConfig
-from schemas.data import DatasetStageConfig
-from schemas.evaluation import EvaluationStageConfig
-from schemas.publish import PublishStageConfig
-from schemas.recipe import Recipe
+from smoltulu.flows.recipe import RecipeError, check_stage_names, load_recipe, preset_names
+from smoltulu.recipes import PRESETS
+from smoltulu.schemas.common import role_of, scientific
+from smoltulu.schemas.contamination import ContaminationStageConfig
+from smoltulu.schemas.data import DatasetStageConfig
+from smoltulu.schemas.evaluation import EvaluationStageConfig
+from smoltulu.schemas.publish import PublishStageConfig
+from smoltulu.schemas.recipe import Recipe
 
 
 def leaves(value: Any, prefix: str = "") -> dict[str, Any]:

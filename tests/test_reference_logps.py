@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests import ROOT
-
 import json
 import math
 import os
@@ -20,12 +18,13 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import tasks.reference_logps
-from schemas.compute import ComputeSettings
-from schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
-from schemas.training import DPOInputs
-from tasks.reference_logps import run_reference_logps
-from tasks.stage import Report, StageContext
+import smoltulu.tasks.reference_logps
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
+from smoltulu.schemas.training import DPOInputs
+from smoltulu.tasks.reference_logps import run_reference_logps
+from smoltulu.tasks.stage import Report, StageContext
+from tests import ROOT
 from tests.small_runs import pairs, run, stage_arguments
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
 
@@ -46,7 +45,7 @@ def rows(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks.reference_logps, "SHARD_PAIRS", 4)
+    monkeypatch.setattr(smoltulu.tasks.reference_logps, "SHARD_PAIRS", 4)
 
 
 def reference(
@@ -128,7 +127,7 @@ def test_machinery_changes_nothing(base: Path, rows: Path, tmp_path: Path, machi
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchrun starts them; every second shard each."""
-    monkeypatch.setattr(tasks.reference_logps, "SHARD_PAIRS", 512)  # the processes import their own
+    monkeypatch.setattr(smoltulu.tasks.reference_logps, "SHARD_PAIRS", 512)  # the processes import their own
     many = pairs(1100)[1:]
     _, inputs, context = stage_arguments("dpo", tmp_path, base, many, {})
     assert isinstance(inputs, DPOInputs)
@@ -147,8 +146,9 @@ def test_two_processes_make_what_one_makes(base: Path, tmp_path: Path, monkeypat
     }
     file = tmp_path / "two" / "work" / "job.json"
     file.write_text(json.dumps(job))
-    root = ROOT
-    ended = subprocess.run([sys.executable, "-m", "tasks.child", str(file)], cwd=root, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-m", "smoltulu.tasks.child", str(file)], cwd=ROOT, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
     together = parquet.read_table(tmp_path / "two" / "out" / "reference_logps.parquet")
     assert len(together) == len(many) and together.equals(alone)

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from schemas.artifact import ArtifactReference, FileRecord, InputRecord, Manifest, Spec
-from schemas.run import RunSummary
-from tasks.report import artifact_key, html_report, markdown, stage_table, summarise
-from tasks.report.charts import bucketed, direct_parents, layered, line_chart, parse_history, ticks
-from tasks.report.text import duration, number, percent, score
+from smoltulu.schemas.artifact import ArtifactReference, FileRecord, InputRecord, Manifest, Spec
+from smoltulu.schemas.run import RunSummary
+from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
+from smoltulu.tasks.report.charts import bucketed, direct_parents, layered, line_chart, parse_history, ticks
+from smoltulu.tasks.report.text import duration, number, percent, score
 
 NASTY = '<script>alert(1)</script><img src="https://evil.example/x.png" onerror=alert(2)>"\'&\x00\u202e\ud800 `|*'
 PARENTS = {

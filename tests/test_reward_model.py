@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
-from artifacts.store import Store
-from flows.graph import preflight_config
-from flows.recipe import load_recipe
-from schemas.artifact import Spec
-from schemas.common import scientific
-from schemas.preflight import PreflightSettings
-from schemas.training import RewardModelSettings
-from tasks.packed_attention import pack
-from tasks.reward_batch import PairCollator
-from tasks.runner import Job, run_stage
-from tasks.stages import STAGES
+from smoltulu.artifacts.store import Store
+from smoltulu.flows.graph import preflight_config
+from smoltulu.flows.recipe import load_recipe
+from smoltulu.schemas.artifact import Spec
+from smoltulu.schemas.common import scientific
+from smoltulu.schemas.preflight import PreflightSettings
+from smoltulu.schemas.training import RewardModelSettings
+from smoltulu.tasks.packed_attention import pack
+from smoltulu.tasks.reward_batch import PairCollator
+from smoltulu.tasks.runner import Job, run_stage
+from smoltulu.tasks.stages import STAGES
 from tests.small_runs import pairs, run, stage_arguments, trainer_of, turn
 from tests.tiny_model import build_tiny_model
 

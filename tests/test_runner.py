@@ -18,17 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from artifacts.checkpoints import newest_checkpoint
-from artifacts.store import Store
-from schemas.artifact import Spec
-from schemas.common import scientific
-from schemas.compute import ComputeSettings
-from schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
-from schemas.training import GateSettings, SFTSettings, TrainingInputs
-from schemas.world import WorldConfig
-from tasks.progress import duration
-from tasks.runner import Job, run_stage
-from tasks.stages import STAGES
+from smoltulu.artifacts.checkpoints import newest_checkpoint
+from smoltulu.artifacts.store import Store
+from smoltulu.schemas.artifact import Spec
+from smoltulu.schemas.common import scientific
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
+from smoltulu.schemas.training import GateSettings, SFTSettings, TrainingInputs
+from smoltulu.schemas.world import WorldConfig
+from smoltulu.tasks.progress import duration
+from smoltulu.tasks.runner import Job, run_stage
+from smoltulu.tasks.stages import STAGES
 from tests.small_runs import training_inputs
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
 
@@ -90,9 +90,9 @@ def test_not_enough_disk_is_said_before_anything_runs(tmp_path: Path) -> None:
 _SFT = """
 import logging, sys
 from pathlib import Path
-from artifacts.store import Store
+from smoltulu.artifacts.store import Store
 from tests.test_runner import sft_job
-from tasks.runner import run_stage
+from smoltulu.tasks.runner import run_stage
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 reference = run_stage(sft_job(Path(sys.argv[1])), Store(sys.argv[2]), logging.getLogger())
 print("outcome", reference.outcome, reference.path, flush=True)

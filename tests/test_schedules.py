@@ -17,11 +17,11 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
-from artifacts.checkpoints import CHECKPOINT_MARKER
-from flows.graph import Graph
-from flows.recipe import RecipeError, load_recipe
-from schemas.common import StrictModel, science, scientific
-from schemas.training import (
+from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.recipe import RecipeError, load_recipe
+from smoltulu.schemas.common import StrictModel, science, scientific
+from smoltulu.schemas.training import (
     SCHEDULE_KINDS,
     Budgets,
     ConstantSchedule,
@@ -37,7 +37,7 @@ from schemas.training import (
     WSDSSchedule,
     share_of,
 )
-from tasks.schedules import decay, learning_rate_factor, power
+from smoltulu.tasks.schedules import decay, learning_rate_factor, power
 from tests import test_training as training
 from tests.golden_keys import made_up_commit
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.remote import Remote, RemoteArtifact
-from artifacts.store import Found, Store
-from schemas.compute import ComputeSettings
-from tasks.runner import run_stage
-from tasks.sharing import open_remote
+from smoltulu.artifacts.remote import Remote, RemoteArtifact
+from smoltulu.artifacts.store import Found, Store
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.runner import run_stage
+from smoltulu.tasks.sharing import open_remote
 from tests.test_runner import world_job
 
 LOG = logging.getLogger("test")

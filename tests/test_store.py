@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.checkpoints import CHECKPOINT_MARKER, mark_complete, newest_checkpoint, prune, torn_checkpoints
-from artifacts.keys import artifact_key, folder_records, records_digest
-from artifacts.store import Found, Missing, Store
-from schemas.artifact import InputRecord, Manifest, Spec
+from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, mark_complete, newest_checkpoint, prune, torn_checkpoints
+from smoltulu.artifacts.keys import artifact_key, folder_records, records_digest
+from smoltulu.artifacts.store import Found, Missing, Store
+from smoltulu.schemas.artifact import InputRecord, Manifest, Spec
 
 
 def spec(**config: object) -> Spec:
@@ -39,7 +39,7 @@ def commit(store: Store, wanted: Spec, text: str = "weights", inputs: dict[str, 
 
 def test_key_is_the_same_in_another_process_with_another_hash_seed() -> None:
     code = (
-        "from schemas.artifact import Spec; from artifacts.keys import artifact_key;"
+        "from smoltulu.schemas.artifact import Spec; from smoltulu.artifacts.keys import artifact_key;"
         "print(artifact_key(Spec(stage='sft', version=1, config={'b': 1e-4, 'a': 2.0}, inputs={}, externals={})))"
     )
     keys = {
@@ -182,8 +182,8 @@ def test_links_are_refused(tmp_path: Path) -> None:
 
 _HOLD = """
 import sys, time
-from artifacts.store import Store
-from schemas.artifact import Spec
+from smoltulu.artifacts.store import Store
+from smoltulu.schemas.artifact import Spec
 spec = Spec(stage="sft", version=1, config={}, inputs={"model": "a" * 64}, externals={})
 with Store(sys.argv[1]).producer(spec, lambda whom: None):
     print("held", flush=True)

@@ -11,12 +11,12 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from artifacts.catalogue import Catalogue
-from artifacts.store import Found, Store
 from benchmarks.store_fixture import make_store
-from flows import machine
-from flows.cli import app
-from schemas.artifact import ExtendedTraining, Spec
+from smoltulu.artifacts.catalogue import Catalogue
+from smoltulu.artifacts.store import Found, Store
+from smoltulu.flows import machine
+from smoltulu.flows.cli import app
+from smoltulu.schemas.artifact import ExtendedTraining, Spec
 from tests.hand_store import HandStore, pipeline
 
 HEAVY = {"torch", "transformers", "trl", "datasets", "lm_eval", "prefect", "numpy", "pyarrow"}
@@ -234,7 +234,16 @@ def test_nothing_heavy_is_imported(store: HandStore) -> None:
     made = pipeline(store)
     store.run("first", made)
     for arguments in (["runs"], ["show", made["sft"].key[:8]], ["show", "first"], ["verify"], ["gc"]):
-        command = [sys.executable, "-X", "importtime", "-m", "flows.cli", *arguments, "--store", str(store.root)]
+        command = [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-m",
+            "smoltulu.flows.cli",
+            *arguments,
+            "--store",
+            str(store.root),
+        ]
         done = subprocess.run(command, cwd=machine.PROJECT, capture_output=True, text=True, timeout=60, check=True)
         lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
         assert not HEAVY & {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}, arguments

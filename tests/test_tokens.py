@@ -10,8 +10,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from schemas.training import Overlong
-from tasks.tokens import IGNORED, Conversation, Pair, conversations, fit_conversation, fit_pair, pairs, prompt_ids
+from smoltulu.schemas.training import Overlong
+from smoltulu.tasks.tokens import (
+    IGNORED,
+    Conversation,
+    Pair,
+    conversations,
+    fit_conversation,
+    fit_pair,
+    pairs,
+    prompt_ids,
+)
 from tests.small_runs import turn
 from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model, build_tokenizer
 

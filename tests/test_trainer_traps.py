@@ -17,16 +17,16 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from artifacts.checkpoints import CHECKPOINT_MARKER
-from schemas.compute import ComputeSettings
-from schemas.data import DataSource
-from schemas.training import DPOSettings, RLVRSettings
-from tasks.adapters import MalformedRow, adapt
-from tasks.chat_template import check_chat_template
-from tasks.models import load_language_model, load_tokenizer, save_model
-from tasks.stage import StageContext
-from tasks.training import prepare_torch
-from tasks.verifiers import verify
+from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.data import DataSource
+from smoltulu.schemas.training import DPOSettings, RLVRSettings
+from smoltulu.tasks.adapters import MalformedRow, adapt
+from smoltulu.tasks.chat_template import check_chat_template
+from smoltulu.tasks.models import load_language_model, load_tokenizer, save_model
+from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.training import prepare_torch
+from smoltulu.tasks.verifiers import verify
 from tests.small_runs import SETTINGS, Run, conversations, pairs, run, trainer_of, turn
 from tests.tiny_model import EOS, PAD, TULU_TEMPLATE, build_tiny_model
 

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers.cache_utils import DynamicLayer
 
-import tasks.launch
-from artifacts.checkpoints import CHECKPOINT_MARKER, newest_checkpoint
-from schemas.compute import ComputeSettings, accumulation_steps
-from schemas.training import (
+import smoltulu.tasks.launch
+from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, newest_checkpoint
+from smoltulu.schemas.compute import ComputeSettings, accumulation_steps
+from smoltulu.schemas.training import (
     DPOSettings,
     GateSettings,
     RewardModelSettings,
@@ -27,13 +27,13 @@ from schemas.training import (
     SFTSettings,
     TrainingInputs,
 )
-from tasks.dpo import train_dpo
-from tasks.launch import _child_environment
-from tasks.reward_model import train_reward_model
-from tasks.rlvr import reward_function, rollout_reward, train_rlvr
-from tasks.sft import train_sft
-from tasks.stage import StageContext
-from tasks.training import _check_num_gpus, prepare_torch
+from smoltulu.tasks.dpo import train_dpo
+from smoltulu.tasks.launch import _child_environment
+from smoltulu.tasks.reward_model import train_reward_model
+from smoltulu.tasks.rlvr import reward_function, rollout_reward, train_rlvr
+from smoltulu.tasks.sft import train_sft
+from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.training import _check_num_gpus, prepare_torch
 from tests.small_runs import training_inputs
 from tests.tiny_model import build_tiny_model
 
@@ -135,7 +135,7 @@ def test_bfloat16_as_on_a_gpu(stage: str, world: Path, tmp_path: Path, monkeypat
     """Autocast over float32 weights, on a CPU that can; the gate compares what is saved with what was trained."""
     _, _, exact = run(stage, world, tmp_path / "exact")
     for module in ("training", "reference_logps"):
-        monkeypatch.setattr(f"tasks.{module}.use_bfloat16", lambda precision, compute: True)
+        monkeypatch.setattr(f"smoltulu.tasks.{module}.use_bfloat16", lambda precision, compute: True)
     inputs, (function, settings, _) = inputs_of(stage, world, tmp_path), STAGES[stage]
     if stage != "reward_model":
         gate = GateSettings(num_prompts=2, max_new_tokens=3, min_stopped_share=0)
@@ -187,7 +187,7 @@ def test_a_stage_of_one_process_asks_for_one_gpu_whatever_trainings_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The preflight's dry run of a recipe for eight GPUs sees one of them."""
-    monkeypatch.setattr("tasks.training.device_of", lambda compute: "cuda")
+    monkeypatch.setattr("smoltulu.tasks.training.device_of", lambda compute: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     eight = context(tmp_path, num_processes=8)
     prepare_torch(eight)
@@ -210,15 +210,15 @@ def test_a_stage_in_one_process_sees_one_gpu(
     assert made.get("CUDA_VISIBLE_DEVICES") == expected
     if expected == "2":  # a stage that runs beside it takes the next
         with subprocess.Popen([sys.executable, "-c", ""]) as process:
-            monkeypatch.setattr(tasks.launch, "_running", {process})
-            monkeypatch.setitem(tasks.launch._gpus, process, "2")
+            monkeypatch.setattr(smoltulu.tasks.launch, "_running", {process})
+            monkeypatch.setitem(smoltulu.tasks.launch._gpus, process, "2")
             assert _child_environment(ComputeSettings(), 1)["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_rollouts_are_generated_as_before_with_half_the_cache(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.training.use_bfloat16", lambda precision, compute: True)
+    monkeypatch.setattr("smoltulu.tasks.training.use_bfloat16", lambda precision, compute: True)
     dtypes: list[set[torch.dtype]] = []
     real = DynamicLayer.update
 
@@ -232,7 +232,7 @@ def test_rollouts_are_generated_as_before_with_half_the_cache(
     for name in ("ours", "as TRL does it"):
         dtypes.append(set())
         models.append(run("rlvr", world, tmp_path / name)[2])
-        monkeypatch.setattr("tasks.rlvr.caches_as_attended", contextlib.nullcontext)
+        monkeypatch.setattr("smoltulu.tasks.rlvr.caches_as_attended", contextlib.nullcontext)
     assert dtypes == [{torch.bfloat16}, {torch.float32}] and DynamicLayer.update is update
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 

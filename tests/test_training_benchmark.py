@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests import ROOT
-
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +14,8 @@ from pyarrow import parquet
 from benchmarks import training, training_gpu, training_rows, training_tools, training_work
 from benchmarks.training_gpu import Case, causal_pairs
 from benchmarks.training_rows import SHAPES, conversation_rows, mixed_lengths, pair_rows
+from tests import ROOT
 
-PROJECT = ROOT
 MINUTE = SHAPES["minute"]
 TINY = ["--shape", "minute", "--repeats", "1", "--steps", "5", "--rows", "16", "--gpu-shapes", "minute"]
 
@@ -206,8 +204,8 @@ def test_part_3_on_a_minute_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_parts_1_and_2_on_a_minute_model() -> None:
-    command = [sys.executable, str(PROJECT / "benchmarks" / "training.py"), "--parts", "1", "2", *TINY]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, check=False)
+    command = [sys.executable, str(ROOT / "benchmarks" / "training.py"), "--parts", "1", "2", *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     for name in ("same settings", "packing, a prompt with each answer", "DPO: cached reference alone"):
         assert name in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
     # Speeds of so small a model mean nothing: both outcomes are fine, a crash is not.

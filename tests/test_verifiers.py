@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tasks.verifiers import verify
+from smoltulu.tasks.verifiers import verify
 
 
 @pytest.mark.parametrize(

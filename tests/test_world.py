@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from schemas.common import scientific
-from schemas.world import WorldConfig, WorldOutputs
-from tasks.verifiers import verify
-from tasks.world import generate_world
-from tasks.world.generate import terms_of
+from smoltulu.schemas.common import scientific
+from smoltulu.schemas.world import WorldConfig, WorldOutputs
+from smoltulu.tasks.verifiers import verify
+from smoltulu.tasks.world import generate_world
+from smoltulu.tasks.world.generate import terms_of
 
 SMALL = WorldConfig(
     num_pretrain=50,
@@ -107,7 +107,7 @@ def test_right_answers_pass_and_rejected_ones_fail() -> None:
     """Every task of the world, straight from the generators that write the rows."""
     import random
 
-    from tasks.world.generate import _draw_task, _preference_row, _rlvr_row, _sft_row, prompt_of
+    from smoltulu.tasks.world.generate import _draw_task, _preference_row, _rlvr_row, _sft_row, prompt_of
 
     rng = random.Random(0)
     for _ in range(3_000):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from recipes import CHAT_TEMPLATES
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from smoltulu.recipes import CHAT_TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from artifacts.store import Store
-from schemas.artifact import ArtifactReference, InputRecord, Spec
-from schemas.compute import ComputeSettings
-from tasks.runner import Job, run_stage
-from tasks.stage import Stage, StageContext
+from smoltulu.artifacts.store import Store
+from smoltulu.schemas.artifact import ArtifactReference, InputRecord, Spec
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.runner import Job, run_stage
+from smoltulu.tasks.stage import Stage, StageContext
 
 
 class Number(BaseModel):

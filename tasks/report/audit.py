@@ -5,14 +5,20 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from schemas.audit import AuditResult
-from schemas.benchmarks import BenchmarkRegistry
-from tasks.report import text
-from tasks.report.contamination_table import CAVEATS, NOT_CHECKED, has_paper_figures, malformed_note, table_rows
-from tasks.report.document import document
-from tasks.report.hits import BenchmarkPages, write_hit_pages
-from tasks.report.languages import language_bars, language_table
-from tasks.report.markup import e, table
+from smoltulu.schemas.audit import AuditResult
+from smoltulu.schemas.benchmarks import BenchmarkRegistry
+from smoltulu.tasks.report import text
+from smoltulu.tasks.report.contamination_table import (
+    CAVEATS,
+    NOT_CHECKED,
+    has_paper_figures,
+    malformed_note,
+    table_rows,
+)
+from smoltulu.tasks.report.document import document
+from smoltulu.tasks.report.hits import BenchmarkPages, write_hit_pages
+from smoltulu.tasks.report.languages import language_bars, language_table
+from smoltulu.tasks.report.markup import e, table
 
 
 def write_audit_report(result: AuditResult, registry: BenchmarkRegistry, reports: Path) -> Path:

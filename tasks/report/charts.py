@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TypeGuard
 
-from tasks.report.text import number
+from smoltulu.tasks.report.text import number
 
 #: A series with more points is drawn as the mean of buckets, with the range of each bucket as a band.
 MAX_POINTS = 80

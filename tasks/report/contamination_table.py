@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from schemas.audit import AuditResult
-from schemas.benchmarks import BenchmarkRegistry
-from schemas.contamination import BenchmarkReport, MatchMode
+from smoltulu.schemas.audit import AuditResult
+from smoltulu.schemas.benchmarks import BenchmarkRegistry
+from smoltulu.schemas.contamination import BenchmarkReport, MatchMode
 
 NOT_CHECKED = "not checked"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tasks.report.markup import e
-from tasks.report.style import STYLE
+from smoltulu.tasks.report.markup import e
+from smoltulu.tasks.report.style import STYLE
 
 
 def document(title: str, body: str) -> str:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.report import text
-from tasks.report.document import document
-from tasks.report.markup import e
+from smoltulu.tasks.report import text
+from smoltulu.tasks.report.document import document
+from smoltulu.tasks.report.markup import e
 
 INSTANCES_PER_PAGE = 50
 ROWS_PER_INSTANCE = 20

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from schemas.languages import LanguageOutputs
-from tasks.report import text
-from tasks.report.document import document
-from tasks.report.markup import e, table
+from smoltulu.schemas.languages import LanguageOutputs
+from smoltulu.tasks.report import text
+from smoltulu.tasks.report.document import document
+from smoltulu.tasks.report.markup import e, table
 
 _REASONS = {
     "too_short": "too short",

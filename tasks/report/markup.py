@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from tasks.report import text
+from smoltulu.tasks.report import text
 
 
 def table(heads: Sequence[str | tuple[str, str]], rows: Iterable[str], wrap_body: bool = True) -> str:

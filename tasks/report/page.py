@@ -12,16 +12,16 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from schemas.artifact import Manifest
-from schemas.contamination import BenchmarkReport, ContaminationOutputs
-from schemas.data import DatasetOutputs
-from schemas.run import RunScore, RunSummary, StageRun
-from tasks.report import text
-from tasks.report.charts import MAX_POINTS, line_chart, lineage, parse_history
-from tasks.report.markup import anchor, clean, e, preformatted, readable_json, table
-from tasks.report.preflight import preflight_section
-from tasks.report.style import STYLE
-from tasks.report.summary import grid_columns, preference_label, score_grid
+from smoltulu.schemas.artifact import Manifest
+from smoltulu.schemas.contamination import BenchmarkReport, ContaminationOutputs
+from smoltulu.schemas.data import DatasetOutputs
+from smoltulu.schemas.run import RunScore, RunSummary, StageRun
+from smoltulu.tasks.report import text
+from smoltulu.tasks.report.charts import MAX_POINTS, line_chart, lineage, parse_history
+from smoltulu.tasks.report.markup import anchor, clean, e, preformatted, readable_json, table
+from smoltulu.tasks.report.preflight import preflight_section
+from smoltulu.tasks.report.style import STYLE
+from smoltulu.tasks.report.summary import grid_columns, preference_label, score_grid
 
 TRAINING_STAGES = ("base_model", "sft", "reward_model", "dpo", "rlvr")
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
 
-from schemas.artifact import Manifest
-from schemas.preflight import PreflightOutputs
-from schemas.run import StageRun
-from tasks.report import text
-from tasks.report.markup import e, table
+from smoltulu.schemas.artifact import Manifest
+from smoltulu.schemas.preflight import PreflightOutputs
+from smoltulu.schemas.run import StageRun
+from smoltulu.tasks.report import text
+from smoltulu.tasks.report.markup import e, table
 
 
 def preflight_section(stages: Sequence[StageRun], manifests: Mapping[str, Manifest]) -> str:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
 
-from schemas.artifact import ArtifactReference, Manifest
-from schemas.contamination import ContaminationOutputs
-from schemas.evaluation import EvaluationOutputs
-from schemas.preflight import PreflightOutputs
-from schemas.run import RunScore, RunSummary, StageRun
-from tasks.report import text
-from tasks.report.preflight import preflight_figures
+from smoltulu.schemas.artifact import ArtifactReference, Manifest
+from smoltulu.schemas.contamination import ContaminationOutputs
+from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.schemas.preflight import PreflightOutputs
+from smoltulu.schemas.run import RunScore, RunSummary, StageRun
+from smoltulu.tasks.report import text
+from smoltulu.tasks.report.preflight import preflight_figures
 
 #: Columns of the table of scores: stages whose model is a language model, in the order in which they are made.
 MODEL_STAGES = ("base_model", "sft", "dpo", "rlvr")

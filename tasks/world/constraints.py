@@ -10,7 +10,7 @@ import json
 import random
 from dataclasses import dataclass
 
-from tasks.world.problems import NAMES, words
+from smoltulu.tasks.world.problems import NAMES, words
 
 ADJECTIVES = words(
     "bad big blue bold calm cold dark fair fast fine good gray kind late loud new nice odd old pink poor red shy slow "

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from schemas.world import WorldConfig, WorldOutputs
-from tasks.world.constraints import Instruction, draw_instruction, violating_answer
-from tasks.world.pretrain import draw_plain_text
-from tasks.world.problems import (
+from smoltulu.schemas.world import WorldConfig, WorldOutputs
+from smoltulu.tasks.world.constraints import Instruction, draw_instruction, violating_answer
+from smoltulu.tasks.world.pretrain import draw_plain_text
+from smoltulu.tasks.world.problems import (
     Problem,
     broken_solution,
     draw_problem,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 
-from tasks.world.constraints import ADJECTIVES, CATEGORIES, COUNT_WORDS, ENDINGS, NOUNS, STARTS, VERBS
-from tasks.world.problems import NAMES, OBJECTS, draw_problem, write_step
+from smoltulu.tasks.world.constraints import ADJECTIVES, CATEGORIES, COUNT_WORDS, ENDINGS, NOUNS, STARTS, VERBS
+from smoltulu.tasks.world.problems import NAMES, OBJECTS, draw_problem, write_step
 
 
 def draw_plain_text(rng: random.Random, largest: int) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from schemas.world import WorldConfig, WorldOutputs
-from tasks.stage import Stage, StageContext
+from smoltulu.schemas.world import WorldConfig, WorldOutputs
+from smoltulu.tasks.stage import Stage, StageContext
 
 
 class NoInputs(BaseModel):
@@ -16,7 +16,7 @@ class NoInputs(BaseModel):
 
 def make_world(config: WorldConfig, inputs: NoInputs, context: StageContext) -> tuple[WorldOutputs, dict[str, float]]:
     """Generate every file of the world into the artifact."""
-    from tasks.world.generate import generate_world
+    from smoltulu.tasks.world.generate import generate_world
 
     outputs = generate_world(config, None, context.folder)
     return outputs, {f"num_rows_{name}": float(count) for name, count in outputs.num_rows.items()}

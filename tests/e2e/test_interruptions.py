@@ -16,8 +16,8 @@ import psutil
 import pytest
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-from artifacts.checkpoints import newest_checkpoint
-from flows import machine, prefect_api
+from smoltulu.artifacts.checkpoints import newest_checkpoint
+from smoltulu.flows import machine, prefect_api
 from tests.faults.sandbox import Sandbox
 from tests.small_tiny import LENIENT_GATE
 

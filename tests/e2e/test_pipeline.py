@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from artifacts.checkpoints import newest_checkpoint
-from flows import machine, prefect_api
-from flows.graph import Graph
-from flows.recipe import load_recipe
+from smoltulu.artifacts.checkpoints import newest_checkpoint
+from smoltulu.flows import machine, prefect_api
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.recipe import load_recipe
 from tests.small_tiny import SMALL_TINY
 
 SMALL: dict[str, Any] = {
@@ -140,7 +140,7 @@ def test_sigkill_during_dpo_then_the_same_command_resumes_it(place: Place) -> No
         time.sleep(0.05)
     job = json.loads((work / "job.json").read_text())
     flow = psutil.Process(job["parent_pid"])
-    trainers = [child for child in flow.children(recursive=True) if "tasks.child" in " ".join(child.cmdline())]
+    trainers = [child for child in flow.children(recursive=True) if "smoltulu.tasks.child" in " ".join(child.cmdline())]
     assert trainers
     flow.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(trainers, timeout=10)

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from artifacts.checkpoints import CHECKPOINT_MARKER
+from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
 from tests.faults.sandbox import RUN_SECONDS, TRAINERS, Run, Sandbox
 
 _POLL_SECONDS = 0.005

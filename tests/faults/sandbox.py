@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests import ROOT
-
 import filecmp
 import json
 import os
@@ -18,11 +16,12 @@ from typing import Any
 
 import psutil
 
-from artifacts.keys import LOGS_FOLDER
-from artifacts.store import MANIFEST, Found, Missing, Store
-from flows.graph import Graph
-from flows.recipe import load_recipe
-from schemas.artifact import Manifest
+from smoltulu.artifacts.keys import LOGS_FOLDER
+from smoltulu.artifacts.store import MANIFEST, Found, Missing, Store
+from smoltulu.flows.graph import Graph
+from smoltulu.flows.recipe import load_recipe
+from smoltulu.schemas.artifact import Manifest
+from tests import ROOT
 from tests.small_tiny import SMALL_TINY
 
 PROJECT = ROOT
@@ -152,7 +151,7 @@ class Sandbox:
         given = [f"{name}={json.dumps(value)}" for name, value in {**self.overrides, **overrides}.items()]
         with output.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "flows.local", "tiny", *given],
+                [sys.executable, "-m", "smoltulu.flows.local", "tiny", *given],
                 cwd=PROJECT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -180,7 +179,7 @@ class Sandbox:
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             command = process.info["cmdline"] or []
-            if "tasks.child" in command and any(text.startswith(f"{self.root}/") for text in command):
+            if "smoltulu.tasks.child" in command and any(text.startswith(f"{self.root}/") for text in command):
                 found.append(process)
         return [process for process in found if process.info["status"] != psutil.STATUS_ZOMBIE]
 

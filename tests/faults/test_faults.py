@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from artifacts.checkpoints import fault, mark_complete, newest_checkpoint
-from artifacts.store import Missing
+from smoltulu.artifacts.checkpoints import fault, mark_complete, newest_checkpoint
+from smoltulu.artifacts.store import Missing
 from tests.faults import damage, kills
 from tests.faults.campaign import attempt, make_baseline, table
 from tests.faults.draw import Draw, Fault

@@ -21,7 +21,7 @@ import threading
 import time
 from typing import Any
 
-_ROLES = {"tasks.child": "child", "flows.local": "parent"}
+_ROLES = {"smoltulu.tasks.child": "child", "smoltulu.flows.local": "parent"}
 _PATHS = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1, "os.utime": 1, "os.link": 2, "shutil.rmtree": 1}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
