@@ -21,7 +21,6 @@ from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings, TrainingSettings
-from smoltulu.tasks.chat_template import load_chat_template
 from smoltulu.tasks.data import (
     Reference,
     SourceUnavailable,
@@ -30,7 +29,8 @@ from smoltulu.tasks.data import (
     resolve_commits,
     source_digest,
 )
-from smoltulu.tasks.models import check_model_folder
+from smoltulu.tasks.models.chat_template import load_chat_template
+from smoltulu.tasks.models.folders import check_model_folder
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from smoltulu.schemas.models import BaseModelInputs, ModelOutputs, ModelSource
 from smoltulu.tasks.data import expand_path
-from smoltulu.tasks.models import check_model_folder, tensor_names
+from smoltulu.tasks.models.folders import check_model_folder, tensor_names
 from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")

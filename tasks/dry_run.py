@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PreflightConfig, PreflightInputs
 from smoltulu.schemas.training import LoraSettings
-from smoltulu.tasks.lora import with_adapter
-from smoltulu.tasks.models import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
+from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
+from smoltulu.tasks.models.lora import with_adapter
+from smoltulu.tasks.models.tokens import IGNORED, prompt_ids
 from smoltulu.tasks.process import is_out_of_memory
 from smoltulu.tasks.rollout_memory import require_memory, rlvr_bytes
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.tokens import IGNORED, prompt_ids
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from smoltulu.schemas.evaluation import (
     Score,
 )
 from smoltulu.tasks import harness, pair_accuracy, sampling
-from smoltulu.tasks.models import (
+from smoltulu.tasks.models.folders import (
     check_model_folder,
     device_of,
     fit_embeddings,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.tasks.tokens import IGNORED
+from smoltulu.tasks.models.tokens import IGNORED
 
 if TYPE_CHECKING:
     from accelerate.data_loader import SeedableRandomSampler

@@ -1,6 +1,6 @@
 """What a trained model must show before its artifact is committed: it is the model that was trained, and it can stop.
 
-Saved, loaded again, and compared: tensors by name and value (`tasks.models.save_model`), outputs on a probe batch. A
+Saved, loaded again, and compared: tensors by name and value (`tasks.models.folders.save_model`), outputs on a probe batch. A
 language model then answers prompts of its training rows greedily, and is asked whether it ends in eos.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.training import GateSettings
+from smoltulu.tasks.models.tokens import IGNORED
 from smoltulu.tasks.process import is_out_of_memory
-from smoltulu.tasks.tokens import IGNORED
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from smoltulu.schemas.preflight import PreflightConfig
+from smoltulu.tasks.models.tokens import Conversation, Pair
 from smoltulu.tasks.preflight_rows import Look, Tokenised, findings, fit, loses_eos, sides_of
-from smoltulu.tasks.tokens import Conversation, Pair
 
 #: Bytes that stand for the tokens of a row.
 _DIGEST_BYTES = 12

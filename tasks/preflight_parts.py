@@ -24,10 +24,10 @@ from smoltulu.artifacts.files import made_from_folder, remove_tree
 from smoltulu.artifacts.keys import canonical_json, file_digest, text_digest
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs
+from smoltulu.tasks.models.tokens import Conversation, Pair
 from smoltulu.tasks.preflight_counts import Counts, load_counts, save_counts
 from smoltulu.tasks.preflight_rows import Look, Tokenised, tokenised
 from smoltulu.tasks.process import die_with_parent
-from smoltulu.tasks.tokens import Conversation, Pair
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.preflight import PreflightConfig, TokenizerFacts
-from smoltulu.tasks.tokens import (
+from smoltulu.tasks.models.tokens import (
     Conversation,
     Messages,
     Pair,

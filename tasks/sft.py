@@ -16,11 +16,11 @@ from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import SFTSettings, TrainingInputs
 from smoltulu.tasks.even_rows import BLANK, even_out, is_blank
 from smoltulu.tasks.gate import objections
-from smoltulu.tasks.lora import with_adapter
-from smoltulu.tasks.models import fit_embeddings, load_language_model, load_tokenizer, stop_ids
+from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer, stop_ids
+from smoltulu.tasks.models.lora import with_adapter
+from smoltulu.tasks.models.tokens import IGNORED
 from smoltulu.tasks.packed_attention import pack, segments_of_lengths
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.tokens import IGNORED
 from smoltulu.tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
 
 

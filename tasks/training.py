@@ -20,8 +20,8 @@ from smoltulu.schemas.training import GateSettings, ScheduleSettings, Supervised
 from smoltulu.tasks.extension import keep_checkpoint, store_checkpoint
 from smoltulu.tasks.gate import check_saved
 from smoltulu.tasks.guards import LossRule, guard
-from smoltulu.tasks.lora import ADAPTER_FOLDER, merged, save_adapter
-from smoltulu.tasks.models import device_of, history_metrics, save_model, use_bfloat16
+from smoltulu.tasks.models.folders import device_of, history_metrics, save_model, use_bfloat16
+from smoltulu.tasks.models.lora import ADAPTER_FOLDER, merged, save_adapter
 from smoltulu.tasks.schedules import learning_rate_factor
 from smoltulu.tasks.stage import DATASETS_FOLDER, Report, StageContext, StageStopped
 from smoltulu.tasks.tracking import numbers, require_trackers, speed_and_memory, trackers

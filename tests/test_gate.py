@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smoltulu.schemas.training import GateSettings, SFTSettings
 from smoltulu.tasks.gate import Answer, check_equal, check_saved, greedy_answers, judge, objections, prompt_of, prompts
-from smoltulu.tasks.models import load_tokenizer
+from smoltulu.tasks.models.folders import load_tokenizer
 from smoltulu.tasks.stages import STAGES
 from tests.small_runs import FUNCTIONS, conversations, pairs, run, stage_arguments, turn
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model

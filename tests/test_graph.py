@@ -15,7 +15,7 @@ from smoltulu.flows.nodes import Binding
 from smoltulu.flows.plan import plan
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.recipes import CHAT_TEMPLATES
-from smoltulu.tasks.chat_template import check_chat_template, load_chat_template
+from smoltulu.tasks.models.chat_template import check_chat_template, load_chat_template
 from tests import ROOT
 
 DPO_AND_AFTER = {"dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward", "rlvr", "evaluation-rlvr", "publish"}

@@ -26,11 +26,11 @@ from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs, PreflightOutputs, PreflightSettings
 from smoltulu.tasks import preflight_parts
-from smoltulu.tasks.models import load_tokenizer
+from smoltulu.tasks.models.folders import load_tokenizer
+from smoltulu.tasks.models.tokens import conversations, fit_conversation, fit_pair, pairs, prompt_ids
 from smoltulu.tasks.preflight import length_report, run_preflight
 from smoltulu.tasks.preflight_rows import Look, findings, last_trained
 from smoltulu.tasks.stage import Report, StageContext
-from smoltulu.tasks.tokens import conversations, fit_conversation, fit_pair, pairs, prompt_ids
 from tests import ROOT, small_runs
 from tests.small_runs import turn
 from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model

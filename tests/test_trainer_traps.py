@@ -22,8 +22,8 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.training import DPOSettings, RLVRSettings
 from smoltulu.tasks.adapters import MalformedRow, adapt
-from smoltulu.tasks.chat_template import check_chat_template
-from smoltulu.tasks.models import load_language_model, load_tokenizer, save_model
+from smoltulu.tasks.models.chat_template import check_chat_template
+from smoltulu.tasks.models.folders import load_language_model, load_tokenizer, save_model
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.training import prepare_torch
 from smoltulu.tasks.verifiers import verify

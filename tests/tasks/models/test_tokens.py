@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from smoltulu.schemas.training import Overlong
-from smoltulu.tasks.tokens import (
+from smoltulu.tasks.models.tokens import (
     IGNORED,
     Conversation,
     Pair,

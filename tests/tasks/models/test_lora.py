@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
 from smoltulu.schemas.training import LoraSettings
-from smoltulu.tasks.lora import merged, with_adapter
+from smoltulu.tasks.models.lora import merged, with_adapter
 from tests.small_runs import Run, conversations, pairs, run, two_processes
 from tests.tiny_model import build_tiny_model
 
