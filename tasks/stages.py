@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smoltulu.tasks.base import base_model
+from smoltulu.tasks.base_model.stage import base_model
 from smoltulu.tasks.contamination import contamination
 from smoltulu.tasks.contamination_index import benchmark_index
 from smoltulu.tasks.dataset import dataset

@@ -26,7 +26,7 @@ def provide_base_model(
     target = context.folder / "model"
     metrics: dict[str, float] = {}
     if config.scratch is not None:
-        from smoltulu.tasks.base_model import build_base_model
+        from smoltulu.tasks.base_model.scratch import build_base_model
 
         built = build_base_model(config.scratch, _texts(inputs), target, report=context.report)
         metrics = {"num_tokens": float(built.num_tokens)}

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from smoltulu.schemas.base_model import BaseModelConfig
-from smoltulu.tasks.base_model import build_base_model
+from smoltulu.tasks.base_model.scratch import build_base_model
 
 TINY = BaseModelConfig(
     vocab_size=320,
