@@ -37,8 +37,8 @@ def peak_rss_mb() -> float:
 def real_rows() -> Iterator[dict[str, Any]]:
     """Training rows of `real-small`, in the normalised form, with the known leak."""
     from smoltulu.flows.recipe import load_recipe
-    from smoltulu.tasks.adapters import MalformedRow, adapt
-    from smoltulu.tasks.data import read_rows
+    from smoltulu.tasks.data.formats import MalformedRow, adapt
+    from smoltulu.tasks.data.sources import read_rows
 
     recipe = load_recipe("real-small")
     assert recipe.contamination and recipe.contamination.audit and recipe.data.sft

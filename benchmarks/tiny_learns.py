@@ -24,7 +24,7 @@ from smoltulu.artifacts.store import Store
 from smoltulu.flows.graph import Graph
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference
-from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.runner import run_stage
 from smoltulu.tasks.sampling import paired_difference
 

@@ -24,8 +24,8 @@ from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.contamination import Shard, ShardResult
-from smoltulu.tasks.benchmarks import load_registry
-from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.data.benchmarks import load_registry
+from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.launch import stop_children
 from smoltulu.tasks.report.audit import write_audit_report
 from smoltulu.tasks.report.contamination_table import table_rows

@@ -19,8 +19,8 @@ from smoltulu.flows.local import run_graph
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
-from smoltulu.tasks.benchmarks import load_registry
-from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.data.benchmarks import load_registry
+from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.report.audit import rule, write_audit_report
 from smoltulu.tasks.report.contamination_table import (
     CAVEATS,

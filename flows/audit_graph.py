@@ -26,8 +26,9 @@ from smoltulu.schemas.contamination import (
 )
 from smoltulu.schemas.data import DataSet, DatasetOutputs, DatasetStageConfig, DataSource
 from smoltulu.schemas.languages import LanguageOutputs, LanguageSettings, LanguageStageConfig
-from smoltulu.tasks.benchmarks import benchmarks_folder, choose_benchmarks
-from smoltulu.tasks.data import (
+from smoltulu.tasks.data.benchmarks import benchmarks_folder, choose_benchmarks
+from smoltulu.tasks.data.detect import SAMPLE_ROWS, DetectedFormat, detect_format, format_as_given
+from smoltulu.tasks.data.sources import (
     SUFFIXES,
     HubUnreachable,
     Reference,
@@ -38,7 +39,6 @@ from smoltulu.tasks.data import (
 )
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.report.text import artifact_key as slug
-from smoltulu.tasks.row_formats import SAMPLE_ROWS, DetectedFormat, detect_format, format_as_given
 from smoltulu.tasks.stages import STAGES
 
 INDEX = "benchmark-index"

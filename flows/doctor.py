@@ -142,7 +142,7 @@ def _missing_for_triton() -> str | None:
 def store_root() -> Path:
     """Where artifacts go unless a recipe says otherwise; relative paths count from the checkout, as in a flow run."""
     from smoltulu.schemas.compute import ComputeSettings
-    from smoltulu.tasks.data import expand_path
+    from smoltulu.tasks.data.sources import expand_path
 
     return machine.PROJECT / expand_path(ComputeSettings().store)
 

@@ -22,7 +22,7 @@ from smoltulu.flows.recipe import load_recipe
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs
-from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.launch import stop_children
 from smoltulu.tasks.report import artifact_key
 from smoltulu.tasks.runner import reference_to, run_stage

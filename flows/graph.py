@@ -21,7 +21,7 @@ from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings, TrainingSettings
-from smoltulu.tasks.data import (
+from smoltulu.tasks.data.sources import (
     Reference,
     SourceUnavailable,
     expand_path,
@@ -49,7 +49,7 @@ class Graph(NodeGraph):
         """Resolve what the recipe names outside the store, and lay out the nodes up to stage `until`.
 
         unresolved  keep, for looking only: a revision whose commit cannot be had stays as written (`self.unresolved`)
-        resolve     commit of a Hub reference, see `tasks.data.resolve_commit`
+        resolve     commit of a Hub reference, see `tasks.data.sources.resolve_commit`
 
         Raises ValueError for a missing file or folder, a template that does not render, a malformed name, and (unless
         `unresolved` is keep) for a revision that cannot be resolved.

@@ -15,7 +15,7 @@ from smoltulu.flows.graph import Graph
 from smoltulu.flows.nodes import NodeGraph
 from smoltulu.flows.recipe import load_recipe, parse_overrides
 from smoltulu.schemas.artifact import ArtifactReference
-from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.runner import run_stage
 from smoltulu.tasks.sharing import open_remote
 

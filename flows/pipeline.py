@@ -27,7 +27,7 @@ from smoltulu.flows.recipe import check_stage_names, load_recipe
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
-from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.launch import stop_children
 from smoltulu.tasks.progress import duration
 from smoltulu.tasks.push import check_push_access, push_model

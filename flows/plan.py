@@ -24,7 +24,7 @@ from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.preflight import PreflightConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.data import Reference, expand_text, is_commit, resolve_commit
+from smoltulu.tasks.data.sources import Reference, expand_text, is_commit, resolve_commit
 from smoltulu.tasks.environment import environment
 from smoltulu.tasks.extension import Donor, find_donor
 

@@ -14,7 +14,7 @@ from smoltulu.flows.estimate import Estimate
 from smoltulu.flows.plan import Plan, Unresolved, plan
 from smoltulu.flows.preflight_figures import PreflightFigures
 from smoltulu.flows.recipe import load_recipe
-from smoltulu.tasks.data import HubUnreachable, expand_path
+from smoltulu.tasks.data.sources import HubUnreachable, expand_path
 from smoltulu.tasks.progress import duration
 from smoltulu.tasks.report.text import percent
 

@@ -297,7 +297,7 @@ def _open(store: Path | None) -> Catalogue:
         if store is None:
             from smoltulu.flows import machine
             from smoltulu.schemas.compute import ComputeSettings
-            from smoltulu.tasks.data import expand_path
+            from smoltulu.tasks.data.sources import expand_path
 
             # A flow run works in the checkout, and so do the relative paths of a recipe.
             store = machine.PROJECT / expand_path(ComputeSettings().store)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask, Score
-from smoltulu.tasks.data import read_rows
+from smoltulu.tasks.data.sources import read_rows
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM

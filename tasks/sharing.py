@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from smoltulu.artifacts.store import Found, Store, stale_input
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.tasks.data import expand_text
+from smoltulu.tasks.data.sources import expand_text
 
 if TYPE_CHECKING:
     from smoltulu.artifacts.lease import Lease

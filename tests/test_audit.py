@@ -20,7 +20,7 @@ from smoltulu.flows.audit_graph import INDEX, AuditGraph
 from smoltulu.flows.cli import app
 from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.tasks.benchmarks import choose_benchmarks
+from smoltulu.tasks.data.benchmarks import choose_benchmarks
 from smoltulu.tasks.report.contamination_table import NOT_CHECKED
 from tests.hub_double import HubDouble
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.contamination import BenchmarkReport, ContaminationOutputs
 from smoltulu.schemas.data import DatasetOutputs, SourceReport
-from smoltulu.tasks.benchmarks import benchmarks_folder, choose_benchmarks, load_registry, local_file
+from smoltulu.tasks.data.benchmarks import benchmarks_folder, choose_benchmarks, load_registry, local_file
+from smoltulu.tasks.data.detect import detect_format, format_as_given
 from smoltulu.tasks.report.contamination_table import NOT_CHECKED, malformed_note, table_rows, two_decimals
 from smoltulu.tasks.report.hits import INSTANCES_PER_PAGE, ROWS_PER_INSTANCE, marked, write_hit_pages
-from smoltulu.tasks.row_formats import detect_format, format_as_given
 
 #: The paper's 17, in its order.
 PAPER = [

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from smoltulu.flows.recipe import load_recipe
-from smoltulu.tasks.adapters import MalformedRow, adapt
 from smoltulu.tasks.contamination_index import LoadedBenchmark, load_benchmark
-from smoltulu.tasks.data import read_rows
+from smoltulu.tasks.data.formats import MalformedRow, adapt
+from smoltulu.tasks.data.sources import read_rows
 from tests import ROOT
 from tests import contamination_brute_force as brute_force
 from tests.contamination_fuzz import generate

@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 
 from smoltulu.schemas.contamination import Benchmark
 from smoltulu.schemas.data import DataSource
-from smoltulu.tasks.adapters import adapt
 from smoltulu.tasks.contamination_build import build_index, spacy_tokenizer
 from smoltulu.tasks.contamination_build_kernels import normalise_all
 from smoltulu.tasks.contamination_engine import best_scores, load_index, plan_shards, scan_shard, scan_texts
 from smoltulu.tasks.contamination_index import LoadedBenchmark, load_benchmark
 from smoltulu.tasks.contamination_merge import merge
 from smoltulu.tasks.contamination_text_kernels import LOWER_BYTES, LOWER_CODE_POINTS
-from smoltulu.tasks.data import read_rows
+from smoltulu.tasks.data.formats import adapt
+from smoltulu.tasks.data.sources import read_rows
 from tests import ROOT
 from tests.contamination_fuzz import conversation
 

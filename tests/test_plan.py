@@ -39,7 +39,7 @@ from smoltulu.flows.plan_cli import as_dict, count, num_bytes, show, summary
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import InputRecord, Manifest
 from smoltulu.schemas.preflight import DryRun, LengthReport, PreflightOutputs
-from smoltulu.tasks.data import HubUnreachable, Reference, SourceUnavailable, resolve_commits
+from smoltulu.tasks.data.sources import HubUnreachable, Reference, SourceUnavailable, resolve_commits
 from smoltulu.tasks.environment import environment
 from smoltulu.tasks.planned_steps import optimizer_steps, tokens_of_steps
 

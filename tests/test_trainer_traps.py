@@ -21,7 +21,7 @@ from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.training import DPOSettings, RLVRSettings
-from smoltulu.tasks.adapters import MalformedRow, adapt
+from smoltulu.tasks.data.formats import MalformedRow, adapt
 from smoltulu.tasks.models.chat_template import check_chat_template
 from smoltulu.tasks.models.folders import load_language_model, load_tokenizer, save_model
 from smoltulu.tasks.stage import StageContext

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from smoltulu.schemas.models import BaseModelInputs, ModelOutputs, ModelSource
-from smoltulu.tasks.data import expand_path
+from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.models.folders import check_model_folder, tensor_names
 from smoltulu.tasks.stage import Stage, StageContext
 

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from smoltulu.schemas.data import DataSource
-from smoltulu.tasks.data import SourceUnavailable, expand_path, read_rows, resolve_revision, source_digest
+from smoltulu.tasks.data.sources import SourceUnavailable, expand_path, read_rows, resolve_revision, source_digest
 from tests import ROOT
 
 ROWS = [{"text": "one, \u00e9"}, {"text": 'two "quoted"\nlines'}, {"text": "\u4e09"}]
@@ -253,7 +253,7 @@ def test_hub_subsets_and_limits(repository):
 
 def test_import_stays_light():
     code = (
-        "import sys, smoltulu.tasks.data; print([n for n in ('torch', 'datasets', 'pyarrow', 'huggingface_hub', 'prefect') "
+        "import sys, smoltulu.tasks.data.sources; print([n for n in ('torch', 'datasets', 'pyarrow', 'huggingface_hub', 'prefect') "
         "if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

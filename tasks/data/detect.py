@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smoltulu.schemas.data import DatasetKind, RowFormat
-from smoltulu.tasks.adapters import FORMAT_FIELDS, KIND_FORMATS
+from smoltulu.tasks.data.formats import FORMAT_FIELDS, KIND_FORMATS
 
 #: Rows that are looked at.
 SAMPLE_ROWS = 10_000

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from smoltulu.schemas.data import DatasetInputs, DatasetOutputs, DatasetStageConfig, DataSource, SourceReport
-from smoltulu.tasks.adapters import MalformedRow, adapt, check_source
-from smoltulu.tasks.data import read_rows
+from smoltulu.tasks.data.formats import MalformedRow, adapt, check_source
+from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.stage import Stage, StageContext
 
 _NUM_EXAMPLES = 5

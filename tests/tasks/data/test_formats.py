@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
-from smoltulu.tasks.adapters import FORMAT_FIELDS, MalformedRow, adapt, check_source
-from smoltulu.tasks.dataset import build_dataset
+from smoltulu.tasks.data.formats import FORMAT_FIELDS, MalformedRow, adapt, check_source
+from smoltulu.tasks.data.stage import build_dataset
 from smoltulu.tasks.stage import StageContext
 
 
