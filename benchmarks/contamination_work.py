@@ -54,7 +54,7 @@ def real_rows() -> Iterator[dict[str, Any]]:
 def load_benchmarks() -> list[Any]:
     """The twelve of `real-small`."""
     from smoltulu.flows.recipe import load_recipe
-    from smoltulu.tasks.contamination_index import load_benchmark
+    from smoltulu.tasks.contamination.index import load_benchmark
 
     recipe = load_recipe("real-small")
     assert recipe.contamination
@@ -128,8 +128,8 @@ def prepare_large(folder: str, size: float) -> dict[str, Any]:
 def index(folder: str, mode: str, only: str | None = None) -> dict[str, Any]:
     """Read the benchmark files and build the index, imports included. `only`: an index of this one text instead."""
     started = time.perf_counter()
-    from smoltulu.tasks.contamination_engine import build_index
-    from smoltulu.tasks.contamination_index import LoadedBenchmark
+    from smoltulu.tasks.contamination.index import LoadedBenchmark
+    from smoltulu.tasks.contamination.scan import build_index
 
     benchmarks = [LoadedBenchmark("only", [(only,)])] if only else load_benchmarks()
     outputs = build_index(Path(folder), benchmarks, mode)
@@ -143,7 +143,7 @@ def index(folder: str, mode: str, only: str | None = None) -> dict[str, Any]:
 
 def scan_one(arguments: tuple[str, Any, str]) -> tuple[Any, int, float, float]:
     """One shard, in this process: its result, the process, its peak memory, seconds of CPU."""
-    from smoltulu.tasks.contamination_engine import scan_shard
+    from smoltulu.tasks.contamination.scan import scan_shard
 
     index_folder, shard, folder = arguments
     used = time.process_time()
@@ -162,8 +162,8 @@ def scan(
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    from smoltulu.tasks.contamination_engine import plan_shards
-    from smoltulu.tasks.contamination_merge import merge, write_kept
+    from smoltulu.tasks.contamination.merge import merge, write_kept
+    from smoltulu.tasks.contamination.scan import plan_shards
 
     file = Path(path)
     shard_bytes = min(64 << 20, file.stat().st_size // (4 * processes) + 1)
@@ -215,7 +215,7 @@ def scan(
 
 def in_memory(index_folder: str, path: str, repeats: int) -> dict[str, Any]:
     """The peers' texts, in memory as they have them, and what that takes without the start-up: seconds of CPU."""
-    from smoltulu.tasks.contamination_engine import load_index, scan_texts
+    from smoltulu.tasks.contamination.scan import load_index, scan_texts
 
     texts = json.loads(Path(path).read_text(encoding="utf-8"))["texts"]
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -278,8 +278,8 @@ def profile(index_folder: str, path: str, folder: str) -> dict[str, Any]:
     import cProfile
     import pstats
 
-    from smoltulu.tasks.contamination_engine import plan_shards
-    from smoltulu.tasks.contamination_merge import merge
+    from smoltulu.tasks.contamination.merge import merge
+    from smoltulu.tasks.contamination.scan import plan_shards
 
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     shards = plan_shards(Path(path))

@@ -48,7 +48,7 @@ def make(job: Job, store_root: str) -> State[ArtifactReference]:
 @task(name="scan", task_run_name="scan-{shard.number}", cache_policy=NO_CACHE, persist_result=False, retries=1)
 def scan(shard: Shard, index: str, folder: str, settings: AuditSettings) -> ShardResult:
     """One shard; at once where it was scanned before."""
-    from smoltulu.tasks.contamination_engine import scan_shard
+    from smoltulu.tasks.contamination.scan import scan_shard
 
     return scan_shard(Path(index), shard, Path(folder), roles=settings.roles, match_threshold=settings.match_threshold)
 
@@ -108,7 +108,7 @@ def _make_all(graph: AuditGraph, store: Store, made: dict[str, ArtifactReference
 
 def _scan_ahead(graph: AuditGraph, store: Store, name: str, made: dict[str, ArtifactReference]) -> None:
     """Scan the shards as mapped tasks into the folder in which the stage then finds them; it only merges."""
-    from smoltulu.tasks.contamination_engine import plan_shards
+    from smoltulu.tasks.contamination.scan import plan_shards
 
     job = graph.job(name, made)
     if isinstance(store.find(job.spec, {key: record.digest for key, record in job.input_records.items()}), Found):

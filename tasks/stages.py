@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from smoltulu.tasks.base_model.stage import base_model
-from smoltulu.tasks.contamination import contamination
-from smoltulu.tasks.contamination_index import benchmark_index
+from smoltulu.tasks.contamination.index import benchmark_index
+from smoltulu.tasks.contamination.stage import contamination
 from smoltulu.tasks.data.stage import dataset
 from smoltulu.tasks.dpo import dpo
 from smoltulu.tasks.evaluation import evaluation

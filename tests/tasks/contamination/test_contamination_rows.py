@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoltulu.tasks.contamination_engine import plan_shards
-from smoltulu.tasks.contamination_rows import read_blocks
-from tests.contamination_fuzz import conversation
+from smoltulu.tasks.contamination.rows import read_blocks
+from smoltulu.tasks.contamination.scan import plan_shards
+from tests.tasks.contamination.contamination_fuzz import conversation
 
 
 def turns_of(path, roles=("user",), shard_bytes=1 << 40):

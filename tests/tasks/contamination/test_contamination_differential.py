@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from smoltulu.flows.recipe import load_recipe
-from smoltulu.tasks.contamination_index import LoadedBenchmark, load_benchmark
+from smoltulu.tasks.contamination.index import LoadedBenchmark, load_benchmark
 from smoltulu.tasks.data.formats import MalformedRow, adapt
 from smoltulu.tasks.data.sources import read_rows
 from tests import ROOT
-from tests import contamination_brute_force as brute_force
-from tests.contamination_fuzz import generate
-from tests.lucene import oracle
+from tests.tasks.contamination import contamination_brute_force as brute_force
+from tests.tasks.contamination.contamination_fuzz import generate
+from tests.tasks.contamination.lucene import oracle
 
 pytestmark = pytest.mark.skipif(oracle.why_not() is not None, reason=f"differential oracle: {oracle.why_not()}")
 needs_spacy = pytest.mark.skipif(importlib.util.find_spec("spacy") is None, reason="spaCy is not installed")
@@ -40,7 +40,7 @@ def spacy_tokenizer():
 
 def scored(folder, benchmarks, turns, mode):
     """The engine's hits: (instance, turn) -> score."""
-    from smoltulu.tasks.contamination_engine import build_index, load_index, scan_texts
+    from smoltulu.tasks.contamination.scan import build_index, load_index, scan_texts
 
     folder.mkdir()
     build_index(folder, benchmarks, mode, N)
@@ -89,7 +89,7 @@ def test_ngram_match_on_generated_texts(tmp_path):
 
 @needs_spacy
 def test_best_scores_below_the_threshold_are_those_of_the_rule_too(tmp_path):
-    from smoltulu.tasks.contamination_engine import best_scores, build_index, load_index
+    from smoltulu.tasks.contamination.scan import best_scores, build_index, load_index
 
     benchmarks, instances, turns = generated(2, 300, 300)
     expected = [0.0] * len(instances)
@@ -143,8 +143,8 @@ def scored_by_shards(folder, benchmarks, turns, mode):
     """The same through files: rows of one user turn, cut into shards, merged."""
     import pyarrow.parquet
 
-    from smoltulu.tasks.contamination_engine import build_index, plan_shards, scan_shard
-    from smoltulu.tasks.contamination_merge import merge
+    from smoltulu.tasks.contamination.merge import merge
+    from smoltulu.tasks.contamination.scan import build_index, plan_shards, scan_shard
 
     rows = folder / "rows.jsonl"
     with rows.open("w", encoding="utf-8") as stream:

@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smoltulu.schemas.contamination import BenchmarkIndexOutputs, Shard, ShardResult
-from smoltulu.tasks.contamination_build import build_index, spacy_tokenizer
-from smoltulu.tasks.contamination_layout import FullPostings, NgramPostings, Phrases, State
-from smoltulu.tasks.contamination_rows import TurnBlock, plan_shards, read_blocks
-from smoltulu.tasks.contamination_scan_kernels import scan
-from smoltulu.tasks.contamination_text_kernels import LOWER_BYTES, LOWER_CODE_POINTS, gather_texts, locate_hits
+from smoltulu.tasks.contamination.build import build_index, spacy_tokenizer
+from smoltulu.tasks.contamination.kernels.layout import FullPostings, NgramPostings, Phrases, State
+from smoltulu.tasks.contamination.kernels.scan import scan
+from smoltulu.tasks.contamination.kernels.text import LOWER_BYTES, LOWER_CODE_POINTS, gather_texts, locate_hits
+from smoltulu.tasks.contamination.rows import TurnBlock, plan_shards, read_blocks
 
 __all__ = ["build_index", "plan_shards", "spacy_tokenizer"]  # of other modules, for those who use the engine
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from smoltulu.tasks.contamination_compile import inner, kernel
-from smoltulu.tasks.contamination_layout import ANCHOR_TERMS, FILTER_HEAD, HEAD_TERMS, MAX_TERM_BYTES
-from smoltulu.tasks.contamination_text_kernels import extend, filter_bits, hash_terms, mix, normalise
+from smoltulu.tasks.contamination.kernels.compile import inner, kernel
+from smoltulu.tasks.contamination.kernels.layout import ANCHOR_TERMS, FILTER_HEAD, HEAD_TERMS, MAX_TERM_BYTES
+from smoltulu.tasks.contamination.kernels.text import extend, filter_bits, hash_terms, mix, normalise
 
 _SPACE = 32
 PIECE = 1_024  # terms hashed at a time: what is at work stays in the cache, however long the turn

@@ -23,7 +23,7 @@ from smoltulu.schemas.contamination import (
 from smoltulu.tasks.stage import Stage, StageContext
 
 if TYPE_CHECKING:
-    from smoltulu.tasks.contamination_merge import Merged
+    from smoltulu.tasks.contamination.merge import Merged
 
 logger = logging.getLogger("smoltulu")
 
@@ -43,8 +43,8 @@ def check_contamination(
             `fail_above`, or no row is left. No rows file is there then.
     """
     # numba and pyarrow: too slow to import for `plan`.
-    from smoltulu.tasks.contamination_engine import load_index, plan_shards
-    from smoltulu.tasks.contamination_merge import merge, write_kept
+    from smoltulu.tasks.contamination.merge import merge, write_kept
+    from smoltulu.tasks.contamination.scan import load_index, plan_shards
 
     rules = config.settings
     index_folder, source = Path(inputs.index), Path(inputs.dataset)
@@ -111,7 +111,7 @@ def _scan(
     index_folder: Path, shards: list[Shard], rules: ContaminationRules, context: StageContext
 ) -> list[ShardResult]:
     """Every shard, side by side in threads: the compiled scan needs no interpreter lock."""
-    from smoltulu.tasks.contamination_engine import scan_shard
+    from smoltulu.tasks.contamination.scan import scan_shard
 
     folder = context.work / "shards"
     folder.mkdir(parents=True, exist_ok=True)

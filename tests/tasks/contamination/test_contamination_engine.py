@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 
 from smoltulu.schemas.contamination import Benchmark
 from smoltulu.schemas.data import DataSource
-from smoltulu.tasks.contamination_build import build_index, spacy_tokenizer
-from smoltulu.tasks.contamination_build_kernels import normalise_all
-from smoltulu.tasks.contamination_engine import best_scores, load_index, plan_shards, scan_shard, scan_texts
-from smoltulu.tasks.contamination_index import LoadedBenchmark, load_benchmark
-from smoltulu.tasks.contamination_merge import merge
-from smoltulu.tasks.contamination_text_kernels import LOWER_BYTES, LOWER_CODE_POINTS
+from smoltulu.tasks.contamination.build import build_index, spacy_tokenizer
+from smoltulu.tasks.contamination.index import LoadedBenchmark, load_benchmark
+from smoltulu.tasks.contamination.kernels.build import normalise_all
+from smoltulu.tasks.contamination.kernels.text import LOWER_BYTES, LOWER_CODE_POINTS
+from smoltulu.tasks.contamination.merge import merge
+from smoltulu.tasks.contamination.scan import best_scores, load_index, plan_shards, scan_shard, scan_texts
 from smoltulu.tasks.data.formats import adapt
 from smoltulu.tasks.data.sources import read_rows
 from tests import ROOT
-from tests.contamination_fuzz import conversation
+from tests.tasks.contamination.contamination_fuzz import conversation
 
 needs_spacy = pytest.mark.skipif(
     importlib.util.find_spec("spacy") is None, reason="spaCy is not installed (optional: n-gram mode)"
@@ -231,7 +231,7 @@ def test_ngram_mode_without_spacy_says_what_to_install(monkeypatch):
 def test_kernels_are_compiled_where_nothing_can_be_written():
     """Neither the checkout nor a cache folder: compiled anew, in the process."""
     code = (
-        "import os, sys; from pathlib import Path; import smoltulu.tasks.contamination_compile as compiling;"
+        "import os, sys; from pathlib import Path; import smoltulu.tasks.contamination.kernels.compile as compiling;"
         "Path.mkdir = lambda *a, **k: (_ for _ in ()).throw(PermissionError());"
         "double = compiling.kernel(lambda x: 2 * x); assert compiling._folder() is None; print(double(21))"
     )

@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smoltulu.schemas.contamination import BenchmarkIndexOutputs, IndexedBenchmark
-from smoltulu.tasks.contamination_build_kernels import (
+from smoltulu.tasks.contamination.kernels.build import (
     fill_filter,
     fill_slots,
     normalise_all,
     run_hashes,
     window_phrases,
 )
-from smoltulu.tasks.contamination_layout import (
+from smoltulu.tasks.contamination.kernels.layout import (
     ANCHOR_TERMS,
     FILTER_HEAD,
     HEAD_TERMS,
@@ -33,8 +33,8 @@ from smoltulu.tasks.contamination_layout import (
     NgramPostings,
     Phrases,
 )
-from smoltulu.tasks.contamination_queries import LoadedBenchmark, Query
-from smoltulu.tasks.contamination_text_kernels import LOWER_BYTES, LOWER_CODE_POINTS
+from smoltulu.tasks.contamination.kernels.text import LOWER_BYTES, LOWER_CODE_POINTS
+from smoltulu.tasks.contamination.queries import LoadedBenchmark, Query
 
 #: text -> (first, last) character of each token: an integer array of two columns.
 Tokenizer = Callable[[str], np.ndarray]

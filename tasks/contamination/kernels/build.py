@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from smoltulu.tasks.contamination_compile import inner, kernel
-from smoltulu.tasks.contamination_layout import ANCHOR_TERMS, HEAD_TERMS
-from smoltulu.tasks.contamination_text_kernels import extend, filter_bits, hash_bytes, hash_terms, normalise
+from smoltulu.tasks.contamination.kernels.compile import inner, kernel
+from smoltulu.tasks.contamination.kernels.layout import ANCHOR_TERMS, HEAD_TERMS
+from smoltulu.tasks.contamination.kernels.text import extend, filter_bits, hash_bytes, hash_terms, normalise
 
 _SPACE = 32
 _SIX = np.uint64(6)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from smoltulu.tasks.contamination_compile import inner, kernel
+from smoltulu.tasks.contamination.kernels.compile import inner, kernel
 
 _SPACE = 32
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)

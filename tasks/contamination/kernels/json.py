@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from smoltulu.tasks.contamination_compile import inner, kernel
-from smoltulu.tasks.contamination_layout import ROLES
-from smoltulu.tasks.contamination_text_kernels import encode
+from smoltulu.tasks.contamination.kernels.compile import inner, kernel
+from smoltulu.tasks.contamination.kernels.layout import ROLES
+from smoltulu.tasks.contamination.kernels.text import encode
 
 _QUOTE, _BACKSLASH, _NEWLINE, _COMMA, _COLON = 0x22, 0x5C, 0x0A, 0x2C, 0x3A
 _OPEN_OBJECT, _CLOSE_OBJECT, _OPEN_LIST, _CLOSE_LIST = 0x7B, 0x7D, 0x5B, 0x5D

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from smoltulu.schemas.contamination import Shard
-from smoltulu.tasks.contamination_json_kernels import read_rows
-from smoltulu.tasks.contamination_layout import ROLES
+from smoltulu.tasks.contamination.kernels.json import read_rows
+from smoltulu.tasks.contamination.kernels.layout import ROLES
 
 _BLOCK_BYTES = 8 << 20
 _PARQUET_ROWS = 4_096

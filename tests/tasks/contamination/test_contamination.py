@@ -20,11 +20,11 @@ from smoltulu.schemas.contamination import (
     ContaminationStageConfig,
 )
 from smoltulu.schemas.data import DataSource
-from smoltulu.tasks.contamination import check_contamination
-from smoltulu.tasks.contamination_engine import plan_shards
-from smoltulu.tasks.contamination_index import build_benchmark_index, load_benchmark
+from smoltulu.tasks.contamination.index import build_benchmark_index, load_benchmark
+from smoltulu.tasks.contamination.scan import plan_shards
+from smoltulu.tasks.contamination.stage import check_contamination
 from smoltulu.tasks.stage import StageContext
-from tests.contamination_fuzz import conversation
+from tests.tasks.contamination.contamination_fuzz import conversation
 
 LEAK = "How many apples does Ann have after lunch today?"  # nine terms
 
@@ -166,7 +166,7 @@ def test_assistant_turns_are_searched_where_asked_for(tmp_path):
 
 
 def test_a_stopped_stage_takes_up_its_finished_shards(tmp_path, monkeypatch):
-    import smoltulu.tasks.contamination_engine as engine
+    import smoltulu.tasks.contamination.scan as engine
 
     rows = [conversation(f"0:{n}", LEAK if n == 7 else "hello", "and now") for n in range(20)]
     monkeypatch.setattr(engine, "plan_shards", lambda path: plan_shards(path, 200))

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smoltulu.tasks.contamination_index import LoadedBenchmark
-from tests import contamination_brute_force as brute_force
-from tests.contamination_fuzz import GAPS, WORDS
+from smoltulu.tasks.contamination.index import LoadedBenchmark
+from tests.tasks.contamination import contamination_brute_force as brute_force
+from tests.tasks.contamination.contamination_fuzz import GAPS, WORDS
 
 # Few words, so that equal runs, repetitions and phrases of over eight terms are common; and any characters at all.
 _common = st.sampled_from(["a", "b", "B", "c", "don't", "a.b", "\u0130", "\u03a3", "-", "\t", "\0", "\u00e9"])
@@ -41,7 +41,7 @@ def with_planted(instances, turns, slices):
 
 def scan(instances, turns, mode, n=8, threshold=0.5):
     """(hits, best score per instance) of the engine."""
-    from smoltulu.tasks.contamination_engine import best_scores, build_index, load_index, scan_texts
+    from smoltulu.tasks.contamination.scan import best_scores, build_index, load_index, scan_texts
 
     with tempfile.TemporaryDirectory() as folder:
         build_index(Path(folder), [LoadedBenchmark("x", list(instances))], mode, n, tokenize=tokenize)
@@ -138,8 +138,8 @@ def test_any_cut_into_shards_gives_the_rule_by_row(instances, rows, slices, shar
     """Through files: a row's hit is that of its first turn of the highest score, other roles are not looked at."""
     import pyarrow.parquet
 
-    from smoltulu.tasks.contamination_engine import build_index, plan_shards, scan_shard
-    from smoltulu.tasks.contamination_merge import merge
+    from smoltulu.tasks.contamination.merge import merge
+    from smoltulu.tasks.contamination.scan import build_index, plan_shards, scan_shard
 
     turns = [text for row in rows for _, text in row] or [""]
     instances, [*_, planted] = with_planted(instances, turns, slices)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smoltulu.schemas.contamination import BenchmarkReport, ShardResult
-from smoltulu.tasks.contamination_engine import HITS, Index, load_index
+from smoltulu.tasks.contamination.scan import HITS, Index, load_index
 
 _SHORT_TERMS = 8  # instances under so many terms are often found by accident
 _ROW_GROUP = 65_536

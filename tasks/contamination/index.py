@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from smoltulu.schemas.contamination import Benchmark, BenchmarkIndexConfig, BenchmarkIndexInputs, BenchmarkIndexOutputs
-from smoltulu.tasks.contamination_queries import LoadedBenchmark, Query
+from smoltulu.tasks.contamination.queries import LoadedBenchmark, Query
 from smoltulu.tasks.data.sources import SourceUnavailable, read_rows
 from smoltulu.tasks.stage import Stage, StageContext
 
@@ -38,7 +38,7 @@ def build_benchmark_index(
         )
     context.report(len(benchmarks), len(benchmarks) + 1)
     # numba, pyarrow and spaCy: too slow to import for `plan`.
-    from smoltulu.tasks.contamination_build import build_index
+    from smoltulu.tasks.contamination.build import build_index
 
     outputs = build_index(context.folder, benchmarks, config.mode, config.ngram_size)
     context.report(len(benchmarks) + 1, len(benchmarks) + 1)
