@@ -8,7 +8,7 @@ from smoltulu.tasks.contamination.stage import contamination
 from smoltulu.tasks.data.stage import dataset
 from smoltulu.tasks.dpo import dpo
 from smoltulu.tasks.evaluation import evaluation
-from smoltulu.tasks.languages import languages
+from smoltulu.tasks.languages.stage import languages
 from smoltulu.tasks.preflight import preflight
 from smoltulu.tasks.publish import publish
 from smoltulu.tasks.reference_logps import reference_logps

@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.languages import DEFAULT_LANGUAGES, LanguageInputs, LanguageSettings, LanguageStageConfig
-from smoltulu.tasks import languages as stage_module
-from smoltulu.tasks.languages import judge_chunks, judge_text, language_shares, make_detector, row_text
-from smoltulu.tasks.prose import judge, num_letters, split_prose
+from smoltulu.tasks.languages import stage as stage_module
+from smoltulu.tasks.languages.prose import judge, num_letters, split_prose
+from smoltulu.tasks.languages.stage import judge_chunks, judge_text, language_shares, make_detector, row_text
 from smoltulu.tasks.stage import StageContext
 
 SENTENCES = {
@@ -240,7 +240,7 @@ def refuse(*arguments, **options): raise AssertionError("the network was asked f
 socket.socket.connect = refuse
 socket.getaddrinfo = refuse
 from smoltulu.schemas.languages import LanguageSettings
-from smoltulu.tasks.languages import make_detector
+from smoltulu.tasks.languages.stage import make_detector
 print(make_detector(LanguageSettings(detector={detector!r}))("Where can I find a library around here?"))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

@@ -29,8 +29,8 @@ from smoltulu.schemas.languages import (
     LanguageStageConfig,
     Undetermined,
 )
+from smoltulu.tasks.languages.prose import judge
 from smoltulu.tasks.process import die_with_parent
-from smoltulu.tasks.prose import judge
 from smoltulu.tasks.report.languages import languages_page
 from smoltulu.tasks.stage import Stage, StageContext
 
