@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/river_valley.py --seeds 0 1 2 3 4
 
 A two-layer Llama (139,584 parameters) learns a chain of 1,024 words in which half of the words have one certain
-successor and half have 32 of uneven odds. Plain AdamW over `tasks.schedules.learning_rate_factor`; the model, the data
+successor and half have 32 of uneven odds. Plain AdamW over `tasks.trainer.schedules.learning_rate_factor`; the model, the data
 and their order are the same for every schedule of a seed. Measured is the excess loss KL(true || model), in nats,
 averaged over fixed positions: exact, but for the choice of positions. Prints tables in Markdown and draws the figure.
 """
@@ -36,7 +36,7 @@ from smoltulu.schemas.training import (
     WSDSchedule,
     WSDSSchedule,
 )
-from smoltulu.tasks.schedules import learning_rate_factor
+from smoltulu.tasks.trainer.schedules import learning_rate_factor
 
 FIGURE = Path("docs/figures/river_valley.svg")
 NUM_WORDS, NUM_SUCCESSORS, RESTART = 1024, 32, 0.02

@@ -19,9 +19,16 @@ from smoltulu.flows.estimate import (
 from smoltulu.flows.graph import Binding, Graph, Node
 from smoltulu.flows.preflight_figures import planned_steps
 from smoltulu.schemas.training import RLVRSettings, TrainingSettings
-from smoltulu.tasks.disk import BYTES_PER_TOKEN, TEXT_FACTOR, ModelSize, checkpoint_bytes, model_bytes, training_bytes
-from smoltulu.tasks.extension import keeps_checkpoint
-from smoltulu.tasks.planned_steps import tokens_of_steps
+from smoltulu.tasks.trainer.budget import tokens_of_steps
+from smoltulu.tasks.trainer.disk import (
+    BYTES_PER_TOKEN,
+    TEXT_FACTOR,
+    ModelSize,
+    checkpoint_bytes,
+    model_bytes,
+    training_bytes,
+)
+from smoltulu.tasks.trainer.extension import keeps_checkpoint
 
 
 @dataclass(frozen=True)

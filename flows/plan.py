@@ -26,7 +26,7 @@ from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, expand_text, is_commit, resolve_commit
 from smoltulu.tasks.environment import environment
-from smoltulu.tasks.extension import Donor, find_donor
+from smoltulu.tasks.trainer.extension import Donor, find_donor
 
 #: A plan is for looking: it gives up on a silent Hub sooner than a run.
 _HUB_TIMEOUT_SECONDS = 3.0

@@ -12,8 +12,8 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PlannedTraining, PreflightConfig, PreflightOutputs
 from smoltulu.schemas.training import DPOSettings, RLVRSettings, SFTSettings, SupervisedSettings, TrainingSettings
 from smoltulu.tasks import preflight_checks
-from smoltulu.tasks.extension import keeps_checkpoint
-from smoltulu.tasks.planned_steps import optimizer_steps
+from smoltulu.tasks.trainer.budget import optimizer_steps
+from smoltulu.tasks.trainer.extension import keeps_checkpoint
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,8 @@ class PreflightOutputs(StrictModel):
     num_trained_tokens: int = Field(0, ge=0, description="tokens with a loss")
     lengths: LengthReport
     tokenizer: TokenizerFacts | None = None
-    disk_bytes: int | None = Field(None, description="most that the training has on disk while it runs (tasks/disk.py)")
+    disk_bytes: int | None = Field(
+        None, description="most that the training has on disk while it runs (tasks/trainer/disk.py)"
+    )
     first_rows: dict[str, tuple[int, ...]] = Field({}, description="finding -> first rows that show it, counted from 0")
     dry_run: DryRun | None = None

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import DPOInputs, DPOSettings
-from smoltulu.tasks.even_rows import even_out, is_blank
-from smoltulu.tasks.gate import objections
-from smoltulu.tasks.guards import LossRule
 from smoltulu.tasks.models.folders import load_language_model, load_tokenizer, stop_ids
 from smoltulu.tasks.models.lora import with_adapter
-from smoltulu.tasks.packed_attention import pack
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.even_rows import even_out, is_blank
+from smoltulu.tasks.trainer.gate import objections
+from smoltulu.tasks.trainer.guards import LossRule
+from smoltulu.tasks.trainer.loop import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.packed_attention import pack
 
 if TYPE_CHECKING:
     import torch

@@ -46,7 +46,7 @@ def dry_run(config: PreflightConfig, inputs: PreflightInputs, file: Path, contex
 
     The first of two steps makes the optimizer's state and is not timed. ValueError where not even one row fits.
     """
-    from smoltulu.tasks.training import prepare_torch
+    from smoltulu.tasks.trainer.loop import prepare_torch
 
     prepare_torch(context)
     subject = config.subject or _SUBJECTS[config.kind]
@@ -186,12 +186,12 @@ def _model(
         model.config.pad_token_id = tokenizer.pad_token_id
         fit_embeddings(model, tokenizer)
         if _packs(subject, compute):
-            from smoltulu.tasks.packed_attention import pack
+            from smoltulu.tasks.trainer.packed_attention import pack
 
             pack(model)
         return model
-    from smoltulu.tasks.packed_attention import pack
     from smoltulu.tasks.preference_batch import give_fused_head
+    from smoltulu.tasks.trainer.packed_attention import pack
 
     model = load_language_model(folder)
     fit_embeddings(model, tokenizer)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smoltulu.tasks.models.tokens import IGNORED
-from smoltulu.tasks.packed_attention import segments_of_pairs
+from smoltulu.tasks.trainer.packed_attention import segments_of_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

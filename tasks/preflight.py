@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
-from smoltulu.tasks.disk import adapter_size, cache_bytes, model_size, training_bytes
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
 from smoltulu.tasks.preflight_counts import Counts, load_counts
 from smoltulu.tasks.preflight_parts import Maker, Part, cut, make_parts, parts_folder, read_rows, tokens_schema
 from smoltulu.tasks.preflight_rows import Look, shown
 from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.trainer.disk import adapter_size, cache_bytes, model_size, training_bytes
 
 logger = logging.getLogger("smoltulu")
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99, 100)

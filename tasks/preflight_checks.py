@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smoltulu.schemas.preflight import PlannedTraining, PreflightConfig, PreflightOutputs
-from smoltulu.tasks.planned_steps import optimizer_steps
 from smoltulu.tasks.report import text
-from smoltulu.tasks.training import steps_for_tokens
+from smoltulu.tasks.trainer.budget import optimizer_steps
+from smoltulu.tasks.trainer.loop import steps_for_tokens
 
 Status = Literal["ok", "noticed", "fails"]
 

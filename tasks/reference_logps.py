@@ -17,9 +17,9 @@ from smoltulu.artifacts.files import made_from_folder, sync
 from smoltulu.artifacts.keys import file_digest
 from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs, ReferenceLogpsOutputs
 from smoltulu.tasks.models.folders import device_of, load_language_model, load_tokenizer, use_bfloat16
-from smoltulu.tasks.packed_attention import pack
 from smoltulu.tasks.stage import DATASETS_FOLDER, Stage, StageContext
-from smoltulu.tasks.training import load_rows, prepare_torch
+from smoltulu.tasks.trainer.loop import load_rows, prepare_torch
+from smoltulu.tasks.trainer.packed_attention import pack
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from smoltulu.tasks.even_rows import BLANK, is_blank, num_blanks
-from smoltulu.tasks.packed_attention import segments_of_pairs
+from smoltulu.tasks.trainer.even_rows import BLANK, is_blank, num_blanks
+from smoltulu.tasks.trainer.packed_attention import segments_of_pairs
 
 COLUMNS = ("row", "prompt_ids", "chosen_ids", "rejected_ids")
 

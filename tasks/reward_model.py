@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RewardModelSettings, TrainingInputs
-from smoltulu.tasks.even_rows import even_out
 from smoltulu.tasks.models.folders import check_model_folder, fit_embeddings, load_tokenizer, stop_ids
-from smoltulu.tasks.packed_attention import pack
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.even_rows import even_out
+from smoltulu.tasks.trainer.loop import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.packed_attention import pack
 
 if TYPE_CHECKING:
     import torch

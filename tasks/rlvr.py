@@ -13,11 +13,11 @@ from typing import Any
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RLVRSettings, TrainingInputs
-from smoltulu.tasks.gate import objections
-from smoltulu.tasks.guards import LossRule
 from smoltulu.tasks.models.folders import load_language_model, load_tokenizer, stop_ids
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.training import (
+from smoltulu.tasks.trainer.gate import objections
+from smoltulu.tasks.trainer.guards import LossRule
+from smoltulu.tasks.trainer.loop import (
     accumulation_steps,
     callbacks,
     finish,

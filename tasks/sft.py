@@ -14,14 +14,14 @@ from typing import Any
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import SFTSettings, TrainingInputs
-from smoltulu.tasks.even_rows import BLANK, even_out, is_blank
-from smoltulu.tasks.gate import objections
 from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer, stop_ids
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import IGNORED
-from smoltulu.tasks.packed_attention import pack, segments_of_lengths
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.training import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.even_rows import BLANK, even_out, is_blank
+from smoltulu.tasks.trainer.gate import objections
+from smoltulu.tasks.trainer.loop import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.packed_attention import pack, segments_of_lengths
 
 
 def collate_packed(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def collate_packed(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
 
 
 def _trainer_class() -> type:
-    """TRL's trainer, which also takes blank batches (tasks/even_rows.py).
+    """TRL's trainer, which also takes blank batches (tasks/trainer/even_rows.py).
 
     Without a supervised token they add nothing to its sums; only their tokens must not be counted.
     """

@@ -7,7 +7,7 @@ one part in 10^6, far more than any order of additions does, and says by how muc
 that, and a real change of the loss, the mask, the schedule or the order of rows is far above the tolerance.
 
 RLVR is not here: its completions are sampled, and one token that falls to the other side of a random number makes all
-that follows another run. That one machine repeats it bitwise is tested in `tests/test_training.py`.
+that follows another run. That one machine repeats it bitwise is tested in `tests/tasks/trainer/test_training.py`.
 
 Where a change is meant (a library's version, a stage's mathematics: raise its `version` then), write the file anew and
 look at its diff:

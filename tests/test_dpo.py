@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from smoltulu.schemas.training import DPOInputs, DPOSettings
 from smoltulu.tasks.dpo import train_dpo
-from smoltulu.tasks.packed_attention import pack
 from smoltulu.tasks.preference_batch import PairCollator, completion_logps, give_fused_head, num_tokens
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.packed_attention import pack
 from tests.small_runs import pairs, run, stage_arguments, trainer_of
-from tests.test_packing import exact
+from tests.tasks.trainer.test_packing import exact
 from tests.tiny_model import build_tiny_model
 
 PAIRS = pairs(7)[1:]  # of the first both sides are the same

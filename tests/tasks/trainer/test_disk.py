@@ -12,7 +12,8 @@ import pytest
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.training import DPOSettings, SFTSettings
-from smoltulu.tasks.disk import (
+from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.disk import (
     ModelSize,
     adapter_size,
     cache_bytes,
@@ -22,7 +23,6 @@ from smoltulu.tasks.disk import (
     num_parameters,
     training_bytes,
 )
-from smoltulu.tasks.stage import StageContext
 from tests.small_runs import training_inputs
 from tests.tiny_model import build_tiny_model
 

@@ -15,9 +15,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerState
 
-import smoltulu.tasks.tracking
+import smoltulu.tasks.trainer.tracking
 from smoltulu.artifacts.keys import folder_records
-from smoltulu.tasks.tracking import numbers, peak_memory_bytes, require_trackers, trackers
+from smoltulu.tasks.trainer.tracking import numbers, peak_memory_bytes, require_trackers, trackers
 from tests.small_runs import conversations, pairs, run
 from tests.tiny_model import build_tiny_model
 
@@ -79,7 +79,7 @@ def test_a_tracker_that_fails_does_not_end_the_training(
 
         def finish(self) -> None: ...
 
-    monkeypatch.setattr(smoltulu.tasks.tracking, "open_trackers", lambda *arguments: [Full()])
+    monkeypatch.setattr(smoltulu.tasks.trainer.tracking, "open_trackers", lambda *arguments: [Full()])
     made = trackers(("tensorboard",), tmp_path, tmp_path)
     made.on_train_begin(None, TrainerState(), None)
     with caplog.at_level(logging.WARNING, "smoltulu"):
@@ -89,10 +89,10 @@ def test_a_tracker_that_fails_does_not_end_the_training(
 
 
 def test_a_training_that_is_made_again_is_another_run_and_a_resumed_one_is_not(tmp_path: Path) -> None:
-    first = smoltulu.tasks.tracking._run_id(tmp_path, "sft-0123")
-    assert first.startswith("sft-0123-") and smoltulu.tasks.tracking._run_id(tmp_path, "sft-0123") == first
+    first = smoltulu.tasks.trainer.tracking._run_id(tmp_path, "sft-0123")
+    assert first.startswith("sft-0123-") and smoltulu.tasks.trainer.tracking._run_id(tmp_path, "sft-0123") == first
     (tmp_path / "run_id").unlink()  # with all of `work`, when the artifact is committed
-    assert smoltulu.tasks.tracking._run_id(tmp_path, "sft-0123") != first
+    assert smoltulu.tasks.trainer.tracking._run_id(tmp_path, "sft-0123") != first
 
 
 def test_only_numbers_are_tracked() -> None:
@@ -104,7 +104,7 @@ def test_only_numbers_are_tracked() -> None:
 
 def test_peak_memory_on_a_cpu_is_that_of_this_process() -> None:
     script = (
-        "from smoltulu.tasks.tracking import peak_memory_bytes as peak; before = peak('cpu'); block = b'x' * (300 << 20); "
+        "from smoltulu.tasks.trainer.tracking import peak_memory_bytes as peak; before = peak('cpu'); block = b'x' * (300 << 20); "
         "del block; print(before, peak('cpu'))"
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -17,14 +17,14 @@ from smoltulu.artifacts.keys import LOGS_FOLDER
 from smoltulu.schemas.compute import accumulation_steps
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import GateSettings, ScheduleSettings, SupervisedSettings, TrainingSettings
-from smoltulu.tasks.extension import keep_checkpoint, store_checkpoint
-from smoltulu.tasks.gate import check_saved
-from smoltulu.tasks.guards import LossRule, guard
 from smoltulu.tasks.models.folders import device_of, history_metrics, save_model, use_bfloat16
 from smoltulu.tasks.models.lora import ADAPTER_FOLDER, merged, save_adapter
-from smoltulu.tasks.schedules import learning_rate_factor
 from smoltulu.tasks.stage import DATASETS_FOLDER, Report, StageContext, StageStopped
-from smoltulu.tasks.tracking import numbers, require_trackers, speed_and_memory, trackers
+from smoltulu.tasks.trainer.extension import keep_checkpoint, store_checkpoint
+from smoltulu.tasks.trainer.gate import check_saved
+from smoltulu.tasks.trainer.guards import LossRule, guard
+from smoltulu.tasks.trainer.schedules import learning_rate_factor
+from smoltulu.tasks.trainer.tracking import numbers, require_trackers, speed_and_memory, trackers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,7 +96,7 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
         "save_strategy": "steps",
         "save_steps": compute.save_steps,
         "save_total_limit": None,  # CompleteCheckpoint removes old ones, and only after the new one is whole
-        "report_to": "none",  # tasks/tracking.py: its own do not know what was logged before a resume
+        "report_to": "none",  # tasks/trainer/tracking.py: its own do not know what was logged before a resume
         "disable_tqdm": True,
         "push_to_hub": False,
         "trust_remote_code": False,
@@ -236,7 +236,7 @@ def train(
 
     `num_rows` went into the trainer: what it dropped in silence is said. The history of logged metrics lands in the
     artifact. A `schedule` stands in for the trainer's own. ValueError where the trainer kept no row, where the schedule
-    does not fit into its number of steps, or where the guards (`tasks.guards`) end the training.
+    does not fit into its number of steps, or where the guards (`tasks.trainer.guards`) end the training.
     """
     num_kept = len(trainer.train_dataset)
     if not num_kept:
@@ -263,7 +263,7 @@ def train(
     trainer.add_callback(speed_and_memory(trainer, lambda: _num_tokens(trainer)))
     if schedule is not None:
         _follow(schedule, trainer)
-        # GRPO goes on at the border of its generations only: tasks/extension.py does not look for that.
+        # GRPO goes on at the border of its generations only: tasks/trainer/extension.py does not look for that.
         if context.compute.keep_extension_checkpoint and not hasattr(trainer.args, "num_generations"):
             trainer.add_callback(keep_checkpoint(schedule, context))
     # Last, so that it sees whether a checkpoint is to be written.

@@ -15,9 +15,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smoltulu.schemas.training import GateSettings, SFTSettings
-from smoltulu.tasks.gate import Answer, check_equal, check_saved, greedy_answers, judge, objections, prompt_of, prompts
 from smoltulu.tasks.models.folders import load_tokenizer
 from smoltulu.tasks.stages import STAGES
+from smoltulu.tasks.trainer.gate import (
+    Answer,
+    check_equal,
+    check_saved,
+    greedy_answers,
+    judge,
+    objections,
+    prompt_of,
+    prompts,
+)
 from tests.small_runs import FUNCTIONS, conversations, pairs, run, stage_arguments, turn
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
 

@@ -25,13 +25,13 @@ from smoltulu.schemas.artifact import ArtifactReference, ExtendedTraining, FileR
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.training import ConstantSchedule, CosineSchedule, PowerSchedule, WSDSchedule, WSDSSchedule
-from smoltulu.tasks.extension import begin_with, find_donor
 from smoltulu.tasks.runner import Job, run_stage
-from smoltulu.tasks.schedules import extension_step, learning_rate_factor, same_past
 from smoltulu.tasks.stages import STAGES
+from smoltulu.tasks.trainer.extension import begin_with, find_donor
+from smoltulu.tasks.trainer.schedules import extension_step, learning_rate_factor, same_past
 from tests.golden_keys import made_up_commit
 from tests.small_runs import conversations, pairs, stage_arguments
-from tests.test_schedules import schedules
+from tests.tasks.trainer.test_schedules import schedules
 from tests.tiny_model import build_tiny_model
 
 LOG = logging.getLogger("test")

@@ -24,8 +24,8 @@ from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.schemas.artifact import ExtendedTraining, Manifest, Spec
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.training import Budgets, ConstantSchedule, FinalDecay, ScheduleSettings, SupervisedSettings
-from smoltulu.tasks.schedules import extension_step, same_past
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.schedules import extension_step, same_past
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

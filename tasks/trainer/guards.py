@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.tasks.even_rows import is_blank
+from smoltulu.tasks.trainer.even_rows import is_blank
 
 if TYPE_CHECKING:
     import torch

@@ -33,7 +33,7 @@ from smoltulu.tasks.reward_model import train_reward_model
 from smoltulu.tasks.rlvr import reward_function, rollout_reward, train_rlvr
 from smoltulu.tasks.sft import train_sft
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.training import _check_num_gpus, prepare_torch
+from smoltulu.tasks.trainer.loop import _check_num_gpus, prepare_torch
 from tests.small_runs import training_inputs
 from tests.tiny_model import build_tiny_model
 
@@ -187,7 +187,7 @@ def test_a_stage_of_one_process_asks_for_one_gpu_whatever_trainings_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The preflight's dry run of a recipe for eight GPUs sees one of them."""
-    monkeypatch.setattr("smoltulu.tasks.training.device_of", lambda compute: "cuda")
+    monkeypatch.setattr("smoltulu.tasks.trainer.loop.device_of", lambda compute: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     eight = context(tmp_path, num_processes=8)
     prepare_torch(eight)
@@ -218,7 +218,7 @@ def test_a_stage_in_one_process_sees_one_gpu(
 def test_rollouts_are_generated_as_before_with_half_the_cache(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smoltulu.tasks.training.use_bfloat16", lambda precision, compute: True)
+    monkeypatch.setattr("smoltulu.tasks.trainer.loop.use_bfloat16", lambda precision, compute: True)
     dtypes: list[set[torch.dtype]] = []
     real = DynamicLayer.update
 

@@ -21,19 +21,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import smoltulu.tasks.launch
-import smoltulu.tasks.training
+import smoltulu.tasks.trainer.loop
 from smoltulu.artifacts.checkpoints import newest_checkpoint
 from smoltulu.artifacts.store import Store
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.tasks.guards import LossMeans, fault_of_step, has_diverged, lines_of, rows_of, sequences
 from smoltulu.tasks.launch import run_child, smaller_batch
 from smoltulu.tasks.preference_batch import PairCollator
 from smoltulu.tasks.process import is_out_of_memory
 from smoltulu.tasks.runner import Job, run_stage
 from smoltulu.tasks.sft import collate_packed
 from smoltulu.tasks.stages import STAGES
+from smoltulu.tasks.trainer.guards import LossMeans, fault_of_step, has_diverged, lines_of, rows_of, sequences
 from tests.small_runs import Run, conversations, pairs, run, stage_arguments
 from tests.tiny_model import PAD, build_tiny_model, build_tokenizer
 
@@ -189,7 +189,7 @@ def test_nan_is_seen_between_two_logs_names_its_row_and_writes_no_checkpoint(
 ) -> None:
     model = with_a_poisonous_token(base, tmp_path / "model", "~")
     # The embeddings are what is poisoned: every other weight is looked at.
-    monkeypatch.setattr("smoltulu.tasks.guards._all_finite", lambda model: True)
+    monkeypatch.setattr("smoltulu.tasks.trainer.guards._all_finite", lambda model: True)
     text, newest = poisoned(model, tmp_path / "run", packing=packing, per_device_train_batch_size=1)
     assert f"loss is nan at step {newest + 1}; the checkpoints before it are kept" in text
     assert "Its rows: row 5 '" in text and "~ You are helpful" in text and text.count("row ") == 1
@@ -199,7 +199,7 @@ def test_nan_is_seen_between_two_logs_names_its_row_and_writes_no_checkpoint(
 def test_weights_that_are_not_finite_are_not_stored(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smoltulu.tasks.training, "learning_rate_factor", lambda *arguments: 1e42)
+    monkeypatch.setattr(smoltulu.tasks.trainer.loop, "learning_rate_factor", lambda *arguments: 1e42)
     settings = {"max_steps": 3, "schedule": {"kind": "constant"}}
     with pytest.raises(ValueError, match=r"weights hold NaN or infinity after step 1, .* no checkpoint of them"):
         run("sft", tmp_path, base, conversations(4), settings)
@@ -210,7 +210,7 @@ def test_weights_that_are_not_finite_are_not_kept_for_a_larger_budget(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That checkpoint is asked for by a callback, which must come before the guard."""
-    monkeypatch.setattr(smoltulu.tasks.training, "learning_rate_factor", lambda *arguments: 1e42)
+    monkeypatch.setattr(smoltulu.tasks.trainer.loop, "learning_rate_factor", lambda *arguments: 1e42)
     settings = {"max_steps": 2, "schedule": {"kind": "wsd", "decay_steps": 1}}
     with pytest.raises(ValueError, match=r"weights hold NaN or infinity after step 1, .* no checkpoint of them"):
         run("sft", tmp_path, base, conversations(4), settings, save_steps=100)
@@ -246,7 +246,7 @@ def test_divergence_ends_a_training(base: Path, tmp_path: Path, monkeypatch: pyt
     def wild(schedule: Any, step: int, num_steps: int, num_tokens: int) -> float:
         return 1.0 if step < 60 else 2000.0
 
-    monkeypatch.setattr(smoltulu.tasks.training, "learning_rate_factor", wild)
+    monkeypatch.setattr(smoltulu.tasks.trainer.loop, "learning_rate_factor", wild)
     settings = {"max_steps": 200, "effective_batch_size": 2, "schedule": {"kind": "constant"}}
     with pytest.raises(ValueError, match=r"the training diverges: at step \d+ the mean loss of the last 50 steps is"):
         run("sft", tmp_path, base, conversations(20), settings, save_steps=1000, logging_steps=5)

@@ -25,8 +25,8 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from smoltulu.tasks import packed_attention
-from smoltulu.tasks.packed_attention import (
+from smoltulu.tasks.trainer import packed_attention
+from smoltulu.tasks.trainer.packed_attention import (
     PACKED,
     Segment,
     Segments,

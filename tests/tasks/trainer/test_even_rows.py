@@ -16,8 +16,16 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, DataLoader
 
-from smoltulu.tasks.even_rows import BlankCollator, EvenRows, EvenSampler, blank_row, even_out, is_blank, num_blanks
-from smoltulu.tasks.guards import LossRule, guard
+from smoltulu.tasks.trainer.even_rows import (
+    BlankCollator,
+    EvenRows,
+    EvenSampler,
+    blank_row,
+    even_out,
+    is_blank,
+    num_blanks,
+)
+from smoltulu.tasks.trainer.guards import LossRule, guard
 from tests.small_runs import conversations, pairs, run, trainer_of, two_processes
 from tests.tiny_model import build_tiny_model, build_tokenizer
 

@@ -37,9 +37,9 @@ from smoltulu.schemas.training import (
     WSDSSchedule,
     share_of,
 )
-from smoltulu.tasks.schedules import decay, learning_rate_factor, power
-from tests import test_training as training
+from smoltulu.tasks.trainer.schedules import decay, learning_rate_factor, power
 from tests.golden_keys import made_up_commit
+from tests.tasks.trainer import test_training as training
 
 SHAPES: tuple[DecayShape, ...] = get_args(DecayShape)
 
@@ -471,7 +471,7 @@ STAGE_SCHEDULES: dict[str, Any] = {
 
 
 def train(stage: str, world: Path, folder: Path, schedule: Any) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """History and weights of a stage of `tests.test_training` with a schedule."""
+    """History and weights of a stage of `tests.tasks.trainer.test_training` with a schedule."""
     function, config, _ = training.STAGES[stage]
     values = config.model_dump() | {"warmup_ratio": 0.0, "schedule": schedule}
     if stage != "rlvr":
