@@ -190,8 +190,8 @@ def _model(
 
             pack(model)
         return model
-    from smoltulu.tasks.preference_batch import give_fused_head
     from smoltulu.tasks.trainer.packed_attention import pack
+    from smoltulu.tasks.training.preference_batch import give_fused_head
 
     model = load_language_model(folder)
     fit_embeddings(model, tokenizer)
@@ -213,7 +213,7 @@ def _batch(
 
     pad = tokenizer.pad_token_id
     if subject == "dpo":
-        from smoltulu.tasks.preference_batch import PairCollator, completion_logps
+        from smoltulu.tasks.training.preference_batch import PairCollator, completion_logps
 
         def preference_loss(batch: dict[str, Any]) -> torch.Tensor:
             chosen, rejected = completion_logps(model, batch)
@@ -221,7 +221,7 @@ def _batch(
 
         return preference_loss, PairCollator(pad, compute.packing)(rows), sum(map(_length, rows))
     if subject == "reward_model":
-        from smoltulu.tasks import reward_batch
+        from smoltulu.tasks.training import reward_batch
 
         def ranking_loss(batch: dict[str, Any]) -> torch.Tensor:
             names = ("input_ids", "attention_mask", "position_ids", "segments")
@@ -240,7 +240,7 @@ def _batch(
         return model(**batch, use_cache=False, fused_lm_head=True).loss
 
     if _packs(subject, compute):
-        from smoltulu.tasks.sft import collate_packed
+        from smoltulu.tasks.training.sft import collate_packed
 
         return token_loss, collate_packed(rows), sum(map(_length, rows))
 

@@ -6,16 +6,16 @@ from smoltulu.tasks.base_model.stage import base_model
 from smoltulu.tasks.contamination.index import benchmark_index
 from smoltulu.tasks.contamination.stage import contamination
 from smoltulu.tasks.data.stage import dataset
-from smoltulu.tasks.dpo import dpo
 from smoltulu.tasks.evaluation import evaluation
 from smoltulu.tasks.languages.stage import languages
 from smoltulu.tasks.preflight import preflight
 from smoltulu.tasks.publish import publish
-from smoltulu.tasks.reference_logps import reference_logps
-from smoltulu.tasks.reward_model import reward_model
-from smoltulu.tasks.rlvr import rlvr
-from smoltulu.tasks.sft import sft
 from smoltulu.tasks.stage import Stage
+from smoltulu.tasks.training.dpo import dpo
+from smoltulu.tasks.training.reference_logps import reference_logps
+from smoltulu.tasks.training.reward_model import reward_model
+from smoltulu.tasks.training.rlvr import rlvr
+from smoltulu.tasks.training.sft import sft
 from smoltulu.tasks.world.stage import world
 
 STAGES: dict[str, Stage] = {

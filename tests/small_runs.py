@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import smoltulu.tasks.dpo
-import smoltulu.tasks.reward_model
-import smoltulu.tasks.sft
+import smoltulu.tasks.training.dpo
+import smoltulu.tasks.training.reward_model
+import smoltulu.tasks.training.sft
 from smoltulu.flows.graph import preflight_config
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific
@@ -34,16 +34,20 @@ from smoltulu.schemas.training import (
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.launch import run_child
 from smoltulu.tasks.preflight import run_preflight
-from smoltulu.tasks.reference_logps import run_reference_logps
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.stages import STAGES
+from smoltulu.tasks.training.reference_logps import run_reference_logps
 from tests.tiny_model import TULU_TEMPLATE
 
-MODULES = {"sft": smoltulu.tasks.sft, "reward_model": smoltulu.tasks.reward_model, "dpo": smoltulu.tasks.dpo}
+MODULES = {
+    "sft": smoltulu.tasks.training.sft,
+    "reward_model": smoltulu.tasks.training.reward_model,
+    "dpo": smoltulu.tasks.training.dpo,
+}
 FUNCTIONS: dict[str, Callable] = {
-    "sft": smoltulu.tasks.sft.train_sft,
-    "reward_model": smoltulu.tasks.reward_model.train_reward_model,
-    "dpo": smoltulu.tasks.dpo.train_dpo,
+    "sft": smoltulu.tasks.training.sft.train_sft,
+    "reward_model": smoltulu.tasks.training.reward_model.train_reward_model,
+    "dpo": smoltulu.tasks.training.dpo.train_dpo,
 }
 SETTINGS: dict[str, Callable] = {"sft": SFTSettings, "reward_model": RewardModelSettings, "dpo": DPOSettings}
 

@@ -95,8 +95,8 @@ def test_disk_by_hand() -> None:
 
 @pytest.mark.parametrize(("stage", "lora"), [("sft", None), ("dpo", None), ("sft", {"r": 4})])
 def test_the_formula_against_a_real_training(tmp_path: Path, stage: str, lora: dict[str, int] | None) -> None:
-    from smoltulu.tasks.dpo import train_dpo
-    from smoltulu.tasks.sft import train_sft
+    from smoltulu.tasks.training.dpo import train_dpo
+    from smoltulu.tasks.training.sft import train_sft
 
     def turns(**by_role: str) -> list[dict[str, str]]:
         return [{"role": role, "content": content} for role, content in by_role.items()]

@@ -28,12 +28,12 @@ from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.launch import run_child, smaller_batch
-from smoltulu.tasks.preference_batch import PairCollator
 from smoltulu.tasks.process import is_out_of_memory
 from smoltulu.tasks.runner import Job, run_stage
-from smoltulu.tasks.sft import collate_packed
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.trainer.guards import LossMeans, fault_of_step, has_diverged, lines_of, rows_of, sequences
+from smoltulu.tasks.training.preference_batch import PairCollator
+from smoltulu.tasks.training.sft import collate_packed
 from tests.small_runs import Run, conversations, pairs, run, stage_arguments
 from tests.tiny_model import PAD, build_tiny_model, build_tokenizer
 

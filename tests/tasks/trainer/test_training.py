@@ -27,13 +27,13 @@ from smoltulu.schemas.training import (
     SFTSettings,
     TrainingInputs,
 )
-from smoltulu.tasks.dpo import train_dpo
 from smoltulu.tasks.launch import _child_environment
-from smoltulu.tasks.reward_model import train_reward_model
-from smoltulu.tasks.rlvr import reward_function, rollout_reward, train_rlvr
-from smoltulu.tasks.sft import train_sft
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.loop import _check_num_gpus, prepare_torch
+from smoltulu.tasks.training.dpo import train_dpo
+from smoltulu.tasks.training.reward_model import train_reward_model
+from smoltulu.tasks.training.rlvr import reward_function, rollout_reward, train_rlvr
+from smoltulu.tasks.training.sft import train_sft
 from tests.small_runs import training_inputs
 from tests.tiny_model import build_tiny_model
 
@@ -232,7 +232,7 @@ def test_rollouts_are_generated_as_before_with_half_the_cache(
     for name in ("ours", "as TRL does it"):
         dtypes.append(set())
         models.append(run("rlvr", world, tmp_path / name)[2])
-        monkeypatch.setattr("smoltulu.tasks.rlvr.caches_as_attended", contextlib.nullcontext)
+        monkeypatch.setattr("smoltulu.tasks.training.rlvr.caches_as_attended", contextlib.nullcontext)
     assert dtypes == [{torch.bfloat16}, {torch.float32}] and DynamicLayer.update is update
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from smoltulu.schemas.training import DPOInputs, DPOSettings
-from smoltulu.tasks.dpo import train_dpo
-from smoltulu.tasks.preference_batch import PairCollator, completion_logps, give_fused_head, num_tokens
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.packed_attention import pack
+from smoltulu.tasks.training.dpo import train_dpo
+from smoltulu.tasks.training.preference_batch import PairCollator, completion_logps, give_fused_head, num_tokens
 from tests.small_runs import pairs, run, stage_arguments, trainer_of
 from tests.tasks.trainer.test_packing import exact
 from tests.tiny_model import build_tiny_model

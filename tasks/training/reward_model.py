@@ -1,7 +1,7 @@
 """Reward model: Bradley-Terry over preference pairs, -log sigmoid(r_chosen - r_rejected), from the SFT or DPO model.
 
 As in Tulu 3 (open-instruct `reward_modeling.py`): score head drawn from N(0, 1/(hidden_size + 1)), no dropout, one
-epoch, Adam epsilon 1e-5. TRL's own default head (std 0.02) is not Tulu's. Batches: tasks/reward_batch.py.
+epoch, Adam epsilon 1e-5. TRL's own default head (std 0.02) is not Tulu's. Batches: tasks/training/reward_batch.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def train_reward_model(
     from transformers import AutoModelForSequenceClassification, set_seed
     from trl import RewardConfig
 
-    from smoltulu.tasks.reward_batch import COLUMNS, PairCollator, PairTrainer
+    from smoltulu.tasks.training.reward_batch import COLUMNS, PairCollator, PairTrainer
 
     check_model_folder(Path(inputs.model))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)

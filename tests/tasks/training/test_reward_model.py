@@ -23,10 +23,10 @@ from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.preflight import PreflightSettings
 from smoltulu.schemas.training import RewardModelSettings
-from smoltulu.tasks.reward_batch import PairCollator
 from smoltulu.tasks.runner import Job, run_stage
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.trainer.packed_attention import pack
+from smoltulu.tasks.training.reward_batch import PairCollator
 from tests.small_runs import pairs, run, stage_arguments, trainer_of, turn
 from tests.tiny_model import build_tiny_model
 

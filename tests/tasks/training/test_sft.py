@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from smoltulu.tasks.sft import collate_packed
 from smoltulu.tasks.trainer.loop import steps_for_tokens
 from smoltulu.tasks.trainer.packed_attention import segments_of_lengths
+from smoltulu.tasks.training.sft import collate_packed
 from tests.small_runs import conversations, pairs, run, trainer_of
 from tests.tiny_model import build_tiny_model
 

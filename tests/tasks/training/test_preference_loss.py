@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from smoltulu.schemas.training import DPOSettings, PreferenceLoss
-from smoltulu.tasks.preference_loss import LogRatios, preference_loss
+from smoltulu.tasks.training.preference_loss import LogRatios, preference_loss
 from tests.small_runs import pairs
 from tests.tiny_model import build_tiny_model
 

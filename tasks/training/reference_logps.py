@@ -40,7 +40,7 @@ def run_reference_logps(
     from accelerate import PartialState
     from pyarrow import parquet
 
-    from smoltulu.tasks.preference_batch import COLUMNS
+    from smoltulu.tasks.training.preference_batch import COLUMNS
 
     # Processes that torchrun started take every so many-th shard each.
     processes = PartialState(cpu=device_of(context.compute) == "cpu")
@@ -77,7 +77,7 @@ def _computation(
     import numpy as np
     import torch
 
-    from smoltulu.tasks.preference_batch import PairCollator, completion_logps, give_fused_head
+    from smoltulu.tasks.training.preference_batch import PairCollator, completion_logps, give_fused_head
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     collate = PairCollator(tokenizer.pad_token_id, context.compute.packing)

@@ -1,4 +1,4 @@
-"""DPO from the SFT model, which is also the reference. Losses: tasks/preference_loss.py, batches: preference_batch.py.
+"""DPO from the SFT model, which is also the reference. Losses: tasks/training/preference_loss.py, batches: preference_batch.py.
 
 The trainer is transformers' own, not TRL's DPOTrainer: of that we would use the loop, which it has from transformers,
 and replace tokenisation, collator, reference and loss; it would still hash every weight for a cache that we do not
@@ -38,8 +38,8 @@ def _trainer_class() -> type:
     import torch
     from transformers import Trainer
 
-    from smoltulu.tasks.preference_batch import completion_logps
-    from smoltulu.tasks.preference_loss import LogRatios, preference_loss
+    from smoltulu.tasks.training.preference_batch import completion_logps
+    from smoltulu.tasks.training.preference_loss import LogRatios, preference_loss
 
     class PreferenceTrainer(Trainer):
         loss_is_scaled_for_ga = True
@@ -118,7 +118,7 @@ def load_pairs(inputs: DPOInputs, context: StageContext) -> Dataset:
     """Tokenised pairs with the reference's log-probabilities; ValueError where those are of other rows."""
     from pyarrow import parquet
 
-    from smoltulu.tasks.preference_batch import COLUMNS, REFERENCE_COLUMNS
+    from smoltulu.tasks.training.preference_batch import COLUMNS, REFERENCE_COLUMNS
 
     rows = load_rows(inputs.dataset, context, list(COLUMNS))
     reference = parquet.read_table(inputs.reference_logps)
@@ -137,7 +137,7 @@ def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> 
     prepare_torch(context)
     from transformers import TrainingArguments, set_seed
 
-    from smoltulu.tasks.preference_batch import PairCollator, give_fused_head
+    from smoltulu.tasks.training.preference_batch import PairCollator, give_fused_head
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     set_seed(config.seed)

@@ -18,12 +18,12 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import smoltulu.tasks.reference_logps
+import smoltulu.tasks.training.reference_logps
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
 from smoltulu.schemas.training import DPOInputs
-from smoltulu.tasks.reference_logps import run_reference_logps
 from smoltulu.tasks.stage import Report, StageContext
+from smoltulu.tasks.training.reference_logps import run_reference_logps
 from tests import ROOT
 from tests.small_runs import pairs, run, stage_arguments
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
@@ -45,7 +45,7 @@ def rows(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smoltulu.tasks.reference_logps, "SHARD_PAIRS", 4)
+    monkeypatch.setattr(smoltulu.tasks.training.reference_logps, "SHARD_PAIRS", 4)
 
 
 def reference(
@@ -127,7 +127,7 @@ def test_machinery_changes_nothing(base: Path, rows: Path, tmp_path: Path, machi
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchrun starts them; every second shard each."""
-    monkeypatch.setattr(smoltulu.tasks.reference_logps, "SHARD_PAIRS", 512)  # the processes import their own
+    monkeypatch.setattr(smoltulu.tasks.training.reference_logps, "SHARD_PAIRS", 512)  # the processes import their own
     many = pairs(1100)[1:]
     _, inputs, context = stage_arguments("dpo", tmp_path, base, many, {})
     assert isinstance(inputs, DPOInputs)
