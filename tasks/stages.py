@@ -6,7 +6,7 @@ from smoltulu.tasks.base_model.stage import base_model
 from smoltulu.tasks.contamination.index import benchmark_index
 from smoltulu.tasks.contamination.stage import contamination
 from smoltulu.tasks.data.stage import dataset
-from smoltulu.tasks.evaluation import evaluation
+from smoltulu.tasks.evaluation.stage import evaluation
 from smoltulu.tasks.languages.stage import languages
 from smoltulu.tasks.preflight import preflight
 from smoltulu.tasks.publish import publish

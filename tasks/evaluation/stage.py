@@ -17,7 +17,8 @@ from smoltulu.schemas.evaluation import (
     EvaluationStageConfig,
     Score,
 )
-from smoltulu.tasks import harness, pair_accuracy, sampling
+from smoltulu.tasks.evaluation import lm_eval as harness
+from smoltulu.tasks.evaluation import pair_accuracy, sampling
 from smoltulu.tasks.models.folders import (
     check_model_folder,
     device_of,

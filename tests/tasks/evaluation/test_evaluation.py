@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-import smoltulu.tasks.evaluation
+import smoltulu.tasks.evaluation.stage
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationOutputs, EvaluationStageConfig
-from smoltulu.tasks.evaluation import evaluate
-from smoltulu.tasks.harness import template_digest
-from smoltulu.tasks.sampling import (
+from smoltulu.tasks.evaluation.lm_eval import template_digest
+from smoltulu.tasks.evaluation.sampling import (
     Completion,
     encode_prompts,
     generate,
@@ -24,6 +23,7 @@ from smoltulu.tasks.sampling import (
     paired_difference,
     verified_accuracy,
 )
+from smoltulu.tasks.evaluation.stage import evaluate
 from smoltulu.tasks.stage import StageContext
 from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model, build_tokenizer
 
@@ -406,11 +406,11 @@ def test_in_bfloat16_the_weights_are_rounded_and_nothing_else(
 
     from smoltulu.schemas.evaluation import EvaluationSettings
 
-    monkeypatch.setattr(smoltulu.tasks.evaluation, "use_bfloat16", lambda precision, compute: True)
+    monkeypatch.setattr(smoltulu.tasks.evaluation.stage, "use_bfloat16", lambda precision, compute: True)
     path = build_tiny_model(tmp_path / "reward", num_labels=1) if is_reward_model else folder
     inputs = EvaluationInputs(model=str(path), chat_template=TULU_TEMPLATE)
     context = StageContext(tmp_path, tmp_path, ComputeSettings(device="cpu"), lambda *_, **__: None)
-    model, _ = smoltulu.tasks.evaluation._load(
+    model, _ = smoltulu.tasks.evaluation.stage._load(
         str(path), inputs, EvaluationSettings(), context, reward_model=is_reward_model
     )
     kept = {name for name, value in model.named_parameters() if value.dtype == torch.float32}
@@ -424,11 +424,11 @@ def test_evaluation_in_bfloat16_sums_likelihoods_in_float32(tmp_path: Path, fold
     """As on a GPU. In bfloat16 a sum beyond 32 nats is rounded to a quarter, and choices tie."""
     import torch
 
-    monkeypatch.setattr(smoltulu.tasks.evaluation, "use_bfloat16", lambda precision, compute: True)
+    monkeypatch.setattr(smoltulu.tasks.evaluation.stage, "use_bfloat16", lambda precision, compute: True)
     seen: list[Any] = []
-    real = smoltulu.tasks.evaluation.harness.run_task
+    real = smoltulu.tasks.evaluation.stage.harness.run_task
     monkeypatch.setattr(
-        smoltulu.tasks.evaluation.harness,
+        smoltulu.tasks.evaluation.stage.harness,
         "run_task",
         lambda wrapped, *a, **k: seen.append(wrapped) or real(wrapped, *a, **k),
     )

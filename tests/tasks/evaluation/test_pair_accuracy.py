@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smoltulu.tasks.pair_accuracy import (
+from smoltulu.tasks.evaluation.pair_accuracy import (
     EncodedPair,
     EncodedText,
     completion_logps,
