@@ -30,7 +30,7 @@ from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.launch import stop_children
 from smoltulu.tasks.progress import duration
-from smoltulu.tasks.push import check_push_access, push_model
+from smoltulu.tasks.publish.push import check_push_access, push_model
 from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
 from smoltulu.tasks.runner import run_stage
 from smoltulu.tasks.sharing import open_remote

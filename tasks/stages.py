@@ -9,7 +9,7 @@ from smoltulu.tasks.data.stage import dataset
 from smoltulu.tasks.evaluation.stage import evaluation
 from smoltulu.tasks.languages.stage import languages
 from smoltulu.tasks.preflight import preflight
-from smoltulu.tasks.publish import publish
+from smoltulu.tasks.publish.stage import publish
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.training.dpo import dpo
 from smoltulu.tasks.training.reference_logps import reference_logps

@@ -17,9 +17,9 @@ from smoltulu.schemas.artifact import FileRecord, InputRecord, Manifest, Spec
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.evaluation import EvaluationOutputs, Score
 from smoltulu.schemas.publish import PublishInputs, PublishSettings, PublishStageConfig
-from smoltulu.tasks.model_card import find_private, without_paths
-from smoltulu.tasks.publish import build_publication, model_digest
-from smoltulu.tasks.push import check_push_access, check_repository_name, push_model
+from smoltulu.tasks.publish.model_card import find_private, without_paths
+from smoltulu.tasks.publish.push import check_push_access, check_repository_name, push_model
+from smoltulu.tasks.publish.stage import build_publication, model_digest
 from smoltulu.tasks.stage import StageContext
 from tests.hub_double import HubDouble
 from tests.tiny_model import build_tiny_model

@@ -13,8 +13,8 @@ from smoltulu.artifacts.keys import file_digest
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.publish import PublishInputs, PublishOutputs, PublishStageConfig
-from smoltulu.tasks.model_card import find_private, lineage_records, model_card, score_records, without_paths
 from smoltulu.tasks.models.folders import check_model_folder
+from smoltulu.tasks.publish.model_card import find_private, lineage_records, model_card, score_records, without_paths
 from smoltulu.tasks.stage import Stage, StageContext
 
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
