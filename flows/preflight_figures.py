@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PlannedTraining, PreflightConfig, PreflightOutputs
 from smoltulu.schemas.training import DPOSettings, RLVRSettings, SFTSettings, SupervisedSettings, TrainingSettings
-from smoltulu.tasks import preflight_checks
+from smoltulu.tasks.preflight import checks as preflight_checks
 from smoltulu.tasks.trainer.budget import optimizer_steps
 from smoltulu.tasks.trainer.extension import keeps_checkpoint
 

@@ -8,7 +8,7 @@ from smoltulu.tasks.contamination.stage import contamination
 from smoltulu.tasks.data.stage import dataset
 from smoltulu.tasks.evaluation.stage import evaluation
 from smoltulu.tasks.languages.stage import languages
-from smoltulu.tasks.preflight import preflight
+from smoltulu.tasks.preflight.stage import preflight
 from smoltulu.tasks.publish.stage import publish
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.training.dpo import dpo

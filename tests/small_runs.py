@@ -33,7 +33,7 @@ from smoltulu.schemas.training import (
 )
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.launch import run_child
-from smoltulu.tasks.preflight import run_preflight
+from smoltulu.tasks.preflight.stage import run_preflight
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.training.reference_logps import run_reference_logps

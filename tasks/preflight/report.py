@@ -8,14 +8,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightOutputs
-from smoltulu.tasks.preflight_checks import Check, checks, planned_steps
+from smoltulu.tasks.preflight.checks import Check, checks, planned_steps
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.charts import ticks
 from smoltulu.tasks.report.document import document
 from smoltulu.tasks.report.markup import e, preformatted, table
 
 if TYPE_CHECKING:
-    from smoltulu.tasks.preflight_rows import Shown
+    from smoltulu.tasks.preflight.rows import Shown
 
 _STATUS_CLASSES = {"ok": "good", "noticed": "warn", "fails": "bad"}
 

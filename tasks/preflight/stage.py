@@ -2,7 +2,7 @@
 
 All trainings on the same rows share what it makes: a sweep tokenises nothing again. Rows are cut or dropped here and
 nowhere else, so every row that a model does not see as it was written is counted. The rows are gone through in parts
-(tasks/preflight_parts.py), which are put together here: the file and the figures do not tell how they were divided.
+(tasks/preflight/parts.py), which are put together here: the file and the figures do not tell how they were divided.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
-from smoltulu.tasks.preflight_counts import Counts, load_counts
-from smoltulu.tasks.preflight_parts import Maker, Part, cut, make_parts, parts_folder, read_rows, tokens_schema
-from smoltulu.tasks.preflight_rows import Look, shown
+from smoltulu.tasks.preflight.counts import Counts, load_counts
+from smoltulu.tasks.preflight.parts import Maker, Part, cut, make_parts, parts_folder, read_rows, tokens_schema
+from smoltulu.tasks.preflight.rows import Look, shown
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.disk import adapter_size, cache_bytes, model_size, training_bytes
 
@@ -31,8 +31,8 @@ def run_preflight(
     config: PreflightConfig, inputs: PreflightInputs, context: StageContext
 ) -> tuple[PreflightOutputs, dict[str, float]]:
     """Tokenise, count, try the longest batch, report. ValueError lists every threshold that the rows do not meet."""
-    from smoltulu.tasks.dry_run import dry_run
-    from smoltulu.tasks.preflight_report import html_report, json_report, problems
+    from smoltulu.tasks.preflight.dry_run import dry_run
+    from smoltulu.tasks.preflight.report import html_report, json_report, problems
 
     check_model_folder(Path(inputs.model))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
@@ -181,7 +181,7 @@ def _opened(maker: Maker, file: Path) -> Iterator[Callable[[Path], None]]:
 
 
 def _objections(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:
-    from smoltulu.tasks.preflight_report import problems
+    from smoltulu.tasks.preflight.report import problems
 
     return problems(config, outputs, {name: list(rows) for name, rows in outputs.first_rows.items()})
 

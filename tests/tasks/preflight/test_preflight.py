@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import smoltulu.tasks.dry_run
+import smoltulu.tasks.preflight.dry_run
 from smoltulu.artifacts.keys import folder_records, records_digest
 from smoltulu.artifacts.store import Store
 from smoltulu.flows.preflight_figures import planned_training
@@ -33,11 +33,11 @@ from smoltulu.schemas.preflight import (
     PreflightSettings,
 )
 from smoltulu.schemas.run import StageRun
-from smoltulu.tasks.preflight import PERCENTILES, length_report, overlong_share, run_preflight
-from smoltulu.tasks.preflight_checks import Check, checks, planned_steps
+from smoltulu.tasks.preflight.checks import Check, checks, planned_steps
+from smoltulu.tasks.preflight.rollout_memory import kv_bytes
+from smoltulu.tasks.preflight.stage import PERCENTILES, length_report, overlong_share, run_preflight
 from smoltulu.tasks.report import stage_table
 from smoltulu.tasks.report.preflight import preflight_section
-from smoltulu.tasks.rollout_memory import kv_bytes
 from smoltulu.tasks.runner import Job, run_stage
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.stages import STAGES
@@ -400,18 +400,18 @@ def test_dry_run_takes_what_costs_most(model: Path, tmp_path: Path) -> None:
             return prompt + chosen + rejected if packed else 2 * (prompt + max(chosen, rejected))
 
         for packed in (True, False):
-            costs = [cost(row, packed) for row in smoltulu.tasks.dry_run._longest(file, 4, packed)]
+            costs = [cost(row, packed) for row in smoltulu.tasks.preflight.dry_run._longest(file, 4, packed)]
             assert costs == sorted((cost(row, packed) for row in written), reverse=True)[:4]
-        assert len(smoltulu.tasks.dry_run._longest(file, 99, True)) == 30
+        assert len(smoltulu.tasks.preflight.dry_run._longest(file, 99, True)) == 30
 
 
 def test_dry_run_on_a_gpu_names_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is none here: all that would touch it is set aside, what is written about it stays."""
     import torch
 
-    monkeypatch.setattr(smoltulu.tasks.dry_run, "device_of", lambda compute: "cuda")
-    monkeypatch.setattr(smoltulu.tasks.dry_run, "_measured", lambda train, rows, device: (7, 1.0, 8))
-    monkeypatch.setattr(smoltulu.tasks.dry_run, "_free", lambda device: None)
+    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "device_of", lambda compute: "cuda")
+    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "_measured", lambda train, rows, device: (7, 1.0, 8))
+    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "_free", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     run = fly(tmp_path, model, small_runs.conversations(4), subject="sft", checks={"dry_run": True}).outputs.dry_run
     assert run is not None and (run.device, run.num_tokens) == ("a GPU", 7)
@@ -439,9 +439,9 @@ def test_memory_of_rollouts_by_hand(model: Path, tmp_path: Path, monkeypatch: py
     assert "rollouts are generated" in flight.page
 
     # A GPU that has less is refused, before anything is trained.
-    monkeypatch.setattr(smoltulu.tasks.dry_run, "device_of", lambda compute: "cuda")
-    monkeypatch.setattr(smoltulu.tasks.dry_run, "_measured", lambda train, rows, device: (7, 1.0, 8))
-    monkeypatch.setattr(smoltulu.tasks.dry_run, "_free", lambda device: None)
+    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "device_of", lambda compute: "cuda")
+    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "_measured", lambda train, rows, device: (7, 1.0, 8))
+    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "_free", lambda device: None)
     small = types.SimpleNamespace(total_memory=run.generation_bytes - 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
     refused = fly(tmp_path / "cuda", model, prompts(4), "prompts", **options)
@@ -487,7 +487,7 @@ def test_out_of_memory_halves_the_batch_until_it_fits(
     """A CPU is never out of memory in a way that can be caught, so the error is raised in the place of CUDA's."""
     import torch
 
-    real, tried = smoltulu.tasks.dry_run._train, []
+    real, tried = smoltulu.tasks.preflight.dry_run._train, []
 
     def train(subject: str, inputs: Any, tokenizer: Any, rows: list[Any], *rest: Any) -> tuple[int, float]:
         tried.append(len(rows))
@@ -495,7 +495,7 @@ def test_out_of_memory_halves_the_batch_until_it_fits(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(subject, inputs, tokenizer, rows, *rest)
 
-    monkeypatch.setattr(smoltulu.tasks.dry_run, "_train", train)
+    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "_train", train)
     config: dict[str, Any] = {
         "subject": "sft",
         "compute": {"per_device_train_batch_size": 8},

@@ -12,7 +12,7 @@ from typing import Any
 
 from smoltulu.schemas.preflight import PreflightConfig
 from smoltulu.tasks.models.tokens import Conversation, Pair
-from smoltulu.tasks.preflight_rows import Look, Tokenised, findings, fit, loses_eos, sides_of
+from smoltulu.tasks.preflight.rows import Look, Tokenised, findings, fit, loses_eos, sides_of
 
 #: Bytes that stand for the tokens of a row.
 _DIGEST_BYTES = 12

@@ -25,8 +25,8 @@ from smoltulu.artifacts.keys import canonical_json, file_digest, text_digest
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs
 from smoltulu.tasks.models.tokens import Conversation, Pair
-from smoltulu.tasks.preflight_counts import Counts, load_counts, save_counts
-from smoltulu.tasks.preflight_rows import Look, Tokenised, tokenised
+from smoltulu.tasks.preflight.counts import Counts, load_counts, save_counts
+from smoltulu.tasks.preflight.rows import Look, Tokenised, tokenised
 from smoltulu.tasks.process import die_with_parent
 
 if TYPE_CHECKING:

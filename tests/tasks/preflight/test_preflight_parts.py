@@ -25,11 +25,11 @@ from pyarrow import parquet
 from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs, PreflightOutputs, PreflightSettings
-from smoltulu.tasks import preflight_parts
 from smoltulu.tasks.models.folders import load_tokenizer
 from smoltulu.tasks.models.tokens import conversations, fit_conversation, fit_pair, pairs, prompt_ids
-from smoltulu.tasks.preflight import length_report, run_preflight
-from smoltulu.tasks.preflight_rows import Look, findings, last_trained
+from smoltulu.tasks.preflight import parts as preflight_parts
+from smoltulu.tasks.preflight.rows import Look, findings, last_trained
+from smoltulu.tasks.preflight.stage import length_report, run_preflight
 from smoltulu.tasks.stage import Report, StageContext
 from tests import ROOT, small_runs
 from tests.small_runs import turn
@@ -312,10 +312,10 @@ def stamps(work: Path) -> dict[str, tuple[int, int]]:
 #: Stands in for `python -m smoltulu.tasks.child`, with small parts.
 CHILD = """
 import sys
-import smoltulu.tasks.preflight_parts
+import smoltulu.tasks.preflight.parts
 
 if __name__ == "__main__":
-    smoltulu.tasks.preflight_parts.PART_ROWS = 32
+    smoltulu.tasks.preflight.parts.PART_ROWS = 32
     from smoltulu.tasks.child import main
 
     sys.exit(main(sys.argv[1]))

@@ -1,7 +1,7 @@
 """One training step on the longest rows, for its memory and its time.
 
 Not a trainer: the model, the batch, the loss's shape, gradients, clipping and AdamW, which is what memory goes to. What
-RLVR holds besides is computed (tasks/rollout_memory.py). Not in it: the gradient buckets of several processes, which
+RLVR holds besides is computed (tasks/preflight/rollout_memory.py). Not in it: the gradient buckets of several processes, which
 are 4 bytes a trained parameter.
 """
 
@@ -23,8 +23,8 @@ from smoltulu.schemas.training import LoraSettings
 from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import IGNORED, prompt_ids
+from smoltulu.tasks.preflight.rollout_memory import require_memory, rlvr_bytes
 from smoltulu.tasks.process import is_out_of_memory
-from smoltulu.tasks.rollout_memory import require_memory, rlvr_bytes
 from smoltulu.tasks.stage import StageContext
 
 if TYPE_CHECKING:
