@@ -586,7 +586,7 @@ def test_trained_tokens_are_marked(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_shows_one_line_a_training(model: Path, tmp_path: Path) -> None:
-    from tests.test_report import sample_run
+    from tests.tasks.report.test_report import sample_run
 
     flight = fly(tmp_path / "flight", model, small_runs.conversations(12), max_length=60)
     outputs = flight.outputs.model_dump(mode="json")
