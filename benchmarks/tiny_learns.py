@@ -25,8 +25,8 @@ from smoltulu.flows.graph import Graph
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.data.sources import expand_path
+from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.evaluation.sampling import paired_difference
-from smoltulu.tasks.runner import run_stage
 
 SEED_FIELDS = (
     "world.seed",

@@ -44,9 +44,9 @@ from smoltulu.schemas.training import (
     SFTSettings,
     TrainingInputs,
 )
-from smoltulu.tasks import launch
+from smoltulu.tasks.engine import launch
+from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.progress import Progress
-from smoltulu.tasks.runner import Job, run_stage
 from smoltulu.tasks.stages import STAGES
 
 EFFECTIVE, PER_DEVICE, LOGGING_STEPS = 8, 4, 5

@@ -76,7 +76,7 @@ class Run:
 def our_environment() -> dict[str, str]:
     """What the runner gives the process of a stage: allocator, waiting threads."""
     from smoltulu.schemas.compute import ComputeSettings
-    from smoltulu.tasks.launch import _child_environment
+    from smoltulu.tasks.engine.launch import _child_environment
 
     return _child_environment(ComputeSettings(), 1)
 

@@ -26,12 +26,12 @@ from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.contamination import Shard, ShardResult
 from smoltulu.tasks.data.benchmarks import load_registry
 from smoltulu.tasks.data.sources import expand_path
-from smoltulu.tasks.launch import stop_children
+from smoltulu.tasks.engine.launch import stop_children
+from smoltulu.tasks.engine.runner import Job, run_stage
+from smoltulu.tasks.engine.sharing import open_remote
 from smoltulu.tasks.report.audit import write_audit_report
 from smoltulu.tasks.report.contamination_table import table_rows
 from smoltulu.tasks.report.text import artifact_key
-from smoltulu.tasks.runner import Job, run_stage
-from smoltulu.tasks.sharing import open_remote
 
 Data = Annotated[
     list[str], Field(min_length=1, description="files, folders, or Hub data sets (owner/name, owner/name@revision)")

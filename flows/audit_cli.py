@@ -21,6 +21,7 @@ from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.tasks.data.benchmarks import load_registry
 from smoltulu.tasks.data.sources import expand_path
+from smoltulu.tasks.engine.sharing import open_remote
 from smoltulu.tasks.report.audit import rule, write_audit_report
 from smoltulu.tasks.report.contamination_table import (
     CAVEATS,
@@ -30,7 +31,6 @@ from smoltulu.tasks.report.contamination_table import (
     table_rows,
     two_decimals,
 )
-from smoltulu.tasks.sharing import open_remote
 
 
 def audit(data: Sequence[str], settings: AuditSettings, console: Console) -> list[AuditResult]:

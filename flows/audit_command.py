@@ -64,7 +64,7 @@ def audit(
     from smoltulu.flows.audit_cli import audit as run_audit
     from smoltulu.schemas.audit import AuditSettings
     from smoltulu.schemas.compute import ComputeSettings
-    from smoltulu.tasks.launch import StageFailed
+    from smoltulu.tasks.engine.launch import StageFailed
 
     try:
         settings = AuditSettings.model_validate(

@@ -23,11 +23,11 @@ from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.tasks.data.sources import expand_path
+from smoltulu.tasks.engine.launch import stop_children
+from smoltulu.tasks.engine.runner import reference_to, run_stage
+from smoltulu.tasks.engine.sharing import find_anywhere, open_remote
 from smoltulu.tasks.evaluation.sampling import paired_difference
-from smoltulu.tasks.launch import stop_children
 from smoltulu.tasks.report import artifact_key
-from smoltulu.tasks.runner import reference_to, run_stage
-from smoltulu.tasks.sharing import find_anywhere, open_remote
 
 #: A difference is called real below this p-value, divided by the number of comparisons of the night (Bonferroni).
 SIGNIFICANCE = 0.05

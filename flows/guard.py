@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 
-from smoltulu.tasks.launch import stop_children
+from smoltulu.tasks.engine.launch import stop_children
 
 _LOOK_EVERY_SECONDS = 1.0
 #: From the request to end until the end is forced: the stage may write a checkpoint, Prefect may report the crash.

@@ -16,8 +16,8 @@ from smoltulu.flows.nodes import NodeGraph
 from smoltulu.flows.recipe import load_recipe, parse_overrides
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.data.sources import expand_path
-from smoltulu.tasks.runner import run_stage
-from smoltulu.tasks.sharing import open_remote
+from smoltulu.tasks.engine.runner import run_stage
+from smoltulu.tasks.engine.sharing import open_remote
 
 if TYPE_CHECKING:
     from smoltulu.artifacts.remote import Remote

@@ -28,12 +28,12 @@ from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.tasks.data.sources import expand_path
-from smoltulu.tasks.launch import stop_children
+from smoltulu.tasks.engine.launch import stop_children
+from smoltulu.tasks.engine.runner import run_stage
+from smoltulu.tasks.engine.sharing import open_remote
 from smoltulu.tasks.progress import duration
 from smoltulu.tasks.publish.push import check_push_access, push_model
 from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
-from smoltulu.tasks.runner import run_stage
-from smoltulu.tasks.sharing import open_remote
 
 #: More tasks than can run: how many stages really run side by side is compute.max_parallel_stages.
 _MAX_WAITING_TASKS = 32

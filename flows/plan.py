@@ -25,7 +25,7 @@ from smoltulu.schemas.preflight import PreflightConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, expand_text, is_commit, resolve_commit
-from smoltulu.tasks.environment import environment
+from smoltulu.tasks.engine.environment import environment
 from smoltulu.tasks.trainer.extension import Donor, find_donor
 
 #: A plan is for looking: it gives up on a silent Hub sooner than a run.

@@ -31,8 +31,8 @@ from smoltulu.schemas.training import (
     TrainingInputs,
     TrainingSettings,
 )
+from smoltulu.tasks.engine.launch import run_child
 from smoltulu.tasks.job import Job
-from smoltulu.tasks.launch import run_child
 from smoltulu.tasks.preflight.stage import run_preflight
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.stages import STAGES

@@ -40,7 +40,7 @@ from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import InputRecord, Manifest
 from smoltulu.schemas.preflight import DryRun, LengthReport, PreflightOutputs
 from smoltulu.tasks.data.sources import HubUnreachable, Reference, SourceUnavailable, resolve_commits
-from smoltulu.tasks.environment import environment
+from smoltulu.tasks.engine.environment import environment
 from smoltulu.tasks.trainer.budget import optimizer_steps, tokens_of_steps
 
 NUM_PARAMETERS = 1_711_376_384  # SmolLM2-1.7B

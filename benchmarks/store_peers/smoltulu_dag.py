@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from smoltulu.artifacts.store import Store
 from smoltulu.schemas.artifact import ArtifactReference, InputRecord, Spec
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.tasks.runner import Job, run_stage
+from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.stage import Stage, StageContext
 
 

@@ -140,7 +140,9 @@ def test_sigkill_during_dpo_then_the_same_command_resumes_it(place: Place) -> No
         time.sleep(0.05)
     job = json.loads((work / "job.json").read_text())
     flow = psutil.Process(job["parent_pid"])
-    trainers = [child for child in flow.children(recursive=True) if "smoltulu.tasks.child" in " ".join(child.cmdline())]
+    trainers = [
+        child for child in flow.children(recursive=True) if "smoltulu.tasks.engine.child" in " ".join(child.cmdline())
+    ]
     assert trainers
     flow.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(trainers, timeout=10)

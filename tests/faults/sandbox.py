@@ -179,7 +179,7 @@ class Sandbox:
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             command = process.info["cmdline"] or []
-            if "smoltulu.tasks.child" in command and any(text.startswith(f"{self.root}/") for text in command):
+            if "smoltulu.tasks.engine.child" in command and any(text.startswith(f"{self.root}/") for text in command):
                 found.append(process)
         return [process for process in found if process.info["status"] != psutil.STATUS_ZOMBIE]
 

@@ -2,7 +2,7 @@
 
 Python imports `sitecustomize` at its start from PYTHONPATH, so nothing in the code under test knows of this. The
 environment variable SMOLTULU_FAULT holds JSON:
-  role      parent (flows.local) or child (tasks.child): the process that this is for
+  role      parent (flows.local) or child (tasks.engine.child): the process that this is for
   record    file that every event is appended to, as "role <tab> event <tab> path"
   under     only events on a path below this folder count ...
   part      ... and of this part of it, see `part_of`; left out: of any
@@ -21,7 +21,7 @@ import threading
 import time
 from typing import Any
 
-_ROLES = {"smoltulu.tasks.child": "child", "smoltulu.flows.local": "parent"}
+_ROLES = {"smoltulu.tasks.engine.child": "child", "smoltulu.flows.local": "parent"}
 _PATHS = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1, "os.utime": 1, "os.link": 2, "shutil.rmtree": 1}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -33,12 +33,12 @@ from smoltulu.schemas.preflight import (
     PreflightSettings,
 )
 from smoltulu.schemas.run import StageRun
+from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.preflight.checks import Check, checks, planned_steps
 from smoltulu.tasks.preflight.rollout_memory import kv_bytes
 from smoltulu.tasks.preflight.stage import PERCENTILES, length_report, overlong_share, run_preflight
 from smoltulu.tasks.report import stage_table
 from smoltulu.tasks.report.preflight import preflight_section
-from smoltulu.tasks.runner import Job, run_stage
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.stages import STAGES
 from tests import small_runs

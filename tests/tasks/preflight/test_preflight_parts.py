@@ -316,7 +316,7 @@ import smoltulu.tasks.preflight.parts
 
 if __name__ == "__main__":
     smoltulu.tasks.preflight.parts.PART_ROWS = 32
-    from smoltulu.tasks.child import main
+    from smoltulu.tasks.engine.child import main
 
     sys.exit(main(sys.argv[1]))
 """

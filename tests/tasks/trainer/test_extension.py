@@ -25,7 +25,7 @@ from smoltulu.schemas.artifact import ArtifactReference, ExtendedTraining, FileR
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.training import ConstantSchedule, CosineSchedule, PowerSchedule, WSDSchedule, WSDSSchedule
-from smoltulu.tasks.runner import Job, run_stage
+from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.trainer.extension import begin_with, find_donor
 from smoltulu.tasks.trainer.schedules import extension_step, learning_rate_factor, same_past

@@ -20,16 +20,16 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import smoltulu.tasks.launch
+import smoltulu.tasks.engine.launch
 import smoltulu.tasks.trainer.loop
 from smoltulu.artifacts.checkpoints import newest_checkpoint
 from smoltulu.artifacts.store import Store
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.tasks.launch import run_child, smaller_batch
+from smoltulu.tasks.engine.launch import run_child, smaller_batch
+from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.process import is_out_of_memory
-from smoltulu.tasks.runner import Job, run_stage
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.trainer.guards import LossMeans, fault_of_step, has_diverged, lines_of, rows_of, sequences
 from smoltulu.tasks.training.preference_batch import PairCollator
@@ -320,7 +320,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, setting: str, most: int) -> list[i
         tried.append(getattr(compute, setting))
         return "CUDA out of memory" if tried[-1] > most else None
 
-    monkeypatch.setattr(smoltulu.tasks.launch, "_run_once", run_once)
+    monkeypatch.setattr(smoltulu.tasks.engine.launch, "_run_once", run_once)
     return tried
 
 

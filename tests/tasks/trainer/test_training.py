@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.cache_utils import DynamicLayer
 
-import smoltulu.tasks.launch
+import smoltulu.tasks.engine.launch
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, newest_checkpoint
 from smoltulu.schemas.compute import ComputeSettings, accumulation_steps
 from smoltulu.schemas.training import (
@@ -27,7 +27,7 @@ from smoltulu.schemas.training import (
     SFTSettings,
     TrainingInputs,
 )
-from smoltulu.tasks.launch import _child_environment
+from smoltulu.tasks.engine.launch import _child_environment
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.loop import _check_num_gpus, prepare_torch
 from smoltulu.tasks.training.dpo import train_dpo
@@ -210,8 +210,8 @@ def test_a_stage_in_one_process_sees_one_gpu(
     assert made.get("CUDA_VISIBLE_DEVICES") == expected
     if expected == "2":  # a stage that runs beside it takes the next
         with subprocess.Popen([sys.executable, "-c", ""]) as process:
-            monkeypatch.setattr(smoltulu.tasks.launch, "_running", {process})
-            monkeypatch.setitem(smoltulu.tasks.launch._gpus, process, "2")
+            monkeypatch.setattr(smoltulu.tasks.engine.launch, "_running", {process})
+            monkeypatch.setitem(smoltulu.tasks.engine.launch._gpus, process, "2")
             assert _child_environment(ComputeSettings(), 1)["CUDA_VISIBLE_DEVICES"] == "3"
 
 

@@ -147,7 +147,7 @@ def test_two_processes_make_what_one_makes(base: Path, tmp_path: Path, monkeypat
     file = tmp_path / "two" / "work" / "job.json"
     file.write_text(json.dumps(job))
     ended = subprocess.run(
-        [sys.executable, "-m", "smoltulu.tasks.child", str(file)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "smoltulu.tasks.engine.child", str(file)], cwd=ROOT, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     together = parquet.read_table(tmp_path / "two" / "out" / "reference_logps.parquet")

@@ -23,7 +23,7 @@ from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.preflight import PreflightSettings
 from smoltulu.schemas.training import RewardModelSettings
-from smoltulu.tasks.runner import Job, run_stage
+from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.trainer.packed_attention import pack
 from smoltulu.tasks.training.reward_batch import PairCollator

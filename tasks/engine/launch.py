@@ -17,7 +17,7 @@ from pathlib import Path
 
 from smoltulu.artifacts.files import remove_tree, write_atomically
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.tasks.child import ERROR_FILE, MESSAGE_PREFIX, OUT_OF_MEMORY_FILE
+from smoltulu.tasks.engine.child import ERROR_FILE, MESSAGE_PREFIX, OUT_OF_MEMORY_FILE
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import STOPPED
@@ -139,7 +139,7 @@ def _run_once(
         with _running_lock:
             environment = _child_environment(compute, num_ranks)
             process = subprocess.Popen(
-                [sys.executable, "-m", "smoltulu.tasks.child", str(job_file)],
+                [sys.executable, "-m", "smoltulu.tasks.engine.child", str(job_file)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

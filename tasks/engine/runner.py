@@ -19,11 +19,11 @@ from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.artifacts.verify import verify_artifacts
 from smoltulu.schemas.artifact import ArtifactReference, FileRecord, Manifest
 from smoltulu.schemas.training import TrainingInputs
-from smoltulu.tasks.environment import environment
+from smoltulu.tasks.engine.environment import environment
+from smoltulu.tasks.engine.launch import DISK_ADVICE, TRAINING_STAGES, StageFailed, run_child
+from smoltulu.tasks.engine.sharing import share, share_if_absent, take_over
 from smoltulu.tasks.job import Job
-from smoltulu.tasks.launch import DISK_ADVICE, TRAINING_STAGES, StageFailed, run_child
 from smoltulu.tasks.progress import Progress
-from smoltulu.tasks.sharing import share, share_if_absent, take_over
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext
 from smoltulu.tasks.trainer.disk import adapter_size, cache_bytes, model_size, training_bytes
 from smoltulu.tasks.trainer.extension import begin_with, extended, find_donor, keeps_checkpoint

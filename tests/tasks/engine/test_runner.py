@@ -26,8 +26,8 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
 from smoltulu.schemas.training import GateSettings, SFTSettings, TrainingInputs
 from smoltulu.schemas.world import WorldConfig
+from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.progress import duration
-from smoltulu.tasks.runner import Job, run_stage
 from smoltulu.tasks.stages import STAGES
 from tests.small_runs import training_inputs
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
@@ -91,8 +91,8 @@ _SFT = """
 import logging, sys
 from pathlib import Path
 from smoltulu.artifacts.store import Store
-from tests.test_runner import sft_job
-from smoltulu.tasks.runner import run_stage
+from tests.tasks.engine.test_runner import sft_job
+from smoltulu.tasks.engine.runner import run_stage
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 reference = run_stage(sft_job(Path(sys.argv[1])), Store(sys.argv[2]), logging.getLogger())
 print("outcome", reference.outcome, reference.path, flush=True)

@@ -69,7 +69,7 @@ def main(job_file: str) -> int:
     if job["num_ranks"] > 1 and "RANK" not in os.environ:
         # In place of this process, so that it dies with its parent too: the kernel keeps that over exec, not over fork.
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job['num_ranks']}"]
-        os.execv(sys.executable, [sys.executable, *launcher, "-m", "smoltulu.tasks.child", job_file])
+        os.execv(sys.executable, [sys.executable, *launcher, "-m", "smoltulu.tasks.engine.child", job_file])
     # Shared by all ranks and kept until exit; launchers do not pass descriptors on, so each process takes it itself.
     writer = open(Path(job["work"]).parent / "writer", "a+")  # noqa: SIM115
     fcntl.flock(writer.fileno(), fcntl.LOCK_SH)

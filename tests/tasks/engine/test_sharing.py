@@ -11,9 +11,9 @@ import pytest
 from smoltulu.artifacts.remote import Remote, RemoteArtifact
 from smoltulu.artifacts.store import Found, Store
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.tasks.runner import run_stage
-from smoltulu.tasks.sharing import open_remote
-from tests.test_runner import world_job
+from smoltulu.tasks.engine.runner import run_stage
+from smoltulu.tasks.engine.sharing import open_remote
+from tests.tasks.engine.test_runner import world_job
 
 LOG = logging.getLogger("test")
 
