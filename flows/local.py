@@ -20,7 +20,7 @@ from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.engine.sharing import open_remote
 
 if TYPE_CHECKING:
-    from smoltulu.artifacts.remote import Remote
+    from smoltulu.artifacts.shared.remote import Remote
 
 
 def run_graph(

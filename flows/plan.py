@@ -134,7 +134,7 @@ class _Shared:
         self.error: str | None = None
         self._remote = None
         if url is not None:
-            from smoltulu.artifacts.remote import Remote
+            from smoltulu.artifacts.shared.remote import Remote
 
             self._remote = Remote(expand_text(url))
 
@@ -142,7 +142,7 @@ class _Shared:
         """The manifest of a shared artifact that was made from these inputs."""
         if self._remote is None or self.error:
             return None
-        from smoltulu.artifacts.remote import RemoteArtifact, RemoteError
+        from smoltulu.artifacts.shared.remote import RemoteArtifact, RemoteError
 
         try:
             shared = self._remote.find(stage, key)

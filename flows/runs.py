@@ -6,9 +6,9 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from smoltulu.artifacts.catalogue import RUNS
 from smoltulu.artifacts.files import write_atomically
 from smoltulu.artifacts.store import Store
+from smoltulu.artifacts.upkeep.catalogue import RUNS
 from smoltulu.flows.nodes import NodeGraph
 from smoltulu.schemas.run import RunRecord
 

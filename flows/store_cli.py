@@ -15,10 +15,10 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from smoltulu.artifacts.catalogue import Catalogue
-    from smoltulu.artifacts.gc import Plan, Removal
     from smoltulu.artifacts.manifests import Ref
-    from smoltulu.artifacts.verify import Finding
+    from smoltulu.artifacts.upkeep.catalogue import Catalogue
+    from smoltulu.artifacts.upkeep.gc import Plan, Removal
+    from smoltulu.artifacts.upkeep.verify import Finding
 
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help="folder of the store; default: SMOLTULU_STORE, else artifacts/store")
@@ -63,8 +63,8 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show an artifact (what it is, what it was made from, what was made from it) or a run."""
-    from smoltulu.artifacts.lineage import descendants
     from smoltulu.artifacts.manifests import Ref
+    from smoltulu.artifacts.upkeep.lineage import descendants
     from smoltulu.flows import store_views
     from smoltulu.schemas.run import RunRecord
 
@@ -104,7 +104,7 @@ def verify(
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from smoltulu.artifacts.verify import verify_artifacts, verify_tags
+    from smoltulu.artifacts.upkeep.verify import verify_artifacts, verify_tags
 
     catalogue = _open(store)
     refs = _refs(catalogue, what)
@@ -154,8 +154,8 @@ def gc(
     """Show what the store could do without, and why the rest stays; with --yes, remove it."""
     from rich.filesize import decimal
 
-    from smoltulu.artifacts.gc import Rules, plan_gc
-    from smoltulu.artifacts.sweep import remove
+    from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
+    from smoltulu.artifacts.upkeep.removal import remove
 
     catalogue = _open(store)
     plan = plan_gc(catalogue, Rules(keep_days, keep_runs, keep_published))
@@ -195,7 +195,7 @@ def tag(
     store: StoreOption = None,
 ) -> None:
     """Name an artifact; gc keeps it and everything that it was made from."""
-    from smoltulu.artifacts.tags import set_tag
+    from smoltulu.artifacts.upkeep.tags import set_tag
     from smoltulu.schemas.run import RunRecord
 
     catalogue = _open(store)
@@ -214,7 +214,7 @@ def tag(
 
 def untag(name: Annotated[str, typer.Argument()], store: StoreOption = None) -> None:
     """Take a tag away; the artifact stays until gc finds that nothing else keeps it."""
-    from smoltulu.artifacts.tags import remove_tag
+    from smoltulu.artifacts.upkeep.tags import remove_tag
 
     catalogue = _open(store)
     try:
@@ -291,7 +291,7 @@ def _refs(catalogue: Catalogue, what: list[str] | None) -> list[Ref]:
 
 def _open(store: Path | None) -> Catalogue:
     """The store that is asked for, else the one that a recipe uses unless it says otherwise."""
-    from smoltulu.artifacts.catalogue import Catalogue
+    from smoltulu.artifacts.upkeep.catalogue import Catalogue
 
     try:
         if store is None:

@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from smoltulu.artifacts.catalogue import Catalogue, state_of
 from smoltulu.artifacts.checkpoints import newest_checkpoint, planned_steps
-from smoltulu.artifacts.lineage import Relative, ancestors, descendants, planned_inputs
 from smoltulu.artifacts.manifests import Ref, dig, num_bytes_of, read_json, scores_of
+from smoltulu.artifacts.upkeep.catalogue import Catalogue, state_of
+from smoltulu.artifacts.upkeep.lineage import Relative, ancestors, descendants, planned_inputs
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, ExtendedTraining, Manifest
 from smoltulu.schemas.run import RunRecord
 from smoltulu.tasks.progress import duration

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from smoltulu.artifacts.catalogue import Catalogue
 from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.artifacts.keys import artifact_key, canonical_json, folder_records, records_digest
 from smoltulu.artifacts.manifests import Ref
+from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.schemas.artifact import ExtendedTraining, InputRecord, Manifest, Spec
 from smoltulu.schemas.run import RunRecord, TagRecord
 

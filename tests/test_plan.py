@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.artifacts.nearest import SpecIndex, differences, flat
-from smoltulu.artifacts.remote import Remote
+from smoltulu.artifacts.shared.remote import Remote
 from smoltulu.artifacts.store import Found, Store
 from smoltulu.flows.estimate import (
     NOTHING,

@@ -12,8 +12,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from benchmarks.store_fixture import make_store
-from smoltulu.artifacts.catalogue import Catalogue
 from smoltulu.artifacts.store import Found, Store
+from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.flows import machine
 from smoltulu.flows.cli import app
 from smoltulu.schemas.artifact import ExtendedTraining, Spec

@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.artifacts.catalogue import Catalogue
 from smoltulu.artifacts.checkpoints import fault, newest_checkpoint
 from smoltulu.artifacts.files import remove_tree
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.store import Found, Missing, Store
-from smoltulu.artifacts.verify import verify_artifacts
+from smoltulu.artifacts.upkeep.catalogue import Catalogue
+from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from smoltulu.schemas.artifact import ArtifactReference, FileRecord, Manifest
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.engine.environment import environment
@@ -29,7 +29,7 @@ from smoltulu.tasks.trainer.disk import adapter_size, cache_bytes, model_size, t
 from smoltulu.tasks.trainer.extension import begin_with, extended, find_donor, keeps_checkpoint
 
 if TYPE_CHECKING:
-    from smoltulu.artifacts.remote import Remote
+    from smoltulu.artifacts.shared.remote import Remote
 
 
 def run_stage(
@@ -95,7 +95,7 @@ def _take_or_make(
         return reference_to(found, job.stage.name, job.node, "Cached")
     if not remote.writable:
         return reference_to(*_make(job, store, folder, log))
-    from smoltulu.artifacts.remote import RemoteError
+    from smoltulu.artifacts.shared.remote import RemoteError
 
     with contextlib.ExitStack() as held:
         try:

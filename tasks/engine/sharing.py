@@ -13,8 +13,8 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.data.sources import expand_text
 
 if TYPE_CHECKING:
-    from smoltulu.artifacts.lease import Lease
-    from smoltulu.artifacts.remote import Remote
+    from smoltulu.artifacts.shared.lease import Lease
+    from smoltulu.artifacts.shared.remote import Remote
 
 Log = logging.Logger | logging.LoggerAdapter
 
@@ -25,7 +25,7 @@ def open_remote(compute: ComputeSettings) -> Remote | None:
     """The shared store that `compute` names, looked at once. Raises ValueError where it cannot be used."""
     if compute.remote is None:
         return None
-    from smoltulu.artifacts.remote import Remote
+    from smoltulu.artifacts.shared.remote import Remote
 
     remote = Remote(expand_text(compute.remote))
     remote.check(writing=remote.writable)
@@ -39,7 +39,7 @@ def take_over(
 
     The caller holds the producer's lock.
     """
-    from smoltulu.artifacts.remote import DamagedArtifact, RemoteArtifact, RemoteError
+    from smoltulu.artifacts.shared.remote import DamagedArtifact, RemoteArtifact, RemoteError
 
     key_folder = store.folder(spec)
     try:
@@ -76,7 +76,7 @@ def find_anywhere(
 
 def share(found: Found, remote: Remote, lease: Lease, node: str, log: Log) -> None:
     """Put an artifact into the shared store. What goes wrong there costs no result: it is said, and tried next time."""
-    from smoltulu.artifacts.lease import LeaseLost
+    from smoltulu.artifacts.shared.lease import LeaseLost
 
     try:
         if remote.push(found.folder, lease, _progress(f"{node}: put into the shared store", log)):
@@ -89,7 +89,7 @@ def share(found: Found, remote: Remote, lease: Lease, node: str, log: Log) -> No
 
 def share_if_absent(found: Found, remote: Remote, node: str, log: Log) -> None:
     """Share an artifact that is only here: an upload was cut off, or the shared store was named later."""
-    from smoltulu.artifacts.remote import RemoteArtifact, RemoteError
+    from smoltulu.artifacts.shared.remote import RemoteArtifact, RemoteError
 
     spec = found.manifest.spec
     key = found.manifest.key

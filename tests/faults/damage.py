@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from smoltulu.artifacts.catalogue import Catalogue
 from smoltulu.artifacts.checkpoints import newest_checkpoint
 from smoltulu.artifacts.store import MANIFEST
-from smoltulu.artifacts.verify import verify_artifacts
+from smoltulu.artifacts.upkeep.catalogue import Catalogue
+from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from tests.faults.kills import Result, Victim, Watch, finish
 from tests.faults.sandbox import Sandbox
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from smoltulu.artifacts.remote import Remote, RemoteArtifact
+from smoltulu.artifacts.shared.remote import Remote, RemoteArtifact
 from tests.faults.damage import flip
 from tests.faults.kills import Result, finish
 from tests.faults.sandbox import Run, Sandbox

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smoltulu.artifacts.remote import Remote, RemoteArtifact
+from smoltulu.artifacts.shared.remote import Remote, RemoteArtifact
 from smoltulu.artifacts.store import Found, Store
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.runner import run_stage

@@ -27,7 +27,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from smoltulu.artifacts.objects import Objects, explained
+from smoltulu.artifacts.shared.objects import Objects, explained
 from smoltulu.schemas.common import StrictModel
 
 _NAME = re.compile(r"(\d{8})\.(lease|beat|end)")

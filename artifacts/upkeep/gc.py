@@ -1,4 +1,4 @@
-"""What may go from a store, and why the rest stays. Only reads; `artifacts.sweep` removes.
+"""What may go from a store, and why the rest stays. Only reads; `artifacts.upkeep.removal` removes.
 
 Kept: what a tag, a publication, a kept run or a recent use names, with everything that it was made from; an older
 generation too while a kept manifest names its digest.
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from smoltulu.artifacts.catalogue import RUNS, TAGS, Catalogue, Generation, KeyFolder, is_alive
 from smoltulu.artifacts.files import TRASH_PREFIX
 from smoltulu.artifacts.locks import holder_text, try_lock
 from smoltulu.artifacts.manifests import Ref
+from smoltulu.artifacts.upkeep.catalogue import RUNS, TAGS, Catalogue, Generation, KeyFolder, is_alive
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION
 from smoltulu.schemas.run import RunRecord
 

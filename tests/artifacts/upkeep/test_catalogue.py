@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from smoltulu.artifacts.catalogue import Catalogue, is_alive, state_of
-from smoltulu.artifacts.gc import Rules, plan_gc
-from smoltulu.artifacts.lineage import Relative, ancestors, descendants
 from smoltulu.artifacts.manifests import Ref, scores_of, sources_of
 from smoltulu.artifacts.store import Found, Missing, Store
-from smoltulu.artifacts.tags import remove_tag, set_tag
-from smoltulu.artifacts.verify import Finding, verify_artifacts, verify_tags
+from smoltulu.artifacts.upkeep.catalogue import Catalogue, is_alive, state_of
+from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
+from smoltulu.artifacts.upkeep.lineage import Relative, ancestors, descendants
+from smoltulu.artifacts.upkeep.tags import remove_tag, set_tag
+from smoltulu.artifacts.upkeep.verify import Finding, verify_artifacts, verify_tags
 from smoltulu.schemas.run import RunRecord
 from tests.hand_store import HandStore, pipeline
 

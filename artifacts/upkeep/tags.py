@@ -7,9 +7,9 @@ import os
 import re
 from datetime import UTC, datetime
 
-from smoltulu.artifacts.catalogue import TAGS, Catalogue
 from smoltulu.artifacts.files import write_atomically
 from smoltulu.artifacts.manifests import Ref, inputs_of
+from smoltulu.artifacts.upkeep.catalogue import TAGS, Catalogue
 from smoltulu.schemas.run import TagRecord
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

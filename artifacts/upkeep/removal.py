@@ -1,4 +1,4 @@
-"""Removal of what `artifacts.gc` found that may go.
+"""Removal of what `artifacts.upkeep.gc` found that may go.
 
 Holds the lock of each key, looks again, and leaves a valid store when it is killed at any instant: the pointer goes
 first, then whole generations by a rename each, and consumers go before their inputs.
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from smoltulu.artifacts.files import TRASH_PREFIX, remove_tree
-from smoltulu.artifacts.gc import Plan, Removal
 from smoltulu.artifacts.locks import holder_text, try_lock
 from smoltulu.artifacts.manifests import Ref
+from smoltulu.artifacts.upkeep.gc import Plan, Removal
 
 
 @dataclass

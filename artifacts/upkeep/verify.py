@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from smoltulu.artifacts.catalogue import GENERATION, TAGS, Catalogue, KeyFolder
 from smoltulu.artifacts.keys import artifact_key, records_digest
 from smoltulu.artifacts.locks import holder_text, try_lock
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.store import Found, ManifestVersionError, Store, read_manifest
+from smoltulu.artifacts.upkeep.catalogue import GENERATION, TAGS, Catalogue, KeyFolder
 from smoltulu.schemas.artifact import Manifest, Spec
 
 #: Artifacts at a time: their files are hashed by several threads each, this hides the waiting for many small ones.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from smoltulu.artifacts.catalogue import Catalogue
 from smoltulu.artifacts.manifests import InputRef, Ref, inputs_of, scores_of, sources_of
+from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.schemas.common import StageName
 
 _STAGE_ORDER = {stage: position for position, stage in enumerate(get_args(StageName))}

@@ -1,6 +1,6 @@
 """The shared store: artifacts under a URL that several machines use, each with its local store as cache.
 
-Layout: artifacts/remote_format.py; leases: artifacts/lease.py. A push writes files, then manifest, then pointer;
+Layout: artifacts/shared/format.py; leases: artifacts/shared/lease.py. A push writes files, then manifest, then pointer;
 a reader goes the other way round and never sees half an artifact. What comes from a shared store is not trusted:
 everything is checked before it is in the local store.
 """
@@ -20,12 +20,10 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from smoltulu.artifacts import lease as leases
 from smoltulu.artifacts.files import remove_tree, sync
 from smoltulu.artifacts.keys import file_digest
-from smoltulu.artifacts.lease import Ending, Lease, LeaseLost
-from smoltulu.artifacts.objects import EXCLUSIVE_PROTOCOLS, RemoteError, explained, open_objects
-from smoltulu.artifacts.remote_format import (
+from smoltulu.artifacts.shared import lease as leases
+from smoltulu.artifacts.shared.format import (
     MANIFEST,
     PULL_STATE,
     Part,
@@ -34,6 +32,8 @@ from smoltulu.artifacts.remote_format import (
     checked_manifest,
     parts_of,
 )
+from smoltulu.artifacts.shared.lease import Ending, Lease, LeaseLost
+from smoltulu.artifacts.shared.objects import EXCLUSIVE_PROTOCOLS, RemoteError, explained, open_objects
 from smoltulu.schemas.artifact import FileRecord, Manifest
 
 __all__ = ["DamagedArtifact", "Lease", "LeaseLost", "Remote", "RemoteArtifact", "RemoteError", "RemoteMissing"]

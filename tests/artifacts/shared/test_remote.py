@@ -22,10 +22,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltulu.artifacts.keys import artifact_key, folder_records, records_digest
-from smoltulu.artifacts.lease import Ending, _who
-from smoltulu.artifacts.objects import open_objects
-from smoltulu.artifacts.remote import DamagedArtifact, LeaseLost, Remote, RemoteArtifact, RemoteError, RemoteMissing
-from smoltulu.artifacts.remote_format import parts_of, unfit_file_names
+from smoltulu.artifacts.shared.format import parts_of, unfit_file_names
+from smoltulu.artifacts.shared.lease import Ending, _who
+from smoltulu.artifacts.shared.objects import open_objects
+from smoltulu.artifacts.shared.remote import (
+    DamagedArtifact,
+    LeaseLost,
+    Remote,
+    RemoteArtifact,
+    RemoteError,
+    RemoteMissing,
+)
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest, Spec
 from tests import s3_double
 
@@ -143,15 +150,15 @@ from pathlib import Path
 url, folder, key, beat, stale, offset = sys.argv[1:]
 if float(offset):
     import datetime
-    import smoltulu.artifacts.lease
+    import smoltulu.artifacts.shared.lease
     true_time = time.time
     time.time = lambda: true_time() + float(offset)
     class Shifted(datetime.datetime):
         @classmethod
         def now(cls, zone=None):
             return datetime.datetime.now(zone) + datetime.timedelta(seconds=float(offset))
-    smoltulu.artifacts.lease.datetime = Shifted
-from smoltulu.artifacts.remote import LeaseLost, Remote
+    smoltulu.artifacts.shared.lease.datetime = Shifted
+from smoltulu.artifacts.shared.remote import LeaseLost, Remote
 def say(*words):
     print(*words, flush=True)
 remote = Remote(url, part_bytes=1000, beat_seconds=float(beat), stale_seconds=float(stale), num_transfers=1)

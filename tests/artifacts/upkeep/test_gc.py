@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoltulu.artifacts.gc import Plan, Rules, plan_gc
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.store import Found, Store
-from smoltulu.artifacts.sweep import remove
-from smoltulu.artifacts.verify import verify_artifacts
+from smoltulu.artifacts.upkeep.gc import Plan, Rules, plan_gc
+from smoltulu.artifacts.upkeep.removal import remove
+from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from tests.hand_store import HandStore, pipeline
 
 #: Only tags, running runs and locks protect.
