@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## the whole pipeline on the tiny recipe, with a server and a worker of its own
-	@$(BIN)/python -m smoltulu.flows.demo
+	@$(BIN)/python -m smoltulu.flows.cli.demo
 
 # A file at a time to each worker: what a module sets up is set up once. One thread each, or they wait for one another.
 test: setup ## the tests, by WORKERS=2 processes; SMOLTULU_SLOW=1 adds the slow ones

@@ -67,7 +67,7 @@ def shown(values: list[float]) -> str:
 
 def cached_flow(folder: Path, repeats: int) -> None:
     sys.path.insert(0, str(PROJECT))
-    from smoltulu.flows import machine, prefect_api
+    from smoltulu.flows.machine import machine, prefect_api
 
     recipe = folder / "seven.yaml"
     recipe.write_text(SEVEN_STAGES)
@@ -187,7 +187,7 @@ def large_store(folder: Path, repeats: int) -> None:
 
     from smoltulu.artifacts.store import Found, Store
 
-    smoltulu = [sys.executable, "-m", "smoltulu.flows.cli"]
+    smoltulu = [sys.executable, "-m", "smoltulu.flows.cli.main"]
     rows = []
     for num_artifacts in (1_000, 10_000):
         root = folder / str(num_artifacts)

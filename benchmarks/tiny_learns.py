@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smoltulu.artifacts.store import Store
-from smoltulu.flows.graph import Graph
+from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.data.sources import expand_path

@@ -18,7 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from smoltulu.artifacts.store import Found, Store
-from smoltulu.flows.audit_graph import INDEX, AuditGraph
+from smoltulu.flows.graphs.audit_graph import INDEX, AuditGraph
 from smoltulu.flows.logs import shield_run_logs
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference

@@ -14,8 +14,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from smoltulu.artifacts.store import Store
-from smoltulu.flows.graph import Graph
-from smoltulu.flows.guard import follow_worker
+from smoltulu.flows.follow_worker import follow_worker
+from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import shield_run_logs
 from smoltulu.flows.pipeline import Overrides, RecipeParameter
 from smoltulu.flows.recipe import load_recipe

@@ -11,8 +11,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from smoltulu.artifacts.store import Store
-from smoltulu.flows.graph import Graph
-from smoltulu.flows.nodes import NodeGraph
+from smoltulu.flows.graphs.nodes import NodeGraph
+from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import load_recipe, parse_overrides
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.data.sources import expand_path

@@ -20,8 +20,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from smoltulu.artifacts.store import Found, Store
-from smoltulu.flows.graph import Graph
-from smoltulu.flows.guard import follow_worker
+from smoltulu.flows.follow_worker import follow_worker
+from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import shield_run_logs
 from smoltulu.flows.recipe import check_stage_names, load_recipe
 from smoltulu.flows.runs import begin_run, end_run

@@ -9,7 +9,7 @@ from pathlib import Path
 from smoltulu.artifacts.files import write_atomically
 from smoltulu.artifacts.store import Store
 from smoltulu.artifacts.upkeep.catalogue import RUNS
-from smoltulu.flows.nodes import NodeGraph
+from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.schemas.run import RunRecord
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 from smoltulu.artifacts.nearest import differences, flat
-from smoltulu.flows.graph import Graph
+from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import load_recipe, preset_names
 from smoltulu.tasks.data.sources import Reference, expand_path
 

@@ -17,7 +17,7 @@ from unittest import mock
 import smoltulu.tasks.training.dpo
 import smoltulu.tasks.training.reward_model
 import smoltulu.tasks.training.sft
-from smoltulu.flows.graph import preflight_config
+from smoltulu.flows.graphs.recipe_graph import preflight_config
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings

@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from smoltulu.flows import doctor, machine, prefect_api
+from smoltulu.flows.machine import doctor, machine, prefect_api
 
 PROJECT = tomllib.loads((machine.PROJECT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = {Requirement(text).name.lower(): Requirement(text) for text in PROJECT["dependencies"]}

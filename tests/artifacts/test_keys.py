@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from smoltulu.artifacts.keys import artifact_key, canonical_json
-from smoltulu.flows.graph import Graph
+from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import role_of

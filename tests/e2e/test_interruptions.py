@@ -17,7 +17,7 @@ import pytest
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from smoltulu.artifacts.checkpoints import newest_checkpoint
-from smoltulu.flows import machine, prefect_api
+from smoltulu.flows.machine import machine, prefect_api
 from tests.faults.sandbox import Sandbox
 from tests.small_tiny import LENIENT_GATE
 

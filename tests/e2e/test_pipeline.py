@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from smoltulu.artifacts.checkpoints import newest_checkpoint
-from smoltulu.flows import machine, prefect_api
-from smoltulu.flows.graph import Graph
+from smoltulu.flows.graphs.recipe_graph import Graph
+from smoltulu.flows.machine import machine, prefect_api
 from smoltulu.flows.recipe import load_recipe
 from tests.small_tiny import SMALL_TINY
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smoltulu.flows import machine
+from smoltulu.flows.machine import machine
 from tests.faults import shared
 from tests.faults.draw import Draw, Fault
 from tests.faults.kills import Result

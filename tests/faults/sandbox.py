@@ -18,7 +18,7 @@ import psutil
 
 from smoltulu.artifacts.keys import LOGS_FOLDER
 from smoltulu.artifacts.store import MANIFEST, Found, Missing, Store
-from smoltulu.flows.graph import Graph
+from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import Manifest
 from tests import ROOT

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from smoltulu.flows import machine, prefect_api
+from smoltulu.flows.machine import machine, prefect_api
 from tests.faults.kills import Result, finish
 from tests.faults.sandbox import RUN_SECONDS, Sandbox
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import smoltulu.tasks.preflight.dry_run
 from smoltulu.artifacts.keys import folder_records, records_digest
 from smoltulu.artifacts.store import Store
-from smoltulu.flows.preflight_figures import planned_training
+from smoltulu.flows.planning.preflight_figures import planned_training
 from smoltulu.schemas.artifact import ArtifactReference, Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings, StageCompute

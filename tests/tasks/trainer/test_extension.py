@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, fault, mark_complete, place_checkpoint
 from smoltulu.artifacts.keys import manifest_checksum, records_digest
 from smoltulu.artifacts.store import Found, Store, read_manifest
-from smoltulu.flows.graph import Graph
-from smoltulu.flows.plan import PlanRow, plan
+from smoltulu.flows.graphs.recipe_graph import Graph
+from smoltulu.flows.planning.plan import PlanRow, plan
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference, ExtendedTraining, FileRecord, InputRecord, Manifest, Spec
 from smoltulu.schemas.common import scientific

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import get_scheduler
 
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
-from smoltulu.flows.graph import Graph
+from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import RecipeError, load_recipe
 from smoltulu.schemas.common import StrictModel, science, scientific
 from smoltulu.schemas.training import (

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
 from smoltulu.artifacts.store import Store
-from smoltulu.flows.graph import preflight_config
+from smoltulu.flows.graphs.recipe_graph import preflight_config
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific

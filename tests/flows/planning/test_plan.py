@@ -21,7 +21,10 @@ from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.artifacts.nearest import SpecIndex, differences, flat
 from smoltulu.artifacts.shared.remote import Remote
 from smoltulu.artifacts.store import Found, Store
-from smoltulu.flows.estimate import (
+from smoltulu.flows.cli.plan import as_dict, count, num_bytes, show, summary
+from smoltulu.flows.graphs.recipe_graph import Graph
+from smoltulu.flows.machine.machine import PROJECT
+from smoltulu.flows.planning.estimate import (
     NOTHING,
     Cost,
     Estimate,
@@ -32,10 +35,7 @@ from smoltulu.flows.estimate import (
     totals,
     training_flops,
 )
-from smoltulu.flows.graph import Graph
-from smoltulu.flows.machine import PROJECT
-from smoltulu.flows.plan import Plan, PlanRow, drift, plan
-from smoltulu.flows.plan_cli import as_dict, count, num_bytes, show, summary
+from smoltulu.flows.planning.plan import Plan, PlanRow, drift, plan
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import InputRecord, Manifest
 from smoltulu.schemas.preflight import DryRun, LengthReport, PreflightOutputs
@@ -398,7 +398,7 @@ def test_a_refusal_does_not_stop_the_others_and_they_are_asked_at_once() -> None
 
 def test_plan_offline_as_a_command_is_light_and_does_not_fail(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom smoltulu.flows.cli import app\n"
+        "import sys\nfrom smoltulu.flows.cli.main import app\n"
         "try:\n    app(['plan', 'smoltulu-1130', '--json'])\n"
         "except SystemExit as e:\n    print('exit', e.code, file=sys.stderr)\n"
         "heavy = ('torch', 'transformers', 'trl', 'datasets', 'prefect', 'lm_eval', 'numpy', 'pyarrow', 'numba')\n"

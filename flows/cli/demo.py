@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from smoltulu.flows import machine, prefect_api
-from smoltulu.flows.doctor import store_root
+from smoltulu.flows.machine import machine, prefect_api
+from smoltulu.flows.machine.doctor import store_root
 
 if TYPE_CHECKING:
     from rich.console import Console

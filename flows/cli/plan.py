@@ -10,9 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from smoltulu.artifacts.store import Store
-from smoltulu.flows.estimate import Estimate
-from smoltulu.flows.plan import Plan, Unresolved, plan
-from smoltulu.flows.preflight_figures import PreflightFigures
+from smoltulu.flows.planning.estimate import Estimate
+from smoltulu.flows.planning.plan import Plan, Unresolved, plan
+from smoltulu.flows.planning.preflight_figures import PreflightFigures
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.tasks.data.sources import HubUnreachable, expand_path
 from smoltulu.tasks.progress import duration

@@ -15,10 +15,10 @@ from pydantic import BaseModel
 from smoltulu.artifacts.checkpoints import planned_steps
 from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
 from smoltulu.artifacts.store import Found, Missing, Store, stale_input
-from smoltulu.flows.costs import Costs
-from smoltulu.flows.estimate import NOTHING, Estimate, Total, totals
-from smoltulu.flows.graph import Graph
-from smoltulu.flows.preflight_figures import PreflightFigures, preflight_figures
+from smoltulu.flows.graphs.recipe_graph import Graph
+from smoltulu.flows.planning.costs import Costs
+from smoltulu.flows.planning.estimate import NOTHING, Estimate, Total, totals
+from smoltulu.flows.planning.preflight_figures import PreflightFigures, preflight_figures
 from smoltulu.flows.recipe import check_stage_names
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.preflight import PreflightConfig

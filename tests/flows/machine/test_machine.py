@@ -16,7 +16,7 @@ from uuid import UUID
 
 import pytest
 
-from smoltulu.flows import doctor, machine, prefect_api, processes
+from smoltulu.flows.machine import doctor, machine, prefect_api, processes
 
 PROBE = f"""
 import sys, subprocess
@@ -48,7 +48,7 @@ def _environment(home: Path, **more: str) -> dict[str, str]:
 
 def _cli(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "smoltulu.flows.cli", *arguments],
+        [sys.executable, "-m", "smoltulu.flows.cli.main", *arguments],
         cwd=machine.PROJECT,
         env=_environment(home, **more),
         stdout=subprocess.PIPE,

@@ -23,7 +23,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID, uuid4
 
-from smoltulu.flows.prefect_api import (
+from smoltulu.flows.machine.prefect_api import (
     DEFAULT_PORT,
     POOL,
     answers,
@@ -36,7 +36,15 @@ from smoltulu.flows.prefect_api import (
     port_is_free,
     url_of,
 )
-from smoltulu.flows.processes import Process, ancestors, flow_run_of, processes_with, send, start_time, wait_gone
+from smoltulu.flows.machine.processes import (
+    Process,
+    ancestors,
+    flow_run_of,
+    processes_with,
+    send,
+    start_time,
+    wait_gone,
+)
 
 PROJECT = Path(__file__).resolve().parent.parent
 MARK = "SMOLTULU_MACHINE"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from smoltulu.artifacts.store import Store
-from smoltulu.flows.graph import Graph
-from smoltulu.flows.nodes import Binding
-from smoltulu.flows.plan import plan
+from smoltulu.flows.graphs.nodes import Binding
+from smoltulu.flows.graphs.recipe_graph import Graph
+from smoltulu.flows.planning.plan import plan
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.recipes import CHAT_TEMPLATES
 from smoltulu.tasks.models.chat_template import check_chat_template, load_chat_template
@@ -130,7 +130,7 @@ def test_the_reward_model_starts_where_the_recipe_says() -> None:
 
 
 def test_keys_are_the_same_in_another_process(tmp_path: Path) -> None:
-    imports = "from smoltulu.flows.graph import Graph; from smoltulu.flows.recipe import load_recipe"
+    imports = "from smoltulu.flows.graphs.recipe_graph import Graph; from smoltulu.flows.recipe import load_recipe"
     code = f"{imports}; print(Graph(load_recipe('tiny')).key('publish'))"
     environment = {"PYTHONHASHSEED": "7", "PATH": "/usr/bin", "PYTHONPATH": str(ROOT / "src")}
     printed = subprocess.run(
@@ -141,7 +141,7 @@ def test_keys_are_the_same_in_another_process(tmp_path: Path) -> None:
 
 def test_graph_and_plan_never_import_torch() -> None:
     code = (
-        "import sys; from smoltulu.flows.graph import Graph; from smoltulu.flows.recipe import load_recipe; Graph(load_recipe('tiny'));"
+        "import sys; from smoltulu.flows.graphs.recipe_graph import Graph; from smoltulu.flows.recipe import load_recipe; Graph(load_recipe('tiny'));"
         "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'prefect', 'lm_eval') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout == "[]\n"

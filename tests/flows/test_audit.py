@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smoltulu.flows import machine
-from smoltulu.flows.audit_graph import INDEX, AuditGraph
-from smoltulu.flows.cli import app
+from smoltulu.flows.cli.main import app
+from smoltulu.flows.graphs.audit_graph import INDEX, AuditGraph
+from smoltulu.flows.machine import machine
 from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.data.benchmarks import choose_benchmarks
@@ -142,7 +142,7 @@ def counting(self, address):
     attempts.append(address)
     return connect(self, address)
 socket.socket.connect = counting
-from smoltulu.flows.audit_graph import AuditGraph
+from smoltulu.flows.graphs.audit_graph import AuditGraph
 from smoltulu.schemas.audit import AuditSettings
 graph = AuditGraph([sys.argv[1]], AuditSettings(detector="none"))
 print(len(graph.benchmarks), len(graph.unreachable), len(set(attempts)), len(attempts))
@@ -165,7 +165,7 @@ print(len(graph.benchmarks), len(graph.unreachable), len(set(attempts)), len(att
 
 def test_an_audit_uses_the_artifacts_of_a_recipe(place: Path) -> None:
     """The same rows against the same benchmarks have the same keys in an audit and in a training run."""
-    from smoltulu.flows.graph import Graph
+    from smoltulu.flows.graphs.recipe_graph import Graph
     from smoltulu.flows.recipe import load_recipe
 
     gsm8k = choose_benchmarks(["gsm8k"], place / "eval")[0]
@@ -210,7 +210,7 @@ def test_a_hub_data_set_stands_beside_the_paper_and_gated_benchmarks_are_not_che
             [
                 sys.executable,
                 "-m",
-                "smoltulu.flows.cli",
+                "smoltulu.flows.cli.main",
                 *command,
                 "--store",
                 str(tmp_path / "store"),
@@ -299,7 +299,7 @@ def test_one_process_two_processes_and_dask_say_the_same(prefect_server: None, p
     from rich.console import Console
 
     from smoltulu.flows.audit import audit_data
-    from smoltulu.flows.audit_cli import audit
+    from smoltulu.flows.cli.audit_run import audit
     from smoltulu.tasks.contamination.scan import plan_shards
 
     filler = "It was a day like all others in the town by the river. " * 600

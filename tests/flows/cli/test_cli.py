@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.errors import MarkupError
 from typer.testing import CliRunner
 
-from smoltulu.flows import demo, doctor, machine, prefect_api
-from smoltulu.flows.cli import app
+from smoltulu.flows.cli import demo
+from smoltulu.flows.cli.main import app
 from smoltulu.flows.logs import shield
+from smoltulu.flows.machine import doctor, machine, prefect_api
 from smoltulu.flows.recipe import parse_overrides
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
 
@@ -44,9 +45,9 @@ def _imported(*arguments: str) -> set[str]:
 
 
 def test_help_and_plan_import_nothing_heavy() -> None:
-    assert {"flows", "typer"} <= _imported("-m", "smoltulu.flows.cli", "--help")
-    assert not HEAVY & _imported("-m", "smoltulu.flows.cli", "--help")
-    assert not HEAVY & _imported("-m", "smoltulu.flows.cli", "plan", "tiny")
+    assert {"flows", "typer"} <= _imported("-m", "smoltulu.flows.cli.main", "--help")
+    assert not HEAVY & _imported("-m", "smoltulu.flows.cli.main", "--help")
+    assert not HEAVY & _imported("-m", "smoltulu.flows.cli.main", "plan", "tiny")
     assert not HEAVY & _imported("-c", "import flows")
 
 
@@ -59,11 +60,11 @@ def test_help_is_quicker_than_importing_prefect() -> None:
             times.append(time.perf_counter() - begin)
         return min(times)
 
-    assert seconds("-m", "smoltulu.flows.cli", "--help") < seconds("-c", "import prefect")
+    assert seconds("-m", "smoltulu.flows.cli.main", "--help") < seconds("-c", "import prefect")
 
 
 def test_plan_lists_every_stage(tmp_path: Path) -> None:
-    done = _python("-m", "smoltulu.flows.cli", "plan", "tiny", SMOLTULU_STORE=str(tmp_path))
+    done = _python("-m", "smoltulu.flows.cli.main", "plan", "tiny", SMOLTULU_STORE=str(tmp_path))
     assert done.returncode == 0, done.stderr
     for stage in ("world", "sft", "reward-model", "dpo", "rlvr", "publish"):
         assert f" {stage} " in done.stdout
@@ -82,7 +83,7 @@ def test_plan_lists_every_stage(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_gets_one_message(arguments: list[str], message: str) -> None:
-    done = _python("-m", "smoltulu.flows.cli", "plan", *arguments)
+    done = _python("-m", "smoltulu.flows.cli.main", "plan", *arguments)
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -101,7 +102,7 @@ def test_override_values_are_read_as_numbers_lists_and_texts() -> None:
 
 
 def test_down_without_anything_up(tmp_path: Path) -> None:
-    done = _python("-m", "smoltulu.flows.cli", "down", SMOLTULU_HOME=str(tmp_path / "none"))
+    done = _python("-m", "smoltulu.flows.cli.main", "down", SMOLTULU_HOME=str(tmp_path / "none"))
     assert (done.returncode, done.stdout) == (0, "nothing of ours runs\n")
     assert not (tmp_path / "none").exists()
 
@@ -115,7 +116,7 @@ def test_doctor_without_a_server(tmp_path: Path) -> None:
     begin = time.monotonic()
     done = _python(
         "-m",
-        "smoltulu.flows.cli",
+        "smoltulu.flows.cli.main",
         "doctor",
         SMOLTULU_HOME=str(tmp_path),
         PREFECT_API_URL=url,

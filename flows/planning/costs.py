@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
-from smoltulu.flows.estimate import (
+from smoltulu.flows.graphs.recipe_graph import Binding, Graph, Node
+from smoltulu.flows.planning.estimate import (
     Cost,
     Estimate,
     closest,
@@ -16,8 +17,7 @@ from smoltulu.flows.estimate import (
     estimated_tokens,
     training_flops,
 )
-from smoltulu.flows.graph import Binding, Graph, Node
-from smoltulu.flows.preflight_figures import planned_steps
+from smoltulu.flows.planning.preflight_figures import planned_steps
 from smoltulu.schemas.training import RLVRSettings, TrainingSettings
 from smoltulu.tasks.trainer.budget import tokens_of_steps
 from smoltulu.tasks.trainer.disk import (

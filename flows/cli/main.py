@@ -10,7 +10,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from smoltulu.flows import audit_command, store_cli
+from smoltulu.flows.cli import audit as audit_command
+from smoltulu.flows.cli import store as store_cli
 
 app = typer.Typer(
     help="Tulu 3 post-training as one Prefect workflow. Flows are started with `prefect deployment run`.",
@@ -32,7 +33,7 @@ def up(
     limit: Annotated[int | None, typer.Option(min=1, help="flow runs at a time; 1 unless given")] = None,
 ) -> None:
     """Start server, work pool, deployments and worker on this machine, in the background."""
-    from smoltulu.flows import machine, prefect_api
+    from smoltulu.flows.machine import machine, prefect_api
 
     home = machine.default_home()
     try:
@@ -55,7 +56,7 @@ def up(
 @app.command()
 def down() -> None:
     """Stop what `smoltulu up` started, running flows included, and nothing else."""
-    from smoltulu.flows import machine
+    from smoltulu.flows.machine import machine
 
     try:
         anything = machine.down(machine.default_home(), say=typer.echo)
@@ -73,7 +74,7 @@ def run(
 
     Prefect itself waits in silence where no worker polls. Everything after DEPLOYMENT goes to Prefect as it is.
     """
-    from smoltulu.flows import doctor, machine, prefect_api
+    from smoltulu.flows.machine import doctor, machine, prefect_api
 
     home = machine.default_home()
     url = doctor.api_url(home)
@@ -108,8 +109,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="everything there is to say, for programs")] = False,
 ) -> None:
     """Say per stage what a run would do (cached, resumes or runs), why, and what it will take. Needs no server."""
-    from smoltulu.flows import machine
-    from smoltulu.flows.plan_cli import make_plan, show
+    from smoltulu.flows.cli.plan import make_plan, show
+    from smoltulu.flows.machine import machine
     from smoltulu.flows.recipe import parse_overrides
 
     given = Path(recipe)
@@ -133,8 +134,8 @@ def doctor(
     from rich.markup import escape
     from rich.table import Table
 
-    from smoltulu.flows import machine
-    from smoltulu.flows.doctor import examine
+    from smoltulu.flows.machine import machine
+    from smoltulu.flows.machine.doctor import examine
 
     checks = examine(machine.default_home(), fix)
     table = Table("check", "", "found", "what to do")

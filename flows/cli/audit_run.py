@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from smoltulu.artifacts.store import Store
-from smoltulu.flows import machine
-from smoltulu.flows.audit_graph import AuditGraph
+from smoltulu.flows.graphs.audit_graph import AuditGraph
 from smoltulu.flows.local import run_graph
+from smoltulu.flows.machine import machine
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings

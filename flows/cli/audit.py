@@ -61,7 +61,7 @@ def audit(
     from pydantic import ValidationError
     from rich.console import Console
 
-    from smoltulu.flows.audit_cli import audit as run_audit
+    from smoltulu.flows.cli.audit_run import audit as run_audit
     from smoltulu.schemas.audit import AuditSettings
     from smoltulu.schemas.compute import ComputeSettings
     from smoltulu.tasks.engine.launch import StageFailed

@@ -40,7 +40,7 @@ def runs(
     as_json: JsonOption = False,
 ) -> None:
     """List the runs of the pipeline, newest first: state, stages, scores of the last model, disk."""
-    from smoltulu.flows.store_views import run_values, runs_table
+    from smoltulu.flows.cli.store_views import run_values, runs_table
 
     catalogue = _open(store)
     found = catalogue.runs()
@@ -65,7 +65,7 @@ def show(
     """Show an artifact (what it is, what it was made from, what was made from it) or a run."""
     from smoltulu.artifacts.manifests import Ref
     from smoltulu.artifacts.upkeep.lineage import descendants
-    from smoltulu.flows import store_views
+    from smoltulu.flows.cli import store_views
     from smoltulu.schemas.run import RunRecord
 
     catalogue = _open(store)
@@ -295,7 +295,7 @@ def _open(store: Path | None) -> Catalogue:
 
     try:
         if store is None:
-            from smoltulu.flows import machine
+            from smoltulu.flows.machine import machine
             from smoltulu.schemas.compute import ComputeSettings
             from smoltulu.tasks.data.sources import expand_path
 

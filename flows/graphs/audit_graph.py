@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from smoltulu.flows.nodes import Binding, Node, NodeGraph
+from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.contamination import (

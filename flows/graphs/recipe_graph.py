@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from smoltulu.artifacts.keys import folder_digest, text_digest
-from smoltulu.flows.nodes import Binding, Node, NodeGraph
-from smoltulu.flows.preflight_figures import planned_training
+from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
+from smoltulu.flows.planning.preflight_figures import planned_training
 from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from smoltulu.schemas.evaluation import EvaluationStageConfig, EvaluationTask

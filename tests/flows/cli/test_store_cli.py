@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from benchmarks.store_fixture import make_store
 from smoltulu.artifacts.store import Found, Store
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
-from smoltulu.flows import machine
-from smoltulu.flows.cli import app
+from smoltulu.flows.cli.main import app
+from smoltulu.flows.machine import machine
 from smoltulu.schemas.artifact import ExtendedTraining, Spec
 from tests.hand_store import HandStore, pipeline
 
@@ -239,7 +239,7 @@ def test_nothing_heavy_is_imported(store: HandStore) -> None:
             "-X",
             "importtime",
             "-m",
-            "smoltulu.flows.cli",
+            "smoltulu.flows.cli.main",
             *arguments,
             "--store",
             str(store.root),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-from smoltulu.flows import machine, prefect_api, processes
+from smoltulu.flows.machine import machine, prefect_api, processes
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
