@@ -1,7 +1,7 @@
 """A recipe without Prefect: the same graph, stages and store, one stage after the other, in this process.
 
-`python -m smoltulu.flows.local RECIPE [field=value ...]`: for debugging, for machines without a server, and for tests that
-kill it. No report, no schedule, nothing is pushed.
+`python -m smoltulu.flows.local RECIPE [field=value ...]`: for debugging, for machines without a server, and for tests
+that kill it. No report, no schedule, nothing is pushed.
 """
 
 from __future__ import annotations

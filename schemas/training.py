@@ -19,7 +19,7 @@ def share_of(ratio: float, num_steps: int) -> int:
     return math.ceil(num_steps * ratio - 1e-9)
 
 
-# --- Learning-rate schedules: what they compute is in tasks/trainer/schedules.py, the formulas in docs/schedules.md -----------
+# --- Learning-rate schedules: what they compute is in tasks/trainer/schedules.py, the formulas in docs/schedules.md ---
 
 
 class WarmUp(StrictModel):

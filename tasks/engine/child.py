@@ -1,4 +1,6 @@
-"""The process of one stage: `python -m smoltulu.tasks.child JOB.json`. It dies with its parent and holds the key's `writer`.
+"""The process of one stage: `python -m smoltulu.tasks.child JOB.json`.
+
+It dies with its parent and holds the key's `writer`.
 
 What it prints: lines that start with `@smoltulu ` carry JSON for the parent (progress, warnings); everything else is
 the log of the libraries. Exit status: 0 done, 2 the user's to mend (message in error.json), 3 out of memory (message

@@ -1,8 +1,8 @@
 """One training step on the longest rows, for its memory and its time.
 
 Not a trainer: the model, the batch, the loss's shape, gradients, clipping and AdamW, which is what memory goes to. What
-RLVR holds besides is computed (tasks/preflight/rollout_memory.py). Not in it: the gradient buckets of several processes, which
-are 4 bytes a trained parameter.
+RLVR holds besides is computed (tasks/preflight/rollout_memory.py). Not in it: the gradient buckets of several
+processes, which are 4 bytes a trained parameter.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Disk that a training stage needs while it runs, computed from its model and rows. Pure but for reading headers.
 
-A checkpoint holds, for N parameters (weights are float32 in both precisions, see `tasks.models.folders.load_language_model`):
+A checkpoint holds, for N parameters (weights are float32 in both precisions, see `load_language_model`):
 
     4 N   weights, float32
     8 N   Adam's two moments, float32

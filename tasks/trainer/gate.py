@@ -1,7 +1,7 @@
 """What a trained model must show before its artifact is committed: it is the model that was trained, and it can stop.
 
-Saved, loaded again, and compared: tensors by name and value (`tasks.models.folders.save_model`), outputs on a probe batch. A
-language model then answers prompts of its training rows greedily, and is asked whether it ends in eos.
+Saved, loaded again, and compared: tensors by name and value (`tasks.models.folders.save_model`), outputs on a probe
+batch. A language model then answers prompts of its training rows greedily, and is asked whether it ends in eos.
 """
 
 from __future__ import annotations

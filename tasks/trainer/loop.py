@@ -130,8 +130,8 @@ def _check_num_gpus(num_gpus: int, num_processes: int) -> None:
             "CUDA_VISIBLE_DEVICES to more of them"
         )
     if num_processes == 1 and num_gpus > 1:
-        # Stages in processes of their own see one (tasks/engine/launch.py). transformers' trainer would spread a batch over
-        # all it sees, and so multiply the effective batch.
+        # Stages in processes of their own see one (tasks/engine/launch.py). transformers' trainer would spread a batch
+        # over all it sees, and so multiply the effective batch.
         raise ValueError(
             f"one process sees {num_gpus} GPUs and would train on all of them with another effective batch; with "
             "compute.launcher inline set CUDA_VISIBLE_DEVICES to one of them"

@@ -1,4 +1,4 @@
-"""DPO from the SFT model, which is also the reference. Losses: tasks/training/preference_loss.py, batches: preference_batch.py.
+"""DPO from the SFT model, which is also the reference. Losses: preference_loss.py, batches: preference_batch.py.
 
 The trainer is transformers' own, not TRL's DPOTrainer: of that we would use the loop, which it has from transformers,
 and replace tokenisation, collator, reference and loss; it would still hash every weight for a cache that we do not

@@ -161,8 +161,8 @@ def test_canonical_keys_are_the_same_under_every_hash_seed_and_python() -> None:
     for number, python in enumerate([*_pythons(), sys.executable]):
         environment = {"PYTHONHASHSEED": str(number + 1), "PATH": os.environ["PATH"], "LC_ALL": "C"}
         done = subprocess.run(
-            [python, "-c", _ELSEWHERE, str(ROOT / "src"), json.dumps(_SPEC)], env=environment, text=True, capture_output=True,
-            check=False,
+            [python, "-c", _ELSEWHERE, str(ROOT / "src"), json.dumps(_SPEC)], env=environment, text=True,
+            capture_output=True, check=False,
         )  # fmt: skip
         assert done.stdout.strip() == expected, (python, done.stderr)
     # Pinned: a changed value means that every stored artifact of every user would be lost from sight.

@@ -141,7 +141,9 @@ def test_keys_are_the_same_in_another_process(tmp_path: Path) -> None:
 
 def test_graph_and_plan_never_import_torch() -> None:
     code = (
-        "import sys; from smoltulu.flows.graphs.recipe_graph import Graph; from smoltulu.flows.recipe import load_recipe; Graph(load_recipe('tiny'));"
+        "import sys; from smoltulu.flows.graphs.recipe_graph import Graph; "
+        "from smoltulu.flows.recipe import load_recipe; "
+        "Graph(load_recipe('tiny')); "
         "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'prefect', 'lm_eval') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout == "[]\n"

@@ -253,7 +253,8 @@ def test_hub_subsets_and_limits(repository):
 
 def test_import_stays_light():
     code = (
-        "import sys, smoltulu.tasks.data.sources; print([n for n in ('torch', 'datasets', 'pyarrow', 'huggingface_hub', 'prefect') "
+        "import sys, smoltulu.tasks.data.sources; "
+        "print([n for n in ('torch', 'datasets', 'pyarrow', 'huggingface_hub', 'prefect') "
         "if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -104,7 +104,8 @@ def test_only_numbers_are_tracked() -> None:
 
 def test_peak_memory_on_a_cpu_is_that_of_this_process() -> None:
     script = (
-        "from smoltulu.tasks.trainer.tracking import peak_memory_bytes as peak; before = peak('cpu'); block = b'x' * (300 << 20); "
+        "from smoltulu.tasks.trainer.tracking import peak_memory_bytes as peak; "
+        "before = peak('cpu'); block = b'x' * (300 << 20); "
         "del block; print(before, peak('cpu'))"
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

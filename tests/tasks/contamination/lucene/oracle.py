@@ -38,7 +38,7 @@ def why_not() -> str | None:
         return "Java is not installed"
     jar = find_jar()
     if jar is None or not jar.is_file():
-        return f"no Lucene jar: {jar or CACHE} (see tests/tasks/contamination/lucene/oracle.py, or set SMOLTULU_ORACLE_JAR)"
+        return f"no Lucene jar: {jar or CACHE} (see this file, or set SMOLTULU_ORACLE_JAR)"
     return None
 
 
