@@ -4,8 +4,9 @@
 
 A two-layer Llama (139,584 parameters) learns a chain of 1,024 words in which half of the words have one certain
 successor and half have 32 of uneven odds. Plain AdamW over `tasks.trainer.schedules.learning_rate_factor`; the model,
-the data and their order are the same for every schedule of a seed. Measured is the excess loss KL(true || model),
-in nats, averaged over fixed positions: exact, but for the choice of positions. Prints tables in Markdown and draws the figure.
+the data and their order are the same for every schedule of a seed. Measured is the excess loss KL(true || model), in
+nats, averaged over fixed positions: exact, but for the choice of positions. Prints tables in Markdown and draws the
+figure.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import pytest
 
 from tests import ROOT
 
-#: From the ground up: a room imports rooms of lower floors only. A file of `tasks/` or `flows/` that lies in no folder is
-#: a room of its own, unless it stands under "tasks" here.
+#: From the ground up: a room imports rooms of lower floors only. A file of `tasks/` or `flows/` that lies in no folder
+#: is a room of its own, unless it stands in `_CONTRACT`.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("schemas", "recipes"),
     ("artifacts", "tasks.verifiers"),
