@@ -45,10 +45,10 @@ def _imported(*arguments: str) -> set[str]:
 
 
 def test_help_and_plan_import_nothing_heavy() -> None:
-    assert {"flows", "typer"} <= _imported("-m", "smoltulu.flows.cli.main", "--help")
+    assert {"smoltulu", "typer"} <= _imported("-m", "smoltulu.flows.cli.main", "--help")
     assert not HEAVY & _imported("-m", "smoltulu.flows.cli.main", "--help")
     assert not HEAVY & _imported("-m", "smoltulu.flows.cli.main", "plan", "tiny")
-    assert not HEAVY & _imported("-c", "import flows")
+    assert not HEAVY & _imported("-c", "import smoltulu.flows")
 
 
 def test_help_is_quicker_than_importing_prefect() -> None:
@@ -128,7 +128,7 @@ def test_doctor_without_a_server(tmp_path: Path) -> None:
     assert f"no Prefect server answers at {url}" in done.stdout and "smoltulu up" in done.stdout
     assert "HF_TOKEN is set" in done.stdout and "hf_x" not in done.stdout + done.stderr
     assert "server" in done.stderr
-    assert "torch" not in _imported("-c", "from flows import doctor; list(doctor._packages())")
+    assert "torch" not in _imported("-c", "from smoltulu.flows.machine import doctor; list(doctor._packages())")
 
 
 def test_doctor_names_packages_that_are_not_as_pinned(monkeypatch: pytest.MonkeyPatch) -> None:

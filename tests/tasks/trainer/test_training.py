@@ -134,7 +134,7 @@ def test_resumed_run_ends_with_bitwise_the_same_weights(stage: str, world: Path,
 def test_bfloat16_as_on_a_gpu(stage: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast over float32 weights, on a CPU that can; the gate compares what is saved with what was trained."""
     _, _, exact = run(stage, world, tmp_path / "exact")
-    for module in ("training", "reference_logps"):
+    for module in ("trainer.loop", "training.reference_logps"):
         monkeypatch.setattr(f"smoltulu.tasks.{module}.use_bfloat16", lambda precision, compute: True)
     inputs, (function, settings, _) = inputs_of(stage, world, tmp_path), STAGES[stage]
     if stage != "reward_model":
