@@ -23,7 +23,8 @@ from smoltulu.flows.logs import shield_run_logs
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
-from smoltulu.schemas.contamination import Shard, ShardResult
+from smoltulu.schemas.contamination import ContaminationOutputs, Shard, ShardResult
+from smoltulu.schemas.languages import LanguageOutputs
 from smoltulu.tasks.data.benchmarks import load_registry
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.engine.launch import stop_children
@@ -97,9 +98,9 @@ def _make_all(graph: AuditGraph, store: Store, made: dict[str, ArtifactReference
     first = {name: submit(name) for name, node in graph.nodes.items() if not node.inputs}
     for name, future in first.items():
         made[name] = future.result()
-    languages = {name: submit(name) for name, node in graph.nodes.items() if node.stage.name == "languages"}
+    languages = {name: submit(name) for name, node in graph.nodes.items() if node.stage.makes(LanguageOutputs)}
     for name, node in graph.nodes.items():
-        if node.stage.name == "contamination":
+        if node.stage.makes(ContaminationOutputs):
             _scan_ahead(graph, store, name, made)
             made[name] = submit(name).result()
     for name, future in languages.items():

@@ -109,7 +109,7 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         if not upstream <= finished.keys():
             continue
         digests = {dotted: finished[binding.node].digest for dotted, binding in node.bindings().items()}
-        if node.stage.name == "evaluation":
+        if node.stage.makes(EvaluationOutputs):
             digests = {}  # last night's is compared with, whatever was made again since
         if (found := find_anywhere(graph.spec(name), digests, store, remote, name, log)) is not None:
             finished[name] = reference_to(found, node.stage.name, name, "Cached")
@@ -122,7 +122,7 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
     evaluations = [
         name
         for name, node in graph.nodes.items()
-        if node.stage.name == "evaluation" and {b.node for b in node.bindings().values()} <= finished.keys()
+        if node.stage.makes(EvaluationOutputs) and {b.node for b in node.bindings().values()} <= finished.keys()
     ]
     if not evaluations:
         log.warning("recipe %s has no finished model in %s: nothing to evaluate", checked.name, store.root)

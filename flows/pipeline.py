@@ -26,6 +26,7 @@ from smoltulu.flows.logs import shield_run_logs
 from smoltulu.flows.recipe import check_stage_names, load_recipe
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.schemas.publish import PublishOutputs
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.engine.launch import stop_children
@@ -99,7 +100,9 @@ def smoltulu(
         task_log.info("%s: %s %s (%s)", node, reference.outcome.lower(), reference.key[:12], took)
         if reference.outcome != "Cached":
             create_table_artifact(
-                key=artifact_key(f"{checked.name}-{node}"), table=stage_table(reference), description=f"{node}, {took}"
+                key=artifact_key(f"{checked.name}-{node}"),
+                table=stage_table(reference, job.stage.outputs),
+                description=f"{node}, {took}",
             )
         return Completed(name=reference.outcome, message=took, data=reference)
 
@@ -118,9 +121,10 @@ def smoltulu(
             futures[name] = stage.with_options(name=node.stage.name, task_run_name=name).submit(name, upstream)
         for future in futures.values():
             future.wait()
-        if "publish" in futures and futures["publish"].state.is_completed():
-            pushed = push(futures["publish"].result())
-            log.info("publish: %s", pushed)
+        for name, future in futures.items():
+            if graph.nodes[name].stage.makes(PublishOutputs) and future.state.is_completed():
+                pushed = push(future.result())
+                log.info("%s: %s", name, pushed)
     except BaseException as interruption:
         # Cancelled, or the process is told to end: no stage may outlive its flow.
         error = interruption
@@ -158,7 +162,7 @@ def _report(
     reports = store.root.parent / "reports"
     folder = reports / run_name
     folder.mkdir(parents=True, exist_ok=True)
-    published = next((ref for ref in made if ref.stage == "publish"), None)
+    published = next((ref for ref in made if graph.nodes[ref.node].stage.makes(PublishOutputs)), None)
     summary = summarise(
         run_name=run_name,
         recipe=graph.recipe.name,

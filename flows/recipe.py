@@ -12,7 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from smoltulu.recipes import PRESETS
-from smoltulu.schemas.recipe import STAGE_ORDER, ExtendingRecipe, Recipe
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
+from smoltulu.tasks.stages import STAGES
 
 #: libyaml's, ten times as fast, where PyYAML was built with it.
 _YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -42,9 +44,11 @@ def load_recipe(
     for dotted, value in (overrides or {}).items():
         values = _override(values, dotted, value)
     try:
-        return Recipe.model_validate(values)
+        checked = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(_explain(error, values.get("name") or str(recipe))) from None
+    check_compute(checked.compute)
+    return checked
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, object]:
@@ -65,16 +69,23 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, object]:
     return values
 
 
+def check_compute(compute: ComputeSettings) -> None:
+    """Refuse exceptions for stages that do not exist."""
+    for name in compute.stages:
+        _check_stage_name("compute.stages", name)
+
+
+def _check_stage_name(where: str, name: str) -> None:
+    if name not in STAGES:
+        raise RecipeError(f"{where}: no stage is called {name!r}{_nearest(name, STAGES)}; stages: {', '.join(STAGES)}")
+
+
 def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> None:
     """Refuse `until` and `refresh` stages that do not exist or that the recipe lacks."""
     present = recipe_stages(recipe)
     for parameter, names in (("until", [until] if until else []), ("refresh", refresh)):
         for name in names:
-            if name not in STAGE_ORDER:
-                raise RecipeError(
-                    f"{parameter}: no stage is called {name!r}{_nearest(name, STAGE_ORDER)}; "
-                    f"stages: {', '.join(STAGE_ORDER)}"
-                )
+            _check_stage_name(parameter, name)
             if name not in present:
                 raise RecipeError(
                     f"{parameter}: recipe {recipe.name} has no stage {name!r}; it has: {', '.join(present)}"
@@ -83,10 +94,18 @@ def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> 
 
 def recipe_stages(recipe: Recipe) -> list[str]:
     """The stages that a recipe runs, in order."""
-    block = {"benchmark_index": "contamination", "preflight": "sft", "reference_logps": "dpo"}
-    always = {"dataset", "base_model"}
-    order = recipe.stage_order()
-    return [name for name in order if name in always or getattr(recipe, block.get(name, name), None) is not None]
+    return [name for name in stage_order(recipe) if getattr(recipe, STAGES[name].block or name, None)]
+
+
+def stage_order(recipe: Recipe) -> tuple[str, ...]:
+    """All stages in the order in which this recipe runs them: one that starts from a later one comes right after it."""
+    order = list(STAGES)
+    for block, settings in recipe.trainings.items():
+        start = settings.starts_from
+        if start is not None and order.index(start) > order.index(block):
+            order.remove(block)
+            order.insert(order.index(start) + 1, block)
+    return tuple(order)
 
 
 def _read(name_or_path: str) -> dict[str, Any]:

@@ -1,29 +1,11 @@
-"""Words that every contract shares: how a field is marked, what a strict model is, the stage names."""
+"""Words that every contract shares: how a field is marked, what a strict model is."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
-
-#: Every stage, in the order in which a recipe runs them.
-StageName = Literal[
-    "world",
-    "dataset",
-    "benchmark_index",
-    "contamination",
-    "languages",
-    "base_model",
-    "preflight",
-    "sft",
-    "reward_model",
-    "reference_logps",
-    "dpo",
-    "rlvr",
-    "evaluation",
-    "publish",
-]
 
 
 class StrictModel(BaseModel):

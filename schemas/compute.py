@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from smoltulu.schemas.common import StageName, StrictModel, machinery
+from smoltulu.schemas.common import StrictModel, machinery
 
 
 class StageCompute(StrictModel):
@@ -67,11 +67,11 @@ class ComputeSettings(StrictModel):
         "process", description="inline: in the flow's process, for debugging"
     )
     min_free_disk_gb: float = machinery(1.0, ge=0, description="a stage does not start with less free disk than this")
-    stages: dict[StageName, StageCompute] = machinery({}, description="exceptions per stage")
+    stages: dict[str, StageCompute] = machinery({}, description="exceptions per stage, by its name")
 
     def of(self, stage: str) -> ComputeSettings:
         """These settings with the exceptions of `stage` applied."""
-        exceptions = self.stages.get(stage)  # type: ignore[call-overload]
+        exceptions = self.stages.get(stage)
         if exceptions is None:
             return self
         return self.model_copy(update=exceptions.model_dump(exclude_none=True))

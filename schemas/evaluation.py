@@ -9,8 +9,6 @@ from pydantic import Field
 from smoltulu.schemas.common import StrictModel, science
 from smoltulu.schemas.data import DataSource
 
-ModelStage = Literal["base_model", "sft", "dpo", "rlvr"]
-
 
 class EvaluationTask(StrictModel):
     """One lm-eval task: a stock name, or a definition shipped in recipes/lm_eval/."""

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from smoltulu.schemas.common import StrictModel, machinery, science
-from smoltulu.schemas.training import Overlong, TrainedTurns
+from smoltulu.schemas.common import StrictModel, machinery
+from smoltulu.schemas.training import RowRules
 
 
 class PreflightSettings(StrictModel):
@@ -47,15 +47,9 @@ class PlannedTraining(StrictModel):
     is_extendable: bool = machinery(False, description="has a checkpoint that a larger budget could go on from")
 
 
-class PreflightConfig(StrictModel):
-    """Config of the `preflight` stage: what decides about the tokens of a row."""
+class PreflightConfig(RowRules):
+    """Config of the `preflight` stage: no more of a training's settings than it needs, so that a sweep shares it."""
 
-    kind: Literal["conversations", "pairs", "prompts"] = science(
-        description="conversations: SFT; pairs: reward model, DPO; prompts: RLVR"
-    )
-    max_length: int = science(ge=8, description="tokens; of a prompt, for prompts")
-    overlong: Overlong = science(description="prompts are always dropped")
-    trained_turns: TrainedTurns = science("last", description="pairs: assistant turns that count")
     subject: str = machinery("", description="training stage that the dry run is for")
     precision: Literal["float32", "bfloat16"] = machinery("float32", description="of the dry run")
     settings: PreflightSettings = machinery(PreflightSettings())

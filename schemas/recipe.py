@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from smoltulu.schemas.common import StageName, StrictModel, machinery, science
+from smoltulu.schemas.common import StrictModel, machinery, science
 from smoltulu.schemas.compute import ComputeSettings, accumulation_steps
 from smoltulu.schemas.contamination import ContaminationSettings
 from smoltulu.schemas.data import DataSet, DataSettings, DataSource
@@ -14,15 +14,25 @@ from smoltulu.schemas.evaluation import EvaluationSettings
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.preflight import PreflightSettings
 from smoltulu.schemas.publish import PublishSettings
-from smoltulu.schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings
+from smoltulu.schemas.training import (
+    DPOSettings,
+    RewardModelSettings,
+    RLVRSettings,
+    RowKind,
+    SFTSettings,
+    TrainingSettings,
+)
 from smoltulu.schemas.world import WorldConfig
 
-#: The stages a user can name in `until` and `refresh`, in the order in which they run.
-STAGE_ORDER: tuple[str, ...] = get_args(StageName)
+#: Which set of `data` has the rows of a training.
+_DATA: dict[RowKind, str] = {"conversations": "sft", "pairs": "preference", "prompts": "rlvr"}
 
 
 class Recipe(StrictModel):
-    """Everything that makes an experiment; a stage without a block is left out."""
+    """Everything that makes an experiment; a stage without a block is left out.
+
+    A block is called as its stage; `title` is what people read.
+    """
 
     name: str = machinery(pattern=r"^[a-z0-9][a-z0-9-]*$", description="used in run names and reports")
     description: str = machinery("")
@@ -34,10 +44,10 @@ class Recipe(StrictModel):
     data: DataSettings = science()
     contamination: ContaminationSettings | None = science(None)
     preflight: PreflightSettings = machinery(PreflightSettings())
-    sft: SFTSettings | None = science(None)
+    sft: SFTSettings | None = science(None, title="SFT")
     reward_model: RewardModelSettings | None = science(None)
-    dpo: DPOSettings | None = science(None)
-    rlvr: RLVRSettings | None = science(None)
+    dpo: DPOSettings | None = science(None, title="DPO")
+    rlvr: RLVRSettings | None = science(None, title="RLVR")
     evaluation: EvaluationSettings | None = science(None)
     publish: PublishSettings | None = science(None)
     compute: ComputeSettings = machinery(ComputeSettings())
@@ -45,22 +55,18 @@ class Recipe(StrictModel):
     @model_validator(mode="after")
     def _stages_have_what_they_need(self) -> Self:
         problems = []
-        for block, needs in (("sft", "sft"), ("reward_model", "preference"), ("dpo", "preference"), ("rlvr", "rlvr")):
-            if getattr(self, block) is not None and getattr(self.data, needs) is None:
+        for block, settings in self.trainings.items():
+            needs, start = _DATA[settings.row_rules().kind], settings.starts_from
+            if getattr(self.data, needs) is None:
                 problems.append(f"{block}: needs data.{needs}; add it or remove the {block} block")
-        for block in ("reward_model", "dpo", "rlvr"):
-            if getattr(self, block) is not None and self.sft is None:
-                problems.append(f"{block}: starts from the SFT model; add an sft block")
-        if self.reward_model and self.reward_model.start_from == "dpo" and self.dpo is None:
-            problems.append("reward_model.start_from: dpo needs a dpo block; add it or set start_from to sft")
+            if start is not None and getattr(self, start) is None:
+                problems.append(f"{block}: starts from the model of {start}; add a block {start}")
+            try:
+                accumulation_steps(settings.effective_batch_size, self.compute.of(block))
+            except ValueError as error:
+                problems.append(f"{block}: {error}")
         if self.evaluation and self.evaluation.sampled and self.data.verified_eval is None:
             problems.append("evaluation.sampled: needs data.verified_eval")
-        for block in ("sft", "reward_model", "dpo", "rlvr"):
-            if (settings := getattr(self, block)) is not None:
-                try:
-                    accumulation_steps(settings.effective_batch_size, self.compute.of(block))
-                except ValueError as error:
-                    problems.append(f"{block}: {error}")
         if self.world is None:
             problems += [
                 f"data source {source.generated!r}: generated data needs a world block"
@@ -71,12 +77,11 @@ class Recipe(StrictModel):
             raise ValueError("; ".join(problems))
         return self
 
-    def stage_order(self) -> tuple[str, ...]:
-        """The stages in the order in which this recipe runs them: a reward model may start from DPO."""
-        if self.reward_model is None or self.reward_model.start_from != "dpo":
-            return STAGE_ORDER
-        order = [stage for stage in STAGE_ORDER if stage != "reward_model"]
-        return (*order[: order.index("dpo") + 1], "reward_model", *order[order.index("dpo") + 1 :])
+    @property
+    def trainings(self) -> dict[str, TrainingSettings]:
+        """Settings of the trainings by their block."""
+        blocks = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: block for name, block in blocks.items() if isinstance(block, TrainingSettings)}
 
     def data_sources(self) -> list[DataSource]:
         """Every data source that the recipe names: training, held-out, audit, benchmarks, evaluation files."""

@@ -251,6 +251,15 @@ class TrainingSettings(StrictModel):
     )
     seed: int = science(123, ge=0, description="Tulu 3 SFT: 123 (open-instruct docs/tulu3.md)")
 
+    @property
+    def starts_from(self) -> str | None:
+        """Block of the recipe without which there is no model to start from; None: the base model is enough."""
+        return "sft"
+
+    def row_rules(self) -> RowRules:
+        """What its preflight makes of the rows."""
+        raise NotImplementedError
+
     @field_validator("schedule", mode="before")
     @classmethod
     def _schedule_names_its_kind(cls, value: Any) -> Any:
@@ -340,6 +349,13 @@ class SFTSettings(SupervisedSettings):
     lora: LoraSettings | None = science(None, absent=None, description="none: every weight is trained (Tulu 3)")
     gate: GateSettings = machinery(GateSettings())
 
+    @property
+    def starts_from(self) -> str | None:
+        return None
+
+    def row_rules(self) -> RowRules:
+        return RowRules(kind="conversations", max_length=self.max_length, overlong=self.overlong)
+
 
 class RewardModelSettings(SupervisedSettings):
     """Bradley-Terry; score head drawn from N(0, 1/(hidden_size + 1)); dropout off. Over-long pairs are dropped."""
@@ -348,6 +364,13 @@ class RewardModelSettings(SupervisedSettings):
         "sft", absent="sft", description="sft: Tulu 3; dpo: the card of SmolTulu's reward model"
     )
     adam_epsilon: float = science(1e-5, gt=0, description="Tulu 3")
+
+    @property
+    def starts_from(self) -> str | None:
+        return self.start_from
+
+    def row_rules(self) -> RowRules:
+        return RowRules(kind="pairs", max_length=self.max_length, overlong="drop")
 
 
 PreferenceLoss = Literal[
@@ -387,6 +410,11 @@ class DPOSettings(SupervisedSettings):
             raise ValueError("loss_type exo_pair needs a label_smoothing above 0: its paper recommends 1e-3")
         return self
 
+    def row_rules(self) -> RowRules:
+        return RowRules(
+            kind="pairs", max_length=self.max_length, overlong=self.overlong, trained_turns=self.trained_turns
+        )
+
 
 class RLVRSettings(TrainingSettings):
     """GRPO over verifiable rewards; starts from DPO."""
@@ -418,6 +446,22 @@ class RLVRSettings(TrainingSettings):
                 f"{self.num_generations}: a step must hold whole groups"
             )
         return self
+
+    def row_rules(self) -> RowRules:
+        return RowRules(kind="prompts", max_length=self.max_prompt_length, overlong="drop")
+
+
+#: Rows of `data.sft`, `data.preference` and `data.rlvr`, in this order.
+RowKind = Literal["conversations", "pairs", "prompts"]
+
+
+class RowRules(StrictModel):
+    """What decides about the tokens of a training's rows."""
+
+    kind: RowKind = science(description="conversations: SFT; pairs: reward model, DPO; prompts: RLVR")
+    max_length: int = science(ge=8, description="tokens; of a prompt, for prompts")
+    overlong: Overlong = science(description="prompts are always dropped")
+    trained_turns: TrainedTurns = science("last", description="pairs: assistant turns that count")
 
 
 class TrainingInputs(StrictModel):

@@ -1,21 +1,27 @@
-"""What a stage is: a name, a version, three contracts and a function. It does not know store, key or Prefect."""
+"""What a stage is: a name, a version, three contracts, a function, and what others must know of it.
+
+It does not know store, key or Prefect.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ValidationError
 
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.training import TrainingSettings
 
 #: Folder of a stage's `work` for caches of its rows, marked complete like a checkpoint.
 DATASETS_FOLDER = "datasets"
 #: Exit status of a stage process that was asked to stop and did, its checkpoint written.
 STOPPED = 143
+
+BatchSetting = Literal["per_device_train_batch_size", "per_device_eval_batch_size"]
 
 
 class StageStopped(Exception):
@@ -55,6 +61,20 @@ class Stage:
 
     objections(config, outputs, metrics)  what today's thresholds say against a cached artifact: they are machinery, so
                                           the key does not tell
+
+    What the rest of the house must know of a stage follows from its contracts (a config that derives from
+    `TrainingSettings` is a training, outputs that are `ModelOutputs` are a model), or is one of these:
+
+    block              field of `Recipe` that asks for the stage, where it is called otherwise
+    distributed        takes compute.num_processes processes, though it is no training
+    eval_batch         no training, and its memory grows with compute.per_device_eval_batch_size: halved where it does
+                       not fit
+    memory_advice      what to change where not even the smallest batch fits into memory
+    flops(config)      of a training, a parameter and token: 2 forward, 4 backward (Kaplan et al., arXiv 2001.08361,
+                       section 2.1). Left out: attention's own share, which grows with the length of a row
+    keeps_rows         hands on nearly all rows of its input `dataset`
+    grows_with_model   takes longer the larger its input `model` is
+    copies_model       costs what the size of its input `model` says, whatever its config
     """
 
     name: str
@@ -64,6 +84,34 @@ class Stage:
     outputs: type[BaseModel]
     function: Callable[[Any, Any, StageContext], tuple[BaseModel, dict[str, float]]]
     objections: Callable[[Any, Any, Mapping[str, float]], list[str]] | None = None
+    block: str | None = None
+    distributed: bool = False
+    eval_batch: bool = False
+    memory_advice: str | None = None
+    flops: Callable[[Any], float] = lambda config: 6.0
+    keeps_rows: bool = False
+    grows_with_model: bool = True
+    copies_model: bool = False
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it takes optimizer steps: several processes, an effective batch, checkpoints, a budget."""
+        return issubclass(self.config, TrainingSettings)
+
+    def makes(self, outputs: type[BaseModel]) -> bool:
+        """Whether its artifacts are of this kind: `ModelOutputs`, `EvaluationOutputs`, ..."""
+        return issubclass(self.outputs, outputs)
+
+    def num_ranks(self, compute: ComputeSettings) -> int:
+        """Processes that it is started with."""
+        return compute.num_processes if self.is_training or self.distributed else 1
+
+    @property
+    def batch_setting(self) -> BatchSetting | None:
+        """The setting of compute that is halved where memory runs out; None: nothing can be."""
+        if self.is_training:
+            return "per_device_train_batch_size"
+        return "per_device_eval_batch_size" if self.eval_batch else None
 
     def objections_to(self, manifest: Manifest, config: BaseModel) -> list[str]:
         """What the thresholds of `config` say against an artifact; nothing where another version wrote it."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from smoltulu.artifacts.manifests import InputRef, Ref, inputs_of, scores_of, sources_of
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
-from smoltulu.schemas.common import StageName
 
-_STAGE_ORDER = {stage: position for position, stage in enumerate(get_args(StageName))}
 #: Inputs of every training and evaluation alike: said once for an artifact itself, not at each of its ancestors.
 _EVERYWHERE = ("chat_template:", "lm_eval_tasks:")
 
@@ -91,7 +89,7 @@ def descendants(catalogue: Catalogue, ref: Ref, limit: int | None = None) -> tup
         nonlocal num_shown, num_left
         relatives = []
         consumers = catalogue.consumers.get(upstream.key, [])
-        for consumer in sorted(consumers, key=lambda found: (_STAGE_ORDER.get(found.stage, 99), found.key)):
+        for consumer in sorted(consumers):
             if consumer in seen:
                 continue
             if limit is not None and num_shown >= limit:

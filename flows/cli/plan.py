@@ -14,9 +14,11 @@ from smoltulu.flows.planning.estimate import Estimate
 from smoltulu.flows.planning.plan import Plan, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
 from smoltulu.flows.recipe import load_recipe
+from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.tasks.data.sources import HubUnreachable, expand_path
 from smoltulu.tasks.progress import duration
 from smoltulu.tasks.report.text import percent
+from smoltulu.tasks.stages import STAGES
 
 _COLOURS = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
 _UNKNOWN = "-"
@@ -107,7 +109,8 @@ def summary(planned: Plan) -> list[str]:
     lines = [", ".join(f"{counts[status]} {status}" for status in _COLOURS if counts[status])]
     if counts["cached"] < len(planned.rows):
         lines.append("still to do: " + _still_to_do(planned))
-    if missing := [row.node for row in planned.rows if row.stage == "preflight" and row.status != "cached"]:
+    preflights = [row for row in planned.rows if STAGES[row.stage].makes(PreflightOutputs)]
+    if missing := [row.node for row in preflights if row.status != "cached"]:
         lines.append(
             f"preflight not run yet: {', '.join(missing)}; `prefect deployment run smoltulu/full -p "
             f"recipe={planned.recipe} -p until=preflight` makes it in minutes, before any training"

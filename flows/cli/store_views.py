@@ -23,7 +23,6 @@ from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, ExtendedTraining,
 from smoltulu.schemas.run import RunRecord
 from smoltulu.tasks.progress import duration
 
-_MODEL_STAGES = ("rlvr", "dpo", "sft", "base_model")
 _STATE_COLOURS = {"Completed": "green", "Running": "cyan", "Failed": "red", "Crashed": "red", "Crashed?": "red"}
 _OUTCOME_COLOURS = {"Completed": "green", "Cached": "green", "Resumed": "yellow", "Failed": "red"}
 _NUM_FILES_SHOWN = 20
@@ -74,13 +73,15 @@ def runs_table(runs: list[dict[str, Any]]) -> Table:
 
 
 def _last_model_scores(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Scores of the model that the run ends with: the last stage of the pipeline that was measured."""
+    """Scores of the model that the run ends with: of the language models the last that was measured.
+
+    manifests   in the order of the run
+    """
     scores = [score for manifest in manifests for score in scores_of(manifest)]
-    for subject in _MODEL_STAGES:
-        found = [score for score in scores if score["subject"] == subject and score["kind"] == "language_model"]
-        if found:
-            return found
-    return scores
+    subjects = [score["subject"] for score in scores if score["kind"] == "language_model"]
+    if not subjects:
+        return scores
+    return [score for score in scores if score["subject"] == subjects[-1] and score["kind"] == "language_model"]
 
 
 # One run
@@ -187,7 +188,8 @@ def artifact_view(catalogue: Catalogue, details: dict[str, Any]) -> RenderableTy
     parts.append(_pairs("config", {**config, **externals}))
     scores = {_score_name(score): _score_value(score) for score in details["scores"]}
     metrics = details.get("metrics")
-    metrics = metrics if isinstance(metrics, dict) and details["stage"] != "evaluation" else {}
+    # Those of an evaluation are its scores.
+    metrics = metrics if isinstance(metrics, dict) and not scores_of(details) else {}
     parts.append(_pairs("scores", scores))
     parts.append(_pairs("metrics", metrics))
     parts.append(_files(details))

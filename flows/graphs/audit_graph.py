@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
+from smoltulu.flows.recipe import check_compute
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.contamination import (
@@ -70,6 +71,7 @@ class AuditGraph(NodeGraph):
                 no benchmark at all that can be had.
         """
         super().__init__(slug(f"audit-{Path(data[0]).name}" if data else "audit"), settings.compute)
+        check_compute(settings.compute)
         self.settings = settings
         if not data:
             raise ValueError("nothing to audit: name a file, a folder or a Hub data set (owner/name)")
@@ -101,26 +103,20 @@ class AuditGraph(NodeGraph):
             benchmarks=self.benchmarks,
         )
         externals = _digests(benchmark.source for benchmark in self.benchmarks)
-        self.nodes[INDEX] = Node(INDEX, STAGES["benchmark_index"], index, externals=externals)
+        self.add(Node(INDEX, STAGES["benchmark_index"], index, externals=externals))
         for audited in self.data:
             kind = audited.detected.kind
             # Malformed rows are counted and shown, not refused: an audit looks at what is there.
             rows = DatasetStageConfig(kind=kind, data=DataSet(sources=(audited.source,), max_malformed_share=1.0))
             dataset = f"dataset-{audited.name}"
-            self.nodes[dataset] = Node(dataset, STAGES["dataset"], rows, externals=_digests([audited.source]))
-            contamination = f"contamination-{audited.name}"
-            self.nodes[contamination] = Node(
-                contamination,
-                STAGES["contamination"],
-                ContaminationStageConfig(kind=kind, settings=rules),
-                inputs={"dataset": Binding(dataset, "file"), "index": Binding(INDEX)},
-            )
+            self.add(Node(dataset, STAGES["dataset"], rows, externals=_digests([audited.source])))
+            inputs = {"dataset": Binding(dataset, "file")}
+            check = ContaminationStageConfig(kind=kind, settings=rules)
+            name = f"contamination-{audited.name}"
+            self.add(Node(name, STAGES["contamination"], check, inputs={**inputs, "index": Binding(INDEX)}))
             if self.detector is not None:
-                languages = f"languages-{audited.name}"
                 config = LanguageStageConfig(kind=kind, settings=LanguageSettings(detector=self.detector))
-                self.nodes[languages] = Node(
-                    languages, STAGES["languages"], config, inputs={"dataset": Binding(dataset, "file")}
-                )
+                self.add(Node(f"languages-{audited.name}", STAGES["languages"], config, inputs=inputs))
 
     def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
         """As of any graph; the index is made again where that was asked for."""

@@ -64,6 +64,31 @@ class NodeGraph:
         self.nodes: dict[str, Node] = {}
         self._keys: dict[str, str] = {}
 
+    def add(self, node: Node) -> str:
+        """Take a node in; its name. ValueError where what it binds does not exist, or is not what its stage takes."""
+        for dotted, binding in node.bindings().items():
+            upstream = self.nodes.get(binding.node)
+            if upstream is None:
+                raise ValueError(
+                    f"{node.name}: its input {dotted} is bound to {binding.node}, which is no node before it"
+                )
+            there = upstream.stage.outputs.model_fields
+            if binding.output is not None and binding.output not in there:
+                raise ValueError(
+                    f"{node.name}: its input {dotted} is bound to {binding.node}.{binding.output}, and the outputs of "
+                    f"stage {upstream.stage.name} are {', '.join(there)}; bind it to one of these, or to the whole "
+                    "folder"
+                )
+        given, taken = {*node.inputs, *node.literals}, node.stage.inputs.model_fields
+        needed = {name for name, info in taken.items() if info.is_required()}
+        if not needed <= given <= taken.keys():
+            raise ValueError(
+                f"{node.name}: has the inputs {sorted(given)}; stage {node.stage.name} needs {sorted(needed)} and "
+                f"takes {sorted(taken)}"
+            )
+        self.nodes[node.name] = node
+        return node.name
+
     def spec(self, name: str) -> Spec:
         """What the key of a node is made of."""
         node = self.nodes[name]

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from smoltulu.artifacts.keys import folder_digest, text_digest
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
 from smoltulu.flows.planning.preflight_figures import planned_training
+from smoltulu.flows.recipe import stage_order
 from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from smoltulu.schemas.evaluation import EvaluationStageConfig, EvaluationTask
@@ -20,7 +21,7 @@ from smoltulu.schemas.preflight import PreflightConfig, PreflightSettings
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
-from smoltulu.schemas.training import DPOSettings, RewardModelSettings, RLVRSettings, SFTSettings, TrainingSettings
+from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import (
     Reference,
     SourceUnavailable,
@@ -60,7 +61,7 @@ class Graph(NodeGraph):
         self.unresolved: dict[Reference, bool] = {}
         self._keep_unresolved = unresolved == "keep"
         self.commits = resolve_commits(_hub_references(recipe), resolve)
-        self._order = recipe.stage_order()
+        self._order = stage_order(recipe)
         self._until = self._order.index(until) if until else len(self._order)
         self._template = load_chat_template(recipe.chat_template)
         self._template_external = {"chat_template": text_digest(self._template)}
@@ -84,22 +85,21 @@ class Graph(NodeGraph):
 
         base = self._base_model(sft_rows)
         self._evaluate(base, "language_model", verified_eval=verified_eval)
-        sft_tokens = self._preflight("sft", base, sft_rows)
-        reward_model_tokens = self._preflight("reward_model", base, preference_rows)
-        dpo_tokens = self._preflight("dpo", base, preference_rows)
-        rlvr_prompts = self._preflight("rlvr", base, rlvr_rows)
-        sft = self._train("sft", base, sft_tokens)
+        rows = {"conversations": sft_rows, "pairs": preference_rows, "prompts": rlvr_rows}
+        for block, settings in recipe.trainings.items():
+            self._preflight(block, base, rows[settings.row_rules().kind])
+        sft = self._train("sft", base)
         self._evaluate(sft, "language_model", verified_eval=verified_eval)
         if recipe.reward_model and recipe.reward_model.start_from == "sft":
-            reward_model = self._train("reward_model", sft, reward_model_tokens)
+            reward_model = self._train("reward_model", sft)
             self._evaluate(reward_model, "reward_model", preference_eval=preference_eval)
-        dpo = self._train("dpo", sft, dpo_tokens, reference_logps=self._reference_logps(sft, dpo_tokens))
+        dpo = self._train("dpo", sft, reference_logps=self._reference_logps(sft))
         self._evaluate(dpo, "language_model", verified_eval=verified_eval)
         self._evaluate(dpo, "implicit_reward", reference_model=sft, preference_eval=preference_eval)
         if recipe.reward_model and recipe.reward_model.start_from == "dpo":
-            reward_model = self._train("reward_model", dpo, reward_model_tokens)
+            reward_model = self._train("reward_model", dpo)
             self._evaluate(reward_model, "reward_model", preference_eval=preference_eval)
-        rlvr = self._train("rlvr", dpo or sft, rlvr_prompts)
+        rlvr = self._train("rlvr", dpo or sft)
         self._evaluate(rlvr, "language_model", verified_eval=verified_eval)
         self._publish(rlvr or dpo or sft or base)
 
@@ -111,8 +111,7 @@ class Graph(NodeGraph):
             order = min(order, measured)
         if order > self._until:
             return None
-        self.nodes[name] = Node(name, stage, config, **parts)
-        return name
+        return self.add(Node(name, stage, config, **parts))
 
     def _rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
         if data is None:
@@ -174,26 +173,23 @@ class Graph(NodeGraph):
             config = config.model_copy(update={"revision": revision})
         return self._add("base-model", STAGES["base_model"], config, inputs=inputs, externals=externals)
 
-    def _preflight(self, block: str, base: str | None, rows: str | None) -> str | None:
+    def _preflight(self, block: str, base: str | None, rows: str | None) -> None:
         """Tokenised rows of a training stage. All are there before SFT begins: bad rows of DPO are said then."""
-        settings = getattr(self.recipe, block)
-        if settings is None or base is None or rows is None:
-            return None
         first = self._order.index("reference_logps" if block == "dpo" else block)
-        if self._order.index("preflight") < self._until < first:
-            return None
-        config = preflight_config(block, settings, self.recipe.preflight)
-        return self._add(
-            f"preflight-{block.replace('_', '-')}",
+        if base is None or rows is None or self._order.index("preflight") < self._until < first:
+            return
+        self._add(
+            _preflight_of(block),
             STAGES["preflight"],
-            config,
+            preflight_config(block, self.recipe.trainings[block], self.recipe.preflight),
             inputs={"model": Binding(base, "folder"), "dataset": Binding(rows, "file")},
             literals={"chat_template": self._template},
             externals=self._template_external,
         )
 
-    def _reference_logps(self, start: str | None, tokens: str | None) -> str | None:
-        if self.recipe.dpo is None or start is None or tokens is None:
+    def _reference_logps(self, start: str | None) -> str | None:
+        tokens = _preflight_of("dpo")
+        if self.recipe.dpo is None or start is None or tokens not in self.nodes:
             return None
         return self._add(
             "reference-logps",
@@ -204,10 +200,10 @@ class Graph(NodeGraph):
             externals=self._template_external,
         )
 
-    def _train(self, block: str, start: str | None, rows: str | None, **others: str | None) -> str | None:
-        """A training on tokenised rows; `others`: further inputs, each the file of a node."""
-        settings = getattr(self.recipe, block)
-        if settings is None or start is None or rows is None or None in others.values():
+    def _train(self, block: str, start: str | None, **others: str | None) -> str | None:
+        """A training on the rows of its preflight; `others`: further inputs, each the file of a node."""
+        settings, rows = getattr(self.recipe, block), _preflight_of(block)
+        if settings is None or start is None or rows not in self.nodes or None in others.values():
             return None
         inputs = {"model": Binding(start, "folder"), "dataset": Binding(rows, "file")}
         inputs |= {name: Binding(node, "file") for name, node in others.items() if node is not None}
@@ -333,22 +329,14 @@ class Graph(NodeGraph):
         return {"world": Binding("world")} if any(source.generated for source in sources) else {}
 
 
+def _preflight_of(block: str) -> str:
+    return f"preflight-{block.replace('_', '-')}"
+
+
 def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSettings) -> PreflightConfig:
     """What the preflight of a training stage needs to know of its settings: no more, so that a sweep shares it."""
-    if isinstance(settings, RLVRSettings):
-        kind, max_length, overlong, turns = "prompts", settings.max_prompt_length, "drop", "last"
-    elif isinstance(settings, SFTSettings):
-        kind, max_length, overlong, turns = "conversations", settings.max_length, settings.overlong, "last"
-    elif isinstance(settings, DPOSettings):
-        kind, max_length, overlong, turns = "pairs", settings.max_length, settings.overlong, settings.trained_turns
-    else:
-        assert isinstance(settings, RewardModelSettings)
-        kind, max_length, overlong, turns = "pairs", settings.max_length, "drop", "last"
     return PreflightConfig(
-        kind=kind,
-        max_length=max_length,
-        overlong=overlong,
-        trained_turns=turns,
+        **settings.row_rules().model_dump(),
         subject=block,
         precision=settings.precision,
         settings=checks,

@@ -15,10 +15,10 @@ from smoltulu.flows.planning.estimate import (
     closest_rows,
     estimated_seconds,
     estimated_tokens,
-    training_flops,
 )
 from smoltulu.flows.planning.preflight_figures import planned_steps
-from smoltulu.schemas.training import RLVRSettings, TrainingSettings
+from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.trainer.budget import tokens_of_steps
 from smoltulu.tasks.trainer.disk import (
     BYTES_PER_TOKEN,
@@ -68,22 +68,22 @@ class Costs:
         self._facts[name] = facts
         num_bytes: int | None = sum(sizes.values())
         seconds = _seconds(twin) if self._device(node) == _device(twin) else None
-        if "model" in node.inputs and node.stage.name != "preflight":  # which tokenises, whatever the model's size
+        if "model" in node.inputs and node.stage.grows_with_model:
             ratio = self._size_ratio(node, twin)
             seconds = None if seconds is None or ratio is None else seconds * ratio
-            if node.stage.name == "publish":  # it holds the model
+            if node.stage.copies_model:
                 num_bytes = None if ratio is None else round(sum(sizes.values()) * ratio)
         return Estimate(disk_bytes=num_bytes, peak_disk_bytes=num_bytes, seconds=seconds)
 
     def _training(self, node: Node, step: int, num_steps: int | None) -> Estimate:
-        settings, stage = node.config, node.stage.name
+        settings = node.config
         assert isinstance(settings, TrainingSettings)
         start, rows = self._upstream(node, "model"), self._upstream(node, "dataset")
         size = start.num_parameters
         self._facts[node.name] = _Facts(num_parameters=size)
         all_steps = num_steps or planned_steps(settings, rows.num_rows, rows.num_tokens)
         left = None if all_steps is None else max(all_steps - step, 0)
-        compute = self.graph.recipe.compute.of(stage)
+        compute = self.graph.recipe.compute.of(node.stage.name)
         dataset = self.graph.spec(node.name).inputs["dataset"]
         assert isinstance(dataset, str)
 
@@ -91,25 +91,27 @@ class Costs:
         batch, device = settings.effective_batch_size, compute.device
         # Its size follows from the shapes of a model that may not be made yet: some per cent, not counted.
         adapter = ModelSize(0) if getattr(settings, "lora", None) else None
+        # Of prompts the answers are not written yet.
+        trains_on_its_rows = settings.row_rules().kind != "prompts"
         tokens = seconds = peak = flops = None
         if left is not None:
-            if rows.num_rows and rows.num_tokens and not isinstance(settings, RLVRSettings):
+            if rows.num_rows and rows.num_tokens and trains_on_its_rows:
                 assert all_steps is not None
                 seen = tokens_of_steps(all_steps - left, rows.num_rows, rows.num_tokens, batch)
                 tokens = tokens_of_steps(all_steps, rows.num_rows, rows.num_tokens, batch) - seen
             else:
-                tokens = estimated_tokens(left, batch, closest_rows(costs, dataset, _max_length(settings)))
+                max_length = _max_length(settings.model_dump())
+                tokens = estimated_tokens(left, batch, closest_rows(costs, dataset, max_length))
             similar = closest(costs, size, device, dataset)
             seconds = estimated_seconds(left, batch, size, compute.num_processes, similar)
         if size is not None and tokens is not None:
-            passes = (settings.num_iterations, settings.beta > 0) if isinstance(settings, RLVRSettings) else (1, False)
-            flops = training_flops(stage, size, tokens, *passes)
+            flops = node.stage.flops(settings) * size * tokens
         if size is not None and rows.rows_bytes is not None:
             # The best one beside the newest, and the one that is to be stored.
             kept = compute.save_total_limit + 1 + keeps_checkpoint(settings, compute)
             if all_steps is not None:
                 kept = min(kept, -(-all_steps // compute.save_steps))
-            known = rows.num_tokens is not None and not isinstance(settings, RLVRSettings)
+            known = rows.num_tokens is not None and trains_on_its_rows
             cache = (rows.num_tokens or 0) * BYTES_PER_TOKEN if known else rows.rows_bytes * TEXT_FACTOR
             peak = training_bytes(ModelSize(size), cache, kept, adapter)
         disk = None if size is None else model_bytes(ModelSize(size))
@@ -131,10 +133,7 @@ class Costs:
         return self._facts.get(binding.node, _Facts())
 
     def _inherited(self, node: Node) -> _Facts:
-        """A contamination check keeps nearly all of its rows, and so does a preflight that passes."""
-        if node.stage.name in ("contamination", "preflight"):
-            return self._upstream(node, "dataset")
-        return _Facts()
+        return self._upstream(node, "dataset") if node.stage.keeps_rows else _Facts()
 
     def _device(self, node: Node) -> str:
         return self.graph.recipe.compute.of(node.stage.name).device
@@ -150,8 +149,8 @@ class Costs:
     def _same_work(self, name: str, changes: Changes) -> bool:
         """Whether only what does not change the amount of work differs: seeds, revisions, which model of this size."""
         node = self.graph.nodes[name]
-        if node.stage.name == "publish":
-            return True  # it copies a model, whatever its card says
+        if node.stage.copies_model:
+            return True
         bindings = node.bindings()
         for change, (old, _) in changes.items():
             section, _, rest = change.partition(".")
@@ -162,7 +161,7 @@ class Costs:
                 if not alike and rest not in ("model", "reference_model"):
                     return False
             elif section == "externals":
-                if node.stage.name != "evaluation":
+                if not node.stage.makes(EvaluationOutputs):
                     return False
             elif rest.rpartition(".")[2] not in ("revision", "seed", "subject"):
                 return False
@@ -190,14 +189,15 @@ def cost_of(manifest: Mapping[str, Any]) -> Cost | None:
             device=_device(manifest),
             num_processes=int(compute["num_processes"]),
             dataset=str(spec["inputs"]["dataset"]),
-            max_length=int(spec["config"].get("max_length") or spec["config"].get("max_completion_length") or 0),
+            max_length=_max_length(spec["config"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
-def _max_length(settings: TrainingSettings) -> int:
-    return settings.max_completion_length if isinstance(settings, RLVRSettings) else getattr(settings, "max_length", 0)
+def _max_length(config: Mapping[str, Any]) -> int:
+    """Of what is trained on: of rows, or of answers that are written to prompts."""
+    return int(config.get("max_length") or config.get("max_completion_length") or 0)
 
 
 def _facts_of(outputs: Mapping[str, Any], file_bytes: Mapping[str, int]) -> _Facts:

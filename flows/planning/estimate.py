@@ -63,27 +63,6 @@ def estimated_tokens(num_steps: int, effective_batch_size: int, similar: Cost | 
     return round(per_row * num_steps * effective_batch_size)
 
 
-def training_flops(
-    stage: str, num_parameters: int, num_tokens: int, num_iterations: int = 1, with_reference: bool = False
-) -> float:
-    """Model FLOPs with 2 a parameter and token forward, 4 backward (Kaplan et al., arXiv 2001.08361, section 2.1).
-
-    sft, reward_model  6 N T
-    dpo                6 N T: the reference's forward pass is a stage of its own; packed, it is less, because the prompt
-                       of a pair is computed once
-    rlvr               (2 + 6 num_iterations) N T: writing the rollouts, then training on them; 2 more for the
-                       reference model where there is a KL term
-    Attention's own share, which grows with the length of a row, is left out.
-    """
-    factors = {
-        "sft": 6,
-        "reward_model": 6,
-        "dpo": 6,
-        "rlvr": 2 + 6 * num_iterations + (2 if with_reference else 0),
-    }
-    return float(factors[stage]) * num_parameters * num_tokens
-
-
 def closest(costs: Iterable[Cost], num_parameters: int | None, device: str, dataset: str = "") -> Cost | None:
     """The finished stage that says most about time: same device, then nearest size of the model, then the same rows."""
 

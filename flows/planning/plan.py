@@ -21,7 +21,7 @@ from smoltulu.flows.planning.estimate import NOTHING, Estimate, Total, totals
 from smoltulu.flows.planning.preflight_figures import PreflightFigures, preflight_figures
 from smoltulu.flows.recipe import check_stage_names
 from smoltulu.schemas.artifact import Manifest
-from smoltulu.schemas.preflight import PreflightConfig
+from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, expand_text, is_commit, resolve_commit
@@ -30,8 +30,6 @@ from smoltulu.tasks.trainer.extension import Donor, find_donor
 
 #: A plan is for looking: it gives up on a silent Hub sooner than a run.
 _HUB_TIMEOUT_SECONDS = 3.0
-
-TRAINING_STAGES = ("sft", "reward_model", "dpo", "rlvr")
 
 
 @dataclass(frozen=True)
@@ -117,13 +115,13 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         else:
             estimate = costs.estimate(name, row.step or 0, row.num_steps)
             row = PlanRow(**{**vars(row), "estimate": estimate})
-        if row.stage == "preflight" and isinstance(found, Found) and row.status == "cached":
+        if graph.nodes[name].stage.makes(PreflightOutputs) and isinstance(found, Found) and row.status == "cached":
             preflights[name] = found.manifest.outputs
         rows.append(PlanRow(**{**vars(row), "preflight": _figures(graph, name, preflights)}))
     notes = (f"the shared store was not looked at: {shared.error}",) if shared.error else ()
     errors = {reference: error for reference, error in graph.commits.items() if isinstance(error, ValueError)}
     unresolved = (Unresolved(ref, needed, errors[ref]) for ref, needed in graph.unresolved.items())
-    sums = _totals(rows, recipe.compute.max_parallel_stages)
+    sums = _totals(graph, rows)
     return Plan(recipe.name, str(store.root), tuple(rows), tuple(unresolved), notes, sums)
 
 
@@ -172,11 +170,11 @@ def _figures(graph: Graph, name: str, preflights: Mapping[str, Mapping[str, Any]
     return preflight_figures(source, config, preflights[source], node.config, compute)
 
 
-def _totals(rows: list[PlanRow], num_parallel: int) -> dict[str, Total]:
+def _totals(graph: Graph, rows: list[PlanRow]) -> dict[str, Total]:
     """Steps, tokens and FLOPs of the training stages, disk and time of all that are not cached."""
     todo = [row for row in rows if row.status != "cached"]
-    everything = totals([row.estimate for row in todo], num_parallel)
-    training = totals([row.estimate for row in todo if row.stage in TRAINING_STAGES])
+    everything = totals([row.estimate for row in todo], graph.compute.max_parallel_stages)
+    training = totals([row.estimate for row in todo if graph.nodes[row.node].stage.is_training])
     return everything | {name: training[name] for name in ("num_steps", "num_tokens", "flops")}
 
 

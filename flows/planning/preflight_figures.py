@@ -125,7 +125,7 @@ def _other_settings(
         ("per_device_train_batch_size", asked, compute.per_device_train_batch_size),
         ("trains", _what_is_trained(run.lora_r), _what_is_trained(_lora_r(settings))),
     ]
-    if config.subject != "rlvr":
+    if config.kind != "prompts":
         pairs.append(("packing", run.packing, compute.packing))
     other = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
     if run.per_device_train_batch_size != asked:

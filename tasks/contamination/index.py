@@ -103,4 +103,5 @@ benchmark_index = Stage(
     inputs=BenchmarkIndexInputs,
     outputs=BenchmarkIndexOutputs,
     function=build_benchmark_index,
+    block="contamination",
 )

@@ -203,4 +203,5 @@ contamination = Stage(
     inputs=ContaminationInputs,
     outputs=ContaminationOutputs,
     function=check_contamination,
+    keeps_rows=True,
 )

@@ -123,4 +123,5 @@ dataset = Stage(
     inputs=DatasetInputs,
     outputs=DatasetOutputs,
     function=build_dataset,
+    block="data",
 )

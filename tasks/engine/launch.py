@@ -22,10 +22,11 @@ from smoltulu.tasks.job import Job
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import STOPPED
 
-#: Trainings. With compute.num_processes above one torchrun starts them, and the reference pass of DPO.
-TRAINING_STAGES = ("sft", "reward_model", "dpo", "rlvr")
-#: Stages without an optimizer. Their batch is compute.per_device_eval_batch_size, of any number of rows.
-_EVALUATING_STAGES = ("reference_logps", "evaluation")
+_TRAINING_ADVICE = (
+    ", and no smaller one gives the same effective batch; set compute.activation_checkpointing, lower max_length, or "
+    "take a machine with more memory. The checkpoints are kept"
+)
+_EVALUATION_ADVICE = "; take a machine with more memory. What is finished is kept"
 #: File of `work`: compute as asked for, and with the batch that fits into memory.
 _FITS_FILE = "fits.json"
 _LOG_TAIL_LINES = 25
@@ -56,21 +57,21 @@ def run_child(job: Job, work: Path, output: Path, log: logging.Logger | logging.
     effective batch), and goes on from its last checkpoint. What fits is remembered in `work`: a later attempt begins
     with it, unless compute is another by then.
     """
-    evaluates = job.stage.name in _EVALUATING_STAGES
-    setting = "per_device_eval_batch_size" if evaluates else "per_device_train_batch_size"
+    setting = job.stage.batch_setting
     compute = _that_fits(job, work)
-    if compute != job.compute:
+    if setting is not None and compute != job.compute:
         log.info("%s: begins with %s %d, which fitted into memory before", job.node, setting, getattr(compute, setting))
     while (message := _run_once(job, compute, work, output, log)) is not None:
-        size = getattr(compute, setting)
-        smaller = None
-        if evaluates:
-            smaller = size // 2 or None
-        elif job.stage.name in TRAINING_STAGES:
+        if setting is None:
+            raise ValueError(f"{job.node}: out of memory. It said: {message}")
+        size: int = getattr(compute, setting)
+        if job.stage.is_training:
             smaller = smaller_batch(size, job.config.effective_batch_size, compute.num_processes)  # type: ignore[attr-defined]
+            same, advice = ", same effective batch", job.stage.memory_advice or _TRAINING_ADVICE
+        else:
+            smaller, same, advice = size // 2 or None, "", job.stage.memory_advice or _EVALUATION_ADVICE
         if smaller is None:
-            raise ValueError(f"{job.node}: out of memory{_out_of_memory_advice(job, size)}. It said: {message}")
-        same = "" if evaluates else ", same effective batch"
+            raise ValueError(f"{job.node}: out of memory with {setting} {size}{advice}. It said: {message}")
         log.warning("%s: out of memory with %s %d: goes on with %d%s", job.node, setting, size, smaller, same)
         compute = compute.model_copy(update={setting: smaller})
         fits = {"asked": job.compute.model_dump(mode="json"), "fits": compute.model_dump(mode="json")}
@@ -95,31 +96,13 @@ def smaller_batch(size: int, effective_batch_size: int, num_processes: int) -> i
     return next((half for half in range(size // 2, 0, -1) if effective_batch_size % (half * num_processes) == 0), None)
 
 
-def _out_of_memory_advice(job: Job, size: int) -> str:
-    if job.stage.name in _EVALUATING_STAGES:
-        return " with per_device_eval_batch_size 1; take a machine with more memory. What is finished is kept"
-    if job.stage.name not in TRAINING_STAGES:
-        return ""
-    if job.stage.name == "rlvr":
-        return (
-            f" with per_device_train_batch_size {size}. All rollouts of a step are generated at once, whatever it is: "
-            "lower max_completion_length, raise compute.num_processes, or take a device with more memory. The "
-            "checkpoints are kept"
-        )
-    return (
-        f" with per_device_train_batch_size {size}, and no smaller one gives the same effective batch; set "
-        "compute.activation_checkpointing, lower max_length, or take a machine with more memory. The checkpoints are "
-        "kept"
-    )
-
-
 def _run_once(
     job: Job, compute: ComputeSettings, work: Path, output: Path, log: logging.Logger | logging.LoggerAdapter
 ) -> str | None:
     """Run the stage; what was said where it ran out of memory, else None. Other ends without a result are raised."""
     for name in (ERROR_FILE, OUT_OF_MEMORY_FILE):
         (work / name).unlink(missing_ok=True)
-    num_ranks = compute.num_processes if job.stage.name in (*TRAINING_STAGES, "reference_logps") else 1
+    num_ranks = job.stage.num_ranks(compute)
     description = {
         "stage": job.stage.name,
         "config": job.config.model_dump(mode="json"),

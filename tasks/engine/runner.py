@@ -20,7 +20,7 @@ from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from smoltulu.schemas.artifact import ArtifactReference, FileRecord, Manifest
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.engine.environment import environment
-from smoltulu.tasks.engine.launch import DISK_ADVICE, TRAINING_STAGES, StageFailed, run_child
+from smoltulu.tasks.engine.launch import DISK_ADVICE, StageFailed, run_child
 from smoltulu.tasks.engine.sharing import share, share_if_absent, take_over
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.progress import Progress
@@ -236,7 +236,7 @@ def _require_disk(job: Job, root: Path, work: Path) -> None:
             f"{free_gb:.1f} GB free under {root}, compute.min_free_disk_gb asks for {job.compute.min_free_disk_gb:g}; "
             "free some space, or lower it if you know that the stage needs less"
         )
-    if job.stage.name not in TRAINING_STAGES:
+    if not job.stage.is_training:
         return
     inputs = job.inputs
     assert isinstance(inputs, TrainingInputs)

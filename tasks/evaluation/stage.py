@@ -368,4 +368,5 @@ evaluation = Stage(
     inputs=EvaluationInputs,
     outputs=EvaluationOutputs,
     function=evaluate,
+    eval_batch=True,
 )

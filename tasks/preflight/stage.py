@@ -186,4 +186,7 @@ def _objections(config: PreflightConfig, outputs: PreflightOutputs, metrics: Map
     return problems(config, outputs, {name: list(rows) for name, rows in outputs.first_rows.items()})
 
 
-preflight = Stage("preflight", 1, PreflightConfig, PreflightInputs, PreflightOutputs, run_preflight, _objections)
+preflight = Stage(
+    "preflight", 1, PreflightConfig, PreflightInputs, PreflightOutputs, run_preflight, _objections,
+    block="trainings", keeps_rows=True, grows_with_model=False,
+)  # fmt: skip

@@ -91,7 +91,7 @@ def model_card(
         language=config.settings.language,
         license=config.settings.license,
         library_name="transformers",
-        pipeline_tag="text-classification" if config.subject == "reward_model" else "text-generation",
+        pipeline_tag="text-generation",
         tags=["smoltulu", "tulu-3", config.subject.replace("_", "-")],
         base_model=base_model,
         model_name=config.recipe_name if own else None,

@@ -49,7 +49,7 @@ def build_publication(
             that the store recorded or the evaluations measured.
     """
     source = Path(inputs.model)
-    _check_publishable(source, is_reward_model=config.subject == "reward_model")
+    _check_publishable(source)
     lineage = {node: _manifest(Path(folder)) for node, folder in inputs.lineage.items()}
     evaluated = {node: _manifest(Path(folder)) for node, folder in inputs.evaluations.items()}
     evaluations = {node: EvaluationOutputs.model_validate(manifest.outputs) for node, manifest in evaluated.items()}
@@ -106,7 +106,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_publishable(folder: Path, *, is_reward_model: bool) -> None:
+def _check_publishable(folder: Path) -> None:
     check_model_folder(folder)
     pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES and path.name != "training_args.bin"]
     if pickles:
@@ -115,8 +115,6 @@ def _check_publishable(folder: Path, *, is_reward_model: bool) -> None:
             "convert them to safetensors and remove them"
         )
     for name, remedy in _NEEDED.items():
-        if name == "generation_config.json" and is_reward_model:
-            continue
         if not (folder / name).is_file():
             raise ValueError(f"the model folder has no {name}: {remedy}")
 
@@ -184,4 +182,5 @@ publish = Stage(
     inputs=PublishInputs,
     outputs=PublishOutputs,
     function=build_publication,
+    copies_model=True,
 )

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.contamination import BenchmarkReport, ContaminationOutputs
 from smoltulu.schemas.data import DatasetOutputs
+from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.charts import MAX_POINTS, line_chart, lineage, parse_history
@@ -22,8 +23,6 @@ from smoltulu.tasks.report.markup import anchor, clean, e, preformatted, readabl
 from smoltulu.tasks.report.preflight import preflight_section
 from smoltulu.tasks.report.style import STYLE
 from smoltulu.tasks.report.summary import grid_columns, preference_label, score_grid
-
-TRAINING_STAGES = ("base_model", "sft", "reward_model", "dpo", "rlvr")
 
 #: What a reader looks at first; everything else that was logged folds away below.
 FIRST_CURVES = (
@@ -185,7 +184,7 @@ def _curves(summary: RunSummary, manifests: Mapping[str, Manifest], folders: Map
     parts = []
     for run in summary.stages:
         manifest, folder = manifests.get(run.node), folders.get(run.node)
-        if manifest is None or folder is None or run.stage not in TRAINING_STAGES:
+        if manifest is None or folder is None:
             continue
         series = parse_history(_history_lines(manifest, folder))
         if not series:
@@ -227,7 +226,7 @@ def _history_lines(manifest: Manifest, folder: Path) -> list[str]:
 def _contamination(summary: RunSummary, manifests: Mapping[str, Manifest]) -> str:
     groups = []
     for run in summary.stages:
-        outputs = _outputs(ContaminationOutputs, manifests.get(run.node)) if run.stage == "contamination" else None
+        outputs = _outputs(ContaminationOutputs, manifests.get(run.node))
         if outputs is None:
             continue
         settings = manifests[run.node].spec.config.get("settings")
@@ -277,7 +276,7 @@ def _benchmark_row(benchmark: BenchmarkReport) -> str:
 def _data(summary: RunSummary, manifests: Mapping[str, Manifest]) -> str:
     rows = []
     for run in summary.stages:
-        outputs = _outputs(DatasetOutputs, manifests.get(run.node)) if run.stage == "dataset" else None
+        outputs = _outputs(DatasetOutputs, manifests.get(run.node))
         for position, source in enumerate(outputs.sources if outputs else ()):
             name = run.node.removeprefix("dataset-") if position == 0 else ""
             reasons = "".join(f"<small>{e(reason)}: {count:,}</small>" for reason, count in source.reasons.items())
@@ -306,7 +305,7 @@ def _lineage(manifests: Mapping[str, Manifest]) -> str:
         kind = stage.replace("_", "-")
         name = node.removeprefix(f"{kind}-") or node
         second = f"{stage if name != node else ''} {manifest.key[:6]}".strip()
-        labels[node] = (clean(name), clean(second), "model" if stage in TRAINING_STAGES else "")
+        labels[node] = (clean(name), clean(second), "model" if _outputs(ModelOutputs, manifest) else "")
     note = (
         "Top to bottom: who was made from what, with the first digits of the key. A line that a longer way implies is "
         "left out."

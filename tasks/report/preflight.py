@@ -17,7 +17,7 @@ def preflight_section(stages: Sequence[StageRun], manifests: Mapping[str, Manife
     """One line per preflight that was made; nothing where there is none."""
     rows = []
     for run in stages:
-        manifest = manifests.get(run.node) if run.stage == "preflight" else None
+        manifest = manifests.get(run.node)
         if manifest is None:
             continue
         try:

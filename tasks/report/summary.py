@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from smoltulu.schemas.artifact import ArtifactReference, Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
@@ -13,9 +13,6 @@ from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.preflight import preflight_figures
-
-#: Columns of the table of scores: stages whose model is a language model, in the order in which they are made.
-MODEL_STAGES = ("base_model", "sft", "dpo", "rlvr")
 
 
 def stage_runs(
@@ -55,11 +52,9 @@ def stage_runs(
 
 
 def collect_scores(made: Sequence[tuple[ArtifactReference, Manifest]]) -> tuple[RunScore, ...]:
-    """Every score of every evaluation; an evaluation whose outputs cannot be read is left out."""
+    """Every score of every evaluation, told by its outputs; one whose outputs cannot be read is left out."""
     scores = []
     for reference, manifest in made:
-        if reference.stage != "evaluation":
-            continue
         try:
             outputs = EvaluationOutputs.model_validate(manifest.outputs)
         except ValidationError:
@@ -121,10 +116,8 @@ def score_grid(scores: Sequence[RunScore]) -> dict[tuple[str, str], dict[str, Ru
 
 
 def grid_columns(scores: Sequence[RunScore]) -> list[str]:
-    """Subjects of the language-model scores: known stages in pipeline order, then others."""
-    subjects = [score.subject for score in scores if score.kind == "language_model"]
-    known = [stage for stage in MODEL_STAGES if stage in subjects]
-    return known + [subject for subject in dict.fromkeys(subjects) if subject not in MODEL_STAGES]
+    """Subjects of the language-model scores, in order of appearance: that of the run."""
+    return list(dict.fromkeys(score.subject for score in scores if score.kind == "language_model"))
 
 
 def preference_label(score: RunScore) -> str:
@@ -169,17 +162,18 @@ def markdown(summary: RunSummary) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def stage_table(reference: ArtifactReference) -> list[dict[str, str]]:
+def stage_table(reference: ArtifactReference, outputs_model: type[BaseModel]) -> list[dict[str, str]]:
     """Rows {metric, value} of a stage's Prefect table artifact: scores or benchmarks first, then the metrics."""
     rows = [("outcome", reference.outcome), ("key", reference.key[: text.SHORT_KEY])]
     try:
-        if reference.stage == "evaluation":
-            for score in EvaluationOutputs.model_validate(reference.outputs).scores:
+        outputs = outputs_model.model_validate(reference.outputs)
+        if isinstance(outputs, EvaluationOutputs):
+            for score in outputs.scores:
                 part = ", part of the task" if score.limited else ""
                 value = f"{text.score(score.value, score.stderr)} (n = {score.num_samples:,}{part})"
                 rows.append((f"{score.task} {score.metric}", value))
-        if reference.stage == "contamination":
-            for benchmark in ContaminationOutputs.model_validate(reference.outputs).benchmarks:
+        if isinstance(outputs, ContaminationOutputs):
+            for benchmark in outputs.benchmarks:
                 found = f"{benchmark.num_contaminated:,} of {benchmark.num_instances:,} instances"
                 rows.append(
                     (
@@ -187,8 +181,8 @@ def stage_table(reference: ArtifactReference) -> list[dict[str, str]]:
                         f"not checked: {benchmark.not_checked}" if benchmark.not_checked else found,
                     )
                 )
-        if reference.stage == "preflight":
-            rows += preflight_figures(PreflightOutputs.model_validate(reference.outputs)).items()
+        if isinstance(outputs, PreflightOutputs):
+            rows += preflight_figures(outputs).items()
     except ValidationError:
         rows.append(("outputs", "written by another version, not shown"))
     rows += [(name, text.number(value)) for name, value in sorted(reference.metrics.items())]

@@ -5,29 +5,15 @@ from __future__ import annotations
 import re
 from datetime import datetime
 
-SHORT_KEY = 8
+from smoltulu.schemas.recipe import Recipe
 
-STAGE_TITLES = {
-    "world": "World",
-    "dataset": "Data set",
-    "benchmark_index": "Benchmark index",
-    "contamination": "Contamination check",
-    "languages": "Language shares",
-    "base_model": "Base model",
-    "preflight": "Preflight",
-    "sft": "SFT",
-    "reward_model": "Reward model",
-    "reference_logps": "Reference log-probabilities",
-    "dpo": "DPO",
-    "rlvr": "RLVR",
-    "evaluation": "Evaluation",
-    "publish": "Publish",
-}
+SHORT_KEY = 8
 
 
 def title(stage: str) -> str:
-    """`reward_model` -> `Reward model`; an unknown name stays as it is."""
-    return STAGE_TITLES.get(stage, stage)
+    """What people read: the title of a recipe's block (`sft` -> `SFT`), else `reward_model` -> `Reward model`."""
+    field = Recipe.model_fields.get(stage)
+    return (field.title if field else None) or stage.replace("_", " ").capitalize()
 
 
 def number(value: float | int) -> str:

@@ -158,5 +158,6 @@ def _write_shard(file: Path, logps: np.ndarray) -> None:
 
 
 reference_logps = Stage(
-    "reference_logps", 1, ReferenceLogpsConfig, ReferenceLogpsInputs, ReferenceLogpsOutputs, run_reference_logps
-)
+    "reference_logps", 1, ReferenceLogpsConfig, ReferenceLogpsInputs, ReferenceLogpsOutputs, run_reference_logps,
+    block="dpo", distributed=True, eval_batch=True,
+)  # fmt: skip

@@ -163,4 +163,14 @@ def train_rlvr(
     return finish(trainer, tokenizer, context, num_steps, shown, config.gate)
 
 
-rlvr = Stage("rlvr", 2, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr, objections)
+def flops_per_token(config: RLVRSettings) -> float:
+    """A parameter: 2 to write a rollout, 2 for the reference where there is a KL term, 6 for each pass over it."""
+    return 2 + (2 if config.beta > 0 else 0) + 6 * config.num_iterations
+
+
+rlvr = Stage(
+    "rlvr", 2, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr, objections,
+    memory_advice=". All rollouts of a step are generated at once, whatever it is: lower max_completion_length, raise "
+    "compute.num_processes, or take a device with more memory. The checkpoints are kept",
+    flops=flops_per_token,
+)  # fmt: skip

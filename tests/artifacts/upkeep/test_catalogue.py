@@ -223,9 +223,9 @@ def test_what_was_made_from_it(store: HandStore) -> None:
     found, num_left = descendants(catalogue, made["sft"])
     assert num_left == 0 and [relative.ref.stage for relative in found] == ["dpo", "evaluation"]
     assert [(relative.ref, relative.mark) for relative in found[0].relatives] == [
-        (unfinished, "not finished"),
         (made["evaluation-dpo"], ""),
         (made["publish"], ""),
+        (unfinished, "not finished"),
     ]
     assert found[1].scores[0]["value"] == 0.25
     few, num_left = descendants(store.catalogue, made["sft"], limit=2)

@@ -125,7 +125,7 @@ def test_the_reward_model_starts_where_the_recipe_says() -> None:
     until = {"reward_model.start_from": "dpo"}
     assert "reward-model" not in Graph(load_recipe("tiny", until), until="dpo").nodes
     assert {"dpo", "reward-model"} <= set(Graph(load_recipe("tiny", until), until="reward_model").nodes)
-    with pytest.raises(ValueError, match=r"reward_model.start_from: dpo needs a dpo block"):
+    with pytest.raises(ValueError, match="reward_model: starts from the model of dpo; add a block dpo"):
         load_recipe({"extends": "tiny", "dpo": None, "reward_model": {"start_from": "dpo"}})
 
 

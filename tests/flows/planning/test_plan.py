@@ -33,7 +33,6 @@ from smoltulu.flows.planning.estimate import (
     estimated_seconds,
     estimated_tokens,
     totals,
-    training_flops,
 )
 from smoltulu.flows.planning.plan import Plan, PlanRow, drift, plan
 from smoltulu.flows.recipe import load_recipe
@@ -606,17 +605,6 @@ def test_estimates_by_hand() -> None:
     # 4 s a step (timed since the resume); twice the batch, three times the model, two processes.
     assert estimated_seconds(10, 8, 3000, 2, SEEN) == pytest.approx(10 * 4 * 2 * 3 / 2)
     assert estimated_seconds(10, 8, None, 1, SEEN) is None and estimated_seconds(10, 8, 3000, 1, None) is None
-
-
-@pytest.mark.parametrize(
-    ("stage", "options", "factor"),
-    [
-        ("sft", {}, 6), ("reward_model", {}, 6), ("dpo", {}, 6), ("rlvr", {}, 8),
-        ("rlvr", {"num_iterations": 2, "with_reference": True}, 16),
-    ],
-)  # fmt: skip
-def test_training_flops(stage: str, options: dict[str, Any], factor: int) -> None:
-    assert training_flops(stage, 1000, 50, **options) == factor * 50_000
 
 
 def test_the_closest_stage_is_of_the_same_device_then_of_the_nearest_size_then_of_the_same_rows() -> None:

@@ -603,7 +603,7 @@ def test_a_run_shows_one_line_a_training(model: Path, tmp_path: Path) -> None:
     reference = ArtifactReference(
         stage="preflight", node="preflight-sft", key="ab" * 32, digest="", path="", outputs=outputs, metrics={}
     )
-    table = {row["metric"]: row["value"] for row in stage_table(reference)}
+    table = {row["metric"]: row["value"] for row in stage_table(reference, PreflightOutputs)}
     assert table["Rows"] == "12 of 12" and table["Trained"].endswith(" %")
 
 

@@ -18,6 +18,7 @@ from smoltulu.schemas.run import RunSummary
 from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
 from smoltulu.tasks.report.charts import bucketed, direct_parents, layered, line_chart, parse_history, ticks
 from smoltulu.tasks.report.text import duration, number, percent, score
+from smoltulu.tasks.stages import STAGES
 
 NASTY = '<script>alert(1)</script><img src="https://evil.example/x.png" onerror=alert(2)>"\'&\x00\u202e\ud800 `|*'
 PARENTS = {
@@ -367,7 +368,7 @@ def test_stage_table_rows(tmp_path: Path) -> None:
             outputs=manifest.outputs,
             metrics=manifest.metrics,
         )
-        return {row["metric"]: row["value"] for row in stage_table(reference)}
+        return {row["metric"]: row["value"] for row in stage_table(reference, STAGES[reference.stage].outputs)}
 
     assert rows("sft")["tokens_per_second"] == "21,044" and rows("sft")["outcome"] == "Completed"
     assert rows("evaluation-sft")["tiny_arithmetic exact_match,strict-match"] == "0.702 ± 0.020 (n = 500)"
