@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,10 @@ from smoltulu.artifacts.nearest import Nearest, SpecIndex
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest, Spec
 
 DEFAULT_ROOT = Path("artifacts/store")
+#: What is said with a node and whom it waits for.
+WAITING = "%s: waiting for %s, which makes it"
+
+Log = logging.Logger | logging.LoggerAdapter
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,14 @@ class Missing:
 
     reason: str
     damaged: str | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn at making an artifact: another machine made it (`found`), or it is ours to make, then to `share`."""
+
+    found: Found | None = None
+    share: Callable[[Found], None] = lambda found: None
 
 
 class Store:
@@ -188,6 +201,31 @@ class Store:
         if (begun := layout.made_for(folder)) is None or begun != layout.look(folder).next_generation:
             return None
         return newest_checkpoint(folder / layout.WORK / layout.CHECKPOINTS)
+
+    # Where a shared store is behind this one, `artifacts.shared.door` does more.
+
+    def obtain(self, spec: Spec, input_digests: Mapping[str, str], node: str, log: Log) -> Found | None:
+        """The artifact of a spec, finished here or in the shared store, from where it is brought here; else None."""
+        found = self.find(spec, dict(input_digests))
+        if isinstance(found, Missing):
+            return None
+        self.touch(found)
+        return found
+
+    def published(self, spec: Spec, input_digests: Mapping[str, str]) -> Manifest | None:
+        """The manifest of a shared artifact that was made from these inputs. Raises RemoteError."""
+        return None
+
+    @contextlib.contextmanager
+    def turn(self, spec: Spec, input_digests: Mapping[str, str], node: str, log: Log, refresh: bool) -> Iterator[Turn]:
+        """The turn at making an artifact, among all machines; `refresh`: what they made does not count.
+
+        The caller holds the producer's lock.
+        """
+        yield Turn()
+
+    def share(self, found: Found, node: str, log: Log) -> None:
+        """Share an artifact that is only here: an upload was cut off, or the shared store was named later."""
 
     def nearest(self, spec: Spec) -> Nearest | None:
         """The finished artifact of the same stage with the fewest differing fields, and those fields old -> new."""
