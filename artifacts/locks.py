@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from smoltulu.artifacts.layout import LOCK, WRITER
+
 _TOLD_EVERY_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 
@@ -47,6 +49,13 @@ def try_lock(path: Path) -> Iterator[bool]:
             yield True
 
 
+@contextlib.contextmanager
+def hold_if_idle(folder: Path) -> Iterator[str | None]:
+    """Hold the locks of a key's folder until the block ends, and yield None; where it is in use, yield by whom."""
+    with try_lock(folder / LOCK) as is_free, try_lock(folder / WRITER) as is_idle:
+        yield None if is_free and is_idle else holder_text(folder)
+
+
 def write_holder(lock: IO[str]) -> None:
     """Say in a lock file who holds it: for people only, the lock itself is the kernel's."""
     lock.truncate(0)
@@ -54,10 +63,10 @@ def write_holder(lock: IO[str]) -> None:
     lock.flush()
 
 
-def holder_text(lock: Path) -> str:
-    """Who holds a lock, for a message."""
+def holder_text(folder: Path) -> str:
+    """Who holds the lock of a key's folder, for a message."""
     try:
-        record = json.loads(lock.read_text())
+        record = json.loads((folder / LOCK).read_text())
         return f"process {record['pid']} on {record['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

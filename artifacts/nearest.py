@@ -5,7 +5,6 @@ Reads no manifests and needs no pydantic: 10,000 artifacts are looked through in
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from smoltulu.artifacts.keys import canonical_json
+from smoltulu.artifacts.layout import CURRENT, MANIFEST, SPEC, read_pointer
+from smoltulu.artifacts.manifests import read_json
 
 #: Artifacts that are compared field by field.
 MOST_RANKED = 48
@@ -116,17 +117,16 @@ class SpecIndex:
     def _fields(self, folder: str) -> Flat | None:
         if folder not in self._flat:
             try:
-                spec = json.loads(Path(folder, "spec.json").read_bytes())
-            except (OSError, ValueError, RecursionError):
-                spec = None
-            self._flat[folder] = flat(spec) if isinstance(spec, dict) else None
+                self._flat[folder] = flat(read_json(Path(folder, SPEC)))
+            except ValueError:
+                self._flat[folder] = None
         return self._flat[folder]
 
     def _last_used(self, folder: str) -> int | None:
         """Time of change of the pointer in ns; None where nothing was finished."""
         if folder not in self._used:
             try:
-                self._used[folder] = os.stat(f"{folder}/current").st_mtime_ns
+                self._used[folder] = os.stat(f"{folder}/{CURRENT}").st_mtime_ns
             except OSError:
                 self._used[folder] = None
         return self._used[folder]
@@ -135,11 +135,10 @@ class SpecIndex:
 def read_generation(folder: Path) -> dict[str, Any] | None:
     """The manifest of the current generation of a key as plain JSON; None where it cannot be read."""
     try:
-        name = (folder / "current").read_text().strip()
-        manifest = json.loads((folder / name / "manifest.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        pointer = read_pointer(folder)
+        return read_json(folder / pointer.name / MANIFEST) if pointer else None
+    except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) else None
 
 
 def _read(stage: Path) -> Iterator[tuple[str, frozenset[bytes]]]:
@@ -151,7 +150,7 @@ def _read(stage: Path) -> Iterator[tuple[str, frozenset[bytes]]]:
         return
     for folder in folders:
         try:
-            with open(f"{folder}/spec.json", "rb", buffering=0) as file:
+            with open(f"{folder}/{SPEC}", "rb", buffering=0) as file:
                 yield folder, frozenset(file.read().split(b","))
         except OSError:
             continue

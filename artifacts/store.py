@@ -1,24 +1,19 @@
-"""The local artifact store: lookup, lock, commit, explain.
-
-Layout of `root/<stage>/<key>/`: `spec.json` (what the key is made of), `lock` (kernel lock of the producer), `writer`
-(kernel lock of every process that writes), `work/` (trainer checkpoints; survives failures), `gen-NNNN/` (a whole
-artifact: files and `manifest.json`, appears by one rename), `current` (name of the newest generation; its time of
-change: last used), `damaged-gen-NNNN-…/` (set aside, with `reason.txt`).
-"""
+"""The local artifact store: lookup, lock, commit, explain. What lies where: artifacts/layout.py."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import json
+import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from smoltulu.artifacts import layout
 from smoltulu.artifacts.checkpoints import newest_checkpoint
 from smoltulu.artifacts.files import remove_tree, sync, write_atomically
 from smoltulu.artifacts.keys import (
@@ -33,10 +28,11 @@ from smoltulu.artifacts.locks import holder_text, take, write_holder
 from smoltulu.artifacts.nearest import Nearest, SpecIndex
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest, Spec
 
-MANIFEST = "manifest.json"
 DEFAULT_ROOT = Path("artifacts/store")
+#: What is said with a node and whom it waits for.
+WAITING = "%s: waiting for %s, which makes it"
 
-_GENERATION = re.compile(r"gen-(\d{4,})")
+Log = logging.Logger | logging.LoggerAdapter
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,14 @@ class Missing:
     damaged: str | None = None
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A turn at making an artifact: another machine made it (`found`), or it is ours to make, then to `share`."""
+
+    found: Found | None = None
+    share: Callable[[Found], None] = lambda found: None
+
+
 class Store:
     """Artifacts under one local folder. Errors: OSError where the folder cannot be written."""
 
@@ -63,7 +67,7 @@ class Store:
 
     def folder(self, spec: Spec) -> Path:
         """Folder of everything about one key."""
-        return self.root / spec.stage / artifact_key(spec)
+        return layout.key_path(self.root, spec.stage, artifact_key(spec))
 
     def find(self, spec: Spec, input_digests: dict[str, str] | None = None) -> Found | Missing:
         """The current generation of a spec if it is whole, and not stale against `input_digests` (binding -> digest).
@@ -72,19 +76,20 @@ class Store:
         """
         folder = self.folder(spec)
         try:
-            name = (folder / "current").read_text().strip()
-        except FileNotFoundError:
-            resumable = newest_checkpoint(folder / "work" / "checkpoints") is not None
-            return Missing("resumable work is there" if resumable else "never made")
-        except (OSError, UnicodeDecodeError) as error:
+            pointer = layout.read_pointer(folder)
+        except OSError as error:
             return Missing(f"pointer to the current generation is unreadable: {error}")
-        if not _GENERATION.fullmatch(name):
+        if pointer is None:
+            resumable = newest_checkpoint(folder / layout.WORK / layout.CHECKPOINTS) is not None
+            return Missing("resumable work is there" if resumable else "never made")
+        name = pointer.name
+        if not layout.number_of(name):
             return Missing("pointer to the current generation is damaged")
         generation = folder / name
         if not generation.exists():
-            aside = next(iter(sorted(folder.glob(f"damaged-{name}-*/reason.txt"))), None)
-            why = aside.read_text(errors="replace").strip() if aside else None
-            return Missing(f"{name} was set aside: {why}" if aside else f"{name} is gone")
+            aside = layout.look(folder).set_aside(name)
+            why = f"was set aside: {layout.reason_of(folder / aside[0])}" if aside else "is gone"
+            return Missing(f"{name} {why}")
         try:
             manifest = read_manifest(generation)
         except FileNotFoundError:
@@ -104,7 +109,7 @@ class Store:
     def touch(self, found: Found) -> None:
         """Note that an artifact is used now: `gc` keeps what was used lately. No error on a read-only store."""
         with contextlib.suppress(OSError):
-            os.utime(found.folder.parent / "current")
+            os.utime(found.folder.parent / layout.CURRENT)
 
     def verify(self, found: Found) -> list[str]:
         """What is wrong with an artifact's bytes, a sentence each: every file is read and hashed."""
@@ -113,7 +118,7 @@ class Store:
             faults = list(pool.map(lambda name: _wrong_bytes(found.folder / name, name, files[name]), files))
         present = {
             path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*") if not path.is_dir()
-        } - {MANIFEST}
+        } - {layout.MANIFEST}
         extra = [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
         return [fault for fault in faults if fault is not None] + extra
 
@@ -122,9 +127,9 @@ class Store:
 
         `current` keeps naming it: an older generation must not slip into its place unasked.
         """
-        target = folder / f"damaged-{generation}-{time.time_ns()}"
+        target = folder / f"{layout.ASIDE_PREFIX}{generation}-{time.time_ns()}"
         (folder / generation).rename(target)
-        write_atomically(target / "reason.txt", reason + "\n")
+        write_atomically(target / layout.REASON, reason + "\n")
         return target
 
     @contextlib.contextmanager
@@ -136,17 +141,20 @@ class Store:
         """
         folder = self.folder(spec)
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "a+") as lock, open(folder / "writer", "a+") as writer:
-            take(lock.fileno(), lambda: waiting(holder_text(folder / "lock")))
+        with open(folder / layout.LOCK, "a+") as lock, open(folder / layout.WRITER, "a+") as writer:
+            take(lock.fileno(), lambda: waiting(holder_text(folder)))
             write_holder(lock)
             take(writer.fileno(), lambda: waiting("a stage process that outlived its parent"))
             # Children hold `writer` shared for as long as they live; we only needed to know that none is left.
             fcntl.flock(writer.fileno(), fcntl.LOCK_UN)
             text = canonical_json(spec.model_dump())
             # Compared, not only looked for: `plan` explains by it, and a byte of it may have gone bad.
-            if not (folder / "spec.json").exists() or (folder / "spec.json").read_bytes() != text.encode():
-                write_atomically(folder / "spec.json", text)
-            _finish_commit(folder)
+            if not (folder / layout.SPEC).exists() or (folder / layout.SPEC).read_bytes() != text.encode():
+                write_atomically(folder / layout.SPEC, text)
+            # A producer that was killed after its rename left a whole generation without a pointer.
+            there = layout.look(folder)
+            if there.newest is not None and there.newest != there.current:
+                write_atomically(folder / layout.CURRENT, there.newest)
             yield folder
 
     def open_work(self, folder: Path) -> Path:
@@ -154,14 +162,12 @@ class Store:
 
         Left-overs of a generation that was committed are no unfinished work: going on from them would only copy it.
         """
-        work = folder / "work"
-        wanted = _next_generation(folder)
-        made_for = work / "generation"
-        if work.exists() and (not made_for.exists() or made_for.read_bytes() != wanted.encode()):
+        work, wanted = folder / layout.WORK, layout.look(folder).next_generation
+        if layout.made_for(folder) != wanted:
             remove_tree(work)
-        (work / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if not made_for.exists():
-            write_atomically(made_for, wanted)
+            work.mkdir()
+            write_atomically(work / layout.MADE_FOR, wanted)
+        (work / layout.CHECKPOINTS).mkdir(exist_ok=True)
         return work
 
     def commit(self, spec: Spec, output: Path, draft: Callable[[dict[str, FileRecord], str], Manifest]) -> Found:
@@ -169,34 +175,57 @@ class Store:
 
         `draft(files, digest)` gives the manifest. The caller holds the producer's lock.
         """
-        (output / MANIFEST).unlink(missing_ok=True)
+        (output / layout.MANIFEST).unlink(missing_ok=True)
         files = folder_records(output)
         manifest = draft(files, records_digest(files))
         manifest = manifest.model_copy(update={"checksum": manifest_checksum(manifest)})
         for name in files:
             sync(output / name)
-        write_atomically(output / MANIFEST, manifest.model_dump_json(indent=1))
+        write_atomically(output / layout.MANIFEST, manifest.model_dump_json(indent=1))
         return self.adopt(spec, output, manifest)
 
     def adopt(self, spec: Spec, whole: Path, manifest: Manifest) -> Found:
         """Make a whole folder, manifest included, the newest generation. The caller holds the producer's lock."""
         folder = self.folder(spec)
-        generation = folder / _next_generation(folder)
+        generation = folder / layout.look(folder).next_generation
         whole.rename(generation)
         sync(folder)
-        write_atomically(folder / "current", generation.name)
-        remove_tree(folder / "work")
+        write_atomically(folder / layout.CURRENT, generation.name)
+        remove_tree(folder / layout.WORK)
         return Found(manifest, generation)
 
     def unfinished(self, spec: Spec) -> tuple[int, Path] | None:
         """Step and folder of the checkpoint that the next attempt at a spec goes on from (see `open_work`)."""
         folder = self.folder(spec)
-        try:
-            if (folder / "work" / "generation").read_text() != _next_generation(folder):
-                return None
-        except (OSError, UnicodeDecodeError):
+        # Asked for every stage of a plan: the folder is listed only where there is work.
+        if (begun := layout.made_for(folder)) is None or begun != layout.look(folder).next_generation:
             return None
-        return newest_checkpoint(folder / "work" / "checkpoints")
+        return newest_checkpoint(folder / layout.WORK / layout.CHECKPOINTS)
+
+    # Where a shared store is behind this one, `artifacts.shared.door` does more.
+
+    def obtain(self, spec: Spec, input_digests: Mapping[str, str], node: str, log: Log) -> Found | None:
+        """The artifact of a spec, finished here or in the shared store, from where it is brought here; else None."""
+        found = self.find(spec, dict(input_digests))
+        if isinstance(found, Missing):
+            return None
+        self.touch(found)
+        return found
+
+    def published(self, spec: Spec, input_digests: Mapping[str, str]) -> Manifest | None:
+        """The manifest of a shared artifact that was made from these inputs. Raises RemoteError."""
+        return None
+
+    @contextlib.contextmanager
+    def turn(self, spec: Spec, input_digests: Mapping[str, str], node: str, log: Log, refresh: bool) -> Iterator[Turn]:
+        """The turn at making an artifact, among all machines; `refresh`: what they made does not count.
+
+        The caller holds the producer's lock.
+        """
+        yield Turn()
+
+    def share(self, found: Found, node: str, log: Log) -> None:
+        """Share an artifact that is only here: an upload was cut off, or the shared store was named later."""
 
     def nearest(self, spec: Spec) -> Nearest | None:
         """The finished artifact of the same stage with the fewest differing fields, and those fields old -> new."""
@@ -218,7 +247,7 @@ class ManifestVersionError(ValueError):
 
 def read_manifest(generation: Path) -> Manifest:
     """The manifest of a generation. Raises OSError, ManifestVersionError, or ValueError where it is damaged."""
-    text = (generation / MANIFEST).read_text()
+    text = (generation / layout.MANIFEST).read_text()
     version = json.loads(text)["schema_version"] if '"schema_version"' in text else None
     if isinstance(version, int) and version != MANIFEST_SCHEMA_VERSION:
         age = "newer" if version > MANIFEST_SCHEMA_VERSION else "older"
@@ -248,21 +277,3 @@ def _wrong_bytes(path: Path, name: str, record: FileRecord) -> str | None:
         return None if file_digest(path) == record.blake3 else f"{name} has other bytes than its manifest says"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
-
-
-def _next_generation(folder: Path) -> str:
-    """A name that no generation of the key ever had, one that was set aside included."""
-    names = (path.name.removeprefix("damaged-") for path in folder.glob("*gen-[0-9]*"))
-    taken = [int(match.group(1)) for name in names if (match := _GENERATION.match(name))]
-    return f"gen-{max(taken, default=0) + 1:04d}"
-
-
-def _finish_commit(folder: Path) -> None:
-    """Point `current` at the newest generation: a producer killed after its rename left a whole one without pointer."""
-    whole = sorted(path.parent.name for path in folder.glob(f"gen-[0-9]*/{MANIFEST}"))
-    try:
-        pointed = (folder / "current").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        pointed = ""
-    if whole and (not _GENERATION.fullmatch(pointed) or pointed < whole[-1]):
-        write_atomically(folder / "current", whole[-1])

@@ -7,6 +7,7 @@ was interrupted goes on with the shards that are missing.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from prefect.states import Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from smoltulu.artifacts.store import Found, Store
+from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.audit_graph import INDEX, AuditGraph
 from smoltulu.flows.logs import shield_run_logs
 from smoltulu.flows.runs import begin_run, end_run
@@ -26,10 +27,9 @@ from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.contamination import ContaminationOutputs, Shard, ShardResult
 from smoltulu.schemas.languages import LanguageOutputs
 from smoltulu.tasks.data.benchmarks import load_registry
-from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.engine.launch import stop_children
 from smoltulu.tasks.engine.runner import Job, run_stage
-from smoltulu.tasks.engine.sharing import open_remote
+from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.report.audit import write_audit_report
 from smoltulu.tasks.report.contamination_table import table_rows
 from smoltulu.tasks.report.text import artifact_key
@@ -42,7 +42,9 @@ Data = Annotated[
 @task(cache_policy=NO_CACHE, persist_result=False)
 def make(job: Job, store_root: str) -> State[ArtifactReference]:
     """One stage, made or found."""
-    reference = run_stage(job, Store(Path(store_root)), get_run_logger(), open_remote(job.compute))
+    # Opened here: this may be another machine, with another working folder.
+    store = open_store(job.compute.model_copy(update={"store": store_root}))
+    reference = run_stage(job, store, get_run_logger())
     return Completed(name=reference.outcome, message=reference.path, data=reference)
 
 
@@ -63,7 +65,7 @@ def audit_data(data: Data, settings: AuditSettings = AuditSettings()) -> dict[st
     shield_run_logs()
     log = get_run_logger()
     graph = AuditGraph(data, settings)
-    store = Store(expand_path(settings.compute.store))
+    store = open_store(settings.compute)
     log.info("audit of %s: %d benchmarks, store %s", ", ".join(data), len(graph.benchmarks), store.root)
     for report in graph.unreachable:
         log.warning("%s: not checked: %s", report.name, report.not_checked)
@@ -112,11 +114,13 @@ def _scan_ahead(graph: AuditGraph, store: Store, name: str, made: dict[str, Arti
     from smoltulu.tasks.contamination.scan import plan_shards
 
     job = graph.job(name, made)
-    if isinstance(store.find(job.spec, {key: record.digest for key, record in job.input_records.items()}), Found):
+    log = get_run_logger()
+    digests = {key: record.digest for key, record in job.input_records.items()}
+    if store.obtain(job.spec, digests, name, log) is not None:
         return
     shards = plan_shards(Path(job.inputs.dataset))  # type: ignore[attr-defined]
     # Opened as the stage opens it, or the stage would take what lies there for left-overs and remove it.
-    with store.producer(job.spec, lambda whom: get_run_logger().info("%s: waiting for %s", name, whom)) as key_folder:
+    with store.producer(job.spec, partial(log.info, "%s: waiting for %s", name)) as key_folder:
         folder = store.open_work(key_folder) / "shards"
     folder.mkdir(exist_ok=True)
     index = made[INDEX].path

@@ -13,7 +13,6 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from smoltulu.artifacts.store import Store
 from smoltulu.flows.follow_worker import follow_worker
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import shield_run_logs
@@ -22,10 +21,9 @@ from smoltulu.flows.recipe import load_recipe
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs
-from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.engine.launch import stop_children
 from smoltulu.tasks.engine.runner import reference_to, run_stage
-from smoltulu.tasks.engine.sharing import find_anywhere, open_remote
+from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.evaluation.sampling import paired_difference
 from smoltulu.tasks.report import artifact_key
 
@@ -99,8 +97,7 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
     log = get_run_logger()
     checked = load_recipe(recipe, overrides)
     graph = Graph(checked)
-    store = Store(expand_path(checked.compute.store))
-    remote = open_remote(checked.compute)
+    store = open_store(checked.compute)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
     finished: dict[str, ArtifactReference] = {}
@@ -111,12 +108,12 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         digests = {dotted: finished[binding.node].digest for dotted, binding in node.bindings().items()}
         if node.stage.makes(EvaluationOutputs):
             digests = {}  # last night's is compared with, whatever was made again since
-        if (found := find_anywhere(graph.spec(name), digests, store, remote, name, log)) is not None:
+        if (found := store.obtain(graph.spec(name), digests, name, log)) is not None:
             finished[name] = reference_to(found, node.stage.name, name, "Cached")
 
     @task(cache_policy=NO_CACHE, persist_result=False)
     def measure(node: str) -> Any:
-        reference = run_stage(graph.job(node, finished, refresh=True), store, get_run_logger(), remote)
+        reference = run_stage(graph.job(node, finished, refresh=True), store, get_run_logger())
         return Completed(name=reference.outcome, message=reference.path, data=reference)
 
     evaluations = [

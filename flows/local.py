@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING
 
 from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import load_recipe, parse_overrides
 from smoltulu.schemas.artifact import ArtifactReference
-from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.engine.runner import run_stage
-from smoltulu.tasks.engine.sharing import open_remote
-
-if TYPE_CHECKING:
-    from smoltulu.artifacts.shared.remote import Remote
+from smoltulu.tasks.engine.stores import open_store
 
 
-def run_graph(
-    graph: NodeGraph, store: Store, log: logging.Logger, remote: Remote | None = None
-) -> dict[str, ArtifactReference]:
+def run_graph(graph: NodeGraph, store: Store, log: logging.Logger) -> dict[str, ArtifactReference]:
     """Every node of a graph, made or found, in its order. Errors: as `run_stage`."""
     references: dict[str, ArtifactReference] = {}
     for name, node in graph.nodes.items():
         upstream = {binding.node: references[binding.node] for binding in node.bindings().values()}
-        references[name] = run_stage(graph.job(name, upstream), store, log, remote)
+        references[name] = run_stage(graph.job(name, upstream), store, log)
         log.info("%s: %s %s", name, references[name].outcome.lower(), references[name].key[:12])
     return references
 
@@ -38,8 +31,8 @@ def run_graph(
 def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     recipe = load_recipe(arguments[0], parse_overrides(arguments[1:]))
-    store, remote = Store(expand_path(recipe.compute.store)), open_remote(recipe.compute)
-    run_graph(Graph(recipe), store, logging.getLogger("smoltulu.local"), remote)
+    store = open_store(recipe.compute)
+    run_graph(Graph(recipe), store, logging.getLogger("smoltulu.local"))
     return 0
 
 

@@ -28,10 +28,9 @@ from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.publish import PublishOutputs
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
-from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.engine.launch import stop_children
 from smoltulu.tasks.engine.runner import run_stage
-from smoltulu.tasks.engine.sharing import open_remote
+from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.progress import duration
 from smoltulu.tasks.publish.push import check_push_access, push_model
 from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
@@ -72,8 +71,7 @@ def smoltulu(
     if checked.publish is not None and checked.publish.repository and token:
         check_push_access(checked.publish, token)
     graph = Graph(checked, until)
-    store = Store(expand_path(checked.compute.store))
-    remote = open_remote(checked.compute)
+    store = open_store(checked.compute)
     log.info("recipe %s: %d steps, store %s", checked.name, len(graph.nodes), store.root)
 
     started_at = datetime.now(UTC)
@@ -90,7 +88,7 @@ def smoltulu(
             began = time.monotonic()
             try:
                 job = graph.job(node, upstream, refresh=graph.nodes[node].stage.name in refresh)
-                reference = run_stage(job, store, task_log, remote)
+                reference = run_stage(job, store, task_log)
             except Exception as error:
                 failures[node] = str(error)
                 raise

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from smoltulu.artifacts.files import write_atomically
+from smoltulu.artifacts.layout import RUNS, record_path
 from smoltulu.artifacts.store import Store
-from smoltulu.artifacts.upkeep.catalogue import RUNS
 from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.schemas.run import RunRecord
 
@@ -40,9 +40,9 @@ def end_run(store: Store, record: RunRecord, state: str, outcomes: dict[str, str
 
 
 def _write(store: Store, record: RunRecord) -> None:
-    folder = store.root / RUNS
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{Path(record.run_name).name}.json", record.model_dump_json(indent=1))
+    file = record_path(store.root, RUNS, Path(record.run_name).name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, record.model_dump_json(indent=1))
 
 
 def _now() -> str:

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel, ValidationError
 
 from smoltulu.artifacts.keys import artifact_key, records_digest
+from smoltulu.artifacts.layout import MANIFEST
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest
 
-MANIFEST = "manifest.json"
 #: Folder in the target of a pull: what is not finished yet.
 PULL_STATE = ".pull"
 _MAX_NAME_BYTES = 1024

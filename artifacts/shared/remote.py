@@ -22,9 +22,9 @@ from blake3 import blake3
 
 from smoltulu.artifacts.files import remove_tree, sync
 from smoltulu.artifacts.keys import file_digest
+from smoltulu.artifacts.layout import MANIFEST
 from smoltulu.artifacts.shared import lease as leases
 from smoltulu.artifacts.shared.format import (
-    MANIFEST,
     PULL_STATE,
     Part,
     RemoteArtifact,

@@ -19,13 +19,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from smoltulu.artifacts import layout
+from smoltulu.artifacts.layout import KeyFolder
 from smoltulu.artifacts.manifests import InputRef, Ref, dig, inputs_of, num_bytes_of, read_json, scores_of
 from smoltulu.schemas.run import RunRecord, TagRecord
 
-KEY = re.compile(r"[0-9a-f]{64}")
-GENERATION = re.compile(r"gen-\d+")
-#: Folders of the root that hold no artifacts.
-RUNS, TAGS = "runs", "tags"
 _QUOTED_KEY = re.compile(rb'"([0-9a-f]{64})"')
 _MIN_PREFIX = 4
 _SAME_START_SECONDS = 60.0
@@ -42,49 +40,6 @@ class Generation:
     inputs: tuple[InputRef, ...] = ()
     num_bytes: int = 0
     problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class KeyFolder:
-    """What lies in the folder of one key.
-
-    current    name that the pointer holds, whether or not that generation is there; None without a pointer
-    last_used  modification time of the pointer in ns; 0 without one
-    whole      generations with a manifest, oldest first
-    headless   generations without one: never written by us
-    damaged    generations that were set aside
-    leftovers  temporary files and trash
-    is_link    the folder, or its stage's, is a symbolic link
-    """
-
-    ref: Ref
-    path: Path
-    has_spec: bool = False
-    current: str | None = None
-    last_used: int = 0
-    whole: tuple[str, ...] = ()
-    headless: tuple[str, ...] = ()
-    damaged: tuple[str, ...] = ()
-    has_work: bool = False
-    has_pull: bool = False
-    leftovers: tuple[str, ...] = ()
-    is_link: bool = False
-
-    @property
-    def newest(self) -> str | None:
-        """The generation that counts: as `Store.producer` would have it.
-
-        A newer whole one than the pointer names was left by a kill just before it was pointed at. An older one does not
-        slip into the place of one that was set aside.
-        """
-        pointed = self.current if self.current and GENERATION.fullmatch(self.current) else ""
-        return self.whole[-1] if self.whole and self.whole[-1] >= pointed else None
-
-    @property
-    def next_generation(self) -> str:
-        """Name that the next generation gets; `work/generation` names it where `work` is for that one."""
-        numbers = re.findall(r"gen-(\d+)", " ".join([*self.whole, *self.headless, *self.damaged]))
-        return f"gen-{max(map(int, numbers), default=0) + 1:04d}"
 
 
 @dataclass
@@ -107,13 +62,13 @@ class Catalogue:
         """Every key that was ever begun."""
         found = []
         for stage in self._scan(self.root):
-            if stage.name in (RUNS, TAGS) or stage.name.startswith("."):
+            if stage.name in (layout.RUNS, layout.TAGS) or stage.name.startswith("."):
                 continue
             if not os.path.isdir(stage.path):
                 self._note(f"{stage.name}: not ours, left alone")
                 continue
             for entry in self._scan(Path(stage.path)):
-                if KEY.fullmatch(entry.name) and _is_folder(entry):
+                if layout.KEY.fullmatch(entry.name) and _is_folder(entry):
                     found.append(Ref(stage.name, entry.name))
                 elif not entry.name.startswith("."):
                     self._note(f"{stage.name}/{entry.name}: not ours, left alone")
@@ -123,7 +78,8 @@ class Catalogue:
         """Keys that begin with `prefix`, or with the part after `stage/`; not those of which gc left only the lock."""
         stage, slash, start = prefix.rpartition("/")
         found = [ref for ref in self.refs if ref.key.startswith(start) and (not slash or ref.stage == stage)]
-        return sorted(ref for ref in found if {entry.name for entry in self._scan(self.path(ref))} - {"lock", "writer"})
+        locks = {layout.LOCK, layout.WRITER}
+        return sorted(ref for ref in found if {entry.name for entry in self._scan(self.path(ref))} - locks)
 
     def resolve(self, what: str) -> Ref | RunRecord:
         """What a user means by a tag's name, a run's name, or a key's first digits. ValueError says what is there."""
@@ -146,61 +102,31 @@ class Catalogue:
                 raise ValueError(f"{what!r} means {len(found)} keys: {shown}{more}; give more digits")
         import difflib
 
-        names = [*tags, *(path.stem for path in self._records(RUNS))]
+        names = [*tags, *(path.stem for path in self._records(layout.RUNS))]
         near = difflib.get_close_matches(what, names, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "; `smoltulu runs` lists the runs"
         raise ValueError(f"{self.root} has no key, tag or run {what!r}{hint}")
 
     def path(self, ref: Ref) -> Path:
         """Folder of a key."""
-        return self.root / ref.stage / ref.key
+        return layout.key_path(self.root, ref.stage, ref.key)
 
     def folder(self, ref: Ref) -> KeyFolder:
         """What lies in the folder of a key; all empty where it does not exist."""
-        path = self.path(ref)
-        names: dict[str, list[str]] = {"whole": [], "headless": [], "damaged": [], "leftovers": []}
-        current, last_used, has_work, has_pull, has_spec = None, 0, False, False, False
-        for entry in self._scan(path):
-            name = entry.name
-            if name in ("lock", "writer"):
-                continue
-            if name == "spec.json":
-                has_spec = True
-            elif name == "current":
-                current, last_used = self._pointer(Path(entry.path))
-            elif name == "work":
-                has_work = True
-            elif name == "pull":
-                has_pull = True
-            elif GENERATION.fullmatch(name):
-                names["whole" if os.path.exists(f"{entry.path}/manifest.json") else "headless"].append(name)
-            elif name.startswith("damaged-"):
-                names["damaged"].append(name)
-            elif name.startswith("."):
-                names["leftovers"].append(name)
-        sorted_names = {kind: tuple(sorted(found)) for kind, found in names.items()}
-        return KeyFolder(
-            ref,
-            path,
-            has_spec,
-            current,
-            last_used,
-            has_work=has_work,
-            has_pull=has_pull,
-            is_link=path.is_symlink() or path.parent.is_symlink(),
-            **sorted_names,
-        )
+        return layout.look(self.path(ref), self._passed_over)
 
     def manifest(self, ref: Ref, generation: str | None = None) -> dict[str, Any]:
         """A manifest as plain JSON, of the current generation unless one is named. ValueError says what is wrong."""
         if generation is None:
             # Straight to the pointer: listing a whole folder first would cost more than the manifest.
-            generation = self._pointer(self.path(ref) / "current")[0]
-            if generation is None or not GENERATION.fullmatch(generation):
-                generation = self.folder(ref).newest
+            try:
+                pointer = layout.read_pointer(self.path(ref))
+            except OSError:
+                pointer = None  # said by `folder`
+            generation = pointer.name if pointer and layout.number_of(pointer.name) else self.folder(ref).newest
             if generation is None:
                 raise ValueError("is gone: the artifact is not finished")
-        return read_json(self.path(ref) / generation / "manifest.json")
+        return read_json(self.path(ref) / generation / layout.MANIFEST)
 
     def generation(self, ref: Ref, name: str) -> Generation:
         """What listing needs of one generation."""
@@ -217,7 +143,7 @@ class Catalogue:
         """Keys (and other 64-digit digests) that the spec of an artifact names, finished or not; cheap."""
         try:
             # Without pathlib, whose joins would cost more than the reading.
-            with open(f"{self.root}/{ref.stage}/{ref.key}/spec.json", "rb", buffering=0) as file:
+            with open(f"{self.root}/{ref.stage}/{ref.key}/{layout.SPEC}", "rb", buffering=0) as file:
                 text = file.read()
         except OSError:
             try:
@@ -264,19 +190,19 @@ class Catalogue:
 
     def runs(self) -> list[RunRecord]:
         """Every run, newest first."""
-        found = [run for path in self._records(RUNS) if (run := self.run(path.stem)) is not None]
+        found = [run for path in self._records(layout.RUNS) if (run := self.run(path.stem)) is not None]
         return sorted(found, key=lambda run: (run.started_at, run.run_name), reverse=True)
 
     def run(self, name: str) -> RunRecord | None:
         """A run by its name; None where there is none that can be read."""
-        path = self.root / RUNS / f"{name}.json"
+        path = layout.record_path(self.root, layout.RUNS, name)
         if "/" in name or not os.path.isfile(path):
             return None
         return self._record(path, RunRecord)
 
     def tags(self) -> dict[str, TagRecord]:
         """Tag -> what it names."""
-        pairs = ((path.stem, self._record(path, TagRecord)) for path in self._records(TAGS))
+        pairs = ((path.stem, self._record(path, TagRecord)) for path in self._records(layout.TAGS))
         return {name: record for name, record in pairs if record is not None}
 
     def _records(self, folder: str) -> list[Path]:
@@ -291,31 +217,16 @@ class Catalogue:
             where = ".".join(str(part) for part in first["loc"])
             self._note(f"{path.parent.name}/{path.name}: passed over, {where} {first['msg']}".replace(",  ", ", "))
         except OSError as error:
-            self._note(f"{path.parent.name}/{path.name}: passed over, {error.strerror}")
+            self._passed_over(path, error)
         return None
 
     # Reading
 
     def _scan(self, folder: Path) -> list[os.DirEntry[str]]:
-        try:
-            with os.scandir(folder) as entries:
-                return sorted(entries, key=lambda entry: entry.name)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            self._note(f"{folder.relative_to(self.root)}: passed over, {error.strerror}")
-            return []
+        return layout.scan(folder, self._passed_over)
 
-    def _pointer(self, path: Path) -> tuple[str | None, int]:
-        try:
-            with open(path, "rb") as file:
-                name = file.read(4096).decode(errors="replace").split()
-                return (name[0] if name else ""), os.fstat(file.fileno()).st_mtime_ns
-        except FileNotFoundError:
-            return None, 0
-        except OSError as error:
-            self._note(f"{path.relative_to(self.root)}: passed over, {error.strerror}")
-            return None, 0
+    def _passed_over(self, path: Path, error: OSError) -> None:
+        self._note(f"{path.relative_to(self.root)}: passed over, {error.strerror}")
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+from smoltulu.artifacts import layout
 from smoltulu.artifacts.files import TRASH_PREFIX
+from smoltulu.artifacts.layout import KeyFolder
 from smoltulu.artifacts.locks import holder_text, try_lock
 from smoltulu.artifacts.manifests import Ref
-from smoltulu.artifacts.upkeep.catalogue import RUNS, TAGS, Catalogue, Generation, KeyFolder, is_alive
+from smoltulu.artifacts.upkeep.catalogue import Catalogue, Generation, is_alive
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION
 from smoltulu.schemas.run import RunRecord
 
@@ -175,7 +177,7 @@ class _Planner:
         alive = is_alive(run)
         if alive is None:
             # On another host, where we cannot look. What it makes right now is locked; forever is too long, though.
-            return _mtime(self.catalogue.root / RUNS / f"{run.run_name}.json") > self.horizon
+            return _mtime(layout.record_path(self.catalogue.root, layout.RUNS, run.run_name)) > self.horizon
         return alive
 
     def _last_used(self, folder: KeyFolder) -> float:
@@ -183,40 +185,36 @@ class _Planner:
             return 0.0
         if folder.current:
             return folder.last_used / 1e9
-        return _mtime(folder.path / folder.newest / "manifest.json")
+        return _mtime(folder.path / folder.newest / layout.MANIFEST)
 
     def _is_resumable(self, folder: KeyFolder) -> bool:
         """Whether work or a download is there that the next attempt goes on from."""
         if folder.newest is None:
-            return folder.has_work or folder.has_pull
-        try:
-            return folder.has_work and (folder.path / "work" / "generation").read_text() == folder.next_generation
-        except (OSError, UnicodeDecodeError):
-            return False
+            return bool(folder.begun)
+        return layout.WORK in folder.begun and layout.made_for(folder.path) == folder.next_generation
 
     def _changed(self, folder: KeyFolder) -> float:
-        return max(_newest_change(folder.path / name) for name in ("work", "pull"))
+        return max(_newest_change(folder.path / name) for name in (layout.WORK, layout.PULL))
 
     # Sweep
 
     def _whole_key(self, folder: KeyFolder) -> Removal | None:
         """Everything of a key that nothing needs, but what was set aside lately."""
         aside = {*folder.damaged, *folder.headless}
-        parts = _parts_begun(folder)
-        names = [*folder.whole, *parts, *folder.leftovers]
+        names = [*folder.whole, *folder.begun, *folder.leftovers]
         if not names and aside:
             return None
         if not names and _mtime(folder.path) > self.horizon:
             return None  # just begun
         if folder.current is not None:
-            names.insert(0, "current")
+            names.insert(0, layout.CURRENT)
         if folder.has_spec and not aside:
-            names.append("spec.json")
+            names.append(layout.SPEC)
         if not names:
             return None
         if folder.whole:
             kind, reason = "artifact", f"nothing kept needs it; last used {self._days(self._last_used(folder))}"
-        elif parts:
+        elif folder.begun:
             kind, reason = "unfinished work", f"last changed {self._days(self._changed(folder))}"
         else:
             kind, reason = "leftover", "nothing was made of it"
@@ -230,7 +228,7 @@ class _Planner:
             if name not in kept:
                 reason = "made again since; nothing kept was made from it"
                 removals.append(self._removal(folder, [name], "old generation", reason))
-        parts = _parts_begun(folder)
+        parts = folder.begun
         if parts and not self._is_resumable(folder):
             removals.append(self._removal(folder, parts, "stale work", "its artifact is finished"))
         elif parts and self._changed(folder) <= self.horizon and folder.ref not in self.in_kept_run:
@@ -250,7 +248,7 @@ class _Planner:
     def _top_level(self) -> list[Removal]:
         """Temporary files beside the artifacts; those of the last day may be in use, as no lock covers them."""
         removals = []
-        for name in ("", RUNS, TAGS, *sorted({ref.stage for ref in self.folders})):
+        for name in ("", layout.RUNS, layout.TAGS, *sorted({ref.stage for ref in self.folders})):
             folder = self.catalogue.root / name
             if folder.is_symlink() and name:
                 continue
@@ -287,20 +285,16 @@ class _Planner:
 
 def _holder(folder: Path) -> str | None:
     """Who holds a key's lock or writes under it; None where nobody does."""
-    for name in ("lock", "writer"):
+    for name in (layout.LOCK, layout.WRITER):
         if not os.path.exists(folder / name):
             continue
         try:
             with try_lock(folder / name) as is_free:
                 if not is_free:
-                    return holder_text(folder / "lock")
+                    return holder_text(folder)
         except OSError as error:
             return f"somebody perhaps (its lock: {error.strerror})"
     return None
-
-
-def _parts_begun(folder: KeyFolder) -> list[str]:
-    return [name for name, there in (("work", folder.has_work), ("pull", folder.has_pull)) if there]
 
 
 def _is_temporary(name: str) -> bool:

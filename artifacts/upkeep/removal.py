@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from smoltulu.artifacts.files import TRASH_PREFIX, remove_tree
-from smoltulu.artifacts.locks import holder_text, try_lock
+from smoltulu.artifacts.layout import CURRENT, Pointer, key_path, read_pointer
+from smoltulu.artifacts.locks import hold_if_idle
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.upkeep.gc import Plan, Removal
 
@@ -53,20 +54,19 @@ def remove(plan: Plan, root: Path, told: Callable[[Removal], None] = lambda remo
 def _remove_one(root: Path, removal: Removal) -> str | None:
     """Remove under the key's lock; why not, or None."""
     stage = root / removal.ref.stage
-    folder = stage / removal.ref.key
+    folder = key_path(root, removal.ref.stage, removal.ref.key)
     if folder != root and (folder.is_symlink() or (stage != root and stage.is_symlink())):
         return "lies behind a link"
     if not removal.ref.key:
         return _remove_names(folder, removal)
     # The lock files stay: another flow may just be waiting on them.
-    with try_lock(folder / "lock") as is_free, try_lock(folder / "writer") as is_idle:
-        if not (is_free and is_idle):
-            return f"in use by {holder_text(folder / 'lock')}"
-        current = folder / "current"
-        pointed = current.read_text(errors="replace").strip() if current.is_file() else ""
-        if (current.stat().st_mtime_ns if pointed else 0) != removal.last_used:
+    with hold_if_idle(folder) as holder:
+        if holder is not None:
+            return f"in use by {holder}"
+        pointer = read_pointer(folder) or Pointer("", 0)
+        if pointer.changed != removal.last_used:
             return "used meanwhile"
-        if pointed in removal.names and "current" not in removal.names:
+        if pointer.name in removal.names and CURRENT not in removal.names:
             return "is the current generation by now"
         return _remove_names(folder, removal)
 

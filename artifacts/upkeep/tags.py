@@ -8,8 +8,9 @@ import re
 from datetime import UTC, datetime
 
 from smoltulu.artifacts.files import write_atomically
+from smoltulu.artifacts.layout import CURRENT, TAGS, record_path
 from smoltulu.artifacts.manifests import Ref, inputs_of
-from smoltulu.artifacts.upkeep.catalogue import TAGS, Catalogue
+from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.schemas.run import TagRecord
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -29,8 +30,9 @@ def set_tag(catalogue: Catalogue, name: str, ref: Ref, *, move: bool = False) ->
     if catalogue.folder(ref).newest is None:
         raise ValueError(f"{ref.stage}/{ref.key[:12]} is not finished; only a finished artifact can be tagged")
     record = TagRecord(stage=ref.stage, key=ref.key, tagged_at=datetime.now(UTC).isoformat(timespec="seconds"))
-    (catalogue.root / TAGS).mkdir(exist_ok=True)
-    write_atomically(catalogue.root / TAGS / f"{name}.json", record.model_dump_json(indent=1))
+    file = record_path(catalogue.root, TAGS, name)
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, record.model_dump_json(indent=1))
     _touch_lineage(catalogue, ref)
     return before
 
@@ -41,7 +43,7 @@ def remove_tag(catalogue: Catalogue, name: str) -> TagRecord | None:
     try:
         if "/" in name:
             raise FileNotFoundError
-        (catalogue.root / TAGS / f"{name}.json").unlink()
+        record_path(catalogue.root, TAGS, name).unlink()
     except FileNotFoundError:
         there = ", ".join(catalogue.tags()) or "none"
         raise ValueError(f"no tag {name!r}; there: {there}") from None
@@ -57,6 +59,6 @@ def _touch_lineage(catalogue: Catalogue, ref: Ref) -> None:
             continue
         seen.add(ref)
         with contextlib.suppress(OSError):
-            os.utime(catalogue.path(ref) / "current")
+            os.utime(catalogue.path(ref) / CURRENT)
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             pending += [given.ref for given in inputs_of(catalogue.manifest(ref))]

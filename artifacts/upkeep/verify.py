@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smoltulu.artifacts.keys import artifact_key, records_digest
-from smoltulu.artifacts.locks import holder_text, try_lock
+from smoltulu.artifacts.layout import CURRENT, TAGS, KeyFolder, number_of
+from smoltulu.artifacts.locks import hold_if_idle
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.store import Found, ManifestVersionError, Store, read_manifest
-from smoltulu.artifacts.upkeep.catalogue import GENERATION, TAGS, Catalogue, KeyFolder
+from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.schemas.artifact import Manifest, Spec
 
 #: Artifacts at a time: their files are hashed by several threads each, this hides the waiting for many small ones.
@@ -117,10 +118,10 @@ def _check_pointer(folder: KeyFolder) -> Iterator[Finding]:
     name = folder.current
     if name is None or name in folder.whole or name in folder.headless:
         return
-    if not GENERATION.fullmatch(name):
-        yield Finding(folder.ref, "current", "damaged", (f"names {name[:40]!r}, which is no generation",))
-    elif not any(aside.startswith(f"damaged-{name}-") for aside in folder.damaged):
-        yield Finding(folder.ref, "current", "damaged", (f"names {name}, which is gone",))
+    if not number_of(name):
+        yield Finding(folder.ref, CURRENT, "damaged", (f"names {name[:40]!r}, which is no generation",))
+    elif not folder.set_aside(name):
+        yield Finding(folder.ref, CURRENT, "damaged", (f"names {name}, which is gone",))
 
 
 def _set_aside(root: Path, folder: KeyFolder, finding: Finding) -> Finding:
@@ -128,9 +129,9 @@ def _set_aside(root: Path, folder: KeyFolder, finding: Finding) -> Finding:
         return Finding(finding.ref, finding.name, finding.status, finding.faults, finding.num_bytes, aside)
 
     try:
-        with try_lock(folder.path / "lock") as is_free, try_lock(folder.path / "writer") as is_idle:
-            if not (is_free and is_idle):
-                return told(f"left: in use by {holder_text(folder.path / 'lock')}")
+        with hold_if_idle(folder.path) as holder:
+            if holder is not None:
+                return told(f"left: in use by {holder}")
             # Made again or removed while we read: what we saw is not what is there.
             if _check_generation(folder, finding.name).status != "damaged":
                 return told("left: it changed meanwhile")

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.audit_graph import AuditGraph
 from smoltulu.flows.local import run_graph
 from smoltulu.flows.machine import machine
@@ -21,7 +20,7 @@ from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.tasks.data.benchmarks import load_registry
 from smoltulu.tasks.data.sources import expand_path
-from smoltulu.tasks.engine.sharing import open_remote
+from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.report.audit import rule, write_audit_report
 from smoltulu.tasks.report.contamination_table import (
     CAVEATS,
@@ -43,14 +42,14 @@ def audit(data: Sequence[str], settings: AuditSettings, console: Console) -> lis
     # The store is that of the flows, whose runs work in the checkout.
     os.chdir(machine.PROJECT)
     graph = AuditGraph(data, settings)
-    store = Store(expand_path(settings.compute.store))
+    store = open_store(settings.compute)
     for audited in graph.data:
         console.print(f"{escape(audited.source.label)}: read as {escape(audited.detected.said)}", highlight=False)
     # Recorded as a run, so that gc keeps what an audit found.
     record = begin_run(store, graph.name, graph, "")
     state, made = "Failed", {}
     try:
-        made = run_graph(graph, store, _log(), open_remote(settings.compute))
+        made = run_graph(graph, store, _log())
         state = "Completed"
     finally:
         end_run(store, record, state, _outcomes(made))

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from smoltulu.artifacts.store import Store
 from smoltulu.flows.planning.estimate import Estimate
 from smoltulu.flows.planning.plan import Plan, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.preflight import PreflightOutputs
-from smoltulu.tasks.data.sources import HubUnreachable, expand_path
+from smoltulu.tasks.data.sources import HubUnreachable
+from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.progress import duration
 from smoltulu.tasks.report.text import percent
 from smoltulu.tasks.stages import STAGES
@@ -28,7 +28,7 @@ _NUM_NAMED = 4
 def make_plan(recipe: str, overrides: dict[str, object], until: str | None, refresh: list[str]) -> Plan:
     """The plan of a recipe in its own store. ValueError or OSError where something has to be mended."""
     checked = load_recipe(recipe, overrides)
-    return plan(checked, until, refresh, Store(expand_path(checked.compute.store)))
+    return plan(checked, until, refresh, open_store(checked.compute, checked=False))
 
 
 def show(planned: Plan, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from smoltulu.artifacts.checkpoints import newest_checkpoint, planned_steps
+from smoltulu.artifacts.layout import CHECKPOINTS, SPEC, WORK, reason_of
 from smoltulu.artifacts.manifests import Ref, dig, num_bytes_of, read_json, scores_of
 from smoltulu.artifacts.upkeep.catalogue import Catalogue, state_of
 from smoltulu.artifacts.upkeep.lineage import Relative, ancestors, descendants, planned_inputs
@@ -148,7 +149,7 @@ def artifact_details(catalogue: Catalogue, ref: Ref) -> dict[str, Any]:
         "generation": folder.newest,
         "tags": [name for name, tag in catalogue.tags().items() if (tag.stage, tag.key) == ref],
         "problems": [],
-        "set_aside": {name: _reason(folder.path / name / "reason.txt") for name in folder.damaged},
+        "set_aside": {name: reason_of(folder.path / name) for name in folder.damaged},
         "other_generations": [name for name in folder.whole if name != folder.newest],
     }
     manifest: dict[str, Any] = {}
@@ -161,13 +162,13 @@ def artifact_details(catalogue: Catalogue, ref: Ref) -> dict[str, Any]:
             details["problems"].append(f"its manifest {error}")
     elif folder.has_spec:
         try:
-            spec = read_json(folder.path / "spec.json")
+            spec = read_json(folder.path / SPEC)
             manifest = {"spec": spec, "inputs": planned_inputs(catalogue, spec)}
         except ValueError as error:
             details["problems"].append(f"its spec {error}")
-    elif not (folder.has_work or folder.damaged or folder.headless):
+    elif not (WORK in folder.begun or folder.damaged or folder.headless):
         raise ValueError(f"{catalogue.root} has no artifact {ref.stage}/{ref.key}")
-    checkpoint = newest_checkpoint(folder.path / "work" / "checkpoints")
+    checkpoint = newest_checkpoint(folder.path / WORK / CHECKPOINTS)
     if checkpoint is not None:
         details["resumable"] = {"step": checkpoint[0], "num_steps": planned_steps(checkpoint[1])}
     if folder.last_used:
@@ -349,13 +350,6 @@ def _num_bytes(manifest: dict[str, Any]) -> int:
         return num_bytes_of(manifest)
     except (KeyError, TypeError, ValueError, AttributeError):
         return 0
-
-
-def _reason(path: Any) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return "no reason given"
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

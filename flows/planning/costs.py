@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from smoltulu.artifacts.layout import key_path
 from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
 from smoltulu.flows.graphs.recipe_graph import Binding, Graph, Node
 from smoltulu.flows.planning.estimate import (
@@ -123,7 +124,7 @@ class Costs:
         """Parameters of the model that a node takes over those of the one that its twin took."""
         wanted = self._upstream(node, "model").num_parameters
         record = twin.get("inputs", {}).get("model", {})
-        taken = read_generation(self.index.root / record.get("stage", "") / record.get("key", ""))
+        taken = read_generation(key_path(self.index.root, record.get("stage", ""), record.get("key", "")))
         size = (taken or {}).get("outputs", {}).get("num_parameters")
         return wanted / size if wanted and size else None
 

@@ -14,17 +14,17 @@ from pydantic import BaseModel
 
 from smoltulu.artifacts.checkpoints import planned_steps
 from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
-from smoltulu.artifacts.store import Found, Missing, Store, stale_input
+from smoltulu.artifacts.shared.objects import RemoteError
+from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.planning.costs import Costs
 from smoltulu.flows.planning.estimate import NOTHING, Estimate, Total, totals
 from smoltulu.flows.planning.preflight_figures import PreflightFigures, preflight_figures
 from smoltulu.flows.recipe import check_stage_names
-from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.data.sources import Reference, expand_text, is_commit, resolve_commit
+from smoltulu.tasks.data.sources import Reference, is_commit, resolve_commit
 from smoltulu.tasks.engine.environment import environment
 from smoltulu.tasks.trainer.extension import Donor, find_donor
 
@@ -96,15 +96,19 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     provisional = _provisional(graph)
     digests: dict[str, str] = {}
     preflights: dict[str, Mapping[str, Any]] = {}
-    shared = _Shared(recipe.compute.remote)
+    unreachable: tuple[str, ...] = ()
     rows = []
     for name in graph.nodes:
         row, found = _row(graph, store, index, name, digests, refresh, provisional)
         if row.status == "runs" and isinstance(found, Missing) and row.stage not in refresh:
             bindings = graph.nodes[name].bindings()
-            if all(binding.node in digests for binding in bindings.values()):
+            if not unreachable and all(binding.node in digests for binding in bindings.values()):
                 inputs = {dotted: digests[binding.node] for dotted, binding in bindings.items()}
-                if (manifest := shared.find(row.stage, row.key, inputs)) is not None:
+                try:
+                    manifest = store.published(graph.spec(name), inputs)
+                except RemoteError as error:
+                    manifest, unreachable = None, (f"the shared store was not looked at: {error}",)
+                if manifest is not None:
                     reason = f"in the shared store, made {_minute(manifest.finished_at)}"
                     row = PlanRow(**{**vars(row), "status": "cached", "reason": reason, "nearest": None})
                     found = Found(manifest, store.root)
@@ -118,38 +122,10 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         if graph.nodes[name].stage.makes(PreflightOutputs) and isinstance(found, Found) and row.status == "cached":
             preflights[name] = found.manifest.outputs
         rows.append(PlanRow(**{**vars(row), "preflight": _figures(graph, name, preflights)}))
-    notes = (f"the shared store was not looked at: {shared.error}",) if shared.error else ()
     errors = {reference: error for reference, error in graph.commits.items() if isinstance(error, ValueError)}
     unresolved = (Unresolved(ref, needed, errors[ref]) for ref, needed in graph.unresolved.items())
     sums = _totals(graph, rows)
-    return Plan(recipe.name, str(store.root), tuple(rows), tuple(unresolved), notes, sums)
-
-
-class _Shared:
-    """The shared store, as far as a plan asks it; the first error ends the asking."""
-
-    def __init__(self, url: str | None) -> None:
-        self.error: str | None = None
-        self._remote = None
-        if url is not None:
-            from smoltulu.artifacts.shared.remote import Remote
-
-            self._remote = Remote(expand_text(url))
-
-    def find(self, stage: str, key: str, input_digests: Mapping[str, str]) -> Manifest | None:
-        """The manifest of a shared artifact that was made from these inputs."""
-        if self._remote is None or self.error:
-            return None
-        from smoltulu.artifacts.shared.remote import RemoteArtifact, RemoteError
-
-        try:
-            shared = self._remote.find(stage, key)
-        except RemoteError as error:
-            self.error = str(error)
-            return None
-        if not isinstance(shared, RemoteArtifact):
-            return None
-        return shared.manifest if stale_input(shared.manifest, input_digests) is None else None
+    return Plan(recipe.name, str(store.root), tuple(rows), tuple(unresolved), unreachable, sums)
 
 
 def _resolve(reference: Reference) -> str:

@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 
 from smoltulu.artifacts.files import write_atomically
+from smoltulu.artifacts.layout import WRITER
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.process import die_with_parent, is_out_of_memory
 from smoltulu.tasks.stage import STOPPED, Stage, StageContext, StageStopped
@@ -73,7 +74,7 @@ def main(job_file: str) -> int:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job['num_ranks']}"]
         os.execv(sys.executable, [sys.executable, *launcher, "-m", "smoltulu.tasks.engine.child", job_file])
     # Shared by all ranks and kept until exit; launchers do not pass descriptors on, so each process takes it itself.
-    writer = open(Path(job["work"]).parent / "writer", "a+")  # noqa: SIM115
+    writer = open(Path(job["work"]).parent / WRITER, "a+")  # noqa: SIM115
     fcntl.flock(writer.fileno(), fcntl.LOCK_SH)
     logger = logging.getLogger("smoltulu")
     logger.setLevel(logging.INFO)

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import shutil
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smoltulu.artifacts.checkpoints import fault, newest_checkpoint
 from smoltulu.artifacts.files import remove_tree
+from smoltulu.artifacts.layout import CHECKPOINTS
 from smoltulu.artifacts.manifests import Ref
-from smoltulu.artifacts.store import Found, Missing, Store
+from smoltulu.artifacts.store import WAITING, Found, Log, Missing, Store
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from smoltulu.schemas.artifact import ArtifactReference, FileRecord, Manifest
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.engine.environment import environment
 from smoltulu.tasks.engine.launch import DISK_ADVICE, StageFailed, run_child
-from smoltulu.tasks.engine.sharing import share, share_if_absent, take_over
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext
 from smoltulu.tasks.trainer.disk import adapter_size, cache_bytes, model_size, training_bytes
 from smoltulu.tasks.trainer.extension import begin_with, extended, find_donor, keeps_checkpoint
 
-if TYPE_CHECKING:
-    from smoltulu.artifacts.shared.remote import Remote
 
-
-def run_stage(
-    job: Job, store: Store, log: logging.Logger | logging.LoggerAdapter, remote: Remote | None = None
-) -> ArtifactReference:
-    """Return the artifact of a job: found here, taken from the shared store `remote`, or made now.
+def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
+    """Return the artifact of a job: found here, taken from a shared store, or made now.
 
     Raises ValueError for what the user must mend (bad data, bad model, disk full), StageFailed for a crash.
     """
@@ -44,14 +38,11 @@ def run_stage(
     if isinstance(found, Found) and not job.refresh:
         _accept(found, job)
         store.touch(found)
-        if remote is not None:
-            share_if_absent(found, remote, job.node, log)
+        store.share(found, job.node, log)
         return reference_to(found, job.stage.name, job.node, "Cached")
     asked_for = _generation(found)
     try:
-        with store.producer(
-            job.spec, lambda whom: log.info("%s: waiting for %s, which makes it", job.node, whom)
-        ) as folder:
+        with store.producer(job.spec, partial(log.info, WAITING, job.node)) as folder:
             found = store.find(job.spec, digests)
             # Another producer may have made it while we waited; a refresh is content with what was made meanwhile.
             if isinstance(found, Found) and (not job.refresh or _generation(found) != asked_for):
@@ -63,7 +54,14 @@ def run_stage(
                     log.warning("%s: %s; set aside as %s and made again", job.node, found.reason, aside.name)
                 else:
                     log.info("%s: runs (%s)", job.node, found.reason)
-            return _take_or_make(job, store, folder, remote, log)
+            with store.turn(job.spec, digests, job.node, log, job.refresh) as turn:
+                if turn.found is not None:
+                    _accept(turn.found, job)
+                    return reference_to(turn.found, job.stage.name, job.node, "Cached")
+                made = _make(job, store, folder, log)
+                turn.share(made)
+            outcome = "Resumed" if made.manifest.resumed_from_steps else "Completed"
+            return reference_to(made, job.stage.name, job.node, outcome)
     except OSError as error:
         if error.errno not in DISK_ADVICE:
             raise
@@ -79,46 +77,8 @@ def _accept(found: Found, job: Job) -> None:
         raise ValueError(f"{job.node}: {found.folder} is there, but by today's thresholds: {'; '.join(objections)}")
 
 
-def _take_or_make(
-    job: Job, store: Store, folder: Path, remote: Remote | None, log: logging.Logger | logging.LoggerAdapter
-) -> ArtifactReference:
-    """The shared artifact where there is one, else one that is made here and shared: one machine makes a key."""
-    if remote is None:
-        return reference_to(*_make(job, store, folder, log))
-    digests = {name: record.digest for name, record in job.input_records.items()}
-
-    def taken() -> Found | None:
-        return None if job.refresh else take_over(job.spec, digests, store, remote, job.node, log)
-
-    if (found := taken()) is not None:
-        _accept(found, job)
-        return reference_to(found, job.stage.name, job.node, "Cached")
-    if not remote.writable:
-        return reference_to(*_make(job, store, folder, log))
-    from smoltulu.artifacts.shared.remote import RemoteError
-
-    with contextlib.ExitStack() as held:
-        try:
-            lease = held.enter_context(remote.lease(
-                job.stage.name, folder.name, lambda whom: log.info("%s: waiting for %s, which makes it", job.node, whom)
-            ))  # fmt: skip
-        except RemoteError as error:
-            log.warning("%s: %s; goes on without the shared store", job.node, error)
-            return reference_to(*_make(job, store, folder, log))
-        # Looked for again: it may have been made elsewhere before we had the lease, or while we waited for it (None).
-        if (found := taken()) is not None:
-            _accept(found, job)
-            return reference_to(found, job.stage.name, job.node, "Cached")
-        made = _make(job, store, folder, log)
-        if lease is not None:
-            share(made[0], remote, lease, job.node, log)
-        return reference_to(*made)
-
-
-def _make(
-    job: Job, store: Store, folder: Path, log: logging.Logger | logging.LoggerAdapter
-) -> tuple[Found, str, str, str]:
-    """Run the stage and commit what it made; the arguments of `reference_to`. The caller holds the producer's lock."""
+def _make(job: Job, store: Store, folder: Path, log: Log) -> Found:
+    """Run the stage and commit what it made. The caller holds the producer's lock."""
     _check_inputs(job, store)
     work = store.open_work(folder)
     if fault(work / DATASETS_FOLDER, full=True) is not None:
@@ -153,13 +113,12 @@ def _make(
             extends=extended(work),
         )
 
-    made = store.commit(job.spec, output, draft)
-    return made, job.stage.name, job.node, "Resumed" if made.manifest.resumed_from_steps else "Completed"
+    return store.commit(job.spec, output, draft)
 
 
-def _begin_with_stored(job: Job, store: Store, work: Path, log: logging.Logger | logging.LoggerAdapter) -> None:
+def _begin_with_stored(job: Job, store: Store, work: Path, log: Log) -> None:
     """Where a training has no checkpoint of its own, lay that of a finished one with a smaller budget into `work`."""
-    if job.refresh or newest_checkpoint(work / "checkpoints") is not None:
+    if job.refresh or newest_checkpoint(work / CHECKPOINTS) is not None:
         return
     digests = {name: record.digest for name, record in job.input_records.items()}
     donor = find_donor(
@@ -193,10 +152,10 @@ def _generation(found: Found | Missing) -> str | None:
     return found.folder.name if isinstance(found, Found) else None
 
 
-def _warn_of_drift(work: Path, node: str, log: logging.Logger | logging.LoggerAdapter) -> None:
+def _warn_of_drift(work: Path, node: str, log: Log) -> None:
     """Say where unfinished work was begun with other code or packages than it would go on with."""
     file, now = work / "environment.json", environment()
-    if newest_checkpoint(work / "checkpoints") is None or not file.exists():
+    if newest_checkpoint(work / CHECKPOINTS) is None or not file.exists():
         file.write_text(json.dumps(now))
         return
     try:
@@ -211,7 +170,7 @@ def _warn_of_drift(work: Path, node: str, log: logging.Logger | logging.LoggerAd
         log.warning("%s: goes on from a checkpoint made with other versions: %s", node, ", ".join(changed))
 
 
-def _run_function(job: Job, work: Path, output: Path, log: logging.Logger | logging.LoggerAdapter) -> dict:
+def _run_function(job: Job, work: Path, output: Path, log: Log) -> dict:
     """Run the stage function in a process of its own (or here, `launcher: inline`); its result as plain JSON values."""
     for name in ("result.json", "error.json"):
         (work / name).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smoltulu.artifacts.keys import file_digest
+from smoltulu.artifacts.layout import MANIFEST
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.publish import PublishInputs, PublishOutputs, PublishStageConfig
@@ -120,12 +121,12 @@ def _check_publishable(folder: Path) -> None:
 
 
 def _manifest(folder: Path) -> Manifest:
-    return Manifest.model_validate_json((folder / "manifest.json").read_text(encoding="utf-8"))
+    return Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def _check_recorded(model: Path) -> None:
     """Every file must still be what the store wrote down when the stage that made it finished: digests, not sizes."""
-    file = model.parent / "manifest.json"
+    file = model.parent / MANIFEST
     if not file.is_file():
         return  # a base model from the Hub or a local folder
     recorded = _manifest(model.parent).files

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from smoltulu.artifacts.checkpoints import fault, newest_checkpoint, place_checkpoint
 from smoltulu.artifacts.files import write_atomically
 from smoltulu.artifacts.keys import CHECKPOINT_FOLDER
+from smoltulu.artifacts.layout import CHECKPOINTS, SPEC
 from smoltulu.artifacts.nearest import Changes, Nearest, SpecIndex
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.schemas.artifact import ExtendedTraining, Manifest, Spec
@@ -107,7 +108,7 @@ def _donors(
     assert config.schedule is not None and num_steps is not None
     for candidate in near:
         try:
-            spec = Spec.model_validate_json((candidate.folder / "spec.json").read_bytes())
+            spec = Spec.model_validate_json((candidate.folder / SPEC).read_bytes())
             old = type(config).model_validate(spec.config).schedule
         except (OSError, ValidationError):
             continue  # written by other code, or damaged: `plan` and `verify` speak of it
@@ -141,7 +142,7 @@ def begin_with(donor: Donor | None, work: Path) -> None:
         return
     write_atomically(work / _EXTENDS_FILE, donor.record.model_dump_json())
     (work / "environment.json").write_text(json.dumps(donor.environment))
-    place_checkpoint(donor.checkpoint, work / "checkpoints" / donor.checkpoint.name)
+    place_checkpoint(donor.checkpoint, work / CHECKPOINTS / donor.checkpoint.name)
 
 
 def extended(work: Path) -> ExtendedTraining | None:

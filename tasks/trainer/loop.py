@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from smoltulu.artifacts.checkpoints import mark_complete, newest_checkpoint, planned_steps, prune, torn_checkpoints
 from smoltulu.artifacts.files import remove_tree, write_atomically
 from smoltulu.artifacts.keys import LOGS_FOLDER
+from smoltulu.artifacts.layout import CHECKPOINTS
 from smoltulu.schemas.compute import accumulation_steps
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import GateSettings, ScheduleSettings, SupervisedSettings, TrainingSettings
@@ -75,7 +76,7 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
     """Keyword arguments that every TRL config takes, from a stage's science and its machinery."""
     compute = context.compute
     return {
-        "output_dir": str(context.work / "checkpoints"),
+        "output_dir": str(context.work / CHECKPOINTS),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_ratio,  # transformers 5: below one it is a share of all steps
@@ -246,7 +247,7 @@ def train(
     if trainer.is_world_process_zero():
         # Tokenised rows are used again by a resume; the runner drops what is not as it was written.
         mark_complete(context.work / DATASETS_FOLDER)
-    checkpoints = context.work / "checkpoints"
+    checkpoints = context.work / CHECKPOINTS
     newest = newest_checkpoint(checkpoints, full=True)
     for step, path, fault in torn_checkpoints(checkpoints, full=True) if trainer.is_world_process_zero() else ():
         logger.warning("checkpoint of step %s is not whole (%s): passed over and removed", f"{step:,}", fault)

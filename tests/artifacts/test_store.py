@@ -24,17 +24,24 @@ def spec(**config: object) -> Spec:
 
 def commit(store: Store, wanted: Spec, text: str = "weights", inputs: dict[str, InputRecord] | None = None) -> Found:
     with store.producer(wanted, lambda whom: None) as folder:
-        output = folder / "work" / "output"
-        output.mkdir(parents=True)
-        (output / "model.txt").write_text(text)
-        return store.commit(
-            wanted,
-            output,
-            lambda files, digest: Manifest(
-                key=artifact_key(wanted), spec=wanted, digest=digest, inputs=inputs or {}, outputs={}, metrics={},
-                files=files, environment={}, node="sft", started_at="", finished_at="", duration_seconds=0,
-            ),
-        )  # fmt: skip
+        return commit_held(store, folder, wanted, text, inputs)
+
+
+def commit_held(
+    store: Store, folder: Path, wanted: Spec, text: str = "weights", inputs: dict[str, InputRecord] | None = None
+) -> Found:
+    """`commit` by who holds the producer's lock."""
+    output = folder / "work" / "output"
+    output.mkdir(parents=True)
+    (output / "model.txt").write_text(text)
+    return store.commit(
+        wanted,
+        output,
+        lambda files, digest: Manifest(
+            key=artifact_key(wanted), spec=wanted, digest=digest, inputs=inputs or {}, outputs={}, metrics={},
+            files=files, environment={}, node="sft", started_at="", finished_at="", duration_seconds=0,
+        ),
+    )  # fmt: skip
 
 
 def test_key_is_the_same_in_another_process_with_another_hash_seed() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from smoltulu.artifacts.checkpoints import newest_checkpoint
-from smoltulu.artifacts.store import MANIFEST
+from smoltulu.artifacts.layout import MANIFEST
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from tests.faults.kills import Result, Victim, Watch, finish

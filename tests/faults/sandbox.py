@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 
 from smoltulu.artifacts.keys import LOGS_FOLDER
-from smoltulu.artifacts.store import MANIFEST, Found, Missing, Store
+from smoltulu.artifacts.layout import MANIFEST
+from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import Manifest

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.artifacts.nearest import SpecIndex, differences, flat
+from smoltulu.artifacts.shared.door import SharedStore
 from smoltulu.artifacts.shared.remote import Remote
 from smoltulu.artifacts.store import Found, Store
 from smoltulu.flows.cli.plan import as_dict, count, num_bytes, show, summary
@@ -659,15 +660,16 @@ def test_what_the_shared_store_holds_is_cached(tiny: tuple[Store, Graph], tmp_pa
         assert isinstance(found, Found)
         with remote.lease(graph.nodes[name].stage.name, graph.key(name), lambda whom: None) as lease:
             assert lease is not None and remote.push(found.folder, lease)
-    compute = graph.recipe.compute.model_copy(update={"remote": remote.url})
-    recipe = graph.recipe.model_copy(update={"compute": compute})
-    elsewhere = Store(tmp_path / "elsewhere")
-    rows = rows_of(plan(recipe, None, [], elsewhere, graph))
+    elsewhere = SharedStore(tmp_path / "elsewhere", remote)
+    rows = rows_of(plan(graph.recipe, None, [], elsewhere, graph))
     assert {name: row.status for name, row in rows.items() if row.status != "runs"} == {
         "world": "cached", "dataset-sft": "cached",
     }  # fmt: skip
     assert rows["dataset-sft"].reason.startswith("in the shared store, made 2026-11-01")
 
-    blocked = recipe.model_copy(update={"compute": compute.model_copy(update={"remote": f"{__file__}/store"})})
-    planned = plan(blocked, None, [], elsewhere, graph)
+    assert not elsewhere.root.exists()
+
+    blocked = SharedStore(elsewhere.root, Remote(f"{__file__}/store"))
+    planned = plan(graph.recipe, None, [], blocked, graph)
     assert {row.status for row in planned.rows} == {"runs"} and "was not looked at" in planned.notes[0]
+    assert len(planned.notes) == 1

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from smoltulu.artifacts.shared.door import SharedStore
 from smoltulu.artifacts.shared.remote import Remote, RemoteArtifact
 from smoltulu.artifacts.store import Found, Store
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.runner import run_stage
-from smoltulu.tasks.engine.sharing import open_remote
+from smoltulu.tasks.engine.stores import open_store
 from tests.tasks.engine.test_runner import world_job
 
 LOG = logging.getLogger("test")
@@ -26,9 +27,9 @@ def shared(tmp_path: Path) -> Remote:
 
 
 def test_made_on_one_machine_taken_by_the_other(tmp_path: Path, shared: Remote) -> None:
-    first = run_stage(world_job(), Store(tmp_path / "a"), LOG, shared)
+    first = run_stage(world_job(), SharedStore(tmp_path / "a", shared), LOG)
     assert first.outcome == "Completed"
-    second = run_stage(world_job(), Store(tmp_path / "b"), LOG, shared)
+    second = run_stage(world_job(), SharedStore(tmp_path / "b", shared), LOG)
     assert second.outcome == "Cached" and second.digest == first.digest
     assert second.path == first.path.replace("/a/", "/b/")
     names = {path.name for path in Path(first.path).iterdir()}
@@ -38,21 +39,20 @@ def test_made_on_one_machine_taken_by_the_other(tmp_path: Path, shared: Remote) 
 
 
 def test_an_artifact_that_is_only_here_is_shared_by_the_next_run(tmp_path: Path, shared: Remote) -> None:
-    store = Store(tmp_path / "a")
-    made = run_stage(world_job(), store, LOG)
+    made = run_stage(world_job(), Store(tmp_path / "a"), LOG)
     assert not isinstance(shared.find("world", made.key), RemoteArtifact)
-    assert run_stage(world_job(), store, LOG, shared).outcome == "Cached"
+    assert run_stage(world_job(), SharedStore(tmp_path / "a", shared), LOG).outcome == "Cached"
     assert isinstance(shared.find("world", made.key), RemoteArtifact)
 
 
 def test_damage_here_is_mended_from_the_shared_store(
     tmp_path: Path, shared: Remote, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = Store(tmp_path / "a")
-    made = run_stage(world_job(), store, LOG, shared)
+    store = SharedStore(tmp_path / "a", shared)
+    made = run_stage(world_job(), store, LOG)
     (Path(made.path) / "sft.jsonl").write_text("short")
     with caplog.at_level(logging.INFO):
-        again = run_stage(world_job(), store, LOG, shared)
+        again = run_stage(world_job(), store, LOG)
     assert again.outcome == "Cached" and again.digest == made.digest and again.path != made.path
     assert "sft.jsonl has 5 bytes" in caplog.text and "set aside as damaged-gen-0001" in caplog.text
 
@@ -60,23 +60,26 @@ def test_damage_here_is_mended_from_the_shared_store(
 def test_damage_there_is_made_again_and_mended_there(
     tmp_path: Path, shared: Remote, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = run_stage(world_job(), Store(tmp_path / "a"), LOG, shared)
+    made = run_stage(world_job(), SharedStore(tmp_path / "a", shared), LOG)
     largest = max((tmp_path / "shared" / "world" / made.key / "files").iterdir(), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[100] ^= 1
     largest.write_bytes(data)
-    again = run_stage(world_job(), Store(tmp_path / "b"), LOG, shared)
+    again = run_stage(world_job(), SharedStore(tmp_path / "b", shared), LOG)
     assert again.outcome == "Completed" and "damaged" in caplog.text
     shutil.rmtree(tmp_path / "b")
-    assert run_stage(world_job(), Store(tmp_path / "b"), LOG, shared).outcome == "Cached"
+    assert run_stage(world_job(), SharedStore(tmp_path / "b", shared), LOG).outcome == "Cached"
 
 
 def test_an_unreachable_shared_store_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
-    compute = ComputeSettings(remote=f"file://{tmp_path}/file/store")
+    compute = ComputeSettings(store=str(tmp_path / "local"), remote=f"file://{tmp_path}/file/store")
     with pytest.raises(ValueError, match="shared store"):
-        open_remote(compute)
-    assert open_remote(ComputeSettings()) is None
+        open_store(compute)
+    # A plan says so in a note.
+    assert isinstance(open_store(compute, checked=False), SharedStore)
+    assert type(open_store(ComputeSettings(store=str(tmp_path / "local")))) is Store
     monkeypatch.setenv("SHARED", (tmp_path / "real").as_uri())
-    remote = open_remote(ComputeSettings(remote="${SHARED}"))
-    assert remote is not None and remote.url.endswith("/real")
+    store = open_store(ComputeSettings(store=str(tmp_path / "local"), remote="${SHARED}"))
+    assert isinstance(store, SharedStore) and store.remote.url.endswith("/real")
+    assert store.root == tmp_path / "local"

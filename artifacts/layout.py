@@ -1,0 +1,173 @@
+"""What lies where in a store: names, patterns and paths. No other module spells them.
+
+<root>/<stage>/<key>/
+  spec.json           what the key is made of
+  lock                kernel lock of the producer
+  writer              kernel lock of every process that writes
+  work/               of the attempt that goes on: `generation` (which one it is for), checkpoints/; survives failures
+  pull/               what is being fetched from a shared store
+  gen-NNNN/           a whole artifact, its files and manifest.json; appears by one rename
+  current             name of the newest generation; its time of change: last used
+  damaged-gen-NNNN-…/ a generation that was set aside, with reason.txt
+<root>/runs/<run name>.json, <root>/tags/<tag>.json
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from smoltulu.artifacts.manifests import Ref
+
+SPEC, LOCK, WRITER, CURRENT, MANIFEST = "spec.json", "lock", "writer", "current", "manifest.json"
+WORK, PULL, ASIDE_PREFIX, REASON = "work", "pull", "damaged-", "reason.txt"
+#: In `work`: trainer checkpoints, and the file that names the generation that the work is for.
+CHECKPOINTS, MADE_FOR = "checkpoints", "generation"
+#: Folders of the root that hold records, not artifacts.
+RUNS, TAGS = "runs", "tags"
+KEY = re.compile(r"[0-9a-f]{64}")
+_GENERATION = re.compile(r"gen-(\d{4,})")
+
+#: Told of a path that cannot be read.
+Note = Callable[[Path, OSError], None]
+
+
+class Pointer(NamedTuple):
+    """Content of `current`, whether or not that generation is there, and its time of change in ns."""
+
+    name: str
+    changed: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFolder:
+    """What lies in the folder of one key.
+
+    current    name that the pointer holds, whether or not that generation is there; None without a pointer
+    last_used  modification time of the pointer in ns; 0 without one
+    whole      generations with a manifest, oldest first
+    headless   generations without one: never written by us
+    damaged    generations that were set aside
+    begun      which of `work` and `pull` are there
+    leftovers  temporary files and trash
+    is_link    the folder, or its stage's, is a symbolic link
+    """
+
+    ref: Ref
+    path: Path
+    has_spec: bool
+    current: str | None
+    last_used: int
+    whole: tuple[str, ...]
+    headless: tuple[str, ...]
+    damaged: tuple[str, ...]
+    begun: tuple[str, ...]
+    leftovers: tuple[str, ...]
+    is_link: bool
+
+    @property
+    def newest(self) -> str | None:
+        """The generation that counts.
+
+        A newer whole one than the pointer names was left by a kill just before it was pointed at. An older one does not
+        slip into the place of one that was set aside.
+        """
+        return self.whole[-1] if self.whole and number_of(self.whole[-1]) >= number_of(self.current or "") else None
+
+    @property
+    def next_generation(self) -> str:
+        """A name that no generation of the key ever had, one that was set aside included."""
+        aside = (name.removeprefix(ASIDE_PREFIX).rpartition("-")[0] for name in self.damaged)
+        return f"gen-{max(map(number_of, (*self.whole, *self.headless, *aside)), default=0) + 1:04d}"
+
+    def set_aside(self, generation: str) -> list[str]:
+        """What a generation is called since it was set aside; empty where it was not."""
+        return [name for name in self.damaged if name.startswith(f"{ASIDE_PREFIX}{generation}-")]
+
+
+def key_path(root: Path, stage: str, key: str) -> Path:
+    """Folder of a key."""
+    return root / stage / key
+
+
+def record_path(root: Path, kind: str, name: str) -> Path:
+    """File of a run or a tag; `kind`: `RUNS` or `TAGS`."""
+    return root / kind / f"{name}.json"
+
+
+def made_for(folder: Path) -> str | None:
+    """The generation that a key's work folder is for; None where there is none, or it does not say so."""
+    try:
+        return (folder / WORK / MADE_FOR).read_bytes().decode(errors="replace")
+    except OSError:
+        return None
+
+
+def number_of(name: str) -> int:
+    """Number of a generation by its name, from 1; 0 for any other name."""
+    match = _GENERATION.fullmatch(name)
+    return int(match[1]) if match else 0
+
+
+def reason_of(aside: Path) -> str:
+    """Why a generation was set aside."""
+    try:
+        return (aside / REASON).read_text(errors="replace").strip()
+    except OSError:
+        return "no reason given"
+
+
+def read_pointer(folder: Path) -> Pointer | None:
+    """The pointer of a key; None where there is none. OSError where it cannot be read."""
+    try:
+        # One open for both: name and time belong together. Without pathlib, whose joins cost more than the reading.
+        with open(f"{folder}/{CURRENT}", "rb") as file:
+            return Pointer(file.read(4096).decode(errors="replace").strip(), os.fstat(file.fileno()).st_mtime_ns)
+    except FileNotFoundError:
+        return None
+
+
+def scan(folder: Path, note: Note) -> list[os.DirEntry[str]]:
+    """Entries of a folder by name; none where it does not exist or cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        note(folder, error)
+        return []
+
+
+def look(path: Path, note: Note = lambda path, error: None) -> KeyFolder:
+    """What lies in the folder of a key; all empty where it does not exist."""
+    names = []
+    whole: list[str] = []
+    headless: list[str] = []
+    for entry in scan(path, note):
+        if number_of(entry.name):
+            (whole if os.path.exists(f"{entry.path}/{MANIFEST}") else headless).append(entry.name)
+        else:
+            names.append(entry.name)
+    try:
+        pointer = read_pointer(path)
+    except OSError as error:
+        note(path / CURRENT, error)
+        pointer = None
+    return KeyFolder(
+        ref=Ref(path.parent.name, path.name),
+        path=path,
+        has_spec=SPEC in names,
+        current=pointer.name if pointer else None,
+        last_used=pointer.changed if pointer else 0,
+        whole=tuple(sorted(whole, key=number_of)),
+        headless=tuple(headless),
+        damaged=tuple(name for name in names if name.startswith(ASIDE_PREFIX)),
+        begun=tuple(name for name in (WORK, PULL) if name in names),
+        leftovers=tuple(name for name in names if name.startswith(".")),
+        is_link=path.is_symlink() or path.parent.is_symlink(),
+    )
