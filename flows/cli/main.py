@@ -105,6 +105,27 @@ def run(
 
 
 @app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="what to write; an existing file stays as it is")] = Path("recipe.yaml"),
+    extends: Annotated[str, typer.Option(help="preset that it changes, e.g. tiny")] = "smoltulu-1130",
+) -> None:
+    """Write a recipe of your own: it extends a preset, and every setting is there, commented out, with its meaning."""
+    from smoltulu.flows.cli.init import commented_recipe
+
+    try:
+        text = commented_recipe(extends)
+        with file.open("x") as stream:
+            stream.write(text)
+    except FileExistsError:
+        _fail(f"{file} exists already, and is left as it is; name another file")
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"wrote     {file}")
+    typer.echo(f"look      smoltulu plan {file}")
+    typer.echo(f"run       smoltulu run smoltulu/full -p recipe={file}")
+
+
+@app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")],
     override: Annotated[
