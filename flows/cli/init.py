@@ -18,7 +18,7 @@ _LONGEST_VALUE = 160
 _HEAD = """\
 # A recipe of your own: what is not said here is as in {preset}. The values below are those that hold without the line:
 # take the first # off one and change it. `smoltulu plan FILE` says what a run would do.
-# Relative paths start at the folder of this file; one that begins with a variable, as ${{DATA:-data}}/rows.jsonl, starts
+# Relative paths start at the folder of this file; one that begins with a variable, as ${{DATA:-.}}/rows.jsonl, starts
 # at the folder in which the command is called. `publish: null` leaves that stage out.
 # extends: a preset ({presets}), or the path of a recipe file that itself extends none
 extends: {preset}

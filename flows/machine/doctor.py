@@ -24,7 +24,7 @@ import psutil
 from smoltulu.flows.machine import machine, prefect_api, processes
 from smoltulu.flows.machine.places import store_root
 from smoltulu.recipes import CHECKOUT, CONSTRAINTS
-from smoltulu.tasks.engine.environment import as_tested, installed_versions, tested_version
+from smoltulu.tasks.engine.environment import as_tested, installed_versions, pinned_version
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -95,7 +95,7 @@ def _packages() -> Iterator[Check]:
             has = f"{installed[name]} is installed" if name in installed else "it is missing"
             wrong.append(f"{name}{requirement.specifier} is required, {has}")
         elif not as_tested(name, installed[name]):
-            other.append(f"{name} {installed[name]} (tested: {tested_version(name)})")
+            other.append(f"{name} {installed[name]} (tested: {pinned_version(name)})")
     advice = "make setup" if CHECKOUT else f"pip install --upgrade -c {CONSTRAINTS} smoltulu"
     if wrong:
         broken = ". Other versions of fastapi or SQLAlchemy break deployments or cron schedules without an error"

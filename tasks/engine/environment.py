@@ -24,7 +24,7 @@ def environment() -> dict[str, object]:
     `tested_with` has, of the packages, those that are installed in another version than was tested: name -> tested.
     """
     packages = installed_versions(_RECORDED_PACKAGES)
-    other = {name: tested_version(name) for name, version in packages.items() if not as_tested(name, version)}
+    other = {name: pinned_version(name) for name, version in packages.items() if not as_tested(name, version)}
     return {
         "packages": packages,
         "tested_with": other,
@@ -47,14 +47,14 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def tested_version(name: str) -> str | None:
+def pinned_version(name: str) -> str | None:
     """The version of a package that everything was tested with (constraints.txt); None where it is not listed."""
     return _constraints().get(name.lower().replace("_", "-"))
 
 
 def as_tested(name: str, installed: str) -> bool:
     """Whether a package is in the version that was tested; a build's label (2.13.0+cpu) does not count."""
-    return tested_version(name) in (None, installed.partition("+")[0])
+    return pinned_version(name) in (None, installed.partition("+")[0])
 
 
 @cache
