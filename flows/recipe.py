@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,9 @@ def load_recipe(
     if isinstance(recipe, Recipe):
         values = recipe.model_dump(mode="json")
     elif isinstance(recipe, ExtendingRecipe):
-        values = _extend(recipe.as_dict(), "the inline recipe")
+        values = _extend(recipe.as_dict(), "the inline recipe", Path.cwd())
     elif isinstance(recipe, dict):
-        values = _extend(recipe, "the inline recipe")
+        values = _extend(recipe, "the inline recipe", Path.cwd())
     else:
         values = _read(recipe)
     for dotted, value in (overrides or {}).items():
@@ -108,36 +110,81 @@ def stage_order(recipe: Recipe) -> tuple[str, ...]:
     return tuple(order)
 
 
+def whole_path(recipe: str) -> str:
+    """A recipe's name or path, so that it means the same in every working folder."""
+    return str(Path(recipe).expanduser().absolute()) if _is_path(recipe) else recipe
+
+
+def _is_path(name_or_path: str) -> bool:
+    return name_or_path.endswith((".yaml", ".yml")) or ("/" in name_or_path and not name_or_path.startswith("{"))
+
+
 def _read(name_or_path: str) -> dict[str, Any]:
-    looks_like_path = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
-    path = Path(name_or_path) if looks_like_path else PRESETS / f"{name_or_path}.yaml"
-    if not path.is_file():
-        if looks_like_path:
-            raise RecipeError(f"recipe file {path} does not exist (looked in {Path.cwd()})")
+    if not _is_path(name_or_path):
+        return _extend(_preset(name_or_path), name_or_path, PRESETS)
+    path = Path(name_or_path).expanduser()
+    values = _load(path)
+    if "extends" in values and "name" not in values:
+        values["name"] = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")
+    return _extend(values, str(path), path.parent)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in preset_names():
         raise RecipeError(
-            f"no recipe is called {name_or_path!r}{_nearest(name_or_path, preset_names())}; "
+            f"no recipe is called {name!r}{_nearest(name, preset_names())}; "
             f"presets: {', '.join(preset_names())}; or give the path of a YAML file"
         )
+    return _load(PRESETS / f"{name}.yaml")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """A recipe file as it stands, but with whole paths. RecipeError where it cannot be read."""
+    if not path.is_file():
+        raise RecipeError(f"recipe file {path} does not exist (looked in {Path.cwd()})")
     try:
         values = yaml.load(path.read_text(), _YAML)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of names to values")
-    return _extend(values, str(path))
+    return {name: _whole_paths(value, name, path.absolute().parent) for name, value in values.items()}
 
 
-def _extend(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Lay a recipe over the preset that it extends; one level deep: a diff of two recipes is their difference."""
+def _whole_paths(value: Any, field: str, folder: Path) -> Any:
+    """Relative paths below a dotted field of a recipe file made whole: they start at the file's folder.
+
+    One that begins with a variable stays as it is: what the variable holds is the caller's, and starts where he is.
+    """
+    if isinstance(value, dict):
+        return {name: _whole_paths(item, f"{field}.{name}", folder) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_paths(item, field, folder) for item in value]
+    if not isinstance(value, str) or value.startswith(("/", "~", "${")):
+        return value
+    is_path = field in ("compute.store", "compute.remote") or (field.endswith(".path") and ".fields." not in field)
+    is_template = field == "chat_template" and (value.endswith(".jinja") or "/" in value)
+    return os.path.normpath(folder / value) if is_template or (is_path and "://" not in value) else value
+
+
+def _extend(values: dict[str, Any], origin: str, folder: Path) -> dict[str, Any]:
+    """Lay a recipe over the preset or file that it extends; one level deep: a diff of two recipes is their difference.
+
+    folder  where a file that is extended is looked for
+    """
     values = dict(values)
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    if parent not in preset_names():
+    if isinstance(parent, str) and _is_path(parent):
+        base = _load(folder / Path(parent).expanduser())
+    elif parent in preset_names():
+        base = _preset(parent)
+    else:
         raise RecipeError(
-            f"{origin}: extends {parent!r}{_nearest(str(parent), preset_names())}; presets: {', '.join(preset_names())}"
+            f"{origin}: extends {parent!r}{_nearest(str(parent), preset_names())}; "
+            f"presets: {', '.join(preset_names())}; or the path of a YAML file"
         )
-    base = yaml.load((PRESETS / f"{parent}.yaml").read_text(), _YAML)
     if "extends" in base:
         raise RecipeError(
             f"{origin}: extends {parent}, which itself extends {base['extends']}; extend that one instead"

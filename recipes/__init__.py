@@ -11,3 +11,13 @@ CHAT_TEMPLATES = PRESETS / "chat_templates"
 LM_EVAL_TASKS = PRESETS / "lm_eval"
 #: The benchmarks that training data are checked against.
 BENCHMARK_REGISTRY = PRESETS / "benchmarks" / "registry.yaml"
+
+# In a checkout these lie beside `recipes/`, at the top; a wheel has copies there, in the folder of `smoltulu`.
+#: Deployments, as a checkout has them.
+PREFECT_YAML = PRESETS.parent / "prefect.yaml"
+#: Prefect's settings.
+PREFECT_TOML = PRESETS.parent / "prefect.toml"
+#: The versions that were tested together.
+CONSTRAINTS = PRESETS.parent / "constraints.txt"
+#: The checkout that the package is imported from; None where a wheel was installed.
+CHECKOUT = PRESETS.parent if (PRESETS.parent / "pyproject.toml").is_file() else None

@@ -36,7 +36,8 @@ class DataSource(StrictModel):
     path: str | None = machinery(
         None,
         description="local .jsonl, .json, .parquet or .csv (.gz allowed) or a folder of them; keyed by content digest; "
-        "${VARIABLE} and ${VARIABLE:-default} are expanded; relative to the working directory",
+        "${VARIABLE} and ${VARIABLE:-default} are expanded; relative to the recipe file's folder, and to the working "
+        "folder where it begins with a variable or there is no file",
     )
     generated: str | None = science(None, description="file of the `world` stage, e.g. sft.jsonl")
     format: RowFormat = science(description="how a row is read, see docs/data.md")

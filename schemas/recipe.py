@@ -96,10 +96,10 @@ class Recipe(StrictModel):
 
 
 class ExtendingRecipe(BaseModel):
-    """An inline recipe that states only its differences from a preset; checked in full when the flow starts."""
+    """An inline recipe that states only its differences from another; checked in full when the flow starts."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    extends: str = Field(description="name of a preset, e.g. smoltulu-1130")
+    extends: str = Field(description="name of a preset, e.g. smoltulu-1130, or path of a recipe file")
 
     def as_dict(self) -> dict[str, Any]:
         """The differences together with `extends`."""

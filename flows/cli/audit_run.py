@@ -14,7 +14,7 @@ from rich.table import Table
 
 from smoltulu.flows.graphs.audit_graph import AuditGraph
 from smoltulu.flows.local import run_graph
-from smoltulu.flows.machine import machine
+from smoltulu.flows.machine.places import PROJECT
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
@@ -39,8 +39,8 @@ def audit(data: Sequence[str], settings: AuditSettings, console: Console) -> lis
     if settings.benchmarks_folder:
         folder = str(expand_path(settings.benchmarks_folder).absolute())
         settings = settings.model_copy(update={"benchmarks_folder": folder})
-    # The store is that of the flows, whose runs work in the checkout.
-    os.chdir(machine.PROJECT)
+    # The store is that of the flows, which run there.
+    os.chdir(PROJECT)
     graph = AuditGraph(data, settings)
     store = open_store(settings.compute)
     for audited in graph.data:

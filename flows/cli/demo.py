@@ -16,8 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from smoltulu.flows.machine import machine, prefect_api
-from smoltulu.flows.machine.doctor import store_root
+from smoltulu.flows.machine import machine, places, prefect_api
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +33,7 @@ def demo() -> int:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
-    home = machine.default_home()
+    home = places.default_home()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     begin = time.monotonic()
@@ -52,7 +51,7 @@ def demo() -> int:
             _say("demo      uses the server and the worker that were up already")
         _say(f"demo      {DEPLOYMENT} as run {name}; to look on: {running.url.removesuffix('/api')}\n")
         code = _watch(home, running.url, name)
-        path = store_root().parent / "reports" / f"tiny-{name}" / "summary.json"
+        path = places.store_root().parent / "reports" / f"tiny-{name}" / "summary.json"
         if code:
             _say(f"\nthe run did not complete; the worker's log: {home / 'logs' / 'worker.log'}")
         summary = _read(path)
@@ -96,7 +95,7 @@ def _watch(home: Path, url: str, name: str) -> int:
         environment["COLUMNS"] = "160"  # else Prefect folds the log at 80
     command = [sys.executable, "-m", "prefect", "deployment", "run", DEPLOYMENT, "--watch", "--flow-run-name", name]
     with subprocess.Popen(
-        command, cwd=machine.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=places.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as watching:
         assert watching.stdout is not None
         for line in watching.stdout:
@@ -176,8 +175,8 @@ def _value(value: float, stderr: float | None) -> str:
 
 
 def _short(path: str) -> str:
-    """Paths in the checkout from there, others whole."""
-    return path.removeprefix(f"{machine.PROJECT}/")
+    """Paths in the project from there, others whole."""
+    return path.removeprefix(f"{places.PROJECT}/")
 
 
 if __name__ == "__main__":

@@ -33,20 +33,19 @@ def up(
     limit: Annotated[int | None, typer.Option(min=1, help="flow runs at a time; 1 unless given")] = None,
 ) -> None:
     """Start server, work pool, deployments and worker on this machine, in the background."""
-    from smoltulu.flows.machine import machine, prefect_api
+    from smoltulu.flows.machine import machine, places, prefect_api
 
-    home = machine.default_home()
+    home = places.default_home()
     try:
         running = machine.up(home, port, limit, typer.echo)
     except machine.MachineError as error:
         _fail(error)
     typer.echo(f"\nUI        {running.url.removesuffix('/api')}")
     typer.echo(f"logs      {home / 'logs'}")
-    default = prefect_api.url_of(prefect_api.DEFAULT_PORT)
-    if running.url != os.environ.get("PREFECT_API_URL", default):
+    # `prefect` reads prefect.toml of the folder it is called in; `smoltulu` finds the server itself.
+    told = prefect_api.url_of(prefect_api.DEFAULT_PORT) if Path("prefect.toml").is_file() else None
+    if running.url != os.environ.get("PREFECT_API_URL", told):
         typer.echo(f"export    export PREFECT_API_URL={running.url}")
-    elif Path.cwd() != machine.PROJECT:
-        typer.echo(f"from      {machine.PROJECT} (elsewhere: export PREFECT_API_URL={running.url})")
     # Without an activated environment the commands are not on the PATH.
     tools = "" if shutil.which("prefect") else f"{Path(sys.executable).parent}/"
     typer.echo(f"try       {tools}prefect deployment run smoltulu/tiny --watch")
@@ -56,10 +55,10 @@ def up(
 @app.command()
 def down() -> None:
     """Stop what `smoltulu up` started, running flows included, and nothing else."""
-    from smoltulu.flows.machine import machine
+    from smoltulu.flows.machine import machine, places
 
     try:
-        anything = machine.down(machine.default_home(), say=typer.echo)
+        anything = machine.down(places.default_home(), say=typer.echo)
     except machine.MachineError as error:
         _fail(error)
     typer.echo("all down" if anything else "nothing of ours runs")
@@ -72,11 +71,13 @@ def run(
 ) -> None:
     """`prefect deployment run DEPLOYMENT --watch [...]`, after a look whether server, deployment and worker are there.
 
-    Prefect itself waits in silence where no worker polls. Everything after DEPLOYMENT goes to Prefect as it is.
+    Prefect itself waits in silence where no worker polls. Everything after DEPLOYMENT goes to Prefect as it is, but
+    `-p recipe=FILE` as a whole path: the flow runs in another folder.
     """
-    from smoltulu.flows.machine import doctor, machine, prefect_api
+    from smoltulu.flows.machine import doctor, places, prefect_api
+    from smoltulu.flows.recipe import whole_path
 
-    home = machine.default_home()
+    home = places.default_home()
     url = doctor.api_url(home)
     if not doctor.reachable(url):
         _fail(doctor.no_server(url))
@@ -91,11 +92,37 @@ def run(
     if pool is not None and not doctor.pollers(home, url, pool):
         _fail(doctor.NO_WORKER.format(pool=pool))
     sys.stdout.flush()
-    command = [sys.executable, "-m", "prefect", "deployment", "run", deployment, "--watch", *context.args]
+    arguments = [
+        f"{before}recipe={whole_path(recipe)}" if equals and before in ("", "--param=") else text
+        for text in context.args
+        for before, equals, recipe in [text.partition("recipe=")]
+    ]
+    command = [sys.executable, "-P", "-m", "prefect", "deployment", "run", deployment, "--watch", *arguments]
     environment = prefect_api.client_environment(url)
     if not sys.stdout.isatty():
         environment.setdefault("COLUMNS", "160")  # else Prefect folds the log at 80
     os.execve(sys.executable, command, environment)
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="what to write; an existing file stays as it is")] = Path("recipe.yaml"),
+    extends: Annotated[str, typer.Option(help="preset that it changes, e.g. tiny")] = "smoltulu-1130",
+) -> None:
+    """Write a recipe of your own: it extends a preset, and every setting is there, commented out, with its meaning."""
+    from smoltulu.flows.cli.init import commented_recipe
+
+    try:
+        text = commented_recipe(extends)
+        with file.open("x") as stream:
+            stream.write(text)
+    except FileExistsError:
+        _fail(f"{file} exists already, and is left as it is; name another file")
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"wrote     {file}")
+    typer.echo(f"look      smoltulu plan {file}")
+    typer.echo(f"run       smoltulu run smoltulu/full -p recipe={file}")
 
 
 @app.command()
@@ -110,14 +137,11 @@ def plan(
 ) -> None:
     """Say per stage what a run would do (cached, resumes or runs), why, and what it will take. Needs no server."""
     from smoltulu.flows.cli.plan import make_plan, show
-    from smoltulu.flows.machine import machine
-    from smoltulu.flows.recipe import parse_overrides
+    from smoltulu.flows.machine.places import PROJECT
+    from smoltulu.flows.recipe import parse_overrides, whole_path
 
-    given = Path(recipe)
-    if given.is_file():
-        recipe = str(given.absolute())
-    # A flow run works in the checkout, and so do the relative paths of a recipe.
-    os.chdir(machine.PROJECT)
+    recipe = whole_path(recipe)
+    os.chdir(PROJECT)  # a flow runs there, and relative paths of overrides start there
     try:
         planned = make_plan(recipe, parse_overrides(override or []), until, refresh or [])
     except (ValueError, OSError) as error:
@@ -134,10 +158,10 @@ def doctor(
     from rich.markup import escape
     from rich.table import Table
 
-    from smoltulu.flows.machine import machine
+    from smoltulu.flows.machine import places
     from smoltulu.flows.machine.doctor import examine
 
-    checks = examine(machine.default_home(), fix)
+    checks = examine(places.default_home(), fix)
     table = Table("check", "", "found", "what to do")
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     for check in checks:

@@ -295,12 +295,9 @@ def _open(store: Path | None) -> Catalogue:
 
     try:
         if store is None:
-            from smoltulu.flows.machine import machine
-            from smoltulu.schemas.compute import ComputeSettings
-            from smoltulu.tasks.data.sources import expand_path
+            from smoltulu.flows.machine.places import store_root
 
-            # A flow run works in the checkout, and so do the relative paths of a recipe.
-            store = machine.PROJECT / expand_path(ComputeSettings().store)
+            store = store_root()
         return Catalogue(store)
     except ValueError as error:
         _fail(error)

@@ -19,7 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+import psutil
+
 from smoltulu.flows.machine import machine, prefect_api, processes
+from smoltulu.flows.machine.places import store_root
+from smoltulu.recipes import CHECKOUT, CONSTRAINTS
+from smoltulu.tasks.engine.environment import as_tested, installed_versions, pinned_version
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -72,38 +77,34 @@ def _python() -> Check:
 
 def requirements() -> list[str]:
     """What the project requires: from the checkout's pyproject.toml, else from the installed package."""
-    path = machine.PROJECT / "pyproject.toml"
-    if path.is_file():
-        return list(tomllib.loads(path.read_text())["project"]["dependencies"])
+    if CHECKOUT:
+        return list(tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["dependencies"])
     return [text for text in importlib.metadata.requires("smoltulu") or [] if "extra ==" not in text]
 
 
-def wrong_packages() -> list[tuple[str, str]]:
-    """(requirement, installed version or `missing`) of every requirement that is not met."""
+def _packages() -> Iterator[Check]:
+    """Requirements that are not met, and packages in another version than was tested."""
     from packaging.requirements import Requirement
 
-    wrong = []
-    for text in requirements():
-        requirement = Requirement(text)
-        try:
-            installed = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            installed = "missing"
-        if installed == "missing" or not requirement.specifier.contains(installed, prereleases=True):
-            wrong.append((f"{requirement.name}{requirement.specifier}", installed))
-    return wrong
-
-
-def _packages() -> Iterator[Check]:
-    wrong = wrong_packages()
-    advice = "make setup, or: pip install -c constraints.txt -e '.[dev]'"
-    if not wrong:
-        yield Check("packages", "ok", f"all {len(requirements())} as pinned")
-        return
-    detail = "; ".join(f"{required} is required, {installed} is installed" for required, installed in wrong)
-    if any(required.startswith(CAPPED) for required, _ in wrong):
-        advice += ". Other versions of fastapi or SQLAlchemy break deployments or cron schedules without an error"
-    yield Check("packages", "fail", detail, advice)
+    wanted = [Requirement(text) for text in requirements()]
+    installed = installed_versions(requirement.name for requirement in wanted)
+    wrong, other = [], []
+    for requirement in wanted:
+        name = requirement.name
+        if name not in installed or not requirement.specifier.contains(installed[name], prereleases=True):
+            has = f"{installed[name]} is installed" if name in installed else "it is missing"
+            wrong.append(f"{name}{requirement.specifier} is required, {has}")
+        elif not as_tested(name, installed[name]):
+            other.append(f"{name} {installed[name]} (tested: {pinned_version(name)})")
+    advice = "make setup" if CHECKOUT else f"pip install --upgrade -c {CONSTRAINTS} smoltulu"
+    if wrong:
+        broken = ". Other versions of fastapi or SQLAlchemy break deployments or cron schedules without an error"
+        capped = any(text.startswith(CAPPED) for text in wrong)
+        yield Check("packages", "fail", "; ".join(wrong), advice + (broken if capped else ""))
+    if other:
+        yield Check("versions", "warn", "not as tested: " + ", ".join(other), advice)
+    if not wrong and not other:
+        yield Check("packages", "ok", f"all {len(wanted)} as tested")
 
 
 def _gpu() -> Check:
@@ -139,14 +140,6 @@ def _missing_for_triton() -> str | None:
     return None if header.exists() else f"{header} (python3-dev)"
 
 
-def store_root() -> Path:
-    """Where artifacts go unless a recipe says otherwise; relative paths count from the checkout, as in a flow run."""
-    from smoltulu.schemas.compute import ComputeSettings
-    from smoltulu.tasks.data.sources import expand_path
-
-    return machine.PROJECT / expand_path(ComputeSettings().store)
-
-
 def _disk() -> Check:
     root = store_root()
     existing = next(folder for folder in (root, *root.parents) if folder.is_dir())
@@ -162,8 +155,6 @@ def _disk() -> Check:
 
 
 def _memory() -> Check:
-    import psutil
-
     memory = psutil.virtual_memory()
     detail = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available"
     if memory.available < MIN_MEMORY_GB * 1e9:
@@ -236,7 +227,7 @@ def pollers(home: Path, url: str, pool: str) -> list[str] | None:
     server believes in it for another minute and a half."""
     names = prefect_api.online_workers(url, pool)
     ours = machine.read_record(home, "worker")
-    if names and ours and not ours.alive:
+    if names and ours and not machine.running(home, "worker"):
         names = [name for name in names if name != ours.name]
     return names
 
@@ -245,10 +236,7 @@ def expected_deployments() -> list[tuple[str, str]]:
     """(entrypoint, name) of everything that prefect.yaml lists."""
     import yaml
 
-    path = machine.PROJECT / "prefect.yaml"
-    if not path.is_file():
-        return []
-    return [(entry["entrypoint"], entry["name"]) for entry in yaml.safe_load(path.read_text())["deployments"]]
+    return [(entry["entrypoint"], entry["name"]) for entry in yaml.safe_load(machine.prefect_yaml())["deployments"]]
 
 
 def examine_prefect(home: Path, url: str, fix: bool = False) -> Iterator[Check]:
@@ -279,7 +267,7 @@ def examine_prefect(home: Path, url: str, fix: bool = False) -> Iterator[Check]:
         there = {(deployment.entrypoint, deployment.name) for deployment in server.read_deployments()}
     missing = [name for entrypoint, name in expected_deployments() if (entrypoint, name) not in there]
     if missing:
-        yield Check("deployments", "fail", f"not registered: {', '.join(missing)}", "prefect --no-prompt deploy --all")
+        yield Check("deployments", "fail", f"not registered: {', '.join(missing)}", "smoltulu up")
     else:
         yield Check("deployments", "ok", f"all {len(expected_deployments())} of prefect.yaml are registered")
     yield _stuck(url, fix)
@@ -319,5 +307,9 @@ def _process_is_gone(run: FlowRun) -> bool:
     pid = (run.infrastructure_pid or "").rpartition(":")[2]
     if not pid.isdigit():
         return False
+    try:
+        process = psutil.Process(int(pid))
+    except psutil.NoSuchProcess:
+        return True
     # An id that lives, but whose environment we may read and that did not name the run, was given to another process.
-    return processes.start_time(int(pid)) is None or processes.environment_of(int(pid)) is not None
+    return not processes.alive(process) or processes.environment_of(process) is not None

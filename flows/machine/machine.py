@@ -1,9 +1,9 @@
 """One machine: Prefect's server, the work pool, the deployments and a worker, as background processes.
 
-State lies in `.smoltulu/` of the checkout (or `$SMOLTULU_HOME`): `prefect/` (Prefect's home with its SQLite file),
-`logs/`, and one record per background process. A record holds the process id and its start time, so that a recycled
-id is never taken for ours. Whatever is started here carries the home's path in its environment; by that mark `down`
-finds flow runs and their children too, even where the worker that started them was killed.
+State lies in `.smoltulu/` of the project (or `$SMOLTULU_HOME`): `prefect/` (Prefect's home with its SQLite file),
+`logs/`, and one record per background process. Whatever is started here carries the home's path in its environment. By
+that mark a recycled process id in a record is never taken for ours, and `down` finds flow runs and their children too,
+even where the worker that started them was killed.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
+import psutil
+
+from smoltulu.flows.machine.places import PROJECT
 from smoltulu.flows.machine.prefect_api import (
     DEFAULT_PORT,
     POOL,
@@ -36,17 +41,9 @@ from smoltulu.flows.machine.prefect_api import (
     port_is_free,
     url_of,
 )
-from smoltulu.flows.machine.processes import (
-    Process,
-    ancestors,
-    flow_run_of,
-    processes_with,
-    send,
-    start_time,
-    wait_gone,
-)
+from smoltulu.flows.machine.processes import environment_of, flow_run_of, lineage, processes_with, send, wait_gone
+from smoltulu.recipes import CHECKOUT, PREFECT_TOML, PREFECT_YAML
 
-PROJECT = Path(__file__).resolve().parent.parent
 MARK = "SMOLTULU_MACHINE"
 SERVER_READY_SECONDS = 120  # measured 6 to 8 s on two cores with a new database; slow disks take much longer
 WORKER_ONLINE_SECONDS = 60
@@ -59,37 +56,73 @@ class MachineError(RuntimeError):
     """Something on this machine is not as it must be; the text says what to do."""
 
 
-def default_home() -> Path:
-    """Folder of the background processes' state: `$SMOLTULU_HOME`, else `.smoltulu` in the checkout."""
-    return Path(os.environ.get("SMOLTULU_HOME") or PROJECT / ".smoltulu").absolute()
+@dataclass(frozen=True)
+class Record:
+    """A background process of ours: its id, and what it was started with."""
+
+    pid: int
+    port: int = 0
+    name: str = ""
+    limit: int = 0
+
+    def processes(self) -> list[psutil.Process]:
+        """The process; none where there is none of that id."""
+        with contextlib.suppress(psutil.Error):
+            return [psutil.Process(self.pid)]
+        return []
 
 
-def read_record(home: Path, name: str) -> Process | None:
+def read_record(home: Path, name: str) -> Record | None:
     """Record of the `server` or the `worker`, whether it still runs or not."""
     try:
-        return Process(**json.loads((home / f"{name}.json").read_text()))
+        return Record(**json.loads((home / f"{name}.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def running(home: Path, name: str) -> Process | None:
-    """The `server` or the `worker` of this home, if it runs."""
+def running(home: Path, name: str) -> Record | None:
+    """The `server` or the `worker` of this home, if it runs: a live process with our mark and that command."""
     record = read_record(home, name)
-    return record if record and record.alive else None
+    with contextlib.suppress(psutil.Error):
+        for process in record.processes() if record else []:
+            if (environment_of(process) or {}).get(MARK) == str(home) and name in process.cmdline():
+                return record
+    return None
+
+
+def prefect_yaml() -> str:
+    """What `up` deploys. Installed, an entrypoint is a module: in the user's folder there are no files of ours."""
+    text = PREFECT_YAML.read_text()
+    if CHECKOUT is None:
+        text = re.sub(
+            r"entrypoint: (\S+)\.py:", lambda found: f"entrypoint: smoltulu.{found[1].replace('/', '.')}.", text
+        )
+    return text
+
+
+def _settings(table: dict[str, Any], prefix: str = "PREFECT") -> dict[str, str]:
+    """Prefect's settings as environment variables: {"worker": {"query_seconds": 3}} is PREFECT_WORKER_QUERY_SECONDS."""
+    flat: dict[str, str] = {}
+    for name, value in table.items():
+        path = f"{prefix}_{name.upper()}"
+        flat |= _settings(value, path) if isinstance(value, dict) else {path: str(value)}
+    return flat
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
 def child_environment(home: Path, url: str) -> dict[str, str]:
-    """Environment of everything that is started here: our mark, our Prefect, and as for clients."""
+    """Environment of everything that is started here: our settings, our mark, our Prefect, and as for clients."""
     return {
+        **_settings(tomllib.loads(PREFECT_TOML.read_text())),
         **client_environment(url),
         MARK: str(home),
         "PREFECT_HOME": str(home / "prefect"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
+        # `python -m prefect` would take the folder it works in for modules: a user's `tasks.py` or `datasets/`.
+        "PYTHONSAFEPATH": "1",
     }
 
 
@@ -153,11 +186,6 @@ def up(home: Path, port: int | None = None, limit: int | None = None, say: Say =
     port   of the server; none: the running server's, else 4200
     limit  flow runs at a time; none: the running worker's, else 1 (one GPU takes one training)
     """
-    if not (PROJECT / "prefect.yaml").is_file():
-        raise MachineError(
-            f"there is no prefect.yaml in {PROJECT}: the deployments come from a checkout. "
-            "Clone the repository and install it with `pip install -e .`"
-        )
     with _alone(home):
         started: list[str] = []
         try:
@@ -180,7 +208,9 @@ def up(home: Path, port: int | None = None, limit: int | None = None, say: Say =
                 call_prefect(home, url, "work-pool", "create", POOL, "--type", "process")
                 say(f"pool      {POOL} made")
             say("deploy    registering what prefect.yaml lists ...")
-            call_prefect(home, url, "--no-prompt", "deploy", "--all")
+            listed = home / "prefect.yaml"
+            listed.write_text(prefect_yaml())
+            call_prefect(home, url, "--no-prompt", "deploy", "--all", "--prefect-file", str(listed))
             say(f"deploy    {', '.join(name for name, _ in deployments(url))}")
 
             worker = running(home, "worker")
@@ -224,22 +254,22 @@ def _start(home: Path, name: str, url: str, *arguments: str) -> subprocess.Popen
         )
 
 
-def _record(home: Path, name: str, process: Process) -> None:
+def _record(home: Path, name: str, record: Record) -> None:
     """Write a record in one step."""
     part = home / f"{name}.json.part"
-    part.write_text(json.dumps(asdict(process)))
+    part.write_text(json.dumps(asdict(record)))
     part.replace(home / f"{name}.json")
 
 
-def _start_server(home: Path, port: int, say: Say) -> Process:
+def _start_server(home: Path, port: int, say: Say) -> Record:
     if not port_is_free(port):
         raise MachineError(
             f"port {port} is taken by {port_holder(port)}: stop it, or choose another port with `smoltulu up --port N`"
         )
     url, log = url_of(port), home / "logs" / "server.log"
     child = _start(home, "server", url, "server", "start", "--host", "127.0.0.1", "--port", str(port))
-    process = Process(child.pid, start_time(child.pid) or "gone", port=port)
-    _record(home, "server", process)
+    record = Record(child.pid, port=port)
+    _record(home, "server", record)
     begin = told = time.monotonic()
     say(f"server    starting on port {port} (process {child.pid}; a new database takes some seconds) ...")
     while not answers(url):
@@ -254,13 +284,13 @@ def _start_server(home: Path, port: int, say: Say) -> Process:
     if child.poll() is not None:
         raise MachineError(f"port {port} was taken while the server started; end of {log}:\n{log_end(log)}")
     say(f"server    ready after {time.monotonic() - begin:.1f} s")
-    return process
+    return record
 
 
 def _start_worker(home: Path, url: str, limit: int, say: Say) -> None:
     name, log = f"{POOL}-{uuid4().hex[:8]}", home / "logs" / "worker.log"
     child = _start(home, "worker", url, "worker", "start", "--pool", POOL, "--limit", str(limit), "--name", name)
-    _record(home, "worker", Process(child.pid, start_time(child.pid) or "gone", name=name, limit=limit))
+    _record(home, "worker", Record(child.pid, name=name, limit=limit))
     begin = time.monotonic()
     say(f"worker    starting (process {child.pid}, {limit} run{'s' if limit > 1 else ''} at a time) ...")
     while name not in (online_workers(url) or []):
@@ -296,14 +326,15 @@ def _stop(home: Path, names: tuple[str, ...], say: Say) -> bool:
             say(f"runs      stopping {len(runs)}; run again to go on: finished stages are kept, trainings resume")
             pids = {process.pid for process in engines}
             # Only the top process of a run: its stages die with it.
-            send([process for process in engines if not pids & set(list(ancestors(process.pid))[1:])], signal.SIGTERM)
+            send([process for process in engines if not pids & (lineage(process) - {process.pid})], signal.SIGTERM)
             wait_gone(engines, STOP_SECONDS)
         if worker:
             say(f"worker    stopping (process {worker.pid})")
-            send([worker], signal.SIGTERM)
-            wait_gone([worker], STOP_SECONDS)
+            ended = worker.processes()
+            send(ended, signal.SIGTERM)
+            wait_gone(ended, STOP_SECONDS)
         marked = processes_with(MARK, str(home))
-        left = [process for process in marked if server is None or server.pid not in ancestors(process.pid)]
+        left = [process for process in marked if server is None or server.pid not in lineage(process)]
         send(left, signal.SIGKILL)
         wait_gone(left, 5)
         if runs and server:
@@ -313,9 +344,10 @@ def _stop(home: Path, names: tuple[str, ...], say: Say) -> bool:
     if "server" in names:
         if server:
             say(f"server    stopping (process {server.pid})")
-            send([server], signal.SIGTERM)
-            send(wait_gone([server], STOP_SECONDS), signal.SIGKILL)
-            wait_gone([server], 5)
+            ended = server.processes()
+            send(ended, signal.SIGTERM)
+            send(wait_gone(ended, STOP_SECONDS), signal.SIGKILL)
+            wait_gone(ended, 5)
             anything = True
         (home / "server.json").unlink(missing_ok=True)
     return anything

@@ -1,93 +1,65 @@
-"""Processes of this machine, told apart by id and start time, so that a recycled id is never taken for ours."""
+"""Processes of this machine, by psutil: told apart by id and start time, so a recycled id is never taken for ours."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 
-@dataclass(frozen=True)
-class Process:
-    """A background process of ours. `started` tells it from a later process with the same id."""
-
-    pid: int
-    started: str
-    port: int = 0
-    name: str = ""
-    limit: int = 0
-
-    @property
-    def alive(self) -> bool:
-        """Whether this very process still runs."""
-        return start_time(self.pid) == self.started
-
-
-def start_time(pid: int) -> str | None:
-    """Boot id and start tick of a process; None where it is gone or only waits to be reaped."""
+def alive(process: psutil.Process) -> bool:
+    """Whether this very process still runs; one that only waits to be reaped does not."""
     try:
-        # Fields after the command name, which may itself hold spaces and brackets (proc(5)): state is the first,
-        # starttime the twentieth.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
-def environment_of(pid: int) -> dict[str, str] | None:
-    """Environment with which a process was started; None where it may not be read."""
+def environment_of(process: psutil.Process) -> dict[str, str] | None:
+    """Environment with which a process was started; None where it may not be read, or the process is gone."""
     try:
-        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
+        return process.environ() if alive(process) else None
+    except (psutil.Error, OSError):
         return None
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
-def processes_with(name: str, value: str | None = None) -> list[Process]:
+def processes_with(name: str, value: str | None = None) -> list[psutil.Process]:
     """Live processes in whose environment `name` is set (to `value`, where given), except this one and its parents."""
+    mine = lineage(psutil.Process(os.getpid()))
     found = []
-    mine = set(ancestors(os.getpid()))
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) in mine:
-            continue
-        started, environment = start_time(int(entry)), environment_of(int(entry))
-        if started and environment and name in environment and value in (None, environment[name]):
-            found.append(Process(int(entry), started))
+    for process in psutil.process_iter():
+        environment = None if process.pid in mine else environment_of(process)
+        if environment and name in environment and value in (None, environment[name]):
+            found.append(process)
     return found
 
 
-def ancestors(pid: int) -> Iterator[int]:
-    """The process and its parents, up to the first one."""
-    while pid > 0:
-        yield pid
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            return
+def lineage(process: psutil.Process) -> set[int]:
+    """Ids of a process and of its parents, up to the first one."""
+    try:
+        return {process.pid, *(parent.pid for parent in process.parents())}
+    except psutil.Error:
+        return {process.pid}
 
 
-def flow_run_of(process: Process) -> str:
+def flow_run_of(process: psutil.Process) -> str:
     """Id of the flow run that a process works for (its engine or a stage); empty where none."""
-    return (environment_of(process.pid) or {}).get("PREFECT__FLOW_RUN_ID", "")
+    return (environment_of(process) or {}).get("PREFECT__FLOW_RUN_ID", "")
 
 
-def send(processes: list[Process], number: int) -> None:
+def send(processes: list[psutil.Process], number: int) -> None:
     """Signal those that still are who they were."""
     for process in processes:
-        if process.alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
 
 
-def wait_gone(processes: list[Process], seconds: float) -> list[Process]:
+def wait_gone(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
     """Wait for processes to end; returns those that did not."""
+    # psutil's own waits for zombies, too, that nobody may ever reap.
     deadline = time.monotonic() + seconds
-    while True:
-        left = [process for process in processes if process.alive]
-        if not left or time.monotonic() > deadline:
-            return left
+    while (left := [process for process in processes if alive(process)]) and time.monotonic() < deadline:
         time.sleep(0.2)
+    return left

@@ -103,7 +103,8 @@ def local_files(source: DataSource, world: Path | None = None) -> list[Path]:
         given = repr(source.path) if str(path) == source.path else f"{source.path!r} (expanded: {str(path)!r})"
     if not path.exists():
         raise ValueError(
-            f"data source {given}: {str(path.absolute())!r} does not exist; relative paths start at the working folder"
+            f"data source {given}: {str(path.absolute())!r} does not exist; relative paths start at the recipe file's "
+            "folder, and at the working folder where they begin with a variable or there is no file"
         )
     if path.is_file():
         if _suffix(path) is None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
-from pathlib import Path
+
+from smoltulu.recipes import CHECKOUT, CONSTRAINTS
 
 _RECORDED_PACKAGES = (
     "torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "lm_eval", "huggingface_hub", "prefect",
@@ -17,15 +19,15 @@ _RECORDED_PACKAGES = (
 
 @cache
 def environment() -> dict[str, object]:
-    """What a result was made with: packages, Python, machine, git commit. Recorded, not part of any key."""
-    packages = {}
-    for name in _RECORDED_PACKAGES:
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    """What a result was made with: packages, Python, machine, git commit. Recorded, not part of any key.
+
+    `tested_with` has, of the packages, those that are installed in another version than was tested: name -> tested.
+    """
+    packages = installed_versions(_RECORDED_PACKAGES)
+    other = {name: pinned_version(name) for name, version in packages.items() if not as_tested(name, version)}
     return {
         "packages": packages,
+        "tested_with": other,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
@@ -34,15 +36,40 @@ def environment() -> dict[str, object]:
     }
 
 
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Package -> installed version; those that are not installed are left out."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def pinned_version(name: str) -> str | None:
+    """The version of a package that everything was tested with (constraints.txt); None where it is not listed."""
+    return _constraints().get(name.lower().replace("_", "-"))
+
+
+def as_tested(name: str, installed: str) -> bool:
+    """Whether a package is in the version that was tested; a build's label (2.13.0+cpu) does not count."""
+    return pinned_version(name) in (None, installed.partition("+")[0])
+
+
+@cache
+def _constraints() -> dict[str, str]:
+    lines = (line.partition("==") for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("#"))
+    return {name.lower().replace("_", "-"): version for name, _, version in lines if version}
+
+
 def _git(*arguments: str) -> str | None:
+    """What git says of the checkout. None for a wheel: the repository around an environment is not ours."""
+    if CHECKOUT is None:
+        return None
     try:
         return subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).resolve().parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
+            ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -129,7 +129,6 @@ def _run_once(
                 text=True,
                 errors="replace",
                 env=environment,
-                cwd=Path(__file__).resolve().parent.parent,
             )
             _running.add(process)
             _gpus[process] = environment.get("CUDA_VISIBLE_DEVICES", "")
@@ -208,6 +207,8 @@ def _child_environment(compute: ComputeSettings, num_ranks: int) -> dict[str, st
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",
+        # Python would take the folder that it works in for modules: a user's `tasks.py` or `datasets/`.
+        "PYTHONSAFEPATH": "1",
         # Spinning barriers cost ten times the work where stages share the cores of a CPU machine.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         # glibc gives large buffers back after every step and faults them in again: a quarter of a small model's time.

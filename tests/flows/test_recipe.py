@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from smoltulu.flows.recipe import RecipeError, check_stage_names, load_recipe, preset_names
+from smoltulu.flows.recipe import RecipeError, check_stage_names, load_recipe, preset_names, whole_path
 from smoltulu.recipes import PRESETS
 from smoltulu.schemas.common import role_of, scientific
 from smoltulu.schemas.contamination import ContaminationStageConfig
@@ -182,6 +182,88 @@ def test_unreadable_yaml(tmp_path: Path) -> None:
         load_recipe(str(path))
     path.write_text(yaml.safe_dump({"extends": "tiny", "name": "from-file"}))
     assert load_recipe(str(path)).name == "from-file"
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_relative_paths_of_a_file_start_at_its_folder_wherever_it_is_called_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "extends": "tiny",
+                "base_model": {"scratch": None, "path": "../models/base"},
+                "chat_template": "own.jinja",
+                "data": {
+                    "sft": {
+                        "sources": [
+                            {"path": "data/a.jsonl", "format": "messages", "fields": {"messages": "b.jsonl"}},
+                            {"path": "${DATA:-data}/b.jsonl", "format": "messages"},
+                            {"path": "/data/c.jsonl", "format": "messages"},
+                            {"path": "~/d.jsonl", "format": "messages"},
+                        ]
+                    }
+                },
+                "evaluation": {"tasks": [], "sampled": None},
+                "compute": {"store": "store", "remote": "s3://bucket/folder"},
+            }
+        )
+    )
+    for called_from, given in ((tmp_path, "recipes/mine.yaml"), (folder, "./mine.yaml")):
+        monkeypatch.chdir(called_from)
+        recipe = load_recipe(given)
+        assert recipe.data.sft is not None
+        assert [source.path for source in recipe.data.sft.sources] == [
+            f"{folder}/data/a.jsonl", "${DATA:-data}/b.jsonl", "/data/c.jsonl", "~/d.jsonl"
+        ]  # fmt: skip
+        assert recipe.data.sft.sources[0].fields == {"messages": "b.jsonl"}
+        assert recipe.base_model.path == f"{tmp_path}/models/base"
+        assert recipe.chat_template == f"{folder}/own.jinja"
+        assert (recipe.compute.store, recipe.compute.remote) == (f"{folder}/store", "s3://bucket/folder")
+
+
+def test_inline_recipes_and_overrides_keep_their_paths() -> None:
+    """They have no folder: what is relative starts at the working folder, as in a shell."""
+    source = {"path": "a.jsonl", "format": "messages"}
+    inline = load_recipe({"extends": "tiny", "data": {"sft": {"sources": [source]}}})
+    overridden = load_recipe("tiny", {"data.sft.sources": [source], "compute.store": "store"})
+    for recipe in (inline, overridden):
+        assert recipe.data.sft is not None and recipe.data.sft.sources[0].path == "a.jsonl"
+    assert overridden.compute.store == "store"
+
+
+def test_a_recipe_extends_a_file_one_level_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "more").mkdir()
+    base = {**yaml.safe_load((PRESETS / "tiny.yaml").read_text()), "compute": {"store": "store"}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "more" / "My second_run.yaml").write_text("extends: ../base.yaml\ndpo: {beta: 2}\n")
+    monkeypatch.chdir("/")
+    recipe = load_recipe(str(tmp_path / "more" / "My second_run.yaml"))
+    assert recipe.dpo is not None and recipe.dpo.beta == 2
+    # The path is the base's, and so is the folder that it starts at; the name is that of the file, as none is given.
+    assert (recipe.name, recipe.compute.store) == ("my-second-run", f"{tmp_path}/store")
+
+    (tmp_path / "third.yaml").write_text("extends: ./more/My second_run.yaml\n")
+    with pytest.raises(RecipeError, match=r"which itself extends \.\./base\.yaml; extend that one instead"):
+        load_recipe(str(tmp_path / "third.yaml"))
+    (tmp_path / "fourth.yaml").write_text("extends: ./missing.yaml\n")
+    with pytest.raises(RecipeError, match=rf"recipe file {tmp_path}/missing.yaml does not exist"):
+        load_recipe(str(tmp_path / "fourth.yaml"))
+    # An inline recipe has no file to be named after.
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe({"extends": "./base.yaml"}).name == "tiny"
+
+
+def test_whole_paths_for_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert whole_path("mine.yaml") == f"{tmp_path}/mine.yaml"
+    assert whole_path("below/mine") == f"{tmp_path}/below/mine"
+    for kept in ("tiny", "/a/b.yaml", '{"extends": "./base.yaml"}'):
+        assert whole_path(kept) == kept
 
 
 def test_until_and_refresh_must_be_stages_that_the_recipe_has() -> None:

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from smoltulu.flows.cli import demo
 from smoltulu.flows.cli.main import app
 from smoltulu.flows.logs import shield
-from smoltulu.flows.machine import doctor, machine, prefect_api
+from smoltulu.flows.machine import doctor, machine, places, prefect_api
 from smoltulu.flows.recipe import parse_overrides
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
+from tests import ROOT
 
 HEAVY = {"torch", "transformers", "trl", "datasets", "lm_eval", "prefect"}
 
@@ -131,19 +132,19 @@ def test_doctor_without_a_server(tmp_path: Path) -> None:
     assert "torch" not in _imported("-c", "from smoltulu.flows.machine import doctor; list(doctor._packages())")
 
 
-def test_doctor_names_packages_that_are_not_as_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_packages_that_are_not_as_required(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["fastapi==0.1", "sqlalchemy[asyncio]>=2.0,<2.1", "no-such-package>1"]
     monkeypatch.setattr(doctor, "requirements", lambda: wanted)
     (check,) = doctor._packages()
     assert check.status == "fail" and "without an error" in check.advice
-    assert "fastapi==0.1 is required" in check.detail and "no-such-package>1 is required, missing" in check.detail
+    assert "fastapi==0.1 is required" in check.detail and "no-such-package>1 is required, it is missing" in check.detail
     assert "sqlalchemy" not in check.detail
 
 
 def test_doctor_counts_no_worker_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server believes in a killed worker for 90 s."""
     monkeypatch.setattr(prefect_api, "online_workers", lambda url, pool: ["dead", "alive"])
-    (tmp_path / "worker.json").write_text('{"pid": 1, "started": "another boot/1", "name": "dead"}')
+    (tmp_path / "worker.json").write_text('{"pid": 1, "name": "dead"}')
     assert doctor.pollers(tmp_path, "http://127.0.0.1:1/api", "smoltulu") == ["alive"]
 
 
@@ -239,10 +240,36 @@ def test_the_demo_shows_scores_what_was_cached_and_where_things_lie() -> None:
 
 def test_errors_of_the_machine_end_with_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SMOLTULU_HOME", str(tmp_path))
-    monkeypatch.setattr(machine, "PROJECT", tmp_path)
-    result = CliRunner().invoke(app, ["up"])
+    with machine._alone(tmp_path):
+        result = CliRunner().invoke(app, ["up"])
     assert result.exit_code == 1
-    assert f"there is no prefect.yaml in {tmp_path}" in result.output
+    assert f"another `smoltulu up` or `down` is at work in {tmp_path}" in result.output
+
+
+def test_state_of_an_installed_package_lies_where_it_was_brought_up(tmp_path: Path) -> None:
+    """Called from a folder below, the same server and store are found; elsewhere it begins anew."""
+    below = tmp_path / "mine" / "experiments"
+    below.mkdir(parents=True)
+    assert places.find_project(below) == below
+    (tmp_path / "mine" / ".smoltulu").mkdir()
+    assert places.find_project(below) == places.find_project(tmp_path / "mine") == tmp_path / "mine"
+    assert places.find_project(tmp_path) == tmp_path
+    assert places.PROJECT == ROOT and places.store_root().is_relative_to(ROOT)
+
+
+def test_run_hands_prefect_the_whole_path_of_a_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The flow runs in another folder than the one in which the command is called."""
+    called: list[list[str]] = []
+    monkeypatch.setattr(doctor, "reachable", lambda url: True)
+    monkeypatch.setattr(doctor, "pollers", lambda home, url, pool: ["one"])
+    monkeypatch.setattr(prefect_api, "deployments", lambda url: [("smoltulu/full", "smoltulu")])
+    monkeypatch.setattr(os, "execve", lambda program, command, environment: called.append(command))
+    monkeypatch.chdir(tmp_path)
+    given = ["-p", "recipe=mine.yaml", "--param=recipe=x/y", "-p", "recipe=tiny", "-p", 'overrides={"a": "recipe=b/c"}']
+    assert CliRunner().invoke(app, ["run", "smoltulu/full", *given]).exit_code == 0
+    assert called[0][-len(given) :] == [
+        "-p", f"recipe={tmp_path}/mine.yaml", f"--param=recipe={tmp_path}/x/y", "-p", "recipe=tiny", *given[-2:]
+    ]  # fmt: skip
 
 
 def test_doctor_says_what_kernels_are_compiled_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

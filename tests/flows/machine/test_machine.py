@@ -14,13 +14,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
+import psutil
 import pytest
 
 from smoltulu.flows.machine import doctor, machine, prefect_api, processes
 
-PROBE = f"""
+PROBE = """
 import sys, subprocess
-sys.path.insert(0, {str(machine.PROJECT)!r})
 from prefect import flow, get_run_logger
 from smoltulu.flows.logs import shield_run_logs
 
@@ -84,7 +84,7 @@ class Box:
     def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return _cli(self.home, *arguments)
 
-    def working(self) -> list[processes.Process]:
+    def working(self) -> list[psutil.Process]:
         """Processes of flow runs: an engine and what it started."""
         return [p for p in processes.processes_with(machine.MARK, str(self.home)) if processes.flow_run_of(p)]
 
@@ -237,7 +237,7 @@ def test_a_power_cut_is_diagnosed_and_mended(box: Box) -> None:
 
     worker = machine.running(box.home, "worker")
     assert worker is not None
-    killed = [worker, *box.working()]
+    killed = [*worker.processes(), *box.working()]
     processes.send(killed, signal.SIGKILL)
     assert processes.wait_gone(killed, 10) == []
 
@@ -275,9 +275,7 @@ def test_records_of_other_processes_are_never_believed(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as stranger:
         try:
             for name in ("server", "worker"):
-                (tmp_path / f"{name}.json").write_text(
-                    f'{{"pid": {stranger.pid}, "started": "other-boot/1", "port": 1}}'
-                )
+                (tmp_path / f"{name}.json").write_text(f'{{"pid": {stranger.pid}, "port": 1}}')
                 assert machine.running(tmp_path, name) is None
             assert machine.down(tmp_path, say=lambda text: None) is False
             assert stranger.poll() is None
@@ -306,12 +304,27 @@ def test_only_one_up_or_down_at_a_time(tmp_path: Path) -> None:
         machine.down(tmp_path)
 
 
-def test_start_times_tell_processes_apart() -> None:
-    mine = processes.start_time(os.getpid())
-    assert mine is not None and processes.Process(os.getpid(), mine).alive
+def test_a_record_is_believed_by_mark_and_command(tmp_path: Path) -> None:
+    """Also after a recycled id went to another process of the same home, such as a flow run."""
+    ours = {**os.environ, machine.MARK: str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "server"], env=ours) as server:
+        try:
+            for name in ("server", "worker"):
+                (tmp_path / f"{name}.json").write_text(f'{{"pid": {server.pid}, "port": 1}}')
+            assert machine.running(tmp_path, "server") == machine.Record(server.pid, port=1)
+            assert machine.running(tmp_path, "worker") is None
+            assert machine.running(tmp_path / "another", "server") is None
+        finally:
+            server.kill()
+    # The record of an older version, which named a start time: such a process is found by its mark, and ended.
+    (tmp_path / "server.json").write_text('{"pid": 1, "started": "boot/1", "port": 1}')
+    assert machine.running(tmp_path, "server") is None
+
+
+def test_a_process_that_only_waits_to_be_reaped_is_gone() -> None:
     with subprocess.Popen(["sleep", "60"]) as child:
-        started = processes.start_time(child.pid)
-        assert started not in (None, mine)
+        process = psutil.Process(child.pid)
+        assert processes.alive(process) and processes.environment_of(process)
         child.kill()
-        # A zombie is as good as gone, though its id is still taken.
-        assert _until(lambda: processes.start_time(child.pid) is None, 5, 0.02)
+        assert _until(lambda: not processes.alive(process), 5, 0.02) and process.is_running()
+        assert processes.environment_of(process) is None and processes.wait_gone([process], 0) == []
