@@ -131,47 +131,36 @@ def show(summary: RunSummary, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from smoltulu.tasks.report.summary import grid_columns, preference_label, score_grid
-    from smoltulu.tasks.report.text import title
+    from smoltulu.tasks.report.summary import score_tables
+    from smoltulu.tasks.report.text import clean
 
-    columns = grid_columns(summary.scores)
-    if columns:
-        table = Table("task", "metric", "n", title="scores per stage (± standard error)", title_justify="left")
-        for subject in columns:
-            table.add_column(title(subject), justify="right")
-        for (task, metric), cells in score_grid(summary.scores).items():
-            num_samples = {score.num_samples for score in cells.values()}
-            values = (
-                _value(cells[subject].value, cells[subject].stderr) if subject in cells else "" for subject in columns
-            )
-            table.add_row(task, metric, "/".join(f"{n:,}" for n in sorted(num_samples)), *values)
-        console.print(table)
-    preferences = [score for score in summary.scores if score.kind != "language_model"]
-    if preferences:
-        table = Table("preferences", "task", "metric", "n", "score", title_justify="left")
-        for score in preferences:
-            value = _value(score.value, score.stderr)
-            table.add_row(preference_label(score), score.task, score.metric, f"{score.num_samples:,}", value)
+    def words(value: str) -> str:
+        return escape(clean(value))
+
+    for scores in score_tables(summary.scores):
+        title = f"{scores.title}: score ± standard error"
+        table = Table(*map(words, scores.names), "n", title=title, title_justify="left")
+        for column in scores.columns:
+            table.add_column(words(column), justify="right")
+        for row in scores.rows:
+            num_samples = dict.fromkeys(cell.num_samples for cell in row.cells if cell)
+            cells = [cell.value if cell else "" for cell in row.cells]
+            table.add_row(*map(words, row.names), "/".join(num_samples), *cells)
         console.print(table)
 
     table = Table("stage", "outcome", "seconds", "artifact", title="stages", title_justify="left")
     for stage in summary.stages:
-        table.add_row(
-            stage.node, stage.outcome, f"{stage.seconds:.1f}", escape(_short(stage.path) or stage.error or "")
-        )
+        where = words(_short(stage.path) or stage.error or "")
+        table.add_row(words(stage.node), stage.outcome, f"{stage.seconds:.1f}", where)
     console.print(table)
     num_cached = sum(stage.outcome == "Cached" for stage in summary.stages)
     console.print(f"{num_cached} of {len(summary.stages)} stages cached")
     if summary.published:
-        console.print(f"model     {escape(_short(summary.published))}")
+        console.print(f"model     {words(_short(summary.published))}")
     if summary.pushed:
-        console.print(f"pushed    {escape(summary.pushed)}")
+        console.print(f"pushed    {words(summary.pushed)}")
     if summary.report_path:
-        console.print(f"report    {escape(_short(summary.report_path))}")
-
-
-def _value(value: float, stderr: float | None) -> str:
-    return f"{value:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else "")
+        console.print(f"report    {words(_short(summary.report_path))}")
 
 
 def _short(path: str) -> str:

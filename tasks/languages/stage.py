@@ -31,7 +31,7 @@ from smoltulu.schemas.languages import (
 )
 from smoltulu.tasks.languages.prose import judge
 from smoltulu.tasks.process import die_with_parent
-from smoltulu.tasks.report.languages import languages_page
+from smoltulu.tasks.report.render import render
 from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
@@ -85,7 +85,8 @@ def language_shares(
             writer.writerow([share.language, share.name, share.num_rows, *figures])
         for reason, count in outputs.undetermined.items():
             writer.writerow(["", f"undetermined: {reason}", count, f"{count / num_rows:.6f}", ""])
-    (context.folder / outputs.chart_file).write_text(languages_page(outputs), encoding="utf-8")
+    page = render("languages.html.jinja", languages=outputs)
+    (context.folder / outputs.chart_file).write_text(page, encoding="utf-8")
     metrics = {
         "num_rows": float(num_rows),
         "undetermined_share": outputs.num_undetermined / num_rows,

@@ -12,6 +12,7 @@ from typing import Any
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.evaluation import EvaluationOutputs, Score
 from smoltulu.schemas.publish import PublishStageConfig
+from smoltulu.tasks.report.render import render
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 _ABSOLUTE = re.compile(r"^(?:~|/|\$\{|[A-Za-z]:\\|file:)")
@@ -97,47 +98,15 @@ def model_card(
         model_name=config.recipe_name if own else None,
         eval_results=[_eval_result(EvalResult, score) for score in own] or None,
     )
-    body = f"""# {config.recipe_name}
-
-The model of the stage `{config.subject}` of a smoltulu run: Tulu-3-style
-post-training{f" of `{base_model}`" if base_model else " of a model made from scratch"} with the recipe
-`{config.recipe_name}`.
-
-Weights digest: `{model_digest}`. The weights are those that were evaluated, byte for byte.
-
-## Scores
-
-{_score_table(evaluations)}
-
-n: documents (or pairs, or samples) measured; ± is one standard error. A score marked "part" was measured on a part of
-its task and is not comparable with others'. `scores.json` has all metrics and the digest of the chat template.
-
-## Made from
-
-{_lineage_table(lineage)}
-
-`lineage.json` has whole keys, digests, package versions and metrics.
-
-## Use
-
-The chat template is in the tokenizer:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-messages = [{{"role": "user", "content": "Tom has 12 apples and buys 7 more. How many has he?"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
-```
-
-## Recipe
-
-```yaml
-{recipe_yaml.rstrip()}
-```
-"""
+    body = render(
+        "card.md.jinja",
+        config=config,
+        base_model=base_model,
+        model_digest=model_digest,
+        scores=[(outputs.subject, score) for _, outputs in sorted(evaluations.items()) for score in outputs.scores],
+        lineage=sorted(lineage.items(), key=lambda item: (item[1].finished_at, item[0])),
+        recipe_yaml=recipe_yaml,
+    )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 
@@ -158,40 +127,3 @@ def _eval_result(kind: type, score: Score) -> Any:
         metric_name=f"{score.metric} ({score.harness}, n={score.num_samples})",
         metric_value=score.value,
     )
-
-
-def _score_table(evaluations: Mapping[str, EvaluationOutputs]) -> str:
-    rows = [
-        [
-            outputs.subject,
-            score.task,
-            score.metric,
-            f"{score.value:.4f}" + (f" ± {score.stderr:.4f}" if score.stderr is not None else ""),
-            f"{score.num_samples:,}" + (" (part)" if score.limited else ""),
-            "" if score.num_fewshot is None else str(score.num_fewshot),
-            f"{score.harness}, task {score.task_version}",
-        ]
-        for _, outputs in sorted(evaluations.items())
-        for score in outputs.scores
-    ]
-    if not rows:
-        return "This run evaluated nothing."
-    return _table(["model", "task", "metric", "score", "n", "shots", "harness and task version"], rows)
-
-
-def _lineage_table(lineage: Mapping[str, Manifest]) -> str:
-    rows = [
-        [
-            node,
-            manifest.spec.stage,
-            f"`{manifest.key[:12]}`",
-            ", ".join(f"{record.stage} `{record.key[:12]}`" for _, record in sorted(manifest.inputs.items())) or "–",
-        ]
-        for node, manifest in sorted(lineage.items(), key=lambda item: (item[1].finished_at, item[0]))
-    ]
-    return _table(["node", "stage", "key", "made from"], rows) if rows else "Not recorded."
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

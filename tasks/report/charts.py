@@ -8,12 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TypeGuard
 
-from smoltulu.tasks.report.text import number
+from smoltulu.tasks.report.text import clean, number
 
 #: A series with more points is drawn as the mean of buckets, with the range of each bucket as a band.
 MAX_POINTS = 80
 
 Point = tuple[float, float | None]  # (step, value); None where the value was null, NaN or infinite
+
+
+def e(value: object) -> str:
+    """`value` as text of an element or of a quoted attribute."""
+    return escape(clean(value), quote=True)
 
 
 def parse_history(lines: Iterable[str]) -> dict[str, list[Point]]:
@@ -74,10 +79,10 @@ def line_chart(name: str, points: Sequence[Point]) -> str:
     """A figure of one metric over optimizer steps. Gaps where a value was not finite."""
     finite = [value for _, value in points if value is not None]
     gaps = len(points) - len(finite)
-    caption = f"<b>{escape(name)}</b>"
+    caption = f"<b>{e(name)}</b>"
     if not finite:
         return f'<figure class="chart"><figcaption>{caption} no finite value in {gaps} records</figcaption></figure>'
-    caption += f' <span class="muted">last {escape(number(finite[-1]))}</span>'
+    caption += f' <span class="muted">last {e(number(finite[-1]))}</span>'
     if gaps:
         caption += f' <span class="bad">{gaps} not finite</span>'
     buckets = bucketed(points)
@@ -118,7 +123,7 @@ def line_chart(name: str, points: Sequence[Point]) -> str:
             f'<polyline class="curve" points="{" ".join(f"{x(step)},{y(mean)}" for step, mean, _, _ in segment)}"/>'
         )
     label = f"{name} from step {number(points[0][0])} to {number(points[-1][0])}, last value {number(finite[-1])}"
-    drawing = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    drawing = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{e(label)}">{"".join(parts)}</svg>'
     return f'<figure class="chart"><figcaption>{caption}</figcaption>{drawing}</figure>'
 
 
@@ -209,7 +214,7 @@ def layered(parents: Mapping[str, set[str]]) -> tuple[list[list[str]], list[tupl
     return rows, edges
 
 
-def lineage(parents: Mapping[str, set[str]], labels: Mapping[str, tuple[str, str, str]]) -> str:
+def lineage_drawing(parents: Mapping[str, set[str]], labels: Mapping[str, tuple[str, str, str]]) -> str:
     """Who was made from what. `labels`: node -> (name, second line, class of the box)."""
     rows, edges = layered(direct_parents(parents))
     node_width, node_height, gap_x, gap_y, thin = 138, 40, 12, 26, 18
@@ -243,8 +248,8 @@ def lineage(parents: Mapping[str, set[str]], labels: Mapping[str, tuple[str, str
         parts.append(
             f'<g><rect class="box {style}" x="{x - node_width / 2:.1f}" y="{y - node_height / 2:.1f}" '
             f'width="{node_width}" height="{node_height}" rx="4"/>'
-            f'<text class="name" x="{x:.1f}" y="{y - 2:.1f}" text-anchor="middle">{escape(_short(name, 20))}</text>'
-            f'<text x="{x:.1f}" y="{y + 12:.1f}" text-anchor="middle">{escape(_short(second, 24))}</text></g>'
+            f'<text class="name" x="{x:.1f}" y="{y - 2:.1f}" text-anchor="middle">{e(_short(name, 20))}</text>'
+            f'<text x="{x:.1f}" y="{y + 12:.1f}" text-anchor="middle">{e(_short(second, 24))}</text></g>'
         )
     return (
         f'<svg class="lineage" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '

@@ -1,6 +1,6 @@
 """The hits of a contamination check as pages: per benchmark, each instance that was found, the rows, the text.
 
-Every page stands alone (no script, nothing loaded); texts come from data sets and are escaped. One page holds
+Every page stands alone (no script, nothing loaded). One page holds
 `INSTANCES_PER_PAGE` instances and each instance its first `ROWS_PER_INSTANCE` rows; `hits.parquet` has all of them.
 """
 
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smoltulu.tasks.report import text
-from smoltulu.tasks.report.document import document
-from smoltulu.tasks.report.markup import e
+from smoltulu.tasks.report.render import render
 
 INSTANCES_PER_PAGE = 50
 ROWS_PER_INSTANCE = 20
@@ -58,9 +57,18 @@ def write_hit_pages(hits: Path, queries: Path, rows: Path, folder: Path) -> list
             name = f"{position:02d}-{text.artifact_key(benchmark)}"
             names = tuple(f"{name}-{number:04d}.html" for number in range(1, len(pages) + 1))
             for number, page in enumerate(pages):
-                turns = {id(hit): _turn(stream, hit) for instance in page for hit in instance.hits}
-                body = "".join(_instance(instance, [turns[id(hit)] for hit in instance.hits]) for instance in page)
-                html = _page(benchmark, len(found), names, number, body)
+                html = render(
+                    "hits.html.jinja",
+                    benchmark=benchmark,
+                    num_instances=len(found),
+                    files=names,
+                    page=number,
+                    first=number * INSTANCES_PER_PAGE + 1,
+                    instances=[
+                        (instance, [(hit, around_match(_turn(stream, hit), hit["text"])) for hit in instance.hits])
+                        for instance in page
+                    ],
+                )
                 (folder / names[number]).write_text(html, encoding="utf-8")
             made.append(BenchmarkPages(benchmark, len(found), names))
     return made
@@ -89,7 +97,8 @@ def _by_benchmark(hits: Path, queries: Path) -> Iterator[tuple[str, list[FoundIn
         found = []
         for instance, (start, count) in starts.items():
             shown = own.slice(start, min(count, ROWS_PER_INSTANCE)).to_pylist()
-            found.append(FoundInstance(shown[0]["benchmark_row"], tuple(texts[instance]), tuple(shown), count))
+            query = tuple(_cut(field, _CHARACTERS_OF_FIELD) for field in texts[instance])
+            found.append(FoundInstance(shown[0]["benchmark_row"], query, tuple(shown), count))
         yield benchmark, sorted(found, key=lambda instance: instance.row)
 
 
@@ -103,54 +112,16 @@ def _turn(stream: Any, hit: dict[str, Any]) -> str:
     return str(messages[hit["turn"]]["content"])
 
 
-def _instance(instance: FoundInstance, turns: Sequence[str]) -> str:
-    query = "".join(f"<pre>{e(_cut(field, _CHARACTERS_OF_FIELD))}</pre>" for field in instance.fields)
-    rows = "".join(_row(hit, turn) for hit, turn in zip(instance.hits, turns, strict=True))
-    more = instance.num_rows - len(instance.hits)
-    rest = f'<p class="muted">and {more:,} more rows: see hits.parquet</p>' if more else ""
-    plural = "row" if instance.num_rows == 1 else "rows"
-    head = f'<h3 id="i{instance.row}">instance {instance.row} <small>in {instance.num_rows:,} {plural}</small></h3>'
-    return f"<section>{head}{query}{rows}{rest}</section>"
-
-
-def _row(hit: dict[str, Any], turn: str) -> str:
-    score = "" if hit["score"] == 1 else f", score {hit['score']:.3f}"
-    head = f"row {e(hit['row_id'])}, turn {hit['turn']}{score}"
-    return (
-        f'<details><summary>{head}</summary><div class="inside"><pre>{marked(turn, hit["text"])}</pre></div></details>'
-    )
-
-
-def marked(turn: str, match: str) -> str:
-    """The part of `turn` around `match`, escaped, with the match marked where it is found as it is written."""
+def around_match(turn: str, match: str) -> tuple[str, str, str]:
+    """The part of `turn` around `match`: before it, the match, after it; all in the first where it is not found."""
     match = match.removesuffix("…")
     start = turn.find(match) if match else -1
     if start < 0:
-        return e(_cut(turn, _CHARACTERS_OF_TURN))
+        return _cut(turn, _CHARACTERS_OF_TURN), "", ""
     first = max(0, start - _CHARACTERS_BEFORE_MATCH)
     last = max(start + len(match), first + _CHARACTERS_OF_TURN)
     before, after = turn[first:start], turn[start + len(match) : last]
-    return (
-        f"{'…' if first else ''}{e(before)}<mark>{e(match)}</mark>{e(after)}{'…' if last < len(turn) else ''}"
-    )  # fmt: skip
-
-
-def _page(benchmark: str, num_found: int, names: Sequence[str], number: int, body: str) -> str:
-    title = f"{benchmark}: {num_found:,} instances found"
-    first, last = number * INSTANCES_PER_PAGE + 1, min((number + 1) * INSTANCES_PER_PAGE, num_found)
-    links = ['<a href="index.html">overview</a>']
-    if number > 0:
-        links.append(f'<a href="{names[number - 1]}">previous</a>')
-    if number + 1 < len(names):
-        links.append(f'<a href="{names[number + 1]}">next</a>')
-    links += [
-        f'<a href="{name}">{other + 1}</a>' if other != number else f"<b>{other + 1}</b>"
-        for other, name in enumerate(names)
-        if abs(other - number) <= 5 or other in (0, len(names) - 1)
-    ]
-    navigation = f"<nav>{' '.join(links)}</nav>"
-    head = f"<header><h1>{e(title)}</h1><p>Instances {first:,} to {last:,}, each with the rows it is in.</p></header>"
-    return document(title, f"{head}{navigation}<main>{body}</main>{navigation}")
+    return f"{'…' if first else ''}{before}", match, f"{after}{'…' if last < len(turn) else ''}"
 
 
 def _cut(value: str, length: int) -> str:

@@ -2,35 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from pydantic import ValidationError
-
-from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.preflight import PreflightOutputs
-from smoltulu.schemas.run import StageRun
 from smoltulu.tasks.report import text
-from smoltulu.tasks.report.markup import e, table
-
-
-def preflight_section(stages: Sequence[StageRun], manifests: Mapping[str, Manifest]) -> str:
-    """One line per preflight that was made; nothing where there is none."""
-    rows = []
-    for run in stages:
-        manifest = manifests.get(run.node)
-        if manifest is None:
-            continue
-        try:
-            figures = preflight_figures(PreflightOutputs.model_validate(manifest.outputs))
-        except ValidationError:
-            continue
-        cells = "".join(f'<td class="n">{e(value)}</td>' for value in figures.values())
-        rows.append(f'<tr><th scope="row" class="tight">{e(run.node.removeprefix("preflight-"))}</th>{cells}</tr>')
-        heads = list(figures)
-    if not rows:
-        return ""
-    note = "Lengths in tokens, before anything is cut. The preflight's own folder has its report with every check."
-    return table(["Training", *((head, "n") for head in heads)], rows) + f'<p class="muted">{note}</p>'
 
 
 def preflight_figures(outputs: PreflightOutputs) -> dict[str, str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ValidationError
 
 from smoltulu.schemas.artifact import ArtifactReference, Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
-from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.schemas.evaluation import EvaluationOutputs, Score
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.preflight import preflight_figures
+from smoltulu.tasks.report.render import render
 
 
 def stage_runs(
@@ -106,13 +108,77 @@ def summarise(
     )
 
 
-def score_grid(scores: Sequence[RunScore]) -> dict[tuple[str, str], dict[str, RunScore]]:
-    """(task, metric) -> subject -> score of the language models, in order of appearance."""
+@dataclass(frozen=True)
+class ScoreCell:
+    """One score as text."""
+
+    value: str  # 0.703 ± 0.020
+    num_samples: str
+    limited: bool
+
+    def __str__(self) -> str:
+        return f"{self.value} (n = {self.num_samples}{', part of the task' if self.limited else ''})"
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One metric of one task."""
+
+    names: tuple[str, ...]
+    source: str  # shots, harness, version of the task
+    cells: tuple[ScoreCell | None, ...]  # one per column; None where it was not measured
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores as every renderer shows them: page, Markdown, terminal."""
+
+    title: str
+    names: tuple[str, ...]  # heads of the names of a row
+    columns: tuple[str, ...]
+    rows: tuple[ScoreRow, ...]
+
+    @property
+    def has_limited(self) -> bool:
+        """Whether a score was measured on a part of its task."""
+        return any(cell.limited for row in self.rows for cell in row.cells if cell)
+
+
+def score_tables(scores: Sequence[RunScore]) -> list[ScoreTable]:
+    """Language models, a column each, then accuracies on preference pairs; a table without rows is left out."""
+    subjects = grid_columns(scores)
     grid: dict[tuple[str, str], dict[str, RunScore]] = {}
     for score in scores:
         if score.kind == "language_model":
             grid.setdefault((score.task, score.metric), {})[score.subject] = score
-    return grid
+    rows = [_score_row(names, [cells.get(subject) for subject in subjects]) for names, cells in grid.items()]
+    pairs = [
+        _score_row((preference_label(score), score.task, score.metric), [score])
+        for score in scores
+        if score.kind != "language_model"
+    ]
+    tables = [
+        ScoreTable(
+            "Language models", ("Task", "Metric"), tuple(text.title(subject) for subject in subjects), tuple(rows)
+        ),
+        ScoreTable("Held-out preference pairs", ("Model", "Task", "Metric"), ("Score",), tuple(pairs)),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def score_cell(score: RunScore | Score) -> ScoreCell:
+    """One score as text."""
+    return ScoreCell(text.score(score.value, score.stderr), f"{score.num_samples:,}", score.limited)
+
+
+def _score_row(names: tuple[str, ...], scores: Sequence[RunScore | None]) -> ScoreRow:
+    sources = sorted({_source(score) for score in scores if score})
+    return ScoreRow(names, "; ".join(sources), tuple(score_cell(score) if score else None for score in scores))
+
+
+def _source(score: RunScore) -> str:
+    shots = "" if score.num_fewshot is None else f"{score.num_fewshot}-shot · "
+    return f"{shots}{score.harness}, task version {score.task_version}"
 
 
 def grid_columns(scores: Sequence[RunScore]) -> list[str]:
@@ -127,39 +193,9 @@ def preference_label(score: RunScore) -> str:
 
 def markdown(summary: RunSummary) -> str:
     """The final Markdown artifact: scores, stages, where things lie."""
-    words = text.markdown_text
     seconds = text.seconds_between(summary.started_at, summary.finished_at)
-    took = "" if seconds is None else f" in {text.duration(seconds)}"
-    lines = [f"# {words(summary.recipe)}: {words(summary.state)}{took}", "", f"Run `{_code(summary.run_name)}`", ""]
-    if summary.error:
-        lines += [text.markdown_block(summary.error), ""]
-
-    columns, grid = grid_columns(summary.scores), score_grid(summary.scores)
-    if grid:
-        lines += [_row("Task", "Metric", *(text.title(subject) for subject in columns))]
-        lines += ["|---|---|" + "---:|" * len(columns)]
-        for (task, metric), cells in grid.items():
-            lines.append(_row(task, metric, *(_score_cell(cells.get(subject)) for subject in columns)))
-        lines.append("")
-    preferences = [score for score in summary.scores if score.kind != "language_model"]
-    if preferences:
-        lines += [_row("Preference", "Task", "Metric", "Score"), "|---|---|---|---:|"]
-        lines += [_row(preference_label(s), s.task, s.metric, _score_cell(s)) for s in preferences]
-        lines.append("")
-    if not summary.scores:
-        lines += ["No scores.", ""]
-
-    lines += [_row("Stage", "Outcome", "Time", "Key"), "|---|---|---:|---|"]
-    for run in summary.stages:
-        lines.append(_row(run.node, run.outcome, text.duration(run.seconds), run.key[: text.SHORT_KEY]))
-    lines.append("")
-    if summary.published:
-        lines.append(f"Model: `{_code(summary.published)}`")
-    if summary.pushed:
-        lines.append(words(summary.pushed))
-    if summary.report_path:
-        lines.append(f"Report: `{_code(summary.report_path)}`")
-    return "\n".join(lines).rstrip() + "\n"
+    page = render("run.md.jinja", summary=summary, seconds=seconds, tables=score_tables(summary.scores))
+    return page.rstrip() + "\n"
 
 
 def stage_table(reference: ArtifactReference, outputs_model: type[BaseModel]) -> list[dict[str, str]]:
@@ -169,9 +205,7 @@ def stage_table(reference: ArtifactReference, outputs_model: type[BaseModel]) ->
         outputs = outputs_model.model_validate(reference.outputs)
         if isinstance(outputs, EvaluationOutputs):
             for score in outputs.scores:
-                part = ", part of the task" if score.limited else ""
-                value = f"{text.score(score.value, score.stderr)} (n = {score.num_samples:,}{part})"
-                rows.append((f"{score.task} {score.metric}", value))
+                rows.append((f"{score.task} {score.metric}", str(score_cell(score))))
         if isinstance(outputs, ContaminationOutputs):
             for benchmark in outputs.benchmarks:
                 found = f"{benchmark.num_contaminated:,} of {benchmark.num_instances:,} instances"
@@ -189,20 +223,6 @@ def stage_table(reference: ArtifactReference, outputs_model: type[BaseModel]) ->
     return [{"metric": name, "value": value} for name, value in rows]
 
 
-def _score_cell(score: RunScore | None) -> str:
-    if score is None:
-        return ""
-    return f"{text.score(score.value, score.stderr)} (n = {score.num_samples:,}{', part' if score.limited else ''})"
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(text.markdown_text(cell) for cell in cells) + " |"
-
-
 def _storable(value: str) -> str:
     """What UTF-8 cannot hold (a lone surrogate of a damaged row) would make the summary unwritable."""
     return value.encode("utf-8", "replace").decode()
-
-
-def _code(value: str) -> str:
-    return " ".join(value.split()).replace("`", "'")

@@ -8,6 +8,8 @@ from datetime import datetime
 from smoltulu.schemas.recipe import Recipe
 
 SHORT_KEY = 8
+#: Control characters but tab and newline, line separators, marks of direction, surrogates.
+_UNSHOWABLE = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def title(stage: str) -> str:
@@ -82,13 +84,24 @@ def artifact_key(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
 
 
+def clean(value: object) -> str:
+    """Text without what HTML, UTF-8 or a terminal cannot show, or what turns the reading direction: as U+FFFD."""
+    return re.sub(_UNSHOWABLE, "�", str(value))
+
+
 def markdown_text(value: object) -> str:
-    """`value` as one line of plain text inside Markdown, also in a table cell: names and errors come from outside."""
-    text = " ".join(str(value).split())
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """`value` as plain text within a line of Markdown, also in a cell of a table."""
+    line = re.sub(r"([\\`*\[\]|~$])|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", clean(" ".join(str(value).split())))
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def markdown_block(value: str) -> str:
+def markdown_code(value: object) -> str:
+    """`value` as code within a line: no backtick ends it, no pipe ends the cell that it is in."""
+    line = clean(" ".join(str(value).split())).replace("`", "'").replace("|", "¦")
+    return f"`{line or '–'}`"
+
+
+def markdown_block(value: str, language: str = "text") -> str:
     """A fenced block whose fence is longer than any run of backticks in `value`."""
     fence = "`" * (1 + max([2, *(len(run) for run in re.findall(r"`+", value))]))
-    return f"{fence}text\n{value}\n{fence}"
+    return f"{fence}{language}\n{clean(value).rstrip()}\n{fence}"

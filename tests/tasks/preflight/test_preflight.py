@@ -37,8 +37,7 @@ from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.preflight.checks import Check, checks, planned_steps
 from smoltulu.tasks.preflight.rollout_memory import kv_bytes
 from smoltulu.tasks.preflight.stage import PERCENTILES, length_report, overlong_share, run_preflight
-from smoltulu.tasks.report import stage_table
-from smoltulu.tasks.report.preflight import preflight_section
+from smoltulu.tasks.report import html_report, stage_table
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.stages import STAGES
 from tests import small_runs
@@ -590,15 +589,16 @@ def test_a_run_shows_one_line_a_training(model: Path, tmp_path: Path) -> None:
 
     flight = fly(tmp_path / "flight", model, small_runs.conversations(12), max_length=60)
     outputs = flight.outputs.model_dump(mode="json")
-    _, manifests, _, _ = sample_run(tmp_path / "store")
+    summary, manifests, _, _ = sample_run(tmp_path / "store")
     spec = manifests["sft"].spec.model_copy(update={"stage": "preflight"})
     made = {"preflight-sft": manifests["sft"].model_copy(update={"spec": spec, "outputs": outputs})}
-    stages = [
+    stages = tuple(
         StageRun(node=node, stage="preflight", outcome="Completed") for node in ("preflight-sft", "preflight-dpo")
-    ]
-    section = preflight_section(stages, made)
+    )
+    summary = summary.model_copy(update={"stages": stages})
+    section = html_report(summary, made, {}, "").partition('<section id="preflight">')[2].partition("</section>")[0]
     assert "12 of 12" in section and f"{flight.outputs.num_tokens:,}" in section and section.count("<tr>") == 2
-    assert preflight_section(stages, {}) == ""
+    assert '<section id="preflight">' not in html_report(summary, {}, {}, "")
 
     reference = ArtifactReference(
         stage="preflight", node="preflight-sft", key="ab" * 32, digest="", path="", outputs=outputs, metrics={}

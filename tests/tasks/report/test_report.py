@@ -330,9 +330,7 @@ def test_summary_survives_json_and_holds_what_the_demo_reads(tmp_path: Path) -> 
 def test_markdown_has_scores_and_escapes(tmp_path: Path) -> None:
     summary, *_ = sample_run(tmp_path, label=NASTY)
     text = markdown(summary)
-    assert (
-        "| tiny\\_arithmetic | exact\\_match,strict-match | 0.004 ± 0.003 (n = 500) | 0.702 ± 0.020 (n = 500) |" in text
-    )
+    assert "| tiny_arithmetic | exact_match,strict-match | 0.004 ± 0.003 (n = 500) | 0.702 ± 0.020 (n = 500) |" in text
     assert "<script>" not in text and "| DPO, implicit reward |" in text
     for line in text.splitlines():
         if line.startswith("| dpo"):
