@@ -25,7 +25,7 @@ from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, expand_text, is_commit, resolve_commit
-from smoltulu.tasks.engine.environment import environment
+from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.trainer.extension import Donor, find_donor
 
 #: A plan is for looking: it gives up on a silent Hub sooner than a run.
@@ -295,18 +295,6 @@ def _difference(name: str, old: object, new: object, node: str | None) -> str:
 def _short(value: object) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= 40 and not is_commit(text) else f"{text[:12]}…"
-
-
-def drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Package versions, Python and code of ours that differ between two environments: name old -> new."""
-    before, after = then.get("packages") or {}, now.get("packages") or {}
-    changed = [f"{name} {old} -> {after[name]}" for name, old in before.items() if after.get(name) not in (None, old)]
-    if then.get("python") not in (None, now.get("python")):
-        changed.append(f"python {then['python']} -> {now.get('python')}")
-    old, new = then.get("git_commit"), now.get("git_commit")
-    if old and new and old != new:
-        changed.append(f"code {str(old)[:12]} -> {str(new)[:12]}")
-    return changed
 
 
 def _provisional(graph: Graph) -> set[str]:

@@ -19,7 +19,7 @@ from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from smoltulu.schemas.artifact import ArtifactReference, FileRecord, Manifest
 from smoltulu.schemas.training import TrainingInputs
-from smoltulu.tasks.engine.environment import environment
+from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.engine.launch import DISK_ADVICE, StageFailed, run_child
 from smoltulu.tasks.engine.sharing import share, share_if_absent, take_over
 from smoltulu.tasks.job import Job
@@ -200,12 +200,8 @@ def _warn_of_drift(work: Path, node: str, log: logging.Logger | logging.LoggerAd
         file.write_text(json.dumps(now))
         return
     try:
-        before = json.loads(file.read_text())
-        packages = {name: (before["packages"].get(name), version) for name, version in now["packages"].items()}  # type: ignore[attr-defined]
-        changed = [f"{name} {old} -> {new}" for name, (old, new) in packages.items() if old != new]
-        if before["git_commit"] != now["git_commit"]:
-            changed.append(f"code {str(before['git_commit'])[:12]} -> {str(now['git_commit'])[:12]}")
-    except (ValueError, KeyError, AttributeError, TypeError):
+        changed = drift(json.loads(file.read_text()), now)
+    except (ValueError, AttributeError):
         changed = ["what it was begun with is unreadable"]
     if changed:
         log.warning("%s: goes on from a checkpoint made with other versions: %s", node, ", ".join(changed))

@@ -34,7 +34,7 @@ from smoltulu.flows.planning.estimate import (
     estimated_tokens,
     totals,
 )
-from smoltulu.flows.planning.plan import Plan, PlanRow, drift, plan
+from smoltulu.flows.planning.plan import Plan, PlanRow, plan
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import InputRecord, Manifest
 from smoltulu.schemas.preflight import DryRun, LengthReport, PreflightOutputs
@@ -505,13 +505,6 @@ def test_drift_is_a_note_on_cached_rows(tiny: tuple[Store, Graph], capsys: pytes
     assert now["git_commit"] is None or row.notes[1].startswith("code aaaaaaaaaaaa -> ")
     show(planned, as_json=False)
     assert f"made with something else than now: torch 2.12.0 -> {version} (evaluation-sft)" in capsys.readouterr().out
-
-
-def test_drift_by_hand() -> None:
-    before = {"packages": {"torch": "2.12", "trl": "1.16", "gone": "1"}, "python": "3.11.7", "git_commit": None}
-    after = {"packages": {"torch": "2.13", "trl": "1.16", "new": "1"}, "python": "3.12.1", "git_commit": "b" * 40}
-    assert drift(before, after) == ["torch 2.12 -> 2.13", "python 3.11.7 -> 3.12.1"]
-    assert drift({}, after) == []
 
 
 def test_json_has_all_that_the_table_shortens(with_1207: Store) -> None:
