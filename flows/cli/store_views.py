@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from smoltulu.artifacts.checkpoints import newest_checkpoint, planned_steps
+from smoltulu.artifacts.checkpoints import newest_checkpoint, num_steps_of
 from smoltulu.artifacts.manifests import Ref, dig, num_bytes_of, read_json, scores_of
 from smoltulu.artifacts.upkeep.catalogue import Catalogue, state_of
 from smoltulu.artifacts.upkeep.lineage import Relative, ancestors, descendants, planned_inputs
@@ -169,7 +169,7 @@ def artifact_details(catalogue: Catalogue, ref: Ref) -> dict[str, Any]:
         raise ValueError(f"{catalogue.root} has no artifact {ref.stage}/{ref.key}")
     checkpoint = newest_checkpoint(folder.path / "work" / "checkpoints")
     if checkpoint is not None:
-        details["resumable"] = {"step": checkpoint[0], "num_steps": planned_steps(checkpoint[1])}
+        details["resumable"] = {"step": checkpoint[0], "num_steps": num_steps_of(checkpoint[1])}
     if folder.last_used:
         details["last_used"] = datetime.fromtimestamp(folder.last_used / 1e9).astimezone().isoformat(timespec="seconds")
     details = {**manifest, **details}

@@ -16,19 +16,18 @@ from smoltulu.flows.planning.estimate import (
     estimated_seconds,
     estimated_tokens,
 )
-from smoltulu.flows.planning.preflight_figures import planned_steps
+from smoltulu.schemas.budget import tokens_of_steps
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.trainer.budget import tokens_of_steps
+from smoltulu.tasks.models.sizes import ModelSize
 from smoltulu.tasks.trainer.disk import (
     BYTES_PER_TOKEN,
     TEXT_FACTOR,
-    ModelSize,
     checkpoint_bytes,
     model_bytes,
+    num_checkpoints_kept,
     training_bytes,
 )
-from smoltulu.tasks.trainer.extension import keeps_checkpoint
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Costs:
         start, rows = self._upstream(node, "model"), self._upstream(node, "dataset")
         size = start.num_parameters
         self._facts[node.name] = _Facts(num_parameters=size)
-        all_steps = num_steps or planned_steps(settings, rows.num_rows, rows.num_tokens)
+        all_steps = num_steps or settings.budget.num_steps(rows.num_rows, rows.num_tokens)
         left = None if all_steps is None else max(all_steps - step, 0)
         compute = self.graph.recipe.compute.of(node.stage.name)
         dataset = self.graph.spec(node.name).inputs["dataset"]
@@ -107,15 +106,14 @@ class Costs:
         if size is not None and tokens is not None:
             flops = node.stage.flops(settings) * size * tokens
         if size is not None and rows.rows_bytes is not None:
-            # The best one beside the newest, and the one that is to be stored.
-            kept = compute.save_total_limit + 1 + keeps_checkpoint(settings, compute)
+            kept = num_checkpoints_kept(compute, settings.is_extendable)
             if all_steps is not None:
                 kept = min(kept, -(-all_steps // compute.save_steps))
             known = rows.num_tokens is not None and trains_on_its_rows
             cache = (rows.num_tokens or 0) * BYTES_PER_TOKEN if known else rows.rows_bytes * TEXT_FACTOR
             peak = training_bytes(ModelSize(size), cache, kept, adapter)
         disk = None if size is None else model_bytes(ModelSize(size))
-        if disk is not None and keeps_checkpoint(settings, compute):
+        if disk is not None and settings.is_extendable and compute.keep_extension_checkpoint:
             disk += checkpoint_bytes(adapter or ModelSize(size or 0))
         return Estimate(left, tokens, flops, disk, peak, seconds)
 

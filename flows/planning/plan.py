@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from smoltulu.artifacts.checkpoints import planned_steps
+from smoltulu.artifacts.checkpoints import num_steps_of
 from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
 from smoltulu.artifacts.store import Found, Missing, Store, stale_input
 from smoltulu.flows.graphs.recipe_graph import Graph
@@ -208,7 +208,7 @@ def _row(
     elif checkpoint is not None:
         step, folder = checkpoint
         # What the recipe says: the checkpoint may be that of a shorter training.
-        num_steps = _planned(node.config) or planned_steps(folder)
+        num_steps = _planned(node.config) or num_steps_of(folder)
         reason = f"at step {step:,}" + (f" of {num_steps:,}" if num_steps else "")
         row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
     elif refreshed:
@@ -240,7 +240,7 @@ def _donor(graph: Graph, store: Store, index: SpecIndex, name: str, digests: Map
 
 def _planned(config: BaseModel) -> int | None:
     """Optimizer steps of a training, where its settings say so."""
-    return config.planned_steps() if isinstance(config, TrainingSettings) else None
+    return config.budget.max_steps if isinstance(config, TrainingSettings) else None
 
 
 def _nearest(index: SpecIndex, spec: Mapping[str, Any]) -> NearestArtifact | None:

@@ -18,15 +18,16 @@ from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from smoltulu.schemas.artifact import ArtifactReference, FileRecord, Manifest
-from smoltulu.schemas.training import TrainingInputs
+from smoltulu.schemas.training import TrainingInputs, TrainingSettings
 from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.engine.launch import DISK_ADVICE, StageFailed, run_child
 from smoltulu.tasks.engine.sharing import share, share_if_absent, take_over
 from smoltulu.tasks.job import Job
+from smoltulu.tasks.models.sizes import adapter_size, model_size
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext
-from smoltulu.tasks.trainer.disk import adapter_size, cache_bytes, model_size, training_bytes
-from smoltulu.tasks.trainer.extension import begin_with, extended, find_donor, keeps_checkpoint
+from smoltulu.tasks.trainer.disk import cache_bytes, num_checkpoints_kept, training_bytes
+from smoltulu.tasks.trainer.extension import begin_with, extended, find_donor
 
 if TYPE_CHECKING:
     from smoltulu.artifacts.shared.remote import Remote
@@ -236,8 +237,8 @@ def _require_disk(job: Job, root: Path, work: Path) -> None:
         return
     inputs = job.inputs
     assert isinstance(inputs, TrainingInputs)
-    # And the best, and the one that is to be stored.
-    num_kept = job.compute.save_total_limit + 1 + keeps_checkpoint(job.config, job.compute)
+    assert isinstance(job.config, TrainingSettings)
+    num_kept = num_checkpoints_kept(job.compute, job.config.is_extendable)
     size, lora = model_size(Path(inputs.model)), getattr(job.config, "lora", None)
     adapter = adapter_size(size, lora.r) if lora else None
     whole = training_bytes(size, cache_bytes(Path(inputs.dataset)), num_kept, adapter)

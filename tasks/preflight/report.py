@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightOutputs
-from smoltulu.tasks.preflight.checks import Check, checks, planned_steps
+from smoltulu.tasks.preflight.checks import Check, checks
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.charts import ticks
 from smoltulu.tasks.report.document import document
@@ -68,8 +68,8 @@ def _facts(config: PreflightConfig, outputs: PreflightOutputs, found: Sequence[C
         share = outputs.num_trained_tokens / max(outputs.num_tokens, 1)
         facts.append(("Trained tokens", f"{outputs.num_trained_tokens:,} ({text.percent(share)})"))
     facts.append(("Longest row", f"{outputs.longest:,} tokens of {config.max_length:,}"))
-    if config.training is not None:
-        steps = planned_steps(config.training, outputs.num_rows, outputs.num_tokens)
+    steps = config.training and config.training.budget.num_steps(outputs.num_rows, outputs.num_tokens)
+    if config.training is not None and steps is not None:
         facts.append(("Planned steps", f"{steps:,}, effective batch {config.training.effective_batch_size:,}"))
     if outputs.disk_bytes is not None:
         facts.append(("Disk of the training", f"up to {text.size(outputs.disk_bytes)}"))

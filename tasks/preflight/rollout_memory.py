@@ -9,7 +9,7 @@ from typing import Any
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import PreflightConfig
-from smoltulu.tasks.trainer.disk import num_parameters
+from smoltulu.tasks.models.sizes import num_parameters
 
 
 def kv_bytes(config: Mapping[str, Any], num_sequences: int, num_tokens: int, bytes_per_value: int) -> int:

@@ -37,10 +37,10 @@ from smoltulu.flows.planning.estimate import (
 from smoltulu.flows.planning.plan import Plan, PlanRow, plan
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import InputRecord, Manifest
+from smoltulu.schemas.budget import tokens_of_steps
 from smoltulu.schemas.preflight import DryRun, LengthReport, PreflightOutputs
 from smoltulu.tasks.data.sources import HubUnreachable, Reference, SourceUnavailable, resolve_commits
 from smoltulu.tasks.engine.environment import environment
-from smoltulu.tasks.trainer.budget import optimizer_steps, tokens_of_steps
 
 NUM_PARAMETERS = 1_711_376_384  # SmolLM2-1.7B
 ROWS = 1000
@@ -92,7 +92,7 @@ def finish(store: Store, graph: Graph, name: str, text: str = "", size: int = NU
         outputs = {"num_parameters": size}
     elif hasattr(node.config, "effective_batch_size"):
         batch = node.config.effective_batch_size
-        num_steps = getattr(node.config, "num_steps", 0) or optimizer_steps(ROWS, node.config.num_train_epochs, batch)
+        num_steps = node.config.budget.num_steps(ROWS, None)
         outputs = {
             "num_parameters": size, "num_steps": num_steps, "num_tokens": num_steps * batch * 500,
         }  # fmt: skip
@@ -347,18 +347,6 @@ def test_figures_of_another_version_are_not_shown(with_1207: Store, tmp_path: Pa
     assert rows["sft"].preflight is None and rows["dpo"].preflight is not None
 
 
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 50), st.integers(0, 50))
-def test_tokens_of_steps_add_up(num_rows: int, batch: int, first: int, more: int) -> None:
-    num_tokens = 7 * num_rows
-
-    def tokens(num_steps: int) -> int:
-        return tokens_of_steps(num_steps, num_rows, num_tokens, batch)
-
-    an_epoch = optimizer_steps(num_rows, 1, batch)
-    assert tokens(an_epoch) == num_tokens and tokens(first * an_epoch) == first * num_tokens
-    assert tokens(first) <= tokens(first + more) <= 7 * batch * (first + more)
-
-
 # --- Resolving revisions ----------------------------------------------------------------------------------------------
 
 
@@ -568,21 +556,6 @@ def test_of_equally_near_artifacts_the_one_used_last(tmp_path: Path) -> None:
 
 
 # --- Estimates ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "epochs", "batch", "max_steps", "expected"),
-    [
-        (939_343, 2, 8, None, 234_836),  # 117,417.9 -> 117,418 an epoch
-        (15_960, 1.0, 16, None, 998),
-        (64, 1.0, 16, None, 4),
-        (65, 0.5, 16, None, 3),  # 5 an epoch, half of it 2.5
-        (3, 1.0, 16, None, 1),
-        (1000, 3.0, 16, 7, 7),
-    ],
-)
-def test_optimizer_steps(num_rows: int, epochs: float, batch: int, max_steps: int | None, expected: int) -> None:
-    assert optimizer_steps(num_rows, epochs, batch, max_steps) == expected
 
 
 SEEN = Cost(
