@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from smoltulu.artifacts import readable
 from smoltulu.flows.machine import machine, prefect_api
 from smoltulu.flows.machine.doctor import store_root
 
@@ -60,7 +61,7 @@ def demo() -> int:
             _say(f"there is no summary of this run in {path}")
             return code or 1
         show(summary, console)
-        console.print(f"\n{time.monotonic() - begin:.0f} s in all, server and worker included")
+        console.print(f"\n{readable.duration(time.monotonic() - begin)} in all, server and worker included")
         return code
     except machine.MachineError as error:
         _say(f"error: {error}")
@@ -142,23 +143,22 @@ def show(summary: RunSummary, console: Console) -> None:
             table.add_column(title(subject), justify="right")
         for (task, metric), cells in score_grid(summary.scores).items():
             num_samples = {score.num_samples for score in cells.values()}
-            values = (
-                _value(cells[subject].value, cells[subject].stderr) if subject in cells else "" for subject in columns
-            )
-            table.add_row(task, metric, "/".join(f"{n:,}" for n in sorted(num_samples)), *values)
+            values = [cells.get(subject) for subject in columns]
+            shown = [readable.score(score.value, score.stderr) if score else "" for score in values]
+            table.add_row(task, metric, "/".join(f"{n:,}" for n in sorted(num_samples)), *shown)
         console.print(table)
     preferences = [score for score in summary.scores if score.kind != "language_model"]
     if preferences:
         table = Table("preferences", "task", "metric", "n", "score", title_justify="left")
         for score in preferences:
-            value = _value(score.value, score.stderr)
+            value = readable.score(score.value, score.stderr)
             table.add_row(preference_label(score), score.task, score.metric, f"{score.num_samples:,}", value)
         console.print(table)
 
-    table = Table("stage", "outcome", "seconds", "artifact", title="stages", title_justify="left")
+    table = Table("stage", "outcome", "took", "artifact", title="stages", title_justify="left")
     for stage in summary.stages:
         table.add_row(
-            stage.node, stage.outcome, f"{stage.seconds:.1f}", escape(_short(stage.path) or stage.error or "")
+            stage.node, stage.outcome, readable.duration(stage.seconds), escape(_short(stage.path) or stage.error or "")
         )
     console.print(table)
     num_cached = sum(stage.outcome == "Cached" for stage in summary.stages)
@@ -169,10 +169,6 @@ def show(summary: RunSummary, console: Console) -> None:
         console.print(f"pushed    {escape(summary.pushed)}")
     if summary.report_path:
         console.print(f"report    {escape(_short(summary.report_path))}")
-
-
-def _value(value: float, stderr: float | None) -> str:
-    return f"{value:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else "")
 
 
 def _short(path: str) -> str:

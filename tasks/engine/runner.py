@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.artifacts import readable
 from smoltulu.artifacts.checkpoints import fault, newest_checkpoint
 from smoltulu.artifacts.files import remove_tree
 from smoltulu.artifacts.manifests import Ref
@@ -227,11 +228,11 @@ def _run_function(job: Job, work: Path, output: Path, log: logging.Logger | logg
 
 def _require_disk(job: Job, root: Path, work: Path) -> None:
     """Refuse to start a stage that the disk would stop half-way: computed for trainings, `min_free_disk_gb` for all."""
-    free_gb = shutil.disk_usage(root).free / 1e9
-    if free_gb < job.compute.min_free_disk_gb:
+    free = shutil.disk_usage(root).free
+    if free < job.compute.min_free_disk_gb * 1e9:
         raise ValueError(
-            f"{free_gb:.1f} GB free under {root}, compute.min_free_disk_gb asks for {job.compute.min_free_disk_gb:g}; "
-            "free some space, or lower it if you know that the stage needs less"
+            f"{readable.size(free)} free under {root}, compute.min_free_disk_gb asks for "
+            f"{job.compute.min_free_disk_gb:g}; free some space, or lower it if you know that the stage needs less"
         )
     if not job.stage.is_training:
         return
@@ -243,11 +244,11 @@ def _require_disk(job: Job, root: Path, work: Path) -> None:
     adapter = adapter_size(size, lora.r) if lora else None
     whole = training_bytes(size, cache_bytes(Path(inputs.dataset)), num_kept, adapter)
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    needed_gb = (whole - there) / 1e9
-    if free_gb < needed_gb:
+    needed = whole - there
+    if free < needed:
         raise ValueError(
-            f"{job.node} needs {needed_gb:.1f} GB more for checkpoints and rows, {free_gb:.1f} GB are free under "
-            f"{root}; free some (`smoltulu gc` shows what may go), name another compute.store, or lower "
+            f"{job.node} needs {readable.size(needed)} more for checkpoints and rows, {readable.size(free)} are "
+            f"free under {root}; free some (`smoltulu gc` shows what may go), name another compute.store, or lower "
             "compute.save_total_limit"
         )
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from smoltulu.artifacts import readable
 from smoltulu.artifacts.store import Found, Store, stale_input
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.compute import ComputeSettings
@@ -111,6 +112,6 @@ def _progress(text: str, log: Log) -> Callable[[int, int], None]:
         nonlocal last
         if time.monotonic() - last >= _REPORT_SECONDS:
             last = time.monotonic()
-            log.info("%s: %.2f of %.2f GB", text, done / 1e9, total / 1e9)
+            log.info("%s: %s of %s", text, readable.size(done), readable.size(total))
 
     return report

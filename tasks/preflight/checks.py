@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from smoltulu.artifacts import readable
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
-from smoltulu.tasks.report import text
 
 Status = Literal["ok", "noticed", "fails"]
 
@@ -40,7 +40,7 @@ def checks(config: PreflightConfig, outputs: PreflightOutputs, examples: dict[st
         count = getattr(outputs, field)
         part = count / max(outputs.num_source_rows, 1)
         status: Status = "ok" if not count else "fails" if limit is not None and part > limit[1] else "noticed"
-        found = f"{count:,} of {outputs.num_source_rows:,} {noun} ({text.percent(part)}) {words}"
+        found = f"{count:,} of {outputs.num_source_rows:,} {noun} ({readable.percent(part)}) {words}"
         threshold = "none" if limit is None else f"preflight.{limit[0]} {limit[1]:g}"
         return Check(name, status, found, threshold, tuple(examples.get(field, ())), advice)
 

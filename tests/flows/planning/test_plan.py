@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.artifacts.nearest import SpecIndex, differences, flat
 from smoltulu.artifacts.shared.remote import Remote
 from smoltulu.artifacts.store import Found, Store
-from smoltulu.flows.cli.plan import as_dict, count, num_bytes, show, summary
+from smoltulu.flows.cli.plan import as_dict, show, summary
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.machine.machine import PROJECT
 from smoltulu.flows.planning.estimate import (
@@ -595,22 +593,6 @@ def test_totals_say_how_much_is_not_in_them() -> None:
     assert sums["peak_disk_bytes"] == (10 + 20 + 70, 1)
     assert totals([first, second], num_parallel=2)["peak_disk_bytes"] == (10 + 20 + 70 + 20, 0)
     assert totals([])["num_tokens"] == (0, 0)
-
-
-@given(st.floats(1, 1e18))
-def test_counts_and_sizes_keep_three_digits(value: float) -> None:
-    units = {"k": 1e3, "M": 1e6, "G": 1e9}
-    text = count(value)
-    number = float(text[:-1]) * units[text[-1]] if text[-1] in units else float(text)
-    assert number == pytest.approx(value, rel=0.006, abs=0.5)
-    amount, unit = num_bytes(value).split()
-    scale = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
-    assert float(amount) * scale == pytest.approx(value, rel=0.006)
-
-
-def test_counts_and_sizes_by_hand() -> None:
-    assert [count(v) for v in (0, 998, 12_345, 486e6, 1.05e19)] == ["0", "998", "12.3k", "486M", "1.05e+19"]
-    assert [num_bytes(v) for v in (100, 3_809_736, 82.1e9, 2e12)] == ["100 B", "3.81 MB", "82.1 GB", "2 TB"]
 
 
 # --- The shared store -----------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from smoltulu.schemas.training import GateSettings, SFTSettings, TrainingInputs
 from smoltulu.schemas.world import WorldConfig
 from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.engine.runner import Job, _warn_of_drift, run_stage
-from smoltulu.tasks.progress import duration
 from smoltulu.tasks.stages import STAGES
 from tests.small_runs import training_inputs
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
@@ -86,7 +85,7 @@ def test_what_the_user_must_mend_is_one_message_and_leaves_no_artifact(tmp_path:
 
 def test_not_enough_disk_is_said_before_anything_runs(tmp_path: Path) -> None:
     compute = COMPUTE.model_copy(update={"min_free_disk_gb": 1e9})
-    with pytest.raises(ValueError, match=r"GB free under .*min_free_disk_gb asks for 1e\+09"):
+    with pytest.raises(ValueError, match=r"[GT]B free under .*min_free_disk_gb asks for 1e\+09"):
         run_stage(world_job(compute=compute), Store(tmp_path), LOG)
 
 
@@ -231,7 +230,3 @@ def test_work_that_goes_on_with_other_versions_is_said(
     file.write_text(json.dumps(environment()))
     _warn_of_drift(tmp_path, "sft", LOG)
     assert len(caplog.messages) == 1
-
-
-def test_durations_are_for_people() -> None:
-    assert [duration(s) for s in (4.4, 75, 3600 * 5 + 12 * 60)] == ["4 s", "1 min 15 s", "5 h 12 min"]
