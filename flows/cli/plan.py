@@ -11,7 +11,7 @@ from typing import Any
 
 from smoltulu.artifacts import readable
 from smoltulu.artifacts.store import Store
-from smoltulu.flows.planning.estimate import Estimate
+from smoltulu.flows.planning.costs import Estimate
 from smoltulu.flows.planning.plan import Plan, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
 from smoltulu.flows.recipe import load_recipe

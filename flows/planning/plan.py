@@ -16,8 +16,7 @@ from smoltulu.artifacts.checkpoints import num_steps_of
 from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
 from smoltulu.artifacts.store import Found, Missing, Store, stale_input
 from smoltulu.flows.graphs.recipe_graph import Graph
-from smoltulu.flows.planning.costs import Costs
-from smoltulu.flows.planning.estimate import NOTHING, Estimate, Total, totals
+from smoltulu.flows.planning.costs import NOTHING, Costs, Estimate, Total, totals
 from smoltulu.flows.planning.preflight_figures import PreflightFigures, preflight_figures
 from smoltulu.flows.recipe import check_stage_names
 from smoltulu.schemas.artifact import Manifest
