@@ -94,7 +94,7 @@ def fault(folder: Path, full: bool = False) -> str | None:
     return None
 
 
-def planned_steps(checkpoint: Path) -> int | None:
+def num_steps_of(checkpoint: Path) -> int | None:
     """Optimizer steps of the whole training that a checkpoint belongs to; None where the trainer did not say."""
     try:
         steps = json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"]

@@ -29,7 +29,7 @@ import torch
 from river_valley_figure import draw
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smoltulu.schemas.training import (
+from smoltulu.schemas.schedules import (
     ConstantSchedule,
     CosineSchedule,
     LinearSchedule,

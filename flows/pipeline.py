@@ -19,6 +19,7 @@ from prefect.states import Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
+from smoltulu.artifacts import readable
 from smoltulu.artifacts.store import Found, Store
 from smoltulu.flows.follow_worker import follow_worker
 from smoltulu.flows.graphs.recipe_graph import Graph
@@ -31,7 +32,6 @@ from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.tasks.engine.launch import stop_children
 from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.engine.stores import open_store
-from smoltulu.tasks.progress import duration
 from smoltulu.tasks.publish.push import check_push_access, push_model
 from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
 
@@ -94,7 +94,7 @@ def smoltulu(
                 raise
             finally:
                 seconds[node] = time.monotonic() - began
-        took = duration(seconds[node])
+        took = readable.duration(seconds[node])
         task_log.info("%s: %s %s (%s)", node, reference.outcome.lower(), reference.key[:12], took)
         if reference.outcome != "Cached":
             create_table_artifact(

@@ -75,19 +75,3 @@ class ComputeSettings(StrictModel):
         if exceptions is None:
             return self
         return self.model_copy(update=exceptions.model_dump(exclude_none=True))
-
-
-def accumulation_steps(effective_batch_size: int, compute: ComputeSettings) -> int:
-    """gradient_accumulation_steps = effective / (per device x processes).
-
-    ValueError where they do not divide: a silently different effective batch would be another experiment.
-    """
-    per_step = compute.per_device_train_batch_size * compute.num_processes
-    if effective_batch_size % per_step:
-        allowed = [size for size in range(1, effective_batch_size + 1) if effective_batch_size % size == 0]
-        raise ValueError(
-            f"effective_batch_size {effective_batch_size} is not a multiple of per_device_train_batch_size "
-            f"{compute.per_device_train_batch_size} x num_processes {compute.num_processes}; "
-            f"their product must be one of {allowed}"
-        )
-    return effective_batch_size // per_step

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import asdict
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
+from smoltulu.schemas.budget import Budget
 from smoltulu.schemas.common import StrictModel, machinery
-from smoltulu.schemas.training import RowRules
+from smoltulu.schemas.training import RLVRSettings, RowRules, TrainingSettings
 
 
 class PreflightSettings(StrictModel):
@@ -45,6 +47,24 @@ class PlannedTraining(StrictModel):
         None, ge=1, description="rank of the adapters that are trained; none: every weight is"
     )
     is_extendable: bool = machinery(False, description="has a checkpoint that a larger budget could go on from")
+
+    @classmethod
+    def of(cls, settings: TrainingSettings) -> Self:
+        """What a preflight is told of the training that it is for."""
+        rollouts: dict[str, Any] = {}
+        if isinstance(settings, RLVRSettings):
+            rollouts = {
+                "max_completion_length": settings.max_completion_length,
+                "num_rollouts": settings.effective_batch_size * settings.steps_per_generation,
+                "has_reference": settings.beta > 0,
+            }
+        lora = getattr(settings, "lora", None)
+        return cls(**asdict(settings.budget), **rollouts, lora_r=lora and lora.r, is_extendable=settings.is_extendable)
+
+    @property
+    def budget(self) -> Budget:
+        """How long the training is to be."""
+        return Budget(self.effective_batch_size, self.num_train_epochs, self.max_steps, self.max_tokens)
 
 
 class PreflightConfig(RowRules):

@@ -6,8 +6,9 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.common import StrictModel, machinery, science
-from smoltulu.schemas.compute import ComputeSettings, accumulation_steps
+from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.contamination import ContaminationSettings
 from smoltulu.schemas.data import DataSet, DataSettings, DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 
+from smoltulu.artifacts import readable
+
 _SHOWN_EVERY_SECONDS = 3.0
 
 
@@ -24,24 +26,8 @@ class Progress:
             return
         self.last_shown = now
         parts = [f"step {step:,} of {num_steps:,}"]
-        parts += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in metrics.items()]
+        parts += [f"{name.replace('_', ' ')} {readable.number(value)}" for name, value in metrics.items()]
         done = step - self.first[0]
         if done > 0 and step < num_steps:
-            parts.append(f"{duration((now - self.first[1]) / done * (num_steps - step))} left")
+            parts.append(f"{readable.duration((now - self.first[1]) / done * (num_steps - step))} left")
         self.log.info("%s: %s", self.node, " · ".join(parts))
-
-
-def _short(value: float) -> str:
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 1e-2 else f"{value:.3f}".rstrip("0").rstrip(".")
-
-
-def duration(seconds: float) -> str:
-    """A duration for people: 45 s, 3 min 20 s, 5 h 12 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

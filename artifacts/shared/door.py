@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from smoltulu.artifacts import readable
 from smoltulu.artifacts.keys import artifact_key
 from smoltulu.artifacts.layout import PULL
 from smoltulu.artifacts.shared.lease import Lease, LeaseLost
@@ -109,6 +110,6 @@ def _progress(text: str, log: Log) -> Callable[[int, int], None]:
         nonlocal last
         if time.monotonic() - last >= _REPORT_SECONDS:
             last = time.monotonic()
-            log.info("%s: %.2f of %.2f GB", text, done / 1e9, total / 1e9)
+            log.info("%s: %s of %s", text, readable.size(done), readable.size(total))
 
     return report

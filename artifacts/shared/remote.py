@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from blake3 import blake3
 
+from smoltulu.artifacts import readable
 from smoltulu.artifacts.files import remove_tree, sync
 from smoltulu.artifacts.keys import file_digest
 from smoltulu.artifacts.layout import MANIFEST
@@ -381,7 +382,7 @@ def _require_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise ValueError(
-            f"{free / 1e9:.1f} GB free under {folder}, the shared artifact needs {num_bytes / 1e9:.1f} GB; "
+            f"{readable.size(free)} free under {folder}, the shared artifact needs {readable.size(num_bytes)}; "
             "free some space (smoltulu gc) and run again, the download goes on where it stopped"
         )
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from smoltulu.artifacts import readable
 from smoltulu.flows.graphs.audit_graph import AuditGraph
 from smoltulu.flows.local import run_graph
 from smoltulu.flows.machine.places import PROJECT
@@ -28,7 +29,6 @@ from smoltulu.tasks.report.contamination_table import (
     has_paper_figures,
     malformed_note,
     table_rows,
-    two_decimals,
 )
 
 
@@ -124,9 +124,9 @@ def _show_languages(result: AuditResult, console: Console) -> None:
     for name in ("rows", "of all", "of determined"):
         table.add_column(name, justify="right")
     for share in languages.shares:
-        figures = (two_decimals(share.share), two_decimals(share.share_of_determined))
+        figures = (readable.percent(share.share), readable.percent(share.share_of_determined))
         table.add_row(share.name, f"{share.num_rows:,}", *figures)
     for reason, count in languages.undetermined.items():
         name = f"undetermined: {reason.replace('_', ' ')}"
-        table.add_row(f"[dim]{name}[/]", f"{count:,}", two_decimals(count / languages.num_rows), "")
+        table.add_row(f"[dim]{name}[/]", f"{count:,}", readable.percent(count / languages.num_rows), "")
     console.print(table)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from smoltulu.artifacts import readable
 from smoltulu.flows.machine import machine, places, prefect_api
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def demo() -> int:
             _say(f"there is no summary of this run in {path}")
             return code or 1
         show(summary, console)
-        console.print(f"\n{time.monotonic() - begin:.0f} s in all, server and worker included")
+        console.print(f"\n{readable.duration(time.monotonic() - begin)} in all, server and worker included")
         return code
     except machine.MachineError as error:
         _say(f"error: {error}")
@@ -148,10 +149,10 @@ def show(summary: RunSummary, console: Console) -> None:
             table.add_row(*map(words, row.names), "/".join(num_samples), *cells)
         console.print(table)
 
-    table = Table("stage", "outcome", "seconds", "artifact", title="stages", title_justify="left")
+    table = Table("stage", "outcome", "took", "artifact", title="stages", title_justify="left")
     for stage in summary.stages:
         where = words(_short(stage.path) or stage.error or "")
-        table.add_row(words(stage.node), stage.outcome, f"{stage.seconds:.1f}", where)
+        table.add_row(words(stage.node), stage.outcome, readable.duration(stage.seconds), where)
     console.print(table)
     num_cached = sum(stage.outcome == "Cached" for stage in summary.stages)
     console.print(f"{num_cached} of {len(summary.stages)} stages cached")

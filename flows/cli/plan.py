@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from smoltulu.flows.planning.estimate import Estimate
+from smoltulu.artifacts import readable
+from smoltulu.flows.planning.costs import Estimate
 from smoltulu.flows.planning.plan import Plan, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.tasks.data.sources import HubUnreachable
 from smoltulu.tasks.engine.stores import open_store
-from smoltulu.tasks.progress import duration
-from smoltulu.tasks.report.text import percent
 from smoltulu.tasks.stages import STAGES
 
 _COLOURS = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
@@ -80,12 +79,12 @@ def _preflights(planned: Plan) -> Any:
         table.add_row(
             row.node,
             f"{figures.num_rows:,} of {figures.num_source_rows:,}",
-            f"{percent(overlong)} {figures.fate}" if overlong else "none",
-            _UNKNOWN if figures.trained_share is None else percent(figures.trained_share),
-            count(figures.num_tokens),
+            f"{readable.percent(overlong)} {figures.fate}" if overlong else "none",
+            _UNKNOWN if figures.trained_share is None else readable.percent(figures.trained_share),
+            readable.count(figures.num_tokens),
             f"{figures.longest:,} of {figures.max_length:,}",
             _UNKNOWN if figures.num_steps is None else f"{figures.num_steps:,}",
-            _UNKNOWN if figures.peak_memory_bytes is None else num_bytes(figures.peak_memory_bytes),
+            _UNKNOWN if figures.peak_memory_bytes is None else readable.size(figures.peak_memory_bytes),
             escape(_made_with(figures)),
         )
     return table
@@ -174,23 +173,6 @@ def as_dict(planned: Plan) -> dict[str, Any]:
     }
 
 
-def count(value: float) -> str:
-    """A count for people: 998, 12.3k, 486M, 1.05e+19."""
-    for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "G")):
-        if value < limit * 0.9995:
-            scaled = value / (limit / 1e3)
-            return f"{scaled:.3g}{unit}" if unit else f"{scaled:.0f}"
-    return f"{value:.2e}"
-
-
-def num_bytes(value: float) -> str:
-    """A size for people: 512 B, 3.8 MB, 82 GB."""
-    for limit, unit in ((1e3, "B"), (1e6, "kB"), (1e9, "MB"), (1e12, "GB")):
-        if value < limit * 0.9995:
-            return f"{value / (limit / 1e3):.3g} {unit}"
-    return f"{value / 1e12:.3g} TB"
-
-
 _HEADINGS = {
     "num_steps": "steps",
     "num_tokens": "tokens",
@@ -201,10 +183,10 @@ _HEADINGS = {
 
 _FORMATS = {
     "num_steps": lambda value: f"{value:,}",
-    "num_tokens": count,
+    "num_tokens": readable.count,
     "flops": lambda value: f"{value:.2e}",
-    "peak_disk_bytes": num_bytes,
-    "seconds": duration,
+    "peak_disk_bytes": readable.size,
+    "seconds": readable.duration,
 }
 
 

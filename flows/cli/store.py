@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from smoltulu.artifacts import readable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -100,7 +102,6 @@ def verify(
 
     Ends with 1 where anything is damaged or cannot be read.
     """
-    from rich.filesize import decimal
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -133,8 +134,9 @@ def verify(
     parts = [
         f"{counts[status]} {status}" for status in ("ok", "damaged", "unreadable", "other version") if counts[status]
     ]
-    speed = f" in {seconds:.1f} s, {num_bytes / 1e9 / max(seconds, 1e-9):.2f} GB/s"
-    console.print(escape(f"{', '.join(parts) or 'nothing to verify'}; {decimal(num_bytes)}{speed}"), highlight=False)
+    read, rate = readable.size(num_bytes), readable.size(num_bytes / max(seconds, 1e-9))
+    verdict = ", ".join(parts) or "nothing to verify"
+    console.print(escape(f"{verdict}; {read} in {readable.duration(seconds)}, {rate}/s"), highlight=False)
     _print_notes(catalogue)
     if counts["damaged"] or counts["unreadable"]:
         raise typer.Exit(1)
@@ -152,7 +154,6 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Show what the store could do without, and why the rest stays; with --yes, remove it."""
-    from rich.filesize import decimal
 
     from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
     from smoltulu.artifacts.upkeep.removal import remove
@@ -180,9 +181,10 @@ def gc(
     elif not plan.removals:
         console.print("nothing to remove")
     elif outcome is not None:
-        console.print(f"freed {decimal(outcome.num_bytes)}", highlight=False)
+        console.print(f"freed {readable.size(outcome.num_bytes)}", highlight=False)
     else:
-        console.print(f"would free {decimal(plan.num_bytes)}; nothing was changed, --yes removes it", highlight=False)
+        would_free = readable.size(plan.num_bytes)
+        console.print(f"would free {would_free}; nothing was changed, --yes removes it", highlight=False)
     _print_notes(catalogue)
     if outcome is not None and outcome.skipped:
         raise typer.Exit(1)
@@ -227,7 +229,6 @@ def untag(name: Annotated[str, typer.Argument()], store: StoreOption = None) -> 
 
 
 def _print_plan(console: Console, catalogue: Catalogue, plan: Plan, every: bool) -> None:
-    from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
 
@@ -236,18 +237,18 @@ def _print_plan(console: Console, catalogue: Catalogue, plan: Plan, every: bool)
         table = Table("goes", "what", "why", "frees")
         for removal in shown:
             names = "" if removal.kind in ("artifact", "unfinished work") else f" {', '.join(removal.names)}"
-            table.add_row(
-                _name(removal.ref), removal.kind + escape(names), escape(removal.reason), decimal(removal.num_bytes)
-            )
+            frees = readable.size(removal.num_bytes)
+            table.add_row(_name(removal.ref), removal.kind + escape(names), escape(removal.reason), frees)
         console.print(table)
         if len(shown) < len(plan.removals):
             console.print(f"the largest {len(shown)} of {len(plan.removals)}; --all lists all", highlight=False)
     stages = sorted({ref.stage for ref in plan.kept_bytes} | {removal.ref.stage for removal in plan.removals})
     table = Table("stage", "stays", "", "goes", "")
     for stage in stages:
-        kept = [size for ref, size in plan.kept_bytes.items() if ref.stage == stage]
+        kept = [num_bytes for ref, num_bytes in plan.kept_bytes.items() if ref.stage == stage]
         going = [removal.num_bytes for removal in plan.removals if removal.ref.stage == stage]
-        table.add_row(stage or "(root)", str(len(kept)), decimal(sum(kept)), str(len(going)), decimal(sum(going)))
+        stays, goes = readable.size(sum(kept)), readable.size(sum(going))
+        table.add_row(stage or "(root)", str(len(kept)), stays, str(len(going)), goes)
     if stages:
         console.print(table)
     reasons = Counter(plan.kept.values())

@@ -10,19 +10,18 @@ from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Group, RenderableType
-from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from smoltulu.artifacts.checkpoints import newest_checkpoint, planned_steps
+from smoltulu.artifacts import readable
+from smoltulu.artifacts.checkpoints import newest_checkpoint, num_steps_of
 from smoltulu.artifacts.layout import CHECKPOINTS, SPEC, WORK, reason_of
 from smoltulu.artifacts.manifests import Ref, dig, num_bytes_of, read_json, scores_of
 from smoltulu.artifacts.upkeep.catalogue import Catalogue, state_of
 from smoltulu.artifacts.upkeep.lineage import Relative, ancestors, descendants, planned_inputs
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, ExtendedTraining, Manifest
 from smoltulu.schemas.run import RunRecord
-from smoltulu.tasks.progress import duration
 
 _STATE_COLOURS = {"Completed": "green", "Running": "cyan", "Failed": "red", "Crashed": "red", "Crashed?": "red"}
 _OUTCOME_COLOURS = {"Completed": "green", "Cached": "green", "Resumed": "yellow", "Failed": "red"}
@@ -45,7 +44,7 @@ def run_values(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
         "state": state_of(run),
         "started_at": run.started_at,
         "finished_at": run.finished_at,
-        "seconds": _seconds_between(run.started_at, run.finished_at),
+        "seconds": readable.seconds_between(run.started_at, run.finished_at),
         "num_stages": len(run.keys),
         "num_made": sum(outcome in ("Completed", "Resumed") for outcome in outcomes),
         "num_cached": outcomes.count("Cached"),
@@ -65,10 +64,10 @@ def runs_table(runs: list[dict[str, Any]]) -> Table:
             escape(run["recipe"]),
             _coloured(run["state"], _STATE_COLOURS),
             _when(run["started_at"]),
-            "" if run["seconds"] is None else duration(run["seconds"]),
+            "" if run["seconds"] is None else readable.duration(run["seconds"]),
             " · ".join(counts) or f"{run['num_stages']} planned",
             scores_text(run["scores"], with_subject=True),
-            decimal(run["num_bytes"]),
+            readable.size(run["num_bytes"]),
         )
     return table
 
@@ -111,12 +110,12 @@ def run_details(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
 def run_view(run: dict[str, Any]) -> RenderableType:
     """A run and its stages."""
     head = Table.grid(padding=(0, 2))
-    seconds = _seconds_between(run["started_at"], run["finished_at"])
+    seconds = readable.seconds_between(run["started_at"], run["finished_at"])
     head.add_row("run", escape(run["run_name"]))
     head.add_row("recipe", escape(run["recipe"]))
     head.add_row("state", _coloured(run["state"], _STATE_COLOURS))
     head.add_row("started", _when(run["started_at"]))
-    head.add_row("took", "" if seconds is None else duration(seconds))
+    head.add_row("took", "" if seconds is None else readable.duration(seconds))
     head.add_row("process", escape(f"{run['pid']} on {run['host']}"))
     if run["report_path"]:
         head.add_row("report", escape(run["report_path"]))
@@ -128,8 +127,8 @@ def run_view(run: dict[str, Any]) -> RenderableType:
             _coloured(stage["outcome"], _OUTCOME_COLOURS),
             stage["key"][:12],
             _when(stage["finished_at"]) if is_there else "[dim]not in the store[/]",
-            duration(stage["made_in_seconds"]) if isinstance(stage["made_in_seconds"], (int, float)) else "",
-            decimal(stage["num_bytes"]) if is_there else "",
+            readable.duration(stage["made_in_seconds"]) if isinstance(stage["made_in_seconds"], (int, float)) else "",
+            readable.size(stage["num_bytes"]) if is_there else "",
             scores_text(stage["scores"]),
         )
     return Group(head, table)
@@ -170,7 +169,7 @@ def artifact_details(catalogue: Catalogue, ref: Ref) -> dict[str, Any]:
         raise ValueError(f"{catalogue.root} has no artifact {ref.stage}/{ref.key}")
     checkpoint = newest_checkpoint(folder.path / WORK / CHECKPOINTS)
     if checkpoint is not None:
-        details["resumable"] = {"step": checkpoint[0], "num_steps": planned_steps(checkpoint[1])}
+        details["resumable"] = {"step": checkpoint[0], "num_steps": num_steps_of(checkpoint[1])}
     if folder.last_used:
         details["last_used"] = datetime.fromtimestamp(folder.last_used / 1e9).astimezone().isoformat(timespec="seconds")
     details = {**manifest, **details}
@@ -254,7 +253,7 @@ def _identity(details: dict[str, Any]) -> Table:
         head.add_row("made", _when(details.get("finished_at")))
     seconds, steps = details.get("duration_seconds"), details.get("resumed_from_steps")
     if isinstance(seconds, (int, float)):
-        head.add_row("took", duration(seconds))
+        head.add_row("took", readable.duration(seconds))
     if isinstance(steps, list) and steps:
         head.add_row("resumed", "from step " + ", ".join(f"{step:,}" for step in steps))
     with contextlib.suppress(ValidationError):  # most extend none; other versions may write it otherwise
@@ -292,12 +291,12 @@ def _files(details: dict[str, Any]) -> RenderableType:
     except (KeyError, TypeError, ValueError):
         return ""
     table = Table.grid(padding=(0, 2))
-    for size, name in sizes[:_NUM_FILES_SHOWN]:
-        table.add_row("  " + escape(name), decimal(size))
+    for num_bytes, name in sizes[:_NUM_FILES_SHOWN]:
+        table.add_row("  " + escape(name), readable.size(num_bytes))
     if len(sizes) > _NUM_FILES_SHOWN:
         rest = sizes[_NUM_FILES_SHOWN:]
-        table.add_row(f"  and {len(rest)} more", decimal(sum(size for size, _ in rest)))
-    return Group(f"[bold]files[/], {len(sizes)}, {decimal(sum(size for size, _ in sizes))}", table)
+        table.add_row(f"  and {len(rest)} more", readable.size(sum(num_bytes for num_bytes, _ in rest)))
+    return Group(f"[bold]files[/], {len(sizes)}, {readable.size(sum(num_bytes for num_bytes, _ in sizes))}", table)
 
 
 def _grow(tree: Tree, relatives: list[Relative]) -> None:
@@ -366,10 +365,10 @@ def _score_name(score: dict[str, Any]) -> str:
     return f"{score['task']} {metric}{suffix}".strip()
 
 
-def _score_value(score: dict[str, Any]) -> str:
-    stderr = score.get("stderr")
-    limited = ", on a part" if score.get("limited") else ""
-    return f"{score['value']:.3f}" + (f" ± {stderr:.3f}" if isinstance(stderr, (int, float)) else "") + limited
+def _score_value(record: dict[str, Any]) -> str:
+    stderr = record.get("stderr")
+    limited = ", on a part" if record.get("limited") else ""
+    return readable.score(record["value"], stderr if isinstance(stderr, (int, float)) else None) + limited
 
 
 def _when(moment: Any) -> str:
@@ -378,13 +377,6 @@ def _when(moment: Any) -> str:
         return datetime.fromisoformat(moment).astimezone().strftime("%Y-%m-%d %H:%M")
     except (TypeError, ValueError):
         return str(moment or "")
-
-
-def _seconds_between(start: str, end: str) -> float | None:
-    try:
-        return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
-    except (TypeError, ValueError):
-        return None
 
 
 def _coloured(text: str, colours: dict[str, str]) -> str:

@@ -12,12 +12,11 @@ from pydantic import BaseModel
 
 from smoltulu.artifacts.keys import folder_digest, text_digest
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
-from smoltulu.flows.planning.preflight_figures import planned_training
 from smoltulu.flows.recipe import stage_order
 from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from smoltulu.schemas.evaluation import EvaluationStageConfig, EvaluationTask
-from smoltulu.schemas.preflight import PreflightConfig, PreflightSettings
+from smoltulu.schemas.preflight import PlannedTraining, PreflightConfig, PreflightSettings
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
@@ -340,7 +339,7 @@ def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSe
         subject=block,
         precision=settings.precision,
         settings=checks,
-        training=planned_training(settings),
+        training=PlannedTraining.of(settings),
     )
 
 

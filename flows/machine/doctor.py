@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from smoltulu.artifacts import readable
 from smoltulu.flows.machine import machine, prefect_api, processes
 from smoltulu.flows.machine.places import store_root
 from smoltulu.recipes import CHECKOUT, CONSTRAINTS
@@ -143,20 +144,20 @@ def _missing_for_triton() -> str | None:
 def _disk() -> Check:
     root = store_root()
     existing = next(folder for folder in (root, *root.parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free / 1e9
-    detail = f"{free:.1f} GB free in {root}"
+    free = shutil.disk_usage(existing).free
+    detail = f"{readable.size(free)} free in {root}"
     if not os.access(existing, os.W_OK):
         return Check("disk", "fail", f"{existing} cannot be written", "change its owner, or SMOLTULU_STORE")
-    if free < MIN_FREE_DISK_GB:
+    if free < MIN_FREE_DISK_GB * 1e9:
         return Check("disk", "fail", detail, "no stage starts like this: free some, or move the store (SMOLTULU_STORE)")
-    if free < FULL_RECIPE_DISK_GB:
+    if free < FULL_RECIPE_DISK_GB * 1e9:
         return Check("disk", "warn", detail, f"a 1.7B recipe wants about {FULL_RECIPE_DISK_GB:.0f} GB; `tiny` needs 1")
     return Check("disk", "ok", detail)
 
 
 def _memory() -> Check:
     memory = psutil.virtual_memory()
-    detail = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available"
+    detail = f"{readable.size(memory.available)} of {readable.size(memory.total)} available"
     if memory.available < MIN_MEMORY_GB * 1e9:
         return Check("memory", "warn", detail, f"recipe `tiny` needs {MIN_MEMORY_GB:.0f} GB, others more")
     return Check("memory", "ok", detail)

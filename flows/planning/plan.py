@@ -12,20 +12,19 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from smoltulu.artifacts.checkpoints import planned_steps
+from smoltulu.artifacts.checkpoints import num_steps_of
 from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
 from smoltulu.artifacts.shared.objects import RemoteError
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.flows.graphs.recipe_graph import Graph
-from smoltulu.flows.planning.costs import Costs
-from smoltulu.flows.planning.estimate import NOTHING, Estimate, Total, totals
+from smoltulu.flows.planning.costs import NOTHING, Costs, Estimate, Total, totals
 from smoltulu.flows.planning.preflight_figures import PreflightFigures, preflight_figures
 from smoltulu.flows.recipe import check_stage_names
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, is_commit, resolve_commit
-from smoltulu.tasks.engine.environment import environment
+from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.trainer.extension import Donor, find_donor
 
 #: A plan is for looking: it gives up on a silent Hub sooner than a run.
@@ -184,7 +183,7 @@ def _row(
     elif checkpoint is not None:
         step, folder = checkpoint
         # What the recipe says: the checkpoint may be that of a shorter training.
-        num_steps = _planned(node.config) or planned_steps(folder)
+        num_steps = _planned(node.config) or num_steps_of(folder)
         reason = f"at step {step:,}" + (f" of {num_steps:,}" if num_steps else "")
         row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
     elif refreshed:
@@ -216,7 +215,7 @@ def _donor(graph: Graph, store: Store, index: SpecIndex, name: str, digests: Map
 
 def _planned(config: BaseModel) -> int | None:
     """Optimizer steps of a training, where its settings say so."""
-    return config.planned_steps() if isinstance(config, TrainingSettings) else None
+    return config.budget.max_steps if isinstance(config, TrainingSettings) else None
 
 
 def _nearest(index: SpecIndex, spec: Mapping[str, Any]) -> NearestArtifact | None:
@@ -271,18 +270,6 @@ def _difference(name: str, old: object, new: object, node: str | None) -> str:
 def _short(value: object) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= 40 and not is_commit(text) else f"{text[:12]}…"
-
-
-def drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Package versions, Python and code of ours that differ between two environments: name old -> new."""
-    before, after = then.get("packages") or {}, now.get("packages") or {}
-    changed = [f"{name} {old} -> {after[name]}" for name, old in before.items() if after.get(name) not in (None, old)]
-    if then.get("python") not in (None, now.get("python")):
-        changed.append(f"python {then['python']} -> {now.get('python')}")
-    old, new = then.get("git_commit"), now.get("git_commit")
-    if old and new and old != new:
-        changed.append(f"code {str(old)[:12]} -> {str(new)[:12]}")
-    return changed
 
 
 def _provisional(graph: Graph) -> set[str]:

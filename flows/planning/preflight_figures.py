@@ -10,10 +10,7 @@ from pydantic import ValidationError
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PlannedTraining, PreflightConfig, PreflightOutputs
-from smoltulu.schemas.training import DPOSettings, RLVRSettings, SFTSettings, SupervisedSettings, TrainingSettings
-from smoltulu.tasks.preflight import checks as preflight_checks
-from smoltulu.tasks.trainer.budget import optimizer_steps
-from smoltulu.tasks.trainer.extension import keeps_checkpoint
+from smoltulu.schemas.training import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -66,48 +63,11 @@ def preflight_figures(
         trained_share=None if prompts else found.num_trained_tokens / max(found.num_tokens, 1),
         longest=found.longest,
         max_length=config.max_length,
-        num_steps=planned_steps(settings, found.num_rows, found.num_tokens),
+        num_steps=settings.budget.num_steps(found.num_rows, found.num_tokens),
         peak_memory_bytes=None if run is None else max(run.peak_memory_bytes, run.generation_bytes),
         dry_run=None if run is None else run.model_dump(mode="json"),
         notes=() if run is None else tuple(_other_settings(run, config, settings, compute)),
     )
-
-
-def planned_steps(settings: TrainingSettings, num_rows: int | None, num_tokens: int | None) -> int | None:
-    """Optimizer steps of a training: as its settings say, or as they follow from the rows; None where not known."""
-    if (steps := settings.planned_steps()) is not None:
-        return steps
-    assert isinstance(settings, SupervisedSettings)
-    if not num_rows:
-        return None
-    if settings.max_tokens is None:
-        return optimizer_steps(num_rows, settings.num_train_epochs, settings.effective_batch_size)
-    return preflight_checks.planned_steps(planned_training(settings), num_rows, num_tokens) if num_tokens else None
-
-
-def planned_training(settings: TrainingSettings) -> PlannedTraining:
-    """What a preflight is told of the training that it is for."""
-    if isinstance(settings, RLVRSettings):
-        return PlannedTraining(
-            effective_batch_size=settings.effective_batch_size,
-            max_steps=settings.num_steps,
-            max_completion_length=settings.max_completion_length,
-            num_rollouts=settings.effective_batch_size * settings.steps_per_generation,
-            has_reference=settings.beta > 0,
-        )
-    assert isinstance(settings, SupervisedSettings)
-    return PlannedTraining(
-        effective_batch_size=settings.effective_batch_size,
-        num_train_epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        max_tokens=settings.max_tokens,
-        lora_r=_lora_r(settings),
-        is_extendable=keeps_checkpoint(settings, ComputeSettings(keep_extension_checkpoint=True)),
-    )
-
-
-def _lora_r(settings: TrainingSettings) -> int | None:
-    return settings.lora.r if isinstance(settings, SFTSettings | DPOSettings) and settings.lora else None
 
 
 def _what_is_trained(lora_r: int | None) -> str:
@@ -123,7 +83,7 @@ def _other_settings(
         ("stage", run.subject or config.subject, config.subject),
         ("activation_checkpointing", run.activation_checkpointing, compute.activation_checkpointing),
         ("per_device_train_batch_size", asked, compute.per_device_train_batch_size),
-        ("trains", _what_is_trained(run.lora_r), _what_is_trained(_lora_r(settings))),
+        ("trains", _what_is_trained(run.lora_r), _what_is_trained(PlannedTraining.of(settings).lora_r)),
     ]
     if config.kind != "prompts":
         pairs.append(("packing", run.packing, compute.packing))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from smoltulu.schemas.models import BaseModelInputs, ModelOutputs, ModelSource
 from smoltulu.tasks.data.sources import expand_path
-from smoltulu.tasks.models.folders import check_model_folder, tensor_names
+from smoltulu.tasks.models.folders import check_model_folder
+from smoltulu.tasks.models.sizes import num_parameters
 from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
@@ -48,11 +49,9 @@ def provide_base_model(
         )
         shutil.rmtree(target / ".cache", ignore_errors=True)
     check_model_folder(target)
-    num_parameters = sum(
-        _product(shape) for file in target.glob("*.safetensors") for shape in tensor_names(file).values()
-    )
-    logger.info("%s parameters", f"{num_parameters:,}")
-    return ModelOutputs(num_parameters=num_parameters), metrics
+    size = num_parameters(target)
+    logger.info("%s parameters", f"{size:,}")
+    return ModelOutputs(num_parameters=size), metrics
 
 
 def _texts(inputs: BaseModelInputs) -> Iterator[str]:
@@ -68,13 +67,6 @@ def _texts(inputs: BaseModelInputs) -> Iterator[str]:
         for line in file:
             turns = json.loads(line)["messages"]
             yield "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in turns)
-
-
-def _product(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 base_model = Stage("base_model", 1, ModelSource, BaseModelInputs, ModelOutputs, provide_base_model)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
+from typing import Any
 
 from smoltulu.recipes import CHECKOUT, CONSTRAINTS
 
@@ -61,6 +62,21 @@ def as_tested(name: str, installed: str) -> bool:
 def _constraints() -> dict[str, str]:
     lines = (line.partition("==") for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("#"))
     return {name.lower().replace("_", "-"): version for name, _, version in lines if version}
+
+
+def drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Package versions, Python and code of ours that differ between two environments: name old -> new.
+
+    A package that only one of them has is no drift: what was made did not need it.
+    """
+    before, after = then.get("packages") or {}, now.get("packages") or {}
+    changed = [f"{name} {old} -> {after[name]}" for name, old in before.items() if after.get(name) not in (None, old)]
+    if then.get("python") not in (None, now.get("python")):
+        changed.append(f"python {then['python']} -> {now.get('python')}")
+    old, new = then.get("git_commit"), now.get("git_commit")
+    if old and new and old != new:
+        changed.append(f"code {str(old)[:12]} -> {str(new)[:12]}")
+    return changed
 
 
 def _git(*arguments: str) -> str | None:

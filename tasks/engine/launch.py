@@ -16,6 +16,7 @@ from collections import Counter, deque
 from pathlib import Path
 
 from smoltulu.artifacts.files import remove_tree, write_atomically
+from smoltulu.schemas.budget import smaller_batch
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.child import ERROR_FILE, MESSAGE_PREFIX, OUT_OF_MEMORY_FILE
 from smoltulu.tasks.job import Job
@@ -89,11 +90,6 @@ def _that_fits(job: Job, work: Path) -> ComputeSettings:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return job.compute
-
-
-def smaller_batch(size: int, effective_batch_size: int, num_processes: int) -> int | None:
-    """The largest per-device batch of at most half the size that divides the effective batch; None below one row."""
-    return next((half for half in range(size // 2, 0, -1) if effective_batch_size % (half * num_processes) == 0), None)
 
 
 def _run_once(

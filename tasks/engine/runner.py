@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smoltulu.artifacts import readable
 from smoltulu.artifacts.checkpoints import fault, newest_checkpoint
 from smoltulu.artifacts.files import remove_tree
 from smoltulu.artifacts.layout import CHECKPOINTS
@@ -18,14 +19,15 @@ from smoltulu.artifacts.store import WAITING, Found, Log, Missing, Store
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from smoltulu.schemas.artifact import ArtifactReference, FileRecord, Manifest
-from smoltulu.schemas.training import TrainingInputs
-from smoltulu.tasks.engine.environment import environment
+from smoltulu.schemas.training import TrainingInputs, TrainingSettings
+from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.engine.launch import DISK_ADVICE, StageFailed, run_child
 from smoltulu.tasks.job import Job
+from smoltulu.tasks.models.sizes import adapter_size, model_size
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext
-from smoltulu.tasks.trainer.disk import adapter_size, cache_bytes, model_size, training_bytes
-from smoltulu.tasks.trainer.extension import begin_with, extended, find_donor, keeps_checkpoint
+from smoltulu.tasks.trainer.disk import cache_bytes, num_checkpoints_kept, training_bytes
+from smoltulu.tasks.trainer.extension import begin_with, extended, find_donor
 
 
 def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
@@ -159,12 +161,8 @@ def _warn_of_drift(work: Path, node: str, log: Log) -> None:
         file.write_text(json.dumps(now))
         return
     try:
-        before = json.loads(file.read_text())
-        packages = {name: (before["packages"].get(name), version) for name, version in now["packages"].items()}  # type: ignore[attr-defined]
-        changed = [f"{name} {old} -> {new}" for name, (old, new) in packages.items() if old != new]
-        if before["git_commit"] != now["git_commit"]:
-            changed.append(f"code {str(before['git_commit'])[:12]} -> {str(now['git_commit'])[:12]}")
-    except (ValueError, KeyError, AttributeError, TypeError):
+        changed = drift(json.loads(file.read_text()), now)
+    except (ValueError, AttributeError):
         changed = ["what it was begun with is unreadable"]
     if changed:
         log.warning("%s: goes on from a checkpoint made with other versions: %s", node, ", ".join(changed))
@@ -189,27 +187,27 @@ def _run_function(job: Job, work: Path, output: Path, log: Log) -> dict:
 
 def _require_disk(job: Job, root: Path, work: Path) -> None:
     """Refuse to start a stage that the disk would stop half-way: computed for trainings, `min_free_disk_gb` for all."""
-    free_gb = shutil.disk_usage(root).free / 1e9
-    if free_gb < job.compute.min_free_disk_gb:
+    free = shutil.disk_usage(root).free
+    if free < job.compute.min_free_disk_gb * 1e9:
         raise ValueError(
-            f"{free_gb:.1f} GB free under {root}, compute.min_free_disk_gb asks for {job.compute.min_free_disk_gb:g}; "
-            "free some space, or lower it if you know that the stage needs less"
+            f"{readable.size(free)} free under {root}, compute.min_free_disk_gb asks for "
+            f"{job.compute.min_free_disk_gb:g}; free some space, or lower it if you know that the stage needs less"
         )
     if not job.stage.is_training:
         return
     inputs = job.inputs
     assert isinstance(inputs, TrainingInputs)
-    # And the best, and the one that is to be stored.
-    num_kept = job.compute.save_total_limit + 1 + keeps_checkpoint(job.config, job.compute)
+    assert isinstance(job.config, TrainingSettings)
+    num_kept = num_checkpoints_kept(job.compute, job.config.is_extendable)
     size, lora = model_size(Path(inputs.model)), getattr(job.config, "lora", None)
     adapter = adapter_size(size, lora.r) if lora else None
     whole = training_bytes(size, cache_bytes(Path(inputs.dataset)), num_kept, adapter)
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    needed_gb = (whole - there) / 1e9
-    if free_gb < needed_gb:
+    needed = whole - there
+    if free < needed:
         raise ValueError(
-            f"{job.node} needs {needed_gb:.1f} GB more for checkpoints and rows, {free_gb:.1f} GB are free under "
-            f"{root}; free some (`smoltulu gc` shows what may go), name another compute.store, or lower "
+            f"{job.node} needs {readable.size(needed)} more for checkpoints and rows, {readable.size(free)} are "
+            f"free under {root}; free some (`smoltulu gc` shows what may go), name another compute.store, or lower "
             "compute.save_total_limit"
         )
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from smoltulu.tasks.models.sizes import tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,29 +52,11 @@ def check_model_folder(folder: Path) -> None:
             problems.append(f"config.json is not JSON: {error}")
     for name in weights:
         try:
-            tensor_names(folder / name)
-        except (ValueError, OSError) as error:
-            problems.append(f"{name} is damaged: {error}")
+            tensor_shapes(folder / name)
+        except ValueError as error:
+            problems.append(str(error))
     if problems:
         raise ValueError(f"model folder {folder}: " + "; ".join(problems))
-
-
-def tensor_names(file: Path) -> dict[str, list[int]]:
-    """Name -> shape of every tensor of a safetensors file, from its header alone; ValueError where it is torn."""
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        if len(head) < 8:
-            raise ValueError("shorter than a safetensors header")
-        (length,) = struct.unpack("<Q", head)
-        size = file.stat().st_size
-        if length > min(size, 100_000_000):
-            raise ValueError("header is longer than the file")
-        header = json.loads(stream.read(length))
-    tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-    end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
-    if 8 + length + end != size:
-        raise ValueError(f"{size} bytes, its header says {8 + length + end}")
-    return {name: value["shape"] for name, value in tensors.items()}
 
 
 def device_of(compute: ComputeSettings) -> str:

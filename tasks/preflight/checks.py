@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from smoltulu.schemas.preflight import PlannedTraining, PreflightConfig, PreflightOutputs
-from smoltulu.tasks.report import text
-from smoltulu.tasks.trainer.budget import optimizer_steps
-from smoltulu.tasks.trainer.loop import steps_for_tokens
+from smoltulu.artifacts import readable
+from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
 
 Status = Literal["ok", "noticed", "fails"]
 
@@ -42,7 +40,7 @@ def checks(config: PreflightConfig, outputs: PreflightOutputs, examples: dict[st
         count = getattr(outputs, field)
         part = count / max(outputs.num_source_rows, 1)
         status: Status = "ok" if not count else "fails" if limit is not None and part > limit[1] else "noticed"
-        found = f"{count:,} of {outputs.num_source_rows:,} {noun} ({text.percent(part)}) {words}"
+        found = f"{count:,} of {outputs.num_source_rows:,} {noun} ({readable.percent(part)}) {words}"
         threshold = "none" if limit is None else f"preflight.{limit[0]} {limit[1]:g}"
         return Check(name, status, found, threshold, tuple(examples.get(field, ())), advice)
 
@@ -207,10 +205,3 @@ def _of_the_model(config: PreflightConfig, outputs: PreflightOutputs, share: Cal
             )
         )
     return found
-
-
-def planned_steps(training: PlannedTraining, num_rows: int, num_tokens: int) -> int:
-    """Optimizer steps of the training on these rows, as it will count them itself."""
-    if training.max_tokens is not None:
-        return steps_for_tokens(training.max_tokens, num_tokens / max(num_rows, 1), training.effective_batch_size)
-    return optimizer_steps(num_rows, training.num_train_epochs, training.effective_batch_size, training.max_steps)

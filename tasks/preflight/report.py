@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
-from smoltulu.tasks.preflight.checks import checks, planned_steps
+from smoltulu.tasks.preflight.checks import checks
 from smoltulu.tasks.report.render import render
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def html_report(
         config=config,
         outputs=outputs,
         checks=checks(config, outputs, examples),
-        num_steps=planned_steps(training, outputs.num_rows, outputs.num_tokens) if training else None,
+        num_steps=training.budget.num_steps(outputs.num_rows, outputs.num_tokens) if training else None,
         shown=shown,
         findings=findings,
     )

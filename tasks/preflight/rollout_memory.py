@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smoltulu.artifacts import readable
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import PreflightConfig
-from smoltulu.tasks.trainer.disk import num_parameters
+from smoltulu.tasks.models.sizes import num_parameters
 
 
 def kv_bytes(config: Mapping[str, Any], num_sequences: int, num_tokens: int, bytes_per_value: int) -> int:
@@ -48,7 +49,7 @@ def require_memory(needed: int, config: PreflightConfig, longest: int) -> None:
     if needed > there:
         raise ValueError(
             f"rlvr: {config.training.num_rollouts:,} rollouts of up to {longest:,} tokens, the model, its optimizer "
-            f"and the reference need {needed / 1e9:.1f} GB, and this GPU has {there / 1e9:.1f}; lower "
+            f"and the reference need {readable.size(needed)}, and this GPU has {readable.size(there)}; lower "
             "max_completion_length or steps_per_generation, raise compute.num_processes, or take a larger device "
             "(preflight.dry_run: false skips this check, not the failure)"
         )

@@ -16,11 +16,12 @@ from typing import Any
 
 from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
+from smoltulu.tasks.models.sizes import adapter_size, model_size
 from smoltulu.tasks.preflight.counts import Counts, load_counts
 from smoltulu.tasks.preflight.parts import Maker, Part, cut, make_parts, parts_folder, read_rows, tokens_schema
 from smoltulu.tasks.preflight.rows import Look, shown
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.trainer.disk import adapter_size, cache_bytes, model_size, training_bytes
+from smoltulu.tasks.trainer.disk import cache_bytes, num_checkpoints_kept, training_bytes
 
 logger = logging.getLogger("smoltulu")
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99, 100)
@@ -83,11 +84,9 @@ def _disk_bytes(config: PreflightConfig, inputs: PreflightInputs, file: Path, co
     if not config.subject:
         return None
     compute, training = context.compute.of(config.subject), config.training
-    num_kept = compute.save_total_limit + 1  # and the best
-    size, adapter = model_size(Path(inputs.model)), None
-    if training is not None:
-        num_kept += training.is_extendable and compute.keep_extension_checkpoint
-        adapter = adapter_size(size, training.lora_r) if training.lora_r else None
+    num_kept = num_checkpoints_kept(compute, training is not None and training.is_extendable)
+    size = model_size(Path(inputs.model))
+    adapter = adapter_size(size, training.lora_r) if training and training.lora_r else None
     return training_bytes(size, cache_bytes(file), num_kept, adapter)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from smoltulu.artifacts import readable
 from smoltulu.schemas.audit import AuditResult
 from smoltulu.schemas.benchmarks import BenchmarkRegistry
 from smoltulu.schemas.contamination import BenchmarkReport, MatchMode
@@ -48,7 +49,7 @@ def has_paper_figures(rows: Sequence[TableRow]) -> bool:
 def _row(report: BenchmarkReport, result: AuditResult, registry: BenchmarkRegistry, as_published: bool) -> TableRow:
     known = registry.find(report.name)
     published = registry.published_share(report.name, result.repository) if as_published else None
-    paper = "" if published is None else two_decimals(published)
+    paper = "" if published is None else readable.percent(published)
     if report.share is None:
         reason = report.not_checked or "no instance that can be checked"
         return TableRow(known.title if known else report.name, "", "", NOT_CHECKED, paper, reason)
@@ -56,7 +57,7 @@ def _row(report: BenchmarkReport, result: AuditResult, registry: BenchmarkRegist
         title=known.title if known else report.name,
         num_instances=f"{report.num_instances:,}",
         num_found=f"{report.num_contaminated:,}",
-        share=two_decimals(report.share),
+        share=readable.percent(report.share),
         paper=paper,
         remarks="; ".join(remarks(report, result, registry)),
     )
@@ -80,11 +81,6 @@ def remarks(report: BenchmarkReport, result: AuditResult, registry: BenchmarkReg
     if note and settings.mode == "full":
         said.append(note)
     return said
-
-
-def two_decimals(share: float) -> str:
-    """Percent with two decimals, as the paper prints it; a share that is not 0 never reads as 0."""
-    return "< 0.01 %" if 0 < share < 0.00005 else f"{100 * share:.2f} %"
 
 
 def malformed_note(result: AuditResult) -> str:

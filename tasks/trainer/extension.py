@@ -24,7 +24,8 @@ from smoltulu.artifacts.nearest import Changes, Nearest, SpecIndex
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.schemas.artifact import ExtendedTraining, Manifest, Spec
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.training import Budgets, ConstantSchedule, FinalDecay, ScheduleSettings, SupervisedSettings
+from smoltulu.schemas.schedules import ScheduleSettings
+from smoltulu.schemas.training import SupervisedSettings
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.schedules import extension_step, same_past
 
@@ -39,13 +40,6 @@ _KEPT_FOLDER = "kept"
 _EXTENDS_FILE = "extends.json"
 #: transformers pickles its arguments, folders of this machine among them; no resume reads them.
 _NOT_KEPT = ("training_args.bin",)
-
-
-def keeps_checkpoint(config: BaseModel, compute: ComputeSettings) -> bool:
-    """Whether a training leaves a checkpoint, of three times its model's size, in its artifact."""
-    if not isinstance(config, SupervisedSettings) or config.schedule is None:
-        return False
-    return compute.keep_extension_checkpoint and isinstance(config.schedule, (FinalDecay, Budgets, ConstantSchedule))
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ def find_donor(
     damaged        checkpoints are read byte by byte, and this is told of those that are passed over for it; None: only
                    their sizes are looked at
     """
-    if not isinstance(config, SupervisedSettings) or config.schedule is None or config.planned_steps() is None:
+    if not isinstance(config, SupervisedSettings) or config.schedule is None or config.max_steps is None:
         return None
     ranked = (index or SpecIndex(store.root)).ranked(spec.model_dump())
     near = [found for found in ranked if _only_the_budget_differs(found.changes)]
@@ -104,7 +98,7 @@ def _donors(
     input_digests: dict[str, str],
     damaged: Callable[[str], None] | None,
 ) -> Iterator[Donor]:
-    num_steps = config.planned_steps()
+    num_steps = config.max_steps
     assert config.schedule is not None and num_steps is not None
     for candidate in near:
         try:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import signal
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.artifacts.checkpoints import mark_complete, newest_checkpoint, planned_steps, prune, torn_checkpoints
+from smoltulu.artifacts.checkpoints import mark_complete, newest_checkpoint, num_steps_of, prune, torn_checkpoints
 from smoltulu.artifacts.files import remove_tree, write_atomically
 from smoltulu.artifacts.keys import LOGS_FOLDER
 from smoltulu.artifacts.layout import CHECKPOINTS
-from smoltulu.schemas.compute import accumulation_steps
+from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.models import ModelOutputs
-from smoltulu.schemas.training import GateSettings, ScheduleSettings, SupervisedSettings, TrainingSettings
+from smoltulu.schemas.schedules import ScheduleSettings
+from smoltulu.schemas.training import GateSettings, SupervisedSettings, TrainingSettings
 from smoltulu.tasks.models.folders import device_of, history_metrics, save_model, use_bfloat16
 from smoltulu.tasks.models.lora import ADAPTER_FOLDER, merged, save_adapter
 from smoltulu.tasks.stage import DATASETS_FOLDER, Report, StageContext, StageStopped
@@ -35,19 +35,12 @@ logger = logging.getLogger("smoltulu")
 HISTORY_FILE = f"{LOGS_FOLDER}/history.jsonl"
 
 
-def steps_for_tokens(max_tokens: int, mean_tokens: float, effective_batch_size: int) -> int:
-    """Optimizer steps that see `max_tokens` tokens, rounded up; mean_tokens: of a row (of both sides of a pair)."""
-    # Rounding of the mean must not add a step where the budget is whole steps.
-    return math.ceil(max_tokens / (mean_tokens * effective_batch_size) - 1e-9)
-
-
 def budget(settings: SupervisedSettings, rows: Dataset) -> dict[str, Any]:
     """`num_train_epochs` and `max_steps` for the trainer, to which a number of steps stands above epochs."""
-    max_steps = settings.max_steps or -1
+    max_steps = settings.max_steps
     if settings.max_tokens is not None and len(rows):
-        mean_tokens = count_tokens(rows) / len(rows)
-        max_steps = steps_for_tokens(settings.max_tokens, mean_tokens, settings.effective_batch_size)
-    return {"num_train_epochs": settings.num_train_epochs, "max_steps": max_steps}
+        max_steps = settings.budget.num_steps(len(rows), count_tokens(rows))
+    return {"num_train_epochs": settings.num_train_epochs, "max_steps": max_steps or -1}
 
 
 def count_tokens(rows: Dataset) -> int:
@@ -255,7 +248,7 @@ def train(
     num_steps = 0
     if newest is not None:
         # Not what the checkpoint says: it may be that of a shorter training.
-        num_steps = trainer.args.max_steps if trainer.args.max_steps > 0 else planned_steps(newest[1]) or 0
+        num_steps = trainer.args.max_steps if trainer.args.max_steps > 0 else num_steps_of(newest[1]) or 0
         logger.info("resumes at step %s of %s", f"{newest[0]:,}", f"{num_steps:,}")
         if trainer.is_world_process_zero():
             with (context.work / "resumed.jsonl").open("a") as file:

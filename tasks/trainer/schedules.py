@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from smoltulu.schemas.training import (
+from smoltulu.schemas.schedules import (
     Budgets,
     ConstantSchedule,
     CosineSchedule,

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RLVRSettings, TrainingInputs
 from smoltulu.tasks.models.folders import load_language_model, load_tokenizer, stop_ids
@@ -18,7 +19,6 @@ from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.gate import objections
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import (
-    accumulation_steps,
     callbacks,
     finish,
     load_rows,

@@ -178,7 +178,7 @@ def test_a_disk_that_is_too_small_is_said_before_it_starts(
 ) -> None:
     asked = job(tmp_path, model, {})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 10**5))
-    with pytest.raises(ValueError, match=r"sft2 needs .* GB more for checkpoints and rows"):
+    with pytest.raises(ValueError, match=r"sft2 needs .*B more for checkpoints and rows"):
         run_stage(asked, Store(tmp_path / "store"), LOG)
 
 

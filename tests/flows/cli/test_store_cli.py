@@ -53,7 +53,7 @@ def test_runs(store: HandStore) -> None:
               finished_at="2026-10-02T09:01:00+00:00", outcomes={"sft": "Failed"})  # fmt: skip
     output = call(store, "runs").output
     assert output.index("second") < output.index("first")
-    assert "Failed" in output and "1 h 1 min" in words(output) and "1 failed" in output
+    assert "Failed" in output and "1 h 01 min" in words(output) and "1 failed" in output
     assert "6 made · 1 cached" in words(output) and "dpo: gsm8k exact_match 0.500 ± 0.010" in words(output)
     only = call(store, "runs", "--limit", "1").output
     assert "first" not in only and "1 earlier runs; --limit shows more" in only
@@ -83,7 +83,7 @@ def test_show_an_artifact(store: HandStore) -> None:
     sft = made["sft"]
     store.tag("best", sft)
     output = words(call(store, "show", "best").output)
-    assert f"key {sft.key}" in output and "tags best" in output and "took 1 h 0 min" in output
+    assert f"key {sft.key}" in output and "tags best" in output and "took 1 h 00 min" in output
     assert "gsm8k exact_match 0.250 ± 0.010" in output and "loss 1.5" in output and "torch 2.13.0" in output
     assert f"allenai/tulu @ {'a' * 40} (train)" in output and f"org/base @ {'b' * 40}" in output
     before, after = output.split("made from it")

@@ -6,19 +6,21 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from smoltulu.artifacts.checkpoints import newest_checkpoint
+from smoltulu.artifacts.checkpoints import mark_complete, newest_checkpoint
 from smoltulu.artifacts.store import Store
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific
@@ -26,8 +28,8 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
 from smoltulu.schemas.training import GateSettings, SFTSettings, TrainingInputs
 from smoltulu.schemas.world import WorldConfig
-from smoltulu.tasks.engine.runner import Job, run_stage
-from smoltulu.tasks.progress import duration
+from smoltulu.tasks.engine.environment import drift, environment
+from smoltulu.tasks.engine.runner import Job, _warn_of_drift, run_stage
 from smoltulu.tasks.stages import STAGES
 from tests.small_runs import training_inputs
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
@@ -83,7 +85,7 @@ def test_what_the_user_must_mend_is_one_message_and_leaves_no_artifact(tmp_path:
 
 def test_not_enough_disk_is_said_before_anything_runs(tmp_path: Path) -> None:
     compute = COMPUTE.model_copy(update={"min_free_disk_gb": 1e9})
-    with pytest.raises(ValueError, match=r"GB free under .*min_free_disk_gb asks for 1e\+09"):
+    with pytest.raises(ValueError, match=r"[GT]B free under .*min_free_disk_gb asks for 1e\+09"):
         run_stage(world_job(compute=compute), Store(tmp_path), LOG)
 
 
@@ -197,5 +199,34 @@ def test_two_processes_train_to_the_weights_of_one(sft_world: Path, tmp_path: Pa
         torch.testing.assert_close(trained[1][name], value, rtol=0, atol=1e-5)
 
 
-def test_durations_are_for_people() -> None:
-    assert [duration(s) for s in (4.4, 75, 3600 * 5 + 12 * 60)] == ["4 s", "1 min 15 s", "5 h 12 min"]
+def test_drift_by_hand() -> None:
+    before = {"packages": {"torch": "2.12", "trl": "1.16", "gone": "1"}, "python": "3.11.7", "git_commit": None}
+    after = {"packages": {"torch": "2.13", "trl": "1.16", "new": "1"}, "python": "3.12.1", "git_commit": "b" * 40}
+    assert drift(before, after) == ["torch 2.12 -> 2.13", "python 3.11.7 -> 3.12.1"]
+    assert drift({**before, "git_commit": "a" * 40}, after)[-1] == "code aaaaaaaaaaaa -> bbbbbbbbbbbb"
+    assert drift({}, after) == []
+
+
+@pytest.mark.parametrize(
+    ("began_with", "said"),
+    [
+        ({"packages": {"torch": "1.0", "gone": "1"}, "python": "3.9.1"}, r"torch 1\.0 -> \S+, python 3\.9\.1 -> \S+$"),
+        ("{", "what it was begun with is unreadable"),
+        ([], "what it was begun with is unreadable"),
+    ],
+)
+def test_work_that_goes_on_with_other_versions_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, began_with: Any, said: str
+) -> None:
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_text("x")
+    mark_complete(checkpoint)
+    file = tmp_path / "environment.json"
+    file.write_text(began_with if isinstance(began_with, str) else json.dumps(began_with))
+    _warn_of_drift(tmp_path, "sft", LOG)
+    (message,) = caplog.messages
+    assert re.search(f"sft: goes on from a checkpoint made with other versions: {said}", message)
+    file.write_text(json.dumps(environment()))
+    _warn_of_drift(tmp_path, "sft", LOG)
+    assert len(caplog.messages) == 1

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 import smoltulu.tasks.preflight.dry_run
 from smoltulu.artifacts.keys import folder_records, records_digest
 from smoltulu.artifacts.store import Store
-from smoltulu.flows.planning.preflight_figures import planned_training
 from smoltulu.schemas.artifact import ArtifactReference, Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings, StageCompute
@@ -34,7 +33,7 @@ from smoltulu.schemas.preflight import (
 )
 from smoltulu.schemas.run import StageRun
 from smoltulu.tasks.engine.runner import Job, run_stage
-from smoltulu.tasks.preflight.checks import Check, checks, planned_steps
+from smoltulu.tasks.preflight.checks import Check, checks
 from smoltulu.tasks.preflight.rollout_memory import kv_bytes
 from smoltulu.tasks.preflight.stage import PERCENTILES, length_report, overlong_share, run_preflight
 from smoltulu.tasks.report import html_report, stage_table
@@ -377,7 +376,7 @@ def test_dry_run_trains_the_adapter_where_the_training_does(
         settings = small_runs.SETTINGS[subject](learning_rate=1e-3, effective_batch_size=4, max_length=128, lora=lora)
         checks = {"dry_run": True}
         flight = fly(tmp_path / str(lora), model, rows, KINDS[subject], subject=subject, checks=checks,
-                     training=planned_training(settings))  # fmt: skip
+                     training=PlannedTraining.of(settings))  # fmt: skip
         run = flight.outputs.dry_run
         assert run is not None and run.lora_r == (lora and 4)
         assert ("LoRA of rank 4" if lora else "every weight") in flight.page
@@ -528,12 +527,17 @@ def test_the_tokenizers_threads_are_as_before(model: Path, tmp_path: Path, monke
 def test_planned_steps_are_those_that_the_trainer_takes(model: Path, tmp_path: Path, budget: dict[str, Any]) -> None:
     rows = small_runs.conversations(10)
     flight = fly(tmp_path / "flight", model, rows)
-    planned = planned_steps(
-        PlannedTraining(effective_batch_size=4, **budget), flight.outputs.num_rows, flight.outputs.num_tokens
-    )
+    training = PlannedTraining(effective_batch_size=4, **budget)
+    planned = training.budget.num_steps(flight.outputs.num_rows, flight.outputs.num_tokens)
     settings = {"effective_batch_size": 4, **budget}
     done = small_runs.run("sft", tmp_path / "training", model, rows, settings, save_steps=100)
     assert done.outputs.num_steps == planned
+
+
+def test_a_token_budget_on_no_rows_is_no_division_by_zero(model: Path, tmp_path: Path) -> None:
+    training = PlannedTraining(effective_batch_size=4, max_tokens=700)
+    flight = fly(tmp_path, model, [{"id": "bad"}], training=training)
+    assert "none of 1 rows has anything to train on" in flight.error and "Planned steps" not in flight.page
 
 
 # --- Report -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from smoltulu.schemas.artifact import ArtifactReference, FileRecord, InputRecord
 from smoltulu.schemas.run import RunSummary
 from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
 from smoltulu.tasks.report.charts import bucketed, direct_parents, layered, line_chart, parse_history, ticks
-from smoltulu.tasks.report.text import duration, number, percent, score
 from smoltulu.tasks.stages import STAGES
 
 NASTY = '<script>alert(1)</script><img src="https://evil.example/x.png" onerror=alert(2)>"\'&\x00\u202e\ud800 `|*'
@@ -434,25 +433,3 @@ def test_lineage_leaves_out_implied_lines_and_keeps_order() -> None:
     rows, edges = layered({"a": set(), "b": {"a"}, "c": {"b"}, "e": {"a", "c"}})
     assert [sorted(name for name in row if "\0" not in name) for row in rows] == [["a"], ["b"], ["c"], ["e"]]
     assert len(edges) == 6, "a-b, b-c, c-e, and a-e through two place-holders"
-
-
-def test_texts() -> None:
-    assert [number(v) for v in (3, 19_957.0, 0.41237, 21_043.5, 0.000012, 0.0, -2.5)] == [
-        "3",
-        "19,957",
-        "0.4124",
-        "21,044",
-        "1.20e-05",
-        "0",
-        "-2.5",
-    ]
-    assert [duration(s) for s in (0, 3.44, 59.4, 372, 3_900, 187_200)] == [
-        "0.0 s",
-        "3.4 s",
-        "59 s",
-        "6 min 12 s",
-        "1 h 05 min",
-        "2 d 4 h",
-    ]
-    assert score(0.7018, 0.02) == "0.702 ± 0.020" and score(61.04, None) == "61.0"
-    assert percent(0) == "0 %" and percent(1e-6) == "< 0.01 %" and percent(0.0125) == "1.25 %"

@@ -2,83 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.training import DPOSettings, SFTSettings
+from smoltulu.tasks.models.sizes import ModelSize, adapter_size, model_size
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.disk import (
-    ModelSize,
-    adapter_size,
     cache_bytes,
     checkpoint_bytes,
     model_bytes,
-    model_size,
-    num_parameters,
+    num_checkpoints_kept,
     training_bytes,
 )
 from tests.small_runs import training_inputs
 from tests.tiny_model import build_tiny_model
-
-
-def weights(file: Path, shapes: dict[str, list[int]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        count = 1
-        for extent in shape:
-            count *= extent
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * count]}
-        end += 4 * count
-    text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
-
-
-def test_parameters_from_headers_and_shards(tmp_path: Path) -> None:
-    weights(tmp_path / "model-1.safetensors", {"a": [3, 4], "b": [5]})
-    weights(tmp_path / "model-2.safetensors", {"c": [2, 2], "scalar": []})
-    (tmp_path / "config.json").write_text("{}")
-    assert model_size(tmp_path) == ModelSize(
-        num_parameters=12 + 5 + 4 + 1, num_tensors=4, other_bytes=2, num_matrices=2, matrix_sides=3 + 4 + 2 + 2
-    )
-    # A left-over beside the shards that the index names is not part of the model.
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}))
-    assert num_parameters(tmp_path) == 17
-    index.write_text(json.dumps({"weight_map": {"a": "model-9.safetensors"}}))
-    with pytest.raises(ValueError, match=r"model-9.safetensors cannot be read \(No such file"):
-        model_size(tmp_path)
-    index.write_text("[]")
-    with pytest.raises(ValueError, match="is no index of shards"):
-        model_size(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\x01",
-        struct.pack("<Q", 1 << 60) + b"{}",
-        struct.pack("<Q", 4) + b"[1,2",
-        struct.pack("<Q", 2) + b"[]",
-        struct.pack("<Q", 12) + b'{"a":{"x":1}}',
-    ],
-)
-def test_headers_that_are_none(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file .*copy the model again"):
-        num_parameters(tmp_path)
-
-
-def test_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no \*.safetensors"):
-        num_parameters(tmp_path)
 
 
 def test_disk_by_hand() -> None:
@@ -86,7 +27,10 @@ def test_disk_by_hand() -> None:
     assert checkpoint_bytes(size) == 12_000_000 + 10_000 + 500 + 30_000
     assert model_bytes(size) == 4_000_500
     # Three that are kept (two newest, the best) and the one being written.
-    assert training_bytes(size, 1000, 3) == 1000 + 4 * 12_040_500
+    compute = ComputeSettings(save_total_limit=2)
+    assert num_checkpoints_kept(compute, False) == 3 and training_bytes(size, 1000, 3) == 1000 + 4 * 12_040_500
+    assert num_checkpoints_kept(compute, True) == 4
+    assert num_checkpoints_kept(compute.model_copy(update={"keep_extension_checkpoint": False}), True) == 3
     # Of rank 4 beside six matrices; at the end the model and the adapter are written, and no checkpoint.
     adapter = adapter_size(replace(size, num_matrices=6, matrix_sides=9000), 4)
     assert adapter == ModelSize(num_parameters=36_000, num_tensors=12, other_bytes=500)

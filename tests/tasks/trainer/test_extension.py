@@ -24,7 +24,7 @@ from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference, ExtendedTraining, FileRecord, InputRecord, Manifest, Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.training import ConstantSchedule, CosineSchedule, PowerSchedule, WSDSchedule, WSDSSchedule
+from smoltulu.schemas.schedules import ConstantSchedule, CosineSchedule, PowerSchedule, WSDSchedule, WSDSSchedule
 from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.trainer.extension import begin_with, find_donor

@@ -27,7 +27,7 @@ from smoltulu.artifacts.store import Store
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.tasks.engine.launch import run_child, smaller_batch
+from smoltulu.tasks.engine.launch import run_child
 from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.process import is_out_of_memory
 from smoltulu.tasks.stages import STAGES
@@ -294,14 +294,6 @@ def test_an_alarm_of_any_process_ends_the_stage_and_is_told(base: Path, tmp_path
     with pytest.raises(ValueError, match=r"sft: loss is nan at step \d; .* Its rows: row 5 '") as raised:
         run_stage(asked, Store(tmp_path / "store"), LOG)
     assert str(raised.value).count("row ") == 1
-
-
-@pytest.mark.parametrize(
-    ("size", "effective_batch_size", "num_processes", "expected"),
-    [(8, 8, 1, 4), (8, 16, 2, 4), (9, 9, 1, 3), (6, 12, 1, 3), (4, 12, 3, 2), (1, 8, 1, None), (5, 5, 1, 1)],
-)
-def test_smaller_batch(size: int, effective_batch_size: int, num_processes: int, expected: int | None) -> None:
-    assert smaller_batch(size, effective_batch_size, num_processes) == expected
 
 
 def test_what_counts_as_out_of_memory() -> None:

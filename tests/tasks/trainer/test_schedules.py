@@ -21,7 +21,7 @@ from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import RecipeError, load_recipe
 from smoltulu.schemas.common import StrictModel, science, scientific
-from smoltulu.schemas.training import (
+from smoltulu.schemas.schedules import (
     SCHEDULE_KINDS,
     Budgets,
     ConstantSchedule,
@@ -32,11 +32,10 @@ from smoltulu.schemas.training import (
     LinearSchedule,
     PowerSchedule,
     ScheduleSettings,
-    SFTSettings,
     WSDSchedule,
     WSDSSchedule,
-    share_of,
 )
+from smoltulu.schemas.training import SFTSettings
 from smoltulu.tasks.trainer.schedules import decay, learning_rate_factor, power
 from tests.golden_keys import made_up_commit
 from tests.tasks.trainer import test_training as training
@@ -214,13 +213,6 @@ def test_what_does_not_fit_is_refused(schedule: Any, num_steps: int, text: str) 
 def test_warm_up_may_fill_the_whole_training() -> None:
     assert factors(LinearSchedule(warmup_steps=4), 4, until=5) == [0.25, 0.5, 0.75, 1, 0]
     assert factors(WSDSchedule(warmup_steps=2, decay_steps=2, decay_shape="linear"), 4) == [0.5, 1, 1, 0.5]
-
-
-def test_shares_are_rounded_up_but_not_because_of_floating_point() -> None:
-    assert 100 * 0.07 > 7 and share_of(0.07, 100) == 7
-    assert share_of(0.1, 25) == 3 and share_of(0.0, 25) == 0 and share_of(1.0, 25) == 25
-    assert share_of(1e-6, 1000) == 1 and share_of(0.03, 234_835) == 7046
-    assert all(share_of(n / d, d) == n for d in range(1, 400) for n in range(d + 1))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 import smoltulu.tasks.engine.launch
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, newest_checkpoint
-from smoltulu.schemas.compute import ComputeSettings, accumulation_steps
+from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.training import (
     DPOSettings,
     GateSettings,
@@ -269,13 +269,6 @@ def test_reward_model_learns_pairs_and_keeps_its_own_pad_token(world: Path, tmp_
     assert metrics["accuracy"] > 0.6 and weights["score.weight"].shape == (1, 32)
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert config["pad_token_id"] != config["eos_token_id"]
-
-
-def test_effective_batch_is_derived_and_refused_where_it_does_not_divide() -> None:
-    assert accumulation_steps(12, ComputeSettings(per_device_train_batch_size=3)) == 4
-    assert accumulation_steps(12, ComputeSettings(per_device_train_batch_size=3, num_processes=2)) == 2
-    with pytest.raises(ValueError, match=r"12 is not a multiple of .* 5 .* one of \[1, 2, 3, 4, 6, 12\]"):
-        accumulation_steps(12, ComputeSettings(per_device_train_batch_size=5))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from smoltulu.tasks.trainer.loop import steps_for_tokens
 from smoltulu.tasks.trainer.packed_attention import segments_of_lengths
 from smoltulu.tasks.training.sft import collate_packed
 from tests.small_runs import conversations, pairs, run, trainer_of
@@ -168,15 +166,6 @@ def test_gradient_of_a_step_is_that_of_tulus_sum_times_accumulation_steps_over_t
 
 
 # ------------------------------------------------------------------------------------------------------------- budget
-
-
-def test_steps_for_tokens_by_hand() -> None:
-    assert steps_for_tokens(max_tokens=1000, mean_tokens=50.0, effective_batch_size=4) == 5
-    assert steps_for_tokens(max_tokens=1001, mean_tokens=50.0, effective_batch_size=4) == 6
-    assert steps_for_tokens(max_tokens=1, mean_tokens=50.0, effective_batch_size=4) == 1
-    # SmolTulu's two epochs of SFT: 939,343 rows of 517.4 tokens, batches of eight.
-    rows, tokens = 939_343, 486_000_000
-    assert steps_for_tokens(2 * tokens, tokens / rows, 8) == math.ceil(2 * rows / 8) == 234_836
 
 
 @pytest.mark.parametrize(
