@@ -50,6 +50,7 @@ def test_traits_follow_from_the_config(stage: Stage) -> None:
         assert stage.batch_setting in (None, "per_device_eval_batch_size")
         return
     assert stage.num_ranks(TWO) == 2 and stage.batch_setting == "per_device_train_batch_size"
+    assert stage.build is not None
     assert stage.makes(ModelOutputs) and issubclass(stage.inputs, TrainingInputs)
     assert block == stage.name and block in Recipe.model_fields and title(block) != block
     settings = settings_of(stage)
@@ -126,8 +127,8 @@ def test_the_order_of_a_run_is_that_of_the_list_unless_one_starts_from_a_later_o
 
 # --- Nobody goes by a stage's name ------------------------------------------------------------------------------------
 
-#: Graphs lay out stages, so they name them. The dry run imitates trainings by hand until they have a `build`.
-GO_BY_NAME = ("flows/graphs/recipe_graph.py", "flows/graphs/audit_graph.py", "tasks/preflight/dry_run.py")
+#: Graphs lay out stages, so they name them.
+GO_BY_NAME = ("flows/graphs/recipe_graph.py", "flows/graphs/audit_graph.py")
 #: Fields that hold other things which are called as a stage is: a kind of score, of rows, of a repository.
 OTHER_WORDS = ("kind",)
 _DATA_KINDS = set(get_args(DatasetKind))

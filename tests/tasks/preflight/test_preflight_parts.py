@@ -343,7 +343,7 @@ def begin(folder: Path, model: Path, rows: Rows, num_threads: int) -> subprocess
     (folder / "child.py").write_text(CHILD)
     return subprocess.Popen(
         [sys.executable, str(folder / "child.py"), str(folder / "work" / "job.json")],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
         stdout=(folder / "log.txt").open("a"),
         stderr=subprocess.STDOUT,
     )
