@@ -56,6 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu-shapes", nargs="+", choices=sorted(SHAPES), default=["1.7B", "135M"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096], help="part 3: tokens a row")
     parser.add_argument("--peak-flops", type=float, help="part 3: dense bf16 FLOP/s, where the card is not known")
+    parser.add_argument("--results", type=Path, help="part 3: JSON file, written anew after every training")
     parser.add_argument("--folder", help="for models, rows and stores; emptied at the end (default: temporary)")
     return parser.parse_args(arguments)
 

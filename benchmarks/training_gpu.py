@@ -8,6 +8,7 @@ activation checkpointing computes again does not count, nor does the second copy
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -217,6 +218,7 @@ def on_a_gpu(run: Run) -> None:
         memory = torch.cuda.get_device_properties(0).total_memory
     peak = peak_flops(name, options.peak_flops)
     rows = []
+    results: dict[str, Any] = {"device": name, "torch": torch.__version__, "peak_flops": peak, "cases": {}}
     for case in planned:
         checkpointing = needs_checkpointing(case, memory)
         try:
@@ -224,10 +226,21 @@ def on_a_gpu(run: Run) -> None:
         except ChildFailed as error:
             rows.append([case.name, *["failed"] * (len(_MEASURED_HEAD) - 1)])
             print(f"\n{case.name}: {error}", file=sys.stderr)
+            run.goal(f"{case.name} runs", "failed", False)
             continue
         ends = measured["ends"][_NUM_WARM_UP_STEPS - 1 :]
         seconds = statistics.median(end - begin for begin, end in itertools.pairwise(ends))
         rows.append(measured_row(case, seconds, measured, peak, checkpointing))
+        print(" | ".join(rows[-1]), flush=True)
+        results["cases"][case.name] = {
+            "tokens_per_second": case.num_tokens / seconds,
+            "seconds_per_step": seconds,
+            "model_flops_utilisation": utilisation(case.step_flops(), seconds, peak) if peak else None,
+            "peak_bytes": measured["peak_bytes"],
+            "activation_checkpointing": checkpointing,
+        }
+        if options.results:
+            options.results.write_text(json.dumps(results, indent=1) + "\n")
         if peak and case.stage == "sft" and case.shape.name == "1.7B":
             share = utilisation(case.step_flops(), seconds, peak)
             goal = f"SFT of 1.7B at length {case.length:,} on one {name}: MFU >= {_GOAL:.0%}"

@@ -24,6 +24,10 @@ NAMES = {"sft": "SFT", "reward_model": "reward model", "dpo": "DPO"}
 class ChildFailed(RuntimeError):
     """A training of the benchmark ended without a result; the text holds the end of its log."""
 
+    def __init__(self, text: str, returncode: int) -> None:
+        super().__init__(text)
+        self.returncode = returncode
+
 
 @dataclass
 class Run:
@@ -69,7 +73,8 @@ class Run:
             check=False,
         )
         if done.returncode:
-            raise ChildFailed(f"{function} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            text = f"{function} failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            raise ChildFailed(text, done.returncode)
         return list(json.loads(done.stdout.splitlines()[-1]))
 
 

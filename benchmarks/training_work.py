@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import re
 import resource
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -79,7 +82,7 @@ def our_stages(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Our stages' own functions, one after the other, up to their last optimizer step.
 
     Job: stage, config, inputs, compute, folder; profile: steps at the end that the profiler watches; whole: do not
-    leave after the last step.
+    leave after the last step; kill_at: step at whose end the process is killed; bfloat16: autocast on a CPU too.
     """
     from smoltulu.schemas.compute import ComputeSettings
     from smoltulu.tasks.stage import StageContext
@@ -89,10 +92,11 @@ def our_stages(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for job in jobs:
         stage, folder = STAGES[job["stage"]], Path(job["folder"])
         for name in ("out", "work/checkpoints"):
-            (folder / name).mkdir(parents=True)
-        watch = _Watch(job.get("profile", 0), job.get("whole", False))
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        watch = _Watch(job.get("profile", 0), job.get("whole", False), job.get("kill_at", 0))
         context = StageContext(folder / "out", folder / "work", ComputeSettings(**job["compute"]), watch)
-        with contextlib.suppress(_EnoughError):
+        half = mock.patch("smoltulu.tasks.trainer.loop.use_bfloat16", lambda *_: True)
+        with contextlib.suppress(_EnoughError), half if job.get("bfloat16") else contextlib.nullcontext():
             stage.function(stage.config(**job["config"]), stage.inputs(**job["inputs"]), context)
         history = folder / "work" / "logs" / "history.jsonl"
         rows = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
@@ -104,13 +108,15 @@ def our_stages(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class _Watch:
     """A stage's `report`: a clock, and a profiler over the last steps."""
 
-    def __init__(self, profile: int, whole: bool) -> None:
-        self.profile, self.whole = profile, whole
+    def __init__(self, profile: int, whole: bool, kill_at: int) -> None:
+        self.profile, self.whole, self.kill_at = profile, whole, kill_at
         self.stamps = [time.monotonic()]
         self.kinds: dict[str, float] = {}
         self.profiler: Any = None
 
     def __call__(self, step: int, num_steps: int, **metrics: float) -> None:
+        if step == self.kill_at > 0:
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.profiler is None:
             self.stamps = [*(self.stamps if step else []), time.monotonic()]
         if self.profile and step == num_steps - self.profile:

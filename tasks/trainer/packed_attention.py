@@ -7,9 +7,10 @@ backward gets the one it was made with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -293,6 +294,11 @@ def _has_varlen(query: torch.Tensor) -> bool:
     return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
+@lru_cache
+def _takes_gqa(kernel: Callable) -> bool:
+    return "enable_gqa" in signature(kernel).parameters
+
+
 def _by_varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
 ) -> torch.Tensor:
@@ -302,15 +308,10 @@ def _by_varlen(
     cu_queries, cu_keys, max_queries, max_keys, keys = _varlen(segments, query.device)
     if keys is not None:
         key, value = key.index_select(0, keys), value.index_select(0, keys)
-    return varlen_attn(
-        query,
-        key,
-        value,
-        cu_queries,
-        cu_keys,
-        max_queries,
-        max_keys,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    if (group := query.shape[1] // key.shape[1]) > 1:
+        if _takes_gqa(varlen_attn):
+            options["enable_gqa"] = True
+        else:  # torch 2.11 speaks of as many heads on both sides
+            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    return varlen_attn(query, key, value, cu_queries, cu_keys, max_queries, max_keys, **options)

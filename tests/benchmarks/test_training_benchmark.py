@@ -210,10 +210,3 @@ def test_parts_1_and_2_on_a_minute_model() -> None:
         assert name in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
     # Speeds of so small a model mean nothing: both outcomes are fine, a crash is not.
     assert done.returncode == int("| NO |" in done.stdout)
-
-
-@pytest.mark.gpu
-def test_part_3_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    training.main([*TINY, "--parts", "3", "--gpu-shapes", "135M", "--lengths", "2048"])
-    printed = capsys.readouterr().out
-    assert "| SFT 135M, 2,048 |" in printed and "failed" not in printed

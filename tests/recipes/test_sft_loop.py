@@ -88,7 +88,7 @@ def test_the_loop_is_a_script_of_its_own(base: Path, tmp_path: Path) -> None:
     """It needs nothing of ours: a learner may copy it."""
     rows, script = tmp_path / "rows.jsonl", ROOT / "recipes" / "loops" / "sft.py"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    command = [sys.executable, "-I", str(script), str(base), str(rows), str(tmp_path / "model")]
+    command = [sys.executable, str(script), str(base), str(rows), str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("{'step': 2, 'loss': 5.9")

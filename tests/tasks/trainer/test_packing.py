@@ -7,6 +7,7 @@ definition of a segment as a dense mask; in float64.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -390,6 +391,35 @@ def test_what_the_varlen_kernel_is_told_by_hand() -> None:
         output.sum().backward()
         assert output.shape == (10, 4, 16)
         assert key.grad is not None and key.grad.shape == (10, 2, 16)
+
+
+@pytest.mark.parametrize("torch_2_11", [False, True])
+def test_the_varlen_kernel_of_either_signature_is_told_the_same(
+    monkeypatch: pytest.MonkeyPatch, torch_2_11: bool
+) -> None:
+    """By its definition, on a CPU: that of torch 2.11 has no `enable_gqa`."""
+
+    def kernel(query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *,
+               scale: float, window_size: tuple[int, int]) -> torch.Tensor:  # fmt: skip
+        assert window_size == (-1, 0) and query.shape[1] == key.shape[1]
+        made = []
+        for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+            assert b - a <= max_q and d - c <= max_k
+            scores = scale * torch.einsum("qhd,khd->hqk", query[a:b], key[c:d])
+            later = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
+            made.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(-1), value[c:d]))
+        return torch.cat(made)
+
+    def newer(query: Any, key: Any, value: Any, *args: Any, enable_gqa: bool = False, **kwargs: Any) -> torch.Tensor:
+        assert enable_gqa
+        return kernel(query, *(side.repeat_interleave(2, dim=1) for side in (key, value)), *args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel if torch_2_11 else newer)
+    torch.manual_seed(0)
+    segments = segments_of_pairs([3, 1], [1, 2], [2, 1])
+    query, key, value = (torch.randn(10, heads, 16) for heads in (4, 2, 2))
+    expected = packed_attention._by_sdpa(query, key, value, segments, 0.25)
+    torch.testing.assert_close(packed_attention._by_varlen(query, key, value, segments, 0.25), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------------ GPU
