@@ -39,15 +39,6 @@ class RemoteArtifact:
     manifest_bytes: bytes = field(repr=False)
     part_bytes: int
 
-    @property
-    def digest(self) -> str:
-        return self.manifest.digest
-
-    @property
-    def num_bytes(self) -> int:
-        """What a pull writes."""
-        return sum(record.size for record in self.manifest.files.values()) + len(self.manifest_bytes)
-
 
 @dataclass(frozen=True)
 class RemoteMissing:
