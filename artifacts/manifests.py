@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,16 +40,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextlib.contextmanager
+def picking() -> Iterator[None]:
+    """ValueError where a manifest has another form than what is picked from it."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"has unexpected content ({error!r})") from None
+
+
+@picking()
 def inputs_of(manifest: dict[str, Any]) -> tuple[InputRef, ...]:
-    """Inputs of a manifest. AttributeError, KeyError or TypeError where they have another form."""
+    """Inputs of a manifest. ValueError where they have another form."""
     return tuple(
         InputRef(binding, Ref(str(record["stage"]), str(record["key"])), str(record["digest"]))
         for binding, record in manifest["inputs"].items()
     )
 
 
+@picking()
 def num_bytes_of(manifest: dict[str, Any]) -> int:
-    """Bytes of an artifact's files as its manifest has them."""
+    """Bytes of an artifact's files as its manifest has them. ValueError where they have another form."""
     return sum(int(record["size"]) for record in manifest["files"].values())
 
 

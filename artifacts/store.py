@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import time
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from smoltulu.artifacts import layout
 from smoltulu.artifacts.checkpoints import newest_checkpoint
@@ -25,7 +26,6 @@ from smoltulu.artifacts.keys import (
     records_digest,
 )
 from smoltulu.artifacts.locks import holder_text, take, write_holder
-from smoltulu.artifacts.nearest import Nearest, SpecIndex
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest, Spec
 
 DEFAULT_ROOT = Path("artifacts/store")
@@ -227,10 +227,6 @@ class Store:
     def share(self, found: Found, node: str, log: Log) -> None:
         """Share an artifact that is only here: an upload was cut off, or the shared store was named later."""
 
-    def nearest(self, spec: Spec) -> Nearest | None:
-        """The finished artifact of the same stage with the fewest differing fields, and those fields old -> new."""
-        return next(iter(SpecIndex(self.root).ranked(spec.model_dump())), None)
-
 
 def stale_input(manifest: Manifest, input_digests: Mapping[str, str]) -> str | None:
     """An input (binding -> content digest now) that is not what the artifact was made from."""
@@ -241,20 +237,30 @@ def stale_input(manifest: Manifest, input_digests: Mapping[str, str]) -> str | N
     )
 
 
+class _Versioned(BaseModel):
+    """What a manifest of every format has."""
+
+    schema_version: int
+
+
 class ManifestVersionError(ValueError):
     """A manifest of a format that this version does not read."""
 
 
 def read_manifest(generation: Path) -> Manifest:
-    """The manifest of a generation. Raises OSError, ManifestVersionError, or ValueError where it is damaged."""
-    text = (generation / layout.MANIFEST).read_text()
-    version = json.loads(text)["schema_version"] if '"schema_version"' in text else None
-    if isinstance(version, int) and version != MANIFEST_SCHEMA_VERSION:
-        age = "newer" if version > MANIFEST_SCHEMA_VERSION else "older"
+    """The manifest of a generation. Raises OSError; else as `parse_manifest`."""
+    return parse_manifest((generation / layout.MANIFEST).read_bytes())
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """A manifest from its bytes. Raises ManifestVersionError, or ValueError where it is damaged."""
+    version = _Versioned.model_validate_json(data).schema_version
+    if version != MANIFEST_SCHEMA_VERSION:
+        age = "a newer" if version > MANIFEST_SCHEMA_VERSION else "an older"
         raise ManifestVersionError(
-            f"its manifest has format {version}, written by {age} code; this reads format {MANIFEST_SCHEMA_VERSION}"
+            f"its manifest has format {version}, written by {age} smoltulu; this reads format {MANIFEST_SCHEMA_VERSION}"
         )
-    manifest = Manifest.model_validate_json(text)
+    manifest = Manifest.model_validate_json(data)
     if manifest.checksum and manifest.checksum != manifest_checksum(manifest):
         raise ValueError("its manifest has other content than was written")
     return manifest

@@ -109,7 +109,7 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         if node.stage.makes(EvaluationOutputs):
             digests = {}  # last night's is compared with, whatever was made again since
         if (found := store.obtain(graph.spec(name), digests, name, log)) is not None:
-            finished[name] = reference_to(found, node.stage.name, name, "Cached")
+            finished[name] = reference_to(found, name, "Cached")
 
     @task(cache_policy=NO_CACHE, persist_result=False)
     def measure(node: str) -> Any:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from smoltulu.artifacts.keys import artifact_key, records_digest
 from smoltulu.artifacts.layout import MANIFEST
-from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest
+from smoltulu.artifacts.store import parse_manifest
+from smoltulu.schemas.artifact import FileRecord, Manifest
 
 #: Folder in the target of a pull: what is not finished yet.
 PULL_STATE = ".pull"
@@ -37,15 +38,6 @@ class RemoteArtifact:
     manifest: Manifest
     manifest_bytes: bytes = field(repr=False)
     part_bytes: int
-
-    @property
-    def digest(self) -> str:
-        return self.manifest.digest
-
-    @property
-    def num_bytes(self) -> int:
-        """What a pull writes."""
-        return sum(record.size for record in self.manifest.files.values()) + len(self.manifest_bytes)
 
 
 @dataclass(frozen=True)
@@ -94,11 +86,7 @@ def _is_plain(name: str) -> bool:
 def checked_manifest(data: bytes, stage: str, key: str) -> Manifest:
     """The manifest of an artifact from bytes that anyone may have written. Raises ValueError with the reason."""
     try:
-        version = _Versioned.model_validate_json(data).schema_version
-        if version != MANIFEST_SCHEMA_VERSION:
-            age = "a newer" if version > MANIFEST_SCHEMA_VERSION else "an older"
-            raise ValueError(f"its manifest has schema version {version}, written by {age} smoltulu")
-        manifest = Manifest.model_validate_json(data)
+        manifest = parse_manifest(data)
         own_key = artifact_key(manifest.spec)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
@@ -115,9 +103,3 @@ def checked_manifest(data: bytes, stage: str, key: str) -> Manifest:
     ):
         raise ValueError("its manifest contradicts itself: two sizes for the same bytes")
     return manifest
-
-
-class _Versioned(BaseModel):
-    """What every version of a manifest has."""
-
-    schema_version: int

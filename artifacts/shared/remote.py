@@ -48,10 +48,6 @@ Result = TypeVar("Result")
 class DamagedArtifact(RemoteError):
     """Files of a shared artifact do not have the bytes that its manifest promises; it is marked, a push mends it."""
 
-    def __init__(self, text: str, names: tuple[str, ...]) -> None:
-        super().__init__(text)
-        self.names = names
-
 
 class Remote:
     """Artifacts under a URL (s3://, gs://, az://, abfs://) or a folder; other fsspec URLs can only be read.
@@ -330,11 +326,10 @@ class Remote:
             for record in records:
                 for part in parts_of(record, artifact.part_bytes):
                     self._objects.put(f"{folder}/damaged/{part.name}", b"damaged\n", patience=5)
-        names = tuple(sorted(name for record in records for name in names_of[record.blake3]))
+        names = ", ".join(sorted(name for record in records for name in names_of[record.blake3]))
         return DamagedArtifact(
-            f"shared store {self.url}: {folder} is damaged, the bytes of {', '.join(names)} differ from its manifest; "
-            "it is made again",
-            names,
+            f"shared store {self.url}: {folder} is damaged, the bytes of {names} differ from its manifest; "
+            "it is made again"
         )
 
     def _require_writable(self) -> None:

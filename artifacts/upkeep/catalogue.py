@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from smoltulu.artifacts import layout
 from smoltulu.artifacts.layout import KeyFolder
-from smoltulu.artifacts.manifests import InputRef, Ref, dig, inputs_of, num_bytes_of, read_json, scores_of
+from smoltulu.artifacts.manifests import InputRef, Ref, dig, inputs_of, num_bytes_of, picking, read_json, scores_of
 from smoltulu.schemas.run import RunRecord, TagRecord
 
 _QUOTED_KEY = re.compile(rb'"([0-9a-f]{64})"')
@@ -128,16 +128,23 @@ class Catalogue:
                 raise ValueError("is gone: the artifact is not finished")
         return read_json(self.path(ref) / generation / layout.MANIFEST)
 
+    def known(self, ref: Ref) -> dict[str, Any]:
+        """The manifest of the current generation as plain JSON; empty where it cannot be read."""
+        try:
+            return self.manifest(ref)
+        except ValueError:
+            return {}
+
     def generation(self, ref: Ref, name: str) -> Generation:
         """What listing needs of one generation."""
         version = 0
         try:
             manifest = self.manifest(ref, name)
-            version = int(manifest["schema_version"])
-            return Generation(name, version, str(manifest["digest"]), inputs_of(manifest), num_bytes_of(manifest))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = str(error) if type(error) is ValueError else f"has unexpected content ({error!r})"
-            return Generation(name, version, problem=f"manifest {problem}")
+            with picking():
+                version = int(manifest["schema_version"])
+                return Generation(name, version, str(manifest["digest"]), inputs_of(manifest), num_bytes_of(manifest))
+        except ValueError as error:
+            return Generation(name, version, problem=f"manifest {error}")
 
     def upstream_by_spec(self, ref: Ref) -> set[str]:
         """Keys (and other 64-digit digests) that the spec of an artifact names, finished or not; cheap."""
@@ -146,10 +153,7 @@ class Catalogue:
             with open(f"{self.root}/{ref.stage}/{ref.key}/{layout.SPEC}", "rb", buffering=0) as file:
                 text = file.read()
         except OSError:
-            try:
-                text = json.dumps(self.manifest(ref)["spec"]).encode()
-            except (ValueError, KeyError):
-                return set()
+            text = json.dumps(self.known(ref).get("spec")).encode()
         return {digits.decode() for digits in _QUOTED_KEY.findall(text)} - {ref.key}
 
     @cached_property
@@ -171,20 +175,11 @@ class Catalogue:
     def scores(self, ref: Ref) -> list[dict[str, Any]]:
         """Scores of a model from the evaluations of it, with `kind`; of an evaluation its own. Needs `consumers`."""
         if ref.stage == "evaluation":
-            try:
-                return scores_of(self.manifest(ref))
-            except ValueError:
-                return []
-        scores = []
-        for consumer in self.consumers.get(ref.key, []):
-            if consumer.stage == "evaluation":
-                try:
-                    manifest = self.manifest(consumer)
-                except ValueError:
-                    continue
-                if dig(manifest, "spec", "inputs", "model") == ref.key:
-                    scores += scores_of(manifest)
-        return scores
+            return scores_of(self.known(ref))
+        consumers = (consumer for consumer in self.consumers.get(ref.key, []) if consumer.stage == "evaluation")
+        manifests = (self.known(consumer) for consumer in consumers)
+        of_it = (manifest for manifest in manifests if dig(manifest, "spec", "inputs", "model") == ref.key)
+        return [score for manifest in of_it for score in scores_of(manifest)]
 
     # Runs and tags
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smoltulu.artifacts.manifests import InputRef, Ref, inputs_of, scores_of, sources_of
+from smoltulu.artifacts.nearest import flat
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
 
 #: Inputs of every training and evaluation alike: said once for an artifact itself, not at each of its ancestors.
@@ -58,26 +59,11 @@ def ancestors(catalogue: Catalogue, manifest: dict[str, Any]) -> list[Relative]:
 def planned_inputs(catalogue: Catalogue, spec: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Inputs of an artifact that is not finished, in the form of a manifest's: by its spec, as they are now."""
     stages = {ref.key: ref.stage for ref in catalogue.refs}
-    inputs = {}
-
-    def add(binding: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                add(f"{binding}.{name}", inner)
-        elif isinstance(value, list):
-            for position, inner in enumerate(value):
-                add(f"{binding}.{position}", inner)
-        elif value in stages:
-            try:
-                digest = str(catalogue.manifest(Ref(stages[value], value)).get("digest"))
-            except ValueError:
-                digest = ""
-            inputs[binding] = {"stage": stages[value], "key": value, "digest": digest}
-
-    given = spec.get("inputs")
-    for name, value in given.items() if isinstance(given, dict) else ():
-        add(name, value)
-    return inputs
+    found = {binding: Ref(stages[key], key) for binding, key in flat(spec.get("inputs")).items() if key in stages}
+    return {
+        binding: {"stage": ref.stage, "key": ref.key, "digest": str(catalogue.known(ref).get("digest", ""))}
+        for binding, ref in found.items()
+    }
 
 
 def descendants(catalogue: Catalogue, ref: Ref, limit: int | None = None) -> tuple[list[Relative], int]:
@@ -107,11 +93,7 @@ def descendants(catalogue: Catalogue, ref: Ref, limit: int | None = None) -> tup
             relatives.append(relative)
         return relatives
 
-    try:
-        own = str(catalogue.manifest(ref).get("digest", ""))
-    except ValueError:
-        own = ""
-    return visit(ref, own, True), num_left
+    return visit(ref, str(catalogue.known(ref).get("digest", "")), True), num_left
 
 
 def _consumer(
@@ -121,7 +103,7 @@ def _consumer(
     try:
         manifest = catalogue.manifest(consumer)
         inputs = [given for given in inputs_of(manifest) if given.ref == upstream]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValueError:
         return Relative(consumer, "", mark="not finished"), ""
     bindings = [given.binding for given in inputs]
     # A publication names all ancestors of its model, and every evaluation: it is shown under its model.
@@ -143,7 +125,7 @@ def _direct(manifest: dict[str, Any]) -> list[InputRef]:
     """Inputs in the order of the pipeline, without those that a publication names although its model has them."""
     try:
         inputs = [given for given in inputs_of(manifest) if not given.binding.startswith("lineage.")]
-    except (KeyError, TypeError, AttributeError):
+    except ValueError:
         return []
     # Models first: what an artifact is a training or evaluation of.
     return sorted(inputs, key=lambda given: (given.binding != "model", given.binding))
@@ -151,14 +133,11 @@ def _direct(manifest: dict[str, Any]) -> list[InputRef]:
 
 def _as_recorded(catalogue: Catalogue, given: InputRef) -> tuple[dict[str, Any] | None, str]:
     """Manifest of an input as it was when it was taken, and what has become of it since."""
-    try:
-        current = catalogue.manifest(given.ref)
-    except ValueError:
-        current = None
-    if current is not None and current.get("digest") == given.digest:
+    current = catalogue.known(given.ref)
+    if current.get("digest") == given.digest:
         return current, ""
     for name in catalogue.folder(given.ref).whole:
         if catalogue.generation(given.ref, name).digest == given.digest:
             earlier = catalogue.manifest(given.ref, name)
             return earlier, f"stale: made again since; this is {name}"
-    return current, "gone" if current is None else "stale: made again since, and what was taken is gone"
+    return current or None, "stale: made again since, and what was taken is gone" if current else "gone"

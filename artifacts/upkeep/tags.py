@@ -60,5 +60,5 @@ def _touch_lineage(catalogue: Catalogue, ref: Ref) -> None:
         seen.add(ref)
         with contextlib.suppress(OSError):
             os.utime(catalogue.path(ref) / CURRENT)
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        with contextlib.suppress(ValueError):
             pending += [given.ref for given in inputs_of(catalogue.manifest(ref))]

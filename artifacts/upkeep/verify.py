@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smoltulu.artifacts.keys import artifact_key, records_digest
@@ -125,17 +125,16 @@ def _check_pointer(folder: KeyFolder) -> Iterator[Finding]:
 
 
 def _set_aside(root: Path, folder: KeyFolder, finding: Finding) -> Finding:
-    def told(aside: str) -> Finding:
-        return Finding(finding.ref, finding.name, finding.status, finding.faults, finding.num_bytes, aside)
-
     try:
         with hold_if_idle(folder.path) as holder:
             if holder is not None:
-                return told(f"left: in use by {holder}")
+                aside = f"left: in use by {holder}"
             # Made again or removed while we read: what we saw is not what is there.
-            if _check_generation(folder, finding.name).status != "damaged":
-                return told("left: it changed meanwhile")
-            aside = Store(root).quarantine(folder.path, finding.name, "; ".join(finding.faults))
-            return told(f"set aside as {aside.name}")
+            elif _check_generation(folder, finding.name).status != "damaged":
+                aside = "left: it changed meanwhile"
+            else:
+                moved = Store(root).quarantine(folder.path, finding.name, "; ".join(finding.faults))
+                aside = f"set aside as {moved.name}"
     except OSError as error:
-        return told(f"left: cannot be set aside ({error.strerror})")
+        aside = f"left: cannot be set aside ({error.strerror})"
+    return replace(finding, aside=aside)

@@ -36,7 +36,7 @@ _VALUE_WIDTH = 100
 
 def run_values(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
     """A run in a line: state, times, counts, disk of its artifacts, scores of its last model."""
-    manifests = {ref: manifest for ref in _refs(run).values() if (manifest := _manifest(catalogue, ref)) is not None}
+    manifests = {ref: manifest for ref in _refs(run).values() if (manifest := catalogue.known(ref))}
     outcomes = list(run.outcomes.values())
     return {
         "run": run.run_name,
@@ -91,17 +91,17 @@ def run_details(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
     """Everything about a run."""
     stages = []
     for node, ref in _refs(run).items():
-        manifest = _manifest(catalogue, ref)
+        manifest = catalogue.known(ref)
         stages.append(
             {
                 "node": node,
                 "stage": ref.stage,
                 "key": ref.key,
                 "outcome": run.outcomes.get(node, ""),
-                "finished_at": manifest.get("finished_at") if manifest else None,
-                "made_in_seconds": manifest.get("duration_seconds") if manifest else None,
+                "finished_at": manifest.get("finished_at"),
+                "made_in_seconds": manifest.get("duration_seconds"),
                 "num_bytes": _num_bytes(manifest) if manifest else None,
-                "scores": scores_of(manifest) if manifest else [],
+                "scores": scores_of(manifest),
             }
         )
     return {"kind": "run", **run.model_dump(mode="json"), "state": state_of(run), "stages": stages}
@@ -214,13 +214,7 @@ def relative_values(relative: Relative) -> dict[str, Any]:
     return {
         "stage": relative.ref.stage,
         "key": relative.ref.key,
-        "binding": relative.binding,
-        "node": relative.node,
-        "finished_at": relative.finished_at,
-        "mark": relative.mark,
-        "scores": relative.scores,
-        "sources": relative.sources,
-        "repeated": relative.repeated,
+        **{name: value for name, value in vars(relative).items() if name not in ("ref", "relatives")},
         "relatives": [relative_values(inner) for inner in relative.relatives],
     }
 
@@ -337,17 +331,10 @@ def _refs(run: RunRecord) -> dict[str, Ref]:
     return {node: Ref(run.stages[node], key) for node, key in run.keys.items() if node in run.stages}
 
 
-def _manifest(catalogue: Catalogue, ref: Ref) -> dict[str, Any] | None:
-    try:
-        return catalogue.manifest(ref)
-    except ValueError:
-        return None
-
-
 def _num_bytes(manifest: dict[str, Any]) -> int:
     try:
         return num_bytes_of(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except ValueError:
         return 0
 
 

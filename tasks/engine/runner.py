@@ -38,18 +38,17 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
     digests = {name: record.digest for name, record in job.input_records.items()}
     found = store.find(job.spec, digests)
     if isinstance(found, Found) and not job.refresh:
-        _accept(found, job)
+        cached = _cached(found, job)
         store.touch(found)
         store.share(found, job.node, log)
-        return reference_to(found, job.stage.name, job.node, "Cached")
+        return cached
     asked_for = _generation(found)
     try:
         with store.producer(job.spec, partial(log.info, WAITING, job.node)) as folder:
             found = store.find(job.spec, digests)
             # Another producer may have made it while we waited; a refresh is content with what was made meanwhile.
             if isinstance(found, Found) and (not job.refresh or _generation(found) != asked_for):
-                _accept(found, job)
-                return reference_to(found, job.stage.name, job.node, "Cached")
+                return _cached(found, job)
             if isinstance(found, Missing):
                 if found.damaged:
                     aside = store.quarantine(folder, found.damaged, found.reason)
@@ -58,12 +57,11 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
                     log.info("%s: runs (%s)", job.node, found.reason)
             with store.turn(job.spec, digests, job.node, log, job.refresh) as turn:
                 if turn.found is not None:
-                    _accept(turn.found, job)
-                    return reference_to(turn.found, job.stage.name, job.node, "Cached")
+                    return _cached(turn.found, job)
                 made = _make(job, store, folder, log)
                 turn.share(made)
             outcome = "Resumed" if made.manifest.resumed_from_steps else "Completed"
-            return reference_to(made, job.stage.name, job.node, outcome)
+            return reference_to(made, job.node, outcome)
     except OSError as error:
         if error.errno not in DISK_ADVICE:
             raise
@@ -73,10 +71,11 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
         ) from error
 
 
-def _accept(found: Found, job: Job) -> None:
+def _cached(found: Found, job: Job) -> ArtifactReference:
     """ValueError where a threshold that was changed since would not have let this artifact pass."""
     if objections := job.stage.objections_to(found.manifest, job.config):
         raise ValueError(f"{job.node}: {found.folder} is there, but by today's thresholds: {'; '.join(objections)}")
+    return reference_to(found, job.node, "Cached")
 
 
 def _make(job: Job, store: Store, folder: Path, log: Log) -> Found:
@@ -212,11 +211,11 @@ def _require_disk(job: Job, root: Path, work: Path) -> None:
         )
 
 
-def reference_to(found: Found, stage: str, node: str, outcome: str) -> ArtifactReference:
+def reference_to(found: Found, node: str, outcome: str) -> ArtifactReference:
     """What tasks pass on about an artifact of the store."""
     manifest = found.manifest
     return ArtifactReference(
-        stage=stage,
+        stage=manifest.spec.stage,
         node=node,
         key=manifest.key,
         digest=manifest.digest,

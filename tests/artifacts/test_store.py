@@ -14,6 +14,7 @@ import pytest
 
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, mark_complete, newest_checkpoint, prune, torn_checkpoints
 from smoltulu.artifacts.keys import artifact_key, folder_records, records_digest
+from smoltulu.artifacts.nearest import SpecIndex
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.schemas.artifact import InputRecord, Manifest, Spec
 
@@ -108,7 +109,7 @@ def test_every_kind_of_damage_is_a_miss_with_its_reason(tmp_path: Path) -> None:
     manifest.write_text(whole[: len(whole) // 2])
     assert "unreadable manifest" in reason()
     manifest.write_text(json.dumps({**json.loads(whole), "schema_version": 99, "new_field": 1}))
-    assert "format 99, written by newer code" in reason()
+    assert "format 99, written by a newer smoltulu" in reason()
     manifest.unlink()
     assert "no manifest" in reason()
     (generation.parent / "current").write_text("../../../etc")
@@ -273,8 +274,8 @@ def test_nearest_names_the_differing_fields(tmp_path: Path) -> None:
     store = Store(tmp_path)
     commit(store, spec(learning_rate=1e-4, seed=0))
     commit(store, spec(learning_rate=1e-3, seed=1))
-    nearest = store.nearest(spec(learning_rate=1e-4, seed=2))
-    assert nearest is not None and nearest.changes == {"config.seed": (0, 2)}
+    nearest = SpecIndex(store.root).ranked(spec(learning_rate=1e-4, seed=2).model_dump())[0]
+    assert nearest.changes == {"config.seed": (0, 2)}
     assert nearest.key == artifact_key(spec(learning_rate=1e-4, seed=0))
 
 
