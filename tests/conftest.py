@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Two test processes that each spin on all cores are 40 times slower than two with one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,8 +13,18 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 from hypothesis import settings
+
+from tests.copies import second_copies
 
 # A machine that others use as well stalls now and then; speed is measured in benchmarks/.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_module_is_there_twice() -> Iterator[None]:
+    """Whatever the tests of this process imported: see tests/test_copies.py."""
+    yield
+    assert second_copies() == []

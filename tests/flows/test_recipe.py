@@ -190,7 +190,7 @@ def test_unreadable_yaml(tmp_path: Path) -> None:
 def test_relative_paths_of_a_file_start_at_its_folder_wherever_it_is_called_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "recipes"
+    folder = tmp_path / "own"
     folder.mkdir()
     (folder / "mine.yaml").write_text(
         yaml.safe_dump(
@@ -213,7 +213,7 @@ def test_relative_paths_of_a_file_start_at_its_folder_wherever_it_is_called_from
             }
         )
     )
-    for called_from, given in ((tmp_path, "recipes/mine.yaml"), (folder, "./mine.yaml")):
+    for called_from, given in ((tmp_path, "own/mine.yaml"), (folder, "./mine.yaml")):
         monkeypatch.chdir(called_from)
         recipe = load_recipe(given)
         assert recipe.data.sft is not None
