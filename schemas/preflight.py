@@ -71,7 +71,7 @@ class PreflightConfig(RowRules):
     """Config of the `preflight` stage: no more of a training's settings than it needs, so that a sweep shares it."""
 
     subject: str = machinery("", description="training stage that the dry run is for")
-    precision: Literal["float32", "bfloat16"] = machinery("float32", description="of the dry run")
+    training_settings: dict[str, Any] = machinery({}, description="those of `subject`, all of them: for the dry run")
     settings: PreflightSettings = machinery(PreflightSettings())
     training: PlannedTraining | None = machinery(None, description="of `subject`; none: no planned steps in the report")
 

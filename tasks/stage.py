@@ -61,6 +61,8 @@ class Stage:
 
     objections(config, outputs, metrics)  what today's thresholds say against a cached artifact: they are machinery, so
                                           the key does not tell
+    build(config, inputs, context)        of a training: its trainer, ready for the first step, from model, rows and
+                                          template alone (`TrainingInputs`): what a dry run trains
 
     What the rest of the house must know of a stage follows from its contracts (a config that derives from
     `TrainingSettings` is a training, outputs that are `ModelOutputs` are a model), or is one of these:
@@ -84,6 +86,7 @@ class Stage:
     outputs: type[BaseModel]
     function: Callable[[Any, Any, StageContext], tuple[BaseModel, dict[str, float]]]
     objections: Callable[[Any, Any, Mapping[str, float]], list[str]] | None = None
+    build: Callable[[Any, Any, StageContext], Any] | None = None
     block: str | None = None
     distributed: bool = False
     eval_batch: bool = False

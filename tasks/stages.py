@@ -8,7 +8,7 @@ from smoltulu.tasks.contamination.stage import contamination
 from smoltulu.tasks.data.stage import dataset
 from smoltulu.tasks.evaluation.stage import evaluation
 from smoltulu.tasks.languages.stage import languages
-from smoltulu.tasks.preflight.stage import preflight
+from smoltulu.tasks.preflight.stage import preflight_of
 from smoltulu.tasks.publish.stage import publish
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.training.dpo import dpo
@@ -18,7 +18,8 @@ from smoltulu.tasks.training.rlvr import rlvr
 from smoltulu.tasks.training.sft import sft
 from smoltulu.tasks.world.stage import world
 
-STAGES: dict[str, Stage] = {
+STAGES: dict[str, Stage] = {}
+STAGES |= {
     stage.name: stage
     for stage in (
         world,
@@ -27,7 +28,7 @@ STAGES: dict[str, Stage] = {
         contamination,
         languages,
         base_model,
-        preflight,
+        preflight_of(STAGES),  # read when it runs
         sft,
         reward_model,
         reference_logps,

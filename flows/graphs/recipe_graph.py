@@ -337,7 +337,7 @@ def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSe
     return PreflightConfig(
         **settings.row_rules().model_dump(),
         subject=block,
-        precision=settings.precision,
+        training_settings=settings.model_dump(mode="json"),
         settings=checks,
         training=PlannedTraining.of(settings),
     )

@@ -1,8 +1,8 @@
-"""One training step on the longest rows, for its memory and its time.
+"""The first steps of a training on its longest rows, for their memory and their time.
 
-Not a trainer: the model, the batch, the loss's shape, gradients, clipping and AdamW, which is what memory goes to. What
-RLVR holds besides is computed (tasks/preflight/rollout_memory.py). Not in it: the gradient buckets of several
-processes, which are 4 bytes a trained parameter.
+The trainer is the stage's own (`Stage.build`), so all that it does is in the figures. Not in them: RLVR's generation of
+rollouts, whose memory is computed (tasks/preflight/rollout_memory.py), and the gradient buckets of several processes,
+which are 4 bytes a trained parameter.
 """
 
 from __future__ import annotations
@@ -12,92 +12,111 @@ import heapq
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PreflightConfig, PreflightInputs
-from smoltulu.schemas.training import LoraSettings
-from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
-from smoltulu.tasks.models.lora import with_adapter
-from smoltulu.tasks.models.tokens import IGNORED, prompt_ids
-from smoltulu.tasks.preflight.rollout_memory import require_memory, rlvr_bytes
+from smoltulu.schemas.training import TrainingInputs, TrainingSettings
+from smoltulu.tasks.models.folders import device_of, load_tokenizer, use_bfloat16
+from smoltulu.tasks.models.tokens import prompt_ids
+from smoltulu.tasks.preflight.rollout_memory import require_memory, rollout_bytes
 from smoltulu.tasks.process import is_out_of_memory
-from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.trainer.tracking import peak_memory_bytes
 
 if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 logger = logging.getLogger("smoltulu")
-#: Columns of a tokenised row: `row`, its number, and lists of token ids or masks.
+#: A row of the preflight's file: tokenised, or of prompts as it was.
 Row = dict[str, Any]
 
-_SUBJECTS = {"conversations": "sft", "pairs": "dpo", "prompts": "rlvr"}
 #: Prompts that are tokenised to find the longest: those with the most text.
 _NUM_CANDIDATES = 256
+#: Optimizer steps: the first makes the optimizer's state, the second is timed.
+_NUM_STEPS = 2
 
 
-def dry_run(config: PreflightConfig, inputs: PreflightInputs, file: Path, context: StageContext) -> DryRun | None:
-    """The longest rows of `file`, in as large a micro-batch as compute asks for, or as fits.
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step came to. Loss, gradient norm and tokens are of the first, seconds of the last."""
 
-    The first of two steps makes the optimizer's state and is not timed. ValueError where not even one row fits.
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    seconds: float
+
+
+def dry_run(
+    training: Stage, config: PreflightConfig, inputs: PreflightInputs, file: Path, context: StageContext
+) -> DryRun:
+    """Train on the longest rows of `file`, in as large a micro-batch as compute asks for, or as fits.
+
+    ValueError where not even one row fits.
     """
-    from smoltulu.tasks.trainer.loop import prepare_torch
+    import pyarrow as pa
+    from pyarrow import parquet
 
-    prepare_torch(context)
-    subject = config.subject or _SUBJECTS[config.kind]
-    compute = context.compute.of(subject)
+    compute = context.compute.of(training.name)
+    settings = training.config.model_validate(config.training_settings)
+    assert isinstance(settings, TrainingSettings)
     device = device_of(compute)
-    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    asked = compute.per_device_train_batch_size
+    size = asked = compute.per_device_train_batch_size
     if config.kind == "prompts":
-        rows = _longest_prompts(file, asked, tokenizer, config)
+        prompt, longest = _longest_prompt(file, load_tokenizer(Path(inputs.model), inputs.chat_template))
+        longest += config.training.max_completion_length if config.training else 0
+        rows = pa.Table.from_pylist([prompt])
     else:
-        rows = _longest(file, asked, _packs(subject, compute))
-    size = asked = min(asked, len(rows))
-    while size:
+        tokenised = _longest(file, asked, compute.packing)
+        longest = _length(tokenised[0])
+        size = asked = min(asked, len(tokenised))
+        rows = pa.Table.from_pylist(tokenised, schema=parquet.read_schema(file))
+    step, peak = None, 0
+    while step is None and size:
         try:
-            num_tokens, seconds, peak = _measured(
-                lambda batch: _train(subject, inputs, tokenizer, batch, compute, config), rows[:size], device
-            )
+            machinery = compute.model_copy(update={"per_device_train_batch_size": size})
+            train = partial(_train, training, settings, inputs, rows, machinery, context.work)
+            step, peak = _measured(train, device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            logger.warning("dry run of %s: out of memory with %d of the longest rows", subject, size)
+            logger.warning("dry run of %s: out of memory with %d of the longest rows", training.name, size)
             size //= 2
-            num_tokens = 0
         # Not where the error is caught: its frames still hold the model then.
         _free(device)
-        if not num_tokens:
-            continue
-        bfloat16 = use_bfloat16(config.precision, compute)
-        reference, generation = rlvr_bytes(config, Path(inputs.model), _length(rows[0]), compute, bfloat16)
-        if generation and device == "cuda":
-            require_memory(max(reference + peak, generation), config, _length(rows[0]))
-        return DryRun(
-            subject=subject,
-            device=_device_name(device),
-            precision="bfloat16" if bfloat16 else "float32",
-            per_device_train_batch_size=size,
-            asked_batch_size=asked,
-            activation_checkpointing=compute.activation_checkpointing,
-            packing=_packs(subject, compute),
-            lora_r=_lora_r(config),
-            num_tokens=num_tokens,
-            seconds=seconds,
-            peak_memory_bytes=reference + peak,
-            generation_bytes=generation,
+    lora = getattr(settings, "lora", None)
+    if step is None:
+        lengths = "max_prompt_length or max_completion_length" if config.kind == "prompts" else "max_length"
+        adapters = f", add a {training.name}.lora block" if hasattr(settings, "lora") and lora is None else ""
+        raise ValueError(
+            f"{training.name}: out of memory with one of the longest rows alone ({longest:,} tokens); set "
+            f"compute.activation_checkpointing, lower {lengths}{adapters}, or take a larger device "
+            "(preflight.dry_run: false skips this check, not the failure)"
         )
-    lengths = "max_prompt_length or max_completion_length" if config.kind == "prompts" else "max_length"
-    adapters = f", add a {subject}.lora block" if subject in ("sft", "dpo") and _lora_r(config) is None else ""
-    raise ValueError(
-        f"{subject}: out of memory with one of the longest rows alone ({_length(rows[0]):,} tokens); set "
-        f"compute.activation_checkpointing, lower {lengths}{adapters}, or take a larger device "
-        "(preflight.dry_run: false skips this check, not the failure)"
+    bfloat16 = use_bfloat16(settings.precision, compute)
+    generation = rollout_bytes(config, Path(inputs.model), longest, compute, bfloat16)
+    if generation and device == "cuda":
+        require_memory(max(peak, generation), config, longest)
+    return DryRun(
+        subject=training.name,
+        device=_device_name(device),
+        precision="bfloat16" if bfloat16 else "float32",
+        per_device_train_batch_size=size,
+        asked_batch_size=asked,
+        activation_checkpointing=compute.activation_checkpointing,
+        packing=compute.packing and config.kind != "prompts",
+        lora_r=lora and lora.r,
+        num_tokens=step.num_tokens,
+        seconds=step.seconds,
+        peak_memory_bytes=peak,
+        generation_bytes=generation,
     )
 
 
@@ -107,24 +126,15 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
-def _packs(subject: str, compute: ComputeSettings) -> bool:
-    return compute.packing and subject != "rlvr"
-
-
-def _lora_r(config: PreflightConfig) -> int | None:
-    return config.training.lora_r if config.training else None
-
-
-def _measured(train: Callable[[list[Row]], tuple[int, float]], rows: list[Row], device: str) -> tuple[int, float, int]:
-    """Tokens, seconds and peak bytes of `train`."""
+def _measured(train: Callable[[], Step], device: str) -> tuple[Step, int]:
+    """What `train` gives, and its peak bytes."""
     import torch
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = _reset_resident_peak()
-    num_tokens, seconds = train(rows)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else max(_resident_peak() - before, 0)
-    return num_tokens, seconds, peak
+    before = 0 if device == "cuda" else _reset_resident_peak()
+    step = train()
+    return step, max(peak_memory_bytes(device) - before, 0)
 
 
 def _free(device: str) -> None:
@@ -137,125 +147,51 @@ def _free(device: str) -> None:
 
 
 def _train(
-    subject: str,
+    training: Stage,
+    settings: TrainingSettings,
     inputs: PreflightInputs,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[Row],
+    rows: pa.Table,
     compute: ComputeSettings,
-    config: PreflightConfig,
-) -> tuple[int, float]:
-    """Load the model and train two steps on the same rows; tokens of a step, seconds of the second."""
-    import torch
+    work: Path,
+) -> Step:
+    """Train the stage's own trainer on the first of `rows`, as many as are a micro-batch: here also a step."""
+    from pyarrow import parquet
 
-    device = device_of(compute)
-    model = _model(subject, Path(inputs.model), tokenizer, compute, _lora_r(config)).to(device)
-    if compute.activation_checkpointing:
-        model.activation_checkpointing_enable()
-    model.train()
-    trained = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
-    loss_of, batch, num_tokens = _batch(subject, model, rows, tokenizer, compute)
-    batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-    seconds = 0.0
-    for _ in range(2):
-        started = time.monotonic()
-        with torch.autocast(device, torch.bfloat16, enabled=use_bfloat16(config.precision, compute)):
-            loss = loss_of(batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.monotonic() - started
-    return num_tokens, seconds
-
-
-def _model(
-    subject: str, folder: Path, tokenizer: PreTrainedTokenizerBase, compute: ComputeSettings, lora_r: int | None
-) -> PreTrainedModel | PeftModel:
-    """The base model as the stage would hold it: with a score head, or with the head that holds no logits."""
-    import torch
-
-    if subject == "reward_model":
-        from transformers import AutoModelForSequenceClassification
-
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            str(folder), num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    assert training.build is not None
+    size = compute.per_device_train_batch_size
+    alone = compute.model_copy(update={"num_processes": 1, "dataloader_num_workers": 0, "logging_steps": 1})
+    with tempfile.TemporaryDirectory(dir=work) as name:
+        folder = Path(name)
+        file = folder / "rows.parquet"
+        parquet.write_table(rows.slice(0, size), file)
+        trainer = training.build(
+            settings.model_copy(update={"effective_batch_size": size}),
+            TrainingInputs(model=inputs.model, dataset=str(file), chat_template=inputs.chat_template),
+            StageContext(folder, folder, alone, lambda *args, **kwargs: None),
         )
-        model.config.pad_token_id = tokenizer.pad_token_id
-        fit_embeddings(model, tokenizer)
-        if _packs(subject, compute):
-            from smoltulu.tasks.trainer.packed_attention import pack
-
-            pack(model)
-        return model
-    from smoltulu.tasks.trainer.packed_attention import pack
-    from smoltulu.tasks.training.preference_batch import give_fused_head
-
-    model = load_language_model(folder)
-    fit_embeddings(model, tokenizer)
-    if _packs(subject, compute):
-        pack(model)
-    give_fused_head(model)
-    return model if lora_r is None else with_adapter(model, LoraSettings(r=lora_r))
+        trainer.args.max_steps, trainer.args.save_strategy = _NUM_STEPS, "no"
+        seconds: list[float] = []
+        trainer.add_callback(_clock(seconds))
+        trainer.train()
+        first = trainer.state.log_history[0]
+    return Step(first["loss"], first["grad_norm"], int(first["num_tokens"]), seconds[-1])
 
 
-def _batch(
-    subject: str,
-    model: PreTrainedModel | PeftModel,
-    rows: list[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    compute: ComputeSettings,
-) -> tuple[Callable[[dict[str, Any]], torch.Tensor], dict[str, Any], int]:
-    """Loss of a batch, the batch as the stage lays it out, and its tokens, padding not counted."""
+def _clock(seconds: list[float]) -> TrainerCallback:
+    """Appends what every optimizer step takes."""
     import torch
+    from transformers import TrainerCallback
 
-    pad = tokenizer.pad_token_id
-    if subject == "dpo":
-        from smoltulu.tasks.training.preference_batch import PairCollator, completion_logps
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.began = time.monotonic()
 
-        def preference_loss(batch: dict[str, Any]) -> torch.Tensor:
-            chosen, rejected = completion_logps(model, batch)
-            return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.monotonic() - self.began)
 
-        return preference_loss, PairCollator(pad, compute.packing)(rows), sum(map(_length, rows))
-    if subject == "reward_model":
-        from smoltulu.tasks.training import reward_batch
-
-        def ranking_loss(batch: dict[str, Any]) -> torch.Tensor:
-            names = ("input_ids", "attention_mask", "position_ids", "segments")
-            arguments = {name: batch[name] for name in names if name in batch}
-            if "last_tokens" in batch:
-                hidden = model.base_model(**arguments, use_cache=False).last_hidden_state
-                scores = model.score(hidden)[0, batch["last_tokens"]]
-            else:
-                scores = model(**arguments, use_cache=False).logits
-            chosen, rejected = scores.squeeze(-1).chunk(2)
-            return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
-
-        return ranking_loss, reward_batch.PairCollator(pad, compute.packing)(rows), sum(map(_length, rows))
-
-    def token_loss(batch: dict[str, Any]) -> torch.Tensor:
-        return model(**batch, use_cache=False, fused_lm_head=True).loss
-
-    if _packs(subject, compute):
-        from smoltulu.tasks.training.sft import collate_packed
-
-        return token_loss, collate_packed(rows), sum(map(_length, rows))
-
-    def padded(name: str, value: int) -> torch.Tensor:
-        tensors = [torch.tensor(row[name]) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    attention_mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    batch = {
-        "input_ids": padded("input_ids", pad),
-        "labels": padded("labels", IGNORED),
-        "attention_mask": attention_mask,
-    }
-    return token_loss, batch, sum(map(_length, rows))
+    return Clock()
 
 
 def _length(row: Row) -> int:
@@ -300,15 +236,12 @@ def _costs(batch: Any, packed: bool) -> list[int]:
     ]
 
 
-def _longest_prompts(file: Path, number: int, tokenizer: PreTrainedTokenizerBase, config: PreflightConfig) -> list[Row]:
-    """The longest prompts, each with an answer of max_completion_length tokens, which all carry a loss."""
+def _longest_prompt(file: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Row, int]:
+    """The row with the longest prompt, and the tokens of that."""
     with file.open(encoding="utf-8") as stream:
-        lines = heapq.nlargest(max(number, _NUM_CANDIDATES), stream, key=len)
-    prompts = prompt_ids(tokenizer, [json.loads(line)["prompt"] for line in lines])
-    num_answered = config.training.max_completion_length if config.training else 0
-    answer = [tokenizer.eos_token_id] * max(num_answered, 1)
-    longest = sorted(prompts, key=len, reverse=True)[:number]
-    return [{"input_ids": ids + answer, "labels": [IGNORED] * len(ids) + answer} for ids in longest]
+        rows = [json.loads(line) for line in heapq.nlargest(_NUM_CANDIDATES, stream, key=len)]
+    lengths = [len(ids) for ids in prompt_ids(tokenizer, [row["prompt"] for row in rows])]
+    return max(zip(rows, lengths, strict=True), key=lambda found: found[1])
 
 
 def _reset_resident_peak() -> int:
@@ -318,15 +251,4 @@ def _reset_resident_peak() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
-        return _resident_peak()
-
-
-def _resident_peak() -> int:
-    """Highest resident memory of the process since `_reset_resident_peak`, in bytes."""
-    import resource
-
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_memory_bytes("cpu")

@@ -1,4 +1,4 @@
-"""Memory that RLVR needs beside its training step: the reference model, and the rollouts, generated all at once."""
+"""Memory that RLVR needs while it generates the rollouts of a step, all at once."""
 
 from __future__ import annotations
 
@@ -21,23 +21,20 @@ def kv_bytes(config: Mapping[str, Any], num_sequences: int, num_tokens: int, byt
     return num_sequences * num_tokens * int(config["num_hidden_layers"]) * 2 * kv_heads * head_dim * bytes_per_value
 
 
-def rlvr_bytes(
-    config: PreflightConfig, model: Path, longest: int, compute: ComputeSettings, bfloat16: bool
-) -> tuple[int, int]:
-    """Of RLVR's reference model, and of all there is while rollouts as long as the longest are generated."""
+def rollout_bytes(config: PreflightConfig, model: Path, longest: int, compute: ComputeSettings, bfloat16: bool) -> int:
+    """Of all there is while rollouts as long as the longest are generated; 0 where there are none."""
     training = config.training
     if training is None or not training.num_rollouts:
-        return 0, 0
+        return 0
     weights = 4 * num_parameters(model)
-    reference = weights if training.has_reference else 0
-    # Adam's moments stay meanwhile, and autocast keeps its copy of the weights.
-    held = 3 * weights + reference + (weights // 2 if bfloat16 else 0)
+    # Adam's moments and the reference model stay meanwhile, and autocast keeps its copy of the weights.
+    held = (4 if training.has_reference else 3) * weights + (weights // 2 if bfloat16 else 0)
     try:
         architecture = json.loads((model / "config.json").read_text())
         num_rollouts = -(-training.num_rollouts // compute.num_processes)
-        return reference, held + kv_bytes(architecture, num_rollouts, longest, 2 if bfloat16 else 4)
+        return held + kv_bytes(architecture, num_rollouts, longest, 2 if bfloat16 else 4)
     except (KeyError, TypeError):  # of another kind than a decoder with attention in every layer
-        return reference, held
+        return held
 
 
 def require_memory(needed: int, config: PreflightConfig, longest: int) -> None:

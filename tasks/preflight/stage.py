@@ -11,7 +11,9 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
@@ -29,9 +31,15 @@ _HISTOGRAM_BINS = 40
 
 
 def run_preflight(
-    config: PreflightConfig, inputs: PreflightInputs, context: StageContext
+    config: PreflightConfig,
+    inputs: PreflightInputs,
+    context: StageContext,
+    stages: Mapping[str, Stage] = MappingProxyType({}),
 ) -> tuple[PreflightOutputs, dict[str, float]]:
-    """Tokenise, count, try the longest batch, report. ValueError lists every threshold that the rows do not meet."""
+    """Tokenise, count, try the longest batch, report. ValueError lists every threshold that the rows do not meet.
+
+    stages  by name; without that of the training there is no dry run
+    """
     from smoltulu.tasks.preflight.dry_run import dry_run
     from smoltulu.tasks.preflight.report import html_report, json_report, problems
 
@@ -43,9 +51,9 @@ def run_preflight(
     file = context.folder / maker.file
     counts = _put_together(maker, file, context)
     run, too_large = None, []
-    if config.settings.dry_run and counts.num_rows:
+    if config.settings.dry_run and counts.num_rows and config.subject in stages:
         try:
-            run = dry_run(config, inputs, file, context)
+            run = dry_run(stages[config.subject], config, inputs, file, context)
         except ValueError as error:
             too_large = [str(error)]
     outputs = PreflightOutputs(
@@ -185,7 +193,9 @@ def _objections(config: PreflightConfig, outputs: PreflightOutputs, metrics: Map
     return problems(config, outputs, {name: list(rows) for name, rows in outputs.first_rows.items()})
 
 
-preflight = Stage(
-    "preflight", 1, PreflightConfig, PreflightInputs, PreflightOutputs, run_preflight, _objections,
-    block="trainings", keeps_rows=True, grows_with_model=False,
-)  # fmt: skip
+def preflight_of(stages: Mapping[str, Stage]) -> Stage:
+    """The stage. Of `stages`, by name, the dry run builds the training that the rows are for."""
+    return Stage(
+        "preflight", 1, PreflightConfig, PreflightInputs, PreflightOutputs, partial(run_preflight, stages=stages),
+        _objections, block="trainings", keeps_rows=True, grows_with_model=False,
+    )  # fmt: skip

@@ -29,7 +29,7 @@ from smoltulu.tasks.trainer.tracking import numbers, require_trackers, speed_and
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import Trainer, TrainerCallback
 
 logger = logging.getLogger("smoltulu")
 HISTORY_FILE = f"{LOGS_FOLDER}/history.jsonl"
@@ -132,7 +132,7 @@ def _check_num_gpus(num_gpus: int, num_processes: int) -> None:
         )
 
 
-def callbacks(context: StageContext, cycle: int = 1) -> list[TrainerCallback]:
+def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
     """Progress, history, trackers, completion markers of checkpoints and stopping when asked, as callbacks.
 
     `cycle`: optimizer steps between instants at which a checkpoint holds all there is to go on from.
@@ -222,21 +222,18 @@ def callbacks(context: StageContext, cycle: int = 1) -> list[TrainerCallback]:
 def train(
     trainer: Trainer,
     context: StageContext,
-    num_rows: int,
     schedule: ScheduleSettings | None,
     loss_rule: LossRule = LossRule(),  # noqa: B008 - frozen
+    cycle: int = 1,
 ) -> int:
     """Train from the newest complete checkpoint, or from the start. Number of optimizer steps done in all.
 
-    `num_rows` went into the trainer: what it dropped in silence is said. The history of logged metrics lands in the
-    artifact. A `schedule` stands in for the trainer's own. ValueError where the trainer kept no row, where the schedule
-    does not fit into its number of steps, or where the guards (`tasks.trainer.guards`) end the training.
+    The history of logged metrics lands in the artifact. A `schedule` stands in for the trainer's own. `cycle`: see
+    `callbacks`. ValueError where the schedule does not fit into the number of steps, or where the guards
+    (`tasks.trainer.guards`) end the training.
     """
-    num_kept = len(trainer.train_dataset)
-    if not num_kept:
-        raise ValueError(f"none of {num_rows:,} rows has anything to train on within max_length; raise it")
-    if num_kept < num_rows:
-        logger.warning("%s of %s rows left out: too long for max_length", f"{num_rows - num_kept:,}", f"{num_rows:,}")
+    for callback in callbacks(context, cycle):
+        trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         # Tokenised rows are used again by a resume; the runner drops what is not as it was written.
         mark_complete(context.work / DATASETS_FOLDER)
@@ -332,7 +329,6 @@ def _token_count(trainer: Trainer) -> TrainerCallback:
 
 def finish(
     trainer: Trainer,
-    tokenizer: PreTrainedTokenizerBase,
     context: StageContext,
     num_steps: int,
     shown: tuple[str, ...],
@@ -347,6 +343,7 @@ def finish(
     if not trainer.is_world_process_zero():
         return ModelOutputs(num_parameters=trainer.model.num_parameters()), {}
     history = _read_history(context.folder / HISTORY_FILE)
+    tokenizer = trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model):
         save_adapter(model, context.folder / ADAPTER_FOLDER)

@@ -7,23 +7,27 @@ have, and give a LoRA model a second adapter as its reference.
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
-from smoltulu.schemas.training import DPOInputs, DPOSettings
-from smoltulu.tasks.models.folders import load_language_model, load_tokenizer, stop_ids
+from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
+from smoltulu.schemas.training import DPOInputs, DPOSettings, TrainingInputs
+from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer, stop_ids
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import even_out, is_blank
 from smoltulu.tasks.trainer.gate import objections
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import budget, finish, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.packed_attention import pack
+from smoltulu.tasks.training.reference_logps import run_reference_logps
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+    from transformers import Trainer
 
 
 def _trainer_class() -> type:
@@ -132,8 +136,8 @@ def load_pairs(inputs: DPOInputs, context: StageContext) -> Dataset:
     return rows
 
 
-def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> tuple[ModelOutputs, dict[str, float]]:
-    """Preference optimisation of tokenised pairs, whose log-probabilities under the reference are known."""
+def build(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> Trainer:
+    """The trainer on tokenised pairs, whose log-probabilities under the reference are known."""
     prepare_torch(context)
     from transformers import TrainingArguments, set_seed
 
@@ -142,6 +146,7 @@ def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     set_seed(config.seed)
     model = load_language_model(Path(inputs.model))
+    fit_embeddings(model, tokenizer)
     stop_ids(model, tokenizer)
     if context.compute.packing:
         pack(model)
@@ -162,16 +167,31 @@ def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> 
         data_collator=PairCollator(tokenizer.pad_token_id, context.compute.packing),
         train_dataset=rows,
         processing_class=tokenizer,
-        callbacks=callbacks(context),
         settings=config,
     )
+    even_out(trainer)
+    return trainer
+
+
+def build_with_reference(config: DPOSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
+    """`build` where there was no pass over the pairs with the reference yet: it is made first. For a dry run."""
+    reference, _ = run_reference_logps(
+        ReferenceLogpsConfig(precision=config.precision), ReferenceLogpsInputs(**inputs.model_dump()), context
+    )
+    gc.collect()  # the model of that pass holds itself by cycles
+    file = str(context.folder / reference.file)
+    return build(config, DPOInputs(**inputs.model_dump(), reference_logps=file), context)
+
+
+def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> tuple[ModelOutputs, dict[str, float]]:
+    """Preference optimisation of pairs."""
+    trainer = build(config, inputs, context)
     # A pair that is beyond the hinge has a loss of 0.
     rule = LossRule(zero_is_fault=config.loss_type != "hinge")
-    even_out(trainer)
-    num_steps = train(trainer, context, len(rows), config.schedule, rule)
+    num_steps = train(trainer, context, config.schedule, rule)
     rewards = ("rewards/accuracies", "rewards/margins", "rewards/accuracies_normalised", "rewards/margins_normalised")
     shown = ("loss", *rewards, "tokens_per_second")
-    return finish(trainer, tokenizer, context, num_steps, shown, config.gate)
+    return finish(trainer, context, num_steps, shown, config.gate)
 
 
-dpo = Stage("dpo", 2, DPOSettings, DPOInputs, ModelOutputs, train_dpo, objections)
+dpo = Stage("dpo", 2, DPOSettings, DPOInputs, ModelOutputs, train_dpo, objections, build_with_reference)

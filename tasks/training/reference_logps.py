@@ -16,7 +16,7 @@ from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.artifacts.files import made_from_folder, sync
 from smoltulu.artifacts.keys import file_digest
 from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs, ReferenceLogpsOutputs
-from smoltulu.tasks.models.folders import device_of, load_language_model, load_tokenizer, use_bfloat16
+from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
 from smoltulu.tasks.stage import DATASETS_FOLDER, Stage, StageContext
 from smoltulu.tasks.trainer.loop import load_rows, prepare_torch
 from smoltulu.tasks.trainer.packed_attention import pack
@@ -82,6 +82,7 @@ def _computation(
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     collate = PairCollator(tokenizer.pad_token_id, context.compute.packing)
     model = load_language_model(Path(inputs.model))
+    fit_embeddings(model, tokenizer)
     if context.compute.packing:
         pack(model)
     give_fused_head(model)

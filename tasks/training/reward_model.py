@@ -15,11 +15,12 @@ from smoltulu.schemas.training import RewardModelSettings, TrainingInputs
 from smoltulu.tasks.models.folders import check_model_folder, fit_embeddings, load_tokenizer, stop_ids
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import even_out
-from smoltulu.tasks.trainer.loop import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import budget, finish, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.packed_attention import pack
 
 if TYPE_CHECKING:
     import torch
+    from transformers import Trainer
 
 
 def _keep_in_float32(head: torch.nn.Linear) -> None:
@@ -33,10 +34,8 @@ def _keep_in_float32(head: torch.nn.Linear) -> None:
     head.forward = forward
 
 
-def train_reward_model(
-    config: RewardModelSettings, inputs: TrainingInputs, context: StageContext
-) -> tuple[ModelOutputs, dict[str, float]]:
-    """Train a one-score classifier on tokenised pairs, none of which has a side longer than max_length."""
+def build(config: RewardModelSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
+    """The trainer of a one-score classifier on tokenised pairs, none of which has a side longer than max_length."""
     prepare_torch(context)
     import torch
     from transformers import AutoModelForSequenceClassification, set_seed
@@ -70,12 +69,20 @@ def train_reward_model(
         data_collator=PairCollator(tokenizer.pad_token_id, context.compute.packing),
         train_dataset=rows,
         processing_class=tokenizer,
-        callbacks=callbacks(context),
     )
     even_out(trainer)
-    num_steps = train(trainer, context, len(rows), config.schedule)
-    shown = ("loss", "accuracy", "margin", "tokens_per_second")
-    return finish(trainer, tokenizer, context, num_steps, shown)
+    return trainer
 
 
-reward_model = Stage("reward_model", 3, RewardModelSettings, TrainingInputs, ModelOutputs, train_reward_model)
+def train_reward_model(
+    config: RewardModelSettings, inputs: TrainingInputs, context: StageContext
+) -> tuple[ModelOutputs, dict[str, float]]:
+    """Train a one-score classifier on preference pairs."""
+    trainer = build(config, inputs, context)
+    num_steps = train(trainer, context, config.schedule)
+    return finish(trainer, context, num_steps, ("loss", "accuracy", "margin", "tokens_per_second"))
+
+
+reward_model = Stage(
+    "reward_model", 3, RewardModelSettings, TrainingInputs, ModelOutputs, train_reward_model, build=build
+)

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RLVRSettings, TrainingInputs
-from smoltulu.tasks.models.folders import load_language_model, load_tokenizer, stop_ids
+from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer, stop_ids
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.gate import objections
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import (
-    callbacks,
     finish,
     load_rows,
     prepare_torch,
@@ -27,6 +26,9 @@ from smoltulu.tasks.trainer.loop import (
     trainer_arguments,
 )
 from smoltulu.tasks.verifiers import verify
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 def rollout_reward(
@@ -116,15 +118,19 @@ def _trainer_class() -> type:
     return EpochOrderTrainer
 
 
-def train_rlvr(
-    config: RLVRSettings, inputs: TrainingInputs, context: StageContext
-) -> tuple[ModelOutputs, dict[str, float]]:
-    """GRPO. Rows: {"prompt": messages, "verifier", "ground_truth"}."""
+def _cycle(config: RLVRSettings) -> int:
+    """Optimizer steps from one generation of rollouts to the next."""
+    return config.steps_per_generation * config.num_iterations
+
+
+def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
+    """The GRPO trainer. Rows: {"prompt": messages, "verifier", "ground_truth"}."""
     prepare_torch(context)
     from trl import GRPOConfig
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     model = load_language_model(Path(inputs.model))
+    fit_embeddings(model, tokenizer)
     stop_ids(model, tokenizer)
 
     # The preflight left out prompts that are longer than max_prompt_length.
@@ -134,9 +140,8 @@ def train_rlvr(
     # with per_device_train_batch_size.
     micro_steps = config.steps_per_generation * accumulation_steps(config.effective_batch_size, context.compute)
     # A checkpoint inside a generation cycle would lose its rollouts: save at the cycle's border only.
-    cycle = config.steps_per_generation * config.num_iterations
-    arguments["save_steps"] = -(-context.compute.save_steps // cycle) * cycle
-    trainer = _trainer_class()(
+    arguments["save_steps"] = -(-context.compute.save_steps // _cycle(config)) * _cycle(config)
+    trainer: Trainer = _trainer_class()(
         model=model,
         reward_funcs=[reward_function(config, tokenizer.eos_token_id)],
         args=GRPOConfig(
@@ -154,13 +159,37 @@ def train_rlvr(
         ),
         train_dataset=rows,
         processing_class=tokenizer,
-        callbacks=callbacks(context, cycle),
     )
+    return trainer
+
+
+def build_without_generation(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
+    """`build` for a dry run: every rollout of a step is as long as allowed, and given instead of generated.
+
+    One group of rollouts to one prompt is one step, of `effective_batch_size` rollouts, but at least two.
+    """
+    num_rollouts = max(config.effective_batch_size, 2)
+    group = {"effective_batch_size": num_rollouts, "num_generations": num_rollouts}
+    once = {"steps_per_generation": 1, "num_iterations": 1}
+    trainer: Any = build(config.model_copy(update=group | once), inputs, context)
+    if trainer.ref_model is not None:  # TRL loads it from its folder
+        fit_embeddings(trainer.ref_model, trainer.processing_class)
+    rollout = [trainer.processing_class.eos_token_id] * config.max_completion_length
+    trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: ([rollout] * len(prompt_ids), None)
+    made: Trainer = trainer
+    return made
+
+
+def train_rlvr(
+    config: RLVRSettings, inputs: TrainingInputs, context: StageContext
+) -> tuple[ModelOutputs, dict[str, float]]:
+    """GRPO on prompts whose answers can be verified."""
+    trainer = build(config, inputs, context)
     # Advantages have a mean of 0: the value of the loss says nothing.
     rule = LossRule(zero_is_fault=False, must_not_grow=False)
-    num_steps = train(trainer, context, len(rows), config.schedule, rule)
+    num_steps = train(trainer, context, config.schedule, rule, _cycle(config))
     shown = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "tokens_per_second")
-    return finish(trainer, tokenizer, context, num_steps, shown, config.gate)
+    return finish(trainer, context, num_steps, shown, config.gate)
 
 
 def flops_per_token(config: RLVRSettings) -> float:
@@ -169,7 +198,7 @@ def flops_per_token(config: RLVRSettings) -> float:
 
 
 rlvr = Stage(
-    "rlvr", 2, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr, objections,
+    "rlvr", 2, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr, objections, build_without_generation,
     memory_advice=". All rollouts of a step are generated at once, whatever it is: lower max_completion_length, raise "
     "compute.num_processes, or take a device with more memory. The checkpoints are kept",
     flops=flops_per_token,

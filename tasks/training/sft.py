@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import SFTSettings, TrainingInputs
@@ -20,8 +20,11 @@ from smoltulu.tasks.models.tokens import IGNORED
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import BLANK, even_out, is_blank
 from smoltulu.tasks.trainer.gate import objections
-from smoltulu.tasks.trainer.loop import budget, callbacks, finish, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import budget, finish, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.packed_attention import pack, segments_of_lengths
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 def collate_packed(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
@@ -64,10 +67,8 @@ def _trainer_class() -> type:
     return EvenSFTTrainer
 
 
-def train_sft(
-    config: SFTSettings, inputs: TrainingInputs, context: StageContext
-) -> tuple[ModelOutputs, dict[str, float]]:
-    """Fine-tune a base model on conversations. Rows: {"row", "input_ids", "labels"}, none longer than max_length."""
+def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
+    """The trainer of the base model. Rows: {"row", "input_ids", "labels"}, none longer than max_length."""
     prepare_torch(context)
     from transformers import set_seed
     from trl import SFTConfig
@@ -94,12 +95,19 @@ def train_sft(
         data_collator=collate_packed if context.compute.packing else None,
         train_dataset=rows,
         processing_class=tokenizer,
-        callbacks=callbacks(context),
     )
     even_out(trainer)
-    num_steps = train(trainer, context, len(rows), config.schedule)
+    return trainer
+
+
+def train_sft(
+    config: SFTSettings, inputs: TrainingInputs, context: StageContext
+) -> tuple[ModelOutputs, dict[str, float]]:
+    """Fine-tune a base model on conversations."""
+    trainer = build(config, inputs, context)
+    num_steps = train(trainer, context, config.schedule)
     shown = ("loss", "mean_token_accuracy", "tokens_per_second")
-    return finish(trainer, tokenizer, context, num_steps, shown, config.gate)
+    return finish(trainer, context, num_steps, shown, config.gate)
 
 
-sft = Stage("sft", 2, SFTSettings, TrainingInputs, ModelOutputs, train_sft, objections)
+sft = Stage("sft", 2, SFTSettings, TrainingInputs, ModelOutputs, train_sft, objections, build)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import types
+import weakref
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import smoltulu.tasks.preflight.dry_run
 from smoltulu.artifacts.keys import folder_records, records_digest
 from smoltulu.artifacts.store import Store
 from smoltulu.schemas.artifact import ArtifactReference, Spec
@@ -33,9 +33,10 @@ from smoltulu.schemas.preflight import (
 )
 from smoltulu.schemas.run import StageRun
 from smoltulu.tasks.engine.runner import Job, run_stage
+from smoltulu.tasks.preflight import dry_run
 from smoltulu.tasks.preflight.checks import Check, checks
 from smoltulu.tasks.preflight.rollout_memory import kv_bytes
-from smoltulu.tasks.preflight.stage import PERCENTILES, length_report, overlong_share, run_preflight
+from smoltulu.tasks.preflight.stage import PERCENTILES, length_report, overlong_share
 from smoltulu.tasks.report import html_report, stage_table
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.stages import STAGES
@@ -92,7 +93,7 @@ def fly(
     context = StageContext(folder / "out", folder / "work", machinery, lambda *args, **kwargs: None)
     inputs = PreflightInputs(model=str(model), dataset=str(source), chat_template=template)
     try:
-        outputs, _ = run_preflight(chosen, inputs, context)
+        outputs, _ = STAGES["preflight"].function(chosen, inputs, context)
         return Flight(chosen, outputs, "", folder / "out")
     except ValueError as error:
         report = json.loads((folder / "work" / "logs" / "report.json").read_text())
@@ -325,6 +326,20 @@ def rows_for(subject: str, count: int) -> Rows:
     return {"sft": small_runs.conversations, "rlvr": prompts}.get(subject, distinct_pairs)(count)
 
 
+def training_of(subject: str, **changes: Any) -> dict[str, Any]:
+    """What the config of a preflight says of the training that it is for."""
+    settings = {"learning_rate": 1e-3, "effective_batch_size": 4, "precision": "float32"}
+    if subject == "rlvr":
+        settings |= {"num_steps": 9, "num_generations": 4, "max_prompt_length": 128, "max_completion_length": 20}
+    else:
+        settings |= {"max_length": 128}
+    made = STAGES[subject].config.model_validate(settings | changes)
+    return {
+        "kind": KINDS[subject], "subject": subject,
+        "training": PlannedTraining.of(made), "training_settings": made.model_dump(mode="json"),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("subject", list(KINDS))
 def test_dry_run_of_every_stage(model: Path, tmp_path: Path, subject: str, packing: bool) -> None:
@@ -332,10 +347,9 @@ def test_dry_run_of_every_stage(model: Path, tmp_path: Path, subject: str, packi
         "packing": packing, "activation_checkpointing": not packing, "per_device_train_batch_size": 1,
         "stages": {subject: StageCompute(per_device_train_batch_size=3)},
     }  # fmt: skip
-    training = PlannedTraining(effective_batch_size=4, max_completion_length=20)
-    options = {"subject": subject, "compute": compute, "training": training}
-    with_run = fly(tmp_path / "a", model, rows_for(subject, 12), KINDS[subject], checks={"dry_run": True}, **options)
-    without = fly(tmp_path / "b", model, rows_for(subject, 12), KINDS[subject], **options)
+    options = {"compute": compute} | training_of(subject)
+    with_run = fly(tmp_path / "a", model, rows_for(subject, 12), checks={"dry_run": True}, **options)
+    without = fly(tmp_path / "b", model, rows_for(subject, 12), **options)
     run = with_run.outputs.dry_run
     assert run is not None and not with_run.error
     assert (run.subject, run.device, run.precision) == (subject, "cpu", "float32")
@@ -346,6 +360,9 @@ def test_dry_run_of_every_stage(model: Path, tmp_path: Path, subject: str, packi
     if subject == "sft":
         lengths = sorted(len(row["input_ids"]) for row in with_run.rows)
         assert run.num_tokens == sum(lengths[-3:])
+    if subject == "rlvr":
+        assert run.num_tokens == 3 * (with_run.outputs.longest + 20)
+    assert sorted(path.name for path in (tmp_path / "a" / "work").iterdir()) == ["parts"]
     # It changes no row and no key.
     assert without.outputs == with_run.outputs.model_copy(update={"dry_run": None})
     digests = {hashlib.sha256((f.folder / f.outputs.file).read_bytes()).hexdigest() for f in (with_run, without)}
@@ -363,20 +380,17 @@ def test_dry_run_trains_the_adapter_where_the_training_does(
     import torch
 
     trained: list[int] = []
-    real = torch.optim.AdamW
 
-    def watched(values: Any, **options: Any) -> torch.optim.Optimizer:
-        held = list(values)
-        trained.append(sum(value.numel() for value in held))
-        return real(held, **options)
+    class Watched(torch.optim.AdamW):
+        def __init__(self, groups: Any, **options: Any) -> None:
+            trained.append(sum(value.numel() for group in groups for value in group["params"]))
+            super().__init__(groups, **options)
 
-    monkeypatch.setattr(torch.optim, "AdamW", watched)
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
     rows = rows_for(subject, 4)
     for lora in (None, {"r": 4}):
-        settings = small_runs.SETTINGS[subject](learning_rate=1e-3, effective_batch_size=4, max_length=128, lora=lora)
-        checks = {"dry_run": True}
-        flight = fly(tmp_path / str(lora), model, rows, KINDS[subject], subject=subject, checks=checks,
-                     training=PlannedTraining.of(settings))  # fmt: skip
+        options = training_of(subject, lora=lora)
+        flight = fly(tmp_path / str(lora), model, rows, checks={"dry_run": True}, **options)
         run = flight.outputs.dry_run
         assert run is not None and run.lora_r == (lora and 4)
         assert ("LoRA of rank 4" if lora else "every weight") in flight.page
@@ -398,21 +412,27 @@ def test_dry_run_takes_what_costs_most(model: Path, tmp_path: Path) -> None:
             return prompt + chosen + rejected if packed else 2 * (prompt + max(chosen, rejected))
 
         for packed in (True, False):
-            costs = [cost(row, packed) for row in smoltulu.tasks.preflight.dry_run._longest(file, 4, packed)]
+            costs = [cost(row, packed) for row in dry_run._longest(file, 4, packed)]
             assert costs == sorted((cost(row, packed) for row in written), reverse=True)[:4]
-        assert len(smoltulu.tasks.preflight.dry_run._longest(file, 99, True)) == 30
+        assert len(dry_run._longest(file, 99, True)) == 30
+
+
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = dry_run.Step(loss=2.0, grad_norm=1.0, num_tokens=7, seconds=1.0)
+    monkeypatch.setattr(dry_run, "device_of", lambda compute: "cuda")
+    monkeypatch.setattr(dry_run, "_measured", lambda train, device: (step, 8))
+    monkeypatch.setattr(dry_run, "_free", lambda device: None)
 
 
 def test_dry_run_on_a_gpu_names_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is none here: all that would touch it is set aside, what is written about it stays."""
     import torch
 
-    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "device_of", lambda compute: "cuda")
-    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "_measured", lambda train, rows, device: (7, 1.0, 8))
-    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "_free", lambda device: None)
+    pretend_a_gpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    run = fly(tmp_path, model, small_runs.conversations(4), subject="sft", checks={"dry_run": True}).outputs.dry_run
-    assert run is not None and (run.device, run.num_tokens) == ("a GPU", 7)
+    options = {"checks": {"dry_run": True}} | training_of("sft")
+    run = fly(tmp_path, model, small_runs.conversations(4), **options).outputs.dry_run
+    assert run is not None and (run.device, run.num_tokens, run.peak_memory_bytes) == ("a GPU", 7, 8)
 
 
 def test_memory_of_rollouts_by_hand(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,9 +444,8 @@ def test_memory_of_rollouts_by_hand(model: Path, tmp_path: Path, monkeypatch: py
     grouped = smollm2 | {"num_key_value_heads": 8, "head_dim": 128}
     assert kv_bytes(grouped, 1, 1, 4) == 24 * 2 * 8 * 128 * 4
 
-    training = PlannedTraining(effective_batch_size=4, max_completion_length=20, num_rollouts=8, has_reference=True)
-    options: dict[str, Any] = {"subject": "rlvr", "training": training, "checks": {"dry_run": True}}
-    flight = fly(tmp_path / "cpu", model, prompts(4), "prompts", **options)
+    options: dict[str, Any] = training_of("rlvr", beta=0.1, steps_per_generation=2) | {"checks": {"dry_run": True}}
+    flight = fly(tmp_path / "cpu", model, prompts(4), **options)
     run = flight.outputs.dry_run
     weights = 4 * sum(value.numel() for value in load_file(model / "model.safetensors").values())
     longest = flight.outputs.longest + 20
@@ -437,12 +456,10 @@ def test_memory_of_rollouts_by_hand(model: Path, tmp_path: Path, monkeypatch: py
     assert "rollouts are generated" in flight.page
 
     # A GPU that has less is refused, before anything is trained.
-    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "device_of", lambda compute: "cuda")
-    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "_measured", lambda train, rows, device: (7, 1.0, 8))
-    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "_free", lambda device: None)
+    pretend_a_gpu(monkeypatch)
     small = types.SimpleNamespace(total_memory=run.generation_bytes - 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
-    refused = fly(tmp_path / "cuda", model, prompts(4), "prompts", **options)
+    refused = fly(tmp_path / "cuda", model, prompts(4), **options)
     assert "rlvr: 8 rollouts of up to" in refused.error and "lower max_completion_length" in refused.error
 
 
@@ -484,18 +501,23 @@ def test_out_of_memory_halves_the_batch_until_it_fits(
 ) -> None:
     """A CPU is never out of memory in a way that can be caught, so the error is raised in the place of CUDA's."""
     import torch
+    import transformers
 
-    real, tried = smoltulu.tasks.preflight.dry_run._train, []
+    real, tried, models = transformers.Trainer.training_step, [], []
 
-    def train(subject: str, inputs: Any, tokenizer: Any, rows: list[Any], *rest: Any) -> tuple[int, float]:
-        tried.append(len(rows))
-        if len(rows) > most:
+    def training_step(trainer: Any, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+        rows = trainer.args.per_device_train_batch_size
+        if not tried or tried[-1] != rows:
+            assert [old() for old in models] == [None] * len(models), "the model of the try before is still there"
+            tried.append(rows)
+            models.append(weakref.ref(model))
+        if rows > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(subject, inputs, tokenizer, rows, *rest)
+        loss: torch.Tensor = real(trainer, model, inputs, *args)
+        return loss
 
-    monkeypatch.setattr(smoltulu.tasks.preflight.dry_run, "_train", train)
-    config: dict[str, Any] = {
-        "subject": "sft",
+    monkeypatch.setattr(transformers.Trainer, "training_step", training_step)
+    config: dict[str, Any] = training_of("sft") | {
         "compute": {"per_device_train_batch_size": 8},
         "checks": {"dry_run": True},
     }
@@ -566,9 +588,11 @@ def test_the_page_loads_nothing_and_escapes_everything(model: Path, tmp_path: Pa
     rows = {"conversations": small_runs.conversations, "prompts": prompts}.get(kind, distinct_pairs)(12)
     said = [turn("user", NASTY + EOS), turn("assistant", NASTY)]
     rows[0] |= {"messages": said} if kind == "conversations" else {"prompt": said[:1]}
-    training = PlannedTraining(effective_batch_size=4)
-    flight = fly(tmp_path, model, rows, kind, subject="sft", training=training, checks={"dry_run": kind != "prompts"}) \
-        if kind == "conversations" else fly(tmp_path, model, rows, kind, max_length=250, training=training)  # fmt: skip
+    if kind == "conversations":
+        flight = fly(tmp_path, model, rows, checks={"dry_run": True}, **training_of("sft"))
+    else:
+        training = PlannedTraining(effective_batch_size=4)
+        flight = fly(tmp_path, model, rows, kind, max_length=250, training=training)
     page = _Page(flight.page)
     assert not {"script", "img", "link", "iframe"} & set(page.tags) and page.loaded == []
     assert "default-src 'none'" in flight.page and "\u202e" not in flight.page
