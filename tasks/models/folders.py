@@ -78,7 +78,8 @@ def use_bfloat16(precision: str, compute: ComputeSettings) -> bool:
         return True
     if not compute.precision_fallback:
         raise ValueError(
-            "this device has no bfloat16; set the stage's precision to float32 or compute.precision_fallback"
+            "precision is bfloat16, which this device does not have, and compute.precision_fallback is false; set the "
+            "stage's precision to float32, compute.precision_fallback to true, or take another device"
         )
     logger.warning("no bfloat16 on this device: running in float32")
     return False

@@ -32,6 +32,7 @@ from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.loop import _check_num_gpus, prepare_torch
 from smoltulu.tasks.training.dpo import train_dpo
 from smoltulu.tasks.training.reward_model import train_reward_model
+from smoltulu.tasks.training.rlvr import build as build_rlvr
 from smoltulu.tasks.training.rlvr import reward_function, rollout_reward, train_rlvr
 from smoltulu.tasks.training.sft import train_sft
 from tests.small_runs import training_inputs
@@ -269,6 +270,21 @@ def test_reward_model_learns_pairs_and_keeps_its_own_pad_token(world: Path, tmp_
     assert metrics["accuracy"] > 0.6 and weights["score.weight"].shape == (1, 32)
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert config["pad_token_id"] != config["eos_token_id"]
+
+
+def test_every_setting_of_rlvr_reaches_trls_trainer(world: Path, tmp_path: Path) -> None:
+    """None at its default; steps per generation are of the optimizer here and micro-batches there."""
+    changes: dict[str, Any] = {
+        "num_steps": 5, "num_generations": 4, "num_iterations": 2, "max_completion_length": 11, "temperature": 0.7,
+        "beta": 0.25, "epsilon": 0.3, "loss_type": "dr_grpo", "scale_rewards": "batch", "weight_decay": 0.125,
+        "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "learning_rate": 0.02, "lr_scheduler_type": "cosine", "seed": 9,
+    }  # fmt: skip
+    settings = STAGES["rlvr"][1].model_copy(update=changes | {"effective_batch_size": 8, "steps_per_generation": 3})
+    args = build_rlvr(settings, inputs_of("rlvr", world, tmp_path), context(tmp_path, save_steps=7)).args
+    assert {name: getattr(args, "max_steps" if name == "num_steps" else name) for name in changes} == changes
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 2)
+    assert (args.steps_per_generation, args.generation_batch_size) == (6, 24)
+    assert args.save_steps == 12  # at the border of a generation's six steps
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,34 @@ def test_logits_are_never_all_there(base: Path, tmp_path: Path, monkeypatch: pyt
     assert sizes.largest < num_logits / 4
 
 
+# --------------------------------------------------------------------------------------------------------- machinery
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_bfloat16_on_a_device_without_it(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, stage: str
+) -> None:
+    """float32 with a warning; with `precision_fallback: false` an error before anything is trained."""
+    rows = CONVERSATIONS[:4] if stage == "sft" else pairs(4)
+    exact = run(stage, tmp_path / "exact", base, rows, {"max_steps": 2, "precision": "float32"})
+    assert "no bfloat16" not in caplog.text
+    fallen = run(stage, tmp_path / "fallen", base, rows, {"max_steps": 2, "precision": "bfloat16"})
+    assert "no bfloat16 on this device: running in float32" in caplog.text
+    assert [row["loss"] for row in fallen.history] == [row["loss"] for row in exact.history]
+    with pytest.raises(ValueError, match=r"does not have, and compute\.precision_fallback is false; set the stage's"):
+        trainer_of(stage, tmp_path / "refused", base, rows, {"precision": "bfloat16"}, precision_fallback=False)
+
+
+def test_processes_that_load_rows_change_nothing(base: Path, tmp_path: Path) -> None:
+    settings = {"num_train_epochs": 2, "effective_batch_size": 4}
+    alone, helped = (
+        run("sft", tmp_path / str(workers), base, CONVERSATIONS[:8], settings, dataloader_num_workers=workers)
+        for workers in (0, 2)
+    )
+    assert [row["loss"] for row in helped.history] == [row["loss"] for row in alone.history]
+    assert (helped.model / "model.safetensors").read_bytes() == (alone.model / "model.safetensors").read_bytes()
+
+
 # -------------------------------------------------------------------------------------------------------- Tulu's sum
 
 
