@@ -38,7 +38,7 @@ from smoltulu.tasks.report import html_report, markdown, summarise
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.trainer.gate import objections
-from smoltulu.tasks.training.sft import train_sft
+from smoltulu.tasks.training.sft import build, train_sft
 from tests import small_runs
 from tests.flows.planning.test_plan import NUM_PARAMETERS, ROWS, finish, rows_of
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
@@ -54,7 +54,7 @@ class SFT2Settings(SFTSettings):
 @pytest.fixture(autouse=True)
 def sft2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """The guide's steps, taken back afterwards."""
-    stage = Stage("sft2", 1, SFT2Settings, TrainingInputs, ModelOutputs, train_sft, objections)
+    stage = Stage("sft2", 1, SFT2Settings, TrainingInputs, ModelOutputs, train_sft, objections, build)
     lay_out = Graph._lay_out
 
     def with_one_line_more(graph: Graph) -> None:
