@@ -11,7 +11,6 @@ import gc
 import heapq
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -55,14 +54,14 @@ class Step:
 
 
 def dry_run(
-    training: Stage, config: PreflightConfig, inputs: PreflightInputs, file: Path, context: StageContext
+    training: Stage, config: PreflightConfig, inputs: PreflightInputs, file: Path, longest: int, context: StageContext
 ) -> DryRun:
     """Train on the longest rows of `file`, in as large a micro-batch as compute asks for, or as fits.
 
-    ValueError where not even one row fits.
+    `longest`: tokens of the longest row, of a pair's longer side. ValueError where not even one row fits.
     """
     import pyarrow as pa
-    from pyarrow import parquet
+    import torch
 
     compute = context.compute.of(training.name)
     settings = training.config.model_validate(config.training_settings)
@@ -70,14 +69,12 @@ def dry_run(
     device = device_of(compute)
     size = asked = compute.per_device_train_batch_size
     if config.kind == "prompts":
-        prompt, longest = _longest_prompt(file, load_tokenizer(Path(inputs.model), inputs.chat_template))
         longest += config.training.max_completion_length if config.training else 0
-        rows = pa.Table.from_pylist([prompt])
+        tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+        rows = pa.Table.from_pylist([_longest_prompt(file, tokenizer)])
     else:
-        tokenised = _longest(file, asked, compute.packing)
-        longest = _length(tokenised[0])
-        size = asked = min(asked, len(tokenised))
-        rows = pa.Table.from_pylist(tokenised, schema=parquet.read_schema(file))
+        rows = _longest(file, asked, compute.packing)
+        size = asked = min(asked, len(rows))
     step, peak = None, 0
     while step is None and size:
         try:
@@ -106,7 +103,7 @@ def dry_run(
         require_memory(max(peak, generation), config, longest)
     return DryRun(
         subject=training.name,
-        device=_device_name(device),
+        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
         precision="bfloat16" if bfloat16 else "float32",
         per_device_train_batch_size=size,
         asked_batch_size=asked,
@@ -118,12 +115,6 @@ def dry_run(
         peak_memory_bytes=peak,
         generation_bytes=generation,
     )
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
 def _measured(train: Callable[[], Step], device: str) -> tuple[Step, int]:
@@ -194,28 +185,13 @@ def _clock(seconds: list[float]) -> TrainerCallback:
     return Clock()
 
 
-def _length(row: Row) -> int:
-    """Tokens of a row as the trainers count them: both sides of a pair, each with its prompt."""
-    if "input_ids" in row:
-        return len(row["input_ids"])
-    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+def _longest(file: Path, number: int, packed: bool) -> pa.Table:
+    """The rows of a tokenised file that cost most, most first. Holds lengths only, and a batch of rows at a time."""
+    from pyarrow import dataset, parquet
 
-
-def _longest(file: Path, number: int, packed: bool) -> list[Row]:
-    """The rows of a tokenised file that cost most, most first. Holds one batch of the file at a time."""
-    from pyarrow import parquet
-
-    longest: list[tuple[int, int, Row]] = []
-    count = 0
-    for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
-        costs = _costs(batch, packed)
-        for place in heapq.nlargest(number, range(len(costs)), key=costs.__getitem__):
-            entry = (costs[place], -count - place)
-            if len(longest) < number or entry > longest[0][:2]:
-                row = batch.slice(place, 1).to_pylist()[0]
-                (heapq.heappushpop if len(longest) == number else heapq.heappush)(longest, (*entry, row))
-        count += len(costs)
-    return [row for _, _, row in sorted(longest, key=lambda entry: entry[:2], reverse=True)]
+    costs = [cost for batch in parquet.ParquetFile(file).iter_batches(1024) for cost in _costs(batch, packed)]
+    places = heapq.nlargest(number, range(len(costs)), key=costs.__getitem__)
+    return dataset.dataset(file).take(places, batch_readahead=1, fragment_readahead=1, use_threads=False)
 
 
 def _costs(batch: Any, packed: bool) -> list[int]:
@@ -236,19 +212,20 @@ def _costs(batch: Any, packed: bool) -> list[int]:
     ]
 
 
-def _longest_prompt(file: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Row, int]:
-    """The row with the longest prompt, and the tokens of that."""
+def _longest_prompt(file: Path, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """The row with the longest prompt."""
     with file.open(encoding="utf-8") as stream:
-        rows = [json.loads(line) for line in heapq.nlargest(_NUM_CANDIDATES, stream, key=len)]
-    lengths = [len(ids) for ids in prompt_ids(tokenizer, [row["prompt"] for row in rows])]
-    return max(zip(rows, lengths, strict=True), key=lambda found: found[1])
+        rows: list[Row] = [json.loads(line) for line in heapq.nlargest(_NUM_CANDIDATES, stream, key=len)]
+    lengths = map(len, prompt_ids(tokenizer, [row["prompt"] for row in rows]))
+    return max(zip(lengths, rows, strict=True), key=lambda found: found[0])[1]
 
 
 def _reset_resident_peak() -> int:
     """Forget the process's peak of resident memory, where the kernel can; bytes that are resident now."""
+    import psutil
+
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
+    except OSError:
         return peak_memory_bytes("cpu")
+    return int(psutil.Process().memory_info().rss)

@@ -53,7 +53,7 @@ def run_preflight(
     run, too_large = None, []
     if config.settings.dry_run and counts.num_rows and config.subject in stages:
         try:
-            run = dry_run(stages[config.subject], config, inputs, file, context)
+            run = dry_run(stages[config.subject], config, inputs, file, counts.longest, context)
         except ValueError as error:
             too_large = [str(error)]
     outputs = PreflightOutputs(

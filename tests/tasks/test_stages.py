@@ -49,6 +49,7 @@ def test_traits_follow_from_the_config(stage: Stage) -> None:
     if not stage.is_training:
         assert stage.batch_setting in (None, "per_device_eval_batch_size")
         return
+    assert stage.build is not None, "the dry run cannot try it"
     assert stage.num_ranks(TWO) == 2 and stage.batch_setting == "per_device_train_batch_size"
     assert stage.build is not None
     assert stage.makes(ModelOutputs) and issubclass(stage.inputs, TrainingInputs)

@@ -412,7 +412,7 @@ def test_dry_run_takes_what_costs_most(model: Path, tmp_path: Path) -> None:
             return prompt + chosen + rejected if packed else 2 * (prompt + max(chosen, rejected))
 
         for packed in (True, False):
-            costs = [cost(row, packed) for row in dry_run._longest(file, 4, packed)]
+            costs = [cost(row, packed) for row in dry_run._longest(file, 4, packed).to_pylist()]
             assert costs == sorted((cost(row, packed) for row in written), reverse=True)[:4]
         assert len(dry_run._longest(file, 99, True)) == 30
 
