@@ -68,7 +68,7 @@ class PlannedTraining(StrictModel):
 
 
 class PreflightConfig(RowRules):
-    """Config of the `preflight` stage: no more of a training's settings than it needs, so that a sweep shares it."""
+    """Config of the `preflight` stage. Settings of a training that change no row are machinery: a sweep shares it."""
 
     subject: str = machinery("", description="training stage that the dry run is for")
     training_settings: dict[str, Any] = machinery({}, description="those of `subject`, all of them: for the dry run")

@@ -333,7 +333,7 @@ def _preflight_of(block: str) -> str:
 
 
 def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSettings) -> PreflightConfig:
-    """What the preflight of a training stage needs to know of its settings: no more, so that a sweep shares it."""
+    """What decides about the rows of a training stage; and, in no key, all its settings for the dry run."""
     return PreflightConfig(
         **settings.row_rules().model_dump(),
         subject=block,

@@ -141,7 +141,7 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
     micro_steps = config.steps_per_generation * accumulation_steps(config.effective_batch_size, context.compute)
     # A checkpoint inside a generation cycle would lose its rollouts: save at the cycle's border only.
     arguments["save_steps"] = -(-context.compute.save_steps // _cycle(config)) * _cycle(config)
-    trainer: Trainer = _trainer_class()(
+    trainer = _trainer_class()(
         model=model,
         reward_funcs=[reward_function(config, tokenizer.eos_token_id)],
         args=GRPOConfig(
@@ -171,13 +171,12 @@ def build_without_generation(config: RLVRSettings, inputs: TrainingInputs, conte
     num_rollouts = max(config.effective_batch_size, 2)
     group = {"effective_batch_size": num_rollouts, "num_generations": num_rollouts}
     once = {"steps_per_generation": 1, "num_iterations": 1}
-    trainer: Any = build(config.model_copy(update=group | once), inputs, context)
+    trainer = build(config.model_copy(update=group | once), inputs, context)
     if trainer.ref_model is not None:  # TRL loads it from its folder
         fit_embeddings(trainer.ref_model, trainer.processing_class)
     rollout = [trainer.processing_class.eos_token_id] * config.max_completion_length
     trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: ([rollout] * len(prompt_ids), None)
-    made: Trainer = trainer
-    return made
+    return trainer
 
 
 def train_rlvr(
