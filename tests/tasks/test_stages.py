@@ -51,7 +51,6 @@ def test_traits_follow_from_the_config(stage: Stage) -> None:
         return
     assert stage.build is not None, "the dry run cannot try it"
     assert stage.num_ranks(TWO) == 2 and stage.batch_setting == "per_device_train_batch_size"
-    assert stage.build is not None
     assert stage.makes(ModelOutputs) and issubclass(stage.inputs, TrainingInputs)
     assert block == stage.name and block in Recipe.model_fields and title(block) != block
     settings = settings_of(stage)
