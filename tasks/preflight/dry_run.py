@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import heapq
-import json
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PreflightConfig, PreflightInputs
 from smoltulu.schemas.training import LoraSettings
+from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import IGNORED, prompt_ids
@@ -302,9 +302,11 @@ def _costs(batch: Any, packed: bool) -> list[int]:
 
 def _longest_prompts(file: Path, number: int, tokenizer: PreTrainedTokenizerBase, config: PreflightConfig) -> list[Row]:
     """The longest prompts, each with an answer of max_completion_length tokens, which all carry a loss."""
-    with file.open(encoding="utf-8") as stream:
-        lines = heapq.nlargest(max(number, _NUM_CANDIDATES), stream, key=len)
-    prompts = prompt_ids(tokenizer, [json.loads(line)["prompt"] for line in lines])
+    rows = (row["prompt"] for row in stored_rows(file))
+    candidates = heapq.nlargest(
+        max(number, _NUM_CANDIDATES), rows, key=lambda turns: sum(len(turn["content"]) for turn in turns)
+    )
+    prompts = prompt_ids(tokenizer, candidates)
     num_answered = config.training.max_completion_length if config.training else 0
     answer = [tokenizer.eos_token_id] * max(num_answered, 1)
     longest = sorted(prompts, key=len, reverse=True)[:number]

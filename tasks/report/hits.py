@@ -6,19 +6,21 @@ Every page stands alone (no script, nothing loaded); texts come from data sets a
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smoltulu.tasks.data.rows import rows_at, turns_of
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.document import document
 from smoltulu.tasks.report.markup import e
 
 INSTANCES_PER_PAGE = 50
 ROWS_PER_INSTANCE = 20
+#: Rows are looked up for so many pages at once: their hits may lie anywhere in the file.
+_PAGES_PER_PASS = 20
 _CHARACTERS_OF_TURN = 1200
 _CHARACTERS_BEFORE_MATCH = 300
 _CHARACTERS_OF_FIELD = 2000
@@ -52,17 +54,18 @@ def write_hit_pages(hits: Path, queries: Path, rows: Path, folder: Path) -> list
     """
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    with rows.open("rb") as stream:
-        for position, (benchmark, found) in enumerate(_by_benchmark(hits, queries), 1):
-            pages = [found[start : start + INSTANCES_PER_PAGE] for start in range(0, len(found), INSTANCES_PER_PAGE)]
-            name = f"{position:02d}-{text.artifact_key(benchmark)}"
-            names = tuple(f"{name}-{number:04d}.html" for number in range(1, len(pages) + 1))
-            for number, page in enumerate(pages):
-                turns = {id(hit): _turn(stream, hit) for instance in page for hit in instance.hits}
-                body = "".join(_instance(instance, [turns[id(hit)] for hit in instance.hits]) for instance in page)
-                html = _page(benchmark, len(found), names, number, body)
-                (folder / names[number]).write_text(html, encoding="utf-8")
-            made.append(BenchmarkPages(benchmark, len(found), names))
+    for position, (benchmark, found) in enumerate(_by_benchmark(hits, queries), 1):
+        pages = [found[start : start + INSTANCES_PER_PAGE] for start in range(0, len(found), INSTANCES_PER_PAGE)]
+        name = f"{position:02d}-{text.artifact_key(benchmark)}"
+        names = tuple(f"{name}-{number:04d}.html" for number in range(1, len(pages) + 1))
+        for number, page in enumerate(pages):
+            if number % _PAGES_PER_PASS == 0:
+                shown = (instance for page in pages[number : number + _PAGES_PER_PASS] for instance in page)
+                sources = rows_at(rows, (hit["row"] for instance in shown for hit in instance.hits))
+            body = "".join(_instance(instance, sources) for instance in page)
+            html = _page(benchmark, len(found), names, number, body)
+            (folder / names[number]).write_text(html, encoding="utf-8")
+        made.append(BenchmarkPages(benchmark, len(found), names))
     return made
 
 
@@ -72,7 +75,7 @@ def _by_benchmark(hits: Path, queries: Path) -> Iterator[tuple[str, list[FoundIn
     import pyarrow.parquet
 
     columns = ["instance", "benchmark", "benchmark_row", "row", "row_id", "turn", "score", "text"]
-    table = pyarrow.parquet.read_table(hits, columns=[*columns, "line_start", "line_end"])
+    table = pyarrow.parquet.read_table(hits, columns=columns)
     fields = pyarrow.parquet.read_table(queries, columns=["instance", "fields"])
     for benchmark in sorted(pyarrow.compute.unique(table["benchmark"]).to_pylist()):
         own = table.filter(pyarrow.compute.equal(table["benchmark"], benchmark))
@@ -93,19 +96,9 @@ def _by_benchmark(hits: Path, queries: Path) -> Iterator[tuple[str, list[FoundIn
         yield benchmark, sorted(found, key=lambda instance: instance.row)
 
 
-def _turn(stream: Any, hit: dict[str, Any]) -> str:
-    """The turn in which a hit lies; its matched text alone where the row cannot be read by position."""
-    if hit["line_start"] < 0:
-        return str(hit["text"])
-    stream.seek(hit["line_start"])
-    row = json.loads(stream.read(hit["line_end"] - hit["line_start"]))
-    messages = [message for name in ("messages", "prompt", "chosen", "rejected") for message in row.get(name, ())]
-    return str(messages[hit["turn"]]["content"])
-
-
-def _instance(instance: FoundInstance, turns: Sequence[str]) -> str:
+def _instance(instance: FoundInstance, sources: Mapping[int, dict[str, Any]]) -> str:
     query = "".join(f"<pre>{e(_cut(field, _CHARACTERS_OF_FIELD))}</pre>" for field in instance.fields)
-    rows = "".join(_row(hit, turn) for hit, turn in zip(instance.hits, turns, strict=True))
+    rows = "".join(_row(hit, turns_of(sources[hit["row"]])[hit["turn"]]["content"]) for hit in instance.hits)
     more = instance.num_rows - len(instance.hits)
     rest = f'<p class="muted">and {more:,} more rows: see hits.parquet</p>' if more else ""
     plural = "row" if instance.num_rows == 1 else "rows"
