@@ -68,7 +68,7 @@ class Run:
 
     def scan(self, name: str, index: str, processes: int, repeats: int, keep_rows: bool = False) -> dict[str, Any]:
         """Scan an input file; `speed` is MB of user text per second and core, `per_cpu` per second of CPU."""
-        path = str(self.folder / f"{name}.jsonl")
+        path = str(self.folder / f"{name}.parquet")
         folder = tempfile.mkdtemp(dir=self.folder)
         rest = {"processes": processes, "repeats": repeats, "keep_rows": keep_rows}
         measured = child("scan", index_folder=index, path=path, folder=folder, **rest)
@@ -154,7 +154,20 @@ def scans(run: Run) -> None:
     table([*head, "peak MB, all processes", "start-up s", "hits", "GSM8K instances"], rows)
     normal = run.ours["full", 1]
     ratio = normal["file_mb"] / normal["text_mb"]
-    print(f"\nThe file that is read is {ratio:.2f} times as large as its user text (answers, ids, JSON).")
+    print(f"\nThe file that is read is, uncompressed, {ratio:.2f} times as large as its user text (answers, ids).")
+
+
+def encodings(run: Run) -> None:
+    """The rows once, as JSON lines and as the rows file."""
+    measured = child("encodings", folder=str(run.folder), repeats=max(run.repeats, 3))
+    mb_lines, mb_file = measured["mb"]
+    rows = [["size, MB", number(mb_lines), number(mb_file), f"{mb_lines / mb_file:.2f} times smaller"]]
+    for name, (lines, file) in measured["cpu"].items():
+        speeds = (number(mb_lines / seconds) for seconds in (lines, file))
+        rows.append([name, *speeds, f"{lines / file:.2f} times as fast"])
+    table(["the same rows, MB of JSON per CPU second, best run", "JSON lines, by `json`", "rows file", ""], rows)
+    smaller = mb_lines / mb_file
+    run.goal("rows file: ≥ 3 times smaller than JSON lines", f"{smaller:.2f} times", smaller >= 3, "see the table")
 
 
 def where_it_goes(run: Run) -> None:
@@ -181,7 +194,7 @@ def where_it_goes(run: Run) -> None:
     rows = []
     for mode in MIN_SPEED:
         folder = tempfile.mkdtemp(dir=run.folder)
-        path = str(run.folder / "normal.jsonl")
+        path = str(run.folder / "normal.parquet")
         parts = child("profile", index_folder=run.indexes[mode], path=path, folder=folder)["parts"]
         rows.append([mode, *(f"{name} {100 * share:.0f} %" for name, share in parts)])
     table(["own time of functions, kernels included", *map(str, range(1, len(rows[0])))], rows)
@@ -283,7 +296,9 @@ def main() -> int:
     parser.add_argument("--copies", type=int, default=8, help="of the real rows in the normal input")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--datatrove-python", default=sys.executable, help="interpreter that has datatrove")
-    parser.add_argument("--folder", help="for inputs and results (1.5 GB; with --large 5 GB); default: temporary files")
+    parser.add_argument(
+        "--folder", help="for inputs and results (0.5 GB; with --large 1.5 GB); default: temporary files"
+    )
     arguments = parser.parse_args()
     data = Path(os.environ.get("SMOLTULU_REAL_DATA") or HERE.parents[1] / "shared" / "data")
     if not data.is_dir():
@@ -302,7 +317,7 @@ def main() -> int:
             f"are 10^6 bytes of user text unless said otherwise; medians of {run.repeats}.\n\n"
             f"The hot phrases: {inputs['hottest']}."
         )
-        for step in (indexes, scans, where_it_goes, adversarial):
+        for step in (encodings, indexes, scans, where_it_goes, adversarial):
             print(f"{step.__name__} …", file=sys.stderr)
             step(run)
         if arguments.large:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,25 @@ def user_text(row: dict[str, Any]) -> str:
     return str(text)
 
 
-def write_rows(path: Path, rows: Iterator[dict[str, Any]], max_bytes: float = float("inf")) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], max_characters: float = float("inf")) -> None:
     """As the data set stage writes them."""
-    with path.open("w", encoding="utf-8") as stream:
-        size = 0
+    from smoltulu.tasks.data.rows import RowsWriter, turns_of
+
+    size = 0
+    with RowsWriter(path, "sft") as writer:
         for number, row in enumerate(rows):
-            size += stream.write(json.dumps({"id": f"0:{number}", **row}, ensure_ascii=False) + "\n")
-            if size >= max_bytes:
+            writer.write({"id": f"0:{number}", **row})
+            size += sum(len(message["content"]) for message in turns_of(row))
+            if size >= max_characters:
                 return
+
+
+def uncompressed_bytes(path: Path) -> int:
+    """Of a rows file: nearly all of it is text."""
+    from pyarrow import parquet
+
+    metadata = parquet.read_metadata(path)
+    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
 
 
 def one_turn(text: str) -> dict[str, Any]:
@@ -88,7 +99,7 @@ def prepare(folder: str, copies: int) -> dict[str, Any]:
     texts = [user_text(row) for row in rows]
     benchmarks = load_benchmarks()
     queries = [[" ".join(query) for query in benchmark.queries if query is not None] for benchmark in benchmarks]
-    write_rows(Path(folder, "normal.jsonl"), (row for _ in range(copies) for row in rows))
+    write_rows(Path(folder, "normal.parquet"), (row for _ in range(copies) for row in rows))
     sample = {"texts": texts[::PEER_STEP], "benchmarks": queries}
     Path(folder, "peers.json").write_text(json.dumps(sample), encoding="utf-8")
 
@@ -101,11 +112,11 @@ def prepare(folder: str, copies: int) -> dict[str, Any]:
         windows.update(sorted({" ".join(words[first : first + 8]) for first in range(len(words) - 7)}))
     [(hot_window, num_sharing)] = windows.most_common(1)
     for name, hot in (("instance", hot_instance), ("8-gram", hot_window)):
-        write_rows(Path(folder, f"one hot {name} in every row.jsonl"), (one_turn(f"{text}\n{hot}") for text in texts))
+        write_rows(Path(folder, f"one hot {name} in every row.parquet"), (one_turn(f"{text}\n{hot}") for text in texts))
     long_text = "\n".join(texts)
     long_text = (long_text * 2)[: int(50 * MB)]
-    write_rows(Path(folder, "a single row of 50 MB.jsonl"), iter([one_turn(long_text)]))
-    write_rows(Path(folder, "a million empty rows.jsonl"), (one_turn("") for _ in range(1_000_000)))
+    write_rows(Path(folder, "a single row of 50 MB.parquet"), iter([one_turn(long_text)]))
+    write_rows(Path(folder, "a million empty rows.parquet"), (one_turn("") for _ in range(1_000_000)))
     return {
         "num_rows": len(rows),
         "text_mb": sum(len(text.encode()) for text in texts) / MB,
@@ -116,9 +127,9 @@ def prepare(folder: str, copies: int) -> dict[str, Any]:
 
 
 def prepare_large(folder: str, size: float) -> dict[str, Any]:
-    """Write a file of this size from the real rows, over and over."""
+    """Write a file of so many characters of text from the real rows, over and over."""
     rows = list(real_rows())
-    write_rows(Path(folder, "large.jsonl"), (row for _ in range(1_000) for row in rows), size)
+    write_rows(Path(folder, "large.parquet"), (row for _ in range(1_000) for row in rows), size)
     return {}
 
 
@@ -166,17 +177,18 @@ def scan(
     from smoltulu.tasks.contamination.scan import plan_shards
 
     file = Path(path)
-    shard_bytes = min(64 << 20, file.stat().st_size // (4 * processes) + 1)
+    shard_bytes = min(64 << 20, uncompressed_bytes(file) // (4 * processes) + 1)
     if processes == 1:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     warm_up = Path(tempfile.mkdtemp(dir=folder))
-    write_rows(warm_up / "rows.jsonl", (one_turn(f"warm up {number}") for number in range(64)))
+    write_rows(warm_up / "rows.parquet", (one_turn(f"warm up {number}") for number in range(64)))
     wall, cpu, kept_cpu, peak_by_shard = [], [], [], []
     peaks: dict[int, float] = {}
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         run = map if processes == 1 else pool.map
         started = time.perf_counter()
-        few = plan_shards(warm_up / "rows.jsonl", shard_bytes=1)[: 4 * processes]
+        [shard] = plan_shards(warm_up / "rows.parquet")
+        few = [shard.model_copy(update={"number": number}) for number in range(4 * processes)]
         list(run(scan_one, [(index_folder, shard, str(warm_up)) for shard in few]))
         start_up = time.perf_counter() - started
         for _ in range(repeats):
@@ -195,7 +207,7 @@ def scan(
             wall.append(time.perf_counter() - started)
             if keep_rows:
                 used = time.process_time()
-                write_kept(file, out / "hits.parquet", out / "kept.jsonl", out / "removed.jsonl", min_terms=1)
+                write_kept(file, out / "hits.parquet", out / "kept.parquet", out / "removed.jsonl", min_terms=1)
                 kept_cpu.append(time.process_time() - used)
             shutil.rmtree(out)
     peaks[os.getpid()] = peak_rss_mb()
@@ -207,7 +219,7 @@ def scan(
         "rss_mb": sum(peaks.values()),
         "peak_by_shard": peak_by_shard,
         "text_mb": merged.num_bytes / MB,
-        "file_mb": file.stat().st_size / MB,
+        "file_mb": uncompressed_bytes(file) / MB,
         "num_hits": merged.num_hits,
         "gsm8k": sum(report.num_contaminated for report in merged.benchmarks if report.name == "gsm8k"),
     }
@@ -229,6 +241,43 @@ def in_memory(index_folder: str, path: str, repeats: int) -> dict[str, Any]:
             scan_texts(index, given)
             times[-1].append(time.process_time() - started)
     return {"cpu": statistics.median(times[1]) - statistics.median(times[0])}
+
+
+def encodings(folder: str, repeats: int) -> dict[str, Any]:
+    """The same rows as JSON lines and as the rows file: sizes, seconds of CPU to write and to read them."""
+    from smoltulu.tasks.contamination.rows import plan_shards, read_blocks
+    from smoltulu.tasks.data.rows import stored_rows
+
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    rows = list(real_rows())
+    lines, file = Path(folder, "rows.jsonl"), Path(folder, "rows.parquet")
+
+    def write_lines() -> None:
+        with lines.open("w", encoding="utf-8") as stream:
+            for number, row in enumerate(rows):
+                stream.write(json.dumps({"id": f"0:{number}", **row}, ensure_ascii=False) + "\n")
+
+    def read_lines() -> Iterator[dict[str, Any]]:
+        with lines.open(encoding="utf-8") as stream:
+            yield from map(json.loads, stream)
+
+    steps: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "write": (write_lines, lambda: write_rows(file, rows)),
+        "read as Python rows": (lambda: sum(1 for _ in read_lines()), lambda: sum(1 for _ in stored_rows(file))),
+        "read the user turns": (
+            lambda: [user_text(row).encode() for row in read_lines()],
+            lambda: sum(block.num_rows for shard in plan_shards(file) for block in read_blocks(shard, ("user",))),
+        ),
+    }
+    cpu: dict[str, list[float]] = {}
+    for name, both in steps.items():
+        times: list[list[float]] = [[], []]
+        for turn in range(2 * repeats):  # by turns, so that other load meets both
+            started = time.process_time()
+            both[turn % 2]()
+            times[turn % 2].append(time.process_time() - started)
+        cpu[name] = [min(each) for each in times]
+    return {"cpu": cpu, "mb": [path.stat().st_size / MB for path in (lines, file)]}
 
 
 def byte_limit(repeats: int) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class Shard(StrictModel):
     path: str
     number: int = Field(ge=0)
     num_shards: int = Field(ge=1)
-    start: int = Field(ge=0, description="first byte (.jsonl, at the beginning of a line) or row group (.parquet)")
+    start: int = Field(ge=0, description="first row group")
     end: int = Field(ge=0, description="one behind the last")
 
 
@@ -176,7 +176,7 @@ class BenchmarkReport(StrictModel):
 class ContaminationOutputs(StrictModel):
     """A rows file without the rows that hit, the hits, and the removed ids with reasons."""
 
-    file: str = Field("rows.jsonl")
+    file: str = Field("rows.parquet")
     hits_file: str = Field("hits.parquet")
     removed_file: str = Field("removed.jsonl")
     kind: DatasetKind

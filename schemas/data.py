@@ -95,13 +95,13 @@ class SourceReport(StrictModel):
 
 
 class DatasetOutputs(StrictModel):
-    """Normalised rows of one kind, one JSON object a line.
+    """Normalised rows of one kind as Parquet (tasks/data/rows.py).
 
     sft: {"id", "messages"} · preference: {"id", "prompt", "chosen", "rejected"}, each a list of messages ·
     rlvr: {"id", "prompt": messages, "verifier", "ground_truth"}.
     """
 
-    file: str = Field("rows.jsonl")
+    file: str = Field("rows.parquet")
     kind: DatasetKind
     num_rows: int = Field(ge=0)
     sources: tuple[SourceReport, ...] = Field(())

@@ -131,7 +131,7 @@ class DryRun(StrictModel):
 class PreflightOutputs(StrictModel):
     """Rows as they will be trained on, and the report (`logs/report.html`, `logs/report.json`)."""
 
-    file: str = Field("rows.parquet", description="tokenised rows; for prompts rows.jsonl")
+    file: str = Field("rows.parquet", description="tokenised rows; for prompts the rows themselves")
     report_file: str = Field("logs/report.html", description="among the logs: its figures are of a machine")
     num_rows: int = Field(ge=0, description="rows that are left: one line each in `file`")
     num_source_rows: int = Field(ge=0)

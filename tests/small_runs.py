@@ -36,6 +36,7 @@ from smoltulu.tasks.preflight.stage import run_preflight
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.training.reference_logps import run_reference_logps
+from tests.rows_file import write_rows
 from tests.tiny_model import TULU_TEMPLATE
 
 MODULES = {
@@ -133,8 +134,7 @@ def training_inputs(
     compute: ComputeSettings,
 ) -> TrainingInputs:
     """The model, the rows as the preflight tokenises them, and for DPO the reference's log-probabilities."""
-    source = folder / "rows.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = write_rows(folder / "rows.parquet", rows)
     checks = PreflightSettings(max_overlong_share=1, max_unstable_share=1, max_faulty_share=1, dry_run=False)
     outputs, _ = run_preflight(
         preflight_config(stage, config, checks),

@@ -19,9 +19,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("artifacts", "tasks.verifiers"),
     ("artifacts.shared", "artifacts.upkeep"),
     # What a stage is: its contract, its process, its progress.
-    ("tasks", "tasks.report", "tasks.models"),
-    ("tasks.world", "tasks.data", "tasks.languages", "tasks.publish", "tasks.trainer"),
-    ("tasks.base_model", "tasks.contamination", "tasks.evaluation", "tasks.training"),
+    ("tasks",),
+    ("tasks.models", "tasks.data", "tasks.world"),
+    ("tasks.report", "tasks.trainer"),
+    ("tasks.base_model", "tasks.contamination", "tasks.evaluation", "tasks.languages", "tasks.publish", "tasks.training"),
     ("tasks.preflight",),
     ("tasks.stages",),
     ("tasks.engine",),

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 EOS = "<|endoftext|>"
 PAD = "<pad>"
 TULU_TEMPLATE = (CHAT_TEMPLATES / "tulu.jinja").read_text("utf-8")
+REFUSED = "what a template refuses"
+#: The same, but a conversation in which somebody says so is refused, as stricter templates do.
+PICKY_TEMPLATE = (
+    f"{{%- for turn in messages if turn['content'] == '{REFUSED}' -%}}{{{{ raise_exception('no') }}}}{{%- endfor -%}}\n"
+    + TULU_TEMPLATE
+)
 
 _TEXTS = (
     "<|system|>\nYou are helpful.\n<|user|>\nTom has 12 apples and buys 7 more. How many apples has Tom?\n",

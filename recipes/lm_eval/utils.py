@@ -1,11 +1,11 @@
-"""What the task definitions beside this file cannot say in YAML."""
+"""What the task definitions beside this file cannot say in YAML; they take all functions from here."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tasks.harness import read_splits
-from tasks.verifiers import verify
+from smoltulu.tasks.evaluation.lm_eval import read_splits
+from smoltulu.tasks.verifiers import verify
 
 
 def prompt_text(doc: dict[str, Any]) -> str:

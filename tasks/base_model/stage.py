@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from smoltulu.schemas.models import BaseModelInputs, ModelOutputs, ModelSource
+from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.models.folders import check_model_folder
 from smoltulu.tasks.models.sizes import num_parameters
@@ -63,10 +64,8 @@ def _texts(inputs: BaseModelInputs) -> Iterator[str]:
         return
     if inputs.dataset is None:
         raise ValueError("base_model.scratch needs text: add a world block or data.sft")
-    with Path(inputs.dataset).open() as file:
-        for line in file:
-            turns = json.loads(line)["messages"]
-            yield "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in turns)
+    for row in stored_rows(Path(inputs.dataset)):
+        yield "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in row["messages"])
 
 
 base_model = Stage("base_model", 1, ModelSource, BaseModelInputs, ModelOutputs, provide_base_model)

@@ -9,8 +9,9 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from smoltulu.schemas.contamination import BenchmarkReport, ShardResult
 from smoltulu.tasks.contamination.scan import HITS, Index, load_index
+from smoltulu.tasks.data.rows import WRITE_OPTIONS, group_starts, open_rows
 
 _SHORT_TERMS = 8  # instances under so many terms are often found by accident
 _ROW_GROUP = 65_536
@@ -126,54 +128,50 @@ def _reports(
 
 
 def write_kept(dataset: Path, hits_file: Path, kept: Path, removed: Path, min_terms: int | None) -> int:
-    """Copy the lines of `dataset` without those of rows with a hit on `min_terms` terms or more; how many those are.
+    """Write the rows of `dataset` without those with a hit on `min_terms` terms or more; how many those are.
 
-    `removed` gets a line per such row: {"id", "reasons": {benchmark: [rows of the benchmark]}}. Bytes are copied as
-    they are. A `min_terms` of None removes nothing.
+    `removed` gets a line per such row: {"id", "reasons": {benchmark: [rows of the benchmark]}}. Row groups stay as they
+    are, but for these rows; without any the file is copied. A `min_terms` of None removes nothing.
     """
     num_removed = 0
-    with dataset.open("rb") as source, kept.open("wb") as output, removed.open("w", encoding="utf-8") as log:
-        for start, end, row_id, reasons in _rows_to_remove(hits_file, min_terms):
-            _copy(source, output, start - source.tell())
-            source.seek(end)
-            num_removed += 1
-            log.write(json.dumps({"id": row_id, "reasons": reasons}, ensure_ascii=False) + "\n")
-        shutil.copyfileobj(source, output, 1 << 20)
+    with removed.open("w", encoding="utf-8") as log:
+        hits = iter(()) if min_terms is None else _rows_to_remove(hits_file, min_terms)
+        next_hit = next(hits, None)
+        if next_hit is None:
+            shutil.copyfile(dataset, kept)
+            return 0
+        with open_rows(dataset) as source, pq.ParquetWriter(kept, source.schema_arrow, **WRITE_OPTIONS) as output:
+            for group, (start, stop) in enumerate(pairwise(group_starts(source))):
+                is_kept = np.ones(stop - start, dtype=bool)
+                while next_hit is not None and next_hit[0] < stop:
+                    row, row_id, reasons = next_hit
+                    is_kept[row - start] = False
+                    num_removed += 1
+                    log.write(json.dumps({"id": row_id, "reasons": reasons}, ensure_ascii=False) + "\n")
+                    next_hit = next(hits, None)
+                if is_kept.any():
+                    rows = source.read_row_group(group, use_threads=False)
+                    output.write_table(rows if is_kept.all() else rows.filter(pa.array(is_kept)))
+        assert next_hit is None, "the rows file ends before a row that was found in it"
     return num_removed
 
 
-def _copy(source: BinaryIO, output: BinaryIO, num_bytes: int) -> None:
-    while num_bytes:
-        block = source.read(min(num_bytes, 1 << 20))
-        assert block, "the rows file ends before a row that was found in it"
-        output.write(block)
-        num_bytes -= len(block)
+def _rows_to_remove(hits_file: Path, min_terms: int) -> Iterator[tuple[int, str, dict[str, list[int]]]]:
+    """(number, id, reasons) of each row to be removed, in order."""
+    for (row, row_id), hits in groupby(_counting_hits(hits_file, min_terms), key=itemgetter(0, 1)):
+        reasons: dict[str, list[int]] = {}
+        for _, _, benchmark, benchmark_row in hits:
+            reasons.setdefault(benchmark, []).append(benchmark_row)
+        yield row, row_id, reasons
 
 
-def _rows_to_remove(hits_file: Path, min_terms: int | None) -> Iterator[tuple[int, int, str, dict[str, list[int]]]]:
-    """(first byte, byte behind, id, reasons) of each row to be removed, in order."""
-    if min_terms is None:
-        return
-    row: tuple[int, int, str, dict[str, list[int]]] | None = None
-    for start, end, row_id, benchmark, benchmark_row in _counting_hits(hits_file, min_terms):
-        if row is None or row[0] != start:
-            if row is not None:
-                yield row
-            row = (start, end, row_id, {})
-        row[3].setdefault(benchmark, []).append(benchmark_row)
-    if row is not None:
-        yield row
-
-
-def _counting_hits(hits_file: Path, min_terms: int) -> Iterator[tuple[int, int, str, str, int]]:
+def _counting_hits(hits_file: Path, min_terms: int) -> Iterator[tuple[int, str, str, int]]:
     with pq.ParquetFile(hits_file, read_dictionary=["benchmark"]) as file:
-        columns = ["line_start", "line_end", "row_id", "benchmark", "benchmark_row", "num_terms"]
+        columns = ["row", "row_id", "benchmark", "benchmark_row", "num_terms"]
         for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=columns):
             batch = batch.filter(pa.array(batch.column("num_terms").to_numpy() >= min_terms))
             names = batch.column("benchmark").dictionary.to_pylist()
             numbers = batch.column("benchmark").indices.to_numpy().tolist()
-            starts, ends, rows = (
-                batch.column(name).to_numpy().tolist() for name in ("line_start", "line_end", "benchmark_row")
-            )
+            rows, benchmark_rows = (batch.column(name).to_numpy().tolist() for name in ("row", "benchmark_row"))
             row_ids = batch.column("row_id").to_pylist()
-            yield from zip(starts, ends, row_ids, (names[number] for number in numbers), rows, strict=True)
+            yield from zip(rows, row_ids, (names[number] for number in numbers), benchmark_rows, strict=True)

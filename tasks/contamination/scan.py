@@ -26,7 +26,7 @@ from smoltulu.tasks.contamination.rows import TurnBlock, plan_shards, read_block
 
 __all__ = ["build_index", "plan_shards", "spacy_tokenizer"]  # of other modules, for those who use the engine
 
-_VERSION = 1  # of the shard results: raised when their meaning changes
+_VERSION = 2  # of the shard results: raised when their meaning changes
 _MATCH_CHARACTERS = 200
 _HITS_AT_A_TIME = 1 << 18
 
@@ -41,8 +41,6 @@ HITS = pa.schema(
         ("score", pa.float64()),
         ("num_terms", pa.int32()),
         ("text", pa.string()),
-        ("line_start", pa.int64()),
-        ("line_end", pa.int64()),
     ]
 )
 
@@ -129,7 +127,7 @@ def scan_shard(
     *,
     roles: Sequence[str] = ("user",),
     match_threshold: float = 0.5,
-    report: Callable[[int, int], None] | None = None,
+    report: Callable[[int], None] | None = None,
 ) -> ShardResult:
     """Scan one shard into `folder`/shard-NNNNN; at once if that is there, whole and of the same input.
 
@@ -139,10 +137,10 @@ def scan_shard(
         folder: of the results; its file system must hold rename atomic.
         roles: whose turns are searched.
         match_threshold: n-gram mode: share of an instance's tokens that is not yet contaminated.
-        report: called with (bytes or row groups read, rows read) of this shard, from time to time.
+        report: called with the number of rows of this shard that are scanned, from time to time.
 
     Raises:
-        ValueError: a row that is not in normalised form, or not UTF-8.
+        ValueError: no rows file, or text that is not UTF-8.
     """
     index = load_index(index_folder)
     target = folder / f"shard-{shard.number:05d}"
@@ -157,7 +155,7 @@ def scan_shard(
     state = new_state(index)
     num_rows = num_turns = num_bytes = num_hits = num_oversized = 0
     with pq.ParquetWriter(partial / "hits.parquet", HITS, compression="zstd") as writer:
-        for block, num_read in read_blocks(shard, roles):
+        for block in read_blocks(shard, roles):
             for hits, oversized in _block_hits(index, state, block, match_threshold, shard.path):
                 num_oversized += oversized
                 num_hits += len(hits)
@@ -167,7 +165,7 @@ def scan_shard(
             num_turns += len(block.turn_row)
             num_bytes += int((block.turn_end - block.turn_start).sum())
             if report:
-                report(num_read, num_rows)
+                report(num_rows)
     scored = np.flatnonzero(state.best_score > 0)
     np.savez(
         partial / "best.npz",
@@ -246,8 +244,6 @@ def _table(index: Index, block: TurnBlock, places: np.ndarray, scores: np.ndarra
         scores[order],
         index.num_terms[instance],
         _strings(block.text, begins, ends, _MATCH_CHARACTERS),
-        block.line_start[in_block],
-        block.line_end[in_block],
     ]
     return pa.Table.from_arrays(
         [pa.array(array, field.type) for array, field in zip(arrays, HITS, strict=True)], schema=HITS

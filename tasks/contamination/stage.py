@@ -20,6 +20,7 @@ from smoltulu.schemas.contamination import (
     Shard,
     ShardResult,
 )
+from smoltulu.tasks.data.rows import num_rows
 from smoltulu.tasks.stage import Stage, StageContext
 
 if TYPE_CHECKING:
@@ -27,19 +28,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("smoltulu")
 
-_PROGRESS_BYTES = 1_000_000
-
 
 def check_contamination(
     config: ContaminationStageConfig, inputs: ContaminationInputs, context: StageContext
 ) -> tuple[ContaminationOutputs, dict[str, float]]:
-    """Write `rows.jsonl`, `hits.parquet` (a line per row and instance) and `removed.jsonl`.
+    """Write `rows.parquet`, `hits.parquet` (a line per row and instance) and `removed.jsonl`.
 
-    `rows.jsonl` has the lines of the input, byte for byte: without those that hit under the policy `remove`, else all.
+    `rows.parquet` has the rows of the input: without those that hit under the policy `remove`, else all.
     Results of single shards are kept in `context.work`, so that a rerun takes up where this one stopped.
 
     Raises:
-        ValueError: the index is of another mode, rows are not in normalised form, the policy `fail` and a share above
+        ValueError: the index is of another mode, the input is no rows file, the policy `fail` and a share above
             `fail_above`, or no row is left. No rows file is there then.
     """
     # numba and pyarrow: too slow to import for `plan`.
@@ -115,21 +114,15 @@ def _scan(
 
     folder = context.work / "shards"
     folder.mkdir(parents=True, exist_ok=True)
-    progress = _Progress(shards, context)
+    progress = _Progress(num_rows(Path(shards[0].path)), context)
 
     def scan(shard: Shard) -> ShardResult:
-        def report(num_read: int, num_rows: int) -> None:
-            progress.tell(shard.number, num_read, num_rows)
+        def report(num_scanned: int) -> None:
+            progress.tell(shard.number, num_scanned)
 
-        result = scan_shard(
-            index_folder,
-            shard,
-            folder,
-            roles=rules.roles,
-            match_threshold=rules.match_threshold,
-            report=report,
-        )
-        progress.tell(shard.number, shard.end - shard.start, result.num_rows)
+        roles, match_threshold = rules.roles, rules.match_threshold
+        result = scan_shard(index_folder, shard, folder, roles=roles, match_threshold=match_threshold, report=report)
+        progress.tell(shard.number, result.num_rows)
         return result
 
     with ThreadPoolExecutor(context.compute.num_threads or num_cores()) as pool:
@@ -147,23 +140,21 @@ def num_cores() -> int:
 
 
 class _Progress:
-    """Megabytes of the file that are scanned (row groups of a Parquet file), told from every thread."""
+    """Rows that are scanned, told from every thread."""
 
-    def __init__(self, shards: list[Shard], context: StageContext) -> None:
-        self._unit = 1 if shards[0].path.endswith(".parquet") else _PROGRESS_BYTES
-        self._num_steps = max(1, -(-sum(shard.end - shard.start for shard in shards) // self._unit))
-        self._done: dict[int, tuple[int, int]] = {}
+    def __init__(self, num_rows: int, context: StageContext) -> None:
+        self._num_rows = max(1, num_rows)
+        self._done: dict[int, int] = {}
         self._lock = threading.Lock()
         self._started = time.monotonic()
         self._context = context
 
-    def tell(self, shard: int, num_read: int, num_rows: int) -> None:
+    def tell(self, shard: int, num_rows: int) -> None:
         with self._lock:
-            self._done[shard] = (num_read, num_rows)
-            total = -(-sum(read for read, _ in self._done.values()) // self._unit)
-            rows = sum(number for _, number in self._done.values())
+            self._done[shard] = num_rows
+            rows = sum(self._done.values())
             speed = rows / max(time.monotonic() - self._started, 1e-9)
-            self._context.report(total, self._num_steps, num_rows=float(rows), rows_per_second=speed)
+            self._context.report(rows, self._num_rows, num_rows=float(rows), rows_per_second=speed)
 
 
 def _accept_shares(reports: tuple[BenchmarkReport, ...], fail_above: float) -> None:
@@ -198,7 +189,7 @@ def _warn(merged: Merged, fail_above: float) -> None:
 
 contamination = Stage(
     name="contamination",
-    version=2,
+    version=3,
     config=ContaminationStageConfig,
     inputs=ContaminationInputs,
     outputs=ContaminationOutputs,

@@ -6,10 +6,11 @@ import json
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from smoltulu.schemas.data import DatasetInputs, DatasetOutputs, DatasetStageConfig, DataSource, SourceReport
 from smoltulu.tasks.data.formats import MalformedRow, adapt, check_source
+from smoltulu.tasks.data.rows import RowsWriter
 from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.stage import Stage, StageContext
 
@@ -21,7 +22,7 @@ _ROWS_PER_REPORT = 2_000
 def build_dataset(
     config: DatasetStageConfig, inputs: DatasetInputs, context: StageContext
 ) -> tuple[DatasetOutputs, dict[str, float]]:
-    """Write `rows.jsonl` (UTF-8, one normalised row a line, in the order of the sources).
+    """Write `rows.parquet` (normalised rows, in the order of the sources).
 
     An id is `<source index>:<row index in the source>`, malformed rows counted in, so a dropped row renames no other.
 
@@ -34,10 +35,10 @@ def build_dataset(
         check_source(source, config.kind)
     world = Path(inputs.world) if inputs.world else None
     # Under another name until every source is accepted.
-    partial = context.folder / "rows.jsonl.partial"
+    partial = context.folder / "rows.partial"
     reports: list[SourceReport] = []
     try:
-        with partial.open("w", encoding="utf-8") as output:
+        with RowsWriter(partial, config.kind) as output:
             for index, source in enumerate(sources):
                 context.report(index, len(sources))
                 reports.append(_write_source(index, source, len(sources), world, output, context))
@@ -57,7 +58,7 @@ def build_dataset(
 
 
 def _write_source(
-    index: int, source: DataSource, num_sources: int, world: Path | None, output: TextIO, context: StageContext
+    index: int, source: DataSource, num_sources: int, world: Path | None, output: RowsWriter, context: StageContext
 ) -> SourceReport:
     started = time.monotonic()
     num_rows = 0
@@ -72,7 +73,7 @@ def _write_source(
             if len(examples) < _NUM_EXAMPLES:
                 examples.append(f"row {row_index}: {error}: {_shortened(row)}")
             continue
-        output.write(json.dumps({"id": f"{index}:{row_index}", **normalised}, ensure_ascii=False) + "\n")
+        output.write({"id": f"{index}:{row_index}", **normalised})
         if num_rows % _ROWS_PER_REPORT == 0:
             speed = num_rows / max(time.monotonic() - started, 1e-9)
             context.report(index, num_sources, num_rows=float(num_rows), rows_per_second=speed)
@@ -118,7 +119,7 @@ def _shortened(row: Any) -> str:
 
 dataset = Stage(
     name="dataset",
-    version=1,
+    version=2,
     config=DatasetStageConfig,
     inputs=DatasetInputs,
     outputs=DatasetOutputs,

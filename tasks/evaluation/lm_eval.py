@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
@@ -28,10 +26,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 logger = logging.getLogger("smoltulu")
-
-# The shipped task definitions name these modules; their text is in keys, so it changes with the next version only.
-sys.modules |= {name: importlib.import_module(f"smoltulu.{name}") for name in ("tasks", "tasks.verifiers")}
-sys.modules["tasks.harness"] = sys.modules[__name__]
 
 _MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DEFAULT_MAX_GEN_TOKS = 256  # lm-eval's, where a task names none

@@ -17,6 +17,7 @@ from smoltulu.schemas.evaluation import (
     EvaluationStageConfig,
     Score,
 )
+from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.evaluation import lm_eval as harness
 from smoltulu.tasks.evaluation import pair_accuracy, sampling
 from smoltulu.tasks.models.folders import (
@@ -339,8 +340,7 @@ def _pairs(inputs: EvaluationInputs) -> list[dict[str, Any]]:
 
 
 def _read_rows(file: str, limit: int | None = None) -> list[dict[str, Any]]:
-    with open(file, encoding="utf-8") as lines:
-        rows = [json.loads(line) for line, _ in zip(lines, range(limit) if limit else iter(int, 1), strict=False)]
+    rows = list(stored_rows(Path(file), count=limit))
     if not rows:
         raise ValueError(f"{Path(file).name} has no rows to evaluate on; check the evaluation set in the recipe's data")
     return rows

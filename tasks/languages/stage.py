@@ -7,16 +7,15 @@ be reproduced; what is judged here, and by what, is in docs/languages.md.
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
-from itertools import islice
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from smoltulu.schemas.languages import (
     LanguageStageConfig,
     Undetermined,
 )
+from smoltulu.tasks.data import rows as rows_file
 from smoltulu.tasks.languages.prose import judge
 from smoltulu.tasks.process import die_with_parent
 from smoltulu.tasks.report.render import render
@@ -60,8 +60,7 @@ def language_shares(
     settings = config.settings
     version = detector_version(settings.detector)
     source = Path(inputs.dataset)
-    with source.open("rb") as stream:
-        num_rows = sum(bool(line.strip()) for line in stream)
+    num_rows = rows_file.num_rows(source)
     if num_rows == 0:
         raise ValueError(f"languages: {source} has no row to judge")
 
@@ -69,7 +68,8 @@ def language_shares(
     verdicts: list[Verdict] = []
     started = time.monotonic()
     num_processes = min(context.compute.num_threads or os.cpu_count() or 1, 1 + num_rows // _ROWS_PER_PROCESS)
-    for chunk in judge_chunks(_chunks(source), settings, num_processes):
+    firsts = range(0, num_rows, _ROWS_PER_CHUNK)
+    for chunk in judge_chunks(source, firsts, settings, num_processes):
         for row_id, language, reason in chunk:
             ids.append(row_id)
             verdicts.append((language, reason))
@@ -161,22 +161,23 @@ _Judged = list[tuple[str, str | None, Undetermined | None]]
 _worker: tuple[LanguageSettings, Detect] | None = None
 
 
-def judge_chunks(chunks: Iterator[list[bytes]], settings: LanguageSettings, num_processes: int) -> Iterator[_Judged]:
-    """(id, language, reason) of every row, in order, by `num_processes` processes (here, where it is one)."""
+def judge_chunks(
+    source: Path, firsts: Iterable[int], settings: LanguageSettings, num_processes: int
+) -> Iterator[_Judged]:
+    """(id, language, reason) of every row, in order, by `num_processes` processes (here, where it is one).
+
+    firsts   first row of each chunk
+    """
     if num_processes == 1:
         detect = make_detector(settings)
-        for chunk in chunks:
-            yield _judge_rows(chunk, settings, detect)
+        for first in firsts:
+            yield _judge_rows(source, first, settings, detect)
         return
     # Spawned: forking a process that has threads (a Prefect worker) can hang.
     with ProcessPoolExecutor(
         num_processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(settings, os.getpid())
     ) as pool:
-        # A few chunks ahead of the slowest worker, not the whole file in memory.
-        waiting = [pool.submit(_judge_in_worker, chunk) for chunk in islice(chunks, 4 * num_processes)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting += [pool.submit(_judge_in_worker, chunk) for chunk in islice(chunks, 1)]
+        yield from pool.map(_judge_in_worker, repeat(source), firsts)
 
 
 def _start_worker(settings: LanguageSettings, parent_pid: int) -> None:
@@ -185,21 +186,14 @@ def _start_worker(settings: LanguageSettings, parent_pid: int) -> None:
     _worker = (settings, make_detector(settings))
 
 
-def _judge_in_worker(lines: list[bytes]) -> _Judged:
+def _judge_in_worker(source: Path, first: int) -> _Judged:
     assert _worker is not None
-    return _judge_rows(lines, *_worker)
+    return _judge_rows(source, first, *_worker)
 
 
-def _judge_rows(lines: list[bytes], settings: LanguageSettings, detect: Detect) -> _Judged:
-    rows = [json.loads(line) for line in lines]
+def _judge_rows(source: Path, first: int, settings: LanguageSettings, detect: Detect) -> _Judged:
+    rows = rows_file.stored_rows(source, first, _ROWS_PER_CHUNK)
     return [(row["id"], *judge_text(row_text(row, settings.text), settings, detect)) for row in rows]
-
-
-def _chunks(source: Path) -> Iterator[list[bytes]]:
-    with source.open("rb") as stream:
-        lines = (line for line in stream if line.strip())
-        while chunk := list(islice(lines, _ROWS_PER_CHUNK)):
-            yield chunk
 
 
 def summarise_verdicts(verdicts: list[Verdict], config: LanguageStageConfig, version: str) -> LanguageOutputs:

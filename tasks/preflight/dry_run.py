@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import heapq
-import json
 import logging
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PreflightConfig, PreflightInputs
 from smoltulu.schemas.training import TrainingInputs, TrainingSettings
+from smoltulu.tasks.data.rows import stored_rows, turns_of
 from smoltulu.tasks.models.folders import device_of, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import prompt_ids
 from smoltulu.tasks.preflight.rollout_memory import require_memory, rollout_bytes
@@ -214,8 +214,9 @@ def _costs(batch: Any, packed: bool) -> list[int]:
 
 def _longest_prompt(file: Path, tokenizer: PreTrainedTokenizerBase) -> Row:
     """The row with the longest prompt."""
-    with file.open(encoding="utf-8") as stream:
-        rows: list[Row] = [json.loads(line) for line in heapq.nlargest(_NUM_CANDIDATES, stream, key=len)]
+    rows = heapq.nlargest(
+        _NUM_CANDIDATES, stored_rows(file), key=lambda row: sum(len(turn["content"]) for turn in turns_of(row))
+    )
     lengths = map(len, prompt_ids(tokenizer, [row["prompt"] for row in rows]))
     return max(zip(lengths, rows, strict=True), key=lambda found: found[0])[1]
 

@@ -6,7 +6,6 @@ its finished parts. How the rows are divided depends on their number alone, neve
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from smoltulu.artifacts.files import made_from_folder, remove_tree
 from smoltulu.artifacts.keys import canonical_json, file_digest, text_digest
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs
+from smoltulu.tasks.data.rows import WRITE_OPTIONS, num_rows, rows_schema, stored_rows
 from smoltulu.tasks.models.tokens import Conversation, Pair
 from smoltulu.tasks.preflight.counts import Counts, load_counts, save_counts
 from smoltulu.tasks.preflight.rows import Look, Tokenised, tokenised
@@ -31,6 +31,7 @@ from smoltulu.tasks.process import die_with_parent
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pyarrow import parquet
     from transformers import PreTrainedTokenizerBase
 
 #: Rows between two finished parts: what a kill may cost, and what one process is given at a time. A multiple of
@@ -40,6 +41,7 @@ PART_ROWS = 2048
 _MAX_PROCESSES = 24
 #: Rows that are tokenised at once, and a row group of the file.
 _BATCH_ROWS = 512
+ROWS_FILE = "rows.parquet"
 COLUMNS = {
     "conversations": ("input_ids", "labels"),
     "pairs": ("prompt_ids", "prompt_mask", "chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask"),
@@ -54,12 +56,11 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows of the rows file, and the byte where they begin."""
+    """Consecutive rows of the rows file."""
 
     number: int
     first_row: int
     num_rows: int
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,6 @@ class Maker:
     look: Look
     dataset: Path
     folder: Path
-
-    @property
-    def file(self) -> str:
-        """Name of the file of rows, of a part and of all of them."""
-        return "rows.jsonl" if self.config.kind == "prompts" else "rows.parquet"
 
     def folder_of(self, part: Part) -> Path:
         return self.folder / f"{part.number:06d}"
@@ -90,14 +86,13 @@ class Maker:
         remove_tree(folder)
         folder.mkdir()
         counts = Counts()
-        write_rows = _write_prompts if self.config.kind == "prompts" else _write_tokens
-        write_rows(self.config, self._fitted(part, counts), folder / self.file)
+        _write_rows(self.config, self._fitted(part, counts), folder / ROWS_FILE)
         save_counts(counts, folder)
         mark_complete(folder)
 
     def _fitted(self, part: Part, counts: Counts) -> Iterator[list[tuple[Tokenised, Conversation | Pair]]]:
         """The rows that are left, batch by batch."""
-        rows = read_rows(self.dataset, part)
+        rows = enumerate(stored_rows(self.dataset, part.first_row, part.num_rows), part.first_row)
         while batch := list(islice(rows, _BATCH_ROWS)):
             made = [
                 (row, counts.fit(self.config, self.look, row))
@@ -108,25 +103,9 @@ class Maker:
 
 def cut(dataset: Path) -> list[Part]:
     """The parts of a rows file, in order."""
-    offsets, num_rows, position = [], 0, 0
-    with dataset.open("rb") as stream:
-        for line in stream:
-            if num_rows % PART_ROWS == 0:
-                offsets.append(position)
-            num_rows += 1
-            position += len(line)
-    return [
-        Part(number, number * PART_ROWS, min(PART_ROWS, num_rows - number * PART_ROWS), offset)
-        for number, offset in enumerate(offsets)
-    ]
-
-
-def read_rows(dataset: Path, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and content of the rows of a part."""
-    with dataset.open("rb") as stream:
-        stream.seek(part.offset)
-        for number, line in enumerate(islice(stream, part.num_rows), part.first_row):
-            yield number, json.loads(line.decode("utf-8"))
+    total = num_rows(dataset)
+    firsts = range(0, total, PART_ROWS)
+    return [Part(number, first, min(PART_ROWS, total - first)) for number, first in enumerate(firsts)]
 
 
 def parts_folder(config: PreflightConfig, inputs: PreflightInputs, work: Path) -> Path:
@@ -226,33 +205,36 @@ def _tokenizer_threads(num_threads: int | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def tokens_schema(kind: str) -> pa.Schema:
-    """Columns of a file of tokenised rows. Labels are token ids or -100, masks 0 or 1."""
+def output_schema(kind: str) -> pa.Schema:
+    """Columns of a file of tokenised rows, or of prompts. Labels are token ids or -100, masks 0 or 1."""
     import pyarrow as pa
 
+    if kind == "prompts":
+        return rows_schema("rlvr")
     types = {name: pa.list_(pa.int8() if name.endswith("_mask") else pa.int32()) for name in COLUMNS[kind]}
     return pa.schema({"row": pa.int64(), **types})
 
 
-def _write_tokens(
+def output_writer(kind: str, file: Path) -> parquet.ParquetWriter:
+    """Writes that file."""
+    from pyarrow import parquet
+
+    options = WRITE_OPTIONS if kind == "prompts" else {"compression": "zstd"}
+    return parquet.ParquetWriter(file, output_schema(kind), **options)
+
+
+def _write_rows(
     config: PreflightConfig, batches: Iterator[list[tuple[Tokenised, Conversation | Pair]]], file: Path
 ) -> None:
     import pyarrow as pa
-    from pyarrow import parquet
 
-    schema = tokens_schema(config.kind)
-    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+    schema = output_schema(config.kind)
+    with output_writer(config.kind, file) as writer:
         for batch in batches:
+            if config.kind == "prompts":
+                writer.write_table(pa.Table.from_pylist([row.source for row, _ in batch], schema))
+                continue
             columns: dict[str, list[Any]] = {"row": [row.number for row, _ in batch]}
             for name in COLUMNS[config.kind]:
                 columns[name] = [getattr(fitted, name) for _, fitted in batch]
             writer.write_table(pa.table(columns, schema))
-
-
-def _write_prompts(
-    config: PreflightConfig, batches: Iterator[list[tuple[Tokenised, Conversation | Pair]]], file: Path
-) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        for batch in batches:
-            for row, _ in batch:
-                stream.write(json.dumps(row.source, ensure_ascii=False) + "\n")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.preflight import PreflightConfig, TokenizerFacts
+from smoltulu.tasks.data.rows import turns_of
 from smoltulu.tasks.models.tokens import (
     Conversation,
-    Messages,
     Pair,
     conversations,
     fit_conversation,
@@ -52,18 +52,12 @@ class Tokenised:
     @property
     def answers(self) -> list[str]:
         """What the assistant says."""
-        return [turn["content"] for turn in self._turns if turn["role"] == "assistant"]
+        return [turn["content"] for turn in turns_of(self.source) if turn["role"] == "assistant"]
 
     @property
     def texts(self) -> list[str]:
         """What anybody says."""
-        return [turn["content"] for turn in self._turns]
-
-    @property
-    def _turns(self) -> Messages:
-        return [
-            turn for name in ("messages", "prompt", "chosen", "rejected") for turn in self.source.get(name) or ()
-        ]  # fmt: skip
+        return [turn["content"] for turn in turns_of(self.source)]
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from types import MappingProxyType
 from typing import Any
 
 from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
+from smoltulu.tasks.data.rows import rows_at
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
 from smoltulu.tasks.models.sizes import adapter_size, model_size
 from smoltulu.tasks.preflight.counts import Counts, load_counts
-from smoltulu.tasks.preflight.parts import Maker, Part, cut, make_parts, parts_folder, read_rows, tokens_schema
+from smoltulu.tasks.preflight.parts import ROWS_FILE, Maker, Part, cut, make_parts, output_writer, parts_folder
 from smoltulu.tasks.preflight.rows import Look, shown
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.disk import cache_bytes, num_checkpoints_kept, training_bytes
@@ -48,7 +49,7 @@ def run_preflight(
     look = Look.of(tokenizer, Path(inputs.model))
     folder = parts_folder(config, inputs, context.work)
     maker = Maker(config, tokenizer, look, Path(inputs.dataset), folder)
-    file = context.folder / maker.file
+    file = context.folder / ROWS_FILE
     counts = _put_together(maker, file, context)
     run, too_large = None, []
     if config.settings.dry_run and counts.num_rows and config.subject in stages:
@@ -138,14 +139,18 @@ def _round_up(value: float) -> int:
 
 def _put_together(maker: Maker, file: Path, context: StageContext) -> Counts:
     """All parts, in order: their rows in `file`, their counts added up. Holds one batch of rows at a time."""
+    from pyarrow import parquet
+
     parts, counts = cut(maker.dataset), Counts()
     num_source_rows = sum(part.num_rows for part in parts)
 
-    with _opened(maker, file) as take_rows:
+    with output_writer(maker.config.kind, file) as writer:
 
         def take(part: Part) -> None:
             folder = maker.folder_of(part)
-            take_rows(folder / maker.file)
+            with parquet.ParquetFile(folder / ROWS_FILE) as rows:
+                for group in range(rows.num_row_groups):
+                    writer.write_table(rows.read_row_group(group, use_threads=False))
             added = load_counts(folder)
             if added.malformed and not counts.malformed:
                 logger.warning("%s", added.malformed)
@@ -154,37 +159,8 @@ def _put_together(maker: Maker, file: Path, context: StageContext) -> Counts:
 
         make_parts(maker, parts, context.compute.num_threads, take)
 
-    def source_of(number: int) -> dict[str, Any]:
-        part = next(part for part in parts if number < part.first_row + part.num_rows)
-        return next(row for found, row in read_rows(maker.dataset, part) if found == number)
-
-    counts.finish(source_of)
+    counts.finish(lambda number: rows_at(maker.dataset, [number])[number])
     return counts
-
-
-@contextmanager
-def _opened(maker: Maker, file: Path) -> Iterator[Callable[[Path], None]]:
-    """A function that appends the rows of a part's file to `file`."""
-    from pyarrow import parquet
-
-    if maker.config.kind == "prompts":
-        with file.open("wb") as stream:
-
-            def copy(part: Path) -> None:
-                with part.open("rb") as rows:
-                    shutil.copyfileobj(rows, stream)
-
-            yield copy
-        return
-    schema = tokens_schema(maker.config.kind)
-    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
-
-        def append(part: Path) -> None:
-            with parquet.ParquetFile(part) as rows:
-                for group in range(rows.num_row_groups):
-                    writer.write_table(rows.read_row_group(group, use_threads=False))
-
-        yield append
 
 
 def _objections(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:

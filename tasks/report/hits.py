@@ -6,18 +6,20 @@ Every page stands alone (no script, nothing loaded). One page holds
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smoltulu.tasks.data.rows import rows_at, turns_of
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.render import render
 
 INSTANCES_PER_PAGE = 50
 ROWS_PER_INSTANCE = 20
+#: Rows are looked up for so many pages at once: their hits may lie anywhere in the file.
+_PAGES_PER_PASS = 20
 _CHARACTERS_OF_TURN = 1200
 _CHARACTERS_BEFORE_MATCH = 300
 _CHARACTERS_OF_FIELD = 2000
@@ -51,26 +53,28 @@ def write_hit_pages(hits: Path, queries: Path, rows: Path, folder: Path) -> list
     """
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    with rows.open("rb") as stream:
-        for position, (benchmark, found) in enumerate(_by_benchmark(hits, queries), 1):
-            pages = [found[start : start + INSTANCES_PER_PAGE] for start in range(0, len(found), INSTANCES_PER_PAGE)]
-            name = f"{position:02d}-{text.artifact_key(benchmark)}"
-            names = tuple(f"{name}-{number:04d}.html" for number in range(1, len(pages) + 1))
-            for number, page in enumerate(pages):
-                html = render(
-                    "hits.html.jinja",
-                    benchmark=benchmark,
-                    num_instances=len(found),
-                    files=names,
-                    page=number,
-                    first=number * INSTANCES_PER_PAGE + 1,
-                    instances=[
-                        (instance, [(hit, around_match(_turn(stream, hit), hit["text"])) for hit in instance.hits])
-                        for instance in page
-                    ],
-                )
-                (folder / names[number]).write_text(html, encoding="utf-8")
-            made.append(BenchmarkPages(benchmark, len(found), names))
+    for position, (benchmark, found) in enumerate(_by_benchmark(hits, queries), 1):
+        pages = [found[start : start + INSTANCES_PER_PAGE] for start in range(0, len(found), INSTANCES_PER_PAGE)]
+        name = f"{position:02d}-{text.artifact_key(benchmark)}"
+        names = tuple(f"{name}-{number:04d}.html" for number in range(1, len(pages) + 1))
+        for number, page in enumerate(pages):
+            if number % _PAGES_PER_PASS == 0:
+                shown = (instance for page in pages[number : number + _PAGES_PER_PASS] for instance in page)
+                sources = rows_at(rows, (hit["row"] for instance in shown for hit in instance.hits))
+            html = render(
+                "hits.html.jinja",
+                benchmark=benchmark,
+                num_instances=len(found),
+                files=names,
+                page=number,
+                first=number * INSTANCES_PER_PAGE + 1,
+                instances=[
+                    (instance, [(hit, around_match(_turn(sources, hit), hit["text"])) for hit in instance.hits])
+                    for instance in page
+                ],
+            )
+            (folder / names[number]).write_text(html, encoding="utf-8")
+        made.append(BenchmarkPages(benchmark, len(found), names))
     return made
 
 
@@ -80,7 +84,7 @@ def _by_benchmark(hits: Path, queries: Path) -> Iterator[tuple[str, list[FoundIn
     import pyarrow.parquet
 
     columns = ["instance", "benchmark", "benchmark_row", "row", "row_id", "turn", "score", "text"]
-    table = pyarrow.parquet.read_table(hits, columns=[*columns, "line_start", "line_end"])
+    table = pyarrow.parquet.read_table(hits, columns=columns)
     fields = pyarrow.parquet.read_table(queries, columns=["instance", "fields"])
     for benchmark in sorted(pyarrow.compute.unique(table["benchmark"]).to_pylist()):
         own = table.filter(pyarrow.compute.equal(table["benchmark"], benchmark))
@@ -102,14 +106,9 @@ def _by_benchmark(hits: Path, queries: Path) -> Iterator[tuple[str, list[FoundIn
         yield benchmark, sorted(found, key=lambda instance: instance.row)
 
 
-def _turn(stream: Any, hit: dict[str, Any]) -> str:
-    """The turn in which a hit lies; its matched text alone where the row cannot be read by position."""
-    if hit["line_start"] < 0:
-        return str(hit["text"])
-    stream.seek(hit["line_start"])
-    row = json.loads(stream.read(hit["line_end"] - hit["line_start"]))
-    messages = [message for name in ("messages", "prompt", "chosen", "rejected") for message in row.get(name, ())]
-    return str(messages[hit["turn"]]["content"])
+def _turn(sources: Mapping[int, dict[str, Any]], hit: dict[str, Any]) -> str:
+    """The turn in which a hit lies."""
+    return str(turns_of(sources[hit["row"]])[hit["turn"]]["content"])
 
 
 def around_match(turn: str, match: str) -> tuple[str, str, str]:

@@ -60,8 +60,7 @@ def load_rows(file: str, context: StageContext, columns: list[str]) -> Dataset:
     """Rows of an artifact, memory-mapped; their Arrow cache lives in the stage's work folder and goes with it."""
     from datasets import load_dataset
 
-    kind = "parquet" if file.endswith(".parquet") else "json"
-    rows = load_dataset(kind, data_files=file, split="train", cache_dir=str(context.work / DATASETS_FOLDER))
+    rows = load_dataset("parquet", data_files=file, split="train", cache_dir=str(context.work / DATASETS_FOLDER))
     return rows.select_columns(columns)
 
 

@@ -45,7 +45,7 @@ ARTIFACT_FILES = (
     ("sft", "spec.json"),
     ("sft", "current"),
     ("sft", "lock"),
-    ("dataset-sft", "gen-*/rows.jsonl"),
+    ("dataset-sft", "gen-*/rows.parquet"),
     ("evaluation-sft", "gen-*/manifest.json"),
     ("evaluation-sft", "gen-*/*.json*"),
     ("publish", "gen-*/model/model.safetensors"),

@@ -315,7 +315,7 @@ def test_one_process_two_processes_and_dask_say_the_same(prefect_server: None, p
     runners = {"processes": ProcessPoolTaskRunner(max_workers=2), "dask": runner}
     for name, task_runner in runners.items():
         audit_data.with_options(task_runner=task_runner)([str(data)], settings_for(place / name / "store"))
-    (rows_file,) = (place / "dask" / "store").glob("dataset/*/gen-*/rows.jsonl")
+    (rows_file,) = (place / "dask" / "store").glob("dataset/*/gen-*/rows.parquet")
     assert len(plan_shards(rows_file)) == 2
     digests = {name: contamination_digest(place / name / "store") for name in ("one", "two", *runners)}
     assert len(set(digests.values())) == 1, digests

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from smoltulu.tasks.data.benchmarks import benchmarks_folder, choose_benchmarks,
 from smoltulu.tasks.data.detect import detect_format, format_as_given
 from smoltulu.tasks.report.contamination_table import NOT_CHECKED, malformed_note, table_rows
 from smoltulu.tasks.report.hits import INSTANCES_PER_PAGE, ROWS_PER_INSTANCE, around_match, write_hit_pages
+from tests.rows_file import write_rows
 
 #: The paper's 17, in its order.
 PAPER = [
@@ -282,32 +282,32 @@ def test_rows_that_were_not_searched_are_said() -> None:
 
 
 def write_hits(folder: Path, num_instances: int, rows_per_instance: int, content: str) -> tuple[Path, Path, Path]:
-    """hits.parquet, queries.parquet and rows.jsonl in which every instance is in so many rows."""
+    """hits.parquet, queries.parquet and rows.parquet in which every instance is in so many rows."""
     import pyarrow
     import pyarrow.parquet
 
-    lines, hits, position = [], [], 0
-    for row in range(rows_per_instance):
-        line = json.dumps({"id": f"0:{row}", "messages": turns(f"before {content} after", "A")}).encode() + b"\n"
-        for instance in range(num_instances):
-            hits.append(
-                {
-                    "row": row, "row_id": f"0:{row}", "turn": 0, "instance": instance, "benchmark": "b<i>g",
-                    "benchmark_row": instance, "score": 1.0, "num_terms": 3, "text": content,
-                    "line_start": position, "line_end": position + len(line),
-                }
-            )  # fmt: skip
-        lines.append(line)
-        position += len(line)
+    hits = [
+        {
+            "row": row, "row_id": f"0:{row}", "turn": 0, "instance": instance, "benchmark": "b<i>g",
+            "benchmark_row": instance, "score": 1.0, "num_terms": 3, "text": content,
+        }
+        for row in range(rows_per_instance)
+        for instance in range(num_instances)
+    ]  # fmt: skip
     queries = [{"instance": instance, "fields": [content, f"field {instance}"]} for instance in range(num_instances)]
-    paths = folder / "hits.parquet", folder / "queries.parquet", folder / "rows.jsonl"
+    paths = folder / "hits.parquet", folder / "queries.parquet", folder / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(hits), paths[0])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(queries), paths[1])
-    paths[2].write_bytes(b"".join(lines))
+    rows = [{"messages": turns(f"row {row}, before {content} after", "A")} for row in range(rows_per_instance)]
+    write_rows(paths[2], rows, group_rows=3)
     return paths
 
 
-def test_hits_are_paged_escaped_and_load_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pages_per_pass", [1, 20])
+def test_hits_are_paged_escaped_and_load_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages_per_pass: int
+) -> None:
+    monkeypatch.setattr("smoltulu.tasks.report.hits._PAGES_PER_PASS", pages_per_pass)
     evil = "<script>alert('x')</script> & <img src=http://example.org/x.png>"
     hits, queries, rows = write_hits(tmp_path, INSTANCES_PER_PAGE + 1, ROWS_PER_INSTANCE + 5, evil)
     (pages,) = write_hit_pages(hits, queries, rows, tmp_path / "pages")
@@ -318,6 +318,8 @@ def test_hits_are_paged_escaped_and_load_nothing(tmp_path: Path) -> None:
     assert f'href="{pages.files[1]}"' in first and f'href="{pages.files[0]}"' in second
     assert "<script" not in first and "<img" not in first and "b<i>g" not in first
     assert f"<mark>{evil}</mark>" in html.unescape(first)
+    for row in range(ROWS_PER_INSTANCE):
+        assert html.unescape(second).count(f"row {row}, before <mark>{evil}</mark> after") == 1
     assert not re.search(r"<[^>]*(src|href)=[\"']?(https?:)?//", first)
     assert "default-src 'none'" in first
 

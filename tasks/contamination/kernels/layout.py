@@ -17,9 +17,6 @@ NUM_FILTERS = ANCHOR_TERMS + 2
 #: Lucene, which the reference uses, refuses terms above so many UTF-8 bytes.
 MAX_TERM_BYTES = 32_766
 
-#: Roles of a message; the reader of rows takes them as bits, in this order.
-ROLES = ("system", "user", "assistant")
-
 
 class Phrases(NamedTuple):
     """Distinct phrases with the tables that find them."""

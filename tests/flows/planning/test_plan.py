@@ -66,7 +66,7 @@ def preflight_outputs(subject: str, **changes: Any) -> dict[str, Any]:
         activation_checkpointing=True, packing=True, num_tokens=4000, seconds=1.0, peak_memory_bytes=70 * 10**9,
     )  # fmt: skip
     outputs = PreflightOutputs(
-        file="rows.jsonl", num_rows=ROWS, num_source_rows=ROWS, num_tokens=500 * ROWS, num_trained_tokens=100 * ROWS,
+        file="rows.parquet", num_rows=ROWS, num_source_rows=ROWS, num_tokens=500 * ROWS, num_trained_tokens=100 * ROWS,
         longest=900, lengths=LengthReport(mean=500.0, percentiles={"100": 900}), dry_run=run,
     )  # fmt: skip
     return outputs.model_dump(mode="json") | changes
@@ -84,7 +84,7 @@ def finish(store: Store, graph: Graph, name: str, text: str = "", size: int = NU
         )
     outputs: dict[str, Any] = {}
     if node.stage.name in ("dataset", "contamination"):
-        outputs = {"file": "rows.jsonl", "num_rows": ROWS}
+        outputs = {"file": "rows.parquet", "num_rows": ROWS}
     elif node.stage.name == "preflight":
         outputs = preflight_outputs(node.config.subject)
     elif node.stage.name == "base_model":
@@ -98,7 +98,7 @@ def finish(store: Store, graph: Graph, name: str, text: str = "", size: int = NU
     with store.producer(spec, lambda whom: None) as folder:
         output = store.open_work(folder) / "output"
         output.mkdir()
-        (output / "rows.jsonl").write_text(text.ljust(ROWS_BYTES, "x"))
+        (output / "rows.parquet").write_text(text.ljust(ROWS_BYTES, "x"))
         manifest = {
             "key": graph.key(name), "spec": spec, "inputs": inputs, "outputs": outputs, "metrics": {},
             "environment": environment(), "compute": graph.recipe.compute.of(node.stage.name).model_dump(),
@@ -196,7 +196,7 @@ def test_plan_estimates_1130_from_1207(with_1207: Store) -> None:
     # An epoch is 1000 pairs, not 84 times 12: the last batch is short.
     assert rows["dpo"].estimate.flops == 6.0 * NUM_PARAMETERS * 1000 * 500
     # 2000 steps are 40 saves: the newest two, the best and the one being written. KL term: reference forward passes.
-    assert rows["rlvr"].estimate.peak_disk_bytes == 2 * ROWS_BYTES + 4 * checkpoint
+    assert rows["rlvr"].estimate.peak_disk_bytes == 8 * ROWS_BYTES + 4 * checkpoint
     assert rows["rlvr"].estimate.flops == 10.0 * NUM_PARAMETERS * 2000 * 32 * 500
     # What has no steps takes what its like took.
     assert rows["evaluation-sft"].estimate == Estimate(disk_bytes=100, peak_disk_bytes=100, seconds=60.0)
@@ -204,7 +204,7 @@ def test_plan_estimates_1130_from_1207(with_1207: Store) -> None:
     assert planned.totals["num_steps"] == (250 + 250 + 84 + 2000, 0)
     # What stays, and on top what the greediest stage (RLVR; one at a time) has besides.
     stays = 4 * 4 * NUM_PARAMETERS + 7 * ROWS_BYTES
-    extra = 2 * ROWS_BYTES + 4 * checkpoint - 4 * NUM_PARAMETERS
+    extra = 8 * ROWS_BYTES + 4 * checkpoint - 4 * NUM_PARAMETERS
     assert planned.totals["peak_disk_bytes"] == (stays + extra, 0)
 
 
@@ -341,7 +341,7 @@ def test_tokens_of_a_preflight_stand_above_those_of_a_similar_training(with_1207
 
 def test_figures_of_another_version_are_not_shown(with_1207: Store, tmp_path: Path) -> None:
     store, graph = Store(shutil.copytree(with_1207.root, tmp_path / "store")), graph_of("smoltulu-1130")
-    finish(store, graph, "preflight-sft", outputs={"file": "rows.jsonl", "num_of_another_time": 3})
+    finish(store, graph, "preflight-sft", outputs={"file": "rows.parquet", "num_of_another_time": 3})
     rows = make(graph, store)
     assert rows["sft"].preflight is None and rows["dpo"].preflight is not None
 
@@ -430,10 +430,10 @@ def test_damaged_and_what_hangs_on_it(tiny: tuple[Store, Graph]) -> None:
     store, graph = tiny
     found = store.find(graph.spec("sft"))
     assert isinstance(found, Found)
-    (found.folder / "rows.jsonl").write_text("short")
+    (found.folder / "rows.parquet").write_text("short")
     rows = make(graph, store)
     assert (rows["sft"].status, rows["sft"].reason) == (
-        "runs", f"damaged: rows.jsonl has 5 bytes, its manifest says {ROWS_BYTES}",
+        "runs", f"damaged: rows.parquet has 5 bytes, its manifest says {ROWS_BYTES}",
     )  # fmt: skip
     assert rows["dpo"].status == "runs" and rows["dpo"].reason == (
         "cached if reference-logps, sft comes out the same as before"

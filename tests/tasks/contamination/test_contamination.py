@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.contamination import (
@@ -21,9 +23,11 @@ from smoltulu.schemas.contamination import (
 )
 from smoltulu.schemas.data import DataSource
 from smoltulu.tasks.contamination.index import build_benchmark_index, load_benchmark
+from smoltulu.tasks.contamination.merge import write_kept
 from smoltulu.tasks.contamination.scan import plan_shards
 from smoltulu.tasks.contamination.stage import check_contamination
 from smoltulu.tasks.stage import StageContext
+from tests.rows_file import read_rows, write_rows
 from tests.tasks.contamination.contamination_fuzz import conversation
 
 LEAK = "How many apples does Ann have after lunch today?"  # nine terms
@@ -58,13 +62,12 @@ def make_context(tmp_path, name, reported=None):
     return StageContext(folder, work, ComputeSettings(), lambda *steps, **metrics: told.append((*steps, metrics)))
 
 
-def run(tmp_path, *benchmarks, rows=ROWS, kind="sft", **rest):
+def run(tmp_path, *benchmarks, rows=ROWS, kind="sft", group_rows=2, **rest):
     """Both stages: the index of the benchmarks, then the check of the rows."""
     recipe = ContaminationSettings(benchmarks=benchmarks, **rest)
     indexing = make_context(tmp_path, "index")
     build_benchmark_index(recipe.index_config(), BenchmarkIndexInputs(), indexing)
-    dataset = tmp_path / "dataset.jsonl"
-    dataset.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    dataset = write_rows(tmp_path / "dataset.parquet", rows, kind, group_rows)
     reported = []
     context = make_context(tmp_path, "folder", reported)
     inputs = ContaminationInputs(dataset=str(dataset), index=str(indexing.folder))
@@ -81,18 +84,16 @@ def lines(path):
 def test_stage_removes_what_hits_and_says_why(tmp_path):
     outputs, metrics = run(tmp_path, benchmark(tmp_path))
     folder = tmp_path / "folder"
-    source = (tmp_path / "dataset.jsonl").read_bytes().splitlines(keepends=True)
-    assert (folder / "rows.jsonl").read_bytes() == source[0] + source[2]
+    assert read_rows(folder / "rows.parquet") == [ROWS[0], ROWS[2]]
     assert lines(folder / "removed.jsonl") == [
         {"id": "0:1", "reasons": {"quiz": [1]}},
         {"id": "0:4", "reasons": {"quiz": [2]}},
     ]
     shared = {"turn": 2, "instance": 1, "benchmark": "quiz", "benchmark_row": 1, "score": 1.0, "num_terms": 11}
-    places = [sum(map(len, source[:number])) for number in range(5)]
     assert pq.read_table(folder / "hits.parquet").to_pylist() == [
-        {"row": 1, "row_id": "0:1", **shared, "text": LEAK[:-1], "line_start": places[1], "line_end": places[2]},
+        {"row": 1, "row_id": "0:1", **shared, "text": LEAK[:-1]},
         {"row": 3, "row_id": "0:4", **shared, "turn": 0, "instance": 2, "benchmark_row": 2, "num_terms": 2,
-         "text": "inflation", "line_start": places[3], "line_end": places[4]},
+         "text": "inflation"},
     ]  # fmt: skip
     [report] = outputs.benchmarks
     # five instances: one has a null field (left out), one an empty field (stays, never matches)
@@ -101,12 +102,12 @@ def test_stage_removes_what_hits_and_says_why(tmp_path):
     assert (outputs.num_rows_read, outputs.num_rows, outputs.num_removed) == (4, 2, 2)
     assert metrics["contaminated_share/quiz"] == 0.5 and metrics["num_removed"] == 2.0
     assert (outputs.num_hits, outputs.num_turns, outputs.mode, outputs.roles) == (2, 7, "full", ("user",))
-    assert sorted(path.name for path in folder.iterdir()) == ["hits.parquet", "removed.jsonl", "rows.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["hits.parquet", "removed.jsonl", "rows.parquet"]
 
 
 def test_policy_report_keeps_every_row(tmp_path):
     outputs, _ = run(tmp_path, benchmark(tmp_path), policy="report")
-    assert (tmp_path / "folder" / "rows.jsonl").read_bytes() == (tmp_path / "dataset.jsonl").read_bytes()
+    assert (tmp_path / "folder" / "rows.parquet").read_bytes() == (tmp_path / "dataset.parquet").read_bytes()
     assert (outputs.num_removed, outputs.num_rows_contaminated) == (0, 2)
     assert lines(tmp_path / "folder" / "removed.jsonl") == []
 
@@ -118,10 +119,33 @@ def test_min_terms_spares_rows_hit_by_short_instances_only(tmp_path):
     run(tmp_path, benchmark(tmp_path), min_terms=12, policy="fail", fail_above=0.0)
 
 
+@settings(max_examples=30)
+@given(st.sets(st.integers(0, 11)), st.integers(1, 5))
+def test_removed_rows_may_lie_anywhere(tmp_path_factory, numbers, group_rows):
+    folder = tmp_path_factory.mktemp("kept")
+    rows = [conversation(f"0:{number}", f"{number}", "\u2028") for number in range(12)]
+    dataset = write_rows(folder / "rows.parquet", rows, group_rows=group_rows)
+    hits = [
+        {"row": number, "row_id": f"0:{number}", "benchmark": name, "benchmark_row": row, "num_terms": num_terms}
+        for number in range(12)
+        for name, row, num_terms in (("a", 1, 2), ("b", 7, 9), ("a", 2, 9))
+        if number in numbers or num_terms < 9
+    ]
+    table = pa.Table.from_pylist(hits)
+    pq.write_table(table, folder / "hits.parquet")
+    files = folder / "hits.parquet", folder / "kept.parquet", folder / "removed.jsonl"
+    assert write_kept(dataset, *files, min_terms=9) == len(numbers)
+    assert read_rows(files[1]) == [row for number, row in enumerate(rows) if number not in numbers]
+    reasons = {"b": [7], "a": [2]}
+    assert lines(files[2]) == [{"id": f"0:{number}", "reasons": reasons} for number in sorted(numbers)]
+    if not numbers:
+        assert files[1].read_bytes() == dataset.read_bytes()
+
+
 def test_policy_fail_names_benchmark_and_share_and_keeps_the_evidence(tmp_path):
     other = benchmark(tmp_path, [{"q": "nothing", "p": "here"}], name="other")
     run(tmp_path, benchmark(tmp_path), other, policy="fail", fail_above=0.5)  # not above
-    (tmp_path / "folder" / "rows.jsonl").unlink()
+    (tmp_path / "folder" / "rows.parquet").unlink()
     with pytest.raises(ValueError, match=r"40\.00% \(fail_above\) of quiz: 2 of 4 instances \(50\.00%\)") as error:
         run(tmp_path, benchmark(tmp_path), other, policy="fail", fail_above=0.4)
     assert "other" not in str(error.value)
@@ -145,7 +169,7 @@ def test_prompts_of_other_kinds_are_searched(tmp_path, kind):
     clean = [{"role": "user", "content": "something else"}]
     rows = [{"id": "0:0", "prompt": prompt, **rest}, {"id": "0:1", "prompt": clean, **rest}]
     outputs, _ = run(tmp_path, benchmark(tmp_path), rows=rows, kind=kind)
-    assert [row["id"] for row in lines(tmp_path / "folder" / "rows.jsonl")] == ["0:1"]
+    assert [row["id"] for row in read_rows(tmp_path / "folder" / "rows.parquet")] == ["0:1"]
     assert outputs.kind == kind
 
 
@@ -169,7 +193,7 @@ def test_a_stopped_stage_takes_up_its_finished_shards(tmp_path, monkeypatch):
     import smoltulu.tasks.contamination.scan as engine
 
     rows = [conversation(f"0:{n}", LEAK if n == 7 else "hello", "and now") for n in range(20)]
-    monkeypatch.setattr(engine, "plan_shards", lambda path: plan_shards(path, 200))
+    monkeypatch.setattr(engine, "plan_shards", lambda path: plan_shards(path, 1))
     real, calls = engine.scan_shard, []
 
     def scan(index, shard, folder, **rest):
@@ -184,16 +208,14 @@ def test_a_stopped_stage_takes_up_its_finished_shards(tmp_path, monkeypatch):
     finished = {path.name: path.stat().st_ino for path in (tmp_path / "folder-work" / "shards").iterdir()}
     assert {"shard-00000", "shard-00001", "shard-00002"} <= set(finished) and "shard-00003" not in finished
     calls += [0] * 100
-    before = (tmp_path / "dataset.jsonl").stat()
-    os_utime = os.utime
-    write = Path.write_text
+    before = (tmp_path / "dataset.parquet").stat()
 
-    def write_as_before(path, *text, **rest):
-        write(path, *text, **rest)
-        if path.name == "dataset.jsonl":
-            os_utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    def write_as_before(path, *given, write=write_rows):
+        write(path, *given)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return path
 
-    monkeypatch.setattr(Path, "write_text", write_as_before)
+    monkeypatch.setitem(run.__globals__, "write_rows", write_as_before)
     outputs, _ = run(tmp_path, benchmark(tmp_path), rows=rows)
     assert outputs.num_rows_read == 20
     again = {path.name: path.stat().st_ino for path in (tmp_path / "folder-work" / "shards").iterdir()}
@@ -203,7 +225,7 @@ def test_a_stopped_stage_takes_up_its_finished_shards(tmp_path, monkeypatch):
 def test_an_index_of_another_mode_is_refused(tmp_path):
     run(tmp_path, benchmark(tmp_path))
     config = ContaminationStageConfig(kind="sft", settings=ContaminationRules(mode="ngram"))
-    inputs = ContaminationInputs(dataset=str(tmp_path / "dataset.jsonl"), index=str(tmp_path / "index"))
+    inputs = ContaminationInputs(dataset=str(tmp_path / "dataset.parquet"), index=str(tmp_path / "index"))
     with pytest.raises(ValueError, match="index is for mode full"):
         check_contamination(config, inputs, make_context(tmp_path, "other"))
     with pytest.raises(ValueError, match="no benchmark index"):

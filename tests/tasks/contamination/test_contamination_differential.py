@@ -6,7 +6,6 @@ The last two tests are the large ones (over 40,000 instances, 50,000 prompts). A
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from smoltulu.tasks.contamination.index import LoadedBenchmark, load_benchmark
 from smoltulu.tasks.data.formats import MalformedRow, adapt
 from smoltulu.tasks.data.sources import read_rows
 from tests import ROOT
+from tests.rows_file import write_rows
 from tests.tasks.contamination import contamination_brute_force as brute_force
-from tests.tasks.contamination.contamination_fuzz import generate
+from tests.tasks.contamination.contamination_fuzz import conversation, generate
 from tests.tasks.contamination.lucene import oracle
 
 pytestmark = pytest.mark.skipif(oracle.why_not() is not None, reason=f"differential oracle: {oracle.why_not()}")
@@ -146,16 +146,12 @@ def scored_by_shards(folder, benchmarks, turns, mode):
     from smoltulu.tasks.contamination.merge import merge
     from smoltulu.tasks.contamination.scan import build_index, plan_shards, scan_shard
 
-    rows = folder / "rows.jsonl"
-    with rows.open("w", encoding="utf-8") as stream:
-        for number, turn in enumerate(turns):
-            # The answer repeats the turn before: it must not count.
-            answer = {"role": "assistant", "content": turns[number - 1]}
-            messages = [{"role": "user", "content": turn}, answer]
-            stream.write(json.dumps({"id": str(number), "messages": messages}, ensure_ascii=number % 2 == 0) + "\n")
+    # The answer repeats the turn before: it must not count.
+    rows = [conversation(str(number), turn, turns[number - 1]) for number, turn in enumerate(turns)]
+    file = write_rows(folder / "rows.parquet", rows, group_rows=500)
     (folder / "index").mkdir()
     build_index(folder / "index", benchmarks, mode, N)
-    shards = plan_shards(rows, shard_bytes=rows.stat().st_size // 7)
+    shards = plan_shards(file, shard_bytes=2 * sum(map(len, turns)) // 7)
     assert len(shards) > 4
     results = [scan_shard(folder / "index", shard, folder / "shards", match_threshold=THRESHOLD) for shard in shards]
     merge(folder / "index", results[::-1], folder, match_threshold=THRESHOLD)

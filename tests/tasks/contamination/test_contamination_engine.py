@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -13,7 +12,6 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -30,6 +28,7 @@ from smoltulu.tasks.contamination.scan import best_scores, load_index, plan_shar
 from smoltulu.tasks.data.formats import adapt
 from smoltulu.tasks.data.sources import read_rows
 from tests import ROOT
+from tests.rows_file import write_rows
 from tests.tasks.contamination.contamination_fuzz import conversation
 
 needs_spacy = pytest.mark.skipif(
@@ -203,8 +202,7 @@ def test_a_set_of_phrases_that_gave_no_hit_is_remembered_without_changing_an_ans
     low = [f"{quarters[k]} x" for k in (0, 12, 0, 1, 12, 1, 0)]
     assert best_scores(index, low).tolist() == [0.25, 0.25, *[0.0] * 7, 0.25]
     # the row of the best score is the first one, whatever is remembered
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(conversation(f"0:{n}", text)) + "\n" for n, text in enumerate(low)))
+    path = write_rows(tmp_path / "rows.parquet", [conversation(f"0:{n}", text) for n, text in enumerate(low)])
     result = scan_shard(tmp_path / "index", plan_shards(path)[0], tmp_path / "out")
     with np.load(Path(result.folder) / "best.npz") as best:
         assert (best["instance"].tolist(), best["row"].tolist()) == ([0, 1, 9], [0, 3, 1])
@@ -254,27 +252,22 @@ def test_any_partition_gives_the_same_bytes(tmp_path, indexed, mode):
     indexed(instances, mode)
     texts = ["a b c d", "b c", "x b c y x y", "z a b c", "nothing", "z", "", "x y b c d"]
     rows = [conversation(f"0:{n}", *texts[n % 5 :][: 1 + n % 4]) for n in range(40)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(tmp_path / "rows.parquet", rows, group_rows=3)
     whole = scanned(tmp_path / "index", path, tmp_path / "whole")
     assert whole[0].num_rows == 40 and whole[0].num_hits > 10
-    for shard_bytes in (1, 100, 1000):
+    num_shards = [len(plan_shards(path, shard_bytes)) for shard_bytes in (1, 500, 2000)]
+    assert num_shards[0] == 14 > num_shards[1] > num_shards[2] > 1
+    for shard_bytes in (1, 500, 2000):
         assert scanned(tmp_path / "index", path, tmp_path / f"{shard_bytes}", shard_bytes) == whole
-    # The same rows in Parquet: all but the byte ranges of lines.
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=7)
-    other = scanned(tmp_path / "index", tmp_path / "rows.parquet", tmp_path / "parquet", 1)
-    assert other[0] == whole[0]
-    tables = [pq.read_table(tmp_path / name / "hits.parquet").to_pylist() for name in ("whole", "parquet")]
-    for row in tables[0]:
-        row["line_start"] = row["line_end"] = -1
-    assert tables[0] == tables[1]
+    # Of other row groups, too.
+    other = write_rows(tmp_path / "other.parquet", rows, group_rows=7)
+    assert scanned(tmp_path / "index", other, tmp_path / "other", 1) == whole
 
 
 def test_the_first_turn_of_the_highest_score_stands_for_a_row(tmp_path, indexed):
     index = indexed([("a b c d",)], "ngram")
     rows = [conversation("0:0", "a b c", "a b c d", "a b c d", "x", "A b c d")]
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(rows[0]) + "\n")
+    path = write_rows(tmp_path / "rows.parquet", rows)
     scanned(tmp_path / "index", path, tmp_path / "results")
     [hit] = pq.read_table(tmp_path / "results" / "hits.parquet").to_pylist()
     assert (hit["turn"], hit["score"], hit["text"]) == (2, 1.0, "a b c d")
@@ -287,27 +280,24 @@ def test_the_first_turn_of_the_highest_score_stands_for_a_row(tmp_path, indexed)
 
 def test_finished_shards_are_not_scanned_again_unless_something_changed(tmp_path, indexed):
     indexed([("a b",)])
-    path = tmp_path / "rows.jsonl"
-    lines = [json.dumps(conversation(f"0:{n}", "a b")) + "\n" for n in range(3)]
-    path.write_text("".join(lines))
+    rows = [conversation(f"0:{n}", "a b") for n in range(3)]
+    path = write_rows(tmp_path / "rows.parquet", rows)
     [shard] = plan_shards(path)
     read = []
 
     def again(**rules):
         read.clear()
-        result = scan_shard(
-            tmp_path / "index", shard, tmp_path / "out", report=lambda *told: read.append(told), **rules
-        )
+        result = scan_shard(tmp_path / "index", shard, tmp_path / "out", report=read.append, **rules)
         return bool(read), result
 
     first = again()
-    assert first[0] and first[1].num_hits == 3
+    assert first[0] and first[1].num_hits == 3 and read == [3]
     assert again() == (False, first[1])
     (tmp_path / "out" / "shard-00000.1.partial").mkdir()  # what a killed scan leaves
     assert again() == (False, first[1])
     assert again(roles=("assistant",))[1].num_hits == 0
     assert again() == first  # the other rule's result was in its place
-    path.write_text(lines[0].replace("a b", "a c") + "".join(lines[1:]))
+    write_rows(path, [conversation("0:0", "a c"), *rows[1:]])
     assert again()[1].num_hits == 2
     (tmp_path / "out" / "shard-00000" / "result.json").write_text("{")
     assert again()[0]
@@ -315,8 +305,7 @@ def test_finished_shards_are_not_scanned_again_unless_something_changed(tmp_path
 
 def test_merge_refuses_missing_shards(tmp_path, indexed):
     indexed([("a b",)])
-    path = tmp_path / "rows.jsonl"
-    path.write_text((json.dumps(conversation("0:0", "a b")) + "\n") * 3)
+    path = write_rows(tmp_path / "rows.parquet", [conversation("0:0", "a b")] * 3, group_rows=1)
     shards = plan_shards(path, 1)
     results = [scan_shard(tmp_path / "index", shard, tmp_path) for shard in shards[:2]]
     with pytest.raises(ValueError, match=r"given are \[0, 1\], wanted 0 to 2"):
@@ -326,9 +315,8 @@ def test_merge_refuses_missing_shards(tmp_path, indexed):
 def test_matching_texts_are_cut_and_long_terms_are_reported(tmp_path, indexed):
     long = " ".join(["\u00e9\u00e9\u00e9"] * 60)  # 239 characters
     indexed([(long,)])
-    path = tmp_path / "rows.jsonl"
     rows = [conversation("0:0", f"x {long} y"), conversation("0:1", "z" * 32_767), conversation("0:2", "z" * 32_766)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path = write_rows(tmp_path / "rows.parquet", rows)
     merged, _ = scanned(tmp_path / "index", path, tmp_path / "results")
     assert pq.read_table(tmp_path / "results" / "hits.parquet")["text"].to_pylist() == [long[:199] + "\u2026"]
     assert merged.num_oversized_terms == 1

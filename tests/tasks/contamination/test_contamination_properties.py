@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smoltulu.tasks.contamination.index import LoadedBenchmark
+from tests.rows_file import write_rows
 from tests.tasks.contamination import contamination_brute_force as brute_force
 from tests.tasks.contamination.contamination_fuzz import GAPS, WORDS
 
@@ -95,46 +95,16 @@ def test_ngram_match_is_the_rule(instances, turns, slices, n, threshold):
     agree(instances, [*turns, *turns[::-1]], "ngram", n, threshold)  # twice: what gave no hit is remembered
 
 
-# A row may hold more than its messages, in any order, and be written in any way that JSON allows.
-_anything = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), _texts),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["messages", "role", "content", "id", 'x"\\', "é"]), inner, max_size=3),
-    ),
-    max_leaves=5,
-)
-_layouts = st.fixed_dictionaries(
-    {
-        "extra": _anything,
-        "ascii": st.booleans(),
-        "spaced": st.booleans(),
-        "content_first": st.booleans(),
-        "id_first": st.booleans(),
-    }
-)
-
-
-def line_of(number, row, extra, ascii, spaced, content_first, id_first):
-    def ordered(items, forward):
-        return dict(items if forward else items[::-1])
-
-    messages = [ordered([("role", role), ("content", text)], not content_first) for role, text in row]
-    fields = ordered([("id", f"0:{number}"), ("extra", extra), ("messages", messages)], id_first)
-    separators = (" ,\t", " : ") if spaced else (",", ":")
-    return json.dumps(fields, ensure_ascii=ascii, separators=separators).encode() + b"\n"
-
-
 @settings(_few, max_examples=30)
 @given(
     _instances,
     st.lists(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), _texts), max_size=4), min_size=1, max_size=6),
     st.lists(_slices, min_size=1, max_size=2),
     st.integers(1, 400),
-    _layouts,
+    st.integers(1, 4),
     st.sampled_from([("user",), ("assistant",), ("user", "assistant")]),
 )
-def test_any_cut_into_shards_gives_the_rule_by_row(instances, rows, slices, shard_bytes, layout, roles):
+def test_any_cut_into_shards_gives_the_rule_by_row(instances, rows, slices, shard_bytes, group_rows, roles):
     """Through files: a row's hit is that of its first turn of the highest score, other roles are not looked at."""
     import pyarrow.parquet
 
@@ -158,8 +128,8 @@ def test_any_cut_into_shards_gives_the_rule_by_row(instances, rows, slices, shar
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = folder / "rows.jsonl"
-        path.write_bytes(b"".join(line_of(number, row, **layout) for number, row in enumerate(rows)))
+        messages = [[{"role": role, "content": text} for role, text in row] for row in rows]
+        path = write_rows(folder / "rows.parquet", [{"messages": turns} for turns in messages], group_rows=group_rows)
         (folder / "index").mkdir()
         build_index(folder / "index", [LoadedBenchmark("x", list(instances))], "ngram", 3, tokenize=tokenize)
         files = []

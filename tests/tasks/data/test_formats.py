@@ -13,6 +13,7 @@ from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetStageConfig, Da
 from smoltulu.tasks.data.formats import FORMAT_FIELDS, MalformedRow, adapt, check_source
 from smoltulu.tasks.data.stage import build_dataset
 from smoltulu.tasks.stage import StageContext
+from tests.rows_file import read_rows
 
 
 def source(format: str, fields: dict | None = None, **rest) -> DataSource:
@@ -247,10 +248,9 @@ def test_stage_writes_rows_with_stable_ids_and_counts_the_rest(tmp_path):
     first = file(tmp_path, "one.jsonl", [good, bad, 3, good, *[bad] * 5])
     second = file(tmp_path, "two.jsonl", [{"prompt": "p", "completion": "c"}], "prompt_completion")
     outputs, metrics, reported = run(tmp_path, [first, second], max_malformed_share=0.9)
-    text = (tmp_path / "folder" / outputs.file).read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = read_rows(tmp_path / "folder" / outputs.file)
     assert [row["id"] for row in rows] == ["0:0", "0:3", "1:0"]
-    assert rows[0]["messages"] == [user("q\u00e9"), A] and "\u00e9" in text
+    assert rows[0]["messages"] == [user("q\u00e9"), A]
     assert metrics == {"num_rows": 3.0, "num_malformed": 7.0}
     one, two = outputs.sources
     assert (one.label, one.num_rows, one.num_malformed) == ("one.jsonl", 9, 7)
@@ -258,7 +258,7 @@ def test_stage_writes_rows_with_stable_ids_and_counts_the_rest(tmp_path):
     assert len(one.examples) == 5 and one.examples[1] == "row 2: row is not an object: 3"
     assert (two.num_rows, two.num_malformed, two.reasons) == (1, 0, {})
     assert reported[-1][:2] == (2, 2)
-    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["rows.jsonl"]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["rows.parquet"]
 
 
 def test_stage_fails_per_source_and_leaves_nothing(tmp_path):

@@ -25,6 +25,7 @@ from smoltulu.tasks.evaluation.sampling import (
 )
 from smoltulu.tasks.evaluation.stage import evaluate
 from smoltulu.tasks.stage import StageContext
+from tests.rows_file import write_rows
 from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model, build_tokenizer
 
 ARITHMETIC = [{"question": f"What is {n} plus {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(9)]
@@ -247,7 +248,7 @@ def test_tiny_tasks_and_sampling_end_to_end(tmp_path: Path, folder: Path) -> Non
         settings,
         folder,
         world=str(world),
-        verified_eval=_jsonl(tmp_path / "verified.jsonl", rows),
+        verified_eval=str(write_rows(tmp_path / "verified.parquet", rows)),
     )
     arithmetic, instruction, sampled = outputs.scores
     assert (arithmetic.num_samples, arithmetic.limited, arithmetic.value) == (5, True, 0.0)
@@ -360,7 +361,7 @@ def test_reward_model_and_implicit_reward_stages(tmp_path: Path, folder: Path) -
         }
         for n in range(8)
     ]
-    rows = _jsonl(tmp_path / "pairs.jsonl", pairs)
+    rows = str(write_rows(tmp_path / "pairs.parquet", pairs))
     reward = build_tiny_model(tmp_path / "reward", num_labels=1)
     outputs, metrics, samples, steps = _run(tmp_path / "a", {}, reward, "reward_model", preference_eval=rows)
     score, margin = outputs.scores

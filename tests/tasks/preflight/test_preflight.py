@@ -41,10 +41,12 @@ from smoltulu.tasks.report import html_report, stage_table
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.stages import STAGES
 from tests import small_runs
+from tests.rows_file import read_rows, write_rows
 from tests.small_runs import turn
-from tests.tiny_model import EOS, PAD, TULU_TEMPLATE, build_tiny_model, build_tokenizer
+from tests.tiny_model import EOS, PAD, PICKY_TEMPLATE, REFUSED, TULU_TEMPLATE, build_tiny_model, build_tokenizer
 
 Rows = list[dict[str, Any]]
+ASKED, NOT_RENDERED = turn("user", "Good morning"), turn("assistant", REFUSED)
 NASTY = '</pre><script>alert(1)</script><img src="https://evil.example/x.png">\u202e'
 
 
@@ -79,14 +81,13 @@ class Flight:
 
 
 def fly(
-    folder: Path, model: Path, rows: Rows, kind: str = "conversations", *, template: str = TULU_TEMPLATE,
+    folder: Path, model: Path, rows: Rows, kind: str = "conversations", *, template: str = PICKY_TEMPLATE,
     compute: dict[str, Any] | None = None, checks: dict[str, Any] | None = None, **config: Any,
 ) -> Flight:  # fmt: skip
     """Run the stage's function on rows."""
     for name in ("out", "work"):
         (folder / name).mkdir(parents=True)
-    source = folder / "rows.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = write_rows(folder / "rows.parquet", rows)
     settings = PreflightSettings(**{"dry_run": False} | (checks or {}))
     chosen = PreflightConfig(**{"kind": kind, "max_length": 128, "overlong": "truncate", "settings": settings} | config)
     machinery = ComputeSettings(**{"device": "cpu", "num_threads": 1} | (compute or {}))
@@ -119,7 +120,8 @@ def distinct_pairs(count: int) -> Rows:
 def test_every_source_row_is_accounted_for(model: Path, tmp_path: Path, max_length: int, overlong: str) -> None:
     tokenizer = build_tokenizer()
     for kind, rows in (("conversations", small_runs.conversations(24)), ("pairs", small_runs.pairs(24))):
-        rows = [*rows[:7], {"id": "bad"}, *rows[7:]]
+        turns = "messages" if kind == "conversations" else "prompt"
+        rows = [*rows[:7], {**rows[7], "id": "bad", turns: [NOT_RENDERED]}, *rows[7:]]
         free = {"max_overlong_share": 1, "max_faulty_share": 1, "max_unstable_share": 1}
         flight = fly(tmp_path / kind, model, rows, kind, max_length=max_length, overlong=overlong, checks=free)
         counts = flight.outputs
@@ -153,26 +155,22 @@ def test_prompts_of_rlvr_are_kept_as_they_are_or_dropped(model: Path, tmp_path: 
     rows = prompts(10)
     rows[4]["prompt"][0]["content"] = "word " * 200
     flight = fly(tmp_path, model, rows, "prompts", overlong="drop")
-    kept = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").open()]
-    assert kept == rows[:4] + rows[5:]
+    source = read_rows(tmp_path / "rows.parquet")
+    assert read_rows(tmp_path / "out" / "rows.parquet") == source[:4] + source[5:]
+    assert source[5]["ground_truth"] == "5"
     assert (flight.outputs.num_dropped, flight.outputs.num_overlong, flight.outputs.num_trained_tokens) == (1, 1, 0)
 
 
-def test_a_row_of_bad_shape_costs_its_batch_nothing(model: Path, tmp_path: Path) -> None:
+def test_a_row_that_is_not_rendered_costs_its_batch_nothing(model: Path, tmp_path: Path) -> None:
     good = small_runs.conversations(30)
-    bad: list[Any] = [
-        {"messages": []}, {"messages": None}, {"messages": "text"}, {}, {"messages": [{"role": "user"}]},
-        {"messages": [turn("user", "?"), {"role": "assistant", "content": None}]},
-        {"messages": [turn("user", "?"), {"role": "assistant", "content": 7}]},
-        {"messages": [turn("user", "\ud800"), turn("assistant", "3")]},
-    ]  # fmt: skip
+    bad: Rows = [{"messages": [NOT_RENDERED]}, {"messages": []}, {"messages": [ASKED, NOT_RENDERED]}] * 2
     rows = [row for i, row in enumerate(good) for row in ([bad[i], row] if i < len(bad) else [row])]
     flight = fly(tmp_path / "mixed", model, rows, checks={"max_faulty_share": 1})
     alone = fly(tmp_path / "alone", model, good)
     assert flight.outputs.num_malformed == len(bad) and flight.outputs.first_rows["num_malformed"] == (0, 2, 4)
     assert [row["input_ids"] for row in flight.rows] == [row["input_ids"] for row in alone.rows]
     assert flight.outputs.num_trained_tokens == alone.outputs.num_trained_tokens
-    assert fly(tmp_path / "strict", model, rows).error.startswith("8 of 38 rows (21.05 %) are not rendered")
+    assert fly(tmp_path / "strict", model, rows).error.startswith("6 of 36 rows (16.67 %) are not rendered")
 
 
 @given(st.lists(st.integers(0, 3000), max_size=60))
@@ -210,16 +208,13 @@ def replaced(rows: Rows, wanted: int, messages: list[dict[str, str]]) -> Rows:
     return [*rows[:wanted], {"messages": messages}, *rows[wanted + 1 :]]
 
 
-ASKED = turn("user", "Good morning")
-
-
 @pytest.mark.parametrize(
     ("name", "messages", "field", "status"),
     [
         ("Length", [ASKED, turn("assistant", "word " * 100)], "num_overlong", "fails"),
         ("eos cut off", [ASKED, turn("assistant", "word " * 100)], "num_eos_lost", "noticed"),
         ("Trained tokens", [turn("user", "word " * 100), turn("assistant", "3")], "num_empty", "fails"),
-        ("Template renders", [ASKED, {"role": "assistant"}], "num_malformed", "fails"),
+        ("Template renders", [ASKED, NOT_RENDERED], "num_malformed", "fails"),
         ("Special tokens in the data", [turn("user", f"a{EOS}"), turn("assistant", "3")], "num_special", "noticed"),
         ("Special tokens in the data", [ASKED, turn("assistant", f"a{PAD}b")], "num_special_trained", "noticed"),
         ("Headers in the data", [turn("user", "<|user|>"), turn("assistant", "3")], "num_headers", "noticed"),
@@ -255,7 +250,7 @@ def test_every_problem_is_said_at_once(model: Path, tmp_path: Path) -> None:
     rows = small_runs.conversations(20)
     for number, content in ((2, "word " * 100), (3, "word " * 100), (4, "word " * 100)):
         rows = replaced(rows, number, [ASKED, turn("assistant", content)])
-    rows = replaced(rows, 5, [ASKED, {"role": "assistant"}])
+    rows = replaced(rows, 5, [ASKED, NOT_RENDERED])
     flight = fly(tmp_path, model, rows, max_length=80)
     assert "3 of 20 rows (15.00 %) are longer than max_length 80 and cut (rows 2, 3, 4)" in flight.error
     assert "allowed: preflight.max_overlong_share 0.1" in flight.error and "raise max_length" in flight.error
@@ -477,8 +472,7 @@ def test_a_preflight_that_is_made_again_has_the_same_content(model: Path, tmp_pa
 def test_a_cached_preflight_is_held_against_todays_thresholds(model: Path, tmp_path: Path) -> None:
     """They are in no key: without this a tightened one would change nothing."""
     store, template = Store(tmp_path / "store"), TULU_TEMPLATE
-    source = tmp_path / "rows.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in small_runs.conversations(4)))
+    source = write_rows(tmp_path / "rows.parquet", small_runs.conversations(4))
     inputs = PreflightInputs(model=str(model), dataset=str(source), chat_template=template)
     compute = ComputeSettings(device="cpu", num_threads=1, min_free_disk_gb=0, launcher="inline")
 

@@ -24,6 +24,7 @@ from pyarrow import parquet
 
 from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.data import DatasetKind
 from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs, PreflightOutputs, PreflightSettings
 from smoltulu.tasks.models.folders import load_tokenizer
 from smoltulu.tasks.models.tokens import conversations, fit_conversation, fit_pair, pairs, prompt_ids
@@ -32,10 +33,12 @@ from smoltulu.tasks.preflight.rows import Look, findings, last_trained
 from smoltulu.tasks.preflight.stage import length_report, run_preflight
 from smoltulu.tasks.stage import Report, StageContext
 from tests import ROOT, small_runs
+from tests.rows_file import read_rows, write_rows
 from tests.small_runs import turn
-from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model
+from tests.tiny_model import EOS, PICKY_TEMPLATE, REFUSED, TULU_TEMPLATE, build_tiny_model
 
 Rows = list[Any]
+KINDS: dict[str, DatasetKind] = {"conversations": "sft", "pairs": "preference", "prompts": "rlvr"}
 FREE = PreflightSettings(dry_run=False, max_overlong_share=1, max_unstable_share=1, max_faulty_share=1)
 
 
@@ -73,14 +76,13 @@ def config_of(kind: str = "conversations", **values: Any) -> PreflightConfig:
 
 def make(
     folder: Path, model: Path, rows: Rows, kind: str = "conversations", *, part_rows: int = 4, num_threads: int = 1,
-    report: Report = quiet, template: str = TULU_TEMPLATE, **config: Any,
+    report: Report = quiet, template: str = PICKY_TEMPLATE, **config: Any,
 ) -> Made:  # fmt: skip
     """Run the stage's function, going on from what lies in `folder`."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     for name in ("out", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    source = folder / "source.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = write_rows(folder / "source.parquet", rows, KINDS[kind])
     machine = ComputeSettings(device="cpu", num_threads=num_threads)
     context = StageContext(folder / "out", folder / "work", machine, report)
     inputs = PreflightInputs(model=str(model), dataset=str(source), chat_template=template)
@@ -102,7 +104,7 @@ def make(
 
 def one_pass(config: PreflightConfig, model: Path, rows: Rows) -> tuple[dict[str, list[int]], list[int], list[Any]]:
     """Rows by finding, lengths, and (number, what is left) of the rows that are kept: one row after the other."""
-    tokenizer = load_tokenizer(model, TULU_TEMPLATE)
+    tokenizer = load_tokenizer(model, PICKY_TEMPLATE)
     look = Look.of(tokenizer, model)
     found: dict[str, list[int]] = defaultdict(list)
     lengths, kept, seen = [], [], set()
@@ -151,7 +153,7 @@ def one_pass(config: PreflightConfig, model: Path, rows: Rows) -> tuple[dict[str
 
 
 ASKED, SAID = turn("user", "Good morning"), turn("assistant", "3")
-LONG, SPECIAL = "word " * 40, f"a{EOS}b"
+LONG, SPECIAL, NOT_RENDERED = "word " * 40, f"a{EOS}b", turn("assistant", REFUSED)
 PAIRS = small_runs.pairs(4)
 #: Of each kind: usual rows, and rows with which something is the matter.
 POOL: dict[str, Rows] = {
@@ -161,18 +163,19 @@ POOL: dict[str, Rows] = {
         {"messages": [turn("user", LONG), SAID]},
         {"messages": [turn("user", SPECIAL), turn("assistant", SPECIAL)]},
         {"messages": [turn("user", "<|user|>"), turn("assistant", " 3")]},
-        {"messages": [ASKED, {"role": "assistant"}]}, {"messages": []}, {"id": "none"},
+        {"messages": [ASKED, NOT_RENDERED]}, {"messages": []}, {"messages": [NOT_RENDERED]},
     ],
     "pairs": [
         *PAIRS,
         {**PAIRS[1], "chosen": [turn("assistant", LONG + "a")], "rejected": [turn("assistant", LONG + "b")]},
         {**PAIRS[2], "prompt": [turn("user", LONG)]},
         {**PAIRS[3], "chosen": [SAID], "rejected": [SAID]},
-        {**PAIRS[3], "chosen": [turn("assistant", SPECIAL)]}, {"prompt": [ASKED]}, {"id": "none"},
+        {**PAIRS[3], "chosen": [turn("assistant", SPECIAL)]}, {**PAIRS[3], "rejected": [NOT_RENDERED]},
+        {**PAIRS[0], "prompt": [NOT_RENDERED]},
     ],
     "prompts": [
         {"prompt": [ASKED], "ground_truth": "ä \u2028 "}, {"prompt": [turn("user", "Which one?")], "verifier": "gsm8k"},
-        {"prompt": [turn("user", LONG)]}, {"prompt": None}, {"prompt": [ASKED, SAID, ASKED]},
+        {"prompt": [turn("user", LONG)]}, {"prompt": [NOT_RENDERED]}, {"prompt": [ASKED, SAID, ASKED]},
     ],
 }  # fmt: skip
 
@@ -199,7 +202,8 @@ def test_parts_give_what_one_pass_gives(model: Path, tmp_path_factory: pytest.Te
     assert outputs.lengths == length_report(lengths)
     file = folder / "out" / outputs.file
     if kind == "prompts":
-        assert [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]] == [rows[n] for n, _ in kept]
+        source = read_rows(folder / "source.parquet")
+        assert read_rows(file) == [source[number] for number, _ in kept]
         return
     names = preflight_parts.COLUMNS[kind]
     expected = [{"row": number, **{name: getattr(fitted, name) for name in names}} for number, fitted in kept]
@@ -215,7 +219,7 @@ def test_parts_give_what_one_pass_gives(model: Path, tmp_path_factory: pytest.Te
 
 def test_duplicates_lie_in_different_parts(model: Path, tmp_path: Path) -> None:
     first, second, third = small_runs.conversations(3)
-    rows = [first, second, third, first, {"id": "bad"}, second, first, third, second]
+    rows = [first, second, third, first, {"messages": [NOT_RENDERED]}, second, first, third, second]
     made = make(tmp_path, model, rows, part_rows=2)
     assert made.outputs.num_duplicates == 5 and made.outputs.first_rows["num_duplicates"] == (3, 5, 6)
     assert "<summary>Row 5: duplicates</summary>" in made.report[0]
@@ -269,13 +273,17 @@ def test_as_many_processes_as_are_allowed_and_have_something_to_do(
 
 
 def test_what_goes_wrong_in_a_process_is_said(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = odd_rows(20)
-    monkeypatch.setattr(json, "dumps", lambda row, real=json.dumps, **_: "{torn" if row is rows[13] else real(row, **_))
-    rows[13] = {"id": "torn"}
+    def torn(file: Path, *given: Any, write: Callable[..., Path] = write_rows) -> Path:
+        write(file, *given)
+        content = file.read_bytes()
+        file.write_bytes(content[:4] + bytes(40) + content[44:])  # its first page, not its footer
+        return file
+
+    monkeypatch.setitem(globals(), "write_rows", torn)
     errors = []
     for num_threads in (1, 2):
-        with pytest.raises(json.JSONDecodeError, match="Expecting property name enclosed in double quotes") as raised:
-            make(tmp_path / str(num_threads), model, rows, num_threads=num_threads)
+        with pytest.raises(OSError, match="deserialize") as raised:
+            make(tmp_path / str(num_threads), model, odd_rows(20), num_threads=num_threads)
         errors.append(str(raised.value))
     assert errors[0] == errors[1]
 
@@ -327,8 +335,8 @@ def begin(folder: Path, model: Path, rows: Rows, num_threads: int) -> subprocess
     shutil.rmtree(folder / "out", ignore_errors=True)
     for name in ("out", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "source.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    inputs = {"model": str(model), "dataset": str(folder / "source.jsonl"), "chat_template": TULU_TEMPLATE}
+    source = write_rows(folder / "source.parquet", rows)
+    inputs = {"model": str(model), "dataset": str(source), "chat_template": PICKY_TEMPLATE}
     job = {
         "stage": "preflight",
         "config": config_of().model_dump(mode="json"),
@@ -343,7 +351,7 @@ def begin(folder: Path, model: Path, rows: Rows, num_threads: int) -> subprocess
     (folder / "child.py").write_text(CHILD)
     return subprocess.Popen(
         [sys.executable, str(folder / "child.py"), str(folder / "work" / "job.json")],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         stdout=(folder / "log.txt").open("a"),
         stderr=subprocess.STDOUT,
     )

@@ -18,6 +18,7 @@ from smoltulu.tasks.trainer.disk import (
     num_checkpoints_kept,
     training_bytes,
 )
+from tests.rows_file import write_rows
 from tests.small_runs import training_inputs
 from tests.tiny_model import build_tiny_model
 
@@ -76,6 +77,18 @@ def test_the_formula_against_a_real_training(tmp_path: Path, stage: str, lora: d
     # The bound holds with the one more that was there before the oldest went, and is not far off.
     peak = _bytes(context.work) + max(_bytes(saved[-1]), _bytes(context.folder / "model"))
     assert peak <= training_bytes(size, cache_bytes(file), len(saved), adapter) <= (1.3 if lora else 1.1) * peak
+
+
+def test_the_arrow_copy_of_prompts_is_their_text(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {i} plus {i}? " * (i % 9)}], "ground_truth": str(i)}
+        for i in range(900)
+    ]
+    file = write_rows(tmp_path / "rows.parquet", rows)
+    assert cache_bytes(file) == pytest.approx(parquet.read_table(file).nbytes, rel=0.05)
+    assert cache_bytes(file) > 5 * file.stat().st_size  # not of what is compressed
 
 
 def _bytes(folder: Path) -> int:

@@ -1,0 +1,148 @@
+"""The rows file: normalised rows as Parquet, from the stage `dataset` to the preflight.
+
+Columns are fixed by the kind of rows and never null, so that a row is read as it was written. Row groups are small: one
+is what a reader holds in memory, and where a shard of the contamination scan may begin.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smoltulu.schemas.data import DatasetKind
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+COLUMNS: dict[DatasetKind, tuple[str, ...]] = {
+    "sft": ("id", "messages"),
+    "preference": ("id", "prompt", "chosen", "rejected"),
+    "rlvr": ("id", "prompt", "verifier", "ground_truth"),
+}
+#: Columns that are lists of messages.
+TURNS = ("messages", "prompt", "chosen", "rejected")
+
+#: A row group ends at so many rows, or where their turns have so many characters.
+GROUP_ROWS = 2048
+GROUP_CHARACTERS = 16 << 20
+#: Texts hardly repeat as a whole: a dictionary of them, or their least and greatest, would only cost time.
+WRITE_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 3,
+    "use_dictionary": False,
+    "write_statistics": False,
+}
+
+
+def rows_schema(kind: DatasetKind) -> pa.Schema:
+    """Columns of a rows file."""
+    import pyarrow as pa
+
+    text = pa.string()
+    message = pa.struct([pa.field("role", text, nullable=False), pa.field("content", text, nullable=False)])
+    turns = pa.list_(pa.field("element", message, nullable=False))
+    return pa.schema([pa.field(name, turns if name in TURNS else text, nullable=False) for name in COLUMNS[kind]])
+
+
+class RowsWriter:
+    """Writes a rows file, row by row. The same rows give the same bytes."""
+
+    def __init__(self, file: Path, kind: DatasetKind) -> None:
+        from pyarrow import parquet
+
+        self._schema = rows_schema(kind)
+        self._writer = parquet.ParquetWriter(file, self._schema, **WRITE_OPTIONS)
+        self._columns = COLUMNS[kind]
+        self._waiting: list[dict[str, Any]] = []
+        self._num_characters = 0
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row, which has the columns of its kind and no other."""
+        assert row.keys() == set(self._columns), row.keys()
+        self._waiting.append(row)
+        self._num_characters += sum(len(message["content"]) for message in turns_of(row))
+        if len(self._waiting) == GROUP_ROWS or self._num_characters >= GROUP_CHARACTERS:
+            self._end_group()
+
+    def _end_group(self) -> None:
+        import pyarrow as pa
+
+        if self._waiting:
+            self._writer.write_table(pa.Table.from_pylist(self._waiting, schema=self._schema))
+        self._waiting, self._num_characters = [], 0
+
+    def __enter__(self) -> RowsWriter:
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        if failed is None:
+            self._end_group()
+        self._writer.close()
+
+
+def open_rows(file: Path) -> parquet.ParquetFile:
+    """A rows file, its rows not yet read.
+
+    Raises:
+        ValueError: it cannot be read, or is no rows file.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        opened = parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a whole Parquet file ({str(error)[:200]}); make the data set again") from error
+    if opened.schema_arrow not in map(rows_schema, COLUMNS):
+        opened.close()
+        raise ValueError(
+            f"{file}: no rows file: its columns ({', '.join(opened.schema_arrow.names)}) are not those of sft, "
+            "preference or rlvr rows; make a data set of it first"
+        )
+    return opened
+
+
+def group_starts(opened: parquet.ParquetFile) -> list[int]:
+    """The first row of every row group, and behind them the number of rows."""
+    groups = range(opened.metadata.num_row_groups)
+    return [0, *accumulate(opened.metadata.row_group(group).num_rows for group in groups)]
+
+
+def num_rows(file: Path) -> int:
+    """Rows of a rows file, from its footer. Raises ValueError as `open_rows`."""
+    with open_rows(file) as opened:
+        return int(opened.metadata.num_rows)
+
+
+def stored_rows(file: Path, first: int = 0, count: int | None = None) -> Iterator[dict[str, Any]]:
+    """`count` rows from row `first` on, or all that there are. Holds a row group. Raises ValueError as `open_rows`."""
+    with open_rows(file) as opened:
+        starts = group_starts(opened)
+        end = starts[-1] if count is None else min(first + count, starts[-1])
+        for group, (start, stop) in enumerate(pairwise(starts)):
+            if start < end and first < stop:
+                rows = opened.read_row_group(group, use_threads=False)
+                yield from rows.slice(max(first - start, 0), min(end, stop) - max(first, start)).to_pylist()
+
+
+def rows_at(file: Path, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """The rows of these numbers, each row group read once. Raises ValueError as `open_rows`."""
+    found = {}
+    with open_rows(file) as opened:
+        starts, group, rows = group_starts(opened), -1, None
+        for number in sorted(set(numbers)):
+            if bisect_right(starts, number) - 1 != group:
+                group = bisect_right(starts, number) - 1
+                rows = opened.read_row_group(group, use_threads=False)
+            assert rows is not None
+            (found[number],) = rows.slice(number - starts[group], 1).to_pylist()
+    return found
+
+
+def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """All messages of a row; a turn's number is its place here."""
+    return [message for name in TURNS for message in row.get(name, ())]
