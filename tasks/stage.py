@@ -6,7 +6,7 @@ It does not know store, key or Prefect.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -77,6 +77,9 @@ class Stage:
     keeps_rows         hands on nearly all rows of its input `dataset`
     grows_with_model   takes longer the larger its input `model` is
     copies_model       costs what the size of its input `model` says, whatever its config
+    reencodes          the version before, where `version` was raised for the encoding of its rows alone
+    same_externals     digest now -> digest before, of a text that was changed and means the same
+                       (flows/planning/adoption.py takes finished work over by these two)
     """
 
     name: str
@@ -95,6 +98,8 @@ class Stage:
     keeps_rows: bool = False
     grows_with_model: bool = True
     copies_model: bool = False
+    reencodes: int | None = None
+    same_externals: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_training(self) -> bool:

@@ -6,9 +6,10 @@ is what a reader holds in memory, and where a shard of the contamination scan ma
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,13 @@ def rows_at(file: Path, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
             assert rows is not None
             (found[number],) = rows.slice(number - starts[group], 1).to_pylist()
     return found
+
+
+def same_rows(lines: Path, file: Path) -> bool:
+    """Whether a rows file holds what the stage `dataset` wrote as JSON lines up to its version 1, row by row."""
+    with lines.open(encoding="utf-8") as before:
+        pairs = zip_longest((json.loads(line) for line in before), stored_rows(file))
+        return all(old == new for old, new in pairs)
 
 
 def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -120,6 +120,7 @@ def _shortened(row: Any) -> str:
 dataset = Stage(
     name="dataset",
     version=2,
+    reencodes=1,
     config=DatasetStageConfig,
     inputs=DatasetInputs,
     outputs=DatasetOutputs,

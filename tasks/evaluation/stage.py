@@ -364,6 +364,12 @@ def _fix_random_numbers(seed: int) -> None:
 evaluation = Stage(
     name="evaluation",
     version=1,
+    same_externals={
+        # recipes/lm_eval/: its files named modules of ours by other paths.
+        "8b468125da96605f8dc2d4ec67234942903aef99eb9c5258e02a39aab318dfe1": (
+            "6e7fe912c266117b365025583ae7ae8303948e2d87a2a3997e885775df5005c1"
+        ),
+    },
     config=EvaluationStageConfig,
     inputs=EvaluationInputs,
     outputs=EvaluationOutputs,

@@ -8,13 +8,10 @@ nowhere else, so every row that a model does not see as it was written is counte
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
 from smoltulu.tasks.data.rows import rows_at
@@ -172,6 +169,6 @@ def _objections(config: PreflightConfig, outputs: PreflightOutputs, metrics: Map
 def preflight_of(stages: Mapping[str, Stage]) -> Stage:
     """The stage. Of `stages`, by name, the dry run builds the training that the rows are for."""
     return Stage(
-        "preflight", 1, PreflightConfig, PreflightInputs, PreflightOutputs, partial(run_preflight, stages=stages),
-        _objections, block="trainings", keeps_rows=True, grows_with_model=False,
+        "preflight", 2, PreflightConfig, PreflightInputs, PreflightOutputs, partial(run_preflight, stages=stages),
+        _objections, block="trainings", keeps_rows=True, grows_with_model=False, reencodes=1,
     )  # fmt: skip

@@ -1,0 +1,120 @@
+"""Finished work across a change of encoding: nobody trains days again because rows are stored in other files.
+
+A stage whose `version` was raised for the encoding of its files alone says so (`Stage.reencodes`), and a change of text
+that means the same stands in `Stage.same_externals`. Both change keys: the stage's, and those of all that is built on
+it. Here is what the keys were before, and how what lies under an old one comes to lie under the new one.
+
+Nothing is assumed to be the same. Rows are made again, which takes minutes, and compared with the old ones; a training
+is taken over only where every input has the content that it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from smoltulu.artifacts.keys import artifact_key
+from smoltulu.artifacts.store import Found, Log, Store
+from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
+from smoltulu.schemas.artifact import ArtifactReference, Spec
+from smoltulu.tasks.data.rows import same_rows
+from smoltulu.tasks.engine.adopt import adopt_artifact
+from smoltulu.tasks.engine.runner import reference_to, run_stage
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a node: `reason` says why it is left, or what it was adopted from."""
+
+    node: str
+    status: Literal["cached", "adopted", "made again", "left"]
+    reason: str
+
+
+def specs_before(graph: NodeGraph) -> dict[str, Spec]:
+    """Node -> what its key was made of before the change, for the nodes whose key is another one now."""
+    specs: dict[str, Spec] = {}
+    keys: dict[str, str] = {}
+
+    def key(binding: Binding) -> str:
+        return keys[binding.node]
+
+    for name, node in graph.nodes.items():
+        now = graph.spec(name)
+        inputs = {
+            field: key(value) if isinstance(value, Binding) else {inner: key(one) for inner, one in value.items()}
+            for field, value in node.inputs.items()
+        }
+        externals = {field: node.stage.same_externals.get(digest, digest) for field, digest in now.externals.items()}
+        version = node.stage.reencodes or node.stage.version
+        before = now.model_copy(update={"version": version, "inputs": inputs, "externals": externals})
+        keys[name] = artifact_key(before)
+        if keys[name] != graph.key(name):
+            specs[name] = before
+    return specs
+
+
+def adopt(graph: NodeGraph, store: Store, log: Log) -> list[Outcome]:
+    """Take over what is the same, stage by stage; what is not stays where it is and will run.
+
+    Errors: as `run_stage` (the rows are made again here), OSError where the store cannot be written.
+    """
+    before = specs_before(graph)
+    references: dict[str, ArtifactReference] = {}
+    outcomes = []
+    for name, node in graph.nodes.items():
+        missing = sorted({binding.node for binding in node.bindings().values()} - references.keys())
+        if missing:
+            outcomes.append(Outcome(name, "left", f"waits for {', '.join(missing)}"))
+            continue
+        job = graph.job(name, references)
+        found = store.find(job.spec, {dotted: record.digest for dotted, record in job.input_records.items()})
+        if isinstance(found, Found):
+            references[name] = reference_to(found, name, "Cached")
+            outcomes.append(Outcome(name, "cached", "is there"))
+            continue
+        old = store.find(before[name]) if name in before else None
+        if not isinstance(old, Found):
+            outcomes.append(Outcome(name, "left", "nothing of the version before is there"))
+        elif node.stage.reencodes:
+            references[name] = run_stage(job, store, log)
+            outcomes.append(Outcome(name, "made again", f"in another encoding than {old.manifest.key[:12]}"))
+        elif (other := _other_input(node, old, references, graph, before, store)) is not None:
+            outcomes.append(Outcome(name, "left", f"its input {other} has other content than before"))
+        else:
+            references[name] = reference_to(adopt_artifact(job, old, store, log), name, "Cached")
+            outcomes.append(Outcome(name, "adopted", f"from {old.manifest.key[:12]}"))
+    return outcomes
+
+
+def _other_input(
+    node: Node,
+    old: Found,
+    references: Mapping[str, ArtifactReference],
+    graph: NodeGraph,
+    before: Mapping[str, Spec],
+    store: Store,
+) -> str | None:
+    """The first input whose content is not what the old artifact was made from; None where all are the same."""
+    for dotted, binding in node.bindings().items():
+        made_from, now = old.manifest.inputs.get(dotted), references[binding.node]
+        if made_from is None:
+            return dotted
+        if made_from.digest == now.digest:
+            continue
+        upstream = store.find(before[binding.node]) if binding.node in before else None
+        if (
+            # A whole folder (a publication's lineage) is read for more than its rows.
+            binding.output is None
+            or not graph.nodes[binding.node].stage.reencodes
+            or not isinstance(upstream, Found)
+            or upstream.manifest.digest != made_from.digest
+            or not same_rows(
+                upstream.folder / upstream.manifest.outputs[binding.output],
+                Path(now.path) / now.outputs[binding.output],
+            )
+        ):
+            return dotted
+    return None
