@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING
 from smoltulu.artifacts import readable
 from smoltulu.flows.cli.output import WIDTH, console, fail, table
 from smoltulu.flows.machine import machine, places, prefect_api
+from smoltulu.schemas.run import RunSummary
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from smoltulu.schemas.run import RunSummary
 
 DEPLOYMENT = "smoltulu/tiny"
 #: Events that the stages' own log lines tell better.
@@ -54,11 +53,10 @@ def demo() -> int:
         path = places.store_root().parent / "reports" / f"tiny-{name}" / "summary.json"
         if code:
             _say(f"\nthe run did not complete; the worker's log: {home / 'logs' / 'worker.log'}")
-        summary = _read(path)
-        if summary is None:
+        if not path.exists():
             _say(f"there is no summary of this run in {path}")
             return code or 1
-        show(summary, out)
+        show(RunSummary.model_validate_json(path.read_text()), out)
         out.print(f"\n{readable.duration(time.monotonic() - begin)} in all, server and worker included")
         return code
     except machine.MachineError as error:
@@ -113,16 +111,6 @@ def _cancel(url: str, name: str) -> None:
             if run.state is not None and not run.state.is_final():
                 _say(f"cancelling run {name}")
                 server.set_flow_run_state(run.id, Cancelling())
-
-
-def _read(path: Path) -> RunSummary | None:
-    """Summary of a run; None where it wrote none."""
-    from smoltulu.schemas.run import RunSummary
-
-    try:
-        return RunSummary.model_validate_json(path.read_text())
-    except FileNotFoundError:
-        return None
 
 
 def show(summary: RunSummary, out: Console) -> None:

@@ -61,7 +61,8 @@ def fail(error: object) -> NoReturn:
 @contextlib.contextmanager
 def failures(*others: type[Exception]) -> Iterator[None]:
     """What the user has to fix (ValueError, OSError and `others`) ends the command by `fail`, without a traceback."""
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
-    except (ValueError, OSError, *others) as error:
+    except kinds as error:
         fail(error)

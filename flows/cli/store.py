@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from smoltulu.artifacts.manifests import Ref
     from smoltulu.artifacts.upkeep.catalogue import Catalogue
-    from smoltulu.artifacts.upkeep.gc import Plan, Removal
+    from smoltulu.artifacts.upkeep.gc import Plan
     from smoltulu.artifacts.upkeep.verify import Finding
 
 StoreOption = Annotated[
@@ -153,9 +153,13 @@ def gc(
     for removal, reason in skipped:
         out.print(f"left {_name(removal.ref)} {removal.kind}: {reason}")
     if as_json:
+        names = ("names", "kind", "reason", "num_bytes")
         print_json(
             {
-                "removals": [_removal_values(removal) for removal in plan.removals],
+                "removals": [
+                    {"ref": _name(removal.ref, 64), **{name: getattr(removal, name) for name in names}}
+                    for removal in plan.removals
+                ],
                 "kept": {_name(ref, 64): reason for ref, reason in plan.kept.items()},
                 "num_bytes": plan.num_bytes,
                 "num_bytes_freed": outcome.num_bytes if outcome else 0,
@@ -230,11 +234,6 @@ def _print_plan(out: Console, plan: Plan, every: bool) -> None:
         out.print(f"stays: {count} · {reason}")
 
 
-def _removal_values(removal: Removal) -> dict[str, Any]:
-    names = ("names", "kind", "reason", "num_bytes")
-    return {"ref": _name(removal.ref, 64), **{name: getattr(removal, name) for name in names}}
-
-
 def _finding_text(finding: Finding) -> Text:
     from rich.text import Text
 
@@ -246,7 +245,7 @@ def _finding_text(finding: Finding) -> Text:
 
 def _refs(catalogue: Catalogue, what: list[str] | None) -> list[Ref]:
     """Artifacts that the user means; all of the store without a word."""
-    from smoltulu.artifacts.manifests import Ref
+    from smoltulu.flows.cli.store_views import refs_of_run
     from smoltulu.schemas.run import RunRecord
 
     if not what:
@@ -256,7 +255,7 @@ def _refs(catalogue: Catalogue, what: list[str] | None) -> list[Ref]:
         with failures():
             found = catalogue.resolve(name)
         if isinstance(found, RunRecord):
-            refs += [Ref(found.stages[node], key) for node, key in found.keys.items() if node in found.stages]
+            refs += refs_of_run(found).values()
         else:
             refs.append(found)
     return list(dict.fromkeys(refs))

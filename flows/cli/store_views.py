@@ -37,7 +37,7 @@ _VALUE_WIDTH = 100
 
 def run_values(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
     """A run in a line: state, times, counts, disk of its artifacts, scores of its last model."""
-    manifests = {ref: manifest for ref in _refs(run).values() if (manifest := catalogue.known(ref))}
+    manifests = {ref: manifest for ref in refs_of_run(run).values() if (manifest := catalogue.known(ref))}
     outcomes = list(run.outcomes.values())
     return {
         "run": run.run_name,
@@ -91,7 +91,7 @@ def _last_model_scores(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def run_details(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
     """Everything about a run."""
     stages = []
-    for node, ref in _refs(run).items():
+    for node, ref in refs_of_run(run).items():
         manifest = catalogue.known(ref)
         stages.append(
             {
@@ -325,7 +325,8 @@ def _problems(manifest: dict[str, Any], ref: Ref) -> Iterator[str]:
         yield "its manifest is that of another artifact"
 
 
-def _refs(run: RunRecord) -> dict[str, Ref]:
+def refs_of_run(run: RunRecord) -> dict[str, Ref]:
+    """Node -> artifact of a run."""
     return {node: Ref(run.stages[node], key) for node, key in run.keys.items() if node in run.stages}
 
 

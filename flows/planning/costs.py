@@ -165,18 +165,19 @@ class Costs:
             return self._training(node, step, num_steps)
         twin = self._twin(name)
         if twin is None:
-            self._facts[name] = self._inherited(node)
+            self._facts[name] = self._upstream(node, "dataset") if node.stage.keeps_rows else _Facts()
             return Estimate()
         sizes = _file_bytes(twin)
         facts = _facts_of(twin.get("outputs", {}), sizes)
         self._facts[name] = facts
-        num_bytes: int | None = sum(sizes.values())
-        seconds = _seconds(twin) if self._device(node) == _device(twin) else None
+        total = sum(sizes.values())
+        num_bytes: int | None = total
+        seconds = _seconds(twin) if self.graph.recipe.compute.of(node.stage.name).device == _device(twin) else None
         if "model" in node.inputs and node.stage.grows_with_model:
             ratio = self._size_ratio(node, twin)
             seconds = None if seconds is None or ratio is None else seconds * ratio
             if node.stage.copies_model:
-                num_bytes = None if ratio is None else round(sum(sizes.values()) * ratio)
+                num_bytes = None if ratio is None else round(total * ratio)
         return Estimate(disk_bytes=num_bytes, peak_disk_bytes=num_bytes, seconds=seconds)
 
     def _training(self, node: Node, step: int, num_steps: int | None) -> Estimate:
@@ -234,12 +235,6 @@ class Costs:
         binding = node.inputs[name]
         assert isinstance(binding, Binding)
         return self._facts.get(binding.node, _Facts())
-
-    def _inherited(self, node: Node) -> _Facts:
-        return self._upstream(node, "dataset") if node.stage.keeps_rows else _Facts()
-
-    def _device(self, node: Node) -> str:
-        return self.graph.recipe.compute.of(node.stage.name).device
 
     def _twin(self, name: str) -> dict[str, Any] | None:
         """Manifest of a finished artifact that took the same work, for a node that has no optimizer steps."""
