@@ -1,4 +1,4 @@
-"""What could go wrong on this machine, looked at before days are lost. Imports no torch; takes about two seconds."""
+"""Checks of this machine, before days of training are lost. Imports no torch; takes about two seconds."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def expected_deployments() -> list[tuple[str, str]]:
 
 
 def examine_prefect(home: Path, url: str, fix: bool = False) -> Iterator[Check]:
-    """Server, pool, worker, deployments and runs, as far as the first that lacks."""
+    """Server, pool, worker, deployments and runs. Without a server, the rest is not checked."""
     ours = machine.running(home, "server")
     if ours and url.rstrip("/") != (ours_url := prefect_api.url_of(ours.port)):
         detail = f"PREFECT_API_URL is {url}, `smoltulu up` runs {ours_url}"
