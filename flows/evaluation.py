@@ -101,12 +101,14 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
     finished: dict[str, ArtifactReference] = {}
+    evaluations = []
     for name, node in graph.nodes.items():
-        upstream = {binding.node for binding in node.bindings().values()}
-        if not upstream <= finished.keys():
+        bindings = node.bindings()
+        if not {binding.node for binding in bindings.values()} <= finished.keys():
             continue
-        digests = {dotted: finished[binding.node].digest for dotted, binding in node.bindings().items()}
+        digests = {dotted: finished[binding.node].digest for dotted, binding in bindings.items()}
         if node.stage.makes(EvaluationOutputs):
+            evaluations.append(name)
             digests = {}  # last night's is compared with, whatever was made again since
         if (found := store.obtain(graph.spec(name), digests, name, log)) is not None:
             finished[name] = reference_to(found, name, "Cached")
@@ -116,11 +118,6 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         reference = run_stage(graph.job(node, finished, refresh=True), store, get_run_logger())
         return Completed(name=reference.outcome, message=reference.path, data=reference)
 
-    evaluations = [
-        name
-        for name, node in graph.nodes.items()
-        if node.stage.makes(EvaluationOutputs) and {b.node for b in node.bindings().values()} <= finished.keys()
-    ]
     if not evaluations:
         log.warning("recipe %s has no finished model in %s: nothing to evaluate", checked.name, store.root)
         return Completed(name="Skipped", message="no finished model")

@@ -37,12 +37,11 @@ def load_recipe(
     """A checked recipe. Raises RecipeError with every problem at once."""
     if isinstance(recipe, Recipe):
         values = recipe.model_dump(mode="json")
-    elif isinstance(recipe, ExtendingRecipe):
-        values = _extend(recipe.as_dict(), "the inline recipe", Path.cwd())
-    elif isinstance(recipe, dict):
-        values = _extend(recipe, "the inline recipe", Path.cwd())
-    else:
+    elif isinstance(recipe, str):
         values = _read(recipe)
+    else:
+        given = recipe.as_dict() if isinstance(recipe, ExtendingRecipe) else recipe
+        values = _extend(given, "the inline recipe", Path.cwd())
     for dotted, value in (overrides or {}).items():
         values = _override(values, dotted, value)
     try:

@@ -1,17 +1,24 @@
-"""The command `smoltulu audit`: its options. The body is in audit_cli, imported when it is asked for."""
+"""The command `smoltulu audit`. What it needs is imported when it is called."""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smoltulu.artifacts import readable
+from smoltulu.flows.cli.output import console, failures, print_json, table
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command()(audit)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from smoltulu.schemas.artifact import ArtifactReference
+    from smoltulu.schemas.audit import AuditResult, AuditSettings
 
 
 def audit(
@@ -58,15 +65,11 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
 ) -> None:
     """Check data sets for benchmark instances and say their languages. Trains nothing, needs no server."""
-    from pydantic import ValidationError
-    from rich.console import Console
-
-    from smoltulu.flows.cli.audit_run import audit as run_audit
     from smoltulu.schemas.audit import AuditSettings
     from smoltulu.schemas.compute import ComputeSettings
     from smoltulu.tasks.engine.launch import StageFailed
 
-    try:
+    with failures(StageFailed):
         settings = AuditSettings.model_validate(
             {
                 "benchmarks": benchmark or ["all"],
@@ -82,20 +85,15 @@ def audit(
                 "split": split,
                 "limit": limit,
                 "refresh": refresh,
-                "compute": ComputeSettings(num_threads=threads)
-                if store is None
-                else ComputeSettings(num_threads=threads, store=str(store.absolute())),
+                "compute": ComputeSettings(
+                    num_threads=threads, **({} if store is None else {"store": str(store.absolute())})
+                ),
             }
         )
-        # Tables stay whole in a file or a pipe; in JSON mode nothing but JSON goes to the output.
-        console = Console(width=None if sys.stdout.isatty() else 160, quiet=as_json)
-        results = run_audit(data, settings, console)
-    except ValidationError as error:
-        _fail("; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()))
-    except (ValueError, OSError, StageFailed) as error:
-        _fail(str(error))
+        # In JSON mode nothing but JSON goes to the output.
+        results = run_audit(data, settings, console(quiet=as_json))
     if as_json:
-        typer.echo("[" + ",\n".join(result.model_dump_json(indent=1) for result in results) + "]")
+        print_json([result.model_dump(mode="json") for result in results])
 
 
 def _fields(texts: list[str]) -> dict[str, str]:
@@ -108,6 +106,117 @@ def _fields(texts: list[str]) -> dict[str, str]:
     return fields
 
 
-def _fail(message: str) -> None:
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(1)
+def run_audit(data: Sequence[str], settings: AuditSettings, out: Console) -> list[AuditResult]:
+    """Audit, write the reports, print the tables. ValueError for what the user has to fix.
+
+    The same stages and store as the flow's, one after the other, without a server.
+    """
+    from smoltulu.flows.graphs.audit_graph import AuditGraph
+    from smoltulu.flows.local import run_graph
+    from smoltulu.flows.machine.places import PROJECT
+    from smoltulu.flows.runs import begin_run, end_run
+    from smoltulu.tasks.data.benchmarks import load_registry
+    from smoltulu.tasks.data.sources import expand_path
+    from smoltulu.tasks.engine.stores import open_store
+    from smoltulu.tasks.report.audit import write_audit_report
+
+    data = [str(Path(text).expanduser().absolute()) if Path(text).expanduser().exists() else text for text in data]
+    settings = settings.model_copy(update={"benchmarks": tuple(map(_absolute_file, settings.benchmarks))})
+    if settings.benchmarks_folder:
+        folder = str(expand_path(settings.benchmarks_folder).absolute())
+        settings = settings.model_copy(update={"benchmarks_folder": folder})
+    # The store is that of the flows, which run there.
+    os.chdir(PROJECT)
+    graph = AuditGraph(data, settings)
+    store = open_store(settings.compute)
+    for audited in graph.data:
+        out.print(f"{audited.source.label}: read as {audited.detected.said}")
+    # Recorded as a run, so that gc keeps what an audit found.
+    record = begin_run(store, graph.name, graph, "")
+    state = "Failed"
+    made: dict[str, ArtifactReference] = {}
+    try:
+        made = run_graph(graph, store, _log())
+        state = "Completed"
+    finally:
+        end_run(store, record, state, {name: reference.outcome for name, reference in made.items()})
+    results = []
+    for result in graph.results(made):
+        report = write_audit_report(result, load_registry(), store.root.parent / "reports")
+        results.append(result.model_copy(update={"report": str(report.resolve())}))
+        show(results[-1], out)
+    return results
+
+
+def _absolute_file(text: str) -> str:
+    name, equals, file = text.partition("=")
+    return f"{name}={Path(file).expanduser().absolute()}" if equals else text
+
+
+def _log() -> logging.Logger:
+    """Progress of the stages, on the error stream: the output holds the tables only."""
+    log = logging.getLogger("smoltulu.audit")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    return log
+
+
+def show(result: AuditResult, out: Console) -> None:
+    """One data set in the terminal: the paper's table, its weak points, the languages, where everything lies."""
+    from rich.text import Text
+
+    from smoltulu.tasks.data.benchmarks import load_registry
+    from smoltulu.tasks.report.audit import rule
+    from smoltulu.tasks.report.contamination_table import (
+        CAVEATS,
+        NOT_CHECKED,
+        has_paper_figures,
+        malformed_note,
+        table_rows,
+    )
+
+    rows, contamination = table_rows(result, load_registry()), result.contamination
+    paper = has_paper_figures(rows)
+    figures = ("N", "found", "share", *(["paper"] if paper else []))
+    title, whole = f"Contamination of {result.label}", ("benchmark", *figures)
+    made = table(*whole, "remarks", title=title, right=figures, whole=whole)
+    for row in rows:
+        colour = "dim" if row.share == NOT_CHECKED else "red" if row.num_found not in ("", "0") else ""
+        published = [row.paper] if paper else []
+        made.add_row(row.title, row.num_instances, row.num_found, Text(row.share, colour), *published, row.remarks)
+    out.print(made)
+    out.print(f"rule       {rule(result)}")
+    num_hit = contamination.num_rows_contaminated
+    out.print(f"rows       {contamination.num_rows_read:,} searched, {num_hit:,} of them hit")
+    if note := malformed_note(result):
+        out.print(f"rows       {note}", style="yellow")
+    out.print(f"note       {CAVEATS[result.settings.mode]}")
+    _show_languages(result, out)
+    cached = sum(outcome == "Cached" for outcome in result.outcomes.values())
+    out.print(f"artifacts  {cached} of {len(result.outcomes)} stages cached")
+    hits = Path(result.folders["contamination"]) / contamination.hits_file
+    for name, path in (("hits", str(hits.resolve())), ("report", result.report)):
+        out.print(f"{name:<11}{path}", soft_wrap=True)
+
+
+def _show_languages(result: AuditResult, out: Console) -> None:
+    from rich.text import Text
+
+    languages = result.languages
+    if languages is None:
+        out.print(f"languages  not judged: {result.no_languages}")
+        return
+    figures = ("rows", "of all", "of determined")
+    title = f"Languages ({languages.detector} {languages.detector_version})"
+    made = table("language", *figures, title=title, right=figures)
+    for share in languages.shares:
+        of_all, of_determined = readable.percent(share.share), readable.percent(share.share_of_determined)
+        made.add_row(share.name, f"{share.num_rows:,}", of_all, of_determined)
+    for reason, count in languages.undetermined.items():
+        name = Text(f"undetermined: {reason.replace('_', ' ')}", "dim")
+        made.add_row(name, f"{count:,}", readable.percent(count / languages.num_rows), "")
+    out.print(made)

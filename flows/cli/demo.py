@@ -17,12 +17,12 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from smoltulu.artifacts import readable
+from smoltulu.flows.cli.output import WIDTH, console, fail, table
 from smoltulu.flows.machine import machine, places, prefect_api
+from smoltulu.schemas.run import RunSummary
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from smoltulu.schemas.run import RunSummary
 
 DEPLOYMENT = "smoltulu/tiny"
 #: Events that the stages' own log lines tell better.
@@ -31,9 +31,7 @@ _EVENT = re.compile(r" prefect\.(artifact|task-run)|Finished in state Completed\
 
 def demo() -> int:
     """Run the demo; returns the exit code: 0 only where the run completed and its summary could be read."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
+    out = console(soft_wrap=True)
     home = places.default_home()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
@@ -45,7 +43,7 @@ def demo() -> int:
         server = machine.running(home, "server")
         port = prefect_api.DEFAULT_PORT
         if server is None and not prefect_api.port_is_free(port):
-            console.print(f"port {port} is taken by {prefect_api.port_holder(port)}, which is left alone")
+            out.print(f"port {port} is taken by {prefect_api.port_holder(port)}, which is left alone")
             port = prefect_api.free_port()
         running = machine.up(home, None if server else port, say=_say)
         if server is not None and "worker" not in running.started:
@@ -55,16 +53,14 @@ def demo() -> int:
         path = places.store_root().parent / "reports" / f"tiny-{name}" / "summary.json"
         if code:
             _say(f"\nthe run did not complete; the worker's log: {home / 'logs' / 'worker.log'}")
-        summary = _read(path)
-        if summary is None:
+        if not path.exists():
             _say(f"there is no summary of this run in {path}")
             return code or 1
-        show(summary, console)
-        console.print(f"\n{readable.duration(time.monotonic() - begin)} in all, server and worker included")
+        show(RunSummary.model_validate_json(path.read_text()), out)
+        out.print(f"\n{readable.duration(time.monotonic() - begin)} in all, server and worker included")
         return code
     except machine.MachineError as error:
-        _say(f"error: {error}")
-        return 1
+        fail(error)
     except KeyboardInterrupt:
         _say("\ninterrupted")
         return 130
@@ -93,7 +89,7 @@ def _watch(home: Path, url: str, name: str) -> int:
     """Start the deployment and show its log until it ends; returns Prefect's exit code."""
     environment = machine.child_environment(home, url)
     if not sys.stdout.isatty():
-        environment["COLUMNS"] = "160"  # else Prefect folds the log at 80
+        environment["COLUMNS"] = str(WIDTH)  # else Prefect folds the log at 80
     command = [sys.executable, "-m", "prefect", "deployment", "run", DEPLOYMENT, "--watch", "--flow-run-name", name]
     with subprocess.Popen(
         command, cwd=places.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -117,51 +113,35 @@ def _cancel(url: str, name: str) -> None:
                 server.set_flow_run_state(run.id, Cancelling())
 
 
-def _read(path: Path) -> RunSummary | None:
-    """Summary of a run; None where it wrote none."""
-    from smoltulu.schemas.run import RunSummary
-
-    try:
-        return RunSummary.model_validate_json(path.read_text())
-    except FileNotFoundError:
-        return None
-
-
-def show(summary: RunSummary, console: Console) -> None:
+def show(summary: RunSummary, out: Console) -> None:
     """Print scores per stage, what every stage came to, and where the model and the report lie."""
-    from rich.markup import escape
-    from rich.table import Table
-
     from smoltulu.tasks.report.summary import score_tables
     from smoltulu.tasks.report.text import clean
 
-    def words(value: str) -> str:
-        return escape(clean(value))
-
     for scores in score_tables(summary.scores):
-        title = f"{scores.title}: score ± standard error"
-        table = Table(*map(words, scores.names), "n", title=title, title_justify="left")
-        for column in scores.columns:
-            table.add_column(words(column), justify="right")
+        columns = [*map(clean, scores.columns)]
+        made = table(
+            *map(clean, scores.names), "n", *columns, title=f"{scores.title}: score ± standard error", right=columns
+        )
         for row in scores.rows:
             num_samples = dict.fromkeys(cell.num_samples for cell in row.cells if cell)
             cells = [cell.value if cell else "" for cell in row.cells]
-            table.add_row(*map(words, row.names), "/".join(num_samples), *cells)
-        console.print(table)
+            made.add_row(*map(clean, row.names), "/".join(num_samples), *cells)
+        out.print(made)
 
-    table = Table("stage", "outcome", "took", "artifact", title="stages", title_justify="left")
+    made = table("stage", "outcome", "took", "artifact", title="stages")
     for stage in summary.stages:
-        where = words(_short(stage.path) or stage.error or "")
-        table.add_row(words(stage.node), stage.outcome, readable.duration(stage.seconds), where)
-    console.print(table)
+        where = clean(_short(stage.path) or stage.error or "")
+        made.add_row(clean(stage.node), stage.outcome, readable.duration(stage.seconds), where)
+    out.print(made)
     num_cached = sum(stage.outcome == "Cached" for stage in summary.stages)
-    console.print(f"{num_cached} of {len(summary.stages)} stages cached")
+    out.print(f"{num_cached} of {len(summary.stages)} stages cached")
     if summary.published:
-        console.print(f"model     {words(_short(summary.published))}")
+        out.print(f"model     {clean(_short(summary.published))}")
     if summary.pushed:
-        console.print(f"pushed    {words(summary.pushed)}")
+        out.print(f"pushed    {clean(summary.pushed)}")
     if summary.report_path:
-        console.print(f"report    {words(_short(summary.report_path))}")
+        out.print(f"report    {clean(_short(summary.report_path))}")
 
 
 def _short(path: str) -> str:

@@ -6,12 +6,11 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from smoltulu.flows.cli import audit as audit_command
-from smoltulu.flows.cli import store as store_cli
+from smoltulu.flows.cli import audit, output, store
 
 app = typer.Typer(
     help="Tulu 3 post-training as one Prefect workflow. Flows are started with `prefect deployment run`.",
@@ -19,12 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-
-def _fail(error: object) -> NoReturn:
-    """One clear message, exit code 1."""
-    typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(1)
 
 
 @app.command()
@@ -36,10 +29,8 @@ def up(
     from smoltulu.flows.machine import machine, places, prefect_api
 
     home = places.default_home()
-    try:
+    with output.failures(machine.MachineError):
         running = machine.up(home, port, limit, typer.echo)
-    except machine.MachineError as error:
-        _fail(error)
     typer.echo(f"\nUI        {running.url.removesuffix('/api')}")
     typer.echo(f"logs      {home / 'logs'}")
     # `prefect` reads prefect.toml of the folder it is called in; `smoltulu` finds the server itself.
@@ -57,10 +48,8 @@ def down() -> None:
     """Stop what `smoltulu up` started, running flows included, and nothing else."""
     from smoltulu.flows.machine import machine, places
 
-    try:
+    with output.failures(machine.MachineError):
         anything = machine.down(places.default_home(), say=typer.echo)
-    except machine.MachineError as error:
-        _fail(error)
     typer.echo("all down" if anything else "nothing of ours runs")
 
 
@@ -80,17 +69,19 @@ def run(
     home = places.default_home()
     url = doctor.api_url(home)
     if not doctor.reachable(url):
-        _fail(doctor.no_server(url))
+        output.fail(doctor.no_server(url))
     registered = dict(prefect_api.deployments(url))
     if deployment not in registered:
         import difflib
 
         near = difflib.get_close_matches(deployment, registered, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        _fail(f"no deployment {deployment!r}{hint} Registered: {', '.join(registered) or 'none'}. Run `smoltulu up`")
+        output.fail(
+            f"no deployment {deployment!r}{hint} Registered: {', '.join(registered) or 'none'}. Run `smoltulu up`"
+        )
     pool = registered[deployment]
     if pool is not None and not doctor.pollers(home, url, pool):
-        _fail(doctor.NO_WORKER.format(pool=pool))
+        output.fail(doctor.NO_WORKER.format(pool=pool))
     sys.stdout.flush()
     arguments = [
         f"{before}recipe={whole_path(recipe)}" if equals and before in ("", "--param=") else text
@@ -100,7 +91,7 @@ def run(
     command = [sys.executable, "-P", "-m", "prefect", "deployment", "run", deployment, "--watch", *arguments]
     environment = prefect_api.client_environment(url)
     if not sys.stdout.isatty():
-        environment.setdefault("COLUMNS", "160")  # else Prefect folds the log at 80
+        environment.setdefault("COLUMNS", str(output.WIDTH))  # else Prefect folds the log at 80
     os.execve(sys.executable, command, environment)
 
 
@@ -112,14 +103,13 @@ def init(
     """Write a recipe of your own: it extends a preset, and every setting is there, commented out, with its meaning."""
     from smoltulu.flows.cli.init import commented_recipe
 
-    try:
+    with output.failures():
         text = commented_recipe(extends)
-        with file.open("x") as stream:
-            stream.write(text)
-    except FileExistsError:
-        _fail(f"{file} exists already, and is left as it is; name another file")
-    except (ValueError, OSError) as error:
-        _fail(error)
+        try:
+            with file.open("x") as stream:
+                stream.write(text)
+        except FileExistsError:
+            output.fail(f"{file} exists already, and is left as it is; name another file")
     typer.echo(f"wrote     {file}")
     typer.echo(f"look      smoltulu plan {file}")
     typer.echo(f"run       smoltulu run smoltulu/full -p recipe={file}")
@@ -136,17 +126,16 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="everything there is to say, for programs")] = False,
 ) -> None:
     """Say per stage what a run would do (cached, resumes or runs), why, and what it will take. Needs no server."""
-    from smoltulu.flows.cli.plan import make_plan, show
+    from smoltulu.flows.cli.plan import make_plan, run_parameters, show
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.recipe import parse_overrides, whole_path
 
     recipe = whole_path(recipe)
     os.chdir(PROJECT)  # a flow runs there, and relative paths of overrides start there
-    try:
-        planned = make_plan(recipe, parse_overrides(override or []), until, refresh or [])
-    except (ValueError, OSError) as error:
-        _fail(error)
-    show(planned, as_json)
+    with output.failures():
+        overrides = parse_overrides(override or [])
+        planned = make_plan(recipe, overrides, until, refresh or [])
+    show(planned, as_json, run_parameters(recipe, overrides))
 
 
 @app.command()
@@ -154,27 +143,24 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="set runs whose process is gone to Crashed")] = False,
 ) -> None:
     """Check this machine: versions, GPU, disk, token, server, worker, deployments, stuck runs."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
     from smoltulu.flows.machine import places
     from smoltulu.flows.machine.doctor import examine
 
     checks = examine(places.default_home(), fix)
-    table = Table("check", "", "found", "what to do")
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    table = output.table("check", "", "found", "what to do")
     for check in checks:
-        mark = f"[{colours[check.status]}]{check.status}[/]"
-        table.add_row(check.name, mark, escape(check.detail), escape(check.advice))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        table.add_row(check.name, Text(check.status, colours[check.status]), check.detail, check.advice)
+    output.console().print(table)
     failed = [check.name for check in checks if check.status == "fail"]
     if failed:
-        _fail(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+        output.fail(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
 
-store_cli.register(app)
-audit_command.register(app)
+for command in (*store.COMMANDS, audit.audit):
+    app.command()(command)
 
 if __name__ == "__main__":
     app()

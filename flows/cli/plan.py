@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
+import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts import readable
+from smoltulu.flows.cli.output import console, print_json, table
 from smoltulu.flows.planning.costs import Estimate
 from smoltulu.flows.planning.plan import Plan, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
@@ -19,64 +20,61 @@ from smoltulu.tasks.data.sources import HubUnreachable
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.stages import STAGES
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 _COLOURS = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
 _UNKNOWN = "-"
 _NUM_NAMED = 4
 
 
 def make_plan(recipe: str, overrides: dict[str, object], until: str | None, refresh: list[str]) -> Plan:
-    """The plan of a recipe in its own store. ValueError or OSError where something has to be mended."""
+    """The plan of a recipe in its own store. ValueError or OSError for what the user has to fix."""
     checked = load_recipe(recipe, overrides)
     return plan(checked, until, refresh, open_store(checked.compute, checked=False))
 
 
-def show(planned: Plan, as_json: bool) -> None:
-    """Print a plan."""
+def run_parameters(recipe: str, overrides: Mapping[str, object]) -> str:
+    """What `prefect deployment run` is given for the planned recipe: a name or whole path, and the overrides."""
+    given = [f"recipe={recipe}"] + ([f"overrides={json.dumps(overrides, default=str)}"] if overrides else [])
+    return " ".join(f"-p {shlex.quote(text)}" for text in given)
+
+
+def show(planned: Plan, as_json: bool, parameters: str = "") -> None:
+    """Print a plan. `parameters`: as for `summary`."""
     if as_json:
-        print(json.dumps(as_dict(planned), indent=1))
+        print_json(as_dict(planned))
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
     columns = [
         name for name in _HEADINGS if any(getattr(r.estimate, name) is not None for r in planned.rows if _todo(r))
     ]
-    table = Table(title=f"{planned.recipe} in {planned.store}", title_justify="left")
-    for heading in ("stage", "what", "why"):
-        table.add_column(heading)
-    for name in columns:
-        table.add_column(_HEADINGS[name], justify="right", no_wrap=True)
-    table.add_column("key", no_wrap=True)
+    figures = [_HEADINGS[name] for name in columns]
+    title, headings = f"{planned.recipe} in {planned.store}", ("stage", "what", "why", *figures, "key")
+    stages = table(*headings, title=title, right=figures, whole=(*figures, "key"))
     for row in planned.rows:
         cells = [_amount(row.estimate, name) if _todo(row) else "" for name in columns]
-        status = f"[{_COLOURS[row.status]}]{row.status}[/]" + ("*" if row.notes else "")
-        key = row.key[:12] + ("~" if row.provisional else "")
-        table.add_row(row.node, status, escape(row.reason), *cells, key)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
+        status = Text.assemble((row.status, _COLOURS[row.status]), "*" if row.notes else "")
+        stages.add_row(row.node, status, row.reason, *cells, row.key[:12] + ("~" if row.provisional else ""))
+    out = console()
+    out.print(stages)
     if any(row.preflight for row in planned.rows):
-        console.print(_preflights(planned))
-    for line in summary(planned):
-        console.print(line, highlight=False, markup=False)
+        out.print(_preflights(planned))
+    for line in summary(planned, parameters):
+        out.print(line)
 
 
-def _preflights(planned: Plan) -> Any:
+def _preflights(planned: Plan) -> Table:
     """A table of what the finished preflights say of their trainings."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title="preflight", title_justify="left")
-    table.add_column("training")
-    for heading in ("rows", "too long", "trained", "tokens/epoch", "longest", "steps", "peak memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("dry run made with")
+    headings = ("rows", "too long", "trained", "tokens/epoch", "longest", "steps", "peak memory")
+    made = table("training", *headings, "dry run made with", title="preflight", right=headings, whole=headings)
     for row in planned.rows:
         figures = row.preflight
         if figures is None:
             continue
         overlong = figures.num_overlong / max(figures.num_source_rows, 1)
-        table.add_row(
+        made.add_row(
             row.node,
             f"{figures.num_rows:,} of {figures.num_source_rows:,}",
             f"{readable.percent(overlong)} {figures.fate}" if overlong else "none",
@@ -85,9 +83,9 @@ def _preflights(planned: Plan) -> Any:
             f"{figures.longest:,} of {figures.max_length:,}",
             _UNKNOWN if figures.num_steps is None else f"{figures.num_steps:,}",
             _UNKNOWN if figures.peak_memory_bytes is None else readable.size(figures.peak_memory_bytes),
-            escape(_made_with(figures)),
+            _made_with(figures),
         )
-    return table
+    return made
 
 
 def _made_with(figures: PreflightFigures) -> str:
@@ -102,8 +100,11 @@ def _made_with(figures: PreflightFigures) -> str:
     return ", ".join(parts)
 
 
-def summary(planned: Plan) -> list[str]:
-    """The lines below the table: counts, totals, and what the plan is not sure of."""
+def summary(planned: Plan, parameters: str = "") -> list[str]:
+    """The lines below the table: counts, totals, and what the plan is not sure of.
+
+    parameters  see `run_parameters`; without it the recipe is called by its name
+    """
     counts = Counter(str(row.status) for row in planned.rows)
     lines = [", ".join(f"{counts[status]} {status}" for status in _COLOURS if counts[status])]
     if counts["cached"] < len(planned.rows):
@@ -111,8 +112,9 @@ def summary(planned: Plan) -> list[str]:
     preflights = [row for row in planned.rows if STAGES[row.stage].makes(PreflightOutputs)]
     if missing := [row.node for row in preflights if row.status != "cached"]:
         lines.append(
-            f"preflight not run yet: {', '.join(missing)}; `prefect deployment run smoltulu/full -p "
-            f"recipe={planned.recipe} -p until=preflight` makes it in minutes, before any training"
+            f"preflight not run yet: {', '.join(missing)}; `prefect deployment run smoltulu/full "
+            f"{parameters or f'-p recipe={planned.recipe}'} -p until=preflight` makes it in minutes, before any "
+            "training"
         )
     drifted: dict[str, list[str]] = {}
     for row in planned.rows:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smoltulu.artifacts import readable
+from smoltulu.flows.cli.output import console, fail, failures, print_json, table
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from smoltulu.artifacts.manifests import Ref
     from smoltulu.artifacts.upkeep.catalogue import Catalogue
-    from smoltulu.artifacts.upkeep.gc import Plan, Removal
+    from smoltulu.artifacts.upkeep.gc import Plan
     from smoltulu.artifacts.upkeep.verify import Finding
 
 StoreOption = Annotated[
@@ -28,12 +27,6 @@ StoreOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="everything, as JSON")]
 _NUM_REMOVALS_SHOWN = 40
 _NUM_NOTES_SHOWN = 5
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    for command in (runs, show, verify, gc, tag, untag):
-        app.command()(command)
 
 
 def runs(
@@ -48,14 +41,14 @@ def runs(
     found = catalogue.runs()
     values = [run_values(catalogue, run) for run in found[:limit]]
     if as_json:
-        _print_json(values)
+        print_json(values)
     elif not values:
         typer.echo(f"no runs yet in {catalogue.root}")
     else:
-        console = _console()
-        console.print(runs_table(values))
+        out = console()
+        out.print(runs_table(values))
         if len(found) > limit:
-            console.print(f"{len(found) - limit} earlier runs; --limit shows more", highlight=False)
+            out.print(f"{len(found) - limit} earlier runs; --limit shows more")
     _print_notes(catalogue)
 
 
@@ -65,31 +58,26 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show an artifact (what it is, what it was made from, what was made from it) or a run."""
-    from smoltulu.artifacts.manifests import Ref
     from smoltulu.artifacts.upkeep.lineage import descendants
     from smoltulu.flows.cli import store_views
     from smoltulu.schemas.run import RunRecord
 
     catalogue = _open(store)
-    try:
+    with failures():
         found = catalogue.resolve(what)
         if isinstance(found, RunRecord):
             details = store_views.run_details(catalogue, found)
         else:
             details = store_views.artifact_details(catalogue, found)
-    except ValueError as error:
-        _fail(error)
-    if as_json:
-        if isinstance(found, Ref):
-            details["ancestors"] = [store_views.relative_values(relative) for relative in details["ancestors"]]
-            made_from_it, _ = descendants(catalogue, found)
-            details["descendants"] = [store_views.relative_values(relative) for relative in made_from_it]
-        _print_json(details)
+    if not as_json:
+        is_run = isinstance(found, RunRecord)
+        console().print(store_views.run_view(details) if is_run else store_views.artifact_view(catalogue, details))
     else:
-        view = (
-            store_views.artifact_view(catalogue, details) if isinstance(found, Ref) else store_views.run_view(details)
-        )
-        _console().print(view, highlight=False)
+        if not isinstance(found, RunRecord):
+            details["descendants"], _ = descendants(catalogue, found)
+            for name in ("ancestors", "descendants"):
+                details[name] = [store_views.relative_values(relative) for relative in details[name]]
+        print_json(details)
     _print_notes(catalogue)
 
 
@@ -102,26 +90,25 @@ def verify(
 
     Ends with 1 where anything is damaged or cannot be read.
     """
-    from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from smoltulu.artifacts.upkeep.verify import verify_artifacts, verify_tags
 
     catalogue = _open(store)
     refs = _refs(catalogue, what)
-    console = _console()
+    out = console()
     total = None
-    if console.is_terminal:
+    if out.is_terminal:
         total = sum(catalogue.generation(ref, name).num_bytes for ref in refs for name in catalogue.folder(ref).whole)
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     began = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
         bar = progress.add_task("", total=total)
 
         def told(finding: Finding) -> None:
             progress.advance(bar, finding.num_bytes)
             if finding.status != "ok":
-                console.print(_finding_text(finding), highlight=False)
+                out.print(_finding_text(finding))
 
         findings = verify_artifacts(catalogue, refs, report_only=report_only, told=told)
         if not what:
@@ -136,7 +123,7 @@ def verify(
     ]
     read, rate = readable.size(num_bytes), readable.size(num_bytes / max(seconds, 1e-9))
     verdict = ", ".join(parts) or "nothing to verify"
-    console.print(escape(f"{verdict}; {read} in {readable.duration(seconds)}, {rate}/s"), highlight=False)
+    out.print(f"{verdict}; {read} in {readable.duration(seconds)}, {rate}/s")
     _print_notes(catalogue)
     if counts["damaged"] or counts["unreadable"]:
         raise typer.Exit(1)
@@ -154,39 +141,39 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Show what the store could do without, and why the rest stays; with --yes, remove it."""
-
     from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
     from smoltulu.artifacts.upkeep.removal import remove
 
     catalogue = _open(store)
     plan = plan_gc(catalogue, Rules(keep_days, keep_runs, keep_published))
-    console = _console()
-    if not as_json:
-        _print_plan(console, catalogue, plan, every)
-    outcome = None
-    if yes:
-        outcome = remove(plan, catalogue.root)
-        for removal, reason in outcome.skipped if not as_json else []:
-            console.print(f"left {_name(removal.ref)} {removal.kind}: {reason}", markup=False, highlight=False)
+    out = console(quiet=as_json)
+    _print_plan(out, plan, every)
+    outcome = remove(plan, catalogue.root) if yes else None
+    skipped = outcome.skipped if outcome else []
+    for removal, reason in skipped:
+        out.print(f"left {_name(removal.ref)} {removal.kind}: {reason}")
     if as_json:
-        _print_json(
+        names = ("names", "kind", "reason", "num_bytes")
+        print_json(
             {
-                "removals": [_removal_values(removal) for removal in plan.removals],
+                "removals": [
+                    {"ref": _name(removal.ref, 64), **{name: getattr(removal, name) for name in names}}
+                    for removal in plan.removals
+                ],
                 "kept": {_name(ref, 64): reason for ref, reason in plan.kept.items()},
                 "num_bytes": plan.num_bytes,
                 "num_bytes_freed": outcome.num_bytes if outcome else 0,
-                "skipped": [[_name(removal.ref, 64), reason] for removal, reason in outcome.skipped] if outcome else [],
+                "skipped": [[_name(removal.ref, 64), reason] for removal, reason in skipped],
             }
         )
     elif not plan.removals:
-        console.print("nothing to remove")
+        out.print("nothing to remove")
     elif outcome is not None:
-        console.print(f"freed {readable.size(outcome.num_bytes)}", highlight=False)
+        out.print(f"freed {readable.size(outcome.num_bytes)}")
     else:
-        would_free = readable.size(plan.num_bytes)
-        console.print(f"would free {would_free}; nothing was changed, --yes removes it", highlight=False)
+        out.print(f"would free {readable.size(plan.num_bytes)}; nothing was changed, --yes removes it")
     _print_notes(catalogue)
-    if outcome is not None and outcome.skipped:
+    if skipped:
         raise typer.Exit(1)
 
 
@@ -201,15 +188,11 @@ def tag(
     from smoltulu.schemas.run import RunRecord
 
     catalogue = _open(store)
-    try:
+    with failures():
         found = catalogue.resolve(what)
         if isinstance(found, RunRecord):
-            _fail(f"{what!r} is a run; tag one of its artifacts (`smoltulu show {what}` lists their keys)")
+            fail(f"{what!r} is a run; tag one of its artifacts (`smoltulu show {what}` lists their keys)")
         before = set_tag(catalogue, name, found, move=move)
-    except ValueError as error:
-        _fail(error)
-    except OSError as error:
-        _fail(f"{error.strerror}: {error.filename}")
     moved = f" (before: {before.stage}/{before.key[:12]})" if before and (before.stage, before.key) != found else ""
     typer.echo(f"{name} is {_name(found)}{moved}")
 
@@ -219,72 +202,60 @@ def untag(name: Annotated[str, typer.Argument()], store: StoreOption = None) -> 
     from smoltulu.artifacts.upkeep.tags import remove_tag
 
     catalogue = _open(store)
-    try:
+    with failures():
         before = remove_tag(catalogue, name)
-    except ValueError as error:
-        _fail(error)
-    except OSError as error:
-        _fail(f"{error.strerror}: {error.filename}")
     typer.echo(f"{name} removed" + (f"; it was {before.stage}/{before.key[:12]}" if before else ""))
 
 
-def _print_plan(console: Console, catalogue: Catalogue, plan: Plan, every: bool) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+COMMANDS = (runs, show, verify, gc, tag, untag)
 
+
+def _print_plan(out: Console, plan: Plan, every: bool) -> None:
     shown = plan.removals if every else sorted(plan.removals, key=lambda r: -r.num_bytes)[:_NUM_REMOVALS_SHOWN]
+    listed = table("goes", "what", "why", "frees")
+    for removal in shown:
+        names = "" if removal.kind in ("artifact", "unfinished work") else f" {', '.join(removal.names)}"
+        listed.add_row(_name(removal.ref), removal.kind + names, removal.reason, readable.size(removal.num_bytes))
     if shown:
-        table = Table("goes", "what", "why", "frees")
-        for removal in shown:
-            names = "" if removal.kind in ("artifact", "unfinished work") else f" {', '.join(removal.names)}"
-            frees = readable.size(removal.num_bytes)
-            table.add_row(_name(removal.ref), removal.kind + escape(names), escape(removal.reason), frees)
-        console.print(table)
-        if len(shown) < len(plan.removals):
-            console.print(f"the largest {len(shown)} of {len(plan.removals)}; --all lists all", highlight=False)
+        out.print(listed)
+    if len(shown) < len(plan.removals):
+        out.print(f"the largest {len(shown)} of {len(plan.removals)}; --all lists all")
     stages = sorted({ref.stage for ref in plan.kept_bytes} | {removal.ref.stage for removal in plan.removals})
-    table = Table("stage", "stays", "", "goes", "")
+    sums = table("stage", "stays", "", "goes", "")
     for stage in stages:
         kept = [num_bytes for ref, num_bytes in plan.kept_bytes.items() if ref.stage == stage]
         going = [removal.num_bytes for removal in plan.removals if removal.ref.stage == stage]
         stays, goes = readable.size(sum(kept)), readable.size(sum(going))
-        table.add_row(stage or "(root)", str(len(kept)), stays, str(len(going)), goes)
+        sums.add_row(stage or "(root)", str(len(kept)), stays, str(len(going)), goes)
     if stages:
-        console.print(table)
+        out.print(sums)
     reasons = Counter(plan.kept.values())
     for reason, count in reasons.most_common(None if every else _NUM_REMOVALS_SHOWN):
-        console.print(f"stays: {count} · {reason}", markup=False, highlight=False)
+        out.print(f"stays: {count} · {reason}")
 
 
-def _removal_values(removal: Removal) -> dict[str, Any]:
-    names = ("names", "kind", "reason", "num_bytes")
-    return {"ref": _name(removal.ref, 64), **{name: getattr(removal, name) for name in names}}
-
-
-def _finding_text(finding: Finding) -> str:
-    from rich.markup import escape
+def _finding_text(finding: Finding) -> Text:
+    from rich.text import Text
 
     colour = {"damaged": "red", "unreadable": "red"}.get(finding.status, "yellow")
     faults = "; ".join(finding.faults[:3]) + (f" and {len(finding.faults) - 3} more" if len(finding.faults) > 3 else "")
-    text = f"[{colour}]{finding.status}[/] {_name(finding.ref)} {escape(finding.name)}: {escape(faults)}"
-    return text + (f" ({escape(finding.aside)})" if finding.aside else "")
+    aside = f" ({finding.aside})" if finding.aside else ""
+    return Text.assemble((finding.status, colour), f" {_name(finding.ref)} {finding.name}: {faults}{aside}")
 
 
 def _refs(catalogue: Catalogue, what: list[str] | None) -> list[Ref]:
     """Artifacts that the user means; all of the store without a word."""
-    from smoltulu.artifacts.manifests import Ref
+    from smoltulu.flows.cli.store_views import refs_of_run
     from smoltulu.schemas.run import RunRecord
 
     if not what:
         return catalogue.refs
     refs: list[Ref] = []
     for name in what:
-        try:
+        with failures():
             found = catalogue.resolve(name)
-        except ValueError as error:
-            _fail(error)
         if isinstance(found, RunRecord):
-            refs += [Ref(found.stages[node], key) for node, key in found.keys.items() if node in found.stages]
+            refs += refs_of_run(found).values()
         else:
             refs.append(found)
     return list(dict.fromkeys(refs))
@@ -294,28 +265,16 @@ def _open(store: Path | None) -> Catalogue:
     """The store that is asked for, else the one that a recipe uses unless it says otherwise."""
     from smoltulu.artifacts.upkeep.catalogue import Catalogue
 
-    try:
+    with failures():
         if store is None:
             from smoltulu.flows.machine.places import store_root
 
             store = store_root()
         return Catalogue(store)
-    except ValueError as error:
-        _fail(error)
 
 
 def _name(ref: Ref, num_digits: int = 12) -> str:
     return f"{ref.stage}/{ref.key[:num_digits]}" if ref.key else ref.stage or "(root)"
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _print_notes(catalogue: Catalogue) -> None:
@@ -324,9 +283,3 @@ def _print_notes(catalogue: Catalogue) -> None:
         typer.echo(f"note: {note}", err=True)
     if len(catalogue.notes) > _NUM_NOTES_SHOWN:
         typer.echo(f"note: and {len(catalogue.notes) - _NUM_NOTES_SHOWN} more", err=True)
-
-
-def _fail(error: object) -> NoReturn:
-    """One clear message, exit code 1."""
-    typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(1)

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from smoltulu.artifacts import readable
@@ -20,6 +20,7 @@ from smoltulu.artifacts.layout import CHECKPOINTS, SPEC, WORK, reason_of
 from smoltulu.artifacts.manifests import Ref, dig, num_bytes_of, read_json, scores_of
 from smoltulu.artifacts.upkeep.catalogue import Catalogue, state_of
 from smoltulu.artifacts.upkeep.lineage import Relative, ancestors, descendants, planned_inputs
+from smoltulu.flows.cli.output import table
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, ExtendedTraining, Manifest
 from smoltulu.schemas.run import RunRecord
 
@@ -36,7 +37,7 @@ _VALUE_WIDTH = 100
 
 def run_values(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
     """A run in a line: state, times, counts, disk of its artifacts, scores of its last model."""
-    manifests = {ref: manifest for ref in _refs(run).values() if (manifest := catalogue.known(ref))}
+    manifests = {ref: manifest for ref in refs_of_run(run).values() if (manifest := catalogue.known(ref))}
     outcomes = list(run.outcomes.values())
     return {
         "run": run.run_name,
@@ -56,12 +57,12 @@ def run_values(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
 
 def runs_table(runs: list[dict[str, Any]]) -> Table:
     """One line a run."""
-    table = Table("run", "recipe", "state", "when", "took", "stages", "last model", "disk")
+    made = table("run", "recipe", "state", "when", "took", "stages", "last model", "disk")
     for run in runs:
         counts = [f"{run[f'num_{name}']} {name}" for name in ("made", "cached", "failed") if run[f"num_{name}"]]
-        table.add_row(
-            escape(run["run"]),
-            escape(run["recipe"]),
+        made.add_row(
+            run["run"],
+            run["recipe"],
             _coloured(run["state"], _STATE_COLOURS),
             _when(run["started_at"]),
             "" if run["seconds"] is None else readable.duration(run["seconds"]),
@@ -69,7 +70,7 @@ def runs_table(runs: list[dict[str, Any]]) -> Table:
             scores_text(run["scores"], with_subject=True),
             readable.size(run["num_bytes"]),
         )
-    return table
+    return made
 
 
 def _last_model_scores(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -90,7 +91,7 @@ def _last_model_scores(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def run_details(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
     """Everything about a run."""
     stages = []
-    for node, ref in _refs(run).items():
+    for node, ref in refs_of_run(run).items():
         manifest = catalogue.known(ref)
         stages.append(
             {
@@ -111,27 +112,27 @@ def run_view(run: dict[str, Any]) -> RenderableType:
     """A run and its stages."""
     head = Table.grid(padding=(0, 2))
     seconds = readable.seconds_between(run["started_at"], run["finished_at"])
-    head.add_row("run", escape(run["run_name"]))
-    head.add_row("recipe", escape(run["recipe"]))
+    head.add_row("run", run["run_name"])
+    head.add_row("recipe", run["recipe"])
     head.add_row("state", _coloured(run["state"], _STATE_COLOURS))
     head.add_row("started", _when(run["started_at"]))
     head.add_row("took", "" if seconds is None else readable.duration(seconds))
-    head.add_row("process", escape(f"{run['pid']} on {run['host']}"))
+    head.add_row("process", f"{run['pid']} on {run['host']}")
     if run["report_path"]:
-        head.add_row("report", escape(run["report_path"]))
-    table = Table("stage", "outcome", "key", "made", "made in", "size", "scores")
+        head.add_row("report", run["report_path"])
+    made = table("stage", "outcome", "key", "made", "made in", "size", "scores")
     for stage in run["stages"]:
         is_there = stage["num_bytes"] is not None
-        table.add_row(
-            escape(stage["node"]),
+        made.add_row(
+            stage["node"],
             _coloured(stage["outcome"], _OUTCOME_COLOURS),
             stage["key"][:12],
-            _when(stage["finished_at"]) if is_there else "[dim]not in the store[/]",
+            _when(stage["finished_at"]) if is_there else Text("not in the store", "dim"),
             readable.duration(stage["made_in_seconds"]) if isinstance(stage["made_in_seconds"], (int, float)) else "",
             readable.size(stage["num_bytes"]) if is_there else "",
             scores_text(stage["scores"]),
         )
-    return Group(head, table)
+    return Group(head, made)
 
 
 # One artifact
@@ -182,7 +183,7 @@ def artifact_details(catalogue: Catalogue, ref: Ref) -> dict[str, Any]:
 def artifact_view(catalogue: Catalogue, details: dict[str, Any]) -> RenderableType:
     """An artifact: what it is, what went in, what came out of it."""
     parts: list[RenderableType] = [_identity(details)]
-    parts += [f"[red]problem: {escape(problem)}[/]" for problem in details["problems"]]
+    parts += [Text(f"problem: {problem}", "red") for problem in details["problems"]]
     config = dict(_flat(dig(details, "spec", "config") or {}))
     externals = {f"external {name}": value for name, value in (dig(details, "spec", "externals") or {}).items()}
     parts.append(_pairs("config", {**config, **externals}))
@@ -195,17 +196,14 @@ def artifact_view(catalogue: Catalogue, details: dict[str, Any]) -> RenderableTy
     parts.append(_files(details))
     environment = dict(_flat(details.get("environment") or {}))
     parts.append(_pairs("environment", {name.removeprefix("packages."): value for name, value in environment.items()}))
-    if details["ancestors"]:
-        tree = Tree("[bold]made from[/]")
-        _grow(tree, details["ancestors"])
-        parts.append(tree)
     found, num_left = descendants(catalogue, Ref(details["stage"], details["key"]), _NUM_DESCENDANTS_SHOWN)
-    if found:
-        tree = Tree("[bold]made from it[/]")
-        _grow(tree, found)
-        if num_left:
-            tree.add(f"[dim]and {num_left} more (--json lists all)[/]")
-        parts.append(tree)
+    for title, relatives, num_more in (("made from", details["ancestors"], 0), ("made from it", found, num_left)):
+        if relatives:
+            tree = Tree(Text(title, "bold"))
+            _grow(tree, relatives)
+            if num_more:
+                tree.add(Text(f"and {num_more} more (--json lists all)", "dim"))
+            parts.append(tree)
     return Group(*(part for part in parts if part))
 
 
@@ -226,19 +224,19 @@ def scores_text(scores: list[dict[str, Any]], with_subject: bool = False) -> str
         texts.append(f"{len(scores) - _NUM_SCORES_SHOWN} more")
     subjects = {str(score["subject"]) for score in scores}
     subject = f"{subjects.pop()}: " if with_subject and len(subjects) == 1 else ""
-    return escape(subject + ", ".join(texts))
+    return subject + ", ".join(texts)
 
 
 def _identity(details: dict[str, Any]) -> Table:
     head = Table.grid(padding=(0, 2))
     node = details.get("node")
-    head.add_row("stage", escape(details["stage"] + (f", as {node}" if node else "")))
+    head.add_row("stage", details["stage"] + (f", as {node}" if node else ""))
     head.add_row("version", str(dig(details, "spec", "version")))
     head.add_row("key", details["key"])
     if details["tags"]:
-        head.add_row("tags", escape(", ".join(details["tags"])))
+        head.add_row("tags", ", ".join(details["tags"]))
     if details["generation"] is None:
-        head.add_row("state", "[yellow]not finished[/]")
+        head.add_row("state", Text("not finished", "yellow"))
     else:
         others = details["other_generations"]
         text = details["generation"] + (f" (earlier, still there: {', '.join(others)})" if others else "")
@@ -252,7 +250,7 @@ def _identity(details: dict[str, Any]) -> Table:
         head.add_row("resumed", "from step " + ", ".join(f"{step:,}" for step in steps))
     with contextlib.suppress(ValidationError):  # most extend none; other versions may write it otherwise
         other = ExtendedTraining.model_validate(details.get("extends"))
-        which = escape(f"{other.stage}/{other.key[:12]}")
+        which = f"{other.stage}/{other.key[:12]}"
         head.add_row("extends", f"{which}, from its step {other.step:,} of {other.num_steps:,}")
     if "resumable" in details:
         step, num_steps = details["resumable"]["step"], details["resumable"]["num_steps"]
@@ -260,20 +258,20 @@ def _identity(details: dict[str, Any]) -> Table:
     if "last_used" in details:
         head.add_row("last used", _when(details["last_used"]))
     for name, reason in details["set_aside"].items():
-        head.add_row("set aside", f"[red]{escape(name)}: {escape(reason)}[/]")
-    head.add_row("folder", escape(details["folder"]))
+        head.add_row("set aside", Text(f"{name}: {reason}", "red"))
+    head.add_row("folder", details["folder"])
     return head
 
 
 def _pairs(title: str, values: dict[str, Any]) -> RenderableType:
     if not values:
         return ""
-    table = Table.grid(padding=(0, 2))
+    made = Table.grid(padding=(0, 2))
     for name, value in values.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         short = text if len(text) <= _VALUE_WIDTH else text[: _VALUE_WIDTH - 1] + "…"
-        table.add_row("  " + escape(name), escape(short))
-    return Group(f"[bold]{title}[/]", table)
+        made.add_row("  " + name, short)
+    return Group(Text(title, "bold"), made)
 
 
 def _files(details: dict[str, Any]) -> RenderableType:
@@ -284,32 +282,32 @@ def _files(details: dict[str, Any]) -> RenderableType:
         sizes = sorted(((int(record["size"]), str(name)) for name, record in files.items()), reverse=True)
     except (KeyError, TypeError, ValueError):
         return ""
-    table = Table.grid(padding=(0, 2))
+    made = Table.grid(padding=(0, 2))
     for num_bytes, name in sizes[:_NUM_FILES_SHOWN]:
-        table.add_row("  " + escape(name), readable.size(num_bytes))
+        made.add_row("  " + name, readable.size(num_bytes))
     if len(sizes) > _NUM_FILES_SHOWN:
         rest = sizes[_NUM_FILES_SHOWN:]
-        table.add_row(f"  and {len(rest)} more", readable.size(sum(num_bytes for num_bytes, _ in rest)))
-    return Group(f"[bold]files[/], {len(sizes)}, {readable.size(sum(num_bytes for num_bytes, _ in sizes))}", table)
+        made.add_row(f"  and {len(rest)} more", readable.size(sum(num_bytes for num_bytes, _ in rest)))
+    total = readable.size(sum(num_bytes for num_bytes, _ in sizes))
+    return Group(Text.assemble(("files", "bold"), f", {len(sizes)}, {total}"), made)
 
 
 def _grow(tree: Tree, relatives: list[Relative]) -> None:
     for relative in relatives:
-        name = relative.node or relative.ref.stage
-        text = f"{escape(relative.binding)}: " if relative.binding else ""
-        text += f"[cyan]{escape(name)}[/] {relative.ref.key[:12]}"
+        text = Text(f"{relative.binding}: " if relative.binding else "")
+        text.append(relative.node or relative.ref.stage, "cyan").append(f" {relative.ref.key[:12]}")
         if relative.finished_at:
-            text += f" [dim]{_when(relative.finished_at)}[/]"
+            text.append(f" {_when(relative.finished_at)}", "dim")
         if relative.mark:
-            text += f" [red]{escape(relative.mark)}[/]"
+            text.append(f" {relative.mark}", "red")
         if relative.repeated:
-            tree.add(f"{text} [dim](see above)[/]")
+            tree.add(text.append(" (see above)", "dim"))
             continue
         if relative.scores:
-            text += f"  {scores_text(relative.scores)}"
+            text.append(f"  {scores_text(relative.scores)}")
         branch = tree.add(text)
         for source in relative.sources:
-            branch.add(f"[dim]{escape(source)}[/]")
+            branch.add(Text(source, "dim"))
         _grow(branch, relative.relatives)
 
 
@@ -327,7 +325,8 @@ def _problems(manifest: dict[str, Any], ref: Ref) -> Iterator[str]:
         yield "its manifest is that of another artifact"
 
 
-def _refs(run: RunRecord) -> dict[str, Ref]:
+def refs_of_run(run: RunRecord) -> dict[str, Ref]:
+    """Node -> artifact of a run."""
     return {node: Ref(run.stages[node], key) for node, key in run.keys.items() if node in run.stages}
 
 
@@ -366,5 +365,5 @@ def _when(moment: Any) -> str:
         return str(moment or "")
 
 
-def _coloured(text: str, colours: dict[str, str]) -> str:
-    return f"[{colours[text]}]{escape(text)}[/]" if text in colours else escape(text)
+def _coloured(text: str, colours: dict[str, str]) -> Text:
+    return Text(text, colours.get(text, ""))

@@ -17,14 +17,7 @@ from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
 from smoltulu.flows.recipe import check_compute
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
-from smoltulu.schemas.contamination import (
-    Benchmark,
-    BenchmarkIndexConfig,
-    BenchmarkReport,
-    ContaminationOutputs,
-    ContaminationRules,
-    ContaminationStageConfig,
-)
+from smoltulu.schemas.contamination import Benchmark, BenchmarkReport, ContaminationOutputs, ContaminationSettings
 from smoltulu.schemas.data import DataSet, DatasetOutputs, DatasetStageConfig, DataSource
 from smoltulu.schemas.languages import LanguageOutputs, LanguageSettings, LanguageStageConfig
 from smoltulu.tasks.data.benchmarks import benchmarks_folder, choose_benchmarks
@@ -90,20 +83,10 @@ class AuditGraph(NodeGraph):
 
     def _lay_out(self) -> None:
         settings = self.settings
-        rules = ContaminationRules(
-            mode=settings.mode,
-            ngram_size=settings.ngram_size,
-            match_threshold=settings.match_threshold,
-            roles=settings.roles,
-            policy="report",
-        )
-        index = BenchmarkIndexConfig(
-            mode=settings.mode,
-            ngram_size=settings.ngram_size if settings.mode == "ngram" else None,
-            benchmarks=self.benchmarks,
-        )
+        same = settings.model_dump(include={"mode", "ngram_size", "match_threshold", "roles"})
+        rules = ContaminationSettings(benchmarks=self.benchmarks, policy="report", **same)
         externals = _digests(benchmark.source for benchmark in self.benchmarks)
-        self.add(Node(INDEX, STAGES["benchmark_index"], index, externals=externals))
+        self.add(Node(INDEX, STAGES["benchmark_index"], rules.index_config(), externals=externals))
         for audited in self.data:
             kind = audited.detected.kind
             # Malformed rows are counted and shown, not refused: an audit looks at what is there.
@@ -111,8 +94,7 @@ class AuditGraph(NodeGraph):
             dataset = f"dataset-{audited.name}"
             self.add(Node(dataset, STAGES["dataset"], rows, externals=_digests([audited.source])))
             inputs = {"dataset": Binding(dataset, "file")}
-            check = ContaminationStageConfig(kind=kind, settings=rules)
-            name = f"contamination-{audited.name}"
+            name, check = f"contamination-{audited.name}", rules.stage_config(kind)
             self.add(Node(name, STAGES["contamination"], check, inputs={**inputs, "index": Binding(INDEX)}))
             if self.detector is not None:
                 config = LanguageStageConfig(kind=kind, settings=LanguageSettings(detector=self.detector))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,15 @@ class Node:
                 flat.update({f"{name}.{inner}": binding for inner, binding in value.items()})
         return flat
 
+    def filled(self, value_of: Callable[[Binding], str]) -> dict[str, Any]:
+        """`inputs` with a value in place of every binding."""
+        return {
+            name: value_of(value)
+            if isinstance(value, Binding)
+            else {inner: value_of(one) for inner, one in value.items()}
+            for name, value in self.inputs.items()
+        }
+
 
 class NodeGraph:
     """Nodes in an order in which every node comes after its inputs; keys follow without running anything."""
@@ -92,17 +101,11 @@ class NodeGraph:
     def spec(self, name: str) -> Spec:
         """What the key of a node is made of."""
         node = self.nodes[name]
-        inputs: dict[str, Any] = {}
-        for input_name, value in node.inputs.items():
-            if isinstance(value, Binding):
-                inputs[input_name] = self.key(value.node)
-            else:
-                inputs[input_name] = {inner: self.key(binding.node) for inner, binding in value.items()}
         return Spec(
             stage=node.stage.name,
             version=node.stage.version,
             config=scientific(node.config),
-            inputs=inputs,
+            inputs=node.filled(lambda binding: self.key(binding.node)),
             externals=dict(node.externals),
         )
 
@@ -124,27 +127,17 @@ class NodeGraph:
             reference = references[binding.node]
             return str(Path(reference.path) / reference.outputs[binding.output]) if binding.output else reference.path
 
-        values: dict[str, Any] = dict(node.literals)
-        for input_name, value in node.inputs.items():
-            if isinstance(value, Binding):
-                values[input_name] = path(value)
-            else:
-                values[input_name] = {inner: path(binding) for inner, binding in value.items()}
-        records = {
-            dotted: InputRecord(
-                stage=references[binding.node].stage,
-                key=references[binding.node].key,
-                digest=references[binding.node].digest,
-            )
-            for dotted, binding in node.bindings().items()
-        }
+        records = {}
+        for dotted, binding in node.bindings().items():
+            made = references[binding.node]
+            records[dotted] = InputRecord(stage=made.stage, key=made.key, digest=made.digest)
         return Job(
             node=name,
             stage=node.stage,
             config=node.config,
             compute=self.compute.of(node.stage.name),
             spec=self.spec(name),
-            inputs=node.stage.inputs.model_validate(values),
+            inputs=node.stage.inputs.model_validate({**node.literals, **node.filled(path)}),
             input_records=records,
             refresh=refresh,
         )

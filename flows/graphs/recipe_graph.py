@@ -62,8 +62,11 @@ class Graph(NodeGraph):
         self.commits = resolve_commits(_hub_references(recipe), resolve)
         self._order = stage_order(recipe)
         self._until = self._order.index(until) if until else len(self._order)
-        self._template = load_chat_template(recipe.chat_template)
-        self._template_external = {"chat_template": text_digest(self._template)}
+        template = load_chat_template(recipe.chat_template)
+        self._template: dict[str, dict[str, str]] = {
+            "literals": {"chat_template": template},
+            "externals": {"chat_template": text_digest(template)},
+        }
         self._lay_out()
 
     # The layout, top to bottom as a run goes.
@@ -182,8 +185,7 @@ class Graph(NodeGraph):
             STAGES["preflight"],
             preflight_config(block, self.recipe.trainings[block], self.recipe.preflight),
             inputs={"model": Binding(base, "folder"), "dataset": Binding(rows, "file")},
-            literals={"chat_template": self._template},
-            externals=self._template_external,
+            **self._template,
         )
 
     def _reference_logps(self, start: str | None) -> str | None:
@@ -195,8 +197,7 @@ class Graph(NodeGraph):
             STAGES["reference_logps"],
             ReferenceLogpsConfig(precision=self.recipe.dpo.precision),
             inputs={"model": Binding(start, "folder"), "dataset": Binding(tokens, "file")},
-            literals={"chat_template": self._template},
-            externals=self._template_external,
+            **self._template,
         )
 
     def _train(self, block: str, start: str | None, **others: str | None) -> str | None:
@@ -211,8 +212,7 @@ class Graph(NodeGraph):
             STAGES[block],
             settings,
             inputs=inputs,
-            literals={"chat_template": self._template},
-            externals=self._template_external,
+            **self._template,
             after=tuple(name for name, node in self.nodes.items() if node.stage.name == "preflight"),
         )
 
@@ -228,7 +228,7 @@ class Graph(NodeGraph):
         if settings is None or subject is None:
             return
         inputs: dict[str, Binding] = {"model": Binding(subject, "folder")}
-        externals = dict(self._template_external)
+        externals = dict(self._template["externals"])
         if subject == "base-model":
             # A base model rarely ends an answer: its samples would cost most of an evaluation and say nothing.
             settings = settings.model_copy(update={"sampled": None})
@@ -264,7 +264,7 @@ class Graph(NodeGraph):
             STAGES["evaluation"],
             EvaluationStageConfig(subject=subject.replace("-", "_"), kind=kind, settings=settings),
             inputs=inputs,
-            literals={"chat_template": self._template},
+            literals=self._template["literals"],
             externals=externals,
         )
 

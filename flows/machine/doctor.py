@@ -1,4 +1,4 @@
-"""What could go wrong on this machine, looked at before days are lost. Imports no torch; takes about two seconds."""
+"""Checks of this machine, before days of training are lost. Imports no torch; takes about two seconds."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ MIN_FREE_DISK_GB = 1.0
 FULL_RECIPE_DISK_GB = 60.0  # weights, optimizer state and two checkpoints of a 1.7B model, per training stage in turn
 MIN_MEMORY_GB = 4.0  # what the recipe `tiny` needs
 HUB_SECONDS = 1.5
+_HUB_ADVICE = "needed only for recipes that name Hub models or data"
 #: Brought by a dependency, but a wrong version of them breaks Prefect without an error (see pyproject.toml).
 CAPPED = ("fastapi", "sqlalchemy")
 NO_WORKER = (
@@ -60,20 +61,15 @@ def examine(home: Path, fix: bool = False) -> list[Check]:
     # A name server that does not answer holds longer than any timeout that can be given, so it gets its own thread.
     asking = threading.Thread(target=lambda: hub.append(_hub()), daemon=True)
     asking.start()
-    checks = [_python(), *_packages(), _gpu(), _disk(), _memory(), _token()]
+    version = ".".join(map(str, sys.version_info[:3]))
+    checks = [Check("Python", "ok", f"{version}, {sys.prefix}"), *_packages(), _gpu(), _disk(), _memory(), _token()]
     checks += examine_prefect(home, api_url(home), fix)
     asking.join(HUB_SECONDS)
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    late = Check("Hub", "warn", f"{address} does not answer", "needed only for recipes that name Hub models or data")
-    return checks + (hub or [late])
+    return checks + (hub or [Check("Hub", "warn", f"{address} does not answer", _HUB_ADVICE)])
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------
-
-
-def _python() -> Check:
-    version = ".".join(map(str, sys.version_info[:3]))
-    return Check("Python", "ok", f"{version}, {sys.prefix}")
 
 
 def requirements() -> list[str]:
@@ -179,16 +175,12 @@ def _hub() -> Check:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return Check("Hub", "ok", "not asked: HF_HUB_OFFLINE is set")
     try:
-        with contextlib.closing(
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_SECONDS)
-        ):
-            return Check("Hub", "ok", f"{address} answers")
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_SECONDS).close()
     except urllib.error.HTTPError:
-        return Check("Hub", "ok", f"{address} answers")
+        pass  # an answer, too
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        detail = f"{address} cannot be reached: {reason}"
-        return Check("Hub", "warn", detail, "needed only for recipes that name Hub models or data")
+        return Check("Hub", "warn", f"{address} cannot be reached: {getattr(error, 'reason', error)}", _HUB_ADVICE)
+    return Check("Hub", "ok", f"{address} answers")
 
 
 # --- Prefect ---------------------------------------------------------------------------------------------------------
@@ -241,7 +233,7 @@ def expected_deployments() -> list[tuple[str, str]]:
 
 
 def examine_prefect(home: Path, url: str, fix: bool = False) -> Iterator[Check]:
-    """Server, pool, worker, deployments and runs, as far as the first that lacks."""
+    """Server, pool, worker, deployments and runs. Without a server, the rest is not checked."""
     ours = machine.running(home, "server")
     if ours and url.rstrip("/") != (ours_url := prefect_api.url_of(ours.port)):
         detail = f"PREFECT_API_URL is {url}, `smoltulu up` runs {ours_url}"

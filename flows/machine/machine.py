@@ -270,20 +270,11 @@ def _start_server(home: Path, port: int, say: Say) -> Record:
     child = _start(home, "server", url, "server", "start", "--host", "127.0.0.1", "--port", str(port))
     record = Record(child.pid, port=port)
     _record(home, "server", record)
-    begin = told = time.monotonic()
     say(f"server    starting on port {port} (process {child.pid}; a new database takes some seconds) ...")
-    while not answers(url):
-        if child.poll() is not None:
-            raise MachineError(f"the server ended with code {child.returncode}; end of {log}:\n{log_end(log)}")
-        if time.monotonic() - begin > SERVER_READY_SECONDS:
-            raise MachineError(f"the server did not answer in {SERVER_READY_SECONDS} s; end of {log}:\n{log_end(log)}")
-        if time.monotonic() > told + 10:
-            told = time.monotonic()
-            say(f"server    not ready yet after {told - begin:.0f} s; its log: {log}")
-        time.sleep(0.3)
+    seconds = _wait("server", child, log, SERVER_READY_SECONDS, lambda: answers(url), say)
     if child.poll() is not None:
         raise MachineError(f"port {port} was taken while the server started; end of {log}:\n{log_end(log)}")
-    say(f"server    ready after {time.monotonic() - begin:.1f} s")
+    say(f"server    ready after {seconds:.1f} s")
     return record
 
 
@@ -291,17 +282,26 @@ def _start_worker(home: Path, url: str, limit: int, say: Say) -> None:
     name, log = f"{POOL}-{uuid4().hex[:8]}", home / "logs" / "worker.log"
     child = _start(home, "worker", url, "worker", "start", "--pool", POOL, "--limit", str(limit), "--name", name)
     _record(home, "worker", Record(child.pid, name=name, limit=limit))
-    begin = time.monotonic()
     say(f"worker    starting (process {child.pid}, {limit} run{'s' if limit > 1 else ''} at a time) ...")
-    while name not in (online_workers(url) or []):
+    seconds = _wait("worker", child, log, WORKER_ONLINE_SECONDS, lambda: name in (online_workers(url) or []), say)
+    say(f"worker    polls the pool after {seconds:.1f} s")
+
+
+def _wait(
+    name: str, child: subprocess.Popen[bytes], log: Path, limit: int, ready: Callable[[], bool], say: Say
+) -> float:
+    """Seconds until the server or the worker was ready. MachineError where it ended, or took longer than `limit`."""
+    begin = told = time.monotonic()
+    while not ready():
         if child.poll() is not None:
-            raise MachineError(f"the worker ended with code {child.returncode}; end of {log}:\n{log_end(log)}")
-        if time.monotonic() - begin > WORKER_ONLINE_SECONDS:
-            raise MachineError(
-                f"the worker did not poll within {WORKER_ONLINE_SECONDS} s; end of {log}:\n{log_end(log)}"
-            )
+            raise MachineError(f"the {name} ended with code {child.returncode}; end of {log}:\n{log_end(log)}")
+        if time.monotonic() - begin > limit:
+            raise MachineError(f"the {name} was not ready after {limit} s; end of {log}:\n{log_end(log)}")
+        if time.monotonic() > told + 10:
+            told = time.monotonic()
+            say(f"{name:<10}not ready yet after {told - begin:.0f} s; its log: {log}")
         time.sleep(0.3)
-    say(f"worker    polls the pool after {time.monotonic() - begin:.1f} s")
+    return time.monotonic() - begin
 
 
 # --- down ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""What a stage will cost, from the recipe and from what finished artifacts of the store that are like it took.
+"""What a stage will cost: estimated from the recipe and from similar finished artifacts of the store.
 
-Every figure is an estimate, or None where it is not known. Nothing is invented: a stage whose like was never finished
-has no tokens and no time. First the arithmetic, which is pure; then the store and the graph that it is asked of.
+A figure that is not known is None: without a similar finished stage there are no tokens and no time. First comes the
+arithmetic, which is pure; then what reads the store and the graph.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Cost:
 
 
 def estimated_tokens(num_steps: int, effective_batch_size: int, similar: Cost | None) -> int | None:
-    """Tokens of `num_steps` steps, if a row has as many tokens as those of a similar stage had on average."""
+    """Tokens of `num_steps` steps, with as many tokens a row as a similar stage had on average."""
     if similar is None or not similar.num_tokens or not similar.num_steps:
         return None
     per_row = similar.num_tokens / (similar.num_steps * similar.effective_batch_size)
@@ -80,7 +80,7 @@ def estimated_tokens(num_steps: int, effective_batch_size: int, similar: Cost | 
 
 
 def closest(costs: Iterable[Cost], num_parameters: int | None, device: str, dataset: str = "") -> Cost | None:
-    """The finished stage that says most about time: same device, then nearest size of the model, then the same rows."""
+    """The finished stage whose time is the best guide: same device, then nearest model size, then the same rows."""
 
     def distance(cost: Cost) -> tuple[float, bool]:
         ratio = 0.0 if num_parameters is None else abs(math.log(cost.num_parameters / num_parameters))
@@ -91,7 +91,7 @@ def closest(costs: Iterable[Cost], num_parameters: int | None, device: str, data
 
 
 def closest_rows(costs: Iterable[Cost], dataset: str, max_length: int) -> Cost | None:
-    """The finished stage that says most about tokens a row: the same rows if there are, then the nearest max_length."""
+    """The finished stage whose tokens a row are the best guide: the same rows, then the nearest max_length."""
     counted = [cost for cost in costs if cost.num_tokens > 0 and cost.num_steps > 0]
     return min(counted, key=lambda cost: (cost.dataset != dataset, abs(cost.max_length - max_length)), default=None)
 
@@ -99,7 +99,7 @@ def closest_rows(costs: Iterable[Cost], dataset: str, max_length: int) -> Cost |
 def estimated_seconds(
     num_steps: int, effective_batch_size: int, num_parameters: int | None, num_processes: int, similar: Cost | None
 ) -> float | None:
-    """Seconds of a similar stage a step, scaled with the batch, the size of the model and one over the processes."""
+    """Seconds a step of a similar stage, scaled by batch and model size, divided by the number of processes."""
     if similar is None or num_parameters is None:
         return None
     per_step = similar.seconds / similar.num_timed_steps
@@ -117,8 +117,8 @@ class Total(NamedTuple):
 def totals(estimates: Sequence[Estimate], num_parallel: int = 1) -> dict[str, Total]:
     """Sums over stages, by field of `Estimate`.
 
-    Peaks do not add up: it is what stays, and on top what the `num_parallel` greediest stages have besides at once.
-    Seconds are a sum too: stages that run side by side take less.
+    Peaks are not summed: the peak is what all stages leave, plus what the `num_parallel` largest ones need beyond that
+    while they run. Seconds are summed: stages that run side by side take less.
     """
     sums = {}
     for name in asdict(NOTHING):
@@ -165,18 +165,19 @@ class Costs:
             return self._training(node, step, num_steps)
         twin = self._twin(name)
         if twin is None:
-            self._facts[name] = self._inherited(node)
+            self._facts[name] = self._upstream(node, "dataset") if node.stage.keeps_rows else _Facts()
             return Estimate()
         sizes = _file_bytes(twin)
         facts = _facts_of(twin.get("outputs", {}), sizes)
         self._facts[name] = facts
-        num_bytes: int | None = sum(sizes.values())
-        seconds = _seconds(twin) if self._device(node) == _device(twin) else None
+        total = sum(sizes.values())
+        num_bytes: int | None = total
+        seconds = _seconds(twin) if self.graph.recipe.compute.of(node.stage.name).device == _device(twin) else None
         if "model" in node.inputs and node.stage.grows_with_model:
             ratio = self._size_ratio(node, twin)
             seconds = None if seconds is None or ratio is None else seconds * ratio
             if node.stage.copies_model:
-                num_bytes = None if ratio is None else round(sum(sizes.values()) * ratio)
+                num_bytes = None if ratio is None else round(total * ratio)
         return Estimate(disk_bytes=num_bytes, peak_disk_bytes=num_bytes, seconds=seconds)
 
     def _training(self, node: Node, step: int, num_steps: int | None) -> Estimate:
@@ -234,12 +235,6 @@ class Costs:
         binding = node.inputs[name]
         assert isinstance(binding, Binding)
         return self._facts.get(binding.node, _Facts())
-
-    def _inherited(self, node: Node) -> _Facts:
-        return self._upstream(node, "dataset") if node.stage.keeps_rows else _Facts()
-
-    def _device(self, node: Node) -> str:
-        return self.graph.recipe.compute.of(node.stage.name).device
 
     def _twin(self, name: str) -> dict[str, Any] | None:
         """Manifest of a finished artifact that took the same work, for a node that has no optimizer steps."""

@@ -7,7 +7,7 @@ marked provisional.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
@@ -109,18 +109,18 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
                     manifest, unreachable = None, (f"the shared store was not looked at: {error}",)
                 if manifest is not None:
                     reason = f"in the shared store, made {_minute(manifest.finished_at)}"
-                    row = PlanRow(**{**vars(row), "status": "cached", "reason": reason, "nearest": None})
+                    row = replace(row, status="cached", reason=reason, nearest=None)
                     found = Found(manifest, store.root)
         if row.status == "cached":
             assert isinstance(found, Found)
-            digests[name] = found.manifest.digest
-            costs.cached(name, found.manifest.outputs, {n: r.size for n, r in found.manifest.files.items()})
+            manifest = found.manifest
+            digests[name] = manifest.digest
+            costs.cached(name, manifest.outputs, {file: record.size for file, record in manifest.files.items()})
+            if graph.nodes[name].stage.makes(PreflightOutputs):
+                preflights[name] = manifest.outputs
         else:
-            estimate = costs.estimate(name, row.step or 0, row.num_steps)
-            row = PlanRow(**{**vars(row), "estimate": estimate})
-        if graph.nodes[name].stage.makes(PreflightOutputs) and isinstance(found, Found) and row.status == "cached":
-            preflights[name] = found.manifest.outputs
-        rows.append(PlanRow(**{**vars(row), "preflight": _figures(graph, name, preflights)}))
+            row = replace(row, estimate=costs.estimate(name, row.step or 0, row.num_steps))
+        rows.append(replace(row, preflight=_figures(graph, name, preflights)))
     errors = {reference: error for reference, error in graph.commits.items() if isinstance(error, ValueError)}
     unresolved = (Unresolved(ref, needed, errors[ref]) for ref, needed in graph.unresolved.items())
     sums = _totals(graph, rows)

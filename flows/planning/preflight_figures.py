@@ -1,4 +1,4 @@
-"""What a finished preflight says of the training that it is for, as `smoltulu plan` shows it. Pure."""
+"""What a finished preflight says about its training, as `smoltulu plan` shows it. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PreflightFigures:
     trained_share      of these tokens; None for prompts, whose answers are not written yet
     num_steps          optimizer steps that this recipe's training takes on these rows
     peak_memory_bytes  of the dry run, and `dry_run` the settings that it was made with
-    notes              what of these settings is another in this recipe
+    notes              which of these settings differ in this recipe
     """
 
     node: str
@@ -77,7 +77,7 @@ def _what_is_trained(lora_r: int | None) -> str:
 def _other_settings(
     run: DryRun, config: PreflightConfig, settings: TrainingSettings, compute: ComputeSettings
 ) -> list[str]:
-    """In what the recipe differs from the dry run: name old -> new."""
+    """Where the recipe differs from the dry run: name old -> new."""
     asked = run.asked_batch_size or run.per_device_train_batch_size
     pairs: list[tuple[str, object, object]] = [
         ("stage", run.subject or config.subject, config.subject),

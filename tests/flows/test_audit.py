@@ -299,7 +299,7 @@ def test_one_process_two_processes_and_dask_say_the_same(prefect_server: None, p
     from rich.console import Console
 
     from smoltulu.flows.audit import audit_data
-    from smoltulu.flows.cli.audit_run import audit
+    from smoltulu.flows.cli.audit import run_audit
     from smoltulu.tasks.contamination.scan import plan_shards
 
     filler = "It was a day like all others in the town by the river. " * 600
@@ -308,7 +308,7 @@ def test_one_process_two_processes_and_dask_say_the_same(prefect_server: None, p
     write_jsonl(data, rows)
     assert data.stat().st_size > 64 << 20
     for name, num_threads in (("one", 1), ("two", 2)):
-        audit([str(data)], settings_for(place / name / "store", num_threads), Console(quiet=True))
+        run_audit([str(data)], settings_for(place / name / "store", num_threads), Console(quiet=True))
     runner = prefect_dask.DaskTaskRunner(
         cluster_kwargs={"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
     )

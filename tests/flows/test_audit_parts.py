@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smoltulu.flows.cli.audit import show
+from smoltulu.flows.cli.output import console
 from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.contamination import BenchmarkReport, ContaminationOutputs
 from smoltulu.schemas.data import DatasetOutputs, SourceReport
@@ -245,6 +249,14 @@ def test_the_table_stands_beside_the_paper_s_and_never_says_zero_for_what_was_no
         "180 of the found have under 8 terms" in rows[0].remarks and "2 with a field without terms" in rows[0].remarks
     )
     assert rows[1].remarks == "no Hub" and rows[2].remarks == "gated"
+
+
+def test_a_name_that_looks_like_markup_is_shown_as_it_is() -> None:
+    out = io.StringIO()
+    named = result(report("[/]", 1, 3), label="[red]mine", no_languages="[/]", folders={"contamination": "x"})
+    show(named, console(file=out))
+    assert "│ [/] " in out.getvalue() and "Contamination of [red]mine" in out.getvalue()
+    assert "not judged: [/]" in out.getvalue()
 
 
 @pytest.mark.parametrize(

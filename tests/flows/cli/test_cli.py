@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from smoltulu.flows.cli import demo
 from smoltulu.flows.cli.main import app
+from smoltulu.flows.cli.output import console
 from smoltulu.flows.logs import shield
 from smoltulu.flows.machine import doctor, machine, places, prefect_api
 from smoltulu.flows.recipe import parse_overrides
@@ -70,6 +71,17 @@ def test_plan_lists_every_stage(tmp_path: Path) -> None:
     for stage in ("world", "sft", "reward-model", "dpo", "rlvr", "publish"):
         assert f" {stage} " in done.stdout
     assert str(tmp_path) in done.stdout and "never made" in done.stdout
+
+
+def test_plan_of_a_file_says_how_to_run_its_preflight(tmp_path: Path) -> None:
+    """The recipe's name means nothing to a deployment where the recipe is a file."""
+    (tmp_path / "my recipe.yaml").write_text("extends: tiny\nname: mine\n")
+    given = [str(tmp_path / "my recipe.yaml"), "-o", "dpo.learning_rate=5e-7"]
+    done = _python("-m", "smoltulu.flows.cli.main", "plan", *given, SMOLTULU_STORE=str(tmp_path), COLUMNS="1000")
+    assert (
+        f"-p 'recipe={tmp_path}/my recipe.yaml' -p 'overrides={{\"dpo.learning_rate\": 5e-07}}' -p until=preflight`"
+        in done.stdout
+    ), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -179,11 +191,10 @@ def test_log_lines_survive_prefects_watch() -> None:
     from prefect.client.schemas.objects import Log
 
     def shown(message: str) -> str:
-        console = Console(file=io.StringIO(), width=200)
+        out = io.StringIO()
         log = Log(name="x", level=20, message=message, timestamp="2026-01-01T00:00:00Z", flow_run_id=None)
-        console.print(FlowRunFormatter().format(log))
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        Console(file=out, width=200).print(FlowRunFormatter().format(log))
+        return out.getvalue()
 
     message = "[sft] in [/tmp/x], [1/20], ['a'], [red]not red[/]"
     with pytest.raises(MarkupError):
@@ -227,10 +238,9 @@ def test_the_demo_shows_scores_what_was_cached_and_where_things_lie() -> None:
         pushed="stayed local: publish.repository is not set",
         report_path="artifacts/reports/tiny-demo/report.html",
     )
-    console = Console(file=io.StringIO(), width=160)
-    demo.show(summary, console)
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
+    out = io.StringIO()
+    demo.show(summary, console(file=out))
+    text = out.getvalue()
     assert "1 of 2 stages cached" in text
     assert "0.000 ± 0.021" in text and "0.500 ± 0.021" in text and "0.875 ± 0.021" in text
     assert " artifacts/store/sft/0123/gen-0001 " in text and "out of [/memory]" in text

@@ -16,9 +16,9 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from rich.console import Console
 
 from smoltulu.flows.cli import demo
+from smoltulu.flows.cli.output import console
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
 from smoltulu.schemas.data import DatasetOutputs
@@ -248,6 +248,6 @@ def test_the_terminal_obeys_no_text(bad: str, tmp_path: Path) -> None:
     output = io.StringIO()
     for made in (None, 15):
         summary = spoiler(bad)(sample_run(tmp_path, made=made)[0])
-        demo.show(summary, Console(file=output, width=160))
+        demo.show(summary, console(file=output))
     assert all(character == "\n" or character.isprintable() for character in output.getvalue())
     assert "stages cached" in output.getvalue()

@@ -1,0 +1,68 @@
+"""How every command prints: one table, one JSON, one failure. Nothing that is printed is read as Rich markup."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Container, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+#: Columns of a line that goes to a file or a pipe, unless COLUMNS says otherwise.
+WIDTH = 160
+
+
+def console(**options: Any) -> Console:
+    """Standard output, which takes every `str` as it is. Tables keep their width in a file or a pipe."""
+    from rich.console import Console
+
+    given = os.environ.get("COLUMNS", "")
+    width = None if sys.stdout.isatty() else int(given) if given.isdigit() else WIDTH
+    return Console(width=width, markup=False, emoji=False, highlight=False, **options)
+
+
+def table(*headings: str, title: str | None = None, right: Container[str] = (), whole: Container[str] = ()) -> Table:
+    """A table without rows yet. Cells are plain `str`, or `Text` where they have a colour.
+
+    right, whole  headings of the columns that are aligned to the right, and of those that are never wrapped
+    """
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left")
+    for name in headings:
+        made.add_column(name, justify="right" if name in right else "left", no_wrap=name in whole)
+    return made
+
+
+def print_json(value: Any) -> None:
+    """Everything, for programs."""
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def fail(error: object) -> NoReturn:
+    """One clear message, exit code 1."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        error = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+    elif isinstance(error, OSError) and error.filename:
+        error = f"{error.strerror}: {error.filename}"
+    typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+    raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def failures(*others: type[Exception]) -> Iterator[None]:
+    """What the user has to fix (ValueError, OSError and `others`) ends the command by `fail`, without a traceback."""
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError, *others)
+    try:
+        yield
+    except kinds as error:
+        fail(error)
