@@ -9,9 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
-
-from pydantic import BaseModel
+from typing import Any, get_args
 
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
@@ -22,7 +20,7 @@ from smoltulu.schemas.run import Outcome, RunSummary, StageRun
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.charts import Point, parse_history
 from smoltulu.tasks.report.render import render
-from smoltulu.tasks.report.summary import outputs_of, preflight_figures, score_tables
+from smoltulu.tasks.report.summary import Outputs, outputs_of, preflight_figures, score_tables
 
 #: What a reader looks at first; everything else that was logged folds away below.
 FIRST_CURVES = (
@@ -43,7 +41,6 @@ FIRST_CURVES = (
 )
 _MAX_FIRST_CURVES = 6
 _MAX_OTHER_CURVES = 48
-_Outputs = TypeVar("_Outputs", bound=BaseModel)
 
 
 def html_report(
@@ -76,8 +73,8 @@ def html_report(
 
 
 def _outputs_of(
-    model: type[_Outputs], runs: Sequence[tuple[StageRun, Manifest | None]]
-) -> list[tuple[str, Manifest, _Outputs]]:
+    model: type[Outputs], runs: Sequence[tuple[StageRun, Manifest | None]]
+) -> list[tuple[str, Manifest, Outputs]]:
     """(name without the stage, manifest, outputs) of every such node that was made."""
     return [
         (run.node.removeprefix(f"{run.stage}-"), manifest, outputs)
