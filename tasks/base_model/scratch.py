@@ -7,7 +7,6 @@ from a published base model and never come here.
 from __future__ import annotations
 
 import itertools
-import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +17,6 @@ from smoltulu.schemas.base_model import BaseModelConfig, BaseModelOutputs
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-log = logging.getLogger(__name__)
 
 EOS = "<|endoftext|>"
 PAD = "<pad>"  # not the eos: a masked eos would never be learned

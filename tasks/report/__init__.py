@@ -1,7 +1,7 @@
 """What a run shows: its summary, Prefect artifacts, and one self-contained HTML page."""
 
 from smoltulu.tasks.report.page import html_report
-from smoltulu.tasks.report.summary import collect_scores, markdown, stage_runs, stage_table, summarise
+from smoltulu.tasks.report.summary import markdown, stage_table, summarise
 from smoltulu.tasks.report.text import artifact_key
 
-__all__ = ["artifact_key", "collect_scores", "html_report", "markdown", "stage_runs", "stage_table", "summarise"]
+__all__ = ["artifact_key", "html_report", "markdown", "stage_table", "summarise"]

@@ -1,11 +1,9 @@
-"""Bars as inline SVG: row lengths of a preflight, shares of languages. Colours come from the page's style."""
+"""Row lengths of a preflight as bars, inline SVG. Colours come from the page's style."""
 
 from __future__ import annotations
 
-from smoltulu.schemas.languages import LanguageOutputs
 from smoltulu.schemas.preflight import LengthReport
-from smoltulu.tasks.report import text
-from smoltulu.tasks.report.charts import e, ticks
+from smoltulu.tasks.report.charts import ticks
 
 
 def histogram(lengths: LengthReport, max_length: int) -> str:
@@ -41,28 +39,3 @@ def histogram(lengths: LengthReport, max_length: int) -> str:
     parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{height - bottom}" y2="{height - bottom}"/>')
     label = f"rows by length in tokens, bars of {lengths.bin_width}"
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-
-
-def language_bars(outputs: LanguageOutputs) -> str:
-    """A bar per language and one for the rows without; lengths are shares of all rows."""
-    bars = [(share.name, share.share, "dot") for share in outputs.shares]
-    if outputs.num_undetermined:
-        bars.append(("undetermined", outputs.num_undetermined / outputs.num_rows, "band"))
-    if not bars:
-        return ""
-    width, left, right, row_height = 640, 130, 70, 20
-    longest = max(share for _, share, _ in bars)
-    parts = []
-    for index, (name, share, style) in enumerate(bars):
-        y = index * row_height
-        length = share / longest * (width - left - right)
-        parts.append(
-            f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{e(name)}</text>'
-            f'<rect class="{style}" x="{left}" y="{y + 3}" width="{max(length, 0.5):.1f}" height="{row_height - 6}"/>'
-            f'<text x="{left + length + 6:.1f}" y="{y + 14}">{text.percent(share)}</text>'
-        )
-    height = len(bars) * row_height + 4
-    return (
-        f'<figure><svg viewBox="0 0 {width} {height}" width="100%" role="img" aria-label="Share of rows per language">'
-        f"{''.join(parts)}</svg></figure>"
-    )

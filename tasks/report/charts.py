@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from graphlib import TopologicalSorter
 from html import escape
+from itertools import groupby
 from typing import TypeGuard
 
 from smoltulu.tasks.report.text import clean, number
@@ -85,7 +87,6 @@ def line_chart(name: str, points: Sequence[Point]) -> str:
     caption += f' <span class="muted">last {e(number(finite[-1]))}</span>'
     if gaps:
         caption += f' <span class="bad">{gaps} not finite</span>'
-    buckets = bucketed(points)
     width, height, left, right, top, bottom = 360, 190, 48, 10, 8, 26
     low, high = min(finite), max(finite)
     if high - low <= 1e-12 * max(abs(low), abs(high)):
@@ -111,7 +112,7 @@ def line_chart(name: str, points: Sequence[Point]) -> str:
     for value in ticks(first, last):
         parts.append(f'<text x="{x(value)}" y="{height - 8}" text-anchor="middle">{_tick(value)}</text>')
     parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{height - bottom}" y2="{height - bottom}"/>')
-    for segment in _segments(buckets):
+    for segment in (list(filter(None, group)) for is_there, group in groupby(bucketed(points), bool) if is_there):
         if len(segment) == 1:
             parts.append(f'<circle class="dot" cx="{x(segment[0][0])}" cy="{y(segment[0][1])}" r="2"/>')
             continue
@@ -138,33 +139,12 @@ def _tick(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _segments(
-    buckets: Sequence[tuple[float, float, float, float] | None],
-) -> list[list[tuple[float, float, float, float]]]:
-    segments: list[list[tuple[float, float, float, float]]] = [[]]
-    for bucket in buckets:
-        if bucket is None:
-            segments.append([])
-        else:
-            segments[-1].append(bucket)
-    return [segment for segment in segments if segment]
-
-
 def direct_parents(parents: Mapping[str, set[str]]) -> dict[str, set[str]]:
     """The same graph without the edges that a longer way implies (transitive reduction). No cycles."""
-    above: dict[str, set[str]] = {}
-
-    def ancestors(node: str) -> set[str]:
-        if node not in above:
-            above[node] = set(parents[node]).union(*(ancestors(parent) for parent in parents[node]))
-        return above[node]
-
-    return {
-        node: {
-            parent for parent in direct if not any(parent in ancestors(other) for other in direct if other != parent)
-        }
-        for node, direct in parents.items()
-    }
+    ancestors: dict[str, set[str]] = {}
+    for node in TopologicalSorter(parents).static_order():
+        ancestors[node] = parents[node].union(*(ancestors[parent] for parent in parents[node]))
+    return {node: direct.difference(*(ancestors[parent] for parent in direct)) for node, direct in parents.items()}
 
 
 def layered(parents: Mapping[str, set[str]]) -> tuple[list[list[str]], list[tuple[str, str]]]:
@@ -174,13 +154,9 @@ def layered(parents: Mapping[str, set[str]]) -> tuple[list[list[str]], list[tupl
     Order within a row: by the mean place of the neighbours, a few times down and up.
     """
     depth: dict[str, int] = {}
-
-    def depth_of(node: str) -> int:
-        if node not in depth:
-            depth[node] = 1 + max((depth_of(parent) for parent in parents[node]), default=-1)
-        return depth[node]
-
-    rows: list[list[str]] = [[] for _ in range(1 + max((depth_of(node) for node in parents), default=-1))]
+    for node in TopologicalSorter(parents).static_order():
+        depth[node] = 1 + max((depth[parent] for parent in parents[node]), default=-1)
+    rows: list[list[str]] = [[] for _ in range(1 + max(depth.values(), default=-1))]
     for node in parents:
         rows[depth[node]].append(node)
     edges = []

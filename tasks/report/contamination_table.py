@@ -48,13 +48,14 @@ def has_paper_figures(rows: Sequence[TableRow]) -> bool:
 
 def _row(report: BenchmarkReport, result: AuditResult, registry: BenchmarkRegistry, as_published: bool) -> TableRow:
     known = registry.find(report.name)
+    title = known.title if known else report.name
     published = registry.published_share(report.name, result.repository) if as_published else None
     paper = "" if published is None else readable.percent(published)
     if report.share is None:
         reason = report.not_checked or "no instance that can be checked"
-        return TableRow(known.title if known else report.name, "", "", NOT_CHECKED, paper, reason)
+        return TableRow(title, "", "", NOT_CHECKED, paper, reason)
     return TableRow(
-        title=known.title if known else report.name,
+        title=title,
         num_instances=f"{report.num_instances:,}",
         num_found=f"{report.num_contaminated:,}",
         share=readable.percent(report.share),

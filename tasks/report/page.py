@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
-
-from pydantic import BaseModel, ValidationError
+from typing import Any, get_args
 
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
@@ -22,9 +19,8 @@ from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import Outcome, RunSummary, StageRun
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.charts import Point, parse_history
-from smoltulu.tasks.report.preflight import preflight_figures
 from smoltulu.tasks.report.render import render
-from smoltulu.tasks.report.summary import score_tables
+from smoltulu.tasks.report.summary import Outputs, outputs_of, preflight_figures, score_tables
 
 #: What a reader looks at first; everything else that was logged folds away below.
 FIRST_CURVES = (
@@ -45,7 +41,6 @@ FIRST_CURVES = (
 )
 _MAX_FIRST_CURVES = 6
 _MAX_OTHER_CURVES = 48
-_Outputs = TypeVar("_Outputs", bound=BaseModel)
 
 
 def html_report(
@@ -78,21 +73,14 @@ def html_report(
 
 
 def _outputs_of(
-    model: type[_Outputs], runs: Sequence[tuple[StageRun, Manifest | None]]
-) -> list[tuple[str, Manifest, _Outputs]]:
+    model: type[Outputs], runs: Sequence[tuple[StageRun, Manifest | None]]
+) -> list[tuple[str, Manifest, Outputs]]:
     """(name without the stage, manifest, outputs) of every such node that was made."""
     return [
         (run.node.removeprefix(f"{run.stage}-"), manifest, outputs)
         for run, manifest in runs
-        if manifest is not None and (outputs := _outputs(model, manifest)) is not None
+        if manifest is not None and (outputs := outputs_of(model, manifest)) is not None
     ]
-
-
-def _outputs(model: type[_Outputs], manifest: Manifest) -> _Outputs | None:
-    """Outputs of this kind; None where they are of another, or were written by a version that differs."""
-    with suppress(ValidationError):
-        return model.model_validate(manifest.outputs)
-    return None
 
 
 @dataclass(frozen=True)
@@ -147,5 +135,5 @@ def _lineage(manifests: Mapping[str, Manifest]) -> tuple[dict[str, set[str]], di
         kind = stage.replace("_", "-")
         name = node.removeprefix(f"{kind}-") or node
         second = f"{stage if name != node else ''} {manifest.key[:6]}".strip()
-        labels[node] = (name, second, "model" if _outputs(ModelOutputs, manifest) else "")
+        labels[node] = (name, second, "model" if outputs_of(ModelOutputs, manifest) else "")
     return parents, labels

@@ -13,14 +13,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.tasks.report import text
-from smoltulu.tasks.report.bars import histogram, language_bars
+from smoltulu.tasks.report.bars import histogram
 from smoltulu.tasks.report.charts import MAX_POINTS, line_chart, lineage_drawing
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from jinja2.runtime import Context
 
-_DRAWINGS: tuple[Callable[..., str], ...] = (line_chart, lineage_drawing, histogram, language_bars)
+_DRAWINGS: tuple[Callable[..., str], ...] = (line_chart, lineage_drawing, histogram)
 _FORMATS = (text.number, text.percent, text.duration, text.size, text.moment)
 
 

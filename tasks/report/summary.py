@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,8 +15,9 @@ from smoltulu.schemas.evaluation import EvaluationOutputs, Score
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
 from smoltulu.tasks.report import text
-from smoltulu.tasks.report.preflight import preflight_figures
 from smoltulu.tasks.report.render import render
+
+Outputs = TypeVar("Outputs", bound=BaseModel)
 
 
 def stage_runs(
@@ -31,35 +34,30 @@ def stage_runs(
     by_node = {reference.node: (reference, manifest) for reference, manifest in made}
     runs = []
     for node, stage in planned:
+        run = StageRun(node=node, stage=stage, outcome="Not run", seconds=seconds.get(node, 0.0))
         if node in failed:
-            run = StageRun(
-                node=node, stage=stage, outcome="Failed", seconds=seconds.get(node, 0.0), error=_storable(failed[node])
-            )
+            run = run.model_copy(update={"outcome": "Failed", "error": _storable(failed[node])})
         elif node in by_node:
             reference, manifest = by_node[node]
             own = 0.0 if reference.outcome == "Cached" else manifest.duration_seconds
-            run = StageRun(
-                node=node,
-                stage=stage,
-                outcome=reference.outcome,
-                seconds=seconds.get(node, own),
-                key=reference.key,
-                path=reference.path,
-                metrics=reference.metrics,
-            )
-        else:
-            run = StageRun(node=node, stage=stage, outcome="Not run", seconds=seconds.get(node, 0.0))
+            of_artifact = reference.model_dump(include={"outcome", "key", "path", "metrics"})
+            run = run.model_copy(update={**of_artifact, "seconds": seconds.get(node, own)})
         runs.append(run)
     return tuple(runs)
+
+
+def outputs_of(model: type[Outputs], made: Manifest | ArtifactReference) -> Outputs | None:
+    """Outputs of this kind; None where they are of another, or were written by a version that differs."""
+    with suppress(ValidationError):
+        return model.model_validate(made.outputs)
+    return None
 
 
 def collect_scores(made: Sequence[tuple[ArtifactReference, Manifest]]) -> tuple[RunScore, ...]:
     """Every score of every evaluation, told by its outputs; one whose outputs cannot be read is left out."""
     scores = []
     for reference, manifest in made:
-        try:
-            outputs = EvaluationOutputs.model_validate(manifest.outputs)
-        except ValidationError:
+        if (outputs := outputs_of(EvaluationOutputs, manifest)) is None:
             continue
         kind = manifest.spec.config.get("kind", "language_model")
         for score in outputs.scores:
@@ -70,20 +68,12 @@ def collect_scores(made: Sequence[tuple[ArtifactReference, Manifest]]) -> tuple[
 
 def summarise(
     *,
-    run_name: str,
-    recipe: str,
-    state: str,
-    started_at: str,
-    finished_at: str,
     planned: Sequence[tuple[str, str]],
     made: Sequence[tuple[ArtifactReference, Manifest]],
     failed: Mapping[str, str] | None = None,
     seconds: Mapping[str, float] | None = None,
     error: str | None = None,
-    published: str | None = None,
-    pushed: str = "",
-    summary_path: str | None = None,
-    report_path: str | None = None,
+    **facts: Any,
 ) -> RunSummary:
     """The summary of a run.
 
@@ -91,20 +81,13 @@ def summarise(
     made      what is there, cached or new
     failed    node -> error
     seconds   node -> seconds spent in this run
+    facts     the other fields of `RunSummary`, as they are
     """
     return RunSummary(
-        run_name=run_name,
-        recipe=recipe,
-        state=state,
-        started_at=started_at,
-        finished_at=finished_at,
         error=None if error is None else _storable(error),
         stages=stage_runs(planned, made, failed or {}, seconds or {}),
         scores=collect_scores(made),
-        published=published,
-        pushed=pushed,
-        summary_path=summary_path,
-        report_path=report_path,
+        **facts,
     )
 
 
@@ -146,17 +129,18 @@ class ScoreTable:
 
 def score_tables(scores: Sequence[RunScore]) -> list[ScoreTable]:
     """Language models, a column each, then accuracies on preference pairs; a table without rows is left out."""
-    subjects = grid_columns(scores)
+    # Columns in order of appearance: that of the run.
+    subjects = list(dict.fromkeys(score.subject for score in scores if score.kind == "language_model"))
     grid: dict[tuple[str, str], dict[str, RunScore]] = {}
     for score in scores:
         if score.kind == "language_model":
             grid.setdefault((score.task, score.metric), {})[score.subject] = score
     rows = [_score_row(names, [cells.get(subject) for subject in subjects]) for names, cells in grid.items()]
-    pairs = [
-        _score_row((preference_label(score), score.task, score.metric), [score])
-        for score in scores
-        if score.kind != "language_model"
-    ]
+    pairs = []
+    for score in scores:
+        if score.kind != "language_model":
+            model = text.title(score.subject) + (", implicit reward" if score.kind == "implicit_reward" else "")
+            pairs.append(_score_row((model, score.task, score.metric), [score]))
     tables = [
         ScoreTable(
             "Language models", ("Task", "Metric"), tuple(text.title(subject) for subject in subjects), tuple(rows)
@@ -181,16 +165,6 @@ def _source(score: RunScore) -> str:
     return f"{shots}{score.harness}, task version {score.task_version}"
 
 
-def grid_columns(scores: Sequence[RunScore]) -> list[str]:
-    """Subjects of the language-model scores, in order of appearance: that of the run."""
-    return list(dict.fromkeys(score.subject for score in scores if score.kind == "language_model"))
-
-
-def preference_label(score: RunScore) -> str:
-    """Whose pairs a pair accuracy is about: `Reward model`, or `DPO, implicit reward`."""
-    return text.title(score.subject) + (", implicit reward" if score.kind == "implicit_reward" else "")
-
-
 def markdown(summary: RunSummary) -> str:
     """The final Markdown artifact: scores, stages, where things lie."""
     seconds = text.seconds_between(summary.started_at, summary.finished_at)
@@ -201,26 +175,39 @@ def markdown(summary: RunSummary) -> str:
 def stage_table(reference: ArtifactReference, outputs_model: type[BaseModel]) -> list[dict[str, str]]:
     """Rows {metric, value} of a stage's Prefect table artifact: scores or benchmarks first, then the metrics."""
     rows = [("outcome", reference.outcome), ("key", reference.key[: text.SHORT_KEY])]
-    try:
-        outputs = outputs_model.model_validate(reference.outputs)
-        if isinstance(outputs, EvaluationOutputs):
-            for score in outputs.scores:
-                rows.append((f"{score.task} {score.metric}", str(score_cell(score))))
-        if isinstance(outputs, ContaminationOutputs):
-            for benchmark in outputs.benchmarks:
+    match outputs_of(outputs_model, reference):
+        case None:
+            rows.append(("outputs", "written by another version, not shown"))
+        case EvaluationOutputs(scores=scores):
+            rows += [(f"{score.task} {score.metric}", str(score_cell(score))) for score in scores]
+        case ContaminationOutputs(benchmarks=benchmarks):
+            for benchmark in benchmarks:
                 found = f"{benchmark.num_contaminated:,} of {benchmark.num_instances:,} instances"
-                rows.append(
-                    (
-                        f"found of {benchmark.name}",
-                        f"not checked: {benchmark.not_checked}" if benchmark.not_checked else found,
-                    )
-                )
-        if isinstance(outputs, PreflightOutputs):
+                not_checked = benchmark.not_checked and f"not checked: {benchmark.not_checked}"
+                rows.append((f"found of {benchmark.name}", not_checked or found))
+        case PreflightOutputs() as outputs:
             rows += preflight_figures(outputs).items()
-    except ValidationError:
-        rows.append(("outputs", "written by another version, not shown"))
     rows += [(name, text.number(value)) for name, value in sorted(reference.metrics.items())]
     return [{"metric": name, "value": value} for name, value in rows]
+
+
+def preflight_figures(outputs: PreflightOutputs) -> dict[str, str]:
+    """The figures of one preflight, by their name, as a reader sees them."""
+    source = max(outputs.num_source_rows, 1)
+    left_out = outputs.num_empty + outputs.num_malformed
+    run = outputs.dry_run
+    trained = outputs.num_trained_tokens / max(outputs.num_tokens, 1)
+    return {
+        "Rows": f"{outputs.num_rows:,} of {outputs.num_source_rows:,}",
+        "Dropped": text.percent(outputs.num_dropped / source),
+        "Cut": text.percent(outputs.num_truncated / source),
+        "Left out": f"{left_out:,}",
+        "Tokens an epoch": f"{outputs.num_tokens:,}",
+        "Trained": text.percent(trained) if outputs.num_trained_tokens else "–",
+        "Mean length": f"{outputs.lengths.mean:,.0f}",
+        "Longest": f"{outputs.lengths.percentiles.get('100', 0):,}",
+        "Peak memory": "–" if run is None else text.size(run.peak_memory_bytes),
+    }
 
 
 def _storable(value: str) -> str:

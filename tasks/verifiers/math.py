@@ -43,21 +43,9 @@ def _final_expression(text: str) -> str | None:
 
 def _normalised_math(text: str) -> str:
     """Drop what never changes a value: spacing commands, \\left and \\right, display fractions, outer punctuation."""
-    for old, new in (
-        ("\\dfrac", "\\frac"),
-        ("\\tfrac", "\\frac"),
-        ("\\!", ""),
-        ("\\,", ""),
-        ("\\;", ""),
-        ("\\ ", ""),
-        ("\\$", ""),
-        ("$", ""),
-        ("\\%", ""),
-        ("%", ""),
-        ("^{\\circ}", ""),
-        ("^\\circ", ""),
-    ):
-        text = text.replace(old, new)
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    for mark in ("\\!", "\\,", "\\;", "\\ ", "\\$", "$", "\\%", "%", "^{\\circ}", "^\\circ"):
+        text = text.replace(mark, "")
     text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)  # not \\rightarrow
     text = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
     return re.sub(r"\s+", "", text).strip(".").replace("{,}", "")

@@ -38,7 +38,7 @@ _GREETINGS = (("Hello!", "Hello! What can I do for you?"), ("Can you help me?", 
 _TWO_TURN_SHARE = 0.03
 
 
-def generate_world(config: WorldConfig, inputs: None, folder: Path) -> WorldOutputs:
+def generate_world(config: WorldConfig, folder: Path) -> WorldOutputs:
     """Write all files of the world into `folder` (made if missing) and return their names and sizes.
 
     Raises:

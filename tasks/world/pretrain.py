@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 
 from smoltulu.tasks.world.constraints import ADJECTIVES, CATEGORIES, COUNT_WORDS, ENDINGS, NOUNS, STARTS, VERBS
-from smoltulu.tasks.world.problems import NAMES, OBJECTS, draw_problem, write_step
+from smoltulu.tasks.world.problems import NAMES, OBJECTS, draw_problem
 
 
 def draw_plain_text(rng: random.Random, largest: int) -> str:
@@ -21,7 +21,7 @@ def draw_plain_text(rng: random.Random, largest: int) -> str:
 
 
 def _sums(rng: random.Random, largest: int) -> str:
-    return "\n".join(write_step(step) for step in draw_problem(rng, largest).steps)
+    return "\n".join(map(str, draw_problem(rng, largest).steps))
 
 
 def _story(rng: random.Random, largest: int) -> str:

@@ -32,6 +32,9 @@ class Step:
     operator: str
     right: int
 
+    def __str__(self) -> str:
+        return f"{self.left}{self.operator}{self.right}={self.value}"
+
     @property
     def value(self) -> int:
         if self.operator == "/":
@@ -66,50 +69,46 @@ def _gain_then_lose(rng: random.Random, largest: int, who: str, what: str) -> tu
     first, second = rng.randint(5, largest), rng.randint(5, largest)
     gain = Step(first, "+", second)
     lose = Step(gain.value, "-", rng.randint(3, min(gain.value - 1, largest)))
-    return (
-        f"{who} has {first} {what}, finds {second} and loses {lose.right}. How many {what} are left?",
-        (gain, lose),
-    )
+    question = f"{who} has {first} {what}, finds {second} and loses {lose.right}. How many {what} are left?"
+    return question, (gain, lose)
 
 
 def _lose_then_gain(rng: random.Random, largest: int, who: str, what: str) -> tuple[str, tuple[Step, ...]]:
     first = rng.randint(10, largest)
     lose = Step(first, "-", rng.randint(3, first - 2))
     gain = Step(lose.value, "+", rng.randint(5, largest))
-    return (
-        f"{who} had {first} {what}, sold {lose.right} and made {gain.right}. How many {what} now?",
-        (lose, gain),
-    )
+    question = f"{who} had {first} {what}, sold {lose.right} and made {gain.right}. How many {what} now?"
+    return question, (lose, gain)
 
 
 def _boxes_and_more(rng: random.Random, largest: int, who: str, what: str) -> tuple[str, tuple[Step, ...]]:
     count = rng.randint(2, 9)
     fill = Step(count, "*", rng.randint(2, 9))
     more = Step(fill.value, "+", rng.randint(3, largest))
-    return (
-        f"{who} fills {count} boxes with {fill.right} {what} each and keeps {more.right}. How many {what} in all?",
-        (fill, more),
+    question = (
+        f"{who} fills {count} boxes with {fill.right} {what} each and keeps {more.right}. How many {what} in all?"
     )
+    return question, (fill, more)
 
 
 def _share_then_get(rng: random.Random, largest: int, who: str, what: str) -> tuple[str, tuple[Step, ...]]:
     friends, each = rng.randint(2, 9), rng.randint(2, 9)
     share = Step(friends * each, "/", friends)
     get = Step(share.value, "+", rng.randint(5, largest))
-    return (
-        f"{who} splits {share.left} {what} into {friends} bags and adds {get.right} to one. How many {what} in it?",
-        (share, get),
+    question = (
+        f"{who} splits {share.left} {what} into {friends} bags and adds {get.right} to one. How many {what} in it?"
     )
+    return question, (share, get)
 
 
 def _add_three(rng: random.Random, largest: int, who: str, what: str) -> tuple[str, tuple[Step, ...]]:
     numbers = [rng.randint(3, largest) for _ in range(3)]
     first = Step(numbers[0], "+", numbers[1])
     second = Step(first.value, "+", numbers[2])
-    return (
-        f"{who} counts {numbers[0]} red, {numbers[1]} blue and {numbers[2]} green {what}. How many {what} together?",
-        (first, second),
+    question = (
+        f"{who} counts {numbers[0]} red, {numbers[1]} blue and {numbers[2]} green {what}. How many {what} together?"
     )
+    return question, (first, second)
 
 
 FAMILIES: dict[str, Callable[[random.Random, int, str, str], tuple[str, tuple[Step, ...]]]] = {
@@ -129,13 +128,9 @@ def draw_problem(rng: random.Random, largest: int) -> Problem:
     return Problem(family, question, objects, steps)
 
 
-def write_step(step: Step) -> str:
-    return f"{step.left}{step.operator}{step.right}={step.value}"
-
-
 def worked_solution(problem: Problem) -> str:
     """The steps, one a line, then `#### result`."""
-    return "\n".join([*(write_step(step) for step in problem.steps), f"#### {problem.result}"])
+    return "\n".join([*map(str, problem.steps), f"#### {problem.result}"])
 
 
 def terse_solution(problem: Problem) -> str:
@@ -155,16 +150,14 @@ def wrong_solution(rng: random.Random, problem: Problem, terse: bool) -> str:
         wrong = _slip(rng, first.value)
         carried = Step(wrong, last.operator, last.right)
         if carried.value >= 0 and carried.value != problem.result:
-            lines = [f"{first.left}{first.operator}{first.right}={wrong}", write_step(carried)]
-            return "\n".join([*lines, f"#### {carried.value}"])
+            return f"{first.left}{first.operator}{first.right}={wrong}\n{carried}\n#### {carried.value}"
     if kind == "wrong_operator":
         swapped = Step(last.left, "-" if last.operator == "+" else "+", last.right)
         if swapped.value >= 0:
-            return "\n".join([write_step(first), write_step(swapped), f"#### {swapped.value}"])
+            return f"{first}\n{swapped}\n#### {swapped.value}"
     if kind == "final_line":
-        return "\n".join([write_step(first), write_step(last), f"#### {slip}"])
-    lines = [write_step(first), f"{last.left}{last.operator}{last.right}={slip}"]
-    return "\n".join([*lines, f"#### {slip}"])
+        return f"{first}\n{last}\n#### {slip}"
+    return f"{first}\n{last.left}{last.operator}{last.right}={slip}\n#### {slip}"
 
 
 def broken_solution(rng: random.Random, problem: Problem, terse: bool) -> str:
@@ -175,7 +168,7 @@ def broken_solution(rng: random.Random, problem: Problem, terse: bool) -> str:
     """
     if terse:
         return rng.choice([f"{problem.result}", "####", f"The answer is {problem.result}", f"## {problem.result}"])
-    working = "\n".join(write_step(step) for step in problem.steps)
+    working = "\n".join(map(str, problem.steps))
     endings = ["", "\n####", f"\nThe answer is {problem.result}", f"\n## {problem.result}", f"\n{problem.result}"]
     return working + rng.choice(endings)
 

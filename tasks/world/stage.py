@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from smoltulu.schemas.world import WorldConfig, WorldOutputs
 from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.world.generate import generate_world
 
 
 class NoInputs(BaseModel):
@@ -16,9 +17,7 @@ class NoInputs(BaseModel):
 
 def make_world(config: WorldConfig, inputs: NoInputs, context: StageContext) -> tuple[WorldOutputs, dict[str, float]]:
     """Generate every file of the world into the artifact."""
-    from smoltulu.tasks.world.generate import generate_world
-
-    outputs = generate_world(config, None, context.folder)
+    outputs = generate_world(config, context.folder)
     return outputs, {f"num_rows_{name}": float(count) for name, count in outputs.num_rows.items()}
 
 

@@ -12,8 +12,7 @@ from pydantic import ValidationError
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.world import WorldConfig, WorldOutputs
 from smoltulu.tasks.verifiers import verify
-from smoltulu.tasks.world import generate_world
-from smoltulu.tasks.world.generate import terms_of
+from smoltulu.tasks.world.generate import generate_world, terms_of
 
 SMALL = WorldConfig(
     num_pretrain=50,
@@ -34,7 +33,7 @@ Rows = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, WorldOutputs]:
     folder = tmp_path_factory.mktemp("world")
-    return folder, generate_world(SMALL, None, folder)
+    return folder, generate_world(SMALL, folder)
 
 
 def rows(world: tuple[Path, WorldOutputs], name: str) -> Rows:
@@ -61,7 +60,7 @@ def run_of(text: str) -> str:
 
 
 def test_same_seed_same_bytes(world: tuple[Path, WorldOutputs], tmp_path: Path) -> None:
-    again = generate_world(SMALL, None, tmp_path)
+    again = generate_world(SMALL, tmp_path)
     assert again == world[1]
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == sorted(file.name for file in world[0].iterdir()) and len(names) == 9
@@ -69,7 +68,7 @@ def test_same_seed_same_bytes(world: tuple[Path, WorldOutputs], tmp_path: Path) 
 
 
 def test_another_seed_is_another_world(world: tuple[Path, WorldOutputs], tmp_path: Path) -> None:
-    generate_world(SMALL.model_copy(update={"seed": 1}), None, tmp_path)
+    generate_world(SMALL.model_copy(update={"seed": 1}), tmp_path)
     assert (tmp_path / "sft.jsonl").read_bytes() != (world[0] / "sft.jsonl").read_bytes()
 
 
@@ -132,9 +131,9 @@ def test_gold_answers_of_the_held_out_problems_pass(world: tuple[Path, WorldOutp
 
 def test_impossible_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"planted_rlvr is 10, but world.num_rlvr is only 5"):
-        generate_world(SMALL.model_copy(update={"num_rlvr": 5}), None, tmp_path)
+        generate_world(SMALL.model_copy(update={"num_rlvr": 5}), tmp_path)
     with pytest.raises(ValueError, match=r"too small for .* held-out rows"):
-        generate_world(SMALL.model_copy(update={"num_eval_instructions": 3_000}), None, tmp_path)
+        generate_world(SMALL.model_copy(update={"num_eval_instructions": 3_000}), tmp_path)
     with pytest.raises(ValidationError):
         WorldConfig(num_sft=0)
 
