@@ -57,12 +57,12 @@ class Stage:
     """`function(config, inputs, context)` writes files into `context.folder` and returns (outputs, metrics).
 
     Raise `version` when the meaning of the stage changes: it is part of every key. `ValueError` from the function
-    is the user's to mend and is shown without a traceback.
+    is the user's to fix and is shown without a traceback.
 
-    objections(config, outputs, metrics)  what today's thresholds say against a cached artifact: they are machinery, so
-                                          the key does not tell
-    build(config, inputs, context)        of a training: its trainer, ready for the first step, from model, rows and
-                                          template alone (`TrainingInputs`): what a dry run trains
+    gate_failures(config, outputs, metrics)  what fails of a cached artifact by today's thresholds, which its key does
+                                             not hold
+    build(config, inputs, context)           of a training: its trainer, ready for the first step, from model, rows and
+                                             template alone (`TrainingInputs`): what a dry run trains
 
     What the rest of the house must know of a stage follows from its contracts (a config that derives from
     `TrainingSettings` is a training, outputs that are `ModelOutputs` are a model), or is one of these:
@@ -85,7 +85,7 @@ class Stage:
     inputs: type[BaseModel]
     outputs: type[BaseModel]
     function: Callable[[Any, Any, StageContext], tuple[BaseModel, dict[str, float]]]
-    objections: Callable[[Any, Any, Mapping[str, float]], list[str]] | None = None
+    gate_failures: Callable[[Any, Any, Mapping[str, float]], list[str]] | None = None
     build: Callable[[Any, Any, StageContext], Any] | None = None
     block: str | None = None
     distributed: bool = False
@@ -116,12 +116,12 @@ class Stage:
             return "per_device_train_batch_size"
         return "per_device_eval_batch_size" if self.eval_batch else None
 
-    def objections_to(self, manifest: Manifest, config: BaseModel) -> list[str]:
-        """What the thresholds of `config` say against an artifact; nothing where another version wrote it."""
-        if self.objections is None:
+    def gate_failures_of(self, manifest: Manifest, config: BaseModel) -> list[str]:
+        """What fails of an artifact by the thresholds of `config`; nothing where another version wrote it."""
+        if self.gate_failures is None:
             return []
         try:
             outputs = self.outputs.model_validate(manifest.outputs)
         except ValidationError:
             return []
-        return self.objections(config, outputs, manifest.metrics)
+        return self.gate_failures(config, outputs, manifest.metrics)

@@ -33,7 +33,7 @@ from smoltulu.tasks.report.contamination_table import (
 
 
 def audit(data: Sequence[str], settings: AuditSettings, console: Console) -> list[AuditResult]:
-    """Audit, write the reports, print the tables. ValueError for what the user must mend."""
+    """Audit, write the reports, print the tables. ValueError for what the user must fix."""
     data = [str(Path(text).expanduser().absolute()) if Path(text).expanduser().exists() else text for text in data]
     settings = settings.model_copy(update={"benchmarks": tuple(map(_absolute_file, settings.benchmarks))})
     if settings.benchmarks_folder:

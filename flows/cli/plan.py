@@ -25,7 +25,7 @@ _NUM_NAMED = 4
 
 
 def make_plan(recipe: str, overrides: dict[str, object], until: str | None, refresh: list[str]) -> Plan:
-    """The plan of a recipe in its own store. ValueError or OSError where something has to be mended."""
+    """The plan of a recipe in its own store. ValueError or OSError where something has to be fixed."""
     checked = load_recipe(recipe, overrides)
     return plan(checked, until, refresh, open_store(checked.compute, checked=False))
 

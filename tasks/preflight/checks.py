@@ -71,7 +71,7 @@ def checks(config: PreflightConfig, outputs: PreflightOutputs, examples: dict[st
             "Template renders",
             "are not rendered by the chat template and left out",
             faulty,
-            "mend or filter these rows (the log has the first error), or use a template that takes their roles",
+            "fix or filter these rows (the log has the first error), or use a template that takes their roles",
         )
     )
     if config.kind != "prompts":

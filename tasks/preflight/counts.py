@@ -12,7 +12,7 @@ from typing import Any
 
 from smoltulu.schemas.preflight import PreflightConfig
 from smoltulu.tasks.models.tokens import Conversation, Pair
-from smoltulu.tasks.preflight.rows import Look, Tokenised, findings, fit, loses_eos, sides_of
+from smoltulu.tasks.preflight.rows import Tokenised, TokenizerProbe, findings, fit, loses_eos, sides_of
 
 #: Bytes that stand for the tokens of a row.
 _DIGEST_BYTES = 12
@@ -94,11 +94,11 @@ class Counts:
         # In the order of their first rows, which does not tell how the rows were divided.
         self.examples = dict(sorted(self.examples.items(), key=lambda finding: finding[1][0]))
 
-    def fit(self, config: PreflightConfig, look: Look, row: Tokenised) -> Conversation | Pair | None:
+    def fit(self, config: PreflightConfig, probe: TokenizerProbe, row: Tokenised) -> Conversation | Pair | None:
         """The row within max_length, or None where it is left out; counted either way."""
         self.num_source_rows += 1
         self.lengths.append(row.length)
-        for finding in findings(config, look, row):
+        for finding in findings(config, probe, row):
             self.note(finding, row.number, row.source)
         overlong = row.length > config.max_length
         if overlong:

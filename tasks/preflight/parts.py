@@ -26,7 +26,7 @@ from smoltulu.schemas.common import scientific
 from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs
 from smoltulu.tasks.models.tokens import Conversation, Pair
 from smoltulu.tasks.preflight.counts import Counts, load_counts, save_counts
-from smoltulu.tasks.preflight.rows import Look, Tokenised, tokenised
+from smoltulu.tasks.preflight.rows import Tokenised, TokenizerProbe, tokenised
 from smoltulu.tasks.process import die_with_parent
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Maker:
 
     config: PreflightConfig
     tokenizer: PreTrainedTokenizerBase
-    look: Look
+    probe: TokenizerProbe
     dataset: Path
     folder: Path
 
@@ -100,7 +100,7 @@ class Maker:
         rows = read_rows(self.dataset, part)
         while batch := list(islice(rows, _BATCH_ROWS)):
             made = [
-                (row, counts.fit(self.config, self.look, row))
+                (row, counts.fit(self.config, self.probe, row))
                 for row in tokenised(self.config, self.tokenizer, batch, counts.note_malformed)
             ]
             yield [(row, fitted) for row, fitted in made if fitted is not None]

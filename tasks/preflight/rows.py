@@ -76,7 +76,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Look:
+class TokenizerProbe:
     """What to look for: special tokens and headers of the chat template as text, and their ids."""
 
     facts: TokenizerFacts
@@ -84,7 +84,7 @@ class Look:
     headers: tuple[str, ...]
 
     @staticmethod
-    def of(tokenizer: PreTrainedTokenizerBase, model: Path) -> Look:
+    def of(tokenizer: PreTrainedTokenizerBase, model: Path) -> TokenizerProbe:
         """From a tokenizer with its template, and the config.json of the base model."""
         config = json.loads((model / "config.json").read_text())
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -100,7 +100,7 @@ class Look:
             num_embeddings=config.get("vocab_size"),
             max_position_embeddings=config.get("max_position_embeddings"),
         )
-        return Look(facts, special, _headers(text, special))
+        return TokenizerProbe(facts, special, _headers(text, special))
 
 
 def _headers(probe: str, special: Sequence[str]) -> tuple[str, ...]:
@@ -162,18 +162,18 @@ def fit(config: PreflightConfig, whole: Conversation | Pair) -> Conversation | P
     return fit_conversation(whole, config.max_length, config.overlong)
 
 
-def findings(config: PreflightConfig, look: Look, row: Tokenised) -> list[str]:
+def findings(config: PreflightConfig, probe: TokenizerProbe, row: Tokenised) -> list[str]:
     """Findings of a row as it is written."""
     found = []
-    facts = look.facts
+    facts = probe.facts
     if not row.whole.stable:
         found.append("num_unstable")
     texts = row.texts
-    if any(token in text for text in texts for token in look.special):
+    if any(token in text for text in texts for token in probe.special):
         found.append("num_special")
-        if any(token in text for text in row.answers for token in look.special):
+        if any(token in text for text in row.answers for token in probe.special):
             found.append("num_special_trained")
-    if any(header in text for text in texts for header in look.headers):
+    if any(header in text for text in texts for header in probe.headers):
         found.append("num_headers")
     for ids, mask in row.sides:
         if facts.bos_token_id is not None and ids[:2] == [facts.bos_token_id] * 2 and "num_two_bos" not in found:

@@ -21,7 +21,7 @@ from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
 from smoltulu.tasks.models.sizes import adapter_size, model_size
 from smoltulu.tasks.preflight.counts import Counts, load_counts
 from smoltulu.tasks.preflight.parts import Maker, Part, cut, make_parts, parts_folder, read_rows, tokens_schema
-from smoltulu.tasks.preflight.rows import Look, shown
+from smoltulu.tasks.preflight.rows import TokenizerProbe, shown
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.disk import cache_bytes, num_checkpoints_kept, training_bytes
 
@@ -45,9 +45,9 @@ def run_preflight(
 
     check_model_folder(Path(inputs.model))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    look = Look.of(tokenizer, Path(inputs.model))
+    probe = TokenizerProbe.of(tokenizer, Path(inputs.model))
     folder = parts_folder(config, inputs, context.work)
-    maker = Maker(config, tokenizer, look, Path(inputs.dataset), folder)
+    maker = Maker(config, tokenizer, probe, Path(inputs.dataset), folder)
     file = context.folder / maker.file
     counts = _put_together(maker, file, context)
     run, too_large = None, []
@@ -60,7 +60,7 @@ def run_preflight(
         file=file.name,
         **counts.totals(),
         lengths=length_report(counts.lengths),
-        tokenizer=look.facts,
+        tokenizer=probe.facts,
         disk_bytes=_disk_bytes(config, inputs, file, context),
         first_rows={name: tuple(rows) for name, rows in counts.examples.items()},
         dry_run=run,
@@ -187,7 +187,7 @@ def _opened(maker: Maker, file: Path) -> Iterator[Callable[[Path], None]]:
         yield append
 
 
-def _objections(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:
+def _gate_failures(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:
     from smoltulu.tasks.preflight.report import problems
 
     return problems(config, outputs, {name: list(rows) for name, rows in outputs.first_rows.items()})
@@ -197,5 +197,5 @@ def preflight_of(stages: Mapping[str, Stage]) -> Stage:
     """The stage. Of `stages`, by name, the dry run builds the training that the rows are for."""
     return Stage(
         "preflight", 1, PreflightConfig, PreflightInputs, PreflightOutputs, partial(run_preflight, stages=stages),
-        _objections, block="trainings", keeps_rows=True, grows_with_model=False,
+        _gate_failures, block="trainings", keeps_rows=True, grows_with_model=False,
     )  # fmt: skip

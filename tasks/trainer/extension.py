@@ -43,7 +43,7 @@ _NOT_KEPT = ("training_args.bin",)
 
 
 @dataclass(frozen=True)
-class Donor:
+class SourceRun:
     """A finished training and its checkpoint that another training can go on from."""
 
     record: ExtendedTraining
@@ -54,7 +54,7 @@ class Donor:
         return f"step {self.record.step:,} of {self.record.stage}/{self.record.key[:12]}"
 
 
-def find_donor(
+def find_source_run(
     store: Store,
     spec: Spec,
     config: BaseModel,
@@ -63,7 +63,7 @@ def find_donor(
     *,
     index: SpecIndex | None = None,
     damaged: Callable[[str], None] | None = None,
-) -> Donor | None:
+) -> SourceRun | None:
     """The finished training that shares the most first steps with the one that is wanted; None where none does.
 
     input_digests  content of the inputs (binding -> digest): a training on other content of these keys does not count
@@ -75,13 +75,13 @@ def find_donor(
         return None
     ranked = (index or SpecIndex(store.root)).ranked(spec.model_dump())
     near = [found for found in ranked if _only_the_budget_differs(found.changes)]
-    found = list(_donors(store, near, config, compute, dict(input_digests), damaged))
-    for donor in sorted(found, key=lambda donor: donor.record.step, reverse=True):
-        reason = fault(donor.checkpoint, full=damaged is not None)
+    found = list(_source_runs(store, near, config, compute, dict(input_digests), damaged))
+    for source_run in sorted(found, key=lambda source_run: source_run.record.step, reverse=True):
+        reason = fault(source_run.checkpoint, full=damaged is not None)
         if reason is None:
-            return donor
+            return source_run
         if damaged is not None:
-            damaged(f"{donor} is not gone on from: {reason}")
+            damaged(f"{source_run} is not gone on from: {reason}")
     return None
 
 
@@ -90,14 +90,14 @@ def _only_the_budget_differs(changes: Changes) -> bool:
     return all(field in _BUDGETS or field.startswith("schedule.") for field in fields)
 
 
-def _donors(
+def _source_runs(
     store: Store,
     near: list[Nearest],
     config: SupervisedSettings,
     compute: ComputeSettings,
     input_digests: dict[str, str],
     damaged: Callable[[str], None] | None,
-) -> Iterator[Donor]:
+) -> Iterator[SourceRun]:
     num_steps = config.max_steps
     assert config.schedule is not None and num_steps is not None
     for candidate in near:
@@ -118,7 +118,7 @@ def _donors(
         step, checkpoint = stored
         if same_past(old, old_num_steps, config.schedule, num_steps, step):
             record = ExtendedTraining(stage=spec.stage, key=found.manifest.key, step=step, num_steps=old_num_steps)
-            yield Donor(record, checkpoint, found.manifest.environment)
+            yield SourceRun(record, checkpoint, found.manifest.environment)
 
 
 def _made_alike(manifest: Manifest, compute: ComputeSettings) -> bool:
@@ -126,17 +126,17 @@ def _made_alike(manifest: Manifest, compute: ComputeSettings) -> bool:
     return manifest.compute.get("num_processes", 1) == compute.num_processes
 
 
-def begin_with(donor: Donor | None, work: Path) -> None:
-    """Lay a donor's checkpoint into a work folder, so that the training resumes from it as from one of its own.
+def begin_with(source_run: SourceRun | None, work: Path) -> None:
+    """Copy the checkpoint of a source run into a work folder: the training resumes from it as from one of its own.
 
-    Raises FileNotFoundError where the donor was removed meanwhile: what is there then counts as no checkpoint.
+    Raises FileNotFoundError where the source run was removed meanwhile: what is there then counts as no checkpoint.
     """
     (work / _EXTENDS_FILE).unlink(missing_ok=True)
-    if donor is None:
+    if source_run is None:
         return
-    write_atomically(work / _EXTENDS_FILE, donor.record.model_dump_json())
-    (work / "environment.json").write_text(json.dumps(donor.environment))
-    place_checkpoint(donor.checkpoint, work / CHECKPOINTS / donor.checkpoint.name)
+    write_atomically(work / _EXTENDS_FILE, source_run.record.model_dump_json())
+    (work / "environment.json").write_text(json.dumps(source_run.environment))
+    place_checkpoint(source_run.checkpoint, work / CHECKPOINTS / source_run.checkpoint.name)
 
 
 def extended(work: Path) -> ExtendedTraining | None:

@@ -187,7 +187,7 @@ def judge(answers: Sequence[Answer], tokenizer: PreTrainedTokenizerBase, gate: G
     return {"gate_stopped_share": share, "gate_mean_length": mean_length}
 
 
-def objections(config: Any, outputs: Any, metrics: Mapping[str, float]) -> list[str]:
+def gate_failures(config: Any, outputs: Any, metrics: Mapping[str, float]) -> list[str]:
     """What the gate as it is set now says against a finished model, whose answers were counted when it was made."""
     share, allowed = metrics.get("gate_stopped_share"), config.gate.min_stopped_share
     if share is None or share >= allowed:

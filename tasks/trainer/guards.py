@@ -1,4 +1,4 @@
-"""What ends a training before it spoils its weights: rules as pure functions, and the callback that applies them.
+"""What ends a training before it corrupts its weights: rules as pure functions, and the callback that applies them.
 
 At every optimizer step, before the weights move: loss and gradient norm are finite, and the loss is not exactly 0.
 Before every checkpoint: the weights are finite. At every log: the loss has not grown. See docs/guards.md.
@@ -54,7 +54,7 @@ def fault_of_step(losses: Sequence[float], grad_norms: Sequence[float], zero_is_
     return None
 
 
-def is_spoiled(loss: float, zero_is_fault: bool) -> bool:
+def is_corrupt(loss: float, zero_is_fault: bool) -> bool:
     """Whether the loss of one micro-batch is itself at fault."""
     return not math.isfinite(loss) or (zero_is_fault and loss == 0)
 
@@ -211,11 +211,11 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
     trainer.training_step, trainer._get_grad_norm = training_step, grad_norm
 
     def rows_at_fault() -> list[str]:
-        """Of this process: the rows of the micro-batches that are spoiled themselves."""
+        """Of this process: the rows of the micro-batches that are corrupt themselves."""
         return [
             name
             for batch, loss in micro_batches
-            if not is_blank(batch) and is_spoiled(loss.item(), rule.zero_is_fault)
+            if not is_blank(batch) and is_corrupt(loss.item(), rule.zero_is_fault)
             for name in rows_of(batch, trainer.train_dataset, trainer.processing_class)
         ]
 
@@ -238,7 +238,7 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
             loss = torch.stack([loss for _, loss in micro_batches]).sum()
             norm = torch.as_tensor(grad_norms[-1], dtype=loss.dtype, device=loss.device)
             has_rows = loss.new_tensor(not all(is_blank(batch) for batch, _ in micro_batches))
-            # All processes see the numbers of all: the one with the spoiled rows must not leave the others waiting.
+            # All processes see the numbers of all: the one with the corrupt rows must not leave the others waiting.
             of_processes = trainer.accelerator.gather(torch.stack([loss, norm, has_rows])[None]).tolist()
             # The loss of a process without rows is 0, and its gradient norm that of the others.
             losses, norms, _ = zip(*(row for row in of_processes if row[2]), strict=True)

@@ -18,7 +18,7 @@ from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, l
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import even_out, is_blank
-from smoltulu.tasks.trainer.gate import objections
+from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import budget, finish, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.packed_attention import pack
@@ -194,4 +194,4 @@ def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> 
     return finish(trainer, context, num_steps, shown, config.gate)
 
 
-dpo = Stage("dpo", 2, DPOSettings, DPOInputs, ModelOutputs, train_dpo, objections, build_with_reference)
+dpo = Stage("dpo", 2, DPOSettings, DPOInputs, ModelOutputs, train_dpo, gate_failures, build_with_reference)

@@ -16,7 +16,7 @@ from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RLVRSettings, TrainingInputs
 from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer, stop_ids
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.trainer.gate import objections
+from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import (
     finish,
@@ -197,7 +197,7 @@ def flops_per_token(config: RLVRSettings) -> float:
 
 
 rlvr = Stage(
-    "rlvr", 2, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr, objections, build_without_generation,
+    "rlvr", 2, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr, gate_failures, build_without_generation,
     memory_advice=". All rollouts of a step are generated at once, whatever it is: lower max_completion_length, raise "
     "compute.num_processes, or take a device with more memory. The checkpoints are kept",
     flops=flops_per_token,

@@ -19,7 +19,7 @@ from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import IGNORED
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import BLANK, even_out, is_blank
-from smoltulu.tasks.trainer.gate import objections
+from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.loop import budget, finish, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.packed_attention import pack, segments_of_lengths
 
@@ -110,4 +110,4 @@ def train_sft(
     return finish(trainer, context, num_steps, shown, config.gate)
 
 
-sft = Stage("sft", 2, SFTSettings, TrainingInputs, ModelOutputs, train_sft, objections, build)
+sft = Stage("sft", 2, SFTSettings, TrainingInputs, ModelOutputs, train_sft, gate_failures, build)

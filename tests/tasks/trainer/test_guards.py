@@ -1,4 +1,4 @@
-"""What ends a training: bad losses at any step, spoiled weights, divergence, want of memory; and what it says then."""
+"""What ends a training: bad losses at any step, corrupt weights, divergence, want of memory; and what it says then."""
 
 from __future__ import annotations
 
