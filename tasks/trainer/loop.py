@@ -151,7 +151,7 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             # In one step: a kill half-way would lose what the metrics of the manifest are taken from.
             if state.is_world_process_zero:
-                rows = _history_until(state.log_history)
+                rows = ({"step": entry["step"], **numbers(entry)} for entry in state.log_history)
                 write_atomically(self.history, "".join(json.dumps(row) + "\n" for row in rows))
             # A resume brings those of the checkpoint, which may be another training's.
             state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
@@ -342,7 +342,7 @@ def finish(
 
     if not trainer.is_world_process_zero():
         return ModelOutputs(num_parameters=trainer.model.num_parameters()), {}
-    history = _read_history(context.folder / HISTORY_FILE)
+    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     tokenizer = trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model):
@@ -357,24 +357,3 @@ def finish(
         history_file=HISTORY_FILE,
     )
     return outputs, history_metrics(history, shown) | passed
-
-
-def _history_until(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was logged up to the step that a training goes on from; none at its start.
-
-    From the checkpoint, whose bytes were checked.
-    """
-    return [{"step": entry["step"], **numbers(entry)} for entry in log_history]
-
-
-def _read_history(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            # A kill can tear the last line; the steps since the last checkpoint are logged again anyway.
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows

@@ -31,7 +31,8 @@ class PairCollator:
 
     padded    input_ids, attention_mask (2B, T)
     packed    input_ids, position_ids (1, T), segments, last_tokens (2B,) where each side ends, num_tokens () of both
-              sides, each with its prompt, row (B,) number of each pair in the rows that the preflight read
+              sides, each with its prompt
+    both      row (B,) number of each pair in the rows that the preflight read
     """
 
     pad_token_id: int
@@ -39,10 +40,11 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if self.packing:
-            return packed(rows)
-        sides = [{side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} for row in rows]
-        batch: dict[str, Any] = DataCollatorForPreference(pad_token_id=self.pad_token_id)(sides)
-        return batch
+            batch = packed(rows)
+        else:
+            sides = [{side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} for row in rows]
+            batch = DataCollatorForPreference(pad_token_id=self.pad_token_id)(sides)
+        return {**batch, "row": torch.tensor([row["row"] for row in rows])}
 
 
 def packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -57,7 +59,6 @@ def packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "position_ids": torch.tensor([segments.position_ids]),
         "segments": segments,
         "last_tokens": torch.tensor(ends[0::2] + ends[1::2]),
-        "row": torch.tensor([row["row"] for row in rows]),
         "num_tokens": torch.tensor(sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths)),
     }
 
@@ -84,9 +85,9 @@ class PairTrainer(RewardTrainer):
     ) -> Any:
         """TRL's loss and metrics; of a packed batch from scores read where each side ends."""
         num_pairs = _num_pairs(inputs)
-        batch = {name: value for name, value in inputs.items() if name != BLANK}
+        batch = {name: value for name, value in inputs.items() if name not in (BLANK, "row")}
         if "segments" in batch:
-            last_tokens, num_tokens, _ = (batch.pop(name) for name in ("last_tokens", "num_tokens", "row"))
+            last_tokens, num_tokens = batch.pop("last_tokens"), batch.pop("num_tokens")
             # TRL takes its count of tokens from the mask.
             batch["attention_mask"] = num_tokens
             model = self._scores_at(last_tokens, model)
@@ -147,6 +148,4 @@ class PairTrainer(RewardTrainer):
 
 
 def _num_pairs(batch: Mapping[str, Any]) -> int:
-    if is_blank(batch):
-        return 0
-    return len(batch["row"]) if "segments" in batch else len(batch["input_ids"]) // 2
+    return 0 if is_blank(batch) else len(batch["row"])

@@ -8,7 +8,8 @@ gradient does not depend on how the step is cut. Tulu 3 summed and left the scal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,20 @@ def collate_packed(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class RowCollator:
+    """A collator whose batches also name their rows: `row` (B,), by number in the rows that the preflight read."""
+
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        return {**self.collate(rows), "row": torch.tensor([row["row"] for row in rows])}
+
+
 def _trainer_class() -> type:
-    """TRL's trainer, which also takes blank batches (tasks/trainer/even_rows.py).
+    """TRL's trainer, which also takes blank batches (tasks/trainer/even_rows.py) and the numbers of rows.
 
     Without a supervised token they add nothing to its sums; only their tokens must not be counted.
     """
@@ -53,15 +66,15 @@ def _trainer_class() -> type:
 
     class EvenSFTTrainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            batch = {name: value for name, value in inputs.items() if name not in (BLANK, "row")}
             if not is_blank(inputs):
-                return super().compute_loss(model, inputs, *args, **kwargs)
+                return super().compute_loss(model, batch, *args, **kwargs)
 
             def without_mask(attention_mask: torch.Tensor, **batch: Any) -> Any:
                 return model(**batch)
 
             # TRL takes its count of tokens from the mask; the model needs none for a row without padding.
-            uncounted = inputs | {"attention_mask": torch.zeros_like(inputs["input_ids"])}
-            del uncounted[BLANK]
+            uncounted = batch | {"attention_mask": torch.zeros_like(batch["input_ids"])}
             return super().compute_loss(without_mask, uncounted, *args, **kwargs)
 
     return EvenSFTTrainer
@@ -72,6 +85,7 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
     prepare_torch(context)
     from transformers import set_seed
     from trl import SFTConfig
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     set_seed(config.seed)
@@ -83,6 +97,7 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
     if config.lora:
         model = with_adapter(model, config.lora)
 
+    collate = collate_packed if context.compute.packing else DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     rows = load_rows(inputs.dataset, context, ["row", "input_ids", "labels"])
     trainer = _trainer_class()(
         model=model,
@@ -91,8 +106,9 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
             **budget(config, rows),
             max_length=None,  # the preflight cut or dropped what is longer
             packing=False,  # TRL's changes which rows a step holds
+            remove_unused_columns=False,  # TRL would drop the numbers of the rows
         ),
-        data_collator=collate_packed if context.compute.packing else None,
+        data_collator=RowCollator(collate),
         train_dataset=rows,
         processing_class=tokenizer,
     )
