@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.preflight import PreflightConfig, TokenizerFacts
+from smoltulu.tasks.models.chat_template import PROBE
 from smoltulu.tasks.models.tokens import (
     Conversation,
     Messages,
@@ -24,16 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SHOWN_TOKENS = 600
-_PROBE = [
-    {"role": "system", "content": "probe system"},
-    {"role": "user", "content": "probe question"},
-    {"role": "assistant", "content": "probe answer"},
-]
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A row as it is written, nothing cut. A prompt of RLVR is a conversation that nothing is trained of."""
+    """A row as it is written, nothing cut. An RLVR prompt is a conversation: no token of it carries a loss."""
 
     number: int
     source: dict[str, Any]
@@ -61,9 +57,7 @@ class Tokenised:
 
     @property
     def _turns(self) -> Messages:
-        return [
-            turn for name in ("messages", "prompt", "chosen", "rejected") for turn in self.source.get(name) or ()
-        ]  # fmt: skip
+        return [turn for name in ("messages", "prompt", "chosen", "rejected") for turn in self.source.get(name) or ()]
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ class TokenizerProbe:
         config = json.loads((model / "config.json").read_text())
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special = tuple(sorted(added | set(tokenizer.all_special_tokens)))
-        text = tokenizer.apply_chat_template(_PROBE, tokenize=False)
+        text = tokenizer.apply_chat_template(PROBE, tokenize=False)
         bos = tokenizer.bos_token_id
         begins = tokenizer(text)["input_ids"][:2]
         facts = TokenizerFacts(
@@ -106,7 +100,7 @@ class TokenizerProbe:
 def _headers(probe: str, special: Sequence[str]) -> tuple[str, ...]:
     """What a template writes before a turn, without special tokens: `<|user|>` for Tulu."""
     found = []
-    for turn in _PROBE:
+    for turn in PROBE:
         header, _, probe = probe.partition(turn["content"])
         for token in special:
             header = header.replace(token, "")
@@ -164,28 +158,21 @@ def fit(config: PreflightConfig, whole: Conversation | Pair) -> Conversation | P
 
 def findings(config: PreflightConfig, probe: TokenizerProbe, row: Tokenised) -> list[str]:
     """Findings of a row as it is written."""
-    found = []
-    facts = probe.facts
-    if not row.whole.stable:
-        found.append("num_unstable")
-    texts = row.texts
-    if any(token in text for text in texts for token in probe.special):
-        found.append("num_special")
-        if any(token in text for text in row.answers for token in probe.special):
-            found.append("num_special_trained")
-    if any(header in text for text in texts for header in probe.headers):
-        found.append("num_headers")
-    for ids, mask in row.sides:
-        if facts.bos_token_id is not None and ids[:2] == [facts.bos_token_id] * 2 and "num_two_bos" not in found:
-            found.append("num_two_bos")
-        beyond = facts.num_embeddings is not None and max(ids, default=0) >= facts.num_embeddings
-        if beyond and "num_beyond_embeddings" not in found:
-            found.append("num_beyond_embeddings")
-        last = last_trained(mask)
-        without_eos = last > 0 and ids[last - 1] != facts.eos_token_id
-        if config.kind != "prompts" and without_eos and "num_without_eos" not in found:
-            found.append("num_without_eos")
-    return found
+    facts, sides = probe.facts, row.sides
+    bos, num_embeddings = facts.bos_token_id, facts.num_embeddings
+    in_texts = any(token in text for text in row.texts for token in probe.special)
+    ends = [ids[last - 1] for ids, mask in sides if (last := last_trained(mask))]
+    found = {
+        "num_unstable": not row.whole.stable,
+        "num_special": in_texts,
+        "num_special_trained": in_texts and any(token in text for text in row.answers for token in probe.special),
+        "num_headers": any(header in text for text in row.texts for header in probe.headers),
+        "num_two_bos": bos is not None and any(ids[:2] == [bos, bos] for ids, _ in sides),
+        "num_beyond_embeddings": num_embeddings is not None
+        and any(max(ids, default=0) >= num_embeddings for ids, _ in sides),
+        "num_without_eos": config.kind != "prompts" and any(end != facts.eos_token_id for end in ends),
+    }
+    return [name for name, is_found in found.items() if is_found]
 
 
 def last_trained(mask: Sequence[int]) -> int:

@@ -22,7 +22,7 @@ from smoltulu.artifacts.keys import CHECKPOINT_FOLDER
 from smoltulu.artifacts.layout import CHECKPOINTS, SPEC
 from smoltulu.artifacts.nearest import Changes, Nearest, SpecIndex
 from smoltulu.artifacts.store import Found, Missing, Store
-from smoltulu.schemas.artifact import ExtendedTraining, Manifest, Spec
+from smoltulu.schemas.artifact import ExtendedTraining, Spec
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.schedules import ScheduleSettings
 from smoltulu.schemas.training import SupervisedSettings
@@ -109,7 +109,10 @@ def _source_runs(
         found = store.find(spec, input_digests)
         if isinstance(found, Missing) and found.damaged and damaged is not None:
             damaged(f"{spec.stage}/{candidate.key[:12]} is not gone on from: {found.reason}")
-        if not isinstance(found, Found) or old is None or not _made_alike(found.manifest, compute):
+        if not isinstance(found, Found) or old is None:
+            continue
+        # A checkpoint holds the random state of every process: another number of them could not resume from it.
+        if found.manifest.compute.get("num_processes", 1) != compute.num_processes:
             continue
         stored = newest_checkpoint(found.folder / CHECKPOINT_FOLDER)
         old_num_steps = found.manifest.outputs.get("num_steps")
@@ -119,11 +122,6 @@ def _source_runs(
         if same_past(old, old_num_steps, config.schedule, num_steps, step):
             record = ExtendedTraining(stage=spec.stage, key=found.manifest.key, step=step, num_steps=old_num_steps)
             yield SourceRun(record, checkpoint, found.manifest.environment)
-
-
-def _made_alike(manifest: Manifest, compute: ComputeSettings) -> bool:
-    """A checkpoint holds the random state of every process: another number of them could not go on from it."""
-    return manifest.compute.get("num_processes", 1) == compute.num_processes
 
 
 def begin_with(source_run: SourceRun | None, work: Path) -> None:

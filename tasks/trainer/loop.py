@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +18,29 @@ from smoltulu.artifacts.layout import CHECKPOINTS
 from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.schedules import ScheduleSettings
-from smoltulu.schemas.training import GateSettings, SupervisedSettings, TrainingSettings
-from smoltulu.tasks.models.folders import device_of, history_metrics, save_model, use_bfloat16
+from smoltulu.schemas.training import GateSettings, SupervisedSettings, TrainingInputs, TrainingSettings
+from smoltulu.tasks.models.folders import (
+    device_of,
+    fit_embeddings,
+    history_metrics,
+    load_language_model,
+    load_tokenizer,
+    save_model,
+    stop_ids,
+    use_bfloat16,
+)
 from smoltulu.tasks.models.lora import ADAPTER_FOLDER, merged, save_adapter
 from smoltulu.tasks.stage import DATASETS_FOLDER, Report, StageContext, StageStopped
 from smoltulu.tasks.trainer.extension import keep_checkpoint, store_checkpoint
 from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule, guard
+from smoltulu.tasks.trainer.packed_attention import pack
 from smoltulu.tasks.trainer.schedules import learning_rate_factor
 from smoltulu.tasks.trainer.tracking import numbers, require_trackers, speed_and_memory, trackers
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import Trainer, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 logger = logging.getLogger("smoltulu")
 HISTORY_FILE = f"{LOGS_FOLDER}/history.jsonl"
@@ -63,6 +74,25 @@ def load_rows(file: str, context: StageContext, columns: list[str]) -> Dataset:
     kind = "parquet" if file.endswith(".parquet") else "json"
     rows = load_dataset(kind, data_files=file, split="train", cache_dir=str(context.work / DATASETS_FOLDER))
     return rows.select_columns(columns)
+
+
+def load_model(
+    settings: TrainingSettings,
+    inputs: TrainingInputs,
+    packing: bool,
+    load: Callable[[Path], PreTrainedModel] = load_language_model,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that a training starts from, and its tokenizer. Weights that are new are drawn with the seed."""
+    from transformers import set_seed
+
+    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+    set_seed(settings.seed)
+    model = load(Path(inputs.model))
+    fit_embeddings(model, tokenizer)
+    stop_ids(model, tokenizer)
+    if packing:
+        pack(model)
+    return model, tokenizer
 
 
 def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict[str, Any]:

@@ -8,20 +8,17 @@ have, and give a LoRA model a second adapter as its reference.
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
 from smoltulu.schemas.training import DPOInputs, DPOSettings, TrainingInputs
-from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer, stop_ids
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import even_out, is_blank
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import budget, finish, load_rows, prepare_torch, train, trainer_arguments
-from smoltulu.tasks.trainer.packed_attention import pack
+from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.training.reference_logps import run_reference_logps
 
 if TYPE_CHECKING:
@@ -139,17 +136,11 @@ def load_pairs(inputs: DPOInputs, context: StageContext) -> Dataset:
 def build(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> Trainer:
     """The trainer on tokenised pairs, whose log-probabilities under the reference are known."""
     prepare_torch(context)
-    from transformers import TrainingArguments, set_seed
+    from transformers import TrainingArguments
 
     from smoltulu.tasks.training.preference_batch import PairCollator, give_fused_head
 
-    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    set_seed(config.seed)
-    model = load_language_model(Path(inputs.model))
-    fit_embeddings(model, tokenizer)
-    stop_ids(model, tokenizer)
-    if context.compute.packing:
-        pack(model)
+    model, tokenizer = load_model(config, inputs, context.compute.packing)
     give_fused_head(model)
     if config.lora:
         model = with_adapter(model, config.lora)

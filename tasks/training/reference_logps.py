@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.artifacts.files import made_from_folder, sync
@@ -76,6 +76,7 @@ def _computation(
     """The model, loaded, as a function: numbers of N rows -> chosen and rejected sums, (N, 2) float32."""
     import numpy as np
     import torch
+    from accelerate.utils import send_to_device
 
     from smoltulu.tasks.training.preference_batch import PairCollator, completion_logps, give_fused_head
 
@@ -94,7 +95,7 @@ def _computation(
         with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
             for start in range(0, len(members), num_pairs):
                 batch = collate([rows[int(number)] for number in members[start : start + num_pairs]])
-                sides = completion_logps(model, _on(device, batch))
+                sides = completion_logps(model, send_to_device(batch, device))
                 sums.append(torch.stack(sides, dim=1).float().cpu().numpy())
         made: np.ndarray = np.concatenate(sums)
         bad = members[~np.isfinite(made).all(axis=1)]
@@ -108,12 +109,6 @@ def _computation(
         return made
 
     return logps_of
-
-
-def _on(device: str, batch: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def _longest_first(rows: Dataset) -> np.ndarray:

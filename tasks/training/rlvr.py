@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RLVRSettings, TrainingInputs
-from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer, stop_ids
+from smoltulu.tasks.models.folders import fit_embeddings
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import (
-    finish,
-    load_rows,
-    prepare_torch,
-    train,
-    trainer_arguments,
-)
+from smoltulu.tasks.trainer.loop import finish, load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.verifiers import verify
 
 if TYPE_CHECKING:
@@ -128,11 +121,7 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
     prepare_torch(context)
     from trl import GRPOConfig
 
-    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    model = load_language_model(Path(inputs.model))
-    fit_embeddings(model, tokenizer)
-    stop_ids(model, tokenizer)
-
+    model, tokenizer = load_model(config, inputs, packing=False)
     # The preflight left out prompts that are longer than max_prompt_length.
     rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
     arguments = trainer_arguments(config, context)
@@ -141,7 +130,7 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
     micro_steps = config.steps_per_generation * accumulation_steps(config.effective_batch_size, context.compute)
     # A checkpoint inside a generation cycle would lose its rollouts: save at the cycle's border only.
     arguments["save_steps"] = -(-context.compute.save_steps // _cycle(config)) * _cycle(config)
-    trainer = _trainer_class()(
+    return _trainer_class()(
         model=model,
         reward_funcs=[reward_function(config, tokenizer.eos_token_id)],
         args=GRPOConfig(
@@ -160,7 +149,6 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    return trainer
 
 
 def build_without_generation(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:

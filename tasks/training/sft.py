@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import SFTSettings, TrainingInputs
-from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer, stop_ids
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import IGNORED
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import BLANK, even_out, is_blank
 from smoltulu.tasks.trainer.gate import gate_failures
-from smoltulu.tasks.trainer.loop import budget, finish, load_rows, prepare_torch, train, trainer_arguments
-from smoltulu.tasks.trainer.packed_attention import pack, segments_of_lengths
+from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.packed_attention import segments_of_lengths
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -83,17 +81,10 @@ def _trainer_class() -> type:
 def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
     """The trainer of the base model. Rows: {"row", "input_ids", "labels"}, none longer than max_length."""
     prepare_torch(context)
-    from transformers import set_seed
     from trl import SFTConfig
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    set_seed(config.seed)
-    model = load_language_model(Path(inputs.model))
-    fit_embeddings(model, tokenizer)
-    stop_ids(model, tokenizer)
-    if context.compute.packing:
-        pack(model)
+    model, tokenizer = load_model(config, inputs, context.compute.packing)
     if config.lora:
         model = with_adapter(model, config.lora)
 
