@@ -10,7 +10,7 @@ from typing import Any
 from smoltulu.artifacts import readable
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import PreflightConfig
-from smoltulu.tasks.models.sizes import num_parameters
+from smoltulu.tasks.models.sizes import model_size
 
 
 def kv_bytes(config: Mapping[str, Any], num_sequences: int, num_tokens: int, bytes_per_value: int) -> int:
@@ -26,7 +26,7 @@ def rollout_bytes(config: PreflightConfig, model: Path, longest: int, compute: C
     training = config.training
     if training is None or not training.num_rollouts:
         return 0
-    weights = 4 * num_parameters(model)
+    weights = 4 * model_size(model).num_parameters
     # Adam's moments and the reference model stay meanwhile, and autocast keeps its copy of the weights.
     held = (4 if training.has_reference else 3) * weights + (weights // 2 if bfloat16 else 0)
     try:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -128,12 +129,7 @@ def length_report(lengths: Sequence[int]) -> LengthReport:
 
 def _round_up(value: float) -> int:
     """The next of 1, 2, 5, 10, 20, 50, …"""
-    power = 1
-    while True:
-        for factor in (1, 2, 5):
-            if factor * power >= value:
-                return factor * power
-        power *= 10
+    return next(factor * 10**power for power in count() for factor in (1, 2, 5) if factor * 10**power >= value)
 
 
 def _put_together(maker: Maker, file: Path, context: StageContext) -> Counts:

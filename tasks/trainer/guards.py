@@ -143,7 +143,6 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
     step_of_trainer, norm_of_trainer = trainer.training_step, trainer._get_grad_norm
     micro_batches: list[tuple[Any, torch.Tensor]] = []
     grad_norms: list[Any] = []
-    means_of_loss: list[LossMeans] = []
 
     def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = step_of_trainer(model, inputs, *args, **kwargs)
@@ -167,10 +166,10 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
 
     class Guard(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            means_of_loss.append(LossMeans(num_warmup_steps(state.max_steps)))
+            self.means = LossMeans(num_warmup_steps(state.max_steps))
             for row in state.log_history:  # of the steps before a resume
                 if "loss" in row:
-                    means_of_loss[0].add(row["step"], row["loss"])
+                    self.means.add(row["step"], row["loss"])
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             loss = torch.stack([loss for _, loss in micro_batches]).sum()
@@ -201,8 +200,8 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if not rule.must_not_grow or not logs or "loss" not in logs:
                 return
-            means_of_loss[0].add(state.global_step, logs["loss"])
-            means = means_of_loss[0].early_and_late()
+            self.means.add(state.global_step, logs["loss"])
+            means = self.means.early_and_late()
             if means is not None and has_diverged(*means):
                 raise ValueError(
                     f"the training diverges: at step {state.global_step:,} the mean loss of the last {WINDOW} steps is "

@@ -22,7 +22,6 @@ from smoltulu.schemas.training import GateSettings, SupervisedSettings, Training
 from smoltulu.tasks.models.folders import (
     device_of,
     fit_embeddings,
-    history_metrics,
     load_language_model,
     load_tokenizer,
     save_model,
@@ -30,7 +29,7 @@ from smoltulu.tasks.models.folders import (
     use_bfloat16,
 )
 from smoltulu.tasks.models.lora import ADAPTER_FOLDER, merged, save_adapter
-from smoltulu.tasks.stage import DATASETS_FOLDER, Report, StageContext, StageStopped
+from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext, StageStopped
 from smoltulu.tasks.trainer.extension import keep_checkpoint, store_checkpoint
 from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule, guard
@@ -44,6 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("smoltulu")
 HISTORY_FILE = f"{LOGS_FOLDER}/history.jsonl"
+#: Logged values whose mean is a metric of the manifest.
+_NUM_AVERAGED = 10
 
 
 def budget(settings: SupervisedSettings, rows: Dataset) -> dict[str, Any]:
@@ -173,9 +174,9 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
     class Progress(TrainerCallback):
         """Reports every optimizer step; the history file begins with what was logged until the resumed step."""
 
-        def __init__(self, report: Report, history: Path) -> None:
-            self.report, self.history = report, history
-            history.parent.mkdir(exist_ok=True)
+        def __init__(self) -> None:
+            self.history = context.work / HISTORY_FILE
+            self.history.parent.mkdir(exist_ok=True)
             self.metrics: dict[str, float] = {}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -185,10 +186,10 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
                 write_atomically(self.history, "".join(json.dumps(row) + "\n" for row in rows))
             # A resume brings those of the checkpoint, which may be another training's.
             state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
-            self.report(state.global_step, state.max_steps)
+            context.report(state.global_step, state.max_steps)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.report(state.global_step, state.max_steps, **self.metrics)
+            context.report(state.global_step, state.max_steps, **self.metrics)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if not state.is_world_process_zero or not logs or "train_runtime" in logs:
@@ -242,7 +243,7 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
                 control.should_save = control.should_training_stop = True
 
     return [
-        Progress(context.report, context.work / HISTORY_FILE),
+        Progress(),
         trackers(context.compute.report_to, context.folder, context.work),
         CompleteCheckpoint(),
         StopWhenAsked(),
@@ -364,7 +365,7 @@ def finish(
     shown: tuple[str, ...],
     gate: GateSettings | None = None,
 ) -> tuple[ModelOutputs, dict[str, float]]:
-    """Save the trained model and put it through the gate; outputs, and the `shown` metrics as last logged.
+    """Save the trained model and put it through the gate; outputs, and the means of the `shown` metrics as last logged.
 
     `gate`: what a language model must show; None for a reward model, which is loaded again and compared only.
     """
@@ -386,4 +387,9 @@ def finish(
         num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
         history_file=HISTORY_FILE,
     )
-    return outputs, history_metrics(history, shown) | passed
+    metrics = {}
+    for name in shown:
+        values = [entry[name] for entry in history if isinstance(entry.get(name), (int, float))][-_NUM_AVERAGED:]
+        if values:
+            metrics[name] = sum(values) / len(values)
+    return outputs, metrics | passed
