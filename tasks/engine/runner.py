@@ -128,7 +128,7 @@ def _begin_with_stored(job: Job, store: Store, work: Path, log: Log) -> None:
     try:
         begin_with(source_run, work)
     except FileNotFoundError:
-        log.warning("%s: %s was removed before it could be gone on from", job.node, source_run)
+        log.warning("%s: %s was removed before this training could resume from it", job.node, source_run)
         source_run = None
         begin_with(None, work)
     if source_run is not None:

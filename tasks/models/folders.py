@@ -22,7 +22,7 @@ SPARE_PAD_TOKEN = "<pad>"
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that is not a model we load: ValueError says what is there and what is needed."""
+    """Raise ValueError if a folder is no model that we load; the message lists all that is wrong."""
     if not folder.is_dir():
         raise ValueError(
             f"model folder {folder} does not exist; give a folder with config.json, *.safetensors and tokenizer"

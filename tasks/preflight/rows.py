@@ -1,4 +1,4 @@
-"""A row of the preflight: its tokens, and what is looked for in it."""
+"""A row of the preflight: its tokens, and the faults that are looked for in it."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Tokenised:
 
     @property
     def answers(self) -> list[str]:
-        """What the assistant says."""
+        """The text of the assistant's turns."""
         return [turn["content"] for turn in self._turns if turn["role"] == "assistant"]
 
     @property
     def texts(self) -> list[str]:
-        """What anybody says."""
+        """The text of all turns."""
         return [turn["content"] for turn in self._turns]
 
     @property
@@ -62,7 +62,7 @@ class Tokenised:
 
 @dataclass(frozen=True)
 class Shown:
-    """A row for the report: (text of a token, whether it is trained on) of each side; how many more there are."""
+    """A row for the report: of each side (token text, whether it is trained on), and how many tokens are left out."""
 
     number: int
     sides: list[list[tuple[str, bool]]]
@@ -71,7 +71,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class TokenizerProbe:
-    """What to look for: special tokens and headers of the chat template as text, and their ids."""
+    """What findings compare with: facts of the tokenizer, and special tokens and template headers as text."""
 
     facts: TokenizerFacts
     special: tuple[str, ...]
@@ -115,7 +115,7 @@ def tokenised(
     batch: Sequence[tuple[int, dict[str, Any]]],
     refuse: Callable[[int, dict[str, Any], Exception], None],
 ) -> list[Tokenised]:
-    """The rows of a batch that the template renders; the others go to `refuse`, and cost the batch nothing."""
+    """The rows of a batch that the template renders. The others go to `refuse`, one by one."""
     import jinja2
 
     rows = [row for _, row in batch]

@@ -1,8 +1,8 @@
 """Preflight: the rows of a training stage, tokenised once and checked before anything is trained.
 
 All trainings on the same rows share what it makes: a sweep tokenises nothing again. Rows are cut or dropped here and
-nowhere else, so every row that a model does not see as it was written is counted. The rows are gone through in parts
-(tasks/preflight/parts.py), which are put together here: the file and the figures do not tell how they were divided.
+nowhere else, so every row that a model does not see as it was written is counted. The rows are processed in parts
+(tasks/preflight/parts.py) and joined here. File and figures do not depend on how the rows were divided.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run_preflight(
     context: StageContext,
     stages: Mapping[str, Stage] = MappingProxyType({}),
 ) -> tuple[PreflightOutputs, dict[str, float]]:
-    """Tokenise, count, try the longest batch, report. ValueError lists every threshold that the rows do not meet.
+    """Tokenise, count, try the longest batch, report. ValueError lists every threshold that the rows fail.
 
     stages  by name; without that of the training there is no dry run
     """
@@ -70,7 +70,7 @@ def run_preflight(
         config, outputs, counts.examples, counts.texts, [shown(tokenizer, row) for row in counts.first_kept]
     )
     found = problems(config, outputs, counts.examples) + too_large
-    # Where it fails, the page is in no artifact: it stays in `work`, which outlives the failure.
+    # A failed preflight makes no artifact: its report stays in `work`.
     report = (context.work if found else context.folder) / outputs.report_file
     report.parent.mkdir(exist_ok=True)
     report.write_text(page, encoding="utf-8")
@@ -89,7 +89,7 @@ def run_preflight(
 
 
 def _disk_bytes(config: PreflightConfig, inputs: PreflightInputs, file: Path, context: StageContext) -> int | None:
-    """What the training needs, as it will be asked for before it starts; None where no training is named."""
+    """Disk that the training will be checked for before it starts; None where no training is named."""
     if not config.subject:
         return None
     compute, training = context.compute.of(config.subject), config.training
@@ -107,7 +107,7 @@ def overlong_share(outputs: PreflightOutputs) -> float:
 def length_report(lengths: Sequence[int]) -> LengthReport:
     """Mean, percentiles (nearest rank) and histogram of row lengths in tokens.
 
-    The last bin holds all that is longer: twice the 99th percentile ends the axis, or one row would make it empty.
+    The axis ends at twice the 99th percentile, so that one long row does not squeeze it; the last bin holds the rest.
     """
     import numpy as np
 
@@ -190,7 +190,7 @@ def _gate_failures(config: PreflightConfig, outputs: PreflightOutputs, metrics: 
 
 
 def preflight_of(stages: Mapping[str, Stage]) -> Stage:
-    """The stage. Of `stages`, by name, the dry run builds the training that the rows are for."""
+    """The stage. The dry run takes from `stages`, by name, the training that the rows are for."""
     return Stage(
         "preflight", 1, PreflightConfig, PreflightInputs, PreflightOutputs, partial(run_preflight, stages=stages),
         _gate_failures, block="trainings", keeps_rows=True, grows_with_model=False,

@@ -1,9 +1,9 @@
-"""A finished training, made longer: which stored checkpoint a larger budget goes on from, and how one gets there.
+"""A finished training, made longer: which stored checkpoint a larger budget resumes from, and how it is copied.
 
-A cache, never a change of science: a checkpoint is taken only where a training from the start would have come to it bit
-by bit. That is where stage, inputs, data and settings are the same but for the budget and the schedule, and both
-schedules have the same learning rates up to the checkpoint's step. RLVR is left out: it goes on at the border
-of its generations only, which is not looked for.
+This only saves time; no result changes. A checkpoint is used only if a training from the start would have reached it
+bit by bit: stage, inputs, data and settings are equal except for budget and schedule, and both schedules have the same
+learning rates up to the checkpoint's step. RLVR is left out: it can resume only between two generations of rollouts,
+and no code looks for such a step.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 _BUDGETS = ("max_steps", "num_train_epochs", "max_tokens")
 #: Folder of `work` for the checkpoint that is to be kept: outside of those that the trainer prunes.
 _KEPT_FOLDER = "kept"
-#: File of `work`: whose checkpoint it began with.
+#: File of `work` that names the source run.
 _EXTENDS_FILE = "extends.json"
-#: transformers pickles its arguments, folders of this machine among them; no resume reads them.
+#: transformers pickles its arguments, with folders of this machine in them. No resume reads the file.
 _NOT_KEPT = ("training_args.bin",)
 
 
 @dataclass(frozen=True)
 class SourceRun:
-    """A finished training and its checkpoint that another training can go on from."""
+    """A finished training and its checkpoint that another training can resume from."""
 
     record: ExtendedTraining
     checkpoint: Path
@@ -64,7 +64,7 @@ def find_source_run(
     index: SpecIndex | None = None,
     damaged: Callable[[str], None] | None = None,
 ) -> SourceRun | None:
-    """The finished training that shares the most first steps with the one that is wanted; None where none does.
+    """The finished training that shares the most first steps with the wanted one; None where there is none.
 
     input_digests  content of the inputs (binding -> digest): a training on other content of these keys does not count
     index          of the store's specs, where there is one already
@@ -81,7 +81,7 @@ def find_source_run(
         if reason is None:
             return source_run
         if damaged is not None:
-            damaged(f"{source_run} is not gone on from: {reason}")
+            damaged(f"{source_run} cannot be resumed from: {reason}")
     return None
 
 
@@ -105,10 +105,10 @@ def _source_runs(
             spec = Spec.model_validate_json((candidate.folder / SPEC).read_bytes())
             old = type(config).model_validate(spec.config).schedule
         except (OSError, ValidationError):
-            continue  # written by other code, or damaged: `plan` and `verify` speak of it
+            continue  # written by other code, or damaged: `plan` and `verify` report it
         found = store.find(spec, input_digests)
         if isinstance(found, Missing) and found.damaged and damaged is not None:
-            damaged(f"{spec.stage}/{candidate.key[:12]} is not gone on from: {found.reason}")
+            damaged(f"{spec.stage}/{candidate.key[:12]} cannot be resumed from: {found.reason}")
         if not isinstance(found, Found) or old is None:
             continue
         # A checkpoint holds the random state of every process: another number of them could not resume from it.
@@ -127,7 +127,7 @@ def _source_runs(
 def begin_with(source_run: SourceRun | None, work: Path) -> None:
     """Copy the checkpoint of a source run into a work folder: the training resumes from it as from one of its own.
 
-    Raises FileNotFoundError where the source run was removed meanwhile: what is there then counts as no checkpoint.
+    Raises FileNotFoundError if the source run was removed meanwhile; a partial copy does not count as a checkpoint.
     """
     (work / _EXTENDS_FILE).unlink(missing_ok=True)
     if source_run is None:
@@ -138,7 +138,7 @@ def begin_with(source_run: SourceRun | None, work: Path) -> None:
 
 
 def extended(work: Path) -> ExtendedTraining | None:
-    """Whose checkpoint the work in a folder began with."""
+    """The source run of the training in a work folder; None where it started from step 0."""
     try:
         return ExtendedTraining.model_validate_json((work / _EXTENDS_FILE).read_bytes())
     except FileNotFoundError:
@@ -149,13 +149,13 @@ def extended(work: Path) -> ExtendedTraining | None:
 
 
 def keep_checkpoint(schedule: ScheduleSettings, context: StageContext) -> TrainerCallback:
-    """Has the trainer save at the step that a larger budget can go on from, and keeps what it saved there."""
+    """Have the trainer save at the step that a larger budget can resume from, and keep that checkpoint."""
     from transformers import TrainerCallback
 
     class KeepCheckpoint(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.step = extension_step(schedule, state.max_steps)
-            # Resumed from it: a kill right after it was saved may have come before it was kept.
+            # The training may resume from that step: a kill can come after the save and before the copy.
             self._keep(args, state)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -174,7 +174,7 @@ def keep_checkpoint(schedule: ScheduleSettings, context: StageContext) -> Traine
 
 
 def store_checkpoint(context: StageContext) -> None:
-    """Put the checkpoint that was kept into the artifact."""
+    """Copy the kept checkpoint into the artifact."""
     kept = newest_checkpoint(context.work / _KEPT_FOLDER)
     if kept is not None:
         place_checkpoint(kept[1], context.folder / CHECKPOINT_FOLDER / kept[1].name)

@@ -31,7 +31,7 @@ _SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class LossRule:
-    """What the value of a stage's loss says.
+    """What a stage's loss values mean.
 
     zero_is_fault   exactly 0 means that nothing was trained; not so where 0 is a good loss (DPO's hinge), and in GRPO,
                     whose advantages have a mean of 0
@@ -43,7 +43,7 @@ class LossRule:
 
 
 def fault_of_step(losses: Sequence[float], grad_norms: Sequence[float], zero_is_fault: bool) -> str | None:
-    """What is wrong with an optimizer step, by the loss and the gradient norm of every process; None where nothing."""
+    """The fault of an optimizer step, by loss and gradient norm of every process; None where there is none."""
     for loss in losses:
         if not math.isfinite(loss):
             return f"loss is {loss}"
@@ -91,8 +91,8 @@ class LossMeans:
 
 
 def has_diverged(early: float, late: float) -> bool:
-    """Whether a mean loss that was `early` and is `late` belongs to a training that diverges."""
-    # Some losses fall below 0, where a multiple of it lies lower still.
+    """Whether a training diverges whose mean loss rose from `early` to `late`."""
+    # Some losses are negative: there a multiple of the early loss lies below it.
     return late - early > max(MIN_RISE, (GROWTH - 1) * abs(early))
 
 
@@ -175,7 +175,7 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
             loss = torch.stack([loss for _, loss in micro_batches]).sum()
             norm = torch.as_tensor(grad_norms[-1], dtype=loss.dtype, device=loss.device)
             has_rows = loss.new_tensor(not all(is_blank(batch) for batch, _ in micro_batches))
-            # All processes see the numbers of all: the one with the corrupt rows must not leave the others waiting.
+            # Every process sees the numbers of all: if only the one with corrupt rows raised, the others would wait.
             of_processes = trainer.accelerator.gather(torch.stack([loss, norm, has_rows])[None]).tolist()
             # The loss of a process without rows is 0, and its gradient norm that of the others.
             losses, norms, _ = zip(*(row for row in of_processes if row[2]), strict=True)

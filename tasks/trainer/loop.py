@@ -48,7 +48,7 @@ _NUM_AVERAGED = 10
 
 
 def budget(settings: SupervisedSettings, rows: Dataset) -> dict[str, Any]:
-    """`num_train_epochs` and `max_steps` for the trainer, to which a number of steps stands above epochs."""
+    """`num_train_epochs` and `max_steps` for the trainer, which prefers a number of steps to epochs."""
     max_steps = settings.max_steps
     if settings.max_tokens is not None and len(rows):
         max_steps = settings.budget.num_steps(len(rows), count_tokens(rows))
@@ -142,7 +142,7 @@ def prepare_torch(context: StageContext) -> None:
     if device_of(context.compute) == "cuda":
         # Not compute.num_processes: a stage that is no training has one process, whatever that says.
         _check_num_gpus(torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", "1")))
-    # trl#7181: NaN gradients in bfloat16 with torch 2.13; off from there on until a version is known to be fixed.
+    # trl#7181: NaN gradients in bfloat16 with torch 2.13; off from that version on, until one is known to be fixed.
     if torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
         torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.utils.logging.disable_progress_bar()
@@ -166,7 +166,7 @@ def _check_num_gpus(num_gpus: int, num_processes: int) -> None:
 def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
     """Progress, history, trackers, completion markers of checkpoints and stopping when asked, as callbacks.
 
-    `cycle`: optimizer steps between instants at which a checkpoint holds all there is to go on from.
+    `cycle`: optimizer steps between two points at which a checkpoint is enough to resume from.
     """
     from accelerate import PartialState
     from transformers import TrainerCallback
@@ -180,11 +180,11 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
             self.metrics: dict[str, float] = {}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # In one step: a kill half-way would lose what the metrics of the manifest are taken from.
+            # In one rename: a kill half-way would lose the history up to the resumed step.
             if state.is_world_process_zero:
                 rows = ({"step": entry["step"], **numbers(entry)} for entry in state.log_history)
                 write_atomically(self.history, "".join(json.dumps(row) + "\n" for row in rows))
-            # A resume brings those of the checkpoint, which may be another training's.
+            # A resume loads the checkpoint's intervals, which may be another training's.
             state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
             context.report(state.global_step, state.max_steps)
 
@@ -215,7 +215,7 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
                 self.logged.append(float(score))
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # Every process writes its random state, and may be at it still.
+            # Every process writes its random state, and may still be writing.
             PartialState().wait_for_everyone()
             if state.is_world_process_zero:
                 score = sum(self.logged) / len(self.logged) if self.logged else None
@@ -229,7 +229,7 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
         def __init__(self) -> None:
             self.asked = threading.Event()
             self.before: Any = None
-            # Ranks of one training could disagree about the step, and wait for each other for ever: they just end.
+            # Several ranks could stop at different steps and wait for each other forever, so they just end.
             alone = context.compute.num_processes == 1
             if alone and threading.current_thread() is threading.main_thread():
                 self.before = signal.signal(signal.SIGTERM, lambda *_: self.asked.set())
@@ -259,14 +259,14 @@ def train(
 ) -> int:
     """Train from the newest complete checkpoint, or from the start. Number of optimizer steps done in all.
 
-    The history of logged metrics lands in the artifact. A `schedule` stands in for the trainer's own. `cycle`: see
+    The history of logged metrics lands in the artifact. A `schedule` replaces the trainer's own. `cycle`: see
     `callbacks`. ValueError where the schedule does not fit into the number of steps, or where the guards
     (`tasks.trainer.guards`) end the training.
     """
     for callback in callbacks(context, cycle):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
-        # Tokenised rows are used again by a resume; the runner drops what is not as it was written.
+        # A resume uses the tokenised rows again; the runner drops files that changed since they were written.
         mark_complete(context.work / DATASETS_FOLDER)
     checkpoints = context.work / CHECKPOINTS
     newest = newest_checkpoint(checkpoints, full=True)
@@ -275,7 +275,7 @@ def train(
         remove_tree(path)
     num_steps = 0
     if newest is not None:
-        # Not what the checkpoint says: it may be that of a shorter training.
+        # Not from the checkpoint where possible: it may be of a shorter training.
         num_steps = trainer.args.max_steps if trainer.args.max_steps > 0 else num_steps_of(newest[1]) or 0
         logger.info("resumes at step %s of %s", f"{newest[0]:,}", f"{num_steps:,}")
         if trainer.is_world_process_zero():
@@ -285,13 +285,13 @@ def train(
     trainer.add_callback(speed_and_memory(trainer, lambda: _num_tokens(trainer)))
     if schedule is not None:
         _follow(schedule, trainer)
-        # GRPO goes on at the border of its generations only: tasks/trainer/extension.py does not look for that.
+        # GRPO can resume only between two generations; tasks/trainer/extension.py does not look for such a step.
         if context.compute.keep_extension_checkpoint and not hasattr(trainer.args, "num_generations"):
             trainer.add_callback(keep_checkpoint(schedule, context))
-    # Last, so that it sees whether a checkpoint is to be written.
+    # Last, so that it knows whether a checkpoint will be written.
     trainer.add_callback(guard(trainer, loss_rule, lambda num_steps: _num_warmup_steps(trainer, schedule, num_steps)))
     if newest is not None and newest[0] >= num_steps > 0:
-        # The trainer looks whether it is done only after a step: in the middle of an epoch it would do one too many.
+        # The trainer checks whether it is done only after a step: within an epoch it would do one too many.
         trainer._run_epoch = lambda **kwargs: None
     trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -308,23 +308,23 @@ def _num_warmup_steps(trainer: Trainer, schedule: ScheduleSettings | None, num_s
 
 
 def _follow(schedule: ScheduleSettings, trainer: Trainer) -> None:
-    """Makes the trainer take its learning rates from a schedule of ours.
+    """Make the trainer take its learning rates from our schedule.
 
-    In place of its `create_scheduler`, because only there the number of steps is known, the optimizer is made, and the
-    state of a checkpoint is not loaded yet: so a resume restores this scheduler as it does the trainer's own.
+    It replaces `create_scheduler`: only there is the number of steps known and the optimizer made while the state of a
+    checkpoint is not loaded yet. So a resume restores this scheduler as it restores the trainer's own.
     """
     from torch.optim.lr_scheduler import LambdaLR
 
     def create_scheduler(num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        # A function, not an object: LambdaLR would store the fields of an object and lay old ones over new ones.
+        # A function, not an object: LambdaLR saves an object's fields, and a resume would overwrite the new ones.
         def factor(step: int) -> float:
             return learning_rate_factor(schedule, step, num_training_steps, _num_tokens(trainer))
 
         class FromFunction(LambdaLR):
             def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-                """Goes on at the step of a checkpoint with our rate of that step.
+                """Resume with our schedule's rate of the checkpoint's step.
 
-                The stored one is that of the schedule it was saved under: at the end of a shorter training, decayed.
+                The stored rate follows the schedule that saved it: at the end of a shorter training it has decayed.
                 """
                 super().load_state_dict(state_dict)
                 now = factor(self.last_epoch)
@@ -339,12 +339,12 @@ def _follow(schedule: ScheduleSettings, trainer: Trainer) -> None:
 
 
 def _num_tokens(trainer: Trainer) -> int:
-    """Tokens trained on, of this training, before a resume too. GRPO counts in the state itself, the others in TRL."""
+    """Tokens trained on, those before a resume included. GRPO counts them in the state, the other trainers in TRL."""
     return max(int(trainer.state.num_input_tokens_seen), getattr(trainer, "_total_train_tokens", 0))
 
 
 def _token_count(trainer: Trainer) -> TrainerCallback:
-    """Keeps TRL's count of tokens in the checkpoints: SFT, reward model and DPO begin at zero again after a resume."""
+    """Keep TRL's count of tokens in the checkpoints: without it SFT, reward model and DPO resume at zero."""
     from transformers import TrainerCallback
 
     class TokenCount(TrainerCallback):
@@ -367,7 +367,7 @@ def finish(
 ) -> tuple[ModelOutputs, dict[str, float]]:
     """Save the trained model and put it through the gate; outputs, and the means of the `shown` metrics as last logged.
 
-    `gate`: what a language model must show; None for a reward model, which is loaded again and compared only.
+    `gate`: thresholds for the answers of a language model; None for a reward model, which is only loaded and compared.
     """
     from accelerate.utils import is_peft_model
 

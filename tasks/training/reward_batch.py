@@ -102,7 +102,7 @@ class PairTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _loss_of_uneven(self, model: Any, batch: dict[str, Any], num_pairs: int) -> tuple[torch.Tensor, Any]:
-        """Summed loss, where processes may have unlike numbers of pairs. TRL gathers their metrics as if alike."""
+        """Summed loss, where processes may have different numbers of pairs: TRL would weigh them all alike."""
         outputs = model(**batch, use_cache=False)
         chosen, rejected = (side[:num_pairs] for side in outputs.logits.squeeze(-1).chunk(2))
         num_tokens = batch["attention_mask"].sum() if num_pairs else 0
@@ -113,7 +113,7 @@ class PairTrainer(RewardTrainer):
     def _note(self, chosen: torch.Tensor, rejected: torch.Tensor, num_tokens: Any) -> None:
         """TRL's metrics of a micro-batch of all processes, each pair with the same weight."""
         margins, scores = chosen - rejected, torch.cat([chosen, rejected])
-        # A process may have no scores: it gives ends that those of the others lie within.
+        # A process without scores gives infinite ends, which never win.
         end = scores.new_tensor([math.inf])
         lowest, highest = torch.cat([scores, end]).min(), torch.cat([scores, -end]).max()
         sums = [num_tokens, len(margins), (margins > 0).sum(), margins.sum(), scores.sum()]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _load_classifier(folder: Path) -> PreTrainedModel:
-    """With one score, whose head is new: `build` draws it."""
+    """A classifier with one score. Its head is new; `build` draws the weights."""
     import torch
     from transformers import AutoModelForSequenceClassification
 

@@ -60,9 +60,9 @@ def reward_function(config: RLVRSettings, eos_token_id: int) -> Callable[..., li
 
 @contextmanager
 def caches_as_attended() -> Iterator[None]:
-    """Under autocast, caches hold what attention casts them to anyway.
+    """Under autocast, caches hold keys and values in autocast's dtype, to which attention casts them anyway.
 
-    Keys leave the rotary embedding in float32, and transformers' cache takes keys and values as the first key comes.
+    Keys leave the rotary embedding in float32, and transformers' cache takes its dtype from the first key.
     """
     import torch
     from transformers.cache_utils import DynamicLayer
@@ -83,9 +83,9 @@ def caches_as_attended() -> Iterator[None]:
 
 
 def _trainer_class() -> type:
-    """GRPOTrainer whose order of prompts depends on the epoch alone: TRL's begins anew wherever a resume does.
+    """GRPOTrainer whose order of prompts depends on the epoch alone: TRL's order starts anew at a resume.
 
-    And which generates with half the memory in bfloat16.
+    In bfloat16 it also generates with half the memory.
     """
     import torch
     from trl import GRPOTrainer
@@ -96,7 +96,7 @@ def _trainer_class() -> type:
 
             def set_epoch(epoch: int) -> None:
                 sampler.generator.manual_seed(sampler.seed)
-                for _ in range(epoch):  # those that an unbroken training has drawn by then
+                for _ in range(epoch):  # the permutations that an unbroken training has drawn by then
                     torch.randperm(sampler.num_samples, generator=sampler.generator)
 
             # The trainer calls it where a sampler has one.
@@ -104,7 +104,7 @@ def _trainer_class() -> type:
             return sampler
 
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-            # One autocast round all tokens keeps the cast weights; the model's own casts them for every token.
+            # One autocast around all tokens keeps the cast weights; the model's own would cast them for every token.
             with self.accelerator.autocast(), caches_as_attended():
                 return super()._generate_single_turn(*args, **kwargs)
 
@@ -128,7 +128,7 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
     # TRL counts steps_per_generation in micro-batches, we in optimizer steps: the batch of rollouts must not change
     # with per_device_train_batch_size.
     micro_steps = config.steps_per_generation * accumulation_steps(config.effective_batch_size, context.compute)
-    # A checkpoint inside a generation cycle would lose its rollouts: save at the cycle's border only.
+    # A checkpoint within a generation cycle would lose the rollouts, so save only at the end of a cycle.
     arguments["save_steps"] = -(-context.compute.save_steps // _cycle(config)) * _cycle(config)
     return _trainer_class()(
         model=model,

@@ -325,13 +325,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
     with caplog.at_level(logging.WARNING):
         made = run_stage(job, store, LOG)
     key = finished[1].key[:12]
-    assert f"step 15 of sft/{key} is not gone on from: optimizer.pt has other bytes than were written" in caplog.text
+    assert f"step 15 of sft/{key} cannot be resumed from: optimizer.pt has other bytes than were written" in caplog.text
     assert read_manifest(Path(made.path)).resumed_from_steps == ()
 
     said: list[str] = []
     file.write_bytes(content[:-1])
     assert source_run_of(store, sft.job(60, wsd(), seed=123), damaged=said.append) == (18, 24)
-    assert len(said) == 1 and f"sft/{key} is not gone on from: checkpoint/checkpoint-15/optimizer.pt has" in said[0]
+    assert len(said) == 1 and f"sft/{key} cannot be resumed from: checkpoint/checkpoint-15/optimizer.pt has" in said[0]
 
 
 def test_an_extension_that_was_stopped_goes_on_from_its_own_checkpoint(
