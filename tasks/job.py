@@ -1,4 +1,4 @@
-"""One stage that is wanted."""
+"""A job: one stage to be made."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from smoltulu.tasks.stage import Stage
 
 @dataclass(frozen=True)
 class Job:
-    """One stage that is wanted: identity (spec) and everything needed to make it.
+    """One stage to be made: its identity (spec) and everything that it needs.
 
     inputs         resolved inputs model (folders and files of upstream artifacts)
     input_records  binding -> upstream artifact, for the manifest and the stale check
-    refresh        make it again even if it is there
+    refresh        make it again even if the store has it
     """
 
     node: str

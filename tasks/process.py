@@ -1,4 +1,4 @@
-"""What a process of ours needs of the system: to end with its parent, and to know want of memory."""
+"""What a stage's process asks the system: to end with its parent, and whether an error means out of memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OUT_OF_MEMORY_TEXTS = (
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends; leave if that happened already."""
+    """Have the kernel kill this process when the thread that started it ends; exit if it has ended already."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
@@ -29,7 +29,7 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a stage failed for want of memory on the host or on a GPU (torch is not imported to ask)."""
+    """Whether a stage ran out of memory, of the host or of a GPU. Does not import torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)

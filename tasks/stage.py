@@ -1,6 +1,6 @@
-"""What a stage is: a name, a version, three contracts, a function, and what others must know of it.
+"""A stage: a name, a version, three contracts, a function, and the traits that other modules read.
 
-It does not know store, key or Prefect.
+A stage knows neither store nor key nor Prefect.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BatchSetting = Literal["per_device_train_batch_size", "per_device_eval_batch_siz
 
 
 class StageStopped(Exception):
-    """The stage was asked to stop (SIGTERM) before it was done; what it wrote into `work` is there to go on from."""
+    """The stage stopped on SIGTERM before it was done. A re-run resumes from what it wrote into `work`."""
 
 
 class Report(Protocol):
@@ -57,26 +57,26 @@ class Stage:
     """`function(config, inputs, context)` writes files into `context.folder` and returns (outputs, metrics).
 
     Raise `version` when the meaning of the stage changes: it is part of every key. `ValueError` from the function
-    is the user's to mend and is shown without a traceback.
+    is the user's to fix and is shown without a traceback.
 
-    objections(config, outputs, metrics)  what today's thresholds say against a cached artifact: they are machinery, so
-                                          the key does not tell
-    build(config, inputs, context)        of a training: its trainer, ready for the first step, from model, rows and
-                                          template alone (`TrainingInputs`): what a dry run trains
+    gate_failures(config, outputs, metrics)  which of today's thresholds a cached artifact fails. Thresholds are no part
+                                             of the key
+    build(config, inputs, context)           the trainer of a training, ready for its first step, from model, rows and
+                                             template alone (`TrainingInputs`). A dry run trains it
 
-    What the rest of the house must know of a stage follows from its contracts (a config that derives from
-    `TrainingSettings` is a training, outputs that are `ModelOutputs` are a model), or is one of these:
+    Some traits follow from the contracts: a stage whose config derives from `TrainingSettings` is a training, and one
+    whose outputs are `ModelOutputs` makes a model. The others are fields:
 
-    block              field of `Recipe` that asks for the stage, where it is called otherwise
-    distributed        takes compute.num_processes processes, though it is no training
-    eval_batch         no training, and its memory grows with compute.per_device_eval_batch_size: halved where it does
-                       not fit
-    memory_advice      what to change where not even the smallest batch fits into memory
-    flops(config)      of a training, a parameter and token: 2 forward, 4 backward (Kaplan et al., arXiv 2001.08361,
-                       section 2.1). Left out: attention's own share, which grows with the length of a row
-    keeps_rows         hands on nearly all rows of its input `dataset`
+    block              field of `Recipe` that asks for the stage, where the two names differ
+    distributed        not a training, but runs in compute.num_processes processes
+    eval_batch         not a training, but its memory grows with compute.per_device_eval_batch_size, which is halved
+                       when memory runs out
+    memory_advice      what to change when not even the smallest batch fits into memory
+    flops(config)      FLOPs of a training per parameter and token: 2 forward, 4 backward (Kaplan et al., arXiv
+                       2001.08361, section 2.1). Attention's own share, which grows with row length, is left out
+    keeps_rows         passes on nearly all rows of its input `dataset`
     grows_with_model   takes longer the larger its input `model` is
-    copies_model       costs what the size of its input `model` says, whatever its config
+    copies_model       its cost depends on the size of its input `model` only
     reencodes          the version before, where `version` was raised for the encoding of its rows alone
     same_externals     digest now -> digest before, of a text that was changed and means the same
                        (flows/planning/adoption.py takes finished work over by these two)
@@ -88,7 +88,7 @@ class Stage:
     inputs: type[BaseModel]
     outputs: type[BaseModel]
     function: Callable[[Any, Any, StageContext], tuple[BaseModel, dict[str, float]]]
-    objections: Callable[[Any, Any, Mapping[str, float]], list[str]] | None = None
+    gate_failures: Callable[[Any, Any, Mapping[str, float]], list[str]] | None = None
     build: Callable[[Any, Any, StageContext], Any] | None = None
     block: str | None = None
     distributed: bool = False
@@ -103,7 +103,7 @@ class Stage:
 
     @property
     def is_training(self) -> bool:
-        """Whether it takes optimizer steps: several processes, an effective batch, checkpoints, a budget."""
+        """Whether it takes optimizer steps, and so has an effective batch, checkpoints and a budget."""
         return issubclass(self.config, TrainingSettings)
 
     def makes(self, outputs: type[BaseModel]) -> bool:
@@ -111,22 +111,22 @@ class Stage:
         return issubclass(self.outputs, outputs)
 
     def num_ranks(self, compute: ComputeSettings) -> int:
-        """Processes that it is started with."""
+        """Number of processes that run it."""
         return compute.num_processes if self.is_training or self.distributed else 1
 
     @property
     def batch_setting(self) -> BatchSetting | None:
-        """The setting of compute that is halved where memory runs out; None: nothing can be."""
+        """The compute setting that is halved when memory runs out; None where there is none."""
         if self.is_training:
             return "per_device_train_batch_size"
         return "per_device_eval_batch_size" if self.eval_batch else None
 
-    def objections_to(self, manifest: Manifest, config: BaseModel) -> list[str]:
-        """What the thresholds of `config` say against an artifact; nothing where another version wrote it."""
-        if self.objections is None:
+    def gate_failures_of(self, manifest: Manifest, config: BaseModel) -> list[str]:
+        """Which thresholds of `config` an artifact fails; none where another version wrote it."""
+        if self.gate_failures is None:
             return []
         try:
             outputs = self.outputs.model_validate(manifest.outputs)
         except ValidationError:
             return []
-        return self.objections(config, outputs, manifest.metrics)
+        return self.gate_failures(config, outputs, manifest.metrics)

@@ -46,7 +46,7 @@ Result = TypeVar("Result")
 
 
 class DamagedArtifact(RemoteError):
-    """Files of a shared artifact do not have the bytes that its manifest promises; it is marked, a push mends it."""
+    """Files of a shared artifact do not have the bytes that its manifest promises; it is marked, a push fixes it."""
 
 
 class Remote:
@@ -319,7 +319,7 @@ class Remote:
     def _mark(
         self, artifact: RemoteArtifact, records: list[FileRecord], names_of: dict[str, list[str]]
     ) -> DamagedArtifact:
-        """Leave a mark at the store, so that others need not download what is damaged, and the next push mends it."""
+        """Leave a mark at the store, so that others need not download what is damaged, and the next push fixes it."""
         folder = _folder(artifact.stage, artifact.key)
         # Readers may have no right to write; the damage is known to this process in any case.
         with contextlib.suppress(OSError):

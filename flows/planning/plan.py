@@ -25,7 +25,7 @@ from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, is_commit, resolve_commit
 from smoltulu.tasks.engine.environment import drift, environment
-from smoltulu.tasks.trainer.extension import Donor, find_donor
+from smoltulu.tasks.trainer.extension import SourceRun, find_source_run
 
 #: A plan is for looking: it gives up on a silent Hub sooner than a run.
 _HUB_TIMEOUT_SECONDS = 3.0
@@ -178,8 +178,8 @@ def _row(
     checkpoint = store.unfinished(spec)
     if isinstance(found, Found) and not waits_for and not refreshed:
         row |= {"status": "cached", "reason": f"made {_minute(found.manifest.finished_at)}"}
-        objections = node.stage.objections_to(found.manifest, node.config)
-        row["notes"] = (*drift(found.manifest.environment, environment()), *(f"refused: {one}" for one in objections))
+        failures = node.stage.gate_failures_of(found.manifest, node.config)
+        row["notes"] = (*drift(found.manifest.environment, environment()), *(f"refused: {one}" for one in failures))
     elif checkpoint is not None:
         step, folder = checkpoint
         # What the recipe says: the checkpoint may be that of a shorter training.
@@ -188,9 +188,9 @@ def _row(
         row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
     elif refreshed:
         row["reason"] = "asked for again (refresh)"
-    elif not waits_for and (donor := _donor(graph, store, index, name, digests)) is not None:
-        step, num_steps = donor.record.step, _planned(node.config)
-        reason = f"would go on from step {step:,} of {num_steps:,}, stored by {donor.record.key[:12]}"
+    elif not waits_for and (source_run := _source_run(graph, store, index, name, digests)) is not None:
+        step, num_steps = source_run.record.step, _planned(node.config)
+        reason = f"would go on from step {step:,} of {num_steps:,}, stored by {source_run.record.key[:12]}"
         row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
     elif isinstance(found, Found):
         row["reason"] = f"cached if {', '.join(waits_for)} comes out the same as before"
@@ -205,12 +205,14 @@ def _row(
     return PlanRow(**row), found
 
 
-def _donor(graph: Graph, store: Store, index: SpecIndex, name: str, digests: Mapping[str, str]) -> Donor | None:
+def _source_run(
+    graph: Graph, store: Store, index: SpecIndex, name: str, digests: Mapping[str, str]
+) -> SourceRun | None:
     """The finished training with a smaller budget that a node would go on from."""
     node = graph.nodes[name]
     inputs = {dotted: digests[binding.node] for dotted, binding in node.bindings().items()}
     compute = graph.recipe.compute.of(node.stage.name)
-    return find_donor(store, graph.spec(name), node.config, compute, inputs, index=index)
+    return find_source_run(store, graph.spec(name), node.config, compute, inputs, index=index)
 
 
 def _planned(config: BaseModel) -> int | None:

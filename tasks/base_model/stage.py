@@ -12,7 +12,7 @@ from smoltulu.schemas.models import BaseModelInputs, ModelOutputs, ModelSource
 from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.models.folders import check_model_folder
-from smoltulu.tasks.models.sizes import num_parameters
+from smoltulu.tasks.models.sizes import model_size
 from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
@@ -50,7 +50,7 @@ def provide_base_model(
         )
         shutil.rmtree(target / ".cache", ignore_errors=True)
     check_model_folder(target)
-    size = num_parameters(target)
+    size = model_size(target).num_parameters
     logger.info("%s parameters", f"{size:,}")
     return ModelOutputs(num_parameters=size), metrics
 

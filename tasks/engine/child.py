@@ -3,7 +3,7 @@
 It dies with its parent and holds the key's `writer`.
 
 What it prints: lines that start with `@smoltulu ` carry JSON for the parent (progress, warnings); everything else is
-the log of the libraries. Exit status: 0 done, 2 the user's to mend (message in error.json), 3 out of memory (message
+the log of the libraries. Exit status: 0 done, 2 the user's to fix (message in error.json), 3 out of memory (message
 in out_of_memory.json), 143 stopped as asked, 1 a failure. Where torchrun starts the ranks, its own status hides theirs:
 the two files count.
 """

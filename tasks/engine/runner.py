@@ -27,13 +27,13 @@ from smoltulu.tasks.models.sizes import adapter_size, model_size
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext
 from smoltulu.tasks.trainer.disk import cache_bytes, num_checkpoints_kept, training_bytes
-from smoltulu.tasks.trainer.extension import begin_with, extended, find_donor
+from smoltulu.tasks.trainer.extension import begin_with, extended, find_source_run
 
 
 def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
     """Return the artifact of a job: found here, taken from a shared store, or made now.
 
-    Raises ValueError for what the user must mend (bad data, bad model, disk full), StageFailed for a crash.
+    Raises ValueError for what the user must fix (bad data, bad model, disk full), StageFailed for a crash.
     """
     digests = {name: record.digest for name, record in job.input_records.items()}
     found = store.find(job.spec, digests)
@@ -73,8 +73,8 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
 
 def _cached(found: Found, job: Job) -> ArtifactReference:
     """ValueError where a threshold that was changed since would not have let this artifact pass."""
-    if objections := job.stage.objections_to(found.manifest, job.config):
-        raise ValueError(f"{job.node}: {found.folder} is there, but by today's thresholds: {'; '.join(objections)}")
+    if failures := job.stage.gate_failures_of(found.manifest, job.config):
+        raise ValueError(f"{job.node}: {found.folder} is there, but by today's thresholds: {'; '.join(failures)}")
     return reference_to(found, job.node, "Cached")
 
 
@@ -90,7 +90,7 @@ def _make(job: Job, store: Store, folder: Path, log: Log) -> Found:
     output = work / "output"
     remove_tree(output)
     output.mkdir()
-    # Two clocks: the wall's for people, the monotonic one for the duration, which a clock set back must not spoil.
+    # Two clocks: the wall's for people, the monotonic one for the duration, which a clock set back must not distort.
     started, began = datetime.now(UTC), time.monotonic()
     result = _run_function(job, work, output, log)
     outputs = job.stage.outputs.model_validate(result["outputs"])
@@ -122,21 +122,21 @@ def _begin_with_stored(job: Job, store: Store, work: Path, log: Log) -> None:
     if job.refresh or newest_checkpoint(work / CHECKPOINTS) is not None:
         return
     digests = {name: record.digest for name, record in job.input_records.items()}
-    donor = find_donor(
+    source_run = find_source_run(
         store, job.spec, job.config, job.compute, digests, damaged=lambda why: log.warning("%s: %s", job.node, why)
     )
     try:
-        begin_with(donor, work)
+        begin_with(source_run, work)
     except FileNotFoundError:
-        log.warning("%s: %s was removed before it could be gone on from", job.node, donor)
-        donor = None
+        log.warning("%s: %s was removed before this training could resume from it", job.node, source_run)
+        source_run = None
         begin_with(None, work)
-    if donor is not None:
-        log.info("%s: goes on from %s, which had budget %s", job.node, donor, f"{donor.record.num_steps:,}")
+    if source_run is not None:
+        log.info("%s: goes on from %s, which had budget %s", job.node, source_run, f"{source_run.record.num_steps:,}")
 
 
 def _check_inputs(job: Job, store: Store) -> None:
-    """Read every byte that the stage is made from: weights that went bad would spoil, unseen, all that follows."""
+    """Read every byte that the stage is made from: weights that went bad would corrupt, unseen, all that follows."""
     refs = {Ref(record.stage, record.key) for record in job.input_records.values()}
     damaged = []
     for finding in verify_artifacts(Catalogue(store.root), sorted(refs), report_only=False, told=lambda finding: None):

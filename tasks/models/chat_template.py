@@ -8,7 +8,8 @@ from typing import Any
 
 from smoltulu.recipes import CHAT_TEMPLATES
 
-_PROBE = [
+#: A conversation that a template is tried on.
+PROBE = [
     {"role": "system", "content": "probe system"},
     {"role": "user", "content": "probe question"},
     {"role": "assistant", "content": "probe answer"},
@@ -38,11 +39,11 @@ def check_chat_template(text: str, name: str) -> None:
     import jinja2
 
     try:
-        whole = _render(text, _PROBE, add_generation_prompt=False)
-        prompt = _render(text, _PROBE[:-1], add_generation_prompt=True)
+        whole = _render(text, PROBE, add_generation_prompt=False)
+        prompt = _render(text, PROBE[:-1], add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"chat_template {name!r} does not render: {error}") from None
-    lost = [turn["content"] for turn in _PROBE if turn["content"] not in whole]
+    lost = [turn["content"] for turn in PROBE if turn["content"] not in whole]
     if lost:
         raise ValueError(f"chat_template {name!r} loses text: {lost} is not in what it renders")
     if not re.search(r"\{%[-+]?\s*generation\b", text):  # the word alone is in every add_generation_prompt
@@ -50,7 +51,7 @@ def check_chat_template(text: str, name: str) -> None:
             f"chat_template {name!r} has no generation markers: wrap the assistant's content and eos in "
             "{% generation %} … {% endgeneration %}"
         )
-    trained = _render(text, _PROBE, add_generation_prompt=False, show_trained=True)
+    trained = _render(text, PROBE, add_generation_prompt=False, show_trained=True)
     if "<eos>" in whole and "<train>probe answer<eos>" not in trained:
         raise ValueError(
             f"chat_template {name!r} trains on other text than the assistant's content and eos: begin the block with "

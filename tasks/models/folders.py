@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smoltulu.tasks.models.sizes import tensor_shapes
 
@@ -22,7 +22,7 @@ SPARE_PAD_TOKEN = "<pad>"
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that is not a model we load: ValueError says what is there and what is needed."""
+    """Raise ValueError if a folder is no model that we load; the message lists all that is wrong."""
     if not folder.is_dir():
         raise ValueError(
             f"model folder {folder} does not exist; give a folder with config.json, *.safetensors and tokenizer"
@@ -154,13 +154,3 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     if differing:
         raise RuntimeError(f"saved model differs from the trained one in {differing[:5]}")
     return model.num_parameters()
-
-
-def history_metrics(history: list[dict[str, Any]], names: tuple[str, ...], last: int = 10) -> dict[str, float]:
-    """Mean of the last few logged values of each metric, for the manifest."""
-    metrics = {}
-    for name in names:
-        values = [row[name] for row in history if isinstance(row.get(name), (int, float))][-last:]
-        if values:
-            metrics[name] = sum(values) / len(values)
-    return metrics

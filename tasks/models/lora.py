@@ -51,8 +51,8 @@ def with_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    # peft would write the path into the adapter, whose bytes then differed from machine to machine, and where a pad
-    # token was added it would find other embeddings there and save ours in every checkpoint.
+    # peft would write the path into the adapter, whose bytes would then differ between machines. Where a pad token was
+    # added, it would also find other embeddings at the path, and save ours in every checkpoint.
     model.name_or_path = ""
     adapted = get_peft_model(model, adapter)
     trained, every = adapted.get_nb_trainable_parameters()
@@ -64,8 +64,8 @@ def with_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json; `PeftModel.from_pretrained(base, folder)` reads them."""
     model.save_pretrained(str(folder), safe_serialization=True)
-    (folder / "README.md").unlink()  # a card without a word of ours
-    # A set there, whose order is another in every process: the same training should give the same bytes.
+    (folder / "README.md").unlink()  # an empty model card
+    # A set, whose order differs between processes: the same training should give the same bytes.
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     config["target_modules"].sort()
@@ -73,7 +73,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter added to its weights: names and dtypes as before. `model` is used up by it."""
+    """The base model with the adapter added to its weights: same names and dtypes. It uses `model` up."""
     return model.merge_and_unload(safe_merge=True)
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 class ModelSize:
     """What a model folder holds.
 
-    other_bytes   configuration and tokenizer, which every checkpoint repeats
-    num_matrices  tensors of two dimensions, and matrix_sides the sum of both extents of all of them
+    num_parameters   tied weights, which safetensors hold once, count once
+    other_bytes      configuration and tokenizer, which every checkpoint repeats
+    num_matrices     tensors of two dimensions
+    matrix_sides     the sum of both extents of all of them
     """
 
     num_parameters: int
@@ -21,11 +23,6 @@ class ModelSize:
     other_bytes: int = 0
     num_matrices: int = 0
     matrix_sides: int = 0
-
-
-def num_parameters(folder: Path) -> int:
-    """Parameters of a model folder; tied weights, which safetensors hold once, count once. Errors: as `model_size`."""
-    return model_size(folder).num_parameters
 
 
 def model_size(folder: Path) -> ModelSize:

@@ -21,7 +21,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row of SFT. `stable`: the tokens of its last prompt, as generation would see them, are how it begins."""
+    """One row of SFT. `stable`: it starts with the tokens that generation would see for its last prompt."""
 
     input_ids: list[int]
     mask: list[int]
@@ -127,7 +127,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages]) -> l
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages]) -> list[list[int]]:
-    """Token ids of conversations that the model is to go on from, as generation renders them."""
+    """Token ids of conversations that the model is to continue, as generation renders them."""
     made: list[list[int]] = _template(tokenizer, rows, add_generation_prompt=True)["input_ids"]
     return made
 

@@ -1,4 +1,4 @@
-"""What the preflight's figures mean: one check each, its threshold, and what to do where it is not met."""
+"""The checks of the preflight: each has a figure, a threshold, and advice for rows that fail it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Status = Literal["ok", "noticed", "fails"]
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what was found, from which share on it fails, the first rows that show it, and what to do."""
+    """One check: what was found, the threshold, the first rows that show it, and advice."""
 
     name: str
     status: Status
@@ -24,7 +24,7 @@ class Check:
     advice: str = ""
 
     def __str__(self) -> str:
-        """As an error says it."""
+        """The check as part of an error message."""
         rows = f" (rows {', '.join(map(str, self.rows))})" if self.rows else ""
         limit = f"; allowed: {self.threshold}" if self.threshold != "none" else ""
         return f"{self.found}{rows}{limit}; {self.advice}"
@@ -36,7 +36,7 @@ def checks(config: PreflightConfig, outputs: PreflightOutputs, examples: dict[st
     noun = {"conversations": "rows", "pairs": "pairs", "prompts": "prompts"}[config.kind]
 
     def share(field: str, name: str, words: str, limit: tuple[str, float] | None, advice: str) -> Check:
-        """A count of source rows against the largest share that a setting allows; None: never fails."""
+        """Compare a count of source rows with the largest share that a setting allows. `limit` None: never fails."""
         count = getattr(outputs, field)
         part = count / max(outputs.num_source_rows, 1)
         status: Status = "ok" if not count else "fails" if limit is not None and part > limit[1] else "noticed"
@@ -71,7 +71,7 @@ def checks(config: PreflightConfig, outputs: PreflightOutputs, examples: dict[st
             "Template renders",
             "are not rendered by the chat template and left out",
             faulty,
-            "mend or filter these rows (the log has the first error), or use a template that takes their roles",
+            "fix or filter these rows (the log has the first error), or use a template that takes their roles",
         )
     )
     if config.kind != "prompts":

@@ -1,4 +1,4 @@
-"""What became of the rows that a preflight looks at: counted by part, added up, kept in files."""
+"""What happened to the rows of a preflight: counted for each part, added up, kept in files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from smoltulu.schemas.preflight import PreflightConfig
 from smoltulu.tasks.models.tokens import Conversation, Pair
-from smoltulu.tasks.preflight.rows import Look, Tokenised, findings, fit, loses_eos, sides_of
+from smoltulu.tasks.preflight.rows import Tokenised, TokenizerProbe, findings, fit, loses_eos, sides_of
 
-#: Bytes that stand for the tokens of a row.
+#: Length of the digest of a row's tokens.
 _DIGEST_BYTES = 12
 _NUM_EXAMPLES = 3
 _SHOWN_CHARACTERS = 2_000
@@ -22,9 +22,9 @@ _COUNTS_FILE, _NUMBERS_FILE = "counts.json", "numbers.npz"
 
 
 class Counts:
-    """What became of the rows of a part, or of all: parts are added in order. Every `num_` is one of PreflightOutputs.
+    """Counts of the rows of a part, or of all parts, added in order. Every `num_` is a field of PreflightOutputs.
 
-    Duplicates are known once all parts are there: until then a row that is kept is a number and a digest.
+    Duplicates are known only once all parts are added: until then a kept row is a number and a digest.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Counts:
         self.note("num_malformed", number, source)
 
     def add(self, part: Counts) -> None:
-        """The rows that follow."""
+        """Add the counts of the rows that follow."""
         for name, value in part.totals().items():
             so_far = getattr(self, name)
             setattr(self, name, max(so_far, value) if name == "longest" else so_far + value)
@@ -91,14 +91,14 @@ class Counts:
         for number in rows[:_NUM_EXAMPLES].tolist():
             self.note("num_duplicates", number, source_of(number))
         self.num_duplicates = len(rows)
-        # In the order of their first rows, which does not tell how the rows were divided.
+        # In the order of their first rows, which does not depend on how the rows were divided.
         self.examples = dict(sorted(self.examples.items(), key=lambda finding: finding[1][0]))
 
-    def fit(self, config: PreflightConfig, look: Look, row: Tokenised) -> Conversation | Pair | None:
+    def fit(self, config: PreflightConfig, probe: TokenizerProbe, row: Tokenised) -> Conversation | Pair | None:
         """The row within max_length, or None where it is left out; counted either way."""
         self.num_source_rows += 1
         self.lengths.append(row.length)
-        for finding in findings(config, look, row):
+        for finding in findings(config, probe, row):
             self.note(finding, row.number, row.source)
         overlong = row.length > config.max_length
         if overlong:
@@ -121,7 +121,7 @@ class Counts:
         self.num_tokens += sum(len(ids) for ids, _ in sides)
         self.num_trained_tokens += sum(sum(mask) for _, mask in sides)
         self.longest = max(self.longest, *(len(ids) for ids, _ in sides))
-        # A part between the sides: the same tokens divided otherwise are another pair.
+        # A separator between the sides: the same tokens divided otherwise are another pair.
         tokens = b"|".join(array("q", ids).tobytes() for ids, _ in sides)
         self.digests += hashlib.blake2b(tokens, digest_size=_DIGEST_BYTES).digest()
         self.kept.append(row.number)

@@ -1,8 +1,8 @@
 """The first steps of a training on its longest rows, for their memory and their time.
 
-The trainer is the stage's own (`Stage.build`), so all that it does is in the figures. Not in them: RLVR's generation of
-rollouts, whose memory is computed (tasks/preflight/rollout_memory.py), and the gradient buckets of several processes,
-which are 4 bytes a trained parameter.
+The trainer is the stage's own (`Stage.build`), so the figures include all that it does. They leave out two things:
+RLVR's generation of rollouts, whose memory is computed (tasks/preflight/rollout_memory.py), and the gradient buckets
+of several processes, which are 4 bytes a trained parameter.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NUM_STEPS = 2
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer step came to. Loss, gradient norm and tokens are of the first, seconds of the last."""
+    """Figures of the steps: loss, gradient norm and tokens of the first, seconds of the last."""
 
     loss: float
     grad_norm: float
@@ -86,7 +86,7 @@ def dry_run(
                 raise
             logger.warning("dry run of %s: out of memory with %d of the longest rows", training.name, size)
             size //= 2
-        # Not where the error is caught: its frames still hold the model then.
+        # Not in the except block: there the error's frames still hold the model.
         _free(device)
     lora = getattr(settings, "lora", None)
     if step is None:
@@ -118,7 +118,7 @@ def dry_run(
 
 
 def _measured(train: Callable[[], Step], device: str) -> tuple[Step, int]:
-    """What `train` gives, and its peak bytes."""
+    """The result of `train`, and the peak bytes that it took."""
     import torch
 
     if device == "cuda":
@@ -129,7 +129,7 @@ def _measured(train: Callable[[], Step], device: str) -> tuple[Step, int]:
 
 
 def _free(device: str) -> None:
-    """Give the memory of a dry run back; models hold themselves by cycles."""
+    """Free the memory of a dry run. Models are in reference cycles, so it takes a collection."""
     import torch
 
     gc.collect()
@@ -145,7 +145,7 @@ def _train(
     compute: ComputeSettings,
     work: Path,
 ) -> Step:
-    """Train the stage's own trainer on the first of `rows`, as many as are a micro-batch: here also a step."""
+    """Run the stage's own trainer on the first rows, one micro-batch of them; a step is one micro-batch here."""
     from pyarrow import parquet
 
     assert training.build is not None
@@ -169,7 +169,7 @@ def _train(
 
 
 def _clock(seconds: list[float]) -> TrainerCallback:
-    """Appends what every optimizer step takes."""
+    """A callback that appends the seconds of every optimizer step."""
     import torch
     from transformers import TrainerCallback
 
@@ -186,7 +186,7 @@ def _clock(seconds: list[float]) -> TrainerCallback:
 
 
 def _longest(file: Path, number: int, packed: bool) -> pa.Table:
-    """The rows of a tokenised file that cost most, most first. Holds lengths only, and a batch of rows at a time."""
+    """The costliest rows of a tokenised file, costliest first. Holds only lengths, and one batch of rows at a time."""
     from pyarrow import dataset, parquet
 
     costs = [cost for batch in parquet.ParquetFile(file).iter_batches(1024) for cost in _costs(batch, packed)]
@@ -222,7 +222,7 @@ def _longest_prompt(file: Path, tokenizer: PreTrainedTokenizerBase) -> Row:
 
 
 def _reset_resident_peak() -> int:
-    """Forget the process's peak of resident memory, where the kernel can; bytes that are resident now."""
+    """Reset the process's peak of resident memory, where the kernel can. Returns the bytes resident now."""
     import psutil
 
     try:

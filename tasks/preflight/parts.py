@@ -1,7 +1,7 @@
-"""The preflight in parts: so many rows of the file at a time, tokenised, fitted and counted, by one process or several.
+"""The preflight in parts: some rows of the file at a time are tokenised, cut and counted, by one or several processes.
 
-A part is a folder of `work` that counts with its completion marker only, so a preflight that was killed goes on after
-its finished parts. How the rows are divided depends on their number alone, never on the number of processes.
+A part is a folder of `work` and valid only with its completion marker, so a killed preflight resumes after its finished
+parts. How the rows are divided depends on their number alone, never on the number of processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs
 from smoltulu.tasks.data.rows import WRITE_OPTIONS, num_rows, rows_schema, stored_rows
 from smoltulu.tasks.models.tokens import Conversation, Pair
 from smoltulu.tasks.preflight.counts import Counts, load_counts, save_counts
-from smoltulu.tasks.preflight.rows import Look, Tokenised, tokenised
+from smoltulu.tasks.preflight.rows import Tokenised, TokenizerProbe, tokenised
 from smoltulu.tasks.process import die_with_parent
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from pyarrow import parquet
     from transformers import PreTrainedTokenizerBase
 
-#: Rows between two finished parts: what a kill may cost, and what one process is given at a time. A multiple of
-#: _BATCH_ROWS, or the last row group of every part would be a smaller one.
+#: Rows of a part: what a kill may cost, and what one process gets at a time. A multiple of _BATCH_ROWS, or the last
+#: row group of every part would be smaller.
 PART_ROWS = 2048
-#: Of 235 MB each. More could not be kept busy: putting the parts together takes a twenty-fifth of making them.
+#: Of 235 MB each. More would wait: joining the parts takes a twenty-fifth of the time of making them.
 _MAX_PROCESSES = 24
 #: Rows that are tokenised at once, and a row group of the file.
 _BATCH_ROWS = 512
@@ -48,9 +48,9 @@ COLUMNS = {
 }
 #: Files of a model folder that say nothing about its tokenizer.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-#: What else decides about tokens, where they are made by code.
+#: Packages that decide about tokens, too.
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
-#: Raise it when what lies in a part's folder changes, or is counted otherwise.
+#: Raise it when the files of a part, or what they count, change.
 _FORMAT = 1
 
 
@@ -65,11 +65,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Maker:
-    """What a process needs to make parts. It is sent to every process, so it holds no rows."""
+    """Makes parts. It is sent to every process, so it holds no rows."""
 
     config: PreflightConfig
     tokenizer: PreTrainedTokenizerBase
-    look: Look
+    probe: TokenizerProbe
     dataset: Path
     folder: Path
 
@@ -95,7 +95,7 @@ class Maker:
         rows = enumerate(stored_rows(self.dataset, part.first_row, part.num_rows), part.first_row)
         while batch := list(islice(rows, _BATCH_ROWS)):
             made = [
-                (row, counts.fit(self.config, self.look, row))
+                (row, counts.fit(self.config, self.probe, row))
                 for row in tokenised(self.config, self.tokenizer, batch, counts.note_malformed)
             ]
             yield [(row, fitted) for row, fitted in made if fitted is not None]
@@ -109,7 +109,7 @@ def cut(dataset: Path) -> list[Part]:
 
 
 def parts_folder(config: PreflightConfig, inputs: PreflightInputs, work: Path) -> Path:
-    """Where parts lie. What was made from other rows, or by another tokenizer, template or config, is removed."""
+    """The folder of the parts. Parts of other rows or of another tokenizer, template or config are removed."""
     folder = work / "parts"
     model = Path(inputs.model)
     files = sorted(file for file in model.iterdir() if file.is_file() and not file.name.endswith(_WEIGHTS))
@@ -128,9 +128,9 @@ def parts_folder(config: PreflightConfig, inputs: PreflightInputs, work: Path) -
 
 
 def make_parts(maker: Maker, parts: list[Part], num_threads: int | None, take: Callable[[Part], None]) -> None:
-    """Make what is not there, and give every part to `take`, in order, as soon as it and those before it are finished.
+    """Make the missing parts, and give every part to `take` in order, as soon as it and those before it are finished.
 
-    num_threads   most processes that work at a time; none: as many as there are cores
+    num_threads   most processes at a time; None: one for every core
     """
     missing = [part for part in parts if not maker.has(part)]
     num_processes = min(num_threads or _num_cores(), len(missing), _MAX_PROCESSES)
@@ -148,7 +148,7 @@ def make_parts(maker: Maker, parts: list[Part], num_threads: int | None, take: C
 def _make_in_processes(
     maker: Maker, parts: list[Part], missing: list[Part], num_processes: int, take: Callable[[Part], None]
 ) -> None:
-    # Spawned: forking a process that has threads can hang. What the processes inherit is set before they are started.
+    # Spawned: forking a process with threads can hang. The environment must be set before the processes start.
     with _tokenizer_threads(1):
         pool = ProcessPoolExecutor(
             num_processes, multiprocessing.get_context("spawn"), initializer=_start, initargs=(maker, os.getpid())
@@ -183,13 +183,13 @@ def _make(part: Part) -> None:
 
 
 def _num_cores() -> int:
-    # Those that this process may use, where the system says so.
+    # The cores that this process may use, where the system can tell.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def _tokenizer_threads(num_threads: int | None) -> Iterator[None]:
-    """Let the tokenizer work on all cores, or on `num_threads`: a stage's process is started with its threads off."""
+    """Let the tokenizer use all cores, or `num_threads`: a stage's process starts with them off."""
     names = {"TOKENIZERS_PARALLELISM": "false" if num_threads == 1 else "true"}
     if num_threads is not None:
         names["RAYON_NUM_THREADS"] = str(num_threads)

@@ -1,4 +1,4 @@
-"""What the preflight found, for people: the page, and the thresholds that are not met."""
+"""The reports of the preflight, for people and for programs, and the thresholds that the rows fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def problems(config: PreflightConfig, outputs: PreflightOutputs, examples: dict[str, list[int]]) -> list[str]:
-    """Every threshold that the rows do not meet, in words."""
+    """Every threshold that the rows fail, in words."""
     return [str(check) for check in checks(config, outputs, examples) if check.status == "fails"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from smoltulu.artifacts import readable
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import PreflightConfig
-from smoltulu.tasks.models.sizes import num_parameters
+from smoltulu.tasks.models.sizes import model_size
 
 
 def kv_bytes(config: Mapping[str, Any], num_sequences: int, num_tokens: int, bytes_per_value: int) -> int:
@@ -22,18 +22,18 @@ def kv_bytes(config: Mapping[str, Any], num_sequences: int, num_tokens: int, byt
 
 
 def rollout_bytes(config: PreflightConfig, model: Path, longest: int, compute: ComputeSettings, bfloat16: bool) -> int:
-    """Of all there is while rollouts as long as the longest are generated; 0 where there are none."""
+    """Bytes needed while rollouts of the longest length are generated; 0 where there are none."""
     training = config.training
     if training is None or not training.num_rollouts:
         return 0
-    weights = 4 * num_parameters(model)
-    # Adam's moments and the reference model stay meanwhile, and autocast keeps its copy of the weights.
+    weights = 4 * model_size(model).num_parameters
+    # Adam's moments and the reference model stay in memory, and autocast keeps a copy of the weights.
     held = (4 if training.has_reference else 3) * weights + (weights // 2 if bfloat16 else 0)
     try:
         architecture = json.loads((model / "config.json").read_text())
         num_rollouts = -(-training.num_rollouts // compute.num_processes)
         return held + kv_bytes(architecture, num_rollouts, longest, 2 if bfloat16 else 4)
-    except (KeyError, TypeError):  # of another kind than a decoder with attention in every layer
+    except (KeyError, TypeError):  # not a decoder with attention in every layer
         return held
 
 

@@ -1,4 +1,4 @@
-"""A row of the preflight: its tokens, and what is looked for in it."""
+"""A row of the preflight: its tokens, and the faults that are looked for in it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.preflight import PreflightConfig, TokenizerFacts
 from smoltulu.tasks.data.rows import turns_of
+from smoltulu.tasks.models.chat_template import PROBE
 from smoltulu.tasks.models.tokens import (
     Conversation,
     Pair,
@@ -24,16 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SHOWN_TOKENS = 600
-_PROBE = [
-    {"role": "system", "content": "probe system"},
-    {"role": "user", "content": "probe question"},
-    {"role": "assistant", "content": "probe answer"},
-]
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A row as it is written, nothing cut. A prompt of RLVR is a conversation that nothing is trained of."""
+    """A row as it is written, nothing cut. An RLVR prompt is a conversation: no token of it carries a loss."""
 
     number: int
     source: dict[str, Any]
@@ -51,18 +47,18 @@ class Tokenised:
 
     @property
     def answers(self) -> list[str]:
-        """What the assistant says."""
+        """The text of the assistant's turns."""
         return [turn["content"] for turn in turns_of(self.source) if turn["role"] == "assistant"]
 
     @property
     def texts(self) -> list[str]:
-        """What anybody says."""
+        """The text of all turns."""
         return [turn["content"] for turn in turns_of(self.source)]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A row for the report: (text of a token, whether it is trained on) of each side; how many more there are."""
+    """A row for the report: of each side (token text, whether it is trained on), and how many tokens are left out."""
 
     number: int
     sides: list[list[tuple[str, bool]]]
@@ -70,20 +66,20 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What to look for: special tokens and headers of the chat template as text, and their ids."""
+class TokenizerProbe:
+    """What findings compare with: facts of the tokenizer, and special tokens and template headers as text."""
 
     facts: TokenizerFacts
     special: tuple[str, ...]
     headers: tuple[str, ...]
 
     @staticmethod
-    def of(tokenizer: PreTrainedTokenizerBase, model: Path) -> Look:
+    def of(tokenizer: PreTrainedTokenizerBase, model: Path) -> TokenizerProbe:
         """From a tokenizer with its template, and the config.json of the base model."""
         config = json.loads((model / "config.json").read_text())
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special = tuple(sorted(added | set(tokenizer.all_special_tokens)))
-        text = tokenizer.apply_chat_template(_PROBE, tokenize=False)
+        text = tokenizer.apply_chat_template(PROBE, tokenize=False)
         bos = tokenizer.bos_token_id
         begins = tokenizer(text)["input_ids"][:2]
         facts = TokenizerFacts(
@@ -94,13 +90,13 @@ class Look:
             num_embeddings=config.get("vocab_size"),
             max_position_embeddings=config.get("max_position_embeddings"),
         )
-        return Look(facts, special, _headers(text, special))
+        return TokenizerProbe(facts, special, _headers(text, special))
 
 
 def _headers(probe: str, special: Sequence[str]) -> tuple[str, ...]:
     """What a template writes before a turn, without special tokens: `<|user|>` for Tulu."""
     found = []
-    for turn in _PROBE:
+    for turn in PROBE:
         header, _, probe = probe.partition(turn["content"])
         for token in special:
             header = header.replace(token, "")
@@ -115,7 +111,7 @@ def tokenised(
     batch: Sequence[tuple[int, dict[str, Any]]],
     refuse: Callable[[int, dict[str, Any], Exception], None],
 ) -> list[Tokenised]:
-    """The rows of a batch that the template renders; the others go to `refuse`, and cost the batch nothing."""
+    """The rows of a batch that the template renders. The others go to `refuse`, one by one."""
     import jinja2
 
     rows = [row for _, row in batch]
@@ -156,30 +152,23 @@ def fit(config: PreflightConfig, whole: Conversation | Pair) -> Conversation | P
     return fit_conversation(whole, config.max_length, config.overlong)
 
 
-def findings(config: PreflightConfig, look: Look, row: Tokenised) -> list[str]:
+def findings(config: PreflightConfig, probe: TokenizerProbe, row: Tokenised) -> list[str]:
     """Findings of a row as it is written."""
-    found = []
-    facts = look.facts
-    if not row.whole.stable:
-        found.append("num_unstable")
-    texts = row.texts
-    if any(token in text for text in texts for token in look.special):
-        found.append("num_special")
-        if any(token in text for text in row.answers for token in look.special):
-            found.append("num_special_trained")
-    if any(header in text for text in texts for header in look.headers):
-        found.append("num_headers")
-    for ids, mask in row.sides:
-        if facts.bos_token_id is not None and ids[:2] == [facts.bos_token_id] * 2 and "num_two_bos" not in found:
-            found.append("num_two_bos")
-        beyond = facts.num_embeddings is not None and max(ids, default=0) >= facts.num_embeddings
-        if beyond and "num_beyond_embeddings" not in found:
-            found.append("num_beyond_embeddings")
-        last = last_trained(mask)
-        without_eos = last > 0 and ids[last - 1] != facts.eos_token_id
-        if config.kind != "prompts" and without_eos and "num_without_eos" not in found:
-            found.append("num_without_eos")
-    return found
+    facts, sides = probe.facts, row.sides
+    bos, num_embeddings = facts.bos_token_id, facts.num_embeddings
+    in_texts = any(token in text for text in row.texts for token in probe.special)
+    ends = [ids[last - 1] for ids, mask in sides if (last := last_trained(mask))]
+    found = {
+        "num_unstable": not row.whole.stable,
+        "num_special": in_texts,
+        "num_special_trained": in_texts and any(token in text for text in row.answers for token in probe.special),
+        "num_headers": any(header in text for text in row.texts for header in probe.headers),
+        "num_two_bos": bos is not None and any(ids[:2] == [bos, bos] for ids, _ in sides),
+        "num_beyond_embeddings": num_embeddings is not None
+        and any(max(ids, default=0) >= num_embeddings for ids, _ in sides),
+        "num_without_eos": config.kind != "prompts" and any(end != facts.eos_token_id for end in ends),
+    }
+    return [name for name, is_found in found.items() if is_found]
 
 
 def last_trained(mask: Sequence[int]) -> int:

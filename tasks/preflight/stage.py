@@ -1,8 +1,8 @@
 """Preflight: the rows of a training stage, tokenised once and checked before anything is trained.
 
 All trainings on the same rows share what it makes: a sweep tokenises nothing again. Rows are cut or dropped here and
-nowhere else, so every row that a model does not see as it was written is counted. The rows are gone through in parts
-(tasks/preflight/parts.py), which are put together here: the file and the figures do not tell how they were divided.
+nowhere else, so every row that a model does not see as it was written is counted. The rows are processed in parts
+(tasks/preflight/parts.py) and joined here. File and figures do not depend on how the rows were divided.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,7 +20,7 @@ from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
 from smoltulu.tasks.models.sizes import adapter_size, model_size
 from smoltulu.tasks.preflight.counts import Counts, load_counts
 from smoltulu.tasks.preflight.parts import ROWS_FILE, Maker, Part, cut, make_parts, output_writer, parts_folder
-from smoltulu.tasks.preflight.rows import Look, shown
+from smoltulu.tasks.preflight.rows import TokenizerProbe, shown
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.disk import cache_bytes, num_checkpoints_kept, training_bytes
 
@@ -34,7 +35,7 @@ def run_preflight(
     context: StageContext,
     stages: Mapping[str, Stage] = MappingProxyType({}),
 ) -> tuple[PreflightOutputs, dict[str, float]]:
-    """Tokenise, count, try the longest batch, report. ValueError lists every threshold that the rows do not meet.
+    """Tokenise, count, try the longest batch, report. ValueError lists every threshold that the rows fail.
 
     stages  by name; without that of the training there is no dry run
     """
@@ -43,9 +44,9 @@ def run_preflight(
 
     check_model_folder(Path(inputs.model))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    look = Look.of(tokenizer, Path(inputs.model))
+    probe = TokenizerProbe.of(tokenizer, Path(inputs.model))
     folder = parts_folder(config, inputs, context.work)
-    maker = Maker(config, tokenizer, look, Path(inputs.dataset), folder)
+    maker = Maker(config, tokenizer, probe, Path(inputs.dataset), folder)
     file = context.folder / ROWS_FILE
     counts = _put_together(maker, file, context)
     run, too_large = None, []
@@ -58,7 +59,7 @@ def run_preflight(
         file=file.name,
         **counts.totals(),
         lengths=length_report(counts.lengths),
-        tokenizer=look.facts,
+        tokenizer=probe.facts,
         disk_bytes=_disk_bytes(config, inputs, file, context),
         first_rows={name: tuple(rows) for name, rows in counts.examples.items()},
         dry_run=run,
@@ -67,7 +68,7 @@ def run_preflight(
         config, outputs, counts.examples, counts.texts, [shown(tokenizer, row) for row in counts.first_kept]
     )
     found = problems(config, outputs, counts.examples) + too_large
-    # Where it fails, the page is in no artifact: it stays in `work`, which outlives the failure.
+    # A failed preflight makes no artifact: its report stays in `work`.
     report = (context.work if found else context.folder) / outputs.report_file
     report.parent.mkdir(exist_ok=True)
     report.write_text(page, encoding="utf-8")
@@ -86,7 +87,7 @@ def run_preflight(
 
 
 def _disk_bytes(config: PreflightConfig, inputs: PreflightInputs, file: Path, context: StageContext) -> int | None:
-    """What the training needs, as it will be asked for before it starts; None where no training is named."""
+    """Disk that the training will be checked for before it starts; None where no training is named."""
     if not config.subject:
         return None
     compute, training = context.compute.of(config.subject), config.training
@@ -104,7 +105,7 @@ def overlong_share(outputs: PreflightOutputs) -> float:
 def length_report(lengths: Sequence[int]) -> LengthReport:
     """Mean, percentiles (nearest rank) and histogram of row lengths in tokens.
 
-    The last bin holds all that is longer: twice the 99th percentile ends the axis, or one row would make it empty.
+    The axis ends at twice the 99th percentile, so that one long row does not squeeze it; the last bin holds the rest.
     """
     import numpy as np
 
@@ -126,12 +127,7 @@ def length_report(lengths: Sequence[int]) -> LengthReport:
 
 def _round_up(value: float) -> int:
     """The next of 1, 2, 5, 10, 20, 50, …"""
-    power = 1
-    while True:
-        for factor in (1, 2, 5):
-            if factor * power >= value:
-                return factor * power
-        power *= 10
+    return next(factor * 10**power for power in count() for factor in (1, 2, 5) if factor * 10**power >= value)
 
 
 def _put_together(maker: Maker, file: Path, context: StageContext) -> Counts:
@@ -160,15 +156,15 @@ def _put_together(maker: Maker, file: Path, context: StageContext) -> Counts:
     return counts
 
 
-def _objections(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:
+def _gate_failures(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:
     from smoltulu.tasks.preflight.report import problems
 
     return problems(config, outputs, {name: list(rows) for name, rows in outputs.first_rows.items()})
 
 
 def preflight_of(stages: Mapping[str, Stage]) -> Stage:
-    """The stage. Of `stages`, by name, the dry run builds the training that the rows are for."""
+    """The stage. The dry run takes from `stages`, by name, the training that the rows are for."""
     return Stage(
         "preflight", 2, PreflightConfig, PreflightInputs, PreflightOutputs, partial(run_preflight, stages=stages),
-        _objections, block="trainings", keeps_rows=True, grows_with_model=False, reencodes=1,
+        _gate_failures, block="trainings", keeps_rows=True, grows_with_model=False, reencodes=1,
     )  # fmt: skip

@@ -120,7 +120,7 @@ def _api(token: str) -> HfApi:
 
 @contextmanager
 def _clear_errors(repository: str) -> Iterator[None]:
-    """Turn what the client raises into ValueError (the user's to mend) and ConnectionError (try again).
+    """Turn what the client raises into ValueError (the user's to fix) and ConnectionError (try again).
 
     `from None`: the client's own errors hold the request, and with it the token's header.
     """

@@ -32,12 +32,12 @@ TEXT_FACTOR = 8
 
 
 def num_checkpoints_kept(compute: ComputeSettings, is_extendable: bool) -> int:
-    """Checkpoints that stay beside the one being written: the newest, the best, and the one that is to be stored."""
+    """Checkpoints kept beside the one being written: the newest few, the best, and the one for larger budgets."""
     return compute.save_total_limit + 1 + (is_extendable and compute.keep_extension_checkpoint)
 
 
 def checkpoint_bytes(size: ModelSize) -> int:
-    """One trainer checkpoint: weights, Adam's two moments, and what is small (see the module's text)."""
+    """One trainer checkpoint: weights, Adam's two moments, and the small files (see the top of this module)."""
     large = size.num_parameters * (_BYTES_PER_PARAMETER + _MOMENTS_BYTES_PER_PARAMETER)
     return large + size.num_tensors * _BYTES_PER_TENSOR + size.other_bytes + _STATE_BYTES
 
@@ -66,7 +66,7 @@ def cache_bytes(rows: Path) -> int:
 def training_bytes(
     size: ModelSize, rows_cache_bytes: int, num_checkpoints: int, adapter: ModelSize | None = None
 ) -> int:
-    """Most that a training stage has on disk at any time.
+    """The most bytes that a training stage has on disk at any time.
 
     Args:
         size: of the model that it starts from.

@@ -27,12 +27,12 @@ Batch = dict[str, Any]
 
 
 def is_blank(batch: Any) -> bool:
-    """Whether there is no row in a batch, only tokens to run the model on."""
+    """Whether a batch holds no row, only tokens to run the model on."""
     return isinstance(batch, Mapping) and bool(batch.get(BLANK, False))
 
 
 def num_blanks(trainer: Trainer) -> int:
-    """Blanks that an epoch ends with: 0 with one process, which takes a short last batch as it is."""
+    """Number of blanks at the end of an epoch; 0 with one process, whose last batch may be short."""
     num_processes = trainer.accelerator.num_processes
     if num_processes == 1:
         return 0
@@ -61,7 +61,7 @@ class EvenSampler:
 
 @dataclass(frozen=True)
 class EvenRows:
-    """A dataset with blanks after its rows: of the indices of a batch it gives the rows only, so maybe none."""
+    """A dataset with blanks after its rows. A batch of indices gives its rows only, possibly none."""
 
     rows: Any
     num_blanks: int
@@ -78,7 +78,7 @@ class EvenRows:
 
 @dataclass(frozen=True)
 class BlankCollator:
-    """A collator that also takes no rows at all, and makes a blank batch of them."""
+    """A collator that makes a blank batch when it is given no rows."""
 
     collate: Callable[[Sequence[Row]], Batch]
     blank: Row
@@ -94,7 +94,7 @@ def blank_row(row: Row) -> Row:
 
 
 def even_out(trainer: Trainer) -> None:
-    """Make the epochs of a trainer end with blanks; where they have none, nothing is touched.
+    """Fill up the epochs of a trainer with blanks. A trainer that needs none stays as it is.
 
     The trainer's loss, counts and metrics must leave blank batches out: see `is_blank`.
     """

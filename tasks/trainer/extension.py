@@ -1,9 +1,9 @@
-"""A finished training, made longer: which stored checkpoint a larger budget goes on from, and how one gets there.
+"""A finished training, made longer: which stored checkpoint a larger budget resumes from, and how it is copied.
 
-A cache, never a change of science: a checkpoint is taken only where a training from the start would have come to it bit
-by bit. That is where stage, inputs, data and settings are the same but for the budget and the schedule, and both
-schedules have the same learning rates up to the checkpoint's step. RLVR is left out: it goes on at the border
-of its generations only, which is not looked for.
+This only saves time; no result changes. A checkpoint is used only if a training from the start would have reached it
+bit by bit: stage, inputs, data and settings are equal except for budget and schedule, and both schedules have the same
+learning rates up to the checkpoint's step. RLVR is left out: it can resume only between two generations of rollouts,
+and no code looks for such a step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from smoltulu.artifacts.keys import CHECKPOINT_FOLDER
 from smoltulu.artifacts.layout import CHECKPOINTS, SPEC
 from smoltulu.artifacts.nearest import Changes, Nearest, SpecIndex
 from smoltulu.artifacts.store import Found, Missing, Store
-from smoltulu.schemas.artifact import ExtendedTraining, Manifest, Spec
+from smoltulu.schemas.artifact import ExtendedTraining, Spec
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.schedules import ScheduleSettings
 from smoltulu.schemas.training import SupervisedSettings
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 _BUDGETS = ("max_steps", "num_train_epochs", "max_tokens")
 #: Folder of `work` for the checkpoint that is to be kept: outside of those that the trainer prunes.
 _KEPT_FOLDER = "kept"
-#: File of `work`: whose checkpoint it began with.
+#: File of `work` that names the source run.
 _EXTENDS_FILE = "extends.json"
-#: transformers pickles its arguments, folders of this machine among them; no resume reads them.
+#: transformers pickles its arguments, with folders of this machine in them. No resume reads the file.
 _NOT_KEPT = ("training_args.bin",)
 
 
 @dataclass(frozen=True)
-class Donor:
-    """A finished training and its checkpoint that another training can go on from."""
+class SourceRun:
+    """A finished training and its checkpoint that another training can resume from."""
 
     record: ExtendedTraining
     checkpoint: Path
@@ -54,7 +54,7 @@ class Donor:
         return f"step {self.record.step:,} of {self.record.stage}/{self.record.key[:12]}"
 
 
-def find_donor(
+def find_source_run(
     store: Store,
     spec: Spec,
     config: BaseModel,
@@ -63,8 +63,8 @@ def find_donor(
     *,
     index: SpecIndex | None = None,
     damaged: Callable[[str], None] | None = None,
-) -> Donor | None:
-    """The finished training that shares the most first steps with the one that is wanted; None where none does.
+) -> SourceRun | None:
+    """The finished training that shares the most first steps with the wanted one; None where there is none.
 
     input_digests  content of the inputs (binding -> digest): a training on other content of these keys does not count
     index          of the store's specs, where there is one already
@@ -75,13 +75,13 @@ def find_donor(
         return None
     ranked = (index or SpecIndex(store.root)).ranked(spec.model_dump())
     near = [found for found in ranked if _only_the_budget_differs(found.changes)]
-    found = list(_donors(store, near, config, compute, dict(input_digests), damaged))
-    for donor in sorted(found, key=lambda donor: donor.record.step, reverse=True):
-        reason = fault(donor.checkpoint, full=damaged is not None)
+    found = list(_source_runs(store, near, config, compute, dict(input_digests), damaged))
+    for source_run in sorted(found, key=lambda source_run: source_run.record.step, reverse=True):
+        reason = fault(source_run.checkpoint, full=damaged is not None)
         if reason is None:
-            return donor
+            return source_run
         if damaged is not None:
-            damaged(f"{donor} is not gone on from: {reason}")
+            damaged(f"{source_run} cannot be resumed from: {reason}")
     return None
 
 
@@ -90,14 +90,14 @@ def _only_the_budget_differs(changes: Changes) -> bool:
     return all(field in _BUDGETS or field.startswith("schedule.") for field in fields)
 
 
-def _donors(
+def _source_runs(
     store: Store,
     near: list[Nearest],
     config: SupervisedSettings,
     compute: ComputeSettings,
     input_digests: dict[str, str],
     damaged: Callable[[str], None] | None,
-) -> Iterator[Donor]:
+) -> Iterator[SourceRun]:
     num_steps = config.max_steps
     assert config.schedule is not None and num_steps is not None
     for candidate in near:
@@ -105,11 +105,14 @@ def _donors(
             spec = Spec.model_validate_json((candidate.folder / SPEC).read_bytes())
             old = type(config).model_validate(spec.config).schedule
         except (OSError, ValidationError):
-            continue  # written by other code, or damaged: `plan` and `verify` speak of it
+            continue  # written by other code, or damaged: `plan` and `verify` report it
         found = store.find(spec, input_digests)
         if isinstance(found, Missing) and found.damaged and damaged is not None:
-            damaged(f"{spec.stage}/{candidate.key[:12]} is not gone on from: {found.reason}")
-        if not isinstance(found, Found) or old is None or not _made_alike(found.manifest, compute):
+            damaged(f"{spec.stage}/{candidate.key[:12]} cannot be resumed from: {found.reason}")
+        if not isinstance(found, Found) or old is None:
+            continue
+        # A checkpoint holds the random state of every process: another number of them could not resume from it.
+        if found.manifest.compute.get("num_processes", 1) != compute.num_processes:
             continue
         stored = newest_checkpoint(found.folder / CHECKPOINT_FOLDER)
         old_num_steps = found.manifest.outputs.get("num_steps")
@@ -118,29 +121,24 @@ def _donors(
         step, checkpoint = stored
         if same_past(old, old_num_steps, config.schedule, num_steps, step):
             record = ExtendedTraining(stage=spec.stage, key=found.manifest.key, step=step, num_steps=old_num_steps)
-            yield Donor(record, checkpoint, found.manifest.environment)
+            yield SourceRun(record, checkpoint, found.manifest.environment)
 
 
-def _made_alike(manifest: Manifest, compute: ComputeSettings) -> bool:
-    """A checkpoint holds the random state of every process: another number of them could not go on from it."""
-    return manifest.compute.get("num_processes", 1) == compute.num_processes
+def begin_with(source_run: SourceRun | None, work: Path) -> None:
+    """Copy the checkpoint of a source run into a work folder: the training resumes from it as from one of its own.
 
-
-def begin_with(donor: Donor | None, work: Path) -> None:
-    """Lay a donor's checkpoint into a work folder, so that the training resumes from it as from one of its own.
-
-    Raises FileNotFoundError where the donor was removed meanwhile: what is there then counts as no checkpoint.
+    Raises FileNotFoundError if the source run was removed meanwhile; a partial copy does not count as a checkpoint.
     """
     (work / _EXTENDS_FILE).unlink(missing_ok=True)
-    if donor is None:
+    if source_run is None:
         return
-    write_atomically(work / _EXTENDS_FILE, donor.record.model_dump_json())
-    (work / "environment.json").write_text(json.dumps(donor.environment))
-    place_checkpoint(donor.checkpoint, work / CHECKPOINTS / donor.checkpoint.name)
+    write_atomically(work / _EXTENDS_FILE, source_run.record.model_dump_json())
+    (work / "environment.json").write_text(json.dumps(source_run.environment))
+    place_checkpoint(source_run.checkpoint, work / CHECKPOINTS / source_run.checkpoint.name)
 
 
 def extended(work: Path) -> ExtendedTraining | None:
-    """Whose checkpoint the work in a folder began with."""
+    """The source run of the training in a work folder; None where it started from step 0."""
     try:
         return ExtendedTraining.model_validate_json((work / _EXTENDS_FILE).read_bytes())
     except FileNotFoundError:
@@ -151,13 +149,13 @@ def extended(work: Path) -> ExtendedTraining | None:
 
 
 def keep_checkpoint(schedule: ScheduleSettings, context: StageContext) -> TrainerCallback:
-    """Has the trainer save at the step that a larger budget can go on from, and keeps what it saved there."""
+    """Have the trainer save at the step that a larger budget can resume from, and keep that checkpoint."""
     from transformers import TrainerCallback
 
     class KeepCheckpoint(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.step = extension_step(schedule, state.max_steps)
-            # Resumed from it: a kill right after it was saved may have come before it was kept.
+            # The training may resume from that step: a kill can come after the save and before the copy.
             self._keep(args, state)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -176,7 +174,7 @@ def keep_checkpoint(schedule: ScheduleSettings, context: StageContext) -> Traine
 
 
 def store_checkpoint(context: StageContext) -> None:
-    """Put the checkpoint that was kept into the artifact."""
+    """Copy the kept checkpoint into the artifact."""
     kept = newest_checkpoint(context.work / _KEPT_FOLDER)
     if kept is not None:
         place_checkpoint(kept[1], context.folder / CHECKPOINT_FOLDER / kept[1].name)

@@ -46,14 +46,14 @@ def check_saved(
     gate: GateSettings | None,
     bfloat16: bool,
 ) -> dict[str, float]:
-    """Compare the trained model with the one in `folder`, let that one answer; metrics of its answers.
+    """Compare the trained model with the one saved in `folder`, let the saved one answer, and return metrics.
 
     dataset     tokenised rows of the training, or rows with a `prompt`
     gate        None: no language model
     ValueError where fewer answers stop than the gate asks for. Leaves the trained model on the CPU.
     """
     device = model.device
-    # One row each: padding would compare what nobody reads.
+    # One row at a time: outputs at padding do not matter and may differ.
     probes = [ids[:_PROBE_LENGTH] for ids in prompts(dataset, tokenizer, _NUM_PROBES) if ids]
     expected = [_outputs(model, ids).cpu() for ids in probes]
     model.to("cpu")  # not two models on one GPU
@@ -91,7 +91,7 @@ def prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) ->
 
 
 def prompt_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What generation would begin from: of a conversation the tokens before the first that is trained on."""
+    """The tokens that generation starts from. Of a conversation: those before the first trained token."""
     if "prompt_ids" in row:
         return list(row["prompt_ids"])
     if "labels" in row:
@@ -117,7 +117,7 @@ def greedy_answers(
     try:
         return _answers(model, prompts, *settings)
     except RuntimeError as error:
-        # Else a training that is done would be begun again, with smaller batches that do not help here.
+        # If this failed, the finished training would start again with smaller batches, which would not help here.
         if len(prompts) < 2 or not is_out_of_memory(error):
             raise
     logger.warning("gate: out of memory with %d answers at once: one after the other", len(prompts))
@@ -187,8 +187,8 @@ def judge(answers: Sequence[Answer], tokenizer: PreTrainedTokenizerBase, gate: G
     return {"gate_stopped_share": share, "gate_mean_length": mean_length}
 
 
-def objections(config: Any, outputs: Any, metrics: Mapping[str, float]) -> list[str]:
-    """What the gate as it is set now says against a finished model, whose answers were counted when it was made."""
+def gate_failures(config: Any, outputs: Any, metrics: Mapping[str, float]) -> list[str]:
+    """Which thresholds of today's gate a finished model fails, by the answers counted when it was made."""
     share, allowed = metrics.get("gate_stopped_share"), config.gate.min_stopped_share
     if share is None or share >= allowed:
         return []
@@ -205,7 +205,7 @@ def _outputs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        # Of the class: a trainer lays bfloat16 autocast round the forward of the model that it trained, and leaves it.
+        # The class's own forward: the trainer wraps that of its model in bfloat16 autocast and never unwraps it.
         computed = type(model).forward(model, input_ids=torch.tensor([ids], device=model.device), use_cache=False)
         logits: torch.Tensor = computed.logits
     model.train(was_training)

@@ -1,4 +1,4 @@
-"""What ends a training before it spoils its weights: rules as pure functions, and the callback that applies them.
+"""What ends a training before it corrupts its weights: rules as pure functions, and the callback that applies them.
 
 At every optimizer step, before the weights move: loss and gradient norm are finite, and the loss is not exactly 0.
 Before every checkpoint: the weights are finite. At every log: the loss has not grown. See docs/guards.md.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from smoltulu.tasks.trainer.even_rows import is_blank
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 #: The loss has grown when its mean over so many optimizer steps ...
@@ -30,7 +31,7 @@ _SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class LossRule:
-    """What the value of a stage's loss says.
+    """What a stage's loss values mean.
 
     zero_is_fault   exactly 0 means that nothing was trained; not so where 0 is a good loss (DPO's hinge), and in GRPO,
                     whose advantages have a mean of 0
@@ -42,7 +43,7 @@ class LossRule:
 
 
 def fault_of_step(losses: Sequence[float], grad_norms: Sequence[float], zero_is_fault: bool) -> str | None:
-    """What is wrong with an optimizer step, by the loss and the gradient norm of every process; None where nothing."""
+    """The fault of an optimizer step, by loss and gradient norm of every process; None where there is none."""
     for loss in losses:
         if not math.isfinite(loss):
             return f"loss is {loss}"
@@ -54,7 +55,7 @@ def fault_of_step(losses: Sequence[float], grad_norms: Sequence[float], zero_is_
     return None
 
 
-def is_spoiled(loss: float, zero_is_fault: bool) -> bool:
+def is_corrupt(loss: float, zero_is_fault: bool) -> bool:
     """Whether the loss of one micro-batch is itself at fault."""
     return not math.isfinite(loss) or (zero_is_fault and loss == 0)
 
@@ -90,8 +91,8 @@ class LossMeans:
 
 
 def has_diverged(early: float, late: float) -> bool:
-    """Whether a mean loss that was `early` and is `late` belongs to a training that diverges."""
-    # Some losses fall below 0, where a multiple of it lies lower still.
+    """Whether a training diverges whose mean loss rose from `early` to `late`."""
+    # Some losses are negative: there a multiple of the early loss lies below it.
     return late - early > max(MIN_RISE, (GROWTH - 1) * abs(early))
 
 
@@ -102,83 +103,28 @@ def _mean(spans: Sequence[tuple[int, float]]) -> float:
 # ------------------------------------------------------------------------------------------------ which rows these were
 
 
-def sequences(batch: Mapping[str, Any]) -> list[list[int]]:
-    """Token ids of the rows of a micro-batch, without padding.
+def rows_of(batch: Any, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The rows of a micro-batch as "row 17 'how it begins'", by their number in the source rows.
 
-    Padded: input_ids and attention_mask (B, T). Packed: input_ids (1, T), position_ids (1, T) that are 0 where a row
-    begins. A packed pair is one sequence: its prompt and both completions.
+    GRPO's batches are rows, not tokens, and hold a prompt several times: its number is that of its line in `dataset`.
+    Reads a column of the whole dataset: only for a training that ends.
     """
-    rows: list[list[int]] = []
-    masks = batch["attention_mask"].tolist() if "attention_mask" in batch else None
-    positions = batch["position_ids"].tolist() if "position_ids" in batch else None
-    for number, tokens in enumerate(batch["input_ids"].tolist()):
-        rows.append([])
-        for place, token in enumerate(tokens):
-            if masks is not None and not masks[number][place]:
-                continue
-            if positions is not None and positions[number][place] == 0 and rows[-1]:
-                rows.append([])
-            rows[-1].append(token)
-    return rows
+    if isinstance(batch, list):
+        texts = {str(row["prompt"]): row["prompt"][0]["content"] for row in batch}
+        lines = {str(prompt): line for line, prompt in enumerate(dataset["prompt"])}
+        return [_named(lines[prompt], text) for prompt, text in texts.items()]
+    numbers = batch["row"].tolist()
+    lines = {number: line for line, number in enumerate(dataset["row"]) if number in numbers}
+    return [_named(number, tokenizer.decode(_first_tokens(dataset[lines[number]]))) for number in numbers]
 
 
-def lines_of(wanted: Sequence[list[int]], dataset: Iterable[Mapping[str, Any]]) -> list[int | None]:
-    """Line of the tokenised rows that each sequence was taken from; None where there is none.
-
-    A sequence may have lost tokens at its end: the line that goes on for the fewest tokens after it is taken.
-    """
-    best: list[tuple[int, int] | None] = [None] * len(wanted)
-    for line, row in enumerate(dataset):
-        for tokens in _sides(row):
-            for place, ids in enumerate(wanted):
-                num_more = len(tokens) - len(ids)
-                known = best[place]
-                if num_more >= 0 and (known is None or num_more < known[0]) and tokens[: len(ids)] == ids:
-                    best[place] = (num_more, line)
-    return [found[1] if found else None for found in best]
+def _first_tokens(row: Mapping[str, Any]) -> list[int]:
+    ids: list[int] = row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row["chosen_ids"]
+    return ids[:_SHOWN_CHARACTERS]
 
 
-def _sides(row: Mapping[str, Any]) -> list[list[int]]:
-    if "input_ids" in row:
-        return [list(row["input_ids"])]
-    return [list(row["prompt_ids"]) + list(row[side]) for side in ("chosen_ids", "rejected_ids")]
-
-
-def rows_of(batch: Any, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The rows of a micro-batch as "row 17 'how it begins'": number in the source rows, or else in the tokenised ones.
-
-    Reads the whole dataset where the batch has no `row`: only for a training that ends.
-    """
-    if isinstance(batch, list):  # GRPO: rows that are not tokenised yet, a prompt several times
-        numbers = {str(row["prompt"]): row.get("row") for row in batch}
-        if None in numbers.values():
-            for line, prompt in enumerate(dataset["prompt"]):
-                if str(prompt) in numbers:
-                    numbers[str(prompt)] = line
-        texts = {str(row["prompt"]): row["prompt"] for row in batch}
-        return [_named(numbers[key], _beginning(prompt)) for key, prompt in texts.items()]
-    found = sequences(batch)
-    if "row" in batch:
-        lines: list[int | None] = batch["row"].tolist()
-    else:
-        known = {"input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "row"} & set(dataset.column_names)
-        lines = lines_of(found, dataset.select_columns(sorted(known)))
-        if "row" in known:
-            lines = [None if line is None else int(dataset[line]["row"]) for line in lines]
-    # Of pairs the rejected sides come after all chosen ones: the same rows again.
-    texts_of = {
-        line: tokenizer.decode(ids[:_SHOWN_CHARACTERS]) for line, ids in list(zip(lines, found, strict=False))[::-1]
-    }
-    return [_named(line, texts_of[line]) for line in dict.fromkeys(lines)]
-
-
-def _beginning(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else str(prompt[0]["content"])
-
-
-def _named(line: int | None, text: str) -> str:
-    short = text[:_SHOWN_CHARACTERS]
-    return f"{'a row' if line is None else f'row {line:,}'} {short!r}"
+def _named(number: int, text: str) -> str:
+    return f"row {number:,} {text[:_SHOWN_CHARACTERS]!r}"
 
 
 # --------------------------------------------------------------------------------------------------- in the training
@@ -197,7 +143,6 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
     step_of_trainer, norm_of_trainer = trainer.training_step, trainer._get_grad_norm
     micro_batches: list[tuple[Any, torch.Tensor]] = []
     grad_norms: list[Any] = []
-    means_of_loss: list[LossMeans] = []
 
     def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = step_of_trainer(model, inputs, *args, **kwargs)
@@ -210,41 +155,34 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
 
     trainer.training_step, trainer._get_grad_norm = training_step, grad_norm
 
-    def rows_at_fault() -> list[str]:
-        """Of this process: the rows of the micro-batches that are spoiled themselves."""
+    def rows_where(is_wanted: Callable[[float], bool]) -> list[str]:
+        """The rows of this process's micro-batches whose loss is wanted."""
         return [
             name
             for batch, loss in micro_batches
-            if not is_blank(batch) and is_spoiled(loss.item(), rule.zero_is_fault)
-            for name in rows_of(batch, trainer.train_dataset, trainer.processing_class)
-        ]
-
-    def all_rows() -> list[str]:
-        return [
-            name
-            for batch, _ in micro_batches
-            if not is_blank(batch)
+            if not is_blank(batch) and is_wanted(loss.item())
             for name in rows_of(batch, trainer.train_dataset, trainer.processing_class)
         ]
 
     class Guard(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            means_of_loss.append(LossMeans(num_warmup_steps(state.max_steps)))
+            self.means = LossMeans(num_warmup_steps(state.max_steps))
             for row in state.log_history:  # of the steps before a resume
                 if "loss" in row:
-                    means_of_loss[0].add(row["step"], row["loss"])
+                    self.means.add(row["step"], row["loss"])
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             loss = torch.stack([loss for _, loss in micro_batches]).sum()
             norm = torch.as_tensor(grad_norms[-1], dtype=loss.dtype, device=loss.device)
             has_rows = loss.new_tensor(not all(is_blank(batch) for batch, _ in micro_batches))
-            # All processes see the numbers of all: the one with the spoiled rows must not leave the others waiting.
+            # Every process sees the numbers of all: if only the one with corrupt rows raised, the others would wait.
             of_processes = trainer.accelerator.gather(torch.stack([loss, norm, has_rows])[None]).tolist()
             # The loss of a process without rows is 0, and its gradient norm that of the others.
             losses, norms, _ = zip(*(row for row in of_processes if row[2]), strict=True)
             fault = fault_of_step(losses, norms, rule.zero_is_fault)
             if fault is not None:
-                rows = gather_object(rows_at_fault()) or gather_object(all_rows())
+                rows = gather_object(rows_where(lambda loss: is_corrupt(loss, rule.zero_is_fault)))
+                rows = rows or gather_object(rows_where(lambda loss: True))
                 raise ValueError(
                     f"{fault} at step {state.global_step + 1:,}; the checkpoints before it are kept. {_listed(rows)}. "
                     + _advice(fault)
@@ -262,8 +200,8 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if not rule.must_not_grow or not logs or "loss" not in logs:
                 return
-            means_of_loss[0].add(state.global_step, logs["loss"])
-            means = means_of_loss[0].early_and_late()
+            self.means.add(state.global_step, logs["loss"])
+            means = self.means.early_and_late()
             if means is not None and has_diverged(*means):
                 raise ValueError(
                     f"the training diverges: at step {state.global_step:,} the mean loss of the last {WINDOW} steps is "

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,26 +18,37 @@ from smoltulu.artifacts.layout import CHECKPOINTS
 from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.schedules import ScheduleSettings
-from smoltulu.schemas.training import GateSettings, SupervisedSettings, TrainingSettings
-from smoltulu.tasks.models.folders import device_of, history_metrics, save_model, use_bfloat16
+from smoltulu.schemas.training import GateSettings, SupervisedSettings, TrainingInputs, TrainingSettings
+from smoltulu.tasks.models.folders import (
+    device_of,
+    fit_embeddings,
+    load_language_model,
+    load_tokenizer,
+    save_model,
+    stop_ids,
+    use_bfloat16,
+)
 from smoltulu.tasks.models.lora import ADAPTER_FOLDER, merged, save_adapter
-from smoltulu.tasks.stage import DATASETS_FOLDER, Report, StageContext, StageStopped
+from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext, StageStopped
 from smoltulu.tasks.trainer.extension import keep_checkpoint, store_checkpoint
 from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule, guard
+from smoltulu.tasks.trainer.packed_attention import pack
 from smoltulu.tasks.trainer.schedules import learning_rate_factor
 from smoltulu.tasks.trainer.tracking import numbers, require_trackers, speed_and_memory, trackers
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import Trainer, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 logger = logging.getLogger("smoltulu")
 HISTORY_FILE = f"{LOGS_FOLDER}/history.jsonl"
+#: Logged values whose mean is a metric of the manifest.
+_NUM_AVERAGED = 10
 
 
 def budget(settings: SupervisedSettings, rows: Dataset) -> dict[str, Any]:
-    """`num_train_epochs` and `max_steps` for the trainer, to which a number of steps stands above epochs."""
+    """`num_train_epochs` and `max_steps` for the trainer, which prefers a number of steps to epochs."""
     max_steps = settings.max_steps
     if settings.max_tokens is not None and len(rows):
         max_steps = settings.budget.num_steps(len(rows), count_tokens(rows))
@@ -62,6 +74,25 @@ def load_rows(file: str, context: StageContext, columns: list[str]) -> Dataset:
 
     rows = load_dataset("parquet", data_files=file, split="train", cache_dir=str(context.work / DATASETS_FOLDER))
     return rows.select_columns(columns)
+
+
+def load_model(
+    settings: TrainingSettings,
+    inputs: TrainingInputs,
+    packing: bool,
+    load: Callable[[Path], PreTrainedModel] = load_language_model,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that a training starts from, and its tokenizer. Weights that are new are drawn with the seed."""
+    from transformers import set_seed
+
+    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+    set_seed(settings.seed)
+    model = load(Path(inputs.model))
+    fit_embeddings(model, tokenizer)
+    stop_ids(model, tokenizer)
+    if packing:
+        pack(model)
+    return model, tokenizer
 
 
 def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict[str, Any]:
@@ -110,7 +141,7 @@ def prepare_torch(context: StageContext) -> None:
     if device_of(context.compute) == "cuda":
         # Not compute.num_processes: a stage that is no training has one process, whatever that says.
         _check_num_gpus(torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", "1")))
-    # trl#7181: NaN gradients in bfloat16 with torch 2.13; off from there on until a version is known to be mended.
+    # trl#7181: NaN gradients in bfloat16 with torch 2.13; off from that version on, until one is known to be fixed.
     if torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
         torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.utils.logging.disable_progress_bar()
@@ -134,7 +165,7 @@ def _check_num_gpus(num_gpus: int, num_processes: int) -> None:
 def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
     """Progress, history, trackers, completion markers of checkpoints and stopping when asked, as callbacks.
 
-    `cycle`: optimizer steps between instants at which a checkpoint holds all there is to go on from.
+    `cycle`: optimizer steps between two points at which a checkpoint is enough to resume from.
     """
     from accelerate import PartialState
     from transformers import TrainerCallback
@@ -142,22 +173,22 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
     class Progress(TrainerCallback):
         """Reports every optimizer step; the history file begins with what was logged until the resumed step."""
 
-        def __init__(self, report: Report, history: Path) -> None:
-            self.report, self.history = report, history
-            history.parent.mkdir(exist_ok=True)
+        def __init__(self) -> None:
+            self.history = context.work / HISTORY_FILE
+            self.history.parent.mkdir(exist_ok=True)
             self.metrics: dict[str, float] = {}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # In one step: a kill half-way would lose what the metrics of the manifest are taken from.
+            # In one rename: a kill half-way would lose the history up to the resumed step.
             if state.is_world_process_zero:
-                rows = _history_until(state.log_history)
+                rows = ({"step": entry["step"], **numbers(entry)} for entry in state.log_history)
                 write_atomically(self.history, "".join(json.dumps(row) + "\n" for row in rows))
-            # A resume brings those of the checkpoint, which may be another training's.
+            # A resume loads the checkpoint's intervals, which may be another training's.
             state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
-            self.report(state.global_step, state.max_steps)
+            context.report(state.global_step, state.max_steps)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.report(state.global_step, state.max_steps, **self.metrics)
+            context.report(state.global_step, state.max_steps, **self.metrics)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if not state.is_world_process_zero or not logs or "train_runtime" in logs:
@@ -183,7 +214,7 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
                 self.logged.append(float(score))
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # Every process writes its random state, and may be at it still.
+            # Every process writes its random state, and may still be writing.
             PartialState().wait_for_everyone()
             if state.is_world_process_zero:
                 score = sum(self.logged) / len(self.logged) if self.logged else None
@@ -197,7 +228,7 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
         def __init__(self) -> None:
             self.asked = threading.Event()
             self.before: Any = None
-            # Ranks of one training could disagree about the step, and wait for each other for ever: they just end.
+            # Several ranks could stop at different steps and wait for each other forever, so they just end.
             alone = context.compute.num_processes == 1
             if alone and threading.current_thread() is threading.main_thread():
                 self.before = signal.signal(signal.SIGTERM, lambda *_: self.asked.set())
@@ -211,7 +242,7 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
                 control.should_save = control.should_training_stop = True
 
     return [
-        Progress(context.report, context.work / HISTORY_FILE),
+        Progress(),
         trackers(context.compute.report_to, context.folder, context.work),
         CompleteCheckpoint(),
         StopWhenAsked(),
@@ -227,14 +258,14 @@ def train(
 ) -> int:
     """Train from the newest complete checkpoint, or from the start. Number of optimizer steps done in all.
 
-    The history of logged metrics lands in the artifact. A `schedule` stands in for the trainer's own. `cycle`: see
+    The history of logged metrics lands in the artifact. A `schedule` replaces the trainer's own. `cycle`: see
     `callbacks`. ValueError where the schedule does not fit into the number of steps, or where the guards
     (`tasks.trainer.guards`) end the training.
     """
     for callback in callbacks(context, cycle):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
-        # Tokenised rows are used again by a resume; the runner drops what is not as it was written.
+        # A resume uses the tokenised rows again; the runner drops files that changed since they were written.
         mark_complete(context.work / DATASETS_FOLDER)
     checkpoints = context.work / CHECKPOINTS
     newest = newest_checkpoint(checkpoints, full=True)
@@ -243,7 +274,7 @@ def train(
         remove_tree(path)
     num_steps = 0
     if newest is not None:
-        # Not what the checkpoint says: it may be that of a shorter training.
+        # Not from the checkpoint where possible: it may be of a shorter training.
         num_steps = trainer.args.max_steps if trainer.args.max_steps > 0 else num_steps_of(newest[1]) or 0
         logger.info("resumes at step %s of %s", f"{newest[0]:,}", f"{num_steps:,}")
         if trainer.is_world_process_zero():
@@ -253,13 +284,13 @@ def train(
     trainer.add_callback(speed_and_memory(trainer, lambda: _num_tokens(trainer)))
     if schedule is not None:
         _follow(schedule, trainer)
-        # GRPO goes on at the border of its generations only: tasks/trainer/extension.py does not look for that.
+        # GRPO can resume only between two generations; tasks/trainer/extension.py does not look for such a step.
         if context.compute.keep_extension_checkpoint and not hasattr(trainer.args, "num_generations"):
             trainer.add_callback(keep_checkpoint(schedule, context))
-    # Last, so that it sees whether a checkpoint is to be written.
+    # Last, so that it knows whether a checkpoint will be written.
     trainer.add_callback(guard(trainer, loss_rule, lambda num_steps: _num_warmup_steps(trainer, schedule, num_steps)))
     if newest is not None and newest[0] >= num_steps > 0:
-        # The trainer looks whether it is done only after a step: in the middle of an epoch it would do one too many.
+        # The trainer checks whether it is done only after a step: within an epoch it would do one too many.
         trainer._run_epoch = lambda **kwargs: None
     trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -276,23 +307,23 @@ def _num_warmup_steps(trainer: Trainer, schedule: ScheduleSettings | None, num_s
 
 
 def _follow(schedule: ScheduleSettings, trainer: Trainer) -> None:
-    """Makes the trainer take its learning rates from a schedule of ours.
+    """Make the trainer take its learning rates from our schedule.
 
-    In place of its `create_scheduler`, because only there the number of steps is known, the optimizer is made, and the
-    state of a checkpoint is not loaded yet: so a resume restores this scheduler as it does the trainer's own.
+    It replaces `create_scheduler`: only there is the number of steps known and the optimizer made while the state of a
+    checkpoint is not loaded yet. So a resume restores this scheduler as it restores the trainer's own.
     """
     from torch.optim.lr_scheduler import LambdaLR
 
     def create_scheduler(num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        # A function, not an object: LambdaLR would store the fields of an object and lay old ones over new ones.
+        # A function, not an object: LambdaLR saves an object's fields, and a resume would overwrite the new ones.
         def factor(step: int) -> float:
             return learning_rate_factor(schedule, step, num_training_steps, _num_tokens(trainer))
 
         class FromFunction(LambdaLR):
             def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-                """Goes on at the step of a checkpoint with our rate of that step.
+                """Resume with our schedule's rate of the checkpoint's step.
 
-                The stored one is that of the schedule it was saved under: at the end of a shorter training, decayed.
+                The stored rate follows the schedule that saved it: at the end of a shorter training it has decayed.
                 """
                 super().load_state_dict(state_dict)
                 now = factor(self.last_epoch)
@@ -307,12 +338,12 @@ def _follow(schedule: ScheduleSettings, trainer: Trainer) -> None:
 
 
 def _num_tokens(trainer: Trainer) -> int:
-    """Tokens trained on, of this training, before a resume too. GRPO counts in the state itself, the others in TRL."""
+    """Tokens trained on, those before a resume included. GRPO counts them in the state, the other trainers in TRL."""
     return max(int(trainer.state.num_input_tokens_seen), getattr(trainer, "_total_train_tokens", 0))
 
 
 def _token_count(trainer: Trainer) -> TrainerCallback:
-    """Keeps TRL's count of tokens in the checkpoints: SFT, reward model and DPO begin at zero again after a resume."""
+    """Keep TRL's count of tokens in the checkpoints: without it SFT, reward model and DPO resume at zero."""
     from transformers import TrainerCallback
 
     class TokenCount(TrainerCallback):
@@ -333,15 +364,15 @@ def finish(
     shown: tuple[str, ...],
     gate: GateSettings | None = None,
 ) -> tuple[ModelOutputs, dict[str, float]]:
-    """Save the trained model and put it through the gate; outputs, and the `shown` metrics as last logged.
+    """Save the trained model and put it through the gate; outputs, and the means of the `shown` metrics as last logged.
 
-    `gate`: what a language model must show; None for a reward model, which is loaded again and compared only.
+    `gate`: thresholds for the answers of a language model; None for a reward model, which is only loaded and compared.
     """
     from accelerate.utils import is_peft_model
 
     if not trainer.is_world_process_zero():
         return ModelOutputs(num_parameters=trainer.model.num_parameters()), {}
-    history = _read_history(context.folder / HISTORY_FILE)
+    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     tokenizer = trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model):
@@ -355,25 +386,9 @@ def finish(
         num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
         history_file=HISTORY_FILE,
     )
-    return outputs, history_metrics(history, shown) | passed
-
-
-def _history_until(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was logged up to the step that a training goes on from; none at its start.
-
-    From the checkpoint, whose bytes were checked.
-    """
-    return [{"step": entry["step"], **numbers(entry)} for entry in log_history]
-
-
-def _read_history(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            # A kill can tear the last line; the steps since the last checkpoint are logged again anyway.
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    metrics = {}
+    for name in shown:
+        values = [entry[name] for entry in history if isinstance(entry.get(name), (int, float))][-_NUM_AVERAGED:]
+        if values:
+            metrics[name] = sum(values) / len(values)
+    return outputs, metrics | passed

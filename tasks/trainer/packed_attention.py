@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Name under which transformers knows this attention.
 PACKED = "smoltulu_packed"
-#: Query-key products, per head, that are cheaper to waste on padding than to pay for with a call of their own.
+#: Query-key products per head: wasting fewer than these on padding is cheaper than another call.
 _WORTH_A_CALL = 96**2
 
 Piece = tuple[int, int]
@@ -28,10 +28,9 @@ Piece = tuple[int, int]
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [start, end) of the row that ask, and the pieces of the row that hold their keys, in order.
+    """The query tokens [start, end) of a row, and the pieces of the row that hold their keys, in order.
 
-    Causal, aligned at the end: the last key is the last query's own token, the one before it the one before's, and so
-    on. Queries are thus the last keys.
+    Causal, aligned at the end: the queries are the last keys.
     """
 
     query: Piece
@@ -56,7 +55,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Segments:
-    """The segments of one packed row. Their queries lie end to end and are all of it."""
+    """The segments of one packed row. Their queries lie end to end and cover it."""
 
     parts: tuple[Segment, ...]
 
@@ -70,7 +69,7 @@ class Segments:
 
     @property
     def position_ids(self) -> list[int]:
-        """Of each token the number of keys before it: where it would stand in a row of its own."""
+        """For each token the number of keys before it: its position in a row of its own."""
         return [position for part in self.parts for position in range(part.num_keys - part.num_queries, part.num_keys)]
 
 
@@ -94,7 +93,7 @@ def segments_of_pairs(
 
 
 def pack(model: PreTrainedModel) -> None:
-    """Make a model attend by `segments`, and check on two short rows that neither sees the other.
+    """Make a model attend by `segments`, and check on two short rows that they do not see each other.
 
     Without `segments` it attends as before. ValueError where the model cannot: sliding windows, dropout, no way down
     to its attention for an argument of forward.
@@ -129,7 +128,7 @@ def pack(model: PreTrainedModel) -> None:
             for chosen in (0, 1)
         ]
     model.train(training)
-    # A model of NaNs is not this function's to refuse.
+    # NaN counts as equal: a model of NaNs is refused elsewhere.
     if not torch.allclose(*hidden, rtol=0, atol=0, equal_nan=True):
         raise ValueError(f"{name} does not pass `segments` on to its attention, so packed rows would mix; {remedy}")
 
@@ -159,7 +158,7 @@ def packed_attention(
     if len(segments.parts) == 1:  # one row alone is plain causal attention
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
 
-    # RoPE leaves queries and keys in float32 under autocast. SDPA would cast them by itself, the varlen kernel not.
+    # RoPE leaves queries and keys in float32 under autocast. SDPA would cast them, the varlen kernel does not.
     device = query.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else query.dtype
@@ -241,7 +240,7 @@ def _by_sdpa(
     for (number, length), *tensors in zip(shapes, *parts, strict=True):
         q, k, v = (tensor.unflatten(0, (number, length)).transpose(1, 2) for tensor in tensors)
         if q.is_cuda and q.dtype == torch.float32:
-            # The fast kernel for float32 knows no groups; SDPA would take the one that holds all scores.
+            # The fast float32 kernel has no grouped queries; SDPA would fall back to the one that stores all scores.
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         output = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -254,7 +253,7 @@ def _by_sdpa(
 
 
 class _Varlen(NamedTuple):
-    """Segments for the varlen kernel. keys: token of each key, end to end; None where it is the row as it lies."""
+    """Segments for the varlen kernel. keys: token of each key, end to end; None where that is the row itself."""
 
     cu_queries: torch.Tensor
     cu_keys: torch.Tensor
@@ -312,6 +311,6 @@ def _by_varlen(
     if (group := query.shape[1] // key.shape[1]) > 1:
         if _takes_gqa(varlen_attn):
             options["enable_gqa"] = True
-        else:  # torch 2.11 speaks of as many heads on both sides
+        else:  # torch 2.11 wants equally many heads for queries and keys
             key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     return varlen_attn(query, key, value, cu_queries, cu_keys, max_queries, max_keys, **options)

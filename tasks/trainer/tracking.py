@@ -87,7 +87,7 @@ class Trackio:
 
 
 class WeightsAndBiases:
-    """Offline unless WANDB_MODE or WANDB_API_KEY is set, or where nobody answers; `wandb sync` sends a run later."""
+    """Online only if WANDB_MODE or WANDB_API_KEY is set and the server answers; `wandb sync` uploads a run later."""
 
     def __init__(self, folder: Path, run_name: str, run_id: str) -> None:
         import wandb
@@ -98,7 +98,7 @@ class WeightsAndBiases:
         os.environ.setdefault("WANDB_CACHE_DIR", str(self.folder / "cache"))
 
         def begin(mode: Any) -> Any:
-            # The same id after a resume: what was sent before is gone on with.
+            # The same id after a resume, so that the run continues.
             return wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=run_name,
@@ -130,7 +130,7 @@ class WeightsAndBiases:
 
 
 def open_trackers(names: Sequence[str], folder: Path, run_name: str, run_id: str) -> list[Tracker]:
-    """Those of `compute.report_to`, writing below `folder`. `run_id`: the same for every attempt at a training."""
+    """The trackers of `compute.report_to`; they write below `folder`. All attempts at a training share `run_id`."""
     made: list[Tracker] = []
     if "tensorboard" in names:
         made.append(TensorBoard(folder))
@@ -142,12 +142,12 @@ def open_trackers(names: Sequence[str], folder: Path, run_name: str, run_id: str
 
 
 def numbers(entry: dict[str, Any]) -> dict[str, float]:
-    """What of a logged entry is a number, the step left out."""
+    """The numbers of a logged entry, without the step."""
     return {name: float(value) for name, value in entry.items() if isinstance(value, (int, float)) and name != "step"}
 
 
 def _run_id(work: Path, run_name: str) -> str:
-    """Kept in `work`, so that a resume goes on with it and a training that is made again has one of its own."""
+    """Kept in `work`: a resume uses it again, a training that starts over gets a new one."""
     file = work / "run_id"
     if not file.exists():
         write_atomically(file, f"{run_name}-{secrets.token_hex(4)}")
@@ -155,7 +155,7 @@ def _run_id(work: Path, run_name: str) -> str:
 
 
 def trackers(names: Sequence[str], folder: Path, work: Path) -> TrainerCallback:
-    """Metrics of the main process to all trackers. `folder`, `work`: those of the stage."""
+    """A callback that sends the metrics of the main process to all trackers. `folder`, `work`: those of the stage."""
     from transformers import TrainerCallback
 
     # store/<stage>/<key>/work
@@ -187,7 +187,7 @@ def trackers(names: Sequence[str], folder: Path, work: Path) -> TrainerCallback:
                 for tracker in tuple(self.open):
                     try:
                         tracker.log(step, values)
-                    except Exception as error:  # no days of training for a chart
+                    except Exception as error:  # a chart must not end a training of days
                         logger.warning("%s takes no more metrics: %s", type(tracker).__name__, error)
                         self.open.remove(tracker)
 
@@ -195,7 +195,7 @@ def trackers(names: Sequence[str], folder: Path, work: Path) -> TrainerCallback:
 
 
 def speed_and_memory(trainer: Trainer, num_tokens: Callable[[], int]) -> TrainerCallback:
-    """Has the trainer log tokens seen, tokens per second since it began, and peak memory: all that listen get them.
+    """Have the trainer log the tokens seen, tokens per second since it started, and peak memory.
 
     `num_tokens`: those trained on so far, before a resume too.
     """

@@ -1,27 +1,24 @@
 """DPO from the SFT model, which is also the reference. Losses: preference_loss.py, batches: preference_batch.py.
 
-The trainer is transformers' own, not TRL's DPOTrainer: of that we would use the loop, which it has from transformers,
-and replace tokenisation, collator, reference and loss; it would still hash every weight for a cache that we do not
-have, and give a LoRA model a second adapter as its reference.
+The trainer derives from transformers' Trainer, not from TRL's DPOTrainer. Of DPOTrainer only the loop would be left,
+which is transformers' own: tokenisation, collator, reference and loss are ours. It would also hash every weight for a
+cache that we do not have, and give a LoRA model a second adapter as its reference.
 """
 
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
 from smoltulu.schemas.training import DPOInputs, DPOSettings, TrainingInputs
-from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer, stop_ids
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import even_out, is_blank
-from smoltulu.tasks.trainer.gate import objections
+from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import budget, finish, load_rows, prepare_torch, train, trainer_arguments
-from smoltulu.tasks.trainer.packed_attention import pack
+from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.training.reference_logps import run_reference_logps
 
 if TYPE_CHECKING:
@@ -72,7 +69,7 @@ def _trainer_class() -> type:
             """Sum over the micro-batch, divided by the pairs of the step (alone: by its own)."""
             assert not return_outputs, "no evaluation here"
             chosen, rejected = completion_logps(model, inputs)
-            # Of a blank batch none: its loss is a sum over nothing, whose gradient is exactly 0.
+            # None in a blank batch: its loss is an empty sum, whose gradient is exactly 0.
             num_pairs = 0 if is_blank(inputs) else len(inputs["row"])
             chosen, rejected = chosen[:num_pairs], rejected[:num_pairs]
             ratios = LogRatios(
@@ -105,7 +102,7 @@ def _trainer_class() -> type:
             self._num_pairs += len(chosen)
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            # Not the number of pairs: this process may have had none, and the others wait for it.
+            # Not if there were pairs: a process without any must still take part in the reduction.
             if self._sums:
                 count = torch.tensor(self._num_pairs, dtype=torch.float64, device=self.accelerator.device)
                 # All processes come here, at the same step.
@@ -139,17 +136,11 @@ def load_pairs(inputs: DPOInputs, context: StageContext) -> Dataset:
 def build(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> Trainer:
     """The trainer on tokenised pairs, whose log-probabilities under the reference are known."""
     prepare_torch(context)
-    from transformers import TrainingArguments, set_seed
+    from transformers import TrainingArguments
 
     from smoltulu.tasks.training.preference_batch import PairCollator, give_fused_head
 
-    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    set_seed(config.seed)
-    model = load_language_model(Path(inputs.model))
-    fit_embeddings(model, tokenizer)
-    stop_ids(model, tokenizer)
-    if context.compute.packing:
-        pack(model)
+    model, tokenizer = load_model(config, inputs, context.compute.packing)
     give_fused_head(model)
     if config.lora:
         model = with_adapter(model, config.lora)
@@ -174,11 +165,11 @@ def build(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> Trai
 
 
 def build_with_reference(config: DPOSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
-    """`build` where there was no pass over the pairs with the reference yet: it is made first. For a dry run."""
+    """`build` for a dry run: makes the pass with the reference model first."""
     reference, _ = run_reference_logps(
         ReferenceLogpsConfig(precision=config.precision), ReferenceLogpsInputs(**inputs.model_dump()), context
     )
-    gc.collect()  # the model of that pass holds itself by cycles
+    gc.collect()  # the reference model is in a reference cycle
     file = str(context.folder / reference.file)
     return build(config, DPOInputs(**inputs.model_dump(), reference_logps=file), context)
 
@@ -186,7 +177,7 @@ def build_with_reference(config: DPOSettings, inputs: TrainingInputs, context: S
 def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> tuple[ModelOutputs, dict[str, float]]:
     """Preference optimisation of pairs."""
     trainer = build(config, inputs, context)
-    # A pair that is beyond the hinge has a loss of 0.
+    # With the hinge loss, a pair beyond the margin has a loss of 0.
     rule = LossRule(zero_is_fault=config.loss_type != "hinge")
     num_steps = train(trainer, context, config.schedule, rule)
     rewards = ("rewards/accuracies", "rewards/margins", "rewards/accuracies_normalised", "rewards/margins_normalised")
@@ -194,4 +185,4 @@ def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> 
     return finish(trainer, context, num_steps, shown, config.gate)
 
 
-dpo = Stage("dpo", 2, DPOSettings, DPOInputs, ModelOutputs, train_dpo, objections, build_with_reference)
+dpo = Stage("dpo", 2, DPOSettings, DPOInputs, ModelOutputs, train_dpo, gate_failures, build_with_reference)

@@ -1,8 +1,7 @@
 """Tokenised pairs as batches, padded or packed, and the log-probabilities of their completions.
 
-Both layouts hold the same predictions, each once or twice as the loss counts it, so they give the same sums; a test
-compares them in float64. Targets are those of the position itself (no shift left to do), -100 where a token does not
-count.
+Both layouts give the same sums; a test compares them in float64. Targets are those of the position itself (no shift
+left to do), -100 where a token does not count.
 
     padded    2B rows: the B chosen sides, then the B rejected ones, each after its prompt, padded on the right
     packed    one row, pair by pair: prompt and chosen side, then the rejected side, which begins with the prompt's
@@ -138,7 +137,7 @@ def _side(pair: Pair, side: str) -> tuple[list[int], list[int]]:
 
 
 def give_fused_head(model: PreTrainedModel) -> None:
-    """Make a causal language model answer as `completion_logps` asks it, and switch its dropout off, as TRL does."""
+    """Give a causal language model the head that `completion_logps` calls, and switch its dropout off, as TRL does."""
     try:
         from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
     except ImportError as error:

@@ -1,8 +1,8 @@
 """Log-probabilities of the reference model, once for all trainings on the same pairs.
 
 The reference is the model that DPO starts from; the batches, the head and the precision are DPO's own, so that at
-DPO's first step every log-ratio is zero but for rounding. Pairs are gone through by length, and finished in shards: a
-pass that was killed goes on after its last whole one.
+DPO's first step every log-ratio is zero but for rounding. Pairs are processed by length and stored in shards: a
+killed pass resumes after its last whole shard.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.artifacts.files import made_from_folder, sync
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
-#: Pairs between two writes. Not the batch size: a pass may go on with another one.
+#: Pairs of a shard. Not the batch size, which may differ after a resume.
 SHARD_PAIRS = 512
 _SHOWN_ROWS = 5
 
@@ -42,7 +42,7 @@ def run_reference_logps(
 
     from smoltulu.tasks.training.preference_batch import COLUMNS
 
-    # Processes that torchrun started take every so many-th shard each.
+    # Under torchrun with N processes, each takes every N-th shard.
     processes = PartialState(cpu=device_of(context.compute) == "cpu")
     with processes.main_process_first():
         rows = load_rows(inputs.dataset, context, list(COLUMNS))
@@ -76,6 +76,7 @@ def _computation(
     """The model, loaded, as a function: numbers of N rows -> chosen and rejected sums, (N, 2) float32."""
     import numpy as np
     import torch
+    from accelerate.utils import send_to_device
 
     from smoltulu.tasks.training.preference_batch import PairCollator, completion_logps, give_fused_head
 
@@ -94,7 +95,7 @@ def _computation(
         with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
             for start in range(0, len(members), num_pairs):
                 batch = collate([rows[int(number)] for number in members[start : start + num_pairs]])
-                sides = completion_logps(model, _on(device, batch))
+                sides = completion_logps(model, send_to_device(batch, device))
                 sums.append(torch.stack(sides, dim=1).float().cpu().numpy())
         made: np.ndarray = np.concatenate(sums)
         bad = members[~np.isfinite(made).all(axis=1)]
@@ -110,14 +111,8 @@ def _computation(
     return logps_of
 
 
-def _on(device: str, batch: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
 def _longest_first(rows: Dataset) -> np.ndarray:
-    """Numbers of the rows, by falling length: little padding, and what does not fit into memory fails at once."""
+    """Numbers of the rows, longest first: little padding, and a batch that does not fit into memory fails at once."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -130,7 +125,7 @@ def _longest_first(rows: Dataset) -> np.ndarray:
 
 
 def _shards_folder(inputs: ReferenceLogpsInputs, context: StageContext) -> Path:
-    """Where shards lie. Those of another model or other pairs, as when one was made again, are removed."""
+    """The folder of the shards. Shards of another model or of other pairs are removed."""
     folder = context.work / "shards"
     sources = [Path(inputs.dataset), *sorted(Path(inputs.model).glob("*.safetensors"))]
     made_from = json.dumps([file_digest(file) for file in sources])
@@ -138,7 +133,7 @@ def _shards_folder(inputs: ReferenceLogpsInputs, context: StageContext) -> Path:
 
 
 def _read_shard(file: Path, num_pairs: int) -> np.ndarray | None:
-    """A finished shard; None where there is none, or what lies there is not one."""
+    """A finished shard; None where the file is missing or damaged."""
     import numpy as np
 
     try:

@@ -9,7 +9,7 @@ A score is read at the last token of a side, so nothing but the layout differs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from smoltulu.tasks.trainer.even_rows import BLANK, is_blank, num_blanks
+from smoltulu.tasks.trainer.even_rows import BLANK, is_blank
 from smoltulu.tasks.trainer.packed_attention import segments_of_pairs
 
 COLUMNS = ("row", "prompt_ids", "chosen_ids", "rejected_ids")
@@ -31,7 +31,8 @@ class PairCollator:
 
     padded    input_ids, attention_mask (2B, T)
     packed    input_ids, position_ids (1, T), segments, last_tokens (2B,) where each side ends, num_tokens () of both
-              sides, each with its prompt, row (B,) number of each pair in the rows that the preflight read
+              sides, each with its prompt
+    both      row (B,) number of each pair in the rows that the preflight read
     """
 
     pad_token_id: int
@@ -39,10 +40,11 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if self.packing:
-            return packed(rows)
-        sides = [{side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} for row in rows]
-        batch: dict[str, Any] = DataCollatorForPreference(pad_token_id=self.pad_token_id)(sides)
-        return batch
+            batch = packed(rows)
+        else:
+            sides = [{side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} for row in rows]
+            batch = DataCollatorForPreference(pad_token_id=self.pad_token_id)(sides)
+        return {**batch, "row": torch.tensor([row["row"] for row in rows])}
 
 
 def packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -57,7 +59,6 @@ def packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "position_ids": torch.tensor([segments.position_ids]),
         "segments": segments,
         "last_tokens": torch.tensor(ends[0::2] + ends[1::2]),
-        "row": torch.tensor([row["row"] for row in rows]),
         "num_tokens": torch.tensor(sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths)),
     }
 
@@ -65,8 +66,8 @@ def packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class PairTrainer(RewardTrainer):
     """TRL's trainer with a loss that is the mean over the pairs of the whole optimizer step, padded or packed.
 
-    TRL averages the means of micro-batches, which weighs pairs otherwise where the last of an epoch is short: of three
-    pairs cut into 2 + 1 the odd one counts double.
+    TRL averages the means of micro-batches. Where the last of an epoch is short, its pairs weigh more: of three pairs
+    cut into 2 + 1 the odd one counts double. TRL also weighs processes alike that have different numbers of pairs.
     """
 
     loss_is_scaled_for_ga = True
@@ -82,37 +83,44 @@ class PairTrainer(RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss and metrics; of a packed batch from scores read where each side ends."""
+        """Sum over the micro-batch, divided by the pairs of the step (alone: by its own). Outputs: the scores."""
         num_pairs = _num_pairs(inputs)
-        batch = {name: value for name, value in inputs.items() if name != BLANK}
+        batch = {name: value for name, value in inputs.items() if name not in (BLANK, "row")}
         if "segments" in batch:
-            last_tokens, num_tokens, _ = (batch.pop(name) for name in ("last_tokens", "num_tokens", "row"))
-            # TRL takes its count of tokens from the mask.
-            batch["attention_mask"] = num_tokens
-            model = self._scores_at(last_tokens, model)
-        if num_blanks(self):
-            total, outputs = self._loss_of_uneven(model, batch, num_pairs)
+            last_tokens, num_tokens = batch.pop("last_tokens"), batch.pop("num_tokens")
+            scores = self._scores_of_tokens(model, batch)[last_tokens]
         else:
-            mean, outputs = super().compute_loss(model, batch, return_outputs=True)
-            total = mean * num_pairs
+            num_tokens = batch["attention_mask"].sum()
+            scores = model(**batch, use_cache=False).logits
+        # None in a blank batch: its loss is an empty sum, whose gradient is exactly 0.
+        chosen, rejected = (side[:num_pairs] for side in scores.squeeze(-1).chunk(2))
+        self._note(chosen, rejected, num_tokens if num_pairs else 0)
         # Gradients of several processes are averaged, not summed.
         num_processes = self.accelerator.num_processes
-        loss = total * num_processes / (num_items_in_batch or num_pairs * num_processes)
-        return (loss, outputs) if return_outputs else loss
+        loss = -logsigmoid(chosen - rejected).sum() * num_processes
+        loss = loss / (num_items_in_batch or num_pairs * num_processes)
+        return (loss, SequenceClassifierOutput(logits=scores)) if return_outputs else loss
 
-    def _loss_of_uneven(self, model: Any, batch: dict[str, Any], num_pairs: int) -> tuple[torch.Tensor, Any]:
-        """Summed loss, where processes may have unlike numbers of pairs. TRL gathers their metrics as if alike."""
-        outputs = model(**batch, use_cache=False)
-        chosen, rejected = (side[:num_pairs] for side in outputs.logits.squeeze(-1).chunk(2))
-        num_tokens = batch["attention_mask"].sum() if num_pairs else 0
-        self._note(chosen, rejected, num_tokens)
-        return -logsigmoid(chosen - rejected).sum(), outputs
+    def _scores_of_tokens(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """The score at every token of a packed batch, (T, 1).
+
+        transformers pools one score a row. The head gives one a token, and the model's own forward must call it, as
+        several processes need.
+        """
+        of_tokens: list[torch.Tensor] = []
+        head = self.accelerator.unwrap_model(self.model).score
+        hook = head.register_forward_hook(lambda module, args, output: of_tokens.append(output))
+        try:
+            model(**batch, use_cache=False)
+        finally:
+            hook.remove()
+        return of_tokens[0][0]
 
     @torch.no_grad()
     def _note(self, chosen: torch.Tensor, rejected: torch.Tensor, num_tokens: Any) -> None:
         """TRL's metrics of a micro-batch of all processes, each pair with the same weight."""
         margins, scores = chosen - rejected, torch.cat([chosen, rejected])
-        # A process may have no scores: it gives ends that those of the others lie within.
+        # A process without scores gives infinite ends, which never win.
         end = scores.new_tensor([math.inf])
         lowest, highest = torch.cat([scores, end]).min(), torch.cat([scores, -end]).max()
         sums = [num_tokens, len(margins), (margins > 0).sum(), margins.sum(), scores.sum()]
@@ -128,25 +136,6 @@ class PairTrainer(RewardTrainer):
         metrics["accuracy"].append(num_right / num_pairs)
         metrics["margin"].append(margin / num_pairs)
 
-    def _scores_at(self, last_tokens: torch.Tensor, model: Any) -> Callable[..., SequenceClassifierOutput]:
-        """`model` as a function that gives the scores at `last_tokens`, (2B, 1)."""
-        of_tokens: list[torch.Tensor] = []
-
-        def scores(attention_mask: torch.Tensor, **batch: Any) -> SequenceClassifierOutput:
-            # transformers pools one score a row; the head gives one a token, and is called by the model's own forward,
-            # as several processes need it to be.
-            head = self.accelerator.unwrap_model(self.model).score
-            hook = head.register_forward_hook(lambda module, args, output: of_tokens.append(output))
-            try:
-                model(**batch)
-            finally:
-                hook.remove()
-            return SequenceClassifierOutput(logits=of_tokens[0][0, last_tokens])
-
-        return scores
-
 
 def _num_pairs(batch: Mapping[str, Any]) -> int:
-    if is_blank(batch):
-        return 0
-    return len(batch["row"]) if "segments" in batch else len(batch["input_ids"]) // 2
+    return 0 if is_blank(batch) else len(batch["row"])

@@ -12,15 +12,25 @@ from typing import TYPE_CHECKING
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RewardModelSettings, TrainingInputs
-from smoltulu.tasks.models.folders import check_model_folder, fit_embeddings, load_tokenizer, stop_ids
+from smoltulu.tasks.models.folders import check_model_folder
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import even_out
-from smoltulu.tasks.trainer.loop import budget, finish, load_rows, prepare_torch, train, trainer_arguments
-from smoltulu.tasks.trainer.packed_attention import pack
+from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Trainer
+    from transformers import PreTrainedModel, Trainer
+
+
+def _load_classifier(folder: Path) -> PreTrainedModel:
+    """A classifier with one score. Its head is new; `build` draws the weights."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    check_model_folder(folder)
+    return AutoModelForSequenceClassification.from_pretrained(
+        str(folder), num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
 
 
 def _keep_in_float32(head: torch.nn.Linear) -> None:
@@ -38,24 +48,13 @@ def build(config: RewardModelSettings, inputs: TrainingInputs, context: StageCon
     """The trainer of a one-score classifier on tokenised pairs, none of which has a side longer than max_length."""
     prepare_torch(context)
     import torch
-    from transformers import AutoModelForSequenceClassification, set_seed
     from trl import RewardConfig
 
     from smoltulu.tasks.training.reward_batch import COLUMNS, PairCollator, PairTrainer
 
-    check_model_folder(Path(inputs.model))
-    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    set_seed(config.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        inputs.model, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
-    fit_embeddings(model, tokenizer)
-    stop_ids(model, tokenizer)
+    model, tokenizer = load_model(config, inputs, context.compute.packing, _load_classifier)
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
     _keep_in_float32(model.score)
-    if context.compute.packing:
-        pack(model)
-
     rows = load_rows(inputs.dataset, context, list(COLUMNS))
     trainer = PairTrainer(
         model=model,

@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RLVRSettings, TrainingInputs
-from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer, stop_ids
+from smoltulu.tasks.models.folders import fit_embeddings
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.trainer.gate import objections
+from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import (
-    finish,
-    load_rows,
-    prepare_torch,
-    train,
-    trainer_arguments,
-)
+from smoltulu.tasks.trainer.loop import finish, load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.verifiers import verify
 
 if TYPE_CHECKING:
@@ -67,9 +60,9 @@ def reward_function(config: RLVRSettings, eos_token_id: int) -> Callable[..., li
 
 @contextmanager
 def caches_as_attended() -> Iterator[None]:
-    """Under autocast, caches hold what attention casts them to anyway.
+    """Under autocast, caches hold keys and values in autocast's dtype, to which attention casts them anyway.
 
-    Keys leave the rotary embedding in float32, and transformers' cache takes keys and values as the first key comes.
+    Keys leave the rotary embedding in float32, and transformers' cache takes its dtype from the first key.
     """
     import torch
     from transformers.cache_utils import DynamicLayer
@@ -90,9 +83,9 @@ def caches_as_attended() -> Iterator[None]:
 
 
 def _trainer_class() -> type:
-    """GRPOTrainer whose order of prompts depends on the epoch alone: TRL's begins anew wherever a resume does.
+    """GRPOTrainer whose order of prompts depends on the epoch alone: TRL's order starts anew at a resume.
 
-    And which generates with half the memory in bfloat16.
+    In bfloat16 it also generates with half the memory.
     """
     import torch
     from trl import GRPOTrainer
@@ -103,7 +96,7 @@ def _trainer_class() -> type:
 
             def set_epoch(epoch: int) -> None:
                 sampler.generator.manual_seed(sampler.seed)
-                for _ in range(epoch):  # those that an unbroken training has drawn by then
+                for _ in range(epoch):  # the permutations that an unbroken training has drawn by then
                     torch.randperm(sampler.num_samples, generator=sampler.generator)
 
             # The trainer calls it where a sampler has one.
@@ -111,7 +104,7 @@ def _trainer_class() -> type:
             return sampler
 
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-            # One autocast round all tokens keeps the cast weights; the model's own casts them for every token.
+            # One autocast around all tokens keeps the cast weights; the model's own would cast them for every token.
             with self.accelerator.autocast(), caches_as_attended():
                 return super()._generate_single_turn(*args, **kwargs)
 
@@ -128,20 +121,16 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
     prepare_torch(context)
     from trl import GRPOConfig
 
-    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    model = load_language_model(Path(inputs.model))
-    fit_embeddings(model, tokenizer)
-    stop_ids(model, tokenizer)
-
+    model, tokenizer = load_model(config, inputs, packing=False)
     # The preflight left out prompts that are longer than max_prompt_length.
     rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
     arguments = trainer_arguments(config, context)
     # TRL counts steps_per_generation in micro-batches, we in optimizer steps: the batch of rollouts must not change
     # with per_device_train_batch_size.
     micro_steps = config.steps_per_generation * accumulation_steps(config.effective_batch_size, context.compute)
-    # A checkpoint inside a generation cycle would lose its rollouts: save at the cycle's border only.
+    # A checkpoint within a generation cycle would lose the rollouts, so save only at the end of a cycle.
     arguments["save_steps"] = -(-context.compute.save_steps // _cycle(config)) * _cycle(config)
-    trainer = _trainer_class()(
+    return _trainer_class()(
         model=model,
         reward_funcs=[reward_function(config, tokenizer.eos_token_id)],
         args=GRPOConfig(
@@ -160,7 +149,6 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    return trainer
 
 
 def build_without_generation(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
@@ -197,7 +185,7 @@ def flops_per_token(config: RLVRSettings) -> float:
 
 
 rlvr = Stage(
-    "rlvr", 2, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr, objections, build_without_generation,
+    "rlvr", 2, RLVRSettings, TrainingInputs, ModelOutputs, train_rlvr, gate_failures, build_without_generation,
     memory_advice=". All rollouts of a step are generated at once, whatever it is: lower max_completion_length, raise "
     "compute.num_processes, or take a device with more memory. The checkpoints are kept",
     flops=flops_per_token,

@@ -8,20 +8,19 @@ gradient does not depend on how the step is cut. Tulu 3 summed and left the scal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import SFTSettings, TrainingInputs
-from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer, stop_ids
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import IGNORED
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import BLANK, even_out, is_blank
-from smoltulu.tasks.trainer.gate import objections
-from smoltulu.tasks.trainer.loop import budget, finish, load_rows, prepare_torch, train, trainer_arguments
-from smoltulu.tasks.trainer.packed_attention import pack, segments_of_lengths
+from smoltulu.tasks.trainer.gate import gate_failures
+from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.packed_attention import segments_of_lengths
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -43,8 +42,20 @@ def collate_packed(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class RowCollator:
+    """A collator whose batches also name their rows: `row` (B,), by number in the rows that the preflight read."""
+
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        return {**self.collate(rows), "row": torch.tensor([row["row"] for row in rows])}
+
+
 def _trainer_class() -> type:
-    """TRL's trainer, which also takes blank batches (tasks/trainer/even_rows.py).
+    """TRL's trainer, which also takes blank batches (tasks/trainer/even_rows.py) and the numbers of rows.
 
     Without a supervised token they add nothing to its sums; only their tokens must not be counted.
     """
@@ -53,15 +64,15 @@ def _trainer_class() -> type:
 
     class EvenSFTTrainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            batch = {name: value for name, value in inputs.items() if name not in (BLANK, "row")}
             if not is_blank(inputs):
-                return super().compute_loss(model, inputs, *args, **kwargs)
+                return super().compute_loss(model, batch, *args, **kwargs)
 
             def without_mask(attention_mask: torch.Tensor, **batch: Any) -> Any:
                 return model(**batch)
 
             # TRL takes its count of tokens from the mask; the model needs none for a row without padding.
-            uncounted = inputs | {"attention_mask": torch.zeros_like(inputs["input_ids"])}
-            del uncounted[BLANK]
+            uncounted = batch | {"attention_mask": torch.zeros_like(batch["input_ids"])}
             return super().compute_loss(without_mask, uncounted, *args, **kwargs)
 
     return EvenSFTTrainer
@@ -70,19 +81,14 @@ def _trainer_class() -> type:
 def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
     """The trainer of the base model. Rows: {"row", "input_ids", "labels"}, none longer than max_length."""
     prepare_torch(context)
-    from transformers import set_seed
     from trl import SFTConfig
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    set_seed(config.seed)
-    model = load_language_model(Path(inputs.model))
-    fit_embeddings(model, tokenizer)
-    stop_ids(model, tokenizer)
-    if context.compute.packing:
-        pack(model)
+    model, tokenizer = load_model(config, inputs, context.compute.packing)
     if config.lora:
         model = with_adapter(model, config.lora)
 
+    collate = collate_packed if context.compute.packing else DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     rows = load_rows(inputs.dataset, context, ["row", "input_ids", "labels"])
     trainer = _trainer_class()(
         model=model,
@@ -91,8 +97,9 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
             **budget(config, rows),
             max_length=None,  # the preflight cut or dropped what is longer
             packing=False,  # TRL's changes which rows a step holds
+            remove_unused_columns=False,  # TRL would drop the numbers of the rows
         ),
-        data_collator=collate_packed if context.compute.packing else None,
+        data_collator=RowCollator(collate),
         train_dataset=rows,
         processing_class=tokenizer,
     )
@@ -110,4 +117,4 @@ def train_sft(
     return finish(trainer, context, num_steps, shown, config.gate)
 
 
-sft = Stage("sft", 2, SFTSettings, TrainingInputs, ModelOutputs, train_sft, objections, build)
+sft = Stage("sft", 2, SFTSettings, TrainingInputs, ModelOutputs, train_sft, gate_failures, build)

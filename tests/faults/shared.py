@@ -76,7 +76,7 @@ def killed_download(sandbox: Sandbox, baseline: Sandbox, node: str, nth: int, de
 
 
 def flipped_object(sandbox: Sandbox, baseline: Sandbox, node: str, pattern: str, rng: random.Random) -> Result:
-    """A byte of the shared store: another machine notices, makes the artifact itself and mends the shared one."""
+    """A byte of the shared store: another machine notices, makes the artifact itself and fixes the shared one."""
     shared = _copy_shared(sandbox, baseline)
     folder = _key_folder(shared, sandbox, node)
     flip(rng.choice(sorted(path for path in folder.glob(pattern) if path.stat().st_size)), rng)

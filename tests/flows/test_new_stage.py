@@ -37,7 +37,7 @@ from smoltulu.tasks.job import Job
 from smoltulu.tasks.report import html_report, markdown, summarise
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.stages import STAGES
-from smoltulu.tasks.trainer.gate import objections
+from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.training.sft import build, train_sft
 from tests import small_runs
 from tests.flows.planning.test_plan import NUM_PARAMETERS, ROWS, finish, rows_of
@@ -54,7 +54,7 @@ class SFT2Settings(SFTSettings):
 @pytest.fixture(autouse=True)
 def sft2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """The guide's steps, taken back afterwards."""
-    stage = Stage("sft2", 1, SFT2Settings, TrainingInputs, ModelOutputs, train_sft, objections, build)
+    stage = Stage("sft2", 1, SFT2Settings, TrainingInputs, ModelOutputs, train_sft, gate_failures, build)
     lay_out = Graph._lay_out
 
     def with_one_line_more(graph: Graph) -> None:

@@ -372,7 +372,7 @@ def damage(url: str, name: str) -> None:
     objects.put(path, bytes(data))
 
 
-def test_damage_is_found_marked_and_mended(url: str, tmp_path: Path) -> None:
+def test_damage_is_found_marked_and_fixed(url: str, tmp_path: Path) -> None:
     shared, folder = remote(url), generation(tmp_path / "gen", FILES)
     push(shared, folder)
     artifact = found(shared)

@@ -68,7 +68,7 @@ def test_runs_of_an_empty_store(store: HandStore) -> None:
     assert json.loads(call(store, "runs", "--json").stdout) == []
 
 
-def test_notes_do_not_spoil_the_json(store: HandStore) -> None:
+def test_notes_do_not_corrupt_the_json(store: HandStore) -> None:
     (store.root / "runs").mkdir()
     (store.root / "runs" / "bad.json").write_text("{")
     result = call(store, "runs", "--json")

@@ -223,7 +223,7 @@ def test_plain_prefect_in_the_checkout_fails_without_a_server(tmp_path: Path) ->
     assert "All connection attempts failed" in done.stdout + done.stderr
 
 
-def test_a_power_cut_is_diagnosed_and_mended(box: Box) -> None:
+def test_a_power_cut_is_diagnosed_and_fixed(box: Box) -> None:
     def state() -> str:
         with prefect_api.client(box.url) as server:
             return str(server.read_flow_run(UUID(run)).state_name)

@@ -271,7 +271,7 @@ def test_what_cannot_be_loaded_is_not_checked_never_zero(tmp_path, monkeypatch):
         ([], {}, "has no rows"),
     ],
 )
-def test_faults_of_a_benchmark_are_the_users_to_mend(tmp_path, rows, rest, message):
+def test_faults_of_a_benchmark_are_the_users_to_fix(tmp_path, rows, rest, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, benchmark(tmp_path, rows, **rest))
 

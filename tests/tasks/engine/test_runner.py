@@ -74,7 +74,7 @@ def dataset_job(file: Path) -> Job:
     return Job("dataset-sft", stage, config, COMPUTE, spec, DatasetInputs())
 
 
-def test_what_the_user_must_mend_is_one_message_and_leaves_no_artifact(tmp_path: Path) -> None:
+def test_what_the_user_must_fix_is_one_message_and_leaves_no_artifact(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n' * 3)
     store = Store(tmp_path / "store")

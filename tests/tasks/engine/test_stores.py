@@ -45,7 +45,7 @@ def test_an_artifact_that_is_only_here_is_shared_by_the_next_run(tmp_path: Path,
     assert isinstance(shared.find("world", made.key), RemoteArtifact)
 
 
-def test_damage_here_is_mended_from_the_shared_store(
+def test_damage_here_is_fixed_from_the_shared_store(
     tmp_path: Path, shared: Remote, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = SharedStore(tmp_path / "a", shared)
@@ -57,7 +57,7 @@ def test_damage_here_is_mended_from_the_shared_store(
     assert "sft.jsonl has 5 bytes" in caplog.text and "set aside as damaged-gen-0001" in caplog.text
 
 
-def test_damage_there_is_made_again_and_mended_there(
+def test_damage_there_is_made_again_and_fixed_there(
     tmp_path: Path, shared: Remote, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = run_stage(world_job(), SharedStore(tmp_path / "a", shared), LOG)

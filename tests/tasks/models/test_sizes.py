@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from smoltulu.tasks.models.folders import check_model_folder
-from smoltulu.tasks.models.sizes import ModelSize, model_size, num_parameters, tensor_shapes
+from smoltulu.tasks.models.sizes import ModelSize, model_size, tensor_shapes
 
 
 def weights(file: Path, shapes: dict[str, list[int]]) -> None:
@@ -39,7 +39,7 @@ def test_parameters_from_headers_and_shards(tmp_path: Path) -> None:
     # A left-over beside the shards that the index names is not part of the model.
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}))
-    assert num_parameters(tmp_path) == 17
+    assert model_size(tmp_path).num_parameters == 17
     index.write_text(json.dumps({"weight_map": {"a": "model-9.safetensors"}}))
     with pytest.raises(ValueError, match=r"model-9.safetensors cannot be read \(No such file"):
         model_size(tmp_path)
@@ -63,21 +63,21 @@ def test_parameters_from_headers_and_shards(tmp_path: Path) -> None:
 def test_headers_that_are_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file .*copy the model again"):
-        num_parameters(tmp_path)
+        model_size(tmp_path)
     with pytest.raises(ValueError, match=r"config.json is missing; .*model.safetensors is not a whole"):
         check_model_folder(tmp_path)
 
 
 def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no \*.safetensors"):
-        num_parameters(tmp_path)
+        model_size(tmp_path)
 
 
 def test_headers_are_read_without_torch(tmp_path: Path) -> None:
     weights(tmp_path / "model.safetensors", {"a": [3, 4]})
     code = (
-        "import sys; from pathlib import Path; from smoltulu.tasks.models.sizes import num_parameters; "
-        "print(num_parameters(Path(sys.argv[1])), 'torch' in sys.modules)"
+        "import sys; from pathlib import Path; from smoltulu.tasks.models.sizes import model_size; "
+        "print(model_size(Path(sys.argv[1])).num_parameters, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["12", "False"]

@@ -29,7 +29,7 @@ from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs, Preflig
 from smoltulu.tasks.models.folders import load_tokenizer
 from smoltulu.tasks.models.tokens import conversations, fit_conversation, fit_pair, pairs, prompt_ids
 from smoltulu.tasks.preflight import parts as preflight_parts
-from smoltulu.tasks.preflight.rows import Look, findings, last_trained
+from smoltulu.tasks.preflight.rows import TokenizerProbe, findings, last_trained
 from smoltulu.tasks.preflight.stage import length_report, run_preflight
 from smoltulu.tasks.stage import Report, StageContext
 from tests import ROOT, small_runs
@@ -105,7 +105,7 @@ def make(
 def one_pass(config: PreflightConfig, model: Path, rows: Rows) -> tuple[dict[str, list[int]], list[int], list[Any]]:
     """Rows by finding, lengths, and (number, what is left) of the rows that are kept: one row after the other."""
     tokenizer = load_tokenizer(model, PICKY_TEMPLATE)
-    look = Look.of(tokenizer, model)
+    probe = TokenizerProbe.of(tokenizer, model)
     found: dict[str, list[int]] = defaultdict(list)
     lengths, kept, seen = [], [], set()
     for number, row in enumerate(rows):
@@ -131,7 +131,7 @@ def one_pass(config: PreflightConfig, model: Path, rows: Rows) -> tuple[dict[str
         lengths.append(length)
         looked_at = preflight_parts.Tokenised(number, row, one)
         if config.kind != "prompts":
-            for finding in findings(config, look, looked_at):
+            for finding in findings(config, probe, looked_at):
                 found[finding].append(number)
         if length > config.max_length:
             found["num_overlong"].append(number)
@@ -484,7 +484,7 @@ def test_parts_of_something_else_are_not_taken(model: Path, tmp_path: Path, othe
 
 
 def test_machinery_keeps_the_parts(model: Path, tmp_path: Path) -> None:
-    """Thresholds and threads: whoever mends a threshold does not wait again."""
+    """Thresholds and threads: whoever changes a threshold does not wait again."""
     rows = odd_rows(18)
     strict = FREE.model_copy(update={"max_faulty_share": 0.0})
     before = stamps(make(tmp_path, model, rows, settings=strict).work)

@@ -58,7 +58,7 @@ HOSTILE = [
     "\x1b[31m\x1b]0;title\x07\x9b31m\x00",
     "\u202e\u2066\u200f",
 ]
-Spoil = Callable[[Any], Any]
+Corrupt = Callable[[Any], Any]
 Model = TypeVar("Model", bound=BaseModel)
 #: What a report of a run looks values up by.
 KEPT_KEYS = frozenset({"settings", "mode", "policy"})
@@ -70,29 +70,29 @@ OUTPUTS: dict[str, type[BaseModel]] = {
 }
 
 
-def spoiler(bad: str, kept_fields: frozenset[str] = frozenset({"stage"})) -> Spoil:
+def corrupter(bad: str, kept_fields: frozenset[str] = frozenset({"stage"})) -> Corrupt:
     """A function that puts `bad` around every text in a value, where the type of a field allows it."""
 
-    def spoil(value: Any) -> Any:
+    def corrupt(value: Any) -> Any:
         if isinstance(value, str):
             return f"{bad}{value}{bad}"
         if isinstance(value, Manifest):
             outputs = dict(value.outputs)
             if value.spec.stage in OUTPUTS:
-                outputs = spoil(OUTPUTS[value.spec.stage].model_validate(outputs)).model_dump()
+                outputs = corrupt(OUTPUTS[value.spec.stage].model_validate(outputs)).model_dump()
             else:
-                outputs = spoil(outputs) | {"history_file": outputs.get("history_file")}
-            return spoiled(value).model_copy(update={"outputs": outputs})
+                outputs = corrupt(outputs) | {"history_file": outputs.get("history_file")}
+            return corrupted(value).model_copy(update={"outputs": outputs})
         if isinstance(value, BaseModel):
-            return spoiled(value)
+            return corrupted(value)
         if isinstance(value, Mapping):
-            return {key if key in KEPT_KEYS else spoil(key): spoil(item) for key, item in value.items()}
-        return type(value)(map(spoil, value)) if isinstance(value, (list, tuple)) else value
+            return {key if key in KEPT_KEYS else corrupt(key): corrupt(item) for key, item in value.items()}
+        return type(value)(map(corrupt, value)) if isinstance(value, (list, tuple)) else value
 
-    def spoiled(value: Model) -> Model:
+    def corrupted(value: Model) -> Model:
         changed = {}
         for name, field in type(value).model_fields.items():
-            new = spoil(getattr(value, name))
+            new = corrupt(getattr(value, name))
             try:
                 TypeAdapter(field.annotation).validate_python(new)
             except ValidationError:
@@ -101,10 +101,10 @@ def spoiler(bad: str, kept_fields: frozenset[str] = frozenset({"stage"})) -> Spo
                 changed[name] = new
         return value.model_copy(update=changed)
 
-    return spoil
+    return corrupt
 
 
-# The pages: each from a function that spoils what it is given.
+# The pages: each from a function that corrupts what it is given.
 
 
 def preflight_outputs() -> PreflightOutputs:
@@ -126,7 +126,9 @@ def preflight_outputs() -> PreflightOutputs:
     )
 
 
-def spoiled_run(spoil: Spoil, folder: Path, made: int | None) -> tuple[RunSummary, dict[str, Manifest], dict, str]:
+def corrupted_run(
+    corrupt: Corrupt, folder: Path, made: int | None
+) -> tuple[RunSummary, dict[str, Manifest], dict, str]:
     summary, manifests, folders, recipe = sample_run(folder, made=made)
     preflight = manifests["sft"].spec.model_copy(update={"stage": "preflight"})
     outputs = preflight_outputs().model_dump(mode="json")
@@ -134,26 +136,31 @@ def spoiled_run(spoil: Spoil, folder: Path, made: int | None) -> tuple[RunSummar
     run = StageRun(node="preflight-sft", stage="preflight", outcome="Completed")
     summary = summary.model_copy(update={"stages": (*summary.stages, run)})
     for file in folder.glob("*/history.jsonl"):
-        lines = [{spoil("metric"): step, "loss": step, "step": step} for step in range(3)]
+        lines = [{corrupt("metric"): step, "loss": step, "step": step} for step in range(3)]
         file.write_text("\n".join(map(json.dumps, lines)))
-    return spoil(summary), spoil(manifests), {spoil(node): place for node, place in folders.items()}, spoil(recipe)
+    return (
+        corrupt(summary),
+        corrupt(manifests),
+        {corrupt(node): place for node, place in folders.items()},
+        corrupt(recipe),
+    )
 
 
-def finished(spoil: Spoil, folder: Path) -> str:
-    return html_report(*spoiled_run(spoil, folder, made=None))
+def finished(corrupt: Corrupt, folder: Path) -> str:
+    return html_report(*corrupted_run(corrupt, folder, made=None))
 
 
-def failed(spoil: Spoil, folder: Path) -> str:
-    return html_report(*spoiled_run(spoil, folder, made=15))
+def failed(corrupt: Corrupt, folder: Path) -> str:
+    return html_report(*corrupted_run(corrupt, folder, made=15))
 
 
-def preflight(spoil: Spoil, folder: Path) -> str:
+def preflight(corrupt: Corrupt, folder: Path) -> str:
     training = PlannedTraining(effective_batch_size=4)
     config = PreflightConfig(kind="pairs", max_length=8, overlong="drop", subject="dpo", training=training)
-    shown = Shown(number=0, sides=[[(spoil("piece"), True), (spoil("more"), False)]] * 2, num_left_out=1)
-    texts = {3: spoil("row"), 7: spoil("row")}
-    outputs = spoil(preflight_outputs())
-    return preflight_report(spoil(config), outputs, {spoil("num_special"): [3, 7]}, texts, [shown])
+    shown = Shown(number=0, sides=[[(corrupt("piece"), True), (corrupt("more"), False)]] * 2, num_left_out=1)
+    texts = {3: corrupt("row"), 7: corrupt("row")}
+    outputs = corrupt(preflight_outputs())
+    return preflight_report(corrupt(config), outputs, {corrupt("num_special"): [3, 7]}, texts, [shown])
 
 
 def languages() -> LanguageOutputs:
@@ -162,18 +169,18 @@ def languages() -> LanguageOutputs:
     return LanguageOutputs(kind="sft", detector="lingua", detector_version="2", shares=(share,), **counts)
 
 
-def language_page(spoil: Spoil, folder: Path) -> str:
-    return render("languages.html.jinja", languages=spoil(languages()))
+def language_page(corrupt: Corrupt, folder: Path) -> str:
+    return render("languages.html.jinja", languages=corrupt(languages()))
 
 
-def audit(spoil: Spoil, folder: Path) -> str:
+def audit(corrupt: Corrupt, folder: Path) -> str:
     reports = [report("own", 1, 3), report("gone", 0, 0, not_checked="gated")]
-    pages = [BenchmarkPages(spoil("own"), 1, ("01-own-0001.html",))]
-    return audit_page(spoil(result(*reports, languages=languages())), load_registry(), pages)
+    pages = [BenchmarkPages(corrupt("own"), 1, ("01-own-0001.html",))]
+    return audit_page(corrupt(result(*reports, languages=languages())), load_registry(), pages)
 
 
-def hits(spoil: Spoil, folder: Path) -> str:
-    files = write_hits(folder, 2, 2, spoil("a question"))
+def hits(corrupt: Corrupt, folder: Path) -> str:
+    files = write_hits(folder, 2, 2, corrupt("a question"))
     (pages,) = write_hit_pages(*files, folder / "pages")
     return (folder / "pages" / pages.files[0]).read_text("utf-8")
 
@@ -184,7 +191,7 @@ def test_a_page_is_built_alike_whatever_its_texts_say(page: Callable[..., str], 
     sources = []
     for name, text in (("harmless", HARMLESS), ("hostile", bad)):
         (tmp_path / name).mkdir()
-        sources.append(page(spoiler(text), tmp_path / name))
+        sources.append(page(corrupter(text), tmp_path / name))
     harmless, hostile = map(Page, sources)
     assert not hostile.open
     assert [(tag, list(names)) for tag, names in hostile.tags] == [(tag, list(names)) for tag, names in harmless.tags]
@@ -195,30 +202,30 @@ def test_a_page_is_built_alike_whatever_its_texts_say(page: Callable[..., str], 
 
 
 def test_stages_that_nobody_knows_do_no_harm(tmp_path: Path) -> None:
-    spoil = spoiler("".join(HOSTILE), kept_fields=frozenset())
-    page = Page(html_report(*spoiled_run(spoil, tmp_path, made=15)))
+    corrupt = corrupter("".join(HOSTILE), kept_fields=frozenset())
+    page = Page(html_report(*corrupted_run(corrupt, tmp_path, made=15)))
     assert not page.open and "script" not in {tag for tag, _ in page.tags}
 
 
 # Cards: as a Markdown renderer that lets HTML through shows them.
 
 
-def run_markdown(spoil: Spoil, folder: Path) -> str:
-    return markdown(spoil(sample_run(folder, made=15)[0]))
+def run_markdown(corrupt: Corrupt, folder: Path) -> str:
+    return markdown(corrupt(sample_run(folder, made=15)[0]))
 
 
-def card(spoil: Spoil, folder: Path) -> str:
+def card(corrupt: Corrupt, folder: Path) -> str:
     _, manifests, _, recipe = sample_run(folder)
     config = PublishStageConfig(
-        recipe_name=spoil("tiny"),
+        recipe_name=corrupt("tiny"),
         subject="sft",
         settings=PublishSettings(),
-        recipe={"base_model": {"repository": spoil("me/base")}},
+        recipe={"base_model": {"repository": corrupt("me/base")}},
     )
-    scores = spoil(EvaluationOutputs.model_validate(manifests["evaluation-sft"].outputs))
+    scores = corrupt(EvaluationOutputs.model_validate(manifests["evaluation-sft"].outputs))
     evaluations = {"own": scores.model_copy(update={"subject": "sft"}), "other": scores}
     made = {node: manifests[node] for node in ("world", "base-model", "sft")}
-    return model_card(config, spoil(made), evaluations, spoil(recipe), spoil("ab" * 32))
+    return model_card(config, corrupt(made), evaluations, corrupt(recipe), corrupt("ab" * 32))
 
 
 @pytest.mark.parametrize("bad", HOSTILE)
@@ -227,7 +234,7 @@ def test_a_card_is_built_alike_whatever_its_texts_say(make: Callable[..., str], 
     renderer = MarkdownIt("commonmark").enable("table")
     pages = []
     for name, text in (("harmless", HARMLESS), ("hostile", bad)):
-        source = make(spoiler(text), tmp_path / name)
+        source = make(corrupter(text), tmp_path / name)
         if make is card:
             _, metadata, source = re.split(r"^---$", source, maxsplit=2, flags=re.MULTILINE)
             named = yaml.safe_load(metadata)["model-index"][0]["name"]
@@ -247,7 +254,7 @@ def test_a_card_is_built_alike_whatever_its_texts_say(make: Callable[..., str], 
 def test_the_terminal_obeys_no_text(bad: str, tmp_path: Path) -> None:
     output = io.StringIO()
     for made in (None, 15):
-        summary = spoiler(bad)(sample_run(tmp_path, made=made)[0])
+        summary = corrupter(bad)(sample_run(tmp_path, made=made)[0])
         demo.show(summary, console(file=output))
     assert all(character == "\n" or character.isprintable() for character in output.getvalue())
     assert "stages cached" in output.getvalue()

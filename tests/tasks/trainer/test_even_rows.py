@@ -139,10 +139,7 @@ def test_a_blank_batch_has_a_gradient_of_zeros_and_counts_nothing(
     batch = BlankCollator(trainer.data_collator, blank_row(trainer.train_dataset[0]))([])
     # Of the reward model the metrics of another process: a pair of 9 tokens with scores of 0.5 and 0.25.
     other = torch.tensor([[9, 1, 1, 0.25, 0.75, 0.25, 0.5]], dtype=torch.float64)
-    with (
-        mock.patch("smoltulu.tasks.training.reward_batch.num_blanks", lambda _: 1),
-        mock.patch.object(trainer.accelerator, "gather", lambda own: torch.cat([own, other]) if own.dim() else own),
-    ):
+    with mock.patch.object(trainer.accelerator, "gather", lambda own: torch.cat([own, other]) if own.dim() else own):
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(3))
     loss.backward()
     assert loss.item() == 0

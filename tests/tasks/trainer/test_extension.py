@@ -27,7 +27,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.schedules import ConstantSchedule, CosineSchedule, PowerSchedule, WSDSchedule, WSDSSchedule
 from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.stages import STAGES
-from smoltulu.tasks.trainer.extension import begin_with, find_donor
+from smoltulu.tasks.trainer.extension import begin_with, find_source_run
 from smoltulu.tasks.trainer.schedules import extension_step, learning_rate_factor, same_past
 from tests.golden_keys import made_up_commit
 from tests.small_runs import conversations, pairs, stage_arguments
@@ -183,10 +183,10 @@ def different(one: ArtifactReference, other: ArtifactReference) -> list[str]:
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
-def donor_of(store: Store, job: Job, **options: Any) -> tuple[int, int] | None:
+def source_run_of(store: Store, job: Job, **options: Any) -> tuple[int, int] | None:
     """Step and budget of the training that a job would go on from."""
-    donor = find_donor(store, job.spec, job.config, job.compute, {}, **options)
-    return donor and (donor.record.step, donor.record.num_steps)
+    source_run = find_source_run(store, job.spec, job.config, job.compute, {}, **options)
+    return source_run and (source_run.record.step, source_run.record.num_steps)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_wsd_s_goes_on_from_its_decayed_end(sft: Bench, tmp_path: Path) -> None:
     rates = [json.loads(line)["learning_rate"] for line in (Path(longer.path) / "logs" / "history.jsonl").open()]
     assert rates[19] < rates[20] == 1e-3
     # And once more, from the larger of the two.
-    assert donor_of(store, sft.job(60, wsd_s(20, 40, 60) | {"decay_base": "cumulative"})) == (40, 40)
+    assert source_run_of(store, sft.job(60, wsd_s(20, 40, 60) | {"decay_base": "cumulative"})) == (40, 40)
 
 
 def test_dpo_goes_on_from_a_constant_schedule(tmp_path: Path) -> None:
@@ -267,9 +267,9 @@ def test_reward_model_and_adapters_with_dropout_go_on_too(stage: str, changes: d
 
 def test_what_is_another_experiment_begins_anew(sft: Bench, finished: tuple[Store, ArtifactReference]) -> None:
     store = finished[0]
-    assert donor_of(store, sft.job(40, wsd())) == (15, 20)
-    assert donor_of(store, sft.job(40, wsd(decay_ratio=0.1, decay_shape="cosine"))) == (15, 20)
-    assert donor_of(store, sft.job(40, {"kind": "constant", "warmup_steps": 2})) == (15, 20)
+    assert source_run_of(store, sft.job(40, wsd())) == (15, 20)
+    assert source_run_of(store, sft.job(40, wsd(decay_ratio=0.1, decay_shape="cosine"))) == (15, 20)
+    assert source_run_of(store, sft.job(40, {"kind": "constant", "warmup_steps": 2})) == (15, 20)
     others = [
         sft.job(40, wsd(), learning_rate=2e-3),
         sft.job(40, wsd(), seed=7),
@@ -284,13 +284,13 @@ def test_what_is_another_experiment_begins_anew(sft: Bench, finished: tuple[Stor
         sft.job(18, wsd()),  # its decay begins before step 15
         sft.job(20, wsd(decay_ratio=0.5)),
     ]
-    assert [donor_of(store, job) for job in others] == [None] * len(others)
+    assert [source_run_of(store, job) for job in others] == [None] * len(others)
     newer = sft.job(40, wsd())
     newer = dataclasses.replace(newer, spec=newer.spec.model_copy(update={"version": newer.spec.version + 1}))
-    assert donor_of(store, newer) is None
+    assert source_run_of(store, newer) is None
     # An input of the same key whose content is another one now.
     job = sft.job(40, wsd())
-    assert find_donor(store, job.spec, job.config, job.compute, {"model": "another"}) is None
+    assert find_source_run(store, job.spec, job.config, job.compute, {"model": "another"}) is None
 
 
 def test_a_training_that_keeps_nothing_has_the_same_digest(
@@ -299,7 +299,7 @@ def test_a_training_that_keeps_nothing_has_the_same_digest(
     store = Store(tmp_path)
     bare = run_stage(sft.job(20, wsd(), compute={"keep_extension_checkpoint": False}), store, LOG)
     assert not (Path(bare.path) / "checkpoint").exists() and bare.digest == finished[1].digest
-    assert donor_of(store, sft.job(40, wsd())) is None
+    assert source_run_of(store, sft.job(40, wsd())) is None
     kept = finished[1]
     names = {path.name for path in (Path(kept.path) / "checkpoint" / "checkpoint-15").iterdir()}
     assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", CHECKPOINT_MARKER} <= names
@@ -321,17 +321,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     job = sft.job(24, wsd())
-    assert donor_of(store, job) == (15, 20), "a plan looks at sizes only"
+    assert source_run_of(store, job) == (15, 20), "a plan looks at sizes only"
     with caplog.at_level(logging.WARNING):
         made = run_stage(job, store, LOG)
     key = finished[1].key[:12]
-    assert f"step 15 of sft/{key} is not gone on from: optimizer.pt has other bytes than were written" in caplog.text
+    assert f"step 15 of sft/{key} cannot be resumed from: optimizer.pt has other bytes than were written" in caplog.text
     assert read_manifest(Path(made.path)).resumed_from_steps == ()
 
     said: list[str] = []
     file.write_bytes(content[:-1])
-    assert donor_of(store, sft.job(60, wsd(), seed=123), damaged=said.append) == (18, 24)
-    assert len(said) == 1 and f"sft/{key} is not gone on from: checkpoint/checkpoint-15/optimizer.pt has" in said[0]
+    assert source_run_of(store, sft.job(60, wsd(), seed=123), damaged=said.append) == (18, 24)
+    assert len(said) == 1 and f"sft/{key} cannot be resumed from: checkpoint/checkpoint-15/optimizer.pt has" in said[0]
 
 
 def test_an_extension_that_was_stopped_goes_on_from_its_own_checkpoint(
@@ -340,10 +340,10 @@ def test_an_extension_that_was_stopped_goes_on_from_its_own_checkpoint(
     """Laid into the work folder, then killed before its first step; and the stored artifact is not touched by it."""
     store, short = copy_of(finished[0], tmp_path / "store"), finished[1]
     job = sft.job(24, wsd())
-    donor = find_donor(store, job.spec, job.config, job.compute, {})
-    assert donor is not None
+    source_run = find_source_run(store, job.spec, job.config, job.compute, {})
+    assert source_run is not None
     with store.producer(job.spec, lambda whom: None) as folder:
-        begin_with(donor, store.open_work(folder))
+        begin_with(source_run, store.open_work(folder))
     unfinished = store.unfinished(job.spec)
     assert unfinished is not None and unfinished[0] == 15
     made = run_stage(job, store, LOG)
@@ -397,8 +397,8 @@ def test_plan_says_where_it_would_go_on(tmp_path: Path) -> None:
     assert row_of(longer, refresh=("sft",)).status == "runs"
     # Laid into the work folder: the checkpoint of a training of 20 steps, and 40 are planned.
     spec, node = longer.spec("sft"), longer.nodes["sft"]
-    donor = find_donor(store, spec, node.config, longer.recipe.compute, {})
-    assert donor is not None
+    source_run = find_source_run(store, spec, node.config, longer.recipe.compute, {})
+    assert source_run is not None
     with store.producer(spec, lambda whom: None) as folder:
-        begin_with(donor, store.open_work(folder))
+        begin_with(source_run, store.open_work(folder))
     assert row_of(longer).reason == "at step 15 of 40"

@@ -21,9 +21,9 @@ from smoltulu.tasks.trainer.gate import (
     Answer,
     check_equal,
     check_saved,
+    gate_failures,
     greedy_answers,
     judge,
-    objections,
     prompt_of,
     prompts,
 )
@@ -126,9 +126,9 @@ def test_trained_models_pass_with_a_metric_of_their_answers(
 
 def test_a_finished_model_is_held_against_todays_gate() -> None:
     config = SFTSettings(learning_rate=1e-3, effective_batch_size=2, max_length=64, gate={"min_stopped_share": 0.5})
-    assert STAGES["sft"].objections is STAGES["dpo"].objections is STAGES["rlvr"].objections is objections
-    assert objections(config, None, {"gate_stopped_share": 0.5}) == objections(config, None, {}) == []
-    (said,) = objections(config, None, {"gate_stopped_share": 0.25})
+    assert STAGES["sft"].gate_failures is STAGES["dpo"].gate_failures is STAGES["rlvr"].gate_failures is gate_failures
+    assert gate_failures(config, None, {"gate_stopped_share": 0.5}) == gate_failures(config, None, {}) == []
+    (said,) = gate_failures(config, None, {"gate_stopped_share": 0.25})
     assert said.startswith("gate: 25% of its greedy answers ended in eos, gate.min_stopped_share asks for 0.5")
 
 

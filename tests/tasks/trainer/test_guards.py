@@ -1,4 +1,4 @@
-"""What ends a training: bad losses at any step, spoiled weights, divergence, want of memory; and what it says then."""
+"""What ends a training: bad losses at any step, corrupt weights, divergence, want of memory; and what it says then."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import smoltulu.tasks.engine.launch
 import smoltulu.tasks.trainer.loop
@@ -31,9 +32,10 @@ from smoltulu.tasks.engine.launch import run_child
 from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.process import is_out_of_memory
 from smoltulu.tasks.stages import STAGES
-from smoltulu.tasks.trainer.guards import LossMeans, fault_of_step, has_diverged, lines_of, rows_of, sequences
+from smoltulu.tasks.trainer.guards import LossMeans, fault_of_step, has_diverged, rows_of
 from smoltulu.tasks.training.preference_batch import PairCollator
-from smoltulu.tasks.training.sft import collate_packed
+from smoltulu.tasks.training.reward_batch import PairCollator as RewardCollator
+from smoltulu.tasks.training.sft import RowCollator, collate_packed
 from tests.small_runs import Run, conversations, pairs, run, stage_arguments
 from tests.tiny_model import PAD, build_tiny_model, build_tokenizer
 
@@ -103,33 +105,17 @@ def test_divergence_is_half_as_much_again_and_not_a_small_loss_that_wobbles() ->
 # -------------------------------------------------------------------------------------------------- which rows it was
 
 
-def test_rows_of_padded_and_of_packed_batches_are_found_in_the_tokenised_rows() -> None:
+def test_rows_of_padded_and_of_packed_batches_are_named_by_their_source() -> None:
     tokenizer = build_tokenizer()
     rows = [tokenizer(f"row number {n} " + "so " * n)["input_ids"] for n in range(6)]
     dataset = Dataset.from_dict({"row": [10 * n for n in range(6)], "input_ids": rows, "labels": rows})
-    packed = collate_packed([dataset[4], dataset[1]])
-    assert sequences(packed) == [rows[4], rows[1]]
     expected = [
         f"row 40 {('row number 4 ' + 'so ' * 4)!r}",
         f"row 10 {'row number 1 so '!r}",
     ]
-    assert rows_of(packed, dataset, tokenizer) == expected
-    pad = tokenizer.convert_tokens_to_ids(PAD)
-    longest = len(rows[4])
-    padded = {
-        "input_ids": torch.tensor([rows[4], rows[1] + [pad] * (longest - len(rows[1]))]),
-        "attention_mask": torch.tensor([[1] * longest, [1] * len(rows[1]) + [0] * (longest - len(rows[1]))]),
-    }
-    assert rows_of(padded, dataset, tokenizer) == expected
-    # Without its number a row has that of its line.
-    assert rows_of(packed, dataset.remove_columns("row"), tokenizer)[0].startswith("row 4 ")
-
-
-def test_a_sequence_that_was_cut_is_the_line_that_goes_on_for_the_fewest_tokens() -> None:
-    dataset = [{"input_ids": [1, 2, 3, 4, 5]}, {"input_ids": [1, 2, 3]}, {"input_ids": [1, 2]}]
-    assert lines_of([[1, 2, 3], [1, 2, 3, 4], [7]], dataset) == [1, 0, None]
-    pair = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}
-    assert lines_of([[1, 2], [1, 4]], [pair]) == [0, 0]
+    for collate in (collate_packed, DataCollatorForLanguageModeling(tokenizer.convert_tokens_to_ids(PAD))):
+        batch = RowCollator(collate)([dataset[4], dataset[1]])
+        assert rows_of(batch, dataset, tokenizer) == expected
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -138,9 +124,10 @@ def test_pairs_carry_their_row(packing: bool) -> None:
     prompt, one, other = (tokenizer(text)["input_ids"] for text in ("What is 3 plus 5?", " so 8 #### 8", " so 9"))
     pair = {"prompt_ids": prompt, "prompt_mask": [0] * len(prompt), "chosen_ids": one, "chosen_mask": [1] * len(one),
             "rejected_ids": other, "rejected_mask": [1] * len(other)}  # fmt: skip
-    batch = PairCollator(1, packing)([{"row": 7, **pair}, {"row": 3, **pair}])
-    found = rows_of(batch, None, tokenizer)
-    assert [name.split(" 'What is 3 plus 5?")[0] for name in found] == ["row 7", "row 3"]
+    rows = [{"row": 7, **pair}, {"row": 3, **pair}]
+    for collator in (PairCollator, RewardCollator):
+        found = rows_of(collator(1, packing)(rows), Dataset.from_list(rows), tokenizer)
+        assert [name.split(" 'What is 3 plus 5?")[0] for name in found] == ["row 7", "row 3"]
 
 
 def test_prompts_of_grpo_are_named_once() -> None:
