@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -47,7 +46,8 @@ def load_recipe(
     try:
         checked = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(error, values.get("name") or str(recipe))) from None
+        unknown = _unknown_stages(values.get("compute"))
+        raise RecipeError(_explain(error, values.get("name") or str(recipe), unknown)) from None
     check_compute(checked.compute)
     return checked
 
@@ -72,13 +72,23 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, object]:
 
 def check_compute(compute: ComputeSettings) -> None:
     """Refuse exceptions for stages that do not exist."""
-    for name in compute.stages:
-        _check_stage_name("compute.stages", name)
+    if unknown := _unknown_stages({"stages": compute.stages}):
+        raise RecipeError("\n".join(unknown))
+
+
+def _unknown_stages(compute: Any) -> list[str]:
+    """A line for every exception of `compute` that is for no stage."""
+    stages = compute.get("stages") if isinstance(compute, dict) else None
+    return [_unknown_stage("compute.stages", str(name)) for name in stages or () if name not in STAGES]
+
+
+def _unknown_stage(where: str, name: str) -> str:
+    return f"{where}: no stage is called {name!r}{_nearest(name, STAGES)}; stages: {', '.join(STAGES)}"
 
 
 def _check_stage_name(where: str, name: str) -> None:
     if name not in STAGES:
-        raise RecipeError(f"{where}: no stage is called {name!r}{_nearest(name, STAGES)}; stages: {', '.join(STAGES)}")
+        raise RecipeError(_unknown_stage(where, name))
 
 
 def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> None:
@@ -115,7 +125,10 @@ def whole_path(recipe: str) -> str:
 
 
 def _is_path(name_or_path: str) -> bool:
-    return name_or_path.endswith((".yaml", ".yml")) or ("/" in name_or_path and not name_or_path.startswith("{"))
+    if name_or_path.startswith(("{", '"')):  # JSON, as Prefect's -p takes it
+        return False
+    is_file = name_or_path not in preset_names() and Path(name_or_path).is_file()
+    return is_file or name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
 
 
 def _read(name_or_path: str) -> dict[str, Any]:
@@ -163,7 +176,7 @@ def _whole_paths(value: Any, field: str, folder: Path) -> Any:
         return value
     is_path = field in ("compute.store", "compute.remote") or (field.endswith(".path") and ".fields." not in field)
     is_template = field == "chat_template" and (value.endswith(".jinja") or "/" in value)
-    return os.path.normpath(folder / value) if is_template or (is_path and "://" not in value) else value
+    return str(folder / value) if is_template or (is_path and "://" not in value) else value
 
 
 def _extend(values: dict[str, Any], origin: str, folder: Path) -> dict[str, Any]:
@@ -216,7 +229,7 @@ def _override(values: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]
     return {**values, head: _override({} if inner is None else inner, rest, value)}
 
 
-def _explain(error: ValidationError, name: str) -> str:
+def _explain(error: ValidationError, name: str, more: list[str]) -> str:
     lines = []
     for problem in error.errors():
         location = ".".join(str(part) for part in problem["loc"]) or "recipe"
@@ -229,6 +242,7 @@ def _explain(error: ValidationError, name: str) -> str:
             given = "" if isinstance(problem["input"], (dict, BaseModel)) else f"; given: {problem['input']!r}"
             text = problem["msg"].removeprefix("Value error, ") + given
         lines.append(f"  {location}: {text}")
+    lines += [f"  {line}" for line in more]
     count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
     return f"recipe {name} has {count}:\n" + "\n".join(lines)
 

@@ -67,9 +67,7 @@ class Manifest(StrictModel):
     duration_seconds: float = Field(ge=0)
     resumed_from_steps: tuple[int, ...] = Field((), description="optimizer step of each resume")
     extends: ExtendedTraining | None = Field(None, description="none: it trained from its own start")
-    adopted_from: str | None = Field(
-        None, description="key under which it was made: flows/planning/adoption.py"
-    )
+    adopted_from: str | None = Field(None, description="key under which it was made: flows/planning/adoption.py")
     checksum: str = Field("", description="SHA-256 over all other fields; none: not checked")
 
     @field_validator("files")

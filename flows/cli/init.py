@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from smoltulu.flows.recipe import load_recipe, preset_names
+from smoltulu.flows.recipe import RecipeError, load_recipe, preset_names
 from smoltulu.schemas.recipe import Recipe
 
 #: Characters of a value; lists of benchmarks and the like are longer, and are found in the preset.
@@ -27,6 +27,8 @@ extends: {preset}
 
 def commented_recipe(preset: str) -> str:
     """A recipe file that extends `preset`. Raises RecipeError where there is no such preset, or it extends another."""
+    if preset not in preset_names():
+        raise RecipeError(f"no preset is called {preset!r}; presets: {', '.join(preset_names())}")
     recipe = load_recipe({"extends": preset})
     return _HEAD.format(preset=preset, presets=", ".join(preset_names())) + "\n".join(_blocks(recipe)) + "\n"
 

@@ -75,7 +75,9 @@ class Record:
 def read_record(home: Path, name: str) -> Record | None:
     """Record of the `server` or the `worker`, whether it still runs or not."""
     try:
-        return Record(**json.loads((home / f"{name}.json").read_text()))
+        values = json.loads((home / f"{name}.json").read_text())
+        # The version before also wrote when the process had started.
+        return Record(**{field: values[field] for field in Record.__dataclass_fields__ if field in values})
     except (OSError, ValueError, TypeError):
         return None
 

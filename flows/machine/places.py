@@ -13,8 +13,21 @@ _STATE = ".smoltulu"
 
 
 def find_project(here: Path) -> Path:
-    """The nearest folder, from `here` upwards, that has state of ours, else `here`."""
-    return next((folder for folder in (here, *here.parents) if (folder / _STATE).is_dir()), here)
+    """The nearest folder, from `here` upwards to the home folder, that has this user's state, else `here`.
+
+    State that somebody else owns, in a folder that all may write to, would decide what our worker runs.
+    """
+    above = [here, *here.parents]
+    if (home := Path.home()) in above:
+        above = above[: above.index(home)] or [here]
+    return next((folder for folder in above if _is_ours(folder / _STATE)), here)
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and folder.stat().st_uid == os.getuid()
+    except OSError:
+        return False
 
 
 #: The folder in which flows run, where relative paths outside recipe files start. The checkout; installed, the folder
@@ -24,7 +37,7 @@ PROJECT = CHECKOUT or find_project(Path.cwd())
 
 def default_home() -> Path:
     """Folder of the background processes' state: `$SMOLTULU_HOME`, else `.smoltulu` in the project."""
-    return Path(os.environ.get("SMOLTULU_HOME") or PROJECT / _STATE).absolute()
+    return Path(os.environ.get("SMOLTULU_HOME") or PROJECT / _STATE).resolve()
 
 
 def store_root() -> Path:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from smoltulu.flows.recipe import RecipeError, check_stage_names, load_recipe, preset_names, whole_path
-from smoltulu.recipes import PRESETS
+from smoltulu.recipes import CHAT_TEMPLATES, PRESETS
 from smoltulu.schemas.common import role_of, scientific
 from smoltulu.schemas.contamination import ContaminationStageConfig
 from smoltulu.schemas.data import DatasetStageConfig
@@ -273,3 +273,26 @@ def test_until_and_refresh_must_be_stages_that_the_recipe_has() -> None:
         check_stage_names(recipe, "rlvr", [])
     with pytest.raises(RecipeError, match=r"refresh: no stage is called 'dop' \(did you mean 'dpo'\?\)"):
         check_stage_names(recipe, None, ["dop"])
+
+
+def test_unknown_stages_of_compute_stand_in_the_one_list() -> None:
+    wrong = {"extends": "tiny", "sft": {"learning_rate": 5}, "compute": {"stages": {"stf": {}, "dpoo": {}}}}
+    with pytest.raises(RecipeError, match=r"has 3 problems(?s:.*)learning_rate(?s:.*)'stf'(?s:.*)'dpoo'"):
+        load_recipe(wrong)
+    with pytest.raises(RecipeError, match=r"'stf'(?s:.*)'dpoo'"):
+        load_recipe(wrong | {"sft": {}})
+
+
+def test_a_relative_path_behind_a_link_means_what_the_system_means(tmp_path: Path) -> None:
+    (tmp_path / "real" / "recipes").mkdir(parents=True)
+    (tmp_path / "real" / "base.jinja").write_text((CHAT_TEMPLATES / "tulu.jinja").read_text())
+    (tmp_path / "real" / "recipes" / "mine.yaml").write_text("extends: tiny\nchat_template: ../base.jinja\n")
+    (tmp_path / "other").symlink_to(tmp_path / "real" / "recipes")
+    assert Path(load_recipe(str(tmp_path / "other" / "mine.yaml")).chat_template).is_file()
+
+
+def test_a_file_without_suffix_is_a_recipe_and_json_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_text("extends: tiny\n")
+    assert load_recipe("mine").name == "mine" and whole_path("mine") == str(tmp_path / "mine")
+    assert whole_path('"dir/mine.yaml"') == '"dir/mine.yaml"' and whole_path("tiny") == "tiny"

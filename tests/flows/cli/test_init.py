@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from smoltulu.flows.cli.init import commented_recipe
 from smoltulu.flows.cli.main import app
-from smoltulu.flows.recipe import load_recipe
+from smoltulu.flows.recipe import RecipeError, load_recipe
 from smoltulu.schemas.training import DPOSettings
 
 PRESETS = ("smoltulu-1130", "tiny", "real-small")
@@ -60,3 +60,9 @@ def test_an_existing_file_and_an_unknown_preset_are_refused(tmp_path: Path) -> N
     assert done.exit_code == 1 and "did you mean 'tiny'?" in done.output and not other.exists()
     done = CliRunner().invoke(app, ["init", str(other), "--extends", "smoltulu-1207"])
     assert done.exit_code == 1 and "itself extends smoltulu-1130" in done.output and not other.exists()
+
+
+def test_only_presets_can_be_commented(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("extends: tiny\n")
+    with pytest.raises(RecipeError, match=r"no preset is called '.*base.yaml'; presets: "):
+        commented_recipe(str(tmp_path / "base.yaml"))

@@ -328,3 +328,27 @@ def test_a_process_that_only_waits_to_be_reaped_is_gone() -> None:
         child.kill()
         assert _until(lambda: not processes.alive(process), 5, 0.02) and process.is_running()
         assert processes.environment_of(process) is None and processes.wait_gone([process], 0) == []
+
+
+def test_a_home_is_the_same_by_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`down` by another spelling of SMOLTULU_HOME found nothing, and removed the record of a server that ran."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for name in ("real", "link", "real/../link"):
+        monkeypatch.setenv("SMOLTULU_HOME", str(tmp_path / name))
+        assert places.default_home() == tmp_path / "real"
+
+
+def test_state_of_another_user_or_above_the_home_folder_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "shared" / "a" / "b"
+    here.mkdir(parents=True)
+    (tmp_path / "shared" / ".smoltulu").mkdir()
+    assert places.find_project(here) == tmp_path / "shared"
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    assert places.find_project(here) == here
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", str(tmp_path / "shared"))
+    assert places.find_project(here) == here
