@@ -46,7 +46,7 @@ def place_checkpoint(whole: Path, target: Path, left_out: Collection[str] = ()) 
 
     Files are hard links where the file system has them: checkpoints are only ever read, or removed.
     """
-    marker = Marker.model_validate_json((whole / CHECKPOINT_MARKER).read_bytes())
+    marker = _marker(whole)
     files = {name: record for name, record in marker.files.items() if name not in left_out}
     remove_tree(target)
     for name in files:
@@ -77,7 +77,7 @@ def fault(folder: Path, full: bool = False) -> str | None:
     full    read and hash every byte, instead of looking at sizes
     """
     try:
-        files = Marker.model_validate_json((folder / CHECKPOINT_MARKER).read_bytes()).files
+        files = _marker(folder).files
         for name, record in files.items():
             size = (folder / name).stat().st_size
             if size != record.size:
@@ -110,15 +110,15 @@ def prune(folder: Path, num_kept: int) -> None:
     lose everything where one is kept.
     """
     whole = sorted((step, path) for step, path in _checkpoints(folder) if fault(path) is None)
-    scored = [(score, step) for step, path in whole if (score := _score(path)) is not None]
+    scored = [(score, step) for step, path in whole if (score := _marker(path).score) is not None]
     best = max(scored, default=(0.0, -1))[1]
     for step, path in whole[:-num_kept]:
         if step != best:
             remove_tree(path)
 
 
-def _score(checkpoint: Path) -> float | None:
-    return Marker.model_validate_json((checkpoint / CHECKPOINT_MARKER).read_bytes()).score
+def _marker(folder: Path) -> Marker:
+    return Marker.model_validate_json((folder / CHECKPOINT_MARKER).read_bytes())
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

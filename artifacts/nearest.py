@@ -5,6 +5,8 @@ Reads no manifests and needs no pydantic: 10,000 artifacts are looked through in
 
 from __future__ import annotations
 
+import contextlib
+import heapq
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -77,9 +79,8 @@ class SpecIndex:
     """
 
     root: Path
-    _stages: dict[str, list[tuple[str, frozenset[bytes]]]] = field(default_factory=dict)
+    _stages: dict[str, list[tuple[int, str, frozenset[bytes]]]] = field(default_factory=dict)
     _flat: dict[str, Flat | None] = field(default_factory=dict)
-    _used: dict[str, int | None] = field(default_factory=dict)
     _ranked: dict[str, list[Nearest]] = field(default_factory=dict)
 
     def ranked(self, spec: Mapping[str, Any]) -> list[Nearest]:
@@ -95,24 +96,15 @@ class SpecIndex:
                 if fields is not None and (changes := differences(fields, spec)):
                     found.append((len(changes), -used, folder, changes))
             found.sort(key=lambda item: item[:3])
-            nearest = [Nearest(Path(folder).name, Path(folder), changes) for _, _, folder, changes in found]
-            self._ranked[text] = nearest
+            self._ranked[text] = [Nearest(Path(folder).name, Path(folder), changes) for *_, folder, changes in found]
         return self._ranked[text]
 
     def _candidates(self, stage: str, wanted: frozenset[bytes]) -> list[tuple[int, str]]:
         """When last used, and folder, of the finished artifacts whose canonical JSON has the most parts in common."""
         if stage not in self._stages:
             self._stages[stage] = list(_read(self.root / stage))
-        by_distance: dict[int, list[str]] = {}
-        for folder, parts in self._stages[stage]:
-            by_distance.setdefault(len(parts ^ wanted), []).append(folder)
-        found: list[tuple[int, str]] = []
-        for distance in sorted(by_distance):
-            group = [(used, folder) for folder in by_distance[distance] if (used := self._last_used(folder))]
-            found += sorted(group, reverse=True)
-            if len(found) >= MOST_RANKED:
-                break
-        return found[:MOST_RANKED]
+        by_distance = ((-len(parts ^ wanted), used, folder) for used, folder, parts in self._stages[stage])
+        return [(used, folder) for _, used, folder in heapq.nlargest(MOST_RANKED, by_distance)]
 
     def _fields(self, folder: str) -> Flat | None:
         if folder not in self._flat:
@@ -121,15 +113,6 @@ class SpecIndex:
             except ValueError:
                 self._flat[folder] = None
         return self._flat[folder]
-
-    def _last_used(self, folder: str) -> int | None:
-        """Time of change of the pointer in ns; None where nothing was finished."""
-        if folder not in self._used:
-            try:
-                self._used[folder] = os.stat(f"{folder}/{CURRENT}").st_mtime_ns
-            except OSError:
-                self._used[folder] = None
-        return self._used[folder]
 
 
 def read_generation(folder: Path) -> dict[str, Any] | None:
@@ -141,16 +124,15 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _read(stage: Path) -> Iterator[tuple[str, frozenset[bytes]]]:
-    """Folder and canonical JSON, in parts, of every key that was ever begun for a stage."""
+def _read(stage: Path) -> Iterator[tuple[int, str, frozenset[bytes]]]:
+    """When last used (ns), folder, and canonical JSON in parts, of every finished artifact of a stage."""
     try:
         with os.scandir(stage) as entries:
             folders = [entry.path for entry in entries]
     except OSError:
         return
     for folder in folders:
-        try:
+        with contextlib.suppress(OSError):
+            used = os.stat(f"{folder}/{CURRENT}").st_mtime_ns
             with open(f"{folder}/{SPEC}", "rb", buffering=0) as file:
-                yield folder, frozenset(file.read().split(b","))
-        except OSError:
-            continue
+                yield used, folder, frozenset(file.read().split(b","))

@@ -48,6 +48,8 @@ def _modules() -> dict[str, Path]:
     for top in ("flows", "tasks", "artifacts", "schemas", "recipes"):
         for path in (ROOT / top).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
+            if parts[:2] == ("recipes", "lm_eval"):  # lm-eval loads what lies beside its task definitions
+                continue
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 

@@ -32,8 +32,6 @@ _MAX_NAME_BYTES = 1024
 class RemoteArtifact:
     """A published artifact whose manifest was checked; its files are checked when they are pulled."""
 
-    stage: str
-    key: str
     token: int
     manifest: Manifest
     manifest_bytes: bytes = field(repr=False)

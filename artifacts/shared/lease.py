@@ -21,7 +21,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -147,38 +147,19 @@ class Lease:
         )
 
 
-@contextlib.contextmanager
-def lease(
+def acquire(
     objects: Objects,
     folder: str,
     waiting: Callable[[str], None],
     *,
     beat_seconds: float,
     stale_seconds: float,
-    wait: bool = True,
-) -> Iterator[Lease | None]:
-    """Hold the next turn of a key; None if the holder that was waited for published meanwhile.
-
-    Without `wait` also None as soon as another holder shows a sign of life; a silent one is waited out all the same.
-    `waiting` is told whom we wait for, at once and every 30 s. A holder that is silent for `stale_seconds` is fenced.
-    Raises OSError if the store cannot be used.
-    """
-    held = _acquire(objects, folder, waiting, beat_seconds, stale_seconds, wait)
-    try:
-        yield held
-    finally:
-        if held is not None:
-            held.release()
-
-
-def _acquire(
-    objects: Objects,
-    folder: str,
-    waiting: Callable[[str], None],
-    beat_seconds: float,
-    stale_seconds: float,
     wait: bool,
 ) -> Lease | None:
+    """The next turn of a key, which the caller must end; for the rest see `Remote.lease`.
+
+    A holder that is silent for `stale_seconds` is fenced. Raises OSError if the store cannot be used.
+    """
     poll = min(5.0, stale_seconds / 12)
     told, looked = -math.inf, 0.0
     seen: tuple[int, bytes | None] | None = None

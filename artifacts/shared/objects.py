@@ -9,10 +9,10 @@ import contextlib
 import errno
 import os
 import re
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -63,10 +63,12 @@ class Objects(Protocol):
         """Remove objects; what cannot be removed stays, for it only costs space."""
 
     def sweep(self, prefix: str) -> None:
-        """Remove what killed writers left half-written below `prefix`."""
+        """Remove what killed writers left half-written below `prefix`; nothing where objects appear whole."""
+        return None
 
     def prepare(self) -> None:
-        """Make the root where that is ours to do."""
+        """Make the root where that is ours to do; making buckets is for people."""
+        return None
 
 
 def open_objects(url: str) -> Objects:
@@ -174,18 +176,16 @@ class FolderObjects:
         return temporary
 
 
-class RemoteObjects:
+class RemoteObjects(Objects):
     """Objects behind fsspec. Credentials come from the environment, as each file system reads them."""
 
     def __init__(self, url: str, protocol: str) -> None:
         self.url = url
         self.writable = protocol in EXCLUSIVE_PROTOCOLS
         self._protocol = protocol
-        self._opening = threading.Lock()
-        self._opened: tuple[Any, str] | None = None
 
     def list(self, prefix: str, patience: float = 60.0) -> dict[str, int]:
-        file_system, root = self._open()
+        file_system, root = self._opened
         folder = f"{root}/{prefix}".rstrip("/")
 
         def found() -> dict[str, Any]:
@@ -202,15 +202,15 @@ class RemoteObjects:
         }
 
     def get(self, name: str, patience: float = 60.0) -> bytes:
-        file_system, root = self._open()
+        file_system, root = self._opened
         return bytes(_persist(lambda: file_system.cat_file(f"{root}/{name}"), patience))
 
     def put(self, name: str, data: bytes, patience: float = 60.0) -> None:
-        file_system, root = self._open()
+        file_system, root = self._opened
         _persist(lambda: file_system.pipe_file(f"{root}/{name}", data), patience)
 
     def create(self, name: str, data: bytes, patience: float = 60.0) -> bool:
-        file_system, root = self._open()
+        file_system, root = self._opened
 
         def attempt() -> bool:
             try:
@@ -221,33 +221,21 @@ class RemoteObjects:
             except OSError:
                 # "There is one", said in as many ways as there are servers, or an answer that was lost on its way
                 # after the write was done: what is there now tells.
-                try:
-                    there = bytes(file_system.cat_file(f"{root}/{name}"))
-                except FileNotFoundError:
-                    there = None
-                if there is None:
-                    raise
-                return there == data
+                with contextlib.suppress(FileNotFoundError):
+                    return bytes(file_system.cat_file(f"{root}/{name}")) == data
+                raise
 
         return _persist(attempt, patience)
 
     def delete(self, names: Iterable[str]) -> None:
-        file_system, root = self._open()
+        file_system, root = self._opened
         for name in names:
             with contextlib.suppress(OSError):
                 file_system.rm_file(f"{root}/{name}")
 
-    def sweep(self, prefix: str) -> None:
-        """Nothing to do: an object appears whole or not at all."""
-
-    def prepare(self) -> None:
-        """Nothing to do: making buckets is for people."""
-
-    def _open(self) -> tuple[Any, str]:
-        with self._opening:
-            if self._opened is None:
-                self._opened = _file_system(self.url, self._protocol)
-            return self._opened
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        return _file_system(self.url, self._protocol)
 
 
 def _unless_gone(error: OSError) -> None:

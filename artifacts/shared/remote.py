@@ -166,9 +166,12 @@ class Remote:
         """
         self._require_writable()
         times = {"beat_seconds": self.beat_seconds, "stale_seconds": self.stale_seconds}
-        held = leases.lease(self._objects, _folder(stage, key), waiting, **times, wait=wait)
-        with contextlib.ExitStack() as stack:
-            yield self._ask(lambda: stack.enter_context(held))
+        held = self._ask(lambda: leases.acquire(self._objects, _folder(stage, key), waiting, **times, wait=wait))
+        try:
+            yield held
+        finally:
+            if held is not None:
+                held.release()
 
     def push(self, folder: Path, lease: Lease, report: Report = lambda done, total: None) -> bool:
         """Upload a generation folder and make it the current one: files, manifest, pointer; this ends the lease.
@@ -252,7 +255,7 @@ class Remote:
                     return RemoteMissing(f"{name} is damaged: {part.name} {what}")
                 if there.get(f"{folder}/damaged/{part.name}"):
                     return RemoteMissing(f"{name} is damaged: a reader found other bytes than its manifest says")
-        return RemoteArtifact(stage, key, token, manifest, manifest_bytes, ending.part_bytes)
+        return RemoteArtifact(token, manifest, manifest_bytes, ending.part_bytes)
 
     def _read_manifest(
         self, stage: str, key: str, ending: Ending, there: dict[str, int]
@@ -278,7 +281,7 @@ class Remote:
         counted: Callable[[str, int], None],
     ) -> set[str]:
         """Fetch files by digest into `state`, what is not there yet; returns the digests that did not come out."""
-        folder = _folder(artifact.stage, artifact.key)
+        folder = _folder(artifact.manifest.spec.stage, artifact.manifest.key)
         writing = threading.Lock()
         jobs, left, damaged = [], {}, set()
         for digest, record in records.items():
@@ -320,7 +323,7 @@ class Remote:
         self, artifact: RemoteArtifact, records: list[FileRecord], names_of: dict[str, list[str]]
     ) -> DamagedArtifact:
         """Leave a mark at the store, so that others need not download what is damaged, and the next push fixes it."""
-        folder = _folder(artifact.stage, artifact.key)
+        folder = _folder(artifact.manifest.spec.stage, artifact.manifest.key)
         # Readers may have no right to write; the damage is known to this process in any case.
         with contextlib.suppress(OSError):
             for record in records:

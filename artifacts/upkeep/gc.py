@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from stat import S_ISDIR
 
 from smoltulu.artifacts import layout
 from smoltulu.artifacts.files import TRASH_PREFIX
@@ -104,18 +105,16 @@ class _Planner:
         plan = Plan(kept=self.kept)
         artifacts: dict[Ref, Removal] = {}
         for ref, folder in self.folders.items():
+            if ref in self.kept:
+                plan.kept_bytes[ref] = sum(self.generations[ref][name].num_bytes for name in self.kept_generations[ref])
             if folder.is_link or ref in self.locked:
-                plan.kept_bytes[ref] = sum(g.num_bytes for g in self.generations[ref].values())
                 continue
-            kept_names = self.kept_generations.get(ref, set())
-            plan.kept_bytes[ref] = sum(g.num_bytes for name, g in self.generations[ref].items() if name in kept_names)
-            if ref not in self.kept and (removal := self._whole_key(folder)) is not None:
-                artifacts[ref] = removal
-            elif ref in self.kept:
+            if ref in self.kept:
                 plan.removals += self._parts(folder, plan)
+            elif (removal := self._whole_key(folder)) is not None:
+                artifacts[ref] = removal
             plan.removals += self._damaged(folder)
         plan.removals = [*self._consumers_first(artifacts), *plan.removals, *self._top_level()]
-        plan.kept_bytes = {ref: size for ref, size in plan.kept_bytes.items() if ref in self.kept}
         return plan
 
     # Mark
@@ -223,9 +222,8 @@ class _Planner:
     def _parts(self, folder: KeyFolder, plan: Plan) -> list[Removal]:
         """What may go from a key that is kept."""
         removals = []
-        kept = self.kept_generations.get(folder.ref, set())
         for name in folder.whole:
-            if name not in kept:
+            if name not in self.kept_generations[folder.ref]:
                 reason = "made again since; nothing kept was made from it"
                 removals.append(self._removal(folder, [name], "old generation", reason))
         parts = folder.begun
@@ -311,20 +309,18 @@ def _mtime(path: Path) -> float:
 
 def _newest_change(path: Path) -> float:
     """When anything below a folder last changed; 0 where it does not exist."""
-    newest = _mtime(path)
-    for folder, _, names in os.walk(path):
-        newest = max(newest, _mtime(Path(folder)), *(_mtime(Path(folder, name)) for name in names))
-    return newest
+    return max((stat.st_mtime for stat in _stats(path)), default=0.0)
 
 
 def _disk_bytes(path: Path) -> int:
     """Sizes of all files below a path, links not followed."""
-    try:
-        total = path.lstat().st_size if path.is_symlink() or not os.path.isdir(path) else 0
-    except OSError:
-        return 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(folder, name)).st_size
-    return total
+    return sum(stat.st_size for stat in _stats(path) if not S_ISDIR(stat.st_mode))
+
+
+def _stats(path: Path) -> Iterator[os.stat_result]:
+    """What the file system says of a path and of everything below it; links are not followed."""
+    below = () if path.is_symlink() else os.walk(path)
+    entries = (os.path.join(folder, name) for folder, folders, files in below for name in (*folders, *files))
+    for entry in (str(path), *entries):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            yield os.lstat(entry)

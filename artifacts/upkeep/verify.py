@@ -45,16 +45,12 @@ def verify_artifacts(
 
     `told` is called for each finding as it comes.
     """
-
-    def check(work: tuple[KeyFolder, str]) -> Finding:
-        return _check_generation(*work)
-
     folders = [catalogue.folder(ref) for ref in refs]
     todo = [(folder, name) for folder in folders for name in (*folder.whole, *folder.headless)]
     findings = []
     pool = ThreadPoolExecutor(_NUM_AT_ONCE)
     try:
-        for (folder, _), finding in zip(todo, pool.map(check, todo), strict=True):
+        for (folder, _), finding in zip(todo, pool.map(lambda work: _check_generation(*work), todo), strict=True):
             if finding.status == "damaged" and not report_only:
                 finding = _set_aside(catalogue.root, folder, finding)
             findings.append(finding)

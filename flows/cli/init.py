@@ -27,9 +27,9 @@ extends: {preset}
 
 def commented_recipe(preset: str) -> str:
     """A recipe file that extends `preset`. Raises RecipeError where there is no such preset, or it extends another."""
-    if preset not in preset_names():
-        raise RecipeError(f"no preset is called {preset!r}; presets: {', '.join(preset_names())}")
     recipe = load_recipe({"extends": preset})
+    if preset not in preset_names():
+        raise RecipeError(f"{preset!r} is a file; give a preset: {', '.join(preset_names())}")
     return _HEAD.format(preset=preset, presets=", ".join(preset_names())) + "\n".join(_blocks(recipe)) + "\n"
 
 

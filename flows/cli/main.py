@@ -139,6 +139,36 @@ def plan(
 
 
 @app.command()
+def adopt(
+    recipe: Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")],
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted field and value, e.g. dpo.learning_rate=5e-7")
+    ] = None,
+) -> None:
+    """Take finished stages over from the version that stored rows otherwise; rows are made again and compared."""
+    import logging
+
+    from smoltulu.flows.graphs.recipe_graph import Graph
+    from smoltulu.flows.machine.places import PROJECT
+    from smoltulu.flows.planning import adoption
+    from smoltulu.flows.recipe import load_recipe, parse_overrides, whole_path
+    from smoltulu.tasks.engine.launch import StageFailed
+    from smoltulu.tasks.engine.stores import open_store
+
+    recipe = whole_path(recipe)
+    os.chdir(PROJECT)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with output.failures(StageFailed):
+        checked = load_recipe(recipe, parse_overrides(override or []))
+        log = logging.getLogger("smoltulu.adopt")
+        outcomes = adoption.adopt(Graph(checked), open_store(checked.compute), log)
+    table = output.table("stage", "what", "why")
+    for outcome in outcomes:
+        table.add_row(outcome.node, outcome.status, outcome.reason)
+    output.console().print(table)
+
+
+@app.command()
 def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="set runs whose process is gone to Crashed")] = False,
 ) -> None:

@@ -110,6 +110,11 @@ def summary(planned: Plan, parameters: str = "") -> list[str]:
     if counts["cached"] < len(planned.rows):
         lines.append("still to do: " + _still_to_do(planned))
     preflights = [row for row in planned.rows if STAGES[row.stage].makes(PreflightOutputs)]
+    if any(row.reason.endswith("; adopt") for row in planned.rows):
+        lines.append(
+            "adopt: rows were stored in other files before. `smoltulu adopt`, with this recipe, makes them again, "
+            "compares, and takes over what was made from the same ones"
+        )
     if missing := [row.node for row in preflights if row.status != "cached"]:
         lines.append(
             f"preflight not run yet: {', '.join(missing)}; `prefect deployment run smoltulu/full "

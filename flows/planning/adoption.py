@@ -56,6 +56,19 @@ def specs_before(graph: NodeGraph) -> dict[str, Spec]:
     return specs
 
 
+def adoptable(graph: NodeGraph, name: str, before: Mapping[str, Spec], store: Store) -> str | None:
+    """Stage and version under which a node was finished before the change, where `adopt` may take it over."""
+    node = graph.nodes[name]
+    if name not in before or not isinstance(store.find(before[name]), Found):
+        return None
+    if node.stage.reencodes:
+        return str(node.stage.reencodes)
+    sources = [(graph.nodes[binding.node].stage, binding) for binding in node.bindings().values()]
+    if any(stage.reencodes and binding.output is None for stage, binding in sources):
+        return None  # it holds a record of them
+    return f"{node.stage.version} from other rows files"
+
+
 def adopt(graph: NodeGraph, store: Store, log: Log) -> list[Outcome]:
     """Take over what is the same, stage by stage; what is not stays where it is and will run.
 

@@ -17,6 +17,7 @@ from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
 from smoltulu.artifacts.shared.objects import RemoteError
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.flows.graphs.recipe_graph import Graph
+from smoltulu.flows.planning.adoption import adoptable, specs_before
 from smoltulu.flows.planning.costs import NOTHING, Costs, Estimate, Total, totals
 from smoltulu.flows.planning.preflight_figures import PreflightFigures, preflight_figures
 from smoltulu.flows.recipe import check_stage_names
@@ -93,6 +94,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     index = SpecIndex(store.root)
     costs = Costs(graph, index)
     provisional = _provisional(graph)
+    before = specs_before(graph)
     digests: dict[str, str] = {}
     preflights: dict[str, Mapping[str, Any]] = {}
     unreachable: tuple[str, ...] = ()
@@ -111,6 +113,8 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
                     reason = f"in the shared store, made {_minute(manifest.finished_at)}"
                     row = replace(row, status="cached", reason=reason, nearest=None)
                     found = Found(manifest, store.root)
+            if row.status == "runs" and (version := adoptable(graph, name, before, store)) is not None:
+                row = replace(row, reason=f"made by version {version}; adopt", nearest=None)
         if row.status == "cached":
             assert isinstance(found, Found)
             manifest = found.manifest

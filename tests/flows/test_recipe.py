@@ -221,7 +221,7 @@ def test_relative_paths_of_a_file_start_at_its_folder_wherever_it_is_called_from
             f"{folder}/data/a.jsonl", "${DATA:-data}/b.jsonl", "/data/c.jsonl", "~/d.jsonl"
         ]  # fmt: skip
         assert recipe.data.sft.sources[0].fields == {"messages": "b.jsonl"}
-        assert recipe.base_model.path == f"{tmp_path}/models/base"
+        assert Path(str(recipe.base_model.path)).resolve() == tmp_path / "models" / "base"
         assert recipe.chat_template == f"{folder}/own.jinja"
         assert (recipe.compute.store, recipe.compute.remote) == (f"{folder}/store", "s3://bucket/folder")
 
@@ -245,7 +245,7 @@ def test_a_recipe_extends_a_file_one_level_deep(tmp_path: Path, monkeypatch: pyt
     recipe = load_recipe(str(tmp_path / "more" / "My second_run.yaml"))
     assert recipe.dpo is not None and recipe.dpo.beta == 2
     # The path is the base's, and so is the folder that it starts at; the name is that of the file, as none is given.
-    assert (recipe.name, recipe.compute.store) == ("my-second-run", f"{tmp_path}/store")
+    assert (recipe.name, Path(recipe.compute.store).resolve()) == ("my-second-run", tmp_path / "store")
 
     (tmp_path / "third.yaml").write_text("extends: ./more/My second_run.yaml\n")
     with pytest.raises(RecipeError, match=r"which itself extends \.\./base\.yaml; extend that one instead"):

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from smoltulu.flows.cli.init import commented_recipe
 from smoltulu.flows.cli.main import app
 from smoltulu.flows.recipe import RecipeError, load_recipe
+from smoltulu.recipes import PRESETS as SHIPPED
 from smoltulu.schemas.training import DPOSettings
 
 PRESETS = ("smoltulu-1130", "tiny", "real-small")
@@ -63,6 +64,6 @@ def test_an_existing_file_and_an_unknown_preset_are_refused(tmp_path: Path) -> N
 
 
 def test_only_presets_can_be_commented(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text("extends: tiny\n")
-    with pytest.raises(RecipeError, match=r"no preset is called '.*base.yaml'; presets: "):
+    (tmp_path / "base.yaml").write_text((SHIPPED / "tiny.yaml").read_text())
+    with pytest.raises(RecipeError, match=r"base.yaml' is a file; give a preset: "):
         commented_recipe(str(tmp_path / "base.yaml"))

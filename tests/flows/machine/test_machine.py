@@ -17,7 +17,7 @@ from uuid import UUID
 import psutil
 import pytest
 
-from smoltulu.flows.machine import doctor, machine, prefect_api, processes
+from smoltulu.flows.machine import doctor, machine, places, prefect_api, processes
 
 PROBE = """
 import sys, subprocess

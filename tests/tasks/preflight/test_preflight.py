@@ -552,7 +552,7 @@ def test_planned_steps_are_those_that_the_trainer_takes(model: Path, tmp_path: P
 
 def test_a_token_budget_on_no_rows_is_no_division_by_zero(model: Path, tmp_path: Path) -> None:
     training = PlannedTraining(effective_batch_size=4, max_tokens=700)
-    flight = fly(tmp_path, model, [{"id": "bad"}], training=training)
+    flight = fly(tmp_path, model, [{"id": "bad", "messages": [{"role": "user", "content": "hi"}]}], training=training)
     assert "none of 1 rows has anything to train on" in flight.error and "Planned steps" not in flight.page
 
 
