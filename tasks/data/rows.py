@@ -145,10 +145,14 @@ def rows_at(file: Path, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
 
 
 def same_rows(lines: Path, file: Path) -> bool:
-    """Whether a rows file holds what the stage `dataset` wrote as JSON lines up to its version 1, row by row."""
+    """Whether a rows file holds, row by row, what was written as JSON lines before; no where `lines` are not such."""
+    if lines.suffix != ".jsonl":
+        return False
     with lines.open(encoding="utf-8") as before:
-        pairs = zip_longest((json.loads(line) for line in before), stored_rows(file))
-        return all(old == new for old, new in pairs)
+        try:
+            return all(json.loads(old or "null") == new for old, new in zip_longest(before, stored_rows(file)))
+        except ValueError:  # cut off, or other bytes than were written
+            return False
 
 
 def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from smoltulu.schemas.data import DataSource
 from smoltulu.tasks.data import rows as rows_file
 from smoltulu.tasks.data.formats import MalformedRow, adapt
-from smoltulu.tasks.data.rows import COLUMNS, RowsWriter, num_rows, rows_at, stored_rows, turns_of
+from smoltulu.tasks.data.rows import COLUMNS, RowsWriter, num_rows, rows_at, same_rows, stored_rows, turns_of
 from tests.rows_file import read_rows, write_rows
 
 _text = st.one_of(st.text(), st.sampled_from(["\u2028", "\x85\r\n", '"\\', "\U0001f600\ud83d", "\0", " ", "é" * 99]))
@@ -123,3 +123,17 @@ def test_what_is_no_rows_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="not a whole Parquet file"):
         list(stored_rows(file))
+
+
+def test_rows_as_they_were_written_before_are_compared_one_by_one(tmp_path: Path) -> None:
+    rows = [{"id": f"0:{number}", "messages": [{"role": "user", "content": f"\u2028 {number}"}]} for number in range(3)]
+    file, lines = write_rows(tmp_path / "rows.parquet", rows), tmp_path / "rows.jsonl"
+
+    def same(*written: Any, end: str = "") -> bool:
+        lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written) + end, encoding="utf-8")
+        return same_rows(lines, file)
+
+    assert same(*rows)
+    assert not same(*rows[:2]) and not same(*rows, rows[0]) and not same(*rows[::-1]) and not same()
+    assert not same(*rows[:2], end='{"id": "0:2", "mess')
+    assert not same_rows(file, file)
