@@ -16,6 +16,8 @@ ENTRYPOINTS = {
     ROOT / entry["entrypoint"].partition(":")[0]
     for entry in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 }
+#: lm-eval loads what lies beside its task definitions under the file's path. Functions only, nothing is held there.
+BY_LM_EVAL = ROOT / "recipes" / "lm_eval"
 
 
 def second_copies() -> list[str]:
@@ -23,7 +25,7 @@ def second_copies() -> list[str]:
     found = []
     for name, module in list(sys.modules.items()):
         path = Path(getattr(module, "__file__", None) or "/").resolve()
-        if not any(path.is_relative_to(ROOT / top) for top in TOPS) or path in ENTRYPOINTS:
+        if not any(path.is_relative_to(ROOT / top) for top in TOPS) or path in ENTRYPOINTS or path.parent == BY_LM_EVAL:
             continue
         parts = path.relative_to(ROOT).with_suffix("").parts
         whole = ".".join(("smoltulu", *(parts[:-1] if parts[-1] == "__init__" else parts)))

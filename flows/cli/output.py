@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-#: Columns of a line that goes to a file or a pipe, unless COLUMNS says otherwise.
+#: Columns of a line that goes to a file or a pipe, unless COLUMNS asks for more.
 WIDTH = 160
 
 
@@ -24,7 +24,7 @@ def console(**options: Any) -> Console:
     from rich.console import Console
 
     given = os.environ.get("COLUMNS", "")
-    width = None if sys.stdout.isatty() else int(given) if given.isdigit() else WIDTH
+    width = None if sys.stdout.isatty() else max(int(given), WIDTH) if given.isdigit() else WIDTH
     return Console(width=width, markup=False, emoji=False, highlight=False, **options)
 
 

@@ -133,8 +133,8 @@ def _run_once(
             for line in process.stdout:
                 log_file.write(line)
                 log_file.flush()
-                if line.startswith(MESSAGE_PREFIX):
-                    _relay(json.loads(line[len(MESSAGE_PREFIX) :]), progress, job.node, log)
+                if (told := _parsed(line)) is not None:
+                    _relay(told, progress, job.node, log)
                 else:
                     tail.append(line.rstrip())
             code = process.wait()
@@ -162,6 +162,16 @@ def _run_once(
             f"Whole log: {work / 'log.txt'}; its end:\n" + "\n".join(tail)
         )
     return None
+
+
+def _parsed(line: str) -> dict | None:
+    """The message that a line of output carries; None for any other, also where two processes wrote into one line."""
+    if not line.startswith(MESSAGE_PREFIX):
+        return None
+    try:
+        return dict(json.loads(line[len(MESSAGE_PREFIX) :]))
+    except (ValueError, TypeError):
+        return None
 
 
 def _message(file: Path) -> str | None:

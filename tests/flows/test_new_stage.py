@@ -41,6 +41,7 @@ from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.training.sft import build, train_sft
 from tests import small_runs
 from tests.flows.planning.test_plan import NUM_PARAMETERS, ROWS, finish, rows_of
+from tests.rows_file import write_rows
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
 
 LOG = logging.getLogger("test")
@@ -185,7 +186,7 @@ def test_a_disk_that_is_too_small_is_said_before_it_starts(
 def test_the_dry_run_is_its_own(tmp_path: Path, model: Path) -> None:
     checks = PreflightSettings(max_overlong_share=1, max_unstable_share=1, max_faulty_share=1, dry_run=True)
     config = preflight_config("sft2", SFT2Settings(**SFT2), checks)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in small_runs.conversations(6)))
+    rows = write_rows(tmp_path / "rows.parquet", small_runs.conversations(6))
     for name in ("out", "work"):
         (tmp_path / name).mkdir()
     compute = ComputeSettings.model_validate(
@@ -193,7 +194,7 @@ def test_the_dry_run_is_its_own(tmp_path: Path, model: Path) -> None:
     )
     outputs, _ = STAGES["preflight"].function(
         config,
-        PreflightInputs(model=str(model), dataset=str(tmp_path / "rows.jsonl"), chat_template=TULU_TEMPLATE),
+        PreflightInputs(model=str(model), dataset=str(rows), chat_template=TULU_TEMPLATE),
         StageContext(tmp_path / "out", tmp_path / "work", compute, lambda *args, **kwargs: None),
     )
     assert isinstance(outputs, PreflightOutputs) and outputs.disk_bytes is not None and outputs.dry_run is not None
