@@ -1,18 +1,21 @@
-"""The model card (README.md) and what goes beside it. Pure: from manifests and a recipe to text.
+"""The model card (README.md) and the records beside it, from manifests and a recipe. Pure.
 
-Nothing private may get in: paths are cut to their last part, and `find_private` names what must not be there.
+Nothing private may get in: paths are cut to their last part, and `find_private` finds folders and tokens.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.evaluation import EvaluationOutputs, Score
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.tasks.report.render import render
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 _ABSOLUTE = re.compile(r"^(?:~|/|\$\{|[A-Za-z]:\\|file:)")
@@ -30,7 +33,7 @@ def without_paths(value: Any, field: str = "") -> Any:
 
 
 def find_private(text: str, private: Iterable[str]) -> str | None:
-    """What of `private` (folders, tokens) is in `text`, or anything that looks like a Hub token; None if nothing."""
+    """The first of `private` (folders, tokens) that is in `text`, or a text that looks like a Hub token; else None."""
     token = _TOKEN.search(text)
     if token:
         return token.group()
@@ -38,9 +41,9 @@ def find_private(text: str, private: Iterable[str]) -> str | None:
 
 
 def lineage_records(lineage: Mapping[str, Manifest]) -> list[dict[str, Any]]:
-    """One record per artifact the model was made from, in time order; no config, no paths."""
+    """One record per artifact the model was made from; no config, no paths."""
     records = []
-    for node, manifest in sorted(lineage.items(), key=lambda item: (item[1].finished_at, item[0])):
+    for node, manifest in lineage.items():
         environment = {
             name: manifest.environment[name]
             for name in ("packages", "python", "git_commit")
@@ -71,7 +74,7 @@ def score_records(evaluations: Mapping[str, EvaluationOutputs]) -> list[dict[str
     """Every score of every evaluation, with its source."""
     return [
         {"evaluation": node, "subject": outputs.subject, **without_paths(score.model_dump(mode="json"))}
-        for node, outputs in sorted(evaluations.items())
+        for node, outputs in evaluations.items()
         for score in outputs.scores
     ]
 
@@ -83,11 +86,12 @@ def model_card(
     recipe_yaml: str,
     model_digest: str,
 ) -> str:
-    """README.md: metadata that the Hub reads (scores as model-index), then what a person wants to know."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    """README.md: metadata for the Hub (scores as model-index), then text for a reader."""
+    from huggingface_hub import ModelCard, ModelCardData
 
     own = [score for outputs in evaluations.values() if outputs.subject == config.subject for score in outputs.scores]
-    base_model = _base_repository(config.recipe)
+    base = config.recipe.get("base_model")
+    base_model = base.get("repository") if isinstance(base, Mapping) else None
     data = ModelCardData(
         language=config.settings.language,
         license=config.settings.license,
@@ -96,33 +100,29 @@ def model_card(
         tags=["smoltulu", "tulu-3", config.subject.replace("_", "-")],
         base_model=base_model,
         model_name=config.recipe_name if own else None,
-        eval_results=[_eval_result(EvalResult, score) for score in own] or None,
+        eval_results=[_eval_result(score) for score in own] or None,
     )
     body = render(
         "card.md.jinja",
         config=config,
         base_model=base_model,
         model_digest=model_digest,
-        scores=[(outputs.subject, score) for _, outputs in sorted(evaluations.items()) for score in outputs.scores],
-        lineage=sorted(lineage.items(), key=lambda item: (item[1].finished_at, item[0])),
+        scores=[(outputs.subject, score) for outputs in evaluations.values() for score in outputs.scores],
+        lineage=lineage.items(),
         recipe_yaml=recipe_yaml,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 
-def _base_repository(recipe: Mapping[str, Any]) -> str | None:
-    base = recipe.get("base_model")
-    return base.get("repository") if isinstance(base, Mapping) else None
+def _eval_result(score: Score) -> EvalResult:
+    from huggingface_hub import EvalResult
 
-
-def _eval_result(kind: type, score: Score) -> Any:
-    arguments = {"num_few_shot": score.num_fewshot} if score.num_fewshot is not None else None
-    return kind(
+    return EvalResult(
         task_type="text-generation",
         dataset_type=score.task,
         dataset_name=score.task + (" (part)" if score.limited else ""),
         dataset_revision=score.task_version,
-        dataset_args=arguments,
+        dataset_args=None if score.num_fewshot is None else {"num_few_shot": score.num_fewshot},
         metric_type=score.metric,
         metric_name=f"{score.metric} ({score.harness}, n={score.num_samples})",
         metric_value=score.value,

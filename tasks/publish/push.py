@@ -1,8 +1,7 @@
-"""Push a published folder to the Hub: idempotent, and with errors that say what to do. The token is in no text."""
+"""Push a published folder to the Hub. The same content makes one commit only. No error shows the token."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -10,14 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smoltulu.artifacts.keys import folder_digest
 from smoltulu.schemas.publish import PublishSettings, PushResult
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-# Weights of an earlier publication that the new one does not have would be loaded beside it.
+# Deleted on the Hub where the new publication lacks them: a loader would read them beside the new weights.
 _STALE = ["*.safetensors", "*.safetensors.index.json"]
+#: Status -> what the user must fix.
+_REFUSALS = {
+    401: "the Hub does not accept HF_TOKEN (401): it is mistyped, expired or revoked; make a new one with write "
+    "permission and set HF_TOKEN",
+    403: "HF_TOKEN has no permission to write there (403); use a token with write permission for its owner",
+    404: "the Hub does not find it, or HF_TOKEN may not see it (404)",
+}
 
 
 def check_repository_name(repository: str) -> None:
@@ -34,14 +41,14 @@ def check_push_access(settings: PublishSettings, token: str | None) -> None:
     """Called when a flow starts, so that days of training do not end at a wrong token.
 
     Raises:
-        ValueError: bad repository name or token, a token without write permission, or an owner that is not ours.
+        ValueError: bad repository name or token, no write permission, or an owner that the token may not create under.
         ConnectionError: the Hub cannot be reached.
     """
-    if settings.repository is None or not token:
-        if settings.repository is not None:
-            check_repository_name(settings.repository)
+    if settings.repository is None:
         return
     check_repository_name(settings.repository)
+    if not token:
+        return
     owner = settings.repository.partition("/")[0]
     with _clear_errors(settings.repository):
         me = _api(token).whoami()
@@ -77,7 +84,6 @@ def push_model(folder: Path, settings: PublishSettings, token: str | None) -> Pu
             branch=branch,
             reason=f"stayed local: no HF_TOKEN in the environment to push to {repository} with",
         )
-    digest = folder_digest(folder)
     with _clear_errors(repository):
         api = _api(token)
         api.create_repo(repository, private=settings.private, exist_ok=True)
@@ -89,24 +95,13 @@ def push_model(folder: Path, settings: PublishSettings, token: str | None) -> Pu
             folder_path=str(folder),
             revision=branch,
             delete_patterns=_STALE,
-            commit_message=f"smoltulu publication {digest[:16]}",
+            commit_message=f"smoltulu publication {folder_digest(folder)[:16]}",
         ).oid
     if commit == before:
         reason = f"{repository}@{branch} has this content already ({commit[:8]}); no commit was made"
     else:
         reason = f"pushed to {repository}@{branch} ({commit[:8]})"
     return PushResult(pushed=commit != before, repository=repository, branch=branch, commit=commit, reason=reason)
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of all files of a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
-    return digest.hexdigest()
 
 
 def _api(token: str) -> HfApi:
@@ -133,27 +128,14 @@ def _clear_errors(repository: str) -> Iterator[None]:
         raise ConnectionError(f"cannot push to {repository}: HF_HUB_OFFLINE is set; unset it and run again") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if status == 401:
-            raise ValueError(
-                f"cannot push to {repository}: the Hub does not accept HF_TOKEN (401): it is mistyped, expired or "
-                "revoked; make a new one with write permission and set HF_TOKEN"
-            ) from None
-        if status == 403:
-            raise ValueError(
-                f"cannot push to {repository}: HF_TOKEN has no permission to write there (403); use a token with "
-                "write permission for its owner"
-            ) from None
-        if status == 404:
-            raise ValueError(
-                f"cannot push to {repository}: the Hub does not find it, or HF_TOKEN may not see it (404)"
-            ) from None
         if status == 412:
             raise ConnectionError(
                 f"cannot push to {repository}: someone else pushed at the same moment (412); run again"
             ) from None
         if status >= 500 or status == 429:
             raise ConnectionError(f"the Hub answered {status} while pushing to {repository}; run again later") from None
-        raise ValueError(f"cannot push to {repository}: the Hub refused it with status {status}") from None
+        reason = _REFUSALS.get(status, f"the Hub refused it with status {status}")
+        raise ValueError(f"cannot push to {repository}: {reason}") from None
     except httpx2.HTTPError as error:
         raise ConnectionError(
             f"cannot reach the Hub to push to {repository} ({type(error).__name__}); check the network and run again"

@@ -1,4 +1,4 @@
-"""Stage `publish`: a folder that is ready to be pushed: the evaluated weights, tokenizer, template, card and recipe."""
+"""Stage `publish`: make a folder to push, with the evaluated weights, tokenizer, template, card and recipe."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from smoltulu.artifacts.keys import file_digest
 from smoltulu.artifacts.layout import MANIFEST
+from smoltulu.artifacts.store import read_manifest
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.publish import PublishInputs, PublishOutputs, PublishStageConfig
@@ -51,8 +54,9 @@ def build_publication(
     """
     source = Path(inputs.model)
     _check_publishable(source)
-    lineage = {node: _manifest(Path(folder)) for node, folder in inputs.lineage.items()}
-    evaluated = {node: _manifest(Path(folder)) for node, folder in inputs.evaluations.items()}
+    manifests = {node: read_manifest(Path(folder)) for node, folder in inputs.lineage.items()}
+    lineage = dict(sorted(manifests.items(), key=lambda item: (item[1].finished_at, item[0])))
+    evaluated = {node: read_manifest(Path(folder)) for node, folder in sorted(inputs.evaluations.items())}
     evaluations = {node: EvaluationOutputs.model_validate(manifest.outputs) for node, manifest in evaluated.items()}
     _check_evaluated(config.subject, lineage, evaluated, evaluations)
     _check_recorded(source)
@@ -67,7 +71,7 @@ def build_publication(
     if digest != model_digest(source):
         raise RuntimeError(f"weights changed while they were copied to {target}; check the disk and run again")
 
-    recipe_yaml = _yaml(without_paths(config.recipe))
+    recipe_yaml = yaml.safe_dump(without_paths(config.recipe), sort_keys=False, allow_unicode=True, width=120)
     documents = {
         "README.md": model_card(config, lineage, evaluations, recipe_yaml, digest),
         "recipe.yaml": recipe_yaml,
@@ -94,17 +98,14 @@ def model_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if _is_weight(path):
-            digest.update(f"{path.name} {_sha256(path)}\n".encode())
+            with path.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest.update(f"{path.name} {content}\n".encode())
     return digest.hexdigest()
 
 
 def _is_weight(path: Path) -> bool:
     return path.is_file() and path.name.endswith(_WEIGHT_SUFFIXES)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_publishable(folder: Path) -> None:
@@ -120,16 +121,11 @@ def _check_publishable(folder: Path) -> None:
             raise ValueError(f"the model folder has no {name}: {remedy}")
 
 
-def _manifest(folder: Path) -> Manifest:
-    return Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
-
-
 def _check_recorded(model: Path) -> None:
-    """Every file must still be what the store wrote down when the stage that made it finished: digests, not sizes."""
-    file = model.parent / MANIFEST
-    if not file.is_file():
+    """Every file must have the digest that the store recorded when its stage finished."""
+    if not (model.parent / MANIFEST).is_file():
         return  # a base model from the Hub or a local folder
-    recorded = _manifest(model.parent).files
+    recorded = read_manifest(model.parent).files
     for path in sorted(model.iterdir()):
         record = recorded.get(f"{model.name}/{path.name}")
         if record is None or record.blake3 != file_digest(path):
@@ -145,7 +141,7 @@ def _check_evaluated(
     evaluated: dict[str, Manifest],
     evaluations: dict[str, EvaluationOutputs],
 ) -> None:
-    """The evaluations of the subject must have measured this content, not an earlier making of the same key."""
+    """The evaluations of the subject must have measured this content, not an earlier one of the same key."""
     made = [manifest for manifest in lineage.values() if manifest.spec.stage == subject]
     if len(made) != 1:
         return  # nothing recorded, or a stage that ran more than once: the flow's keys already bind them
@@ -168,12 +164,6 @@ def _secrets() -> list[str]:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _yaml(value: Any) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
 
 
 publish = Stage(
