@@ -30,34 +30,30 @@ def verify_constraint(completion: str, ground_truth: str) -> float | None:
     return float(bool(text) and all(word in present for word in words) and check(text, **arguments))
 
 
-def _upper_case(text: str) -> bool:
-    return text.isupper()  # needs at least one cased letter
+def _ends_with(completion: str, *, text: str) -> bool:
+    return bool(text) and completion.rstrip(_EDGE).endswith(text.rstrip(_EDGE))
 
 
-def _ends_with(text: str, *, text_: str) -> bool:
-    return bool(text_) and text.rstrip(_EDGE).endswith(text_.rstrip(_EDGE))
+def _starts_with(completion: str, *, text: str) -> bool:
+    return bool(text) and completion.startswith(text)
 
 
-def _starts_with(text: str, *, text_: str) -> bool:
-    return bool(text_) and text.startswith(text_)
+def _word_count(completion: str, *, count: int) -> bool:
+    return len(completion.split()) == int(count)
 
 
-def _word_count(text: str, *, count: int) -> bool:
-    return len(text.split()) == int(count)
-
-
-def _items(text: str, *, count: int, among: list[str]) -> bool:
+def _items(completion: str, *, count: int, among: list[str]) -> bool:
     """Exactly `count` lines, each a different item of `among`, with or without a list mark."""
-    items = [_ITEM_MARK.sub("", line.strip()).strip(_EDGE).lower() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in completion.splitlines() if line.strip()]
+    items = [_ITEM_MARK.sub("", line).strip(_EDGE).lower() for line in lines]
     allowed = {item.lower() for item in among}
     return len(items) == int(count) and len(set(items)) == len(items) and all(item in allowed for item in items)
 
 
-# `text` is the ground truth's name for the ending or the beginning; the completion is the positional argument.
 _CONSTRAINTS: dict[str, Callable[..., bool]] = {
-    "upper_case": _upper_case,
-    "ends_with": lambda completion, *, text: _ends_with(completion, text_=text),
-    "starts_with": lambda completion, *, text: _starts_with(completion, text_=text),
+    "upper_case": str.isupper,  # needs at least one cased letter
+    "ends_with": _ends_with,
+    "starts_with": _starts_with,
     "word_count": _word_count,
     "items": _items,
 }

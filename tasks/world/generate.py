@@ -1,7 +1,7 @@
 """Stage `world`: write the tiny world's data sets, held-out sets and the truth about its planted leaks.
 
-Held-out rows are drawn first. Every training prompt is then refused if it shares a held-out row's arithmetic or words,
-or contains a held-out question under the contamination check's own rule; so exactly the planted rows are leaks.
+Held-out rows are drawn first. A training prompt is then refused if it shares a held-out row's arithmetic or words, or
+contains a held-out question by the contamination check's rule. So only the planted rows are leaks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +44,13 @@ def generate_world(config: WorldConfig, folder: Path) -> WorldOutputs:
         ValueError: more rows or leaks are asked for than the world holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for planted, rows in (("planted_sft", "num_sft"), ("planted_preference", "num_preference"),
-                          ("planted_rlvr", "num_rlvr")):  # fmt: skip
-        if getattr(config, planted) > getattr(config, rows):
+    makers = {"sft": _sft_row, "preference": _preference_row, "rlvr": _rlvr_row}
+    sizes = {name: (getattr(config, f"num_{name}"), getattr(config, f"planted_{name}")) for name in makers}
+    for name, (total, planted) in sizes.items():
+        if planted > total:
             raise ValueError(
-                f"world.{planted} is {getattr(config, planted)}, but world.{rows} is only {getattr(config, rows)}: "
-                f"planted rows are part of the set, so ask for at most as many"
+                f"world.planted_{name} is {planted}, but world.num_{name} is only {total}: planted rows are part of "
+                "the set, so ask for at most as many"
             )
 
     held_out = _HeldOut()
@@ -59,17 +59,13 @@ def generate_world(config: WorldConfig, folder: Path) -> WorldOutputs:
     instructions = held_out.draw(config.num_eval_instructions, lambda: draw_instruction(rng))
     verified = held_out.draw(config.num_eval_verified, lambda: _draw_task(rng, config))
     preference_eval = held_out.draw(config.num_preference_eval, lambda: _draw_task(rng, config))
-    leakable = [
-        *(("eval_arithmetic", task) for task in arithmetic),
-        *(("eval_instructions", task) for task in instructions),
-        *(("eval_verified", task) for task in verified),
-    ]
+    evaluation_sets = {"eval_arithmetic": arithmetic, "eval_instructions": instructions, "eval_verified": verified}
+    leakable = [(name, task) for name, tasks in evaluation_sets.items() for task in tasks]
 
     training: dict[str, list[Row]] = {}
     truth: dict[str, Row] = {}
-    for name, make_row in (("sft", _sft_row), ("preference", _preference_row), ("rlvr", _rlvr_row)):
+    for name, (total, planted) in sizes.items():
         stream = _stream(config, name)
-        total, planted = getattr(config, f"num_{name}"), getattr(config, f"planted_{name}")
         if planted > len(leakable):
             raise ValueError(f"world.planted_{name} is {planted}, but only {len(leakable)} questions are held out")
         leaks = dict(zip(sorted(stream.sample(range(total), planted)), stream.sample(leakable, planted), strict=True))
@@ -77,13 +73,12 @@ def generate_world(config: WorldConfig, folder: Path) -> WorldOutputs:
         for index in range(total):
             source, task = leaks.get(index) or (None, _draw_unseen(stream, config, held_out))
             frame = stream.choice(_LEAK_FRAMES) if source else "{}"
-            made.append(make_row(stream, config, task, frame.format(prompt_of(task))))
+            made.append(makers[name](stream, config, task, frame.format(task.prompt)))
         training[name] = made
         truth[name] = {
             "rows": sorted(leaks),
             "per_evaluation_set": {
-                evaluation: sum(source == evaluation for source, _ in leaks.values())
-                for evaluation in ("eval_arithmetic", "eval_instructions", "eval_verified")
+                evaluation: sum(source == evaluation for source, _ in leaks.values()) for evaluation in evaluation_sets
             },
         }
 
@@ -92,13 +87,13 @@ def generate_world(config: WorldConfig, folder: Path) -> WorldOutputs:
     files: dict[str, list[Row]] = {
         "pretrain": [{"text": draw_plain_text(text_rng, config.max_number)} for _ in range(config.num_pretrain)],
         **training,
-        "eval_arithmetic": [{"question": task.question, "answer": worked_solution(task)} for task in arithmetic],
+        "eval_arithmetic": [{"question": task.prompt, "answer": worked_solution(task)} for task in arithmetic],
         "eval_instructions": [
             {"prompt": task.prompt, "verifier": "constraint", "ground_truth": task.ground_truth}
             for task in instructions
         ],
-        "eval_verified": [_rlvr_row(eval_rng, config, task, prompt_of(task)) for task in verified],
-        "preference_eval": [_preference_row(eval_rng, config, task, prompt_of(task)) for task in preference_eval],
+        "eval_verified": [_rlvr_row(eval_rng, config, task, task.prompt) for task in verified],
+        "preference_eval": [_preference_row(eval_rng, config, task, task.prompt) for task in preference_eval],
     }
     outputs = WorldOutputs(
         num_rows={name: len(content) for name, content in files.items()},
@@ -109,10 +104,6 @@ def generate_world(config: WorldConfig, folder: Path) -> WorldOutputs:
         (folder / getattr(outputs, name)).write_text(lines, encoding="utf-8")
     (folder / outputs.planted_leaks).write_text(json.dumps(truth, indent=2) + "\n", encoding="utf-8")
     return outputs
-
-
-def prompt_of(task: Task) -> str:
-    return task.question if isinstance(task, Problem) else task.prompt
 
 
 def answer_of(rng: random.Random, config: WorldConfig, task: Task) -> str:
@@ -127,11 +118,10 @@ def terms_of(text: str) -> tuple[str, ...]:
     return tuple(term.lower() for term in _SEPARATORS.split(text) if term)
 
 
-@dataclass
 class _HeldOut:
-    """What training prompts must stay away from: the arithmetic or words used, and the questions' term runs."""
+    """What no training prompt may share: the arithmetic or words of a held-out row, and the terms of its question."""
 
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         self.keys: set[tuple[object, ...]] = set()
         self.phrases: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
 
@@ -143,7 +133,10 @@ class _HeldOut:
                 return tasks
             task = draw_task()
             if not self.clashes(task):
-                self._remember(task)
+                terms = terms_of(task.prompt)
+                assert len(terms) >= _ANCHOR, task
+                self.keys.add(task.key)
+                self.phrases.setdefault(terms[:_ANCHOR], []).append(terms)
                 tasks.append(task)
         raise ValueError(
             f"the world is too small for {count} more held-out rows (found {len(tasks)}): "
@@ -152,21 +145,14 @@ class _HeldOut:
 
     def clashes(self, task: Task) -> bool:
         """True if `task` is held out: same key, or its prompt contains a held-out question."""
-        return task.key in self.keys or self.contains_question(prompt_of(task))
-
-    def contains_question(self, text: str) -> bool:
-        terms = terms_of(text)
-        for start in range(len(terms) - _ANCHOR + 1):
-            for phrase in self.phrases.get(terms[start : start + _ANCHOR], ()):
-                if terms[start : start + len(phrase)] == phrase:
-                    return True
-        return False
-
-    def _remember(self, task: Task) -> None:
-        terms = terms_of(prompt_of(task))
-        assert len(terms) >= _ANCHOR, task
-        self.keys.add(task.key)
-        self.phrases.setdefault(terms[:_ANCHOR], []).append(terms)
+        if task.key in self.keys:
+            return True
+        terms = terms_of(task.prompt)
+        return any(
+            terms[start : start + len(phrase)] == phrase
+            for start in range(len(terms) - _ANCHOR + 1)
+            for phrase in self.phrases.get(terms[start : start + _ANCHOR], ())
+        )
 
 
 def _draw_task(rng: random.Random, config: WorldConfig) -> Task:

@@ -1,7 +1,7 @@
 """Plain text for pre-training: small stories, sums and word lists, in the words that the conversations will use.
 
-No conversations: the base model learns words and a feeling for numbers, and nothing of the answer's form (`####` is
-only a heading here).
+No conversations: the base model learns words and numbers, and nothing of the answer's form (`####` is only a heading
+here).
 """
 
 from __future__ import annotations

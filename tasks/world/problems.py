@@ -52,7 +52,7 @@ class Problem:
     """
 
     family: str
-    question: str
+    prompt: str
     objects: str
     steps: tuple[Step, ...]
 

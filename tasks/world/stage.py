@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
-
+from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.world import WorldConfig, WorldOutputs
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.world.generate import generate_world
 
 
-class NoInputs(BaseModel):
-    """A stage that nothing comes before."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class NoInputs(StrictModel):
+    """The inputs of a stage that needs no other artifact."""
 
 
 def make_world(config: WorldConfig, inputs: NoInputs, context: StageContext) -> tuple[WorldOutputs, dict[str, float]]:

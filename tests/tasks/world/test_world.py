@@ -106,12 +106,12 @@ def test_right_answers_pass_and_rejected_ones_fail() -> None:
     """Every task of the world, straight from the generators that write the rows."""
     import random
 
-    from smoltulu.tasks.world.generate import _draw_task, _preference_row, _rlvr_row, _sft_row, prompt_of
+    from smoltulu.tasks.world.generate import _draw_task, _preference_row, _rlvr_row, _sft_row
 
     rng = random.Random(0)
     for _ in range(3_000):
         task = _draw_task(rng, SMALL)
-        prompt = prompt_of(task)
+        prompt = task.prompt
         row = _rlvr_row(rng, SMALL, task, prompt)
         pair = _preference_row(rng, SMALL, task, prompt)
         answer = _sft_row(rng, SMALL, task, prompt)["messages"][-1]["content"]
