@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from smoltulu.schemas.common import StrictModel, machinery, science
 
@@ -59,15 +59,3 @@ class BaseModelConfig(StrictModel):
                 f"{self.max_position_embeddings}: shorten the one or raise the other"
             )
         return self
-
-
-class BaseModelOutputs(StrictModel):
-    """What `build_base_model` wrote into its folder (a Hugging Face model folder) and how training went."""
-
-    model: str = Field(".", description="model folder, relative to the artifact's folder")
-    num_parameters: int = Field(description="trained numbers, tied ones once")
-    vocab_size: int = Field(description="what the tokenizer really has (small data may hold fewer merges than asked)")
-    num_texts: int = Field(description="texts used")
-    num_tokens: int = Field(description="tokens seen in training")
-    first_loss: float | None = Field(description="nats per token at the first step; None without training")
-    last_loss: float | None = Field(description="nats per token, mean of the last tenth of the steps")

@@ -1,7 +1,7 @@
-"""Stage `base_model`: train a byte-level BPE tokenizer, make a small Llama, pre-train it for a moment, save both.
+"""Stage `base_model`: train a byte-level BPE tokenizer, make a small Llama, pre-train it briefly, save both.
 
-The loop is plain on purpose: packed next-token prediction, AdamW, linear schedule, one process. Real recipes start
-from a published base model and never come here.
+The loop is plain on purpose: packed next-token prediction, AdamW, linear schedule, one process. Recipes that start from
+a published base model do not use it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.schemas.base_model import BaseModelConfig, BaseModelOutputs
+from smoltulu.schemas.base_model import BaseModelConfig
+from smoltulu.tasks.stage import Report
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,21 +25,15 @@ PAD = "<pad>"  # not the eos: a masked eos would never be learned
 # The template's headers are plain text, not special tokens. As pieces of their own they become one BPE token each,
 # which shortens every conversation. Their newline stays outside: lm-eval moves it from the prompt to the answer, and
 # tokens must not depend on that. Digits stay single: arithmetic is learnable digit by digit.
-_HEADER = r"<\|(?:system|user|assistant)\|>"
 _HEADERS = ("<|system|>", "<|user|>", "<|assistant|>")
-_PIECES = rf"{_HEADER}|\p{{N}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
-
-Report = Callable[..., None]
+_PIECES = r"<\|(?:system|user|assistant)\|>|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def build_base_model(
-    config: BaseModelConfig, texts: Iterable[str], folder: Path, *, report: Report | None = None
-) -> BaseModelOutputs:
-    """Build, pre-train and save a base model into `folder` (made if missing).
+def build_base_model(config: BaseModelConfig, texts: Iterable[str], folder: Path, report: Report) -> dict[str, float]:
+    """Build, pre-train and save a base model into `folder` (made if missing). Returns the metrics of its training.
 
     Args:
         texts: plain texts; at most `config.max_texts` of them are read, so a large stream is fine.
-        report: called as `report(step, num_steps, loss=..., tokens_per_second=...)` while training.
 
     Raises:
         ValueError: no text at all, or too little text for one training sequence.
@@ -53,19 +48,12 @@ def build_base_model(
 
     tokenizer = train_tokenizer(sample, config)
     model = new_model(config, tokenizer)
-    first_loss, last_loss, num_tokens = _pretrain(model, tokenizer, sample, config, report)
+    metrics = _pretrain(model, tokenizer, sample, config, report)
 
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)  # writes config.json, generation_config.json and model.safetensors
     tokenizer.save_pretrained(folder)
-    return BaseModelOutputs(
-        num_parameters=model.num_parameters(),
-        vocab_size=len(tokenizer),
-        num_texts=len(sample),
-        num_tokens=num_tokens,
-        first_loss=first_loss,
-        last_loss=last_loss,
-    )
+    return metrics
 
 
 def train_tokenizer(texts: list[str], config: BaseModelConfig) -> PreTrainedTokenizerFast:
@@ -134,13 +122,13 @@ def _pretrain(
     tokenizer: PreTrainedTokenizerFast,
     texts: list[str],
     config: BaseModelConfig,
-    report: Report | None,
-) -> tuple[float | None, float | None, int]:
-    """Next-token training in place; returns (first loss, mean of the last tenth, tokens seen)."""
+    report: Report,
+) -> dict[str, float]:
+    """Next-token training in place. Metrics: tokens seen, and the mean loss of the last tenth of the steps."""
     import torch
 
     if config.num_steps == 0:
-        return None, None, 0
+        return {"num_tokens": 0.0}
     sequences = _pack(tokenizer, texts, config)  # (num_sequences, sequence_length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
     warmup = max(1, config.num_steps // 20)
@@ -162,12 +150,12 @@ def _pretrain(
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if report is not None and (step % 10 == 0 or step == config.num_steps):
+        if step % 10 == 0 or step == config.num_steps:
             seconds = time.monotonic() - started
             report(step, config.num_steps, loss=losses[-1], tokens_per_second=step * tokens_per_step / seconds)
     model.eval()
     tail = losses[-max(1, len(losses) // 10) :]
-    return losses[0], sum(tail) / len(tail), config.num_steps * tokens_per_step
+    return {"num_tokens": float(config.num_steps * tokens_per_step), "loss": sum(tail) / len(tail)}
 
 
 def _pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], config: BaseModelConfig) -> Any:

@@ -1,4 +1,4 @@
-"""Stage `base_model`: the model everything starts from, as an artifact: from the Hub, a local folder, or made here."""
+"""Stage `base_model`: the model that a recipe starts from: from the Hub, from a local folder, or trained here."""
 
 from __future__ import annotations
 
@@ -30,10 +30,7 @@ def provide_base_model(
     if config.scratch is not None:
         from smoltulu.tasks.base_model.scratch import build_base_model
 
-        built = build_base_model(config.scratch, _texts(inputs), target, report=context.report)
-        metrics = {"num_tokens": float(built.num_tokens)}
-        if built.last_loss is not None:
-            metrics["loss"] = built.last_loss
+        metrics = build_base_model(config.scratch, _texts(inputs), target, context.report)
     elif config.path is not None:
         source = expand_path(config.path)
         check_model_folder(source)
