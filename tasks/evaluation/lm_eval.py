@@ -1,14 +1,12 @@
-"""lm-eval 0.4.13 behind one function: load a task (stock, or from recipes/lm_eval/), run it, give a Score and samples.
+"""Run one lm-eval 0.4.13 task, stock or from recipes/lm_eval/, and return its Score and samples.
 
-`lm_eval.evaluate` is called instead of `simple_evaluate`, whose extras are traps here: it reseeds every generator and
-ignores a number of shots where the task says 0. Its request and answer caches are never used: their keys know neither
-the model nor the template.
+This calls `lm_eval.evaluate`, not `simple_evaluate`, which reseeds every generator and ignores a number of shots where
+the task says 0. It never uses lm-eval's request and answer caches: their keys name neither the model nor the template.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -16,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.artifacts.keys import text_digest
 from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask, Score
@@ -34,11 +33,6 @@ _DEFAULT_MAX_GEN_TOKS = 256  # lm-eval's, where a task names none
 def harness_name() -> str:
     """Package and version, for a Score."""
     return f"lm-eval {metadata.version('lm_eval')}"
-
-
-def template_digest(text: str) -> str:
-    """SHA-256 of a chat template's text."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache
@@ -73,7 +67,7 @@ def check_tasks(tasks: tuple[EvaluationTask, ...]) -> TaskManager:
 def read_splits(sources: dict[str, DataSource], world: str | None = None, **_: Any) -> dict[str, Any]:
     """lm-eval's `custom_dataset` over local files: split -> datasets.Dataset.
 
-    Read afresh each time instead of by the json builder, which keeps an old copy of a .gz file that has changed.
+    Reads the files each time. The json builder of `datasets` would keep an old copy of a .gz file that has changed.
     """
     from datasets import Dataset
 
@@ -166,7 +160,7 @@ def run_task(
         num_fewshot=shots if isinstance(shots, int) else task.num_fewshot,
         harness=harness_name(),
         task_version=str(results["versions"].get(task.name, "none")),
-        template_digest=template_digest(chat_template) if settings.apply_chat_template else "none",
+        template_digest=text_digest(chat_template) if settings.apply_chat_template else "none",
         limited=num_samples < sum(count["original"] for count in counts)
         or any(source.limit is not None for source in task.files.values()),
         details={**details, "metrics": metrics, "num_truncated": num_truncated},
@@ -177,7 +171,7 @@ def run_task(
 
 
 def _load(manager: TaskManager, task: EvaluationTask, world: str | None) -> dict[str, Any]:
-    """lm-eval's task objects; a member of an inline group is merged with the registered definition, a dict is not."""
+    """lm-eval's task objects. The task is loaded in a group: only there lm-eval merges a dict with its definition."""
     if not task.files:
         return manager.load([task.name])
     member: dict[str, Any] = {"task": task.name, "dataset_kwargs": {"sources": task.files, "world": world}}
@@ -218,11 +212,10 @@ def _set_shots(leaf: Any, task: EvaluationTask, seed: int) -> None:
 
 
 def _fit_generation(leaf: Any, max_length: int) -> dict[str, int]:
-    """Keep room for the prompt: answers of over three quarters of `max_length` are cut to a half, and it is said."""
+    """Cut answers of over three quarters of `max_length` to a half, which leaves room for the prompt. Score details."""
     if leaf.get_config("output_type") != "generate_until":
         return {}
-    settings = leaf.get_config("generation_kwargs") or {}
-    asked = next((settings[name] for name in _MAX_TOKENS_NAMES if settings.get(name)), _DEFAULT_MAX_GEN_TOKS)
+    asked = _max_gen_toks(leaf)
     if asked <= 0.75 * max_length:
         return {"max_gen_toks": asked}
     given = max_length // 2
@@ -237,8 +230,13 @@ def _fit_generation(leaf: Any, max_length: int) -> dict[str, int]:
     return {"max_gen_toks": given, "max_gen_toks_asked": asked}
 
 
+def _max_gen_toks(leaf: Any) -> int:
+    settings = leaf.get_config("generation_kwargs") or {}
+    return next((settings[name] for name in _MAX_TOKENS_NAMES if settings.get(name)), _DEFAULT_MAX_GEN_TOKS)
+
+
 class _AnswerCounter:
-    """lm-eval tells a cache hook of every answer; this one only counts them."""
+    """A cache hook, which lm-eval calls with every answer. It caches nothing and counts the answers."""
 
     def __init__(self, leaves: list[Any], on_progress: Callable[[float], None]) -> None:
         self.leaves, self.on_progress = leaves, on_progress
@@ -256,8 +254,7 @@ def _count_truncated(leaf: Any, model: HFLM) -> int:
     """Documents whose prompt (and choice) did not fit, as lm-eval cuts them from the left."""
     room = model.max_length
     if leaf.get_config("output_type") == "generate_until":
-        settings = leaf.get_config("generation_kwargs") or {}
-        room -= next((settings[name] for name in _MAX_TOKENS_NAMES if settings.get(name)), _DEFAULT_MAX_GEN_TOKS)
+        room -= _max_gen_toks(leaf)
     texts = [
         "".join(argument for argument in instance.args if isinstance(argument, str)) for instance in leaf.instances
     ]
@@ -266,7 +263,7 @@ def _count_truncated(leaf: Any, model: HFLM) -> int:
 
 
 def _compact(task: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """What a paired comparison and a reader need of one document; the hashes prove that two runs asked the same."""
+    """What a paired comparison and a reader need of one document. Equal hashes: two runs asked the same."""
     record = {"task": task, "id": sample["doc_id"], "filter": sample["filter"], "target": str(sample["target"])[:200]}
     record |= {name: sample[name][:16] for name in ("doc_hash", "prompt_hash", "target_hash")}
     record["metrics"] = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (int, float))}

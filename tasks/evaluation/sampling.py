@@ -1,17 +1,17 @@
 """Batched generation and verified accuracy.
 
-Sampling draws one uniform number per prompt, sample and step ahead of time and inverts the cumulative distribution.
-So a completion does not depend on which batch it was in (the batch size is machinery), and two models are compared on
-the same random numbers.
+All uniform random numbers are drawn first, one per prompt, sample and step; inverting the cumulative distribution turns
+a number into a token. So a completion does not depend on which batch it was in (the batch size is machinery), and two
+models are compared on the same random numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from statistics import NormalDist, fmean, stdev
+from typing import TYPE_CHECKING, Any, Literal
 
 from smoltulu.tasks.verifiers import verify
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+#: Called after each batch with the number of texts that are done, and of all.
+OnBatch = Callable[[int, int], None]
 
-# Rows that are over are taken out of the batch when this share is left: each time copies the whole key-value cache.
+# Finished rows leave the batch when at most this share goes on: each removal copies the whole key-value cache.
 _COMPACT_BELOW = 0.8
 
 
@@ -29,44 +31,26 @@ class Completion:
     """What a model wrote: text without eos, and whether it stopped by itself."""
 
     text: str
-    num_tokens: int
     stopped: bool
 
 
 @dataclass(frozen=True)
-class VerifiedPrompt:
-    """Verifier scores (0 or 1) of the samples of one prompt, and the first sample's text for a reader."""
-
-    id: str
-    scores: tuple[float, ...]
-    first_completion: str
-    num_stopped: int
-
-    @property
-    def mean(self) -> float:
-        """Share of samples accepted."""
-        return sum(self.scores) / len(self.scores)
-
-
-@dataclass(frozen=True)
 class VerifiedAccuracy:
-    """Mean over prompts of the share accepted; the standard error is clustered by prompt."""
+    """Mean over prompts of the share of samples accepted, and one record per prompt.
+
+    The standard error is clustered by prompt.
+    """
 
     value: float
     stderr: float | None
-    prompts: tuple[VerifiedPrompt, ...]
+    records: tuple[dict[str, Any], ...]
     num_ungradable: int
-    num_truncated: int
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and standard error sd/sqrt(n) with the n - 1 variance; None for fewer than two values."""
     assert values
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[float, float, float]:
@@ -106,6 +90,26 @@ def encode_prompts(
     return [ids[-max_tokens:] for ids in encoded], sum(len(ids) > max_tokens for ids in encoded)
 
 
+def longest_first(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Positions of texts in batches of similar length. What does not fit into memory fails in the first batch."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def padded(
+    texts: Sequence[Sequence[int]], side: Literal["left", "right"], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of texts, both (number of texts, tokens of the longest)."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    rows = [torch.tensor(text) for text in texts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    return ids.to(device), mask.to(device)
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -116,12 +120,11 @@ def generate(
     num_samples: int = 1,
     temperature: float = 1.0,
     seed: int = 0,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_batch: OnBatch = lambda num_done, num_texts: None,
 ) -> list[list[Completion]]:
     """`num_samples` completions of every prompt (token ids); temperature 0 is greedy.
 
-    Prompts of similar length share a batch, and rows that reached eos leave it. `on_batch(num_done, num_tokens)` is
-    called after each batch with the number of completions so far and the tokens made so far.
+    Prompts of similar length share a batch, and rows that reached eos leave it.
     """
     import torch
 
@@ -129,11 +132,9 @@ def generate(
         (len(prompts), num_samples, max_new_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float32
     )
     jobs = [(index, sample) for index in range(len(prompts)) for sample in range(num_samples)]
-    jobs.sort(key=lambda job: -len(prompts[job[0]]))  # longest first: what does not fit fails at once
-    results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
-    num_tokens = 0
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
+    completions: dict[tuple[int, int], Completion] = {}
+    for places in longest_first([len(prompts[index]) for index, _ in jobs], batch_size):
+        batch = [jobs[place] for place in places]
         written = _generate_batch(
             model,
             [prompts[index] for index, _ in batch],
@@ -144,16 +145,14 @@ def generate(
             pad_id=tokenizer.pad_token_id,
         )
         texts = tokenizer.batch_decode([ids for ids, _ in written], skip_special_tokens=True)
-        for (index, sample), (ids, stopped), text in zip(batch, written, texts, strict=True):
-            results[index][sample] = Completion(text, len(ids), stopped)
-            num_tokens += len(ids)
-        if on_batch is not None:
-            on_batch(start + len(batch), num_tokens)
-    return results  # type: ignore[return-value]
+        for job, (_, stopped), text in zip(batch, written, texts, strict=True):
+            completions[job] = Completion(text, stopped)
+        on_batch(len(completions), len(jobs))
+    return [[completions[index, sample] for sample in range(num_samples)] for index in range(len(prompts))]
 
 
 def verified_accuracy(
-    rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[Completion]], num_truncated: int = 0
+    rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[Completion]]
 ) -> VerifiedAccuracy:
     """Score completions of rlvr rows ({"id", "verifier", "ground_truth"}) with their verifiers.
 
@@ -162,24 +161,31 @@ def verified_accuracy(
     Raises:
         ValueError: no row can be graded.
     """
-    prompts = []
+    records: list[dict[str, Any]] = []
     for row, samples in zip(rows, completions, strict=True):
-        scores = [verify(row["verifier"], sample.text, row["ground_truth"]) for sample in samples]
-        if any(score is None for score in scores):
-            continue
-        stopped = sum(sample.stopped for sample in samples)
-        prompts.append(VerifiedPrompt(str(row["id"]), tuple(scores), samples[0].text, stopped))  # type: ignore[arg-type]
-    if not prompts:
+        verdicts = [verify(row["verifier"], sample.text, row["ground_truth"]) for sample in samples]
+        scores = [verdict for verdict in verdicts if verdict is not None]
+        if len(scores) == len(samples):
+            records.append(
+                {
+                    "id": str(row["id"]),
+                    "scores": scores,
+                    "mean": sum(scores) / len(scores),
+                    "num_stopped": sum(sample.stopped for sample in samples),
+                    "completion": samples[0].text,  # of the first sample, for a reader
+                }
+            )
+    if not records:
         raise ValueError(
             f"none of the {len(rows)} verified_eval rows has a ground truth that its verifier can read; "
             "check data.verified_eval (verifier names and ground_truth)"
         )
-    value, stderr = mean_and_stderr([prompt.mean for prompt in prompts])
-    return VerifiedAccuracy(value, stderr, tuple(prompts), len(rows) - len(prompts), num_truncated)
+    value, stderr = mean_and_stderr([record["mean"] for record in records])
+    return VerifiedAccuracy(value, stderr, tuple(records), len(rows) - len(records))
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Where a completion ends: the tokenizer's eos and whatever the generation config adds."""
+    """The tokens that end a completion: the tokenizer's eos and those of the generation config."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = {tokenizer.eos_token_id}
     return ids | set(configured if isinstance(configured, list) else [configured]) - {None}
@@ -203,9 +209,7 @@ def _generate_batch(
     unique = list(dict.fromkeys(tuple(ids) for ids in prompts))
     places = {ids: place for place, ids in enumerate(unique)}
     copies = torch.tensor([places[tuple(ids)] for ids in prompts], device=model.device)
-    width = max(len(ids) for ids in unique)
-    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in unique], device=model.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in unique], device=model.device)
+    input_ids, mask = padded(unique, "left", pad_id, model.device)
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     rows = list(range(len(prompts)))  # which prompt each row of the shrinking batch belongs to
     written: list[list[int]] = [[] for _ in prompts]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import random
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.evaluation import (
     EvaluationInputs,
     EvaluationOutputs,
     EvaluationSettings,
     EvaluationStageConfig,
+    SampledAccuracy,
     Score,
 )
 from smoltulu.tasks.data.rows import stored_rows
@@ -32,6 +34,9 @@ from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
 
+Sample = dict[str, Any]  # a line of the samples file
+PairValue = tuple[str, float, float | None, dict[str, Any]]  # metric, value, standard error, details
+
 SAMPLES_FILE = "samples.jsonl"
 RESULTS_FILE = "results.json"
 _STEPS_PER_TASK = 1000  # progress is reported in thousandths of a task
@@ -47,18 +52,15 @@ def evaluate(
         ValueError: unknown task or metric, missing evaluation data, a model folder that cannot be loaded.
     """
     check_model_folder(Path(inputs.model))
-    with (context.folder / SAMPLES_FILE).open("w", encoding="utf-8") as samples:
-
-        def write(record: dict[str, Any]) -> None:
-            samples.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-        raw: dict[str, Any] = {}
-        if config.kind == "language_model":
-            scores, raw = _language_model(config.settings, inputs, context, write)
-        elif config.kind == "reward_model":
-            scores = _reward_model(config.settings, inputs, context, write)
-        else:
-            scores = _implicit_reward(config.settings, inputs, context, write)
+    raw: dict[str, Any] = {}
+    if config.kind == "language_model":
+        scores, samples, raw = _language_model(config.settings, inputs, context)
+    elif config.kind == "reward_model":
+        scores, samples = _reward_model(config.settings, inputs, context)
+    else:
+        scores, samples = _implicit_reward(config.settings, inputs, context)
+    with (context.folder / SAMPLES_FILE).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     document = {"subject": config.subject, "kind": config.kind, "scores": [score.model_dump() for score in scores]}
     text = json.dumps({**document, "lm_eval": raw}, indent=1, ensure_ascii=False, default=str)
     (context.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
@@ -69,8 +71,9 @@ def evaluate(
 
 
 def _language_model(
-    settings: EvaluationSettings, inputs: EvaluationInputs, context: StageContext, write: Any
-) -> tuple[list[Score], dict[str, Any]]:
+    settings: EvaluationSettings, inputs: EvaluationInputs, context: StageContext
+) -> tuple[list[Score], list[Sample], dict[str, Any]]:
+    """Scores, the samples behind them, and lm-eval's own results by task."""
     if not settings.tasks and settings.sampled is None:
         raise ValueError("nothing to evaluate: give evaluation.tasks or evaluation.sampled")
     manager = harness.check_tasks(settings.tasks) if settings.tasks else None
@@ -79,11 +82,12 @@ def _language_model(
     model, tokenizer = _load(inputs.model, inputs, settings, context)
     max_length = _max_length(model, settings)
     scores: list[Score] = []
+    samples: list[Sample] = []
     raw: dict[str, Any] = {}
     num_parts = len(settings.tasks) + (settings.sampled is not None)
 
-    def report(part: int, share: float, **metrics: float) -> None:
-        context.report(int((part + share) * _STEPS_PER_TASK), num_parts * _STEPS_PER_TASK, **metrics)
+    def report(part: int, share: float) -> None:
+        context.report(int((part + share) * _STEPS_PER_TASK), num_parts * _STEPS_PER_TASK)
 
     if manager is not None:
         _fix_random_numbers(settings.seed)
@@ -106,29 +110,35 @@ def _language_model(
                 world=inputs.world,
                 on_progress=partial(report, part),
             )
-            for record in records:
-                write(record)
             scores.append(score)
+            samples += records
             raw[task.name] = results
             logger.info("%s %s: %.4f (%d documents)", task.name, task.metric, score.value, score.num_samples)
     if settings.sampled is not None:
-        scores.append(_sampled(model, tokenizer, max_length, settings, inputs, context, write, report, len(scores)))
-    return scores, raw
+        score, records = _sampled(
+            model,
+            tokenizer,
+            max_length,
+            settings.sampled,
+            inputs,
+            context.compute.per_device_eval_batch_size,
+            partial(report, len(scores)),
+        )
+        scores.append(score)
+        samples += records
+    return scores, samples, raw
 
 
 def _sampled(
     model: Any,
     tokenizer: Any,
     max_length: int,
-    settings: EvaluationSettings,
+    sampled: SampledAccuracy,
     inputs: EvaluationInputs,
-    context: StageContext,
-    write: Any,
-    report: Any,
-    part: int,
-) -> Score:
-    sampled = settings.sampled
-    assert sampled is not None and inputs.verified_eval is not None
+    batch_size: int,
+    on_progress: Callable[[float], None],
+) -> tuple[Score, list[Sample]]:
+    assert inputs.verified_eval is not None
     if sampled.max_new_tokens >= max_length:
         raise ValueError(
             f"evaluation.sampled.max_new_tokens {sampled.max_new_tokens} leaves no room for a prompt: this model and "
@@ -138,135 +148,111 @@ def _sampled(
     prompts, num_truncated = sampling.encode_prompts(
         tokenizer, [row["prompt"] for row in rows], max_length - sampled.max_new_tokens
     )
-    num_completions = len(rows) * sampled.num_samples_per_prompt
     completions = sampling.generate(
         model,
         tokenizer,
         prompts,
         max_new_tokens=sampled.max_new_tokens,
-        batch_size=context.compute.per_device_eval_batch_size,
+        batch_size=batch_size,
         num_samples=sampled.num_samples_per_prompt,
         temperature=sampled.temperature,
         seed=sampled.seed,
-        on_batch=lambda num_done, num_tokens: report(part, num_done / num_completions),
+        on_batch=lambda num_done, num_completions: on_progress(num_done / num_completions),
     )
-    accuracy = sampling.verified_accuracy(rows, completions, num_truncated)
-    for prompt in accuracy.prompts:
-        write(
-            {
-                "task": "verified_sampled",
-                "id": prompt.id,
-                "scores": prompt.scores,
-                "mean": prompt.mean,
-                "num_stopped": prompt.num_stopped,
-                "completion": prompt.first_completion,
-            }
-        )
-    num_samples = len(accuracy.prompts) * sampled.num_samples_per_prompt
-    return _own_score(
-        "verified_sampled",
-        "accuracy",
-        accuracy.value,
-        accuracy.stderr,
-        num_samples,
-        inputs.chat_template,
-        {
-            "num_prompts": len(accuracy.prompts),
+    accuracy = sampling.verified_accuracy(rows, completions)
+    num_samples = len(accuracy.records) * sampled.num_samples_per_prompt
+    score = Score(
+        task="verified_sampled",
+        metric="accuracy",
+        value=accuracy.value,
+        stderr=accuracy.stderr,
+        num_samples=num_samples,
+        details={
+            "num_prompts": len(accuracy.records),
             "num_samples_per_prompt": sampled.num_samples_per_prompt,
             "temperature": sampled.temperature,
             "max_new_tokens": sampled.max_new_tokens,
             "num_ungradable": accuracy.num_ungradable,
-            "num_truncated": accuracy.num_truncated,
-            "stopped_share": sum(prompt.num_stopped for prompt in accuracy.prompts) / num_samples,
+            "num_truncated": num_truncated,
+            "stopped_share": sum(record["num_stopped"] for record in accuracy.records) / num_samples,
             "stderr": "clustered by prompt",
         },
+        **_source(inputs),
     )
+    return score, [{"task": score.task, **record} for record in accuracy.records]
 
 
 def _reward_model(
-    settings: EvaluationSettings, inputs: EvaluationInputs, context: StageContext, write: Any
-) -> list[Score]:
+    settings: EvaluationSettings, inputs: EvaluationInputs, context: StageContext
+) -> tuple[list[Score], list[Sample]]:
     pairs = _pairs(inputs)
     model, tokenizer = _load(inputs.model, inputs, settings, context, reward_model=True)
-    measured = pair_accuracy.reward_model_accuracy(
+    ids, texts = pair_accuracy.encode_pairs(tokenizer, pairs, _max_length(model, settings))
+    rewards = pair_accuracy.reward_scores(
         model,
         tokenizer,
-        pairs,
-        max_length=_max_length(model, settings),
+        [text.ids for text in texts],
         batch_size=context.compute.per_device_eval_batch_size,
         on_batch=context.report,
     )
-    for record in measured.records:
-        write({"task": "preference", **record})
+    measured = pair_accuracy.rank_pairs(rewards)
+    samples: list[Sample] = [
+        {"task": "preference", "id": pair_id, "right": right, "chosen": chosen, "rejected": rejected}
+        for pair_id, right, chosen, rejected in zip(ids, measured.right, rewards[::2], rewards[1::2], strict=True)
+    ]
+    counts = {
+        "num_too_long": len(pairs) - len(ids),
+        "num_ties": sum(sample["chosen"] == sample["rejected"] for sample in samples),
+    }
     margin = {"margin": "score of chosen minus score of rejected"}
-    return _pair_scores(
-        "preference",
-        measured,
-        inputs,
-        [
-            ("pair_accuracy", measured.value, measured.stderr, measured.details),
-            ("mean_margin", measured.margin, measured.margin_stderr, margin),
-        ],
-    )
+    values: list[PairValue] = [
+        ("pair_accuracy", measured.value, measured.stderr, counts),
+        ("mean_margin", measured.margin, measured.margin_stderr, margin),
+    ]
+    return _pair_scores("preference", len(ids), inputs, values), samples
 
 
 def _implicit_reward(
-    settings: EvaluationSettings, inputs: EvaluationInputs, context: StageContext, write: Any
-) -> list[Score]:
+    settings: EvaluationSettings, inputs: EvaluationInputs, context: StageContext
+) -> tuple[list[Score], list[Sample]]:
     pairs = _pairs(inputs)
     if inputs.reference_model is None:
         raise ValueError("implicit_reward compares with the model DPO started from: give reference_model")
     check_model_folder(Path(inputs.reference_model))
     logps = []
-    encoded = num_too_long = None
     for position, folder in enumerate((inputs.model, inputs.reference_model)):
         # One model at a time, so that a policy and its reference need the memory of one.
         model, tokenizer = _load(folder, inputs, settings, context)
-        if encoded is None:
-            encoded, num_too_long = pair_accuracy.encode_pairs(tokenizer, pairs, _max_length(model, settings))
+        if position == 0:
+            ids, texts = pair_accuracy.encode_pairs(tokenizer, pairs, _max_length(model, settings))
         logps.append(
             pair_accuracy.completion_logps(
                 model,
                 tokenizer,
-                [side for pair in encoded for side in (pair.chosen, pair.rejected)],
+                texts,
                 batch_size=context.compute.per_device_eval_batch_size,
                 on_batch=partial(_report_half, context, position),
             )
         )
         del model
-    assert encoded is not None and num_too_long is not None
-    measured = pair_accuracy.implicit_reward_accuracy(encoded, logps[0], logps[1], num_too_long)
-    for record in measured.records:
-        write({"task": "implicit_reward", **record})
-    sums = measured.details
+    mean, total, records = pair_accuracy.implicit_reward_accuracy(ids, texts, *logps)
     per_token = "log-probability ratio per completion token, eos included"
     summed = "log-probability ratio summed over the completion, eos included"
-    margin, margin_stderr = sums["margin_sum"], sums["margin_sum_stderr"]
-    return _pair_scores(
-        "implicit_reward",
-        measured,
-        inputs,
-        [
-            ("pair_accuracy", measured.value, measured.stderr, {**sums, "reward": per_token}),
-            ("pair_accuracy_unnormalised", sums["accuracy_sum"], sums["accuracy_sum_stderr"], {"reward": summed}),
-            ("mean_margin", measured.margin, measured.margin_stderr, {"reward": f"{per_token}, without beta"}),
-            ("mean_margin_unnormalised", margin, margin_stderr, {"reward": f"{summed}, without beta"}),
-        ],
-    )
+    details = {"num_too_long": len(pairs) - len(ids), "reward": per_token}
+    values: list[PairValue] = [
+        ("pair_accuracy", mean.value, mean.stderr, details),
+        ("pair_accuracy_unnormalised", total.value, total.stderr, {"reward": summed}),
+        ("mean_margin", mean.margin, mean.margin_stderr, {"reward": f"{per_token}, without beta"}),
+        ("mean_margin_unnormalised", total.margin, total.margin_stderr, {"reward": f"{summed}, without beta"}),
+    ]
+    samples = [{"task": "implicit_reward", **record} for record in records]
+    return _pair_scores("implicit_reward", len(ids), inputs, values), samples
 
 
-def _pair_scores(
-    task: str,
-    measured: pair_accuracy.PairAccuracy,
-    inputs: EvaluationInputs,
-    values: list[tuple[str, float, float | None, dict[str, Any]]],
-) -> list[Score]:
-    """Scores of (metric, value, standard error, details) on the held-out pairs; says how many of them were too long."""
-    if num_too_long := measured.details["num_too_long"]:
-        num_in_all = measured.num_pairs + num_too_long
-        logger.warning("%s of %s held-out pairs left out: longer than max_length", num_too_long, num_in_all)
+def _pair_scores(task: str, num_pairs: int, inputs: EvaluationInputs, values: list[PairValue]) -> list[Score]:
+    source = _source(inputs)
     return [
-        _own_score(task, metric, value, stderr, measured.num_pairs, inputs.chat_template, details)
+        Score(task=task, metric=metric, value=value, stderr=stderr, num_samples=num_pairs, details=details, **source)
         for metric, value, stderr, details in values
     ]
 
@@ -276,34 +262,18 @@ def _report_half(context: StageContext, position: int, num_done: int, num_in_all
     context.report(position * num_in_all + num_done, 2 * num_in_all)
 
 
-def _own_score(
-    task: str,
-    metric: str,
-    value: float,
-    stderr: float | None,
-    num_samples: int,
-    chat_template: str,
-    details: dict[str, Any],
-) -> Score:
-    return Score(
-        task=task,
-        metric=metric,
-        value=value,
-        stderr=stderr,
-        num_samples=num_samples,
-        num_fewshot=0,
-        harness=_own_harness(),
-        task_version=_TASK_VERSION,
-        template_digest=harness.template_digest(chat_template),
-        details=details,
-    )
-
-
-def _own_harness() -> str:
+def _source(inputs: EvaluationInputs) -> dict[str, Any]:
+    """The fields of a `Score` that say how our own measurements are made."""
     try:
-        return f"smoltulu {metadata.version('smoltulu')}"
+        version = metadata.version("smoltulu")
     except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "smoltulu (not installed)"
+        version = "(not installed)"
+    return {
+        "num_fewshot": 0,
+        "harness": f"smoltulu {version}",
+        "task_version": _TASK_VERSION,
+        "template_digest": text_digest(inputs.chat_template),
+    }
 
 
 def _load(
@@ -348,16 +318,10 @@ def _read_rows(file: str, limit: int | None = None) -> list[dict[str, Any]]:
 
 def _fix_random_numbers(seed: int) -> None:
     """lm-eval tasks may draw from the global generators, and IFEval's language detector guesses unless seeded."""
-    import numpy
-    import torch
+    import langdetect
+    from transformers import set_seed
 
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
-    try:
-        import langdetect
-    except ImportError:
-        return
+    set_seed(seed)
     langdetect.DetectorFactory.seed = 0
 
 

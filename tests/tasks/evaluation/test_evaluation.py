@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import smoltulu.tasks.evaluation.stage
+from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationOutputs, EvaluationStageConfig
-from smoltulu.tasks.evaluation.lm_eval import template_digest
 from smoltulu.tasks.evaluation.sampling import (
     Completion,
     encode_prompts,
@@ -146,9 +146,9 @@ def test_sampling_follows_the_models_distribution_and_stops_at_eos(model: Any, f
     first = [sample.text[:1] for sample in samples]
     for text, share in (("X", 0.6), ("Y", 0.1), ("", 0.3)):
         assert abs(first.count(text) / 3000 - share) < 4 * math.sqrt(share * (1 - share) / 3000)
-    assert all(sample.stopped == (sample.num_tokens < 20) for sample in samples)
-    # Mean length of a geometric distribution that stops with 0.3: 0.7 / 0.3 = 2.33 tokens.
-    assert abs(sum(sample.num_tokens for sample in samples) / 3000 - 0.7 / 0.3) < 0.25
+    assert all(sample.stopped == (len(sample.text) < 20) for sample in samples)
+    # X and Y are one token each. Mean length of a geometric distribution that stops with 0.3: 0.7 / 0.3 = 2.33 tokens.
+    assert abs(sum(len(sample.text) for sample in samples) / 3000 - 0.7 / 0.3) < 0.25
     (cold,) = generate(
         biased, tokenizer, [[5, 6, 7]], max_new_tokens=1, batch_size=512, num_samples=3000, temperature=0.5
     )
@@ -161,7 +161,7 @@ def test_verified_accuracy_is_clustered_by_prompt_and_leaves_ungradable_rows_out
         return {"id": name, "verifier": "gsm8k", "ground_truth": truth}
 
     def wrote(*texts: str) -> list[Completion]:
-        return [Completion(text, 3, True) for text in texts]
+        return [Completion(text, True) for text in texts]
 
     rows = [row("a", "3"), row("b", "4"), row("c", "no number")]
     measured = verified_accuracy(rows, [wrote("#### 3", "#### 3"), wrote("#### 4", "#### 5"), wrote("#### 1", "")])
@@ -255,7 +255,7 @@ def test_tiny_tasks_and_sampling_end_to_end(tmp_path: Path, folder: Path) -> Non
     assert (instruction.num_samples, instruction.limited) == (3, False)
     assert (sampled.task, sampled.metric, sampled.num_samples) == ("verified_sampled", "accuracy", 12)
     assert arithmetic.harness == "lm-eval 0.4.13" and arithmetic.task_version == "1.0"
-    assert {score.template_digest for score in outputs.scores} == {template_digest(TULU_TEMPLATE)}
+    assert {score.template_digest for score in outputs.scores} == {text_digest(TULU_TEMPLATE)}
     assert arithmetic.num_fewshot == 0 and arithmetic.stderr is not None
     assert metrics == {f"{score.task}/{score.metric}": score.value for score in outputs.scores}
     assert len(samples) == 5 + 3 + 6
