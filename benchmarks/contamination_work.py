@@ -139,8 +139,8 @@ def prepare_large(folder: str, size: float) -> dict[str, Any]:
 def index(folder: str, mode: str, only: str | None = None) -> dict[str, Any]:
     """Read the benchmark files and build the index, imports included. `only`: an index of this one text instead."""
     started = time.perf_counter()
+    from smoltulu.tasks.contamination.build import build_index
     from smoltulu.tasks.contamination.index import LoadedBenchmark
-    from smoltulu.tasks.contamination.scan import build_index
 
     benchmarks = [LoadedBenchmark("only", [(only,)])] if only else load_benchmarks()
     outputs = build_index(Path(folder), benchmarks, mode)
@@ -174,7 +174,7 @@ def scan(
     from concurrent.futures import ProcessPoolExecutor
 
     from smoltulu.tasks.contamination.merge import merge, write_kept
-    from smoltulu.tasks.contamination.scan import plan_shards
+    from smoltulu.tasks.contamination.rows import plan_shards
 
     file = Path(path)
     shard_bytes = min(64 << 20, uncompressed_bytes(file) // (4 * processes) + 1)
@@ -328,7 +328,7 @@ def profile(index_folder: str, path: str, folder: str) -> dict[str, Any]:
     import pstats
 
     from smoltulu.tasks.contamination.merge import merge
-    from smoltulu.tasks.contamination.scan import plan_shards
+    from smoltulu.tasks.contamination.rows import plan_shards
 
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     shards = plan_shards(Path(path))

@@ -111,7 +111,7 @@ def _make_all(graph: AuditGraph, store: Store, made: dict[str, ArtifactReference
 
 def _scan_ahead(graph: AuditGraph, store: Store, name: str, made: dict[str, ArtifactReference]) -> None:
     """Scan the shards as mapped tasks into the folder in which the stage then finds them; it only merges."""
-    from smoltulu.tasks.contamination.scan import plan_shards
+    from smoltulu.tasks.contamination.rows import plan_shards
 
     job = graph.job(name, made)
     log = get_run_logger()

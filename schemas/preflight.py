@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any, Self
+from typing import Any
 
 from pydantic import Field
 
-from smoltulu.schemas.budget import Budget
 from smoltulu.schemas.common import StrictModel, machinery
-from smoltulu.schemas.training import RLVRSettings, RowRules, TrainingSettings
+from smoltulu.schemas.training import RowRules
 
 
 class PreflightSettings(StrictModel):
@@ -31,49 +29,12 @@ class PreflightSettings(StrictModel):
     dry_run: bool = machinery(True, description="train one step on the longest rows, for its memory and its time")
 
 
-class PlannedTraining(StrictModel):
-    """Settings of the training stage that change no row: for the planned steps and the dry run. See its schema."""
-
-    effective_batch_size: int = machinery(ge=1)
-    num_train_epochs: float = machinery(1.0, gt=0)
-    max_steps: int | None = machinery(None, ge=1)
-    max_tokens: int | None = machinery(None, ge=1)
-    max_completion_length: int = machinery(
-        0, ge=0, description="RLVR: tokens that a dry run adds to its longest prompts"
-    )
-    num_rollouts: int = machinery(0, ge=0, description="RLVR: generated at once, by all processes together")
-    has_reference: bool = machinery(False, description="RLVR: a second model is held for the KL term")
-    lora_r: int | None = machinery(
-        None, ge=1, description="rank of the adapters that are trained; none: every weight is"
-    )
-    is_extendable: bool = machinery(False, description="has a checkpoint that a larger budget could go on from")
-
-    @classmethod
-    def of(cls, settings: TrainingSettings) -> Self:
-        """What a preflight is told of the training that it is for."""
-        rollouts: dict[str, Any] = {}
-        if isinstance(settings, RLVRSettings):
-            rollouts = {
-                "max_completion_length": settings.max_completion_length,
-                "num_rollouts": settings.effective_batch_size * settings.steps_per_generation,
-                "has_reference": settings.beta > 0,
-            }
-        lora = getattr(settings, "lora", None)
-        return cls(**asdict(settings.budget), **rollouts, lora_r=lora and lora.r, is_extendable=settings.is_extendable)
-
-    @property
-    def budget(self) -> Budget:
-        """How long the training is to be."""
-        return Budget(self.effective_batch_size, self.num_train_epochs, self.max_steps, self.max_tokens)
-
-
 class PreflightConfig(RowRules):
     """Config of the `preflight` stage. Settings of a training that change no row are machinery: a sweep shares it."""
 
-    subject: str = machinery("", description="training stage that the dry run is for")
-    training_settings: dict[str, Any] = machinery({}, description="those of `subject`, all of them: for the dry run")
+    subject: str = machinery("", description="training stage that the rows are for; none: no dry run, no planned steps")
+    training_settings: dict[str, Any] = machinery({}, description="those of `subject`, all of them")
     settings: PreflightSettings = machinery(PreflightSettings())
-    training: PlannedTraining | None = machinery(None, description="of `subject`; none: no planned steps in the report")
 
 
 class PreflightInputs(StrictModel):

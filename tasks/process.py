@@ -1,4 +1,4 @@
-"""What a stage's process asks the system: to end with its parent, and whether an error means out of memory."""
+"""What a stage's process asks the system: to end with its parent, its cores, whether an error means out of memory."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def die_with_parent(parent_pid: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         sys.exit("the process that started this stage is gone")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_out_of_memory(error: Exception) -> bool:

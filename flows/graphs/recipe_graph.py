@@ -16,7 +16,7 @@ from smoltulu.flows.recipe import stage_order
 from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from smoltulu.schemas.evaluation import EvaluationStageConfig, EvaluationTask
-from smoltulu.schemas.preflight import PlannedTraining, PreflightConfig, PreflightSettings
+from smoltulu.schemas.preflight import PreflightConfig, PreflightSettings
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
@@ -339,7 +339,6 @@ def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSe
         subject=block,
         training_settings=settings.model_dump(mode="json"),
         settings=checks,
-        training=PlannedTraining.of(settings),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.preflight import DryRun, PlannedTraining, PreflightConfig, PreflightOutputs
+from smoltulu.schemas.preflight import DryRun, PreflightConfig, PreflightOutputs
 from smoltulu.schemas.training import TrainingSettings
 
 
@@ -79,11 +79,12 @@ def _other_settings(
 ) -> list[str]:
     """Where the recipe differs from the dry run: name old -> new."""
     asked = run.asked_batch_size or run.per_device_train_batch_size
+    lora = getattr(settings, "lora", None)
     pairs: list[tuple[str, object, object]] = [
         ("stage", run.subject or config.subject, config.subject),
         ("activation_checkpointing", run.activation_checkpointing, compute.activation_checkpointing),
         ("per_device_train_batch_size", asked, compute.per_device_train_batch_size),
-        ("trains", _what_is_trained(run.lora_r), _what_is_trained(PlannedTraining.of(settings).lora_r)),
+        ("trains", _what_is_trained(run.lora_r), _what_is_trained(lora and lora.r)),
     ]
     if config.kind != "prompts":
         pairs.append(("packing", run.packing, compute.packing))

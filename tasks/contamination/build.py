@@ -52,11 +52,11 @@ def build_index(
     """Write the index of all benchmarks into `folder`.
 
     Args:
-        folder: is there, and empty.
+        folder: exists and is empty.
         benchmarks: with their queries; those not checked have none.
         mode: full or ngram.
         ngram_size: tokens of a window in n-gram mode; None: 8.
-        tokenize: gives the tokens in n-gram mode; None: spaCy.
+        tokenize: the tokenizer of n-gram mode; None: spaCy's.
 
     Raises:
         ValueError: n-gram mode without spaCy.
@@ -71,7 +71,7 @@ def build_index(
                 places.append((number, row))
     numbers: dict[str, int] = {}
     parts = [[numbers.setdefault(field, len(numbers)) for field in query] for query in queries]
-    source, source_offsets = _joined([field.encode() for field in numbers])
+    source, source_offsets = joined([field.encode() for field in numbers])
     terms, term_offsets, num_terms = normalise_all(source, source_offsets, LOWER_BYTES, LOWER_CODE_POINTS)
 
     if mode == "full":
@@ -107,11 +107,7 @@ def build_index(
 
 
 def spacy_tokenizer() -> Tokenizer:
-    """Token bounds by spaCy's English tokenizer (that of en_core_web_lg, which needs no model).
-
-    Raises:
-        ValueError: spaCy is not installed.
-    """
+    """Token bounds by spaCy's English tokenizer, which needs no model. ValueError where spaCy is not installed."""
     try:
         import spacy
     except ImportError as error:
@@ -158,7 +154,7 @@ def _full(
     postings = FullPostings(lead_offsets, lead_instance, part_offsets, part_phrase)
     best_possible = np.array([0.0 if -1 in instance else 1.0 for instance in instances])
     arrays = {f"full_{name}": array for name, array in postings._asdict().items()}
-    return _tables(*_joined(list(numbers))), arrays, best_possible
+    return _tables(*joined(list(numbers))), arrays, best_possible
 
 
 def _ngram(
@@ -275,7 +271,8 @@ def _in_bytes(text: str, bounds: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(size)])[bounds]
 
 
-def _joined(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+def joined(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """The texts end to end, and where each begins; behind them their end."""
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum([len(text) for text in texts], out=offsets[1:])
     return np.frombuffer(bytearray(b"".join(texts)), dtype=np.uint8), offsets

@@ -53,7 +53,7 @@ def build_benchmark_index(
 def load_benchmark(benchmark: Benchmark, world: Path | None = None) -> LoadedBenchmark:
     """Queries of a benchmark, its prefix taken off the first field.
 
-    A Hub dataset that cannot be had (gated, offline) is marked as not checked: its share is unknown, never 0 %.
+    A Hub dataset that cannot be loaded (gated, offline) is marked as not checked: its share is unknown, never 0 %.
 
     Raises:
         ValueError: a local file is missing or broken, no row has a query field, or a field holds no text.
@@ -90,7 +90,7 @@ def load_benchmark(benchmark: Benchmark, world: Path | None = None) -> LoadedBen
 
 
 def _query_text(value: Any) -> Any:
-    """A list of messages stands for its last user turn (held-out rlvr rows); all else is left as it is."""
+    """The last user turn of a list of messages (held-out rlvr rows); any other value unchanged."""
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         return next((turn.get("content") for turn in reversed(value) if turn.get("role") == "user"), value)
     return value

@@ -1,4 +1,4 @@
-"""What the shards of a contamination scan say together, and the rows that are left.
+"""The results of all shards of a contamination scan, merged, and the rows that are left.
 
 Merging is union and maximum: every partition into shards gives the same bytes.
 """
@@ -27,7 +27,7 @@ _ROW_GROUP = 65_536
 
 @dataclass(frozen=True)
 class Merged:
-    """What all shards say together. `counting`: of hits on instances of `min_terms` terms or more only."""
+    """Totals of all shards. `counting`: the reports for instances of `min_terms` terms or more only."""
 
     num_rows: int
     num_turns: int
@@ -49,8 +49,7 @@ def merge(
 ) -> Merged:
     """Write `folder`/hits.parquet with the hits of all shards, and count them.
 
-    Raises:
-        ValueError: a shard's result is missing, or given twice.
+    ValueError where the result of a shard is missing, or given twice.
     """
     index = load_index(index_folder)
     results = sorted(results, key=lambda result: result.number)
@@ -93,7 +92,7 @@ def merge(
 
 
 def _hits_of_all(results: Sequence[ShardResult]) -> Iterator[pa.Table]:
-    """Hits by shard, rows numbered through. Tables hold whole rows: a shard writes them so."""
+    """Hits of all shards, with row numbers of the whole data set. A table holds whole rows, as a shard writes them."""
     before = 0
     for result in results:
         with pq.ParquetFile(Path(result.folder) / "hits.parquet") as file:
@@ -128,10 +127,10 @@ def _reports(
 
 
 def write_kept(dataset: Path, hits_file: Path, kept: Path, removed: Path, min_terms: int | None) -> int:
-    """Write the rows of `dataset` without those with a hit on `min_terms` terms or more; how many those are.
+    """Write the rows of `dataset` without those that hit an instance of `min_terms` terms or more. Number of those.
 
-    `removed` gets a line per such row: {"id", "reasons": {benchmark: [rows of the benchmark]}}. Row groups stay as they
-    are, but for these rows; without any the file is copied. A `min_terms` of None removes nothing.
+    `removed` gets a line per such row: {"id", "reasons": {benchmark: [rows of the benchmark]}}. The row groups stay the
+    same otherwise. Where no row goes, the file is copied. A `min_terms` of None removes nothing.
     """
     num_removed = 0
     with removed.open("w", encoding="utf-8") as log:

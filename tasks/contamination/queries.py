@@ -1,4 +1,4 @@
-"""What a benchmark asks, between its loading and the index."""
+"""The queries of a loaded benchmark, from which the index is built."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Query = tuple[str, ...]
 
 @dataclass
 class LoadedBenchmark:
-    """Queries of one benchmark; None where a field is None: the rule leaves such instances out."""
+    """Queries of one benchmark. None for an instance with a field of None: the rule leaves it out."""
 
     name: str
     queries: list[Query | None]

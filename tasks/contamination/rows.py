@@ -30,11 +30,7 @@ class TurnBlock(NamedTuple):
 
 
 def plan_shards(path: Path, shard_bytes: int = 64 << 20) -> list[Shard]:
-    """Ranges of row groups of about `shard_bytes`, uncompressed.
-
-    Raises:
-        ValueError: no rows file, or one that cannot be read.
-    """
+    """Ranges of row groups of about `shard_bytes`, uncompressed. Raises ValueError as `open_rows`."""
     bounds, gathered = [0], 0
     with open_rows(path) as opened:
         num_groups = opened.metadata.num_row_groups
@@ -51,7 +47,7 @@ def plan_shards(path: Path, shard_bytes: int = 64 << 20) -> list[Shard]:
 
 
 def read_blocks(shard: Shard, roles: Sequence[str]) -> Iterator[TurnBlock]:
-    """The turns of these roles in each row group of the shard. Raises ValueError where the file cannot be read."""
+    """The turns of these roles in each row group of the shard. Raises ValueError as `open_rows`."""
     first_row = 0
     with open_rows(Path(shard.path)) as opened:
         turns = [name for name in TURNS if name in opened.schema_arrow.names]

@@ -1,6 +1,6 @@
-"""Exact contamination scan: shards of training rows against an index of benchmarks, and what the shards say together.
+"""Exact contamination scan of a shard of training rows against an index of benchmarks.
 
-build_index;  plan_shards -> scan_shard (each by itself: thread, process or machine) -> contamination_merge.merge
+build_index;  plan_shards -> scan_shard (each by itself: thread, process or machine) -> merge
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smoltulu.schemas.contamination import BenchmarkIndexOutputs, Shard, ShardResult
-from smoltulu.tasks.contamination.build import build_index, spacy_tokenizer
+from smoltulu.tasks.contamination.build import joined
 from smoltulu.tasks.contamination.kernels.layout import FullPostings, NgramPostings, Phrases, State
 from smoltulu.tasks.contamination.kernels.scan import scan
 from smoltulu.tasks.contamination.kernels.text import LOWER_BYTES, LOWER_CODE_POINTS, gather_texts, locate_hits
-from smoltulu.tasks.contamination.rows import TurnBlock, plan_shards, read_blocks
-
-__all__ = ["build_index", "plan_shards", "spacy_tokenizer"]  # of other modules, for those who use the engine
+from smoltulu.tasks.contamination.rows import TurnBlock, read_blocks
 
 _VERSION = 2  # of the shard results: raised when their meaning changes
 _MATCH_CHARACTERS = 200
@@ -65,16 +63,6 @@ class Index:
         return (self.header.ngram_size or 0) if self.header.mode == "ngram" else 0
 
 
-@dataclass(frozen=True)
-class Hit:
-    """One instance found in one turn."""
-
-    turn: int
-    instance: int
-    score: float
-    text: str
-
-
 def load_index(folder: Path) -> Index:
     """Map an index folder into memory. Raises ValueError if it is none."""
     file = folder / "index.json"
@@ -107,7 +95,7 @@ def load_index(folder: Path) -> Index:
 
 
 def new_state(index: Index) -> State:
-    """What one scan keeps; not to be shared by threads."""
+    """The state of one scan. Threads must not share it."""
     num_instances = index.header.num_instances
     num_fields = len(index.ngram.field_tokens) if index.window else 0
     return State(
@@ -129,7 +117,7 @@ def scan_shard(
     match_threshold: float = 0.5,
     report: Callable[[int], None] | None = None,
 ) -> ShardResult:
-    """Scan one shard into `folder`/shard-NNNNN; at once if that is there, whole and of the same input.
+    """Scan one shard into `folder`/shard-NNNNN. A whole result of the same input that is there is returned at once.
 
     Args:
         index_folder: made by `build_index`.
@@ -137,7 +125,7 @@ def scan_shard(
         folder: of the results; its file system must hold rename atomic.
         roles: whose turns are searched.
         match_threshold: n-gram mode: share of an instance's tokens that is not yet contaminated.
-        report: called with the number of rows of this shard that are scanned, from time to time.
+        report: called from time to time with the number of rows scanned so far.
 
     Raises:
         ValueError: no rows file, or text that is not UTF-8.
@@ -268,37 +256,23 @@ def _strings(source: np.ndarray, begins: np.ndarray, ends: np.ndarray, max_chara
     return pa.Array.from_buffers(pa.large_string(), len(begins), buffers).cast(pa.string())
 
 
-def scan_texts(index: Index, texts: Sequence[str], match_threshold: float = 0.5) -> list[Hit]:
-    """Hits of texts in memory, each a turn of its own, by turn and instance."""
-    hits, _ = _scan_texts(index, texts, match_threshold)
-    return hits
+def scan_texts(index: Index, texts: Sequence[str], match_threshold: float = 0.5) -> tuple[pa.Table, np.ndarray]:
+    """Texts in memory, each a row of one turn: their hits (`HITS`), and the best score of each instance.
 
-
-def best_scores(index: Index, texts: Sequence[str], match_threshold: float = 0.5) -> np.ndarray:
-    """Best score of each instance over texts in memory; in n-gram mode those at or below the threshold too."""
-    _, state = _scan_texts(index, texts, match_threshold)
-    return state.best_score
-
-
-def _scan_texts(index: Index, texts: Sequence[str], match_threshold: float) -> tuple[list[Hit], State]:
-    data = [text.encode() for text in texts]
-    offsets = np.concatenate([[0], np.cumsum([len(text) for text in data])]).astype(np.int64)
-    source = np.frombuffer(bytearray(b"".join(data)), np.uint8)
-    start, end = offsets[:-1].copy(), offsets[1:].copy()
+    In n-gram mode the scores at or below the threshold are kept too.
+    """
+    source, offsets = joined([text.encode() for text in texts])
+    block = TurnBlock(
+        text=source,
+        turn_start=offsets[:-1],
+        turn_end=offsets[1:],
+        turn_row=np.arange(len(texts)),
+        turn_index=np.zeros(len(texts), np.int64),
+        first_row=0,
+        num_rows=len(texts),
+        ids=np.empty(0, np.uint8),
+        id_offsets=np.zeros(len(texts) + 1, np.int64),
+    )
     state = new_state(index)
-    hits: list[Hit] = []
-    turn = 0
-    while turn < len(texts):
-        turn, places, scores, _ = scan(
-            source, start, end, np.arange(len(texts)), turn, index.phrases, index.full, index.ngram, index.window,
-            match_threshold, state, LOWER_BYTES, LOWER_CODE_POINTS, _HITS_AT_A_TIME,
-        )  # fmt: skip
-        order = np.lexsort((places[:, 1], places[:, 0]))
-        places, scores = places[order], scores[order]
-        begins, ends = _match_bounds(source, start, end, places)
-        matches = _strings(source, begins, ends, 1 << 30).to_pylist()
-        hits += [
-            Hit(number, instance, score, match)
-            for (number, instance), score, match in zip(places[:, :2].tolist(), scores.tolist(), matches, strict=True)
-        ]
-    return hits, state
+    tables = [hits for hits, _ in _block_hits(index, state, block, match_threshold, "texts in memory")]
+    return pa.concat_tables([HITS.empty_table(), *tables]), state.best_score

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 import time
@@ -21,6 +20,7 @@ from smoltulu.schemas.contamination import (
     ShardResult,
 )
 from smoltulu.tasks.data.rows import num_rows
+from smoltulu.tasks.process import num_cores
 from smoltulu.tasks.stage import Stage, StageContext
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def check_contamination(
 ) -> tuple[ContaminationOutputs, dict[str, float]]:
     """Write `rows.parquet`, `hits.parquet` (a line per row and instance) and `removed.jsonl`.
 
-    `rows.parquet` has the rows of the input: without those that hit under the policy `remove`, else all.
-    Results of single shards are kept in `context.work`, so that a rerun takes up where this one stopped.
+    `rows.parquet` has the rows of the input, under the policy `remove` without those that hit. `context.work` keeps the
+    results of finished shards, so that a rerun scans only the others.
 
     Raises:
         ValueError: the index is of another mode, the input is no rows file, the policy `fail` and a share above
@@ -43,7 +43,8 @@ def check_contamination(
     """
     # numba and pyarrow: too slow to import for `plan`.
     from smoltulu.tasks.contamination.merge import merge, write_kept
-    from smoltulu.tasks.contamination.scan import load_index, plan_shards
+    from smoltulu.tasks.contamination.rows import plan_shards
+    from smoltulu.tasks.contamination.scan import load_index
 
     rules = config.settings
     index_folder, source = Path(inputs.index), Path(inputs.dataset)
@@ -109,20 +110,32 @@ def check_contamination(
 def _scan(
     index_folder: Path, shards: list[Shard], rules: ContaminationRules, context: StageContext
 ) -> list[ShardResult]:
-    """Every shard, side by side in threads: the compiled scan needs no interpreter lock."""
+    """Scan the shards in threads, side by side: the compiled scan needs no interpreter lock."""
     from smoltulu.tasks.contamination.scan import scan_shard
 
     folder = context.work / "shards"
     folder.mkdir(parents=True, exist_ok=True)
-    progress = _Progress(num_rows(Path(shards[0].path)), context)
+    num_all = max(1, num_rows(Path(shards[0].path)))
+    num_scanned: dict[int, int] = {}  # by shard
+    lock, started = threading.Lock(), time.monotonic()
+
+    def report(shard: Shard, num_rows: int) -> None:
+        with lock:
+            num_scanned[shard.number] = num_rows
+            rows = sum(num_scanned.values())
+            speed = rows / max(time.monotonic() - started, 1e-9)
+            context.report(rows, num_all, num_rows=float(rows), rows_per_second=speed)
 
     def scan(shard: Shard) -> ShardResult:
-        def report(num_scanned: int) -> None:
-            progress.tell(shard.number, num_scanned)
-
-        roles, match_threshold = rules.roles, rules.match_threshold
-        result = scan_shard(index_folder, shard, folder, roles=roles, match_threshold=match_threshold, report=report)
-        progress.tell(shard.number, result.num_rows)
+        result = scan_shard(
+            index_folder,
+            shard,
+            folder,
+            roles=rules.roles,
+            match_threshold=rules.match_threshold,
+            report=lambda num_rows: report(shard, num_rows),
+        )
+        report(shard, result.num_rows)
         return result
 
     with ThreadPoolExecutor(context.compute.num_threads or num_cores()) as pool:
@@ -132,29 +145,6 @@ def _scan(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Progress:
-    """Rows that are scanned, told from every thread."""
-
-    def __init__(self, num_rows: int, context: StageContext) -> None:
-        self._num_rows = max(1, num_rows)
-        self._done: dict[int, int] = {}
-        self._lock = threading.Lock()
-        self._started = time.monotonic()
-        self._context = context
-
-    def tell(self, shard: int, num_rows: int) -> None:
-        with self._lock:
-            self._done[shard] = num_rows
-            rows = sum(self._done.values())
-            speed = rows / max(time.monotonic() - self._started, 1e-9)
-            self._context.report(rows, self._num_rows, num_rows=float(rows), rows_per_second=speed)
 
 
 def _accept_shares(reports: tuple[BenchmarkReport, ...], fail_above: float) -> None:

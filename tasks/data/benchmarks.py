@@ -1,4 +1,4 @@
-"""Choosing benchmarks from the registry: by name or group, from the Hub or from files at hand."""
+"""Chooses benchmarks from the registry, by name or group, from the Hub or from local files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from smoltulu.tasks.data.sources import SUFFIXES, expand_path
 
 GROUPS = ("all", "paper", "evaluated")
 
-#: Where files of benchmarks are looked for unless a folder is given; the second as in recipe `real-small`.
+#: Folders that are searched for files of benchmarks where none is given; the second as in recipe `real-small`.
 FOLDER_VARIABLE = "SMOLTULU_BENCHMARKS"
 _DEFAULT_FOLDER = "${SMOLTULU_REAL_DATA:-../shared/data}/eval"
 
@@ -46,7 +46,7 @@ def benchmarks_folder(given: str | None = None) -> Path | None:
 
 
 def choose_benchmarks(wanted: Sequence[str], folder: Path | None = None) -> tuple[Benchmark, ...]:
-    """The benchmarks that are wanted, each once, in the order of the registry; others after them.
+    """The wanted benchmarks, each once: those of the registry in its order, then the others.
 
     wanted   a name of the registry, a group (all, paper, evaluated), `NAME=FILE` or `NAME=FILE:FIELD,FIELD`
     folder   files whose names fit the registry's patterns are taken in place of the Hub's data
@@ -69,9 +69,8 @@ def choose_benchmarks(wanted: Sequence[str], folder: Path | None = None) -> tupl
             path = local_file(benchmark, folder)
             chosen[benchmark.name] = benchmark.on_hub() if path is None else benchmark.from_file(str(path))
     chosen.update(own)
-    order = [benchmark.name for benchmark in registry.benchmarks]
-    known_first = sorted(chosen, key=lambda name: order.index(name) if name in order else len(order))
-    return tuple(chosen[name] for name in known_first)
+    order = dict.fromkeys([*(benchmark.name for benchmark in registry.benchmarks), *own])
+    return tuple(chosen[name] for name in order if name in chosen)
 
 
 def local_file(benchmark: RegisteredBenchmark, folder: Path | None) -> Path | None:

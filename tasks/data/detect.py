@@ -1,4 +1,4 @@
-"""What form the rows of an unknown file have, told from their columns. Pure; docs/audit.md has the rules in words."""
+"""Detects the form of the rows of an unknown file from their columns. Pure; docs/audit.md has the rules in words."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class DetectedFormat:
-    """How rows are read, and the sentence that says so."""
+    """How rows are read, and a sentence about it for the user."""
 
     kind: DatasetKind
     format: RowFormat
@@ -67,7 +67,7 @@ def format_as_given(name: RowFormat, fields: Mapping[str, str]) -> DetectedForma
 
 
 class _Columns:
-    """The columns of some rows, found by name (upper or lower case) and by what they hold."""
+    """The columns of some rows, found by name (upper or lower case) and by the kind of their values."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows

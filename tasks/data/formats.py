@@ -41,11 +41,7 @@ class MalformedRow(Exception):
 
 
 def check_source(source: DataSource, kind: DatasetKind) -> None:
-    """Refuse, before any row is read, a form that cannot give this kind of rows, and mapped fields it does not have.
-
-    Raises:
-        ValueError: with what is allowed.
-    """
+    """ValueError, before any row is read, for a form that gives no rows of this kind, or for fields that it lacks."""
     if source.format not in KIND_FORMATS[kind]:
         raise ValueError(
             f"data source {source.label!r}: format {source.format!r} gives no {kind} rows; allowed are "
@@ -65,11 +61,7 @@ def check_source(source: DataSource, kind: DatasetKind) -> None:
 
 
 def adapt(row: Any, source: DataSource) -> dict[str, Any]:
-    """One row in the normalised form of its kind (see schemas.data.DatasetOutputs), without an id.
-
-    Raises:
-        MalformedRow: with the reason.
-    """
+    """One row in the normalised form of its kind (schemas.data.DatasetOutputs), without an id. Raises MalformedRow."""
     if not isinstance(row, dict):
         raise MalformedRow("row is not an object")
     return _ADAPTERS[source.format](row, source)
@@ -86,19 +78,18 @@ def _prompt_completion(row: dict[str, Any], source: DataSource) -> dict[str, Any
 
 
 def _instruction(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
-    instruction = _text(_get(row, source, "instruction"), "instruction")
+    instruction = _text_of(row, source, "instruction")
     # The input is optional in this form: absent, null and empty mean the same.
     given = row.get(source.fields.get("input", "input"))
     if given is not None and not isinstance(given, str):
         raise MalformedRow(f"field 'input' is {_kind(given)}, not text")
     if given and given.strip():
         instruction = f"{instruction}\n\n{_text(given, 'input')}"
-    return _one_turn(instruction, _text(_get(row, source, "output"), "output"))
+    return _one_turn(instruction, _text_of(row, source, "output"))
 
 
 def _question_answer(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
-    question = _text(_get(row, source, "question"), "question")
-    return _one_turn(question, _text(_get(row, source, "answer"), "answer"))
+    return _one_turn(_text_of(row, source, "question"), _text_of(row, source, "answer"))
 
 
 def _preference(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
@@ -117,10 +108,8 @@ def _preference(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
 
 
 def _preference_by_label(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
-    prompt = [{"role": "user", "content": _text(_get(row, source, "input"), "input")}]
-    outputs = [
-        [{"role": "assistant", "content": _text(_get(row, source, name), name)}] for name in ("output_1", "output_2")
-    ]
+    prompt = [{"role": "user", "content": _text_of(row, source, "input")}]
+    outputs = [[{"role": "assistant", "content": _text_of(row, source, name)}] for name in ("output_1", "output_2")]
     label = _get(row, source, "label")
     # A csv file gives text, and True == 1 in Python.
     if isinstance(label, bool) or label not in (1, 2, "1", "2"):
@@ -166,7 +155,7 @@ def _rlvr(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
 
 
 def _plain_text(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
-    return {"text": _text(_get(row, source, "text"), "text")}
+    return {"text": _text_of(row, source, "text")}
 
 
 _ADAPTERS = {
@@ -190,6 +179,10 @@ def _get(row: dict[str, Any], source: DataSource, name: str) -> Any:
             f"field {name!r} {state}" if column == name else f"field {name!r} (column {column!r}) {state}"
         )
     return value
+
+
+def _text_of(row: dict[str, Any], source: DataSource, name: str) -> str:
+    return _text(_get(row, source, name), name)
 
 
 def _kind(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The rows file: normalised rows as Parquet, from the stage `dataset` to the preflight.
 
-Columns are fixed by the kind of rows and never null, so that a row is read as it was written. Row groups are small: one
-is what a reader holds in memory, and where a shard of the contamination scan may begin.
+The kind of rows fixes the columns, and none is null, so that a row is read as it was written. Row groups are small: a
+reader holds one in memory, and a shard of the contamination scan begins at one.
 """
 
 from __future__ import annotations
@@ -86,11 +86,7 @@ class RowsWriter:
 
 
 def open_rows(file: Path) -> parquet.ParquetFile:
-    """A rows file, its rows not yet read.
-
-    Raises:
-        ValueError: it cannot be read, or is no rows file.
-    """
+    """A rows file, its rows not yet read. ValueError where it cannot be read, or is no rows file."""
     import pyarrow
     from pyarrow import parquet
 
@@ -145,7 +141,7 @@ def rows_at(file: Path, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
 
 
 def same_rows(lines: Path, file: Path) -> bool:
-    """Whether a rows file holds, row by row, what was written as JSON lines before; no where `lines` are not such."""
+    """Whether a rows file holds the same rows as an older file of JSON lines; False where `lines` is no such file."""
     if lines.suffix != ".jsonl":
         return False
     with lines.open(encoding="utf-8") as before:

@@ -1,4 +1,4 @@
-"""Reading tables of rows, and what identifies their content.
+"""Reads tables of rows, and computes what identifies their content.
 
 Sources are local files, files of the `world` stage and Hub datasets. Fast to import: `plan` only needs digests, so
 torch, datasets, pyarrow and huggingface_hub are imported where they are used.
@@ -34,11 +34,11 @@ _NUM_REQUESTS_AT_ONCE = 8
 
 
 class SourceUnavailable(ValueError):
-    """A Hub dataset that cannot be had just now: no network, no access, or no such repository or revision."""
+    """A Hub dataset that cannot be loaded now: no network, no access, or no such repository or revision."""
 
 
 class HubUnreachable(SourceUnavailable):
-    """The Hub did not answer at all: another repository would fare no better."""
+    """The Hub did not answer at all, so a request for another repository would fail too."""
 
 
 def expand_path(text: str) -> Path:
@@ -71,18 +71,18 @@ def expand_text(text: str) -> str:
 
 
 def read_rows(source: DataSource, world: Path | None = None) -> Iterator[Any]:
-    """Rows of `source` as they are, in order, the first `limit` of them.
+    """The first `limit` rows of `source`, in order and unchanged.
 
-    A row that is not an object (a line `[1]`) is yielded too: whether it may be dropped is the caller's to decide. A
-    file that cannot be parsed is an error, because nothing after the fault can be trusted.
+    A row that is not an object (a line `[1]`) is yielded too: the caller decides whether to drop it. A file that cannot
+    be parsed is an error, because nothing after the fault can be trusted.
 
     Args:
-        source: where from; `format` and `fields` play no part here.
+        source: `format` and `fields` are not used here.
         world: folder of the world artifact, for `generated` sources.
 
     Raises:
         SourceUnavailable: a Hub dataset that cannot be reached or accessed.
-        ValueError: a file is missing, empty of rows' files, of an unknown kind, truncated or not parseable.
+        ValueError: a file is missing, of an unknown kind, truncated or not parseable, or a folder has no files.
     """
     if source.repository is not None:
         return _read_hub(source)
@@ -130,17 +130,14 @@ def local_files(source: DataSource, world: Path | None = None) -> list[Path]:
 def source_digest(source: DataSource, world: Path | None = None, endpoint: str | None = None) -> str:
     """What identifies the content: `sha256:<hex>` over names and bytes of the files, or the Hub commit.
 
-    Raises:
-        ValueError: as `local_files` and `resolve_revision`.
+    Errors: as `local_files` and `resolve_revision`.
     """
     if source.repository is not None:
         return resolve_revision(source, endpoint)
     digest = hashlib.sha256()
     for file in local_files(source, world):
-        content = hashlib.sha256()
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                content.update(block)
+            content = hashlib.file_digest(stream, "sha256")
         # NUL cannot be part of a file name, so names and digests cannot run into each other.
         digest.update(f"{file.name}\0{content.hexdigest()}\n".encode())
     return f"sha256:{digest.hexdigest()}"
@@ -223,9 +220,9 @@ class Reference(NamedTuple):
 def resolve_commits(
     references: Iterable[Reference], resolve: Callable[[Reference], str]
 ) -> dict[Reference, str | ValueError]:
-    """Commit of every reference, or the error that `resolve` raised for it; several are asked for at a time.
+    """Commit of every reference, or the error that `resolve` raised for it. Several requests run at a time.
 
-    After the first answer that never came the others are not asked for any more: 25 timeouts would take minutes.
+    After the first request without an answer no other is sent: 25 timeouts would take minutes.
     """
     wanted = list(dict.fromkeys(references))
     unanswered: list[HubUnreachable] = []
@@ -281,8 +278,7 @@ def _read_hub(source: DataSource) -> Iterator[Any]:
 
 def _suffix(path: Path) -> str | None:
     name = path.name.lower()
-    # Longest first: ".jsonl.gz" ends with no other, but the order should not matter to a reader.
-    return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)  # no suffix ends with another
 
 
 def _read_file(path: Path) -> Iterator[Any]:

@@ -87,9 +87,9 @@ def _write_source(
 
 
 def _accept(reports: list[SourceReport], max_malformed_share: float) -> None:
-    """Every source by itself: a small one that is all wrong must not hide behind a large one.
+    """Check every source by itself: a small one that is all malformed must not hide behind a large one.
 
-    That also bounds the whole, whose share is a weighted mean of theirs.
+    That also bounds the share of the whole set, which is a weighted mean of theirs.
     """
     problems = []
     for report in reports:

@@ -23,10 +23,9 @@ from smoltulu.schemas.training import TrainingInputs, TrainingSettings
 from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.engine.launch import DISK_ADVICE, StageFailed, run_child
 from smoltulu.tasks.job import Job
-from smoltulu.tasks.models.sizes import adapter_size, model_size
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext
-from smoltulu.tasks.trainer.disk import cache_bytes, num_checkpoints_kept, training_bytes
+from smoltulu.tasks.trainer.disk import disk_of_training
 from smoltulu.tasks.trainer.extension import begin_with, extended, find_source_run
 
 
@@ -197,10 +196,7 @@ def _require_disk(job: Job, root: Path, work: Path) -> None:
     inputs = job.inputs
     assert isinstance(inputs, TrainingInputs)
     assert isinstance(job.config, TrainingSettings)
-    num_kept = num_checkpoints_kept(job.compute, job.config.is_extendable)
-    size, lora = model_size(Path(inputs.model)), getattr(job.config, "lora", None)
-    adapter = adapter_size(size, lora.r) if lora else None
-    whole = training_bytes(size, cache_bytes(Path(inputs.dataset)), num_kept, adapter)
+    whole = disk_of_training(job.config, Path(inputs.model), Path(inputs.dataset), job.compute)
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     needed = whole - there
     if free < needed:

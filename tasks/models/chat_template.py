@@ -1,4 +1,4 @@
-"""Chat templates: shipped ones by name, others by path; checked before anything runs."""
+"""Loads chat templates, shipped ones by name and others by path, and checks them before anything runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROBE = [
 
 
 def load_chat_template(name_or_path: str) -> str:
-    """Text of a template that is proved to render.
+    """Text of a template, checked on a probe conversation.
 
     Raises ValueError: unknown name, unreadable file, syntax or rendering error, text lost, no generation markers
     (without them the loss cannot be limited to assistant tokens), or a prompt that is not a prefix of the conversation.

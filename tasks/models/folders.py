@@ -1,4 +1,4 @@
-"""Model folders: what one must hold, how one is loaded, saved and checked. No pickles, no remote code."""
+"""Model folders: what they must hold; loads, saves and checks them. No pickles, no remote code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPARE_PAD_TOKEN = "<pad>"
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise ValueError if a folder is no model that we load; the message lists all that is wrong."""
+    """Raise ValueError where a folder is no model that we load. The message lists every fault."""
     if not folder.is_dir():
         raise ValueError(
             f"model folder {folder} does not exist; give a folder with config.json, *.safetensors and tokenizer"
@@ -60,7 +60,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def device_of(compute: ComputeSettings) -> str:
-    """`cuda` or `cpu`; ValueError where CUDA is asked for and absent."""
+    """`cuda` or `cpu`. ValueError where `compute` wants CUDA and there is none."""
     import torch
 
     if compute.device == "cuda" and not torch.cuda.is_available():
@@ -137,7 +137,7 @@ def load_language_model(folder: Path) -> PreTrainedModel:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
-    """Save model and tokenizer, load them again and compare names and values. Number of parameters."""
+    """Save model and tokenizer, load the model again and compare tensors. Returns the number of parameters."""
     import torch
 
     model.config.use_cache = True  # trainers switch it off; a published model generates with its cache

@@ -2,7 +2,7 @@
 
 With W a layer's weights, which stay as they are, x its input, and A (r, in) and B (out, r) the adapter:
 y = W x + (lora_alpha / r) B A x. B starts at zero, so training starts at the base model. At the end the product is
-added to W: what comes after needs to know nothing of adapters.
+added to W, so later stages load a model without adapters.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ ADAPTER_FOLDER = "adapter"
 
 
 def with_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """The model with an adapter in float32 that alone is trained; A is drawn from torch's global generator.
+    """The model with an adapter in float32. Only the adapter is trained. torch's global generator draws A.
 
-    Call it after whatever replaces the model's forward (TRL's fused head): the adapter stays outside of that.
+    Call it after anything that replaces the model's forward (TRL's fused head): the adapter stays outside of that.
 
     Raises:
         ValueError: peft is not installed, or the model has no linear layers besides its head.
@@ -70,11 +70,6 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     config = json.loads(file.read_text())
     config["target_modules"].sort()
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def merged(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter added to its weights: same names and dtypes. It uses `model` up."""
-    return model.merge_and_unload(safe_merge=True)
 
 
 def _has_linear_layers(model: PreTrainedModel) -> bool:

@@ -1,4 +1,4 @@
-"""What a model folder holds, from the headers of its safetensors alone: no weights are read, no torch is imported."""
+"""Sizes of a model folder, from the headers of its safetensors alone: reads no weights, imports no torch."""
 
 from __future__ import annotations
 

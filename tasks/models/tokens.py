@@ -1,13 +1,13 @@
 """From rows of messages to the tokens that are trained on. Pure: a tokenizer and rows in, lists of ids out.
 
-What carries a loss is what the chat template puts between its generation markers: the assistant's content and the eos
-that closes it (open-instruct `dataset_transformation.py`, sft_tulu_tokenize_and_truncate_v1).
+The tokens between the chat template's generation markers carry a loss: the assistant's content and the eos that closes
+it (open-instruct `dataset_transformation.py`, sft_tulu_tokenize_and_truncate_v1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.training import Overlong, TrainedTurns
@@ -26,6 +26,16 @@ class Conversation:
     input_ids: list[int]
     mask: list[int]
     stable: bool
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
+    @property
+    def sides(self) -> list[tuple[list[int], list[int]]]:
+        """Token ids and mask of the one sequence that the row is."""
+        return [(self.input_ids, self.mask)]
 
     @property
     def labels(self) -> list[int]:
@@ -50,9 +60,17 @@ class Pair:
         """Tokens of the longer side, prompt included."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
+    @property
+    def sides(self) -> list[tuple[list[int], list[int]]]:
+        """Token ids and mask of both completions, each after the prompt."""
+        return [
+            (self.prompt_ids + self.chosen_ids, self.prompt_mask + self.chosen_mask),
+            (self.prompt_ids + self.rejected_ids, self.prompt_mask + self.rejected_mask),
+        ]
+
 
 def conversations(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages]) -> list[Conversation]:
-    """Rows as they are written, nothing cut."""
+    """The tokens of every row, nothing cut."""
     wholes = _rendered(tokenizer, rows)
     # A row that ends with a user's turn is compared as a whole: it has no last answer to leave out.
     prompts = [row[:-1] if row[-1]["role"] == "assistant" else row for row in rows]
@@ -66,7 +84,7 @@ def conversations(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages]) 
 def pairs(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Messages]], trained_turns: TrainedTurns
 ) -> list[Pair]:
-    """Pairs as they are written, nothing cut. Rows: {"prompt", "chosen", "rejected"}, each a list of messages.
+    """The tokens of every pair, nothing cut. Rows: {"prompt", "chosen", "rejected"}, each a list of messages.
 
     The completions begin where the prompt, as generation would see it, ends, or where the tokens first differ from it.
     trained_turns  last: the completions only; all: the assistant's turns in the prompt too (open-instruct)
@@ -94,10 +112,10 @@ def pairs(
 
 def fit_conversation(row: Conversation, max_length: int, overlong: Overlong) -> Conversation | None:
     """The row within `max_length` tokens; None where it is dropped, or where nothing is left to train on."""
-    if len(row.input_ids) > max_length:
+    if row.length > max_length:
         if overlong == "drop":
             return None
-        row = Conversation(row.input_ids[:max_length], row.mask[:max_length], row.stable)
+        row = replace(row, input_ids=row.input_ids[:max_length], mask=row.mask[:max_length])
     # The first token has no prediction.
     return row if any(row.mask[1:]) else None
 
@@ -108,14 +126,12 @@ def fit_pair(row: Pair, max_length: int, overlong: Overlong) -> Pair | None:
         if overlong == "drop":
             return None
         room = max(max_length - len(row.prompt_ids), 0)
-        row = Pair(
-            prompt_ids=row.prompt_ids,
-            prompt_mask=row.prompt_mask,
+        row = replace(
+            row,
             chosen_ids=row.chosen_ids[:room],
             chosen_mask=row.chosen_mask[:room],
             rejected_ids=row.rejected_ids[:room],
             rejected_mask=row.rejected_mask[:room],
-            stable=row.stable,
         )
     return row if any(row.chosen_mask) and any(row.rejected_mask) else None
 

@@ -1,8 +1,8 @@
-"""The checks of the preflight: each has a figure, a threshold, and advice for rows that fail it."""
+"""The checks of the preflight: each compares a figure with a threshold, and gives advice where it fails."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,178 +30,158 @@ class Check:
         return f"{self.found}{rows}{limit}; {self.advice}"
 
 
-def checks(config: PreflightConfig, outputs: PreflightOutputs, examples: dict[str, list[int]]) -> list[Check]:
+def checks(config: PreflightConfig, outputs: PreflightOutputs) -> list[Check]:
     """All checks of these rows, in the order of the report."""
-    settings, facts = config.settings, outputs.tokenizer
+    return list(_checks(config, outputs))
+
+
+def _checks(config: PreflightConfig, outputs: PreflightOutputs) -> Iterator[Check]:
     noun = {"conversations": "rows", "pairs": "pairs", "prompts": "prompts"}[config.kind]
 
-    def share(field: str, name: str, words: str, limit: tuple[str, float] | None, advice: str) -> Check:
-        """Compare a count of source rows with the largest share that a setting allows. `limit` None: never fails."""
+    def share(field: str, name: str, words: str, setting: str | None, advice: str) -> Check:
+        """Compare a count of source rows with the largest share that `setting` allows. None: it never fails."""
         count = getattr(outputs, field)
         part = count / max(outputs.num_source_rows, 1)
-        status: Status = "ok" if not count else "fails" if limit is not None and part > limit[1] else "noticed"
+        limit = 1 if setting is None else getattr(config.settings, setting)
+        status: Status = "ok" if not count else "fails" if part > limit else "noticed"
         found = f"{count:,} of {outputs.num_source_rows:,} {noun} ({readable.percent(part)}) {words}"
-        threshold = "none" if limit is None else f"preflight.{limit[0]} {limit[1]:g}"
-        return Check(name, status, found, threshold, tuple(examples.get(field, ())), advice)
+        threshold = "none" if setting is None else f"preflight.{setting} {limit:g}"
+        return Check(name, status, found, threshold, outputs.first_rows.get(field, ()), advice)
 
-    overlong = ("max_overlong_share", settings.max_overlong_share)
-    faulty = ("max_faulty_share", settings.max_faulty_share)
-    unstable = ("max_unstable_share", settings.max_unstable_share)
     in_answers = config.kind != "prompts" and outputs.num_special_trained
     length = "max_prompt_length" if config.kind == "prompts" else "max_length"
-    found = []
     if not outputs.num_rows:
         nothing = (
             f"none of {outputs.num_source_rows:,} {noun} has anything to train on within {config.max_length} tokens"
         )
-        found.append(Check("Something is left", "fails", nothing, advice=f"raise {length}, or look at the data"))
+        yield Check("Something is left", "fails", nothing, advice=f"raise {length}, or look at the data")
     fate = "dropped" if config.overlong == "drop" or config.kind == "prompts" else "cut"
-    found.append(
-        share(
-            "num_overlong",
-            "Length",
-            f"are longer than {length} {config.max_length} and {fate}",
-            overlong,
-            f"raise {length}, shorten or filter the data, or allow a larger share",
-        )
+    yield share(
+        "num_overlong",
+        "Length",
+        f"are longer than {length} {config.max_length} and {fate}",
+        "max_overlong_share",
+        f"raise {length}, shorten or filter the data, or allow a larger share",
     )
-    found.append(
-        share(
-            "num_malformed",
-            "Template renders",
-            "are not rendered by the chat template and left out",
-            faulty,
-            "fix or filter these rows (the log has the first error), or use a template that takes their roles",
-        )
+    yield share(
+        "num_malformed",
+        "Template renders",
+        "are not rendered by the chat template and left out",
+        "max_faulty_share",
+        "fix or filter these rows (the log has the first error), or use a template that takes their roles",
     )
     if config.kind != "prompts":
-        found += [
-            share(
-                "num_empty",
-                "Trained tokens",
-                "have nothing to train on, once cut, and are left out",
-                faulty,
-                f"filter them, or raise {length}: their prompts may fill it",
-            ),
-            share(
-                "num_without_eos",
-                "Ends in eos",
-                "do not end their last trained turn with eos",
-                faulty,
-                "put eos_token inside the template's generation block, and see that the tokenizer has it as one token: "
-                "else the model never learns to stop",
-            ),
-            share(
-                "num_eos_lost",
-                "eos cut off",
-                "are cut before the eos of their last answer",
-                None,
-                f"of these the model does not learn to stop: raise {length}, or set overlong to drop",
-            ),
-            share(
-                "num_unstable",
-                "Prompt as in generation",
-                "begin with other tokens than generation would see for the same prompt",
-                unstable,
-                "use a template whose prompt ends on a token boundary (often: an answer that begins with white space)",
-            ),
-        ]
-    if config.kind == "pairs":
-        found.append(
-            share(
-                "num_equal",
-                "Sides differ",
-                "have the same tokens chosen and rejected, once cut",
-                faulty,
-                f"they teach nothing (gradient 0): filter them, or raise {length} if they differ behind the cut",
-            )
+        yield share(
+            "num_empty",
+            "Trained tokens",
+            "have nothing to train on, once cut, and are left out",
+            "max_faulty_share",
+            f"filter them, or raise {length}: their prompts may fill it",
         )
-    found += [
-        share(
-            "num_two_bos",
-            "One bos",
-            "begin with two bos tokens",
-            faulty,
-            "take the bos out of the chat template or out of the data",
-        ),
-        share(
-            "num_special",
-            "Special tokens in the data",
-            "spell a special token in their own text, which becomes that token"
-            + (f"; {outputs.num_special_trained:,} of them in an answer, where it is trained" if in_answers else ""),
+        yield share(
+            "num_without_eos",
+            "Ends in eos",
+            "do not end their last trained turn with eos",
+            "max_faulty_share",
+            "put eos_token inside the template's generation block, and see that the tokenizer has it as one token: "
+            "else the model never learns to stop",
+        )
+        yield share(
+            "num_eos_lost",
+            "eos cut off",
+            "are cut before the eos of their last answer",
             None,
-            "the model takes it for the real one, e.g. for the end of a turn: filter or rewrite these rows",
-        ),
-        share(
-            "num_headers",
-            "Headers in the data",
-            "hold a header of the chat template in their own text",
-            None,
-            "it reads as the beginning of a turn: filter or rewrite these rows",
-        ),
-        share(
-            "num_duplicates", "Duplicates", "have the same tokens as one before them", None, "remove them if unmeant"
-        ),
-    ]
-    if facts is not None:
-        found += _of_the_model(config, outputs, share)
-    return found
+            f"of these the model does not learn to stop: raise {length}, or set overlong to drop",
+        )
+        yield share(
+            "num_unstable",
+            "Prompt as in generation",
+            "begin with other tokens than generation would see for the same prompt",
+            "max_unstable_share",
+            "use a template whose prompt ends on a token boundary (often: an answer that begins with white space)",
+        )
+    if config.kind == "pairs":
+        yield share(
+            "num_equal",
+            "Sides differ",
+            "have the same tokens chosen and rejected, once cut",
+            "max_faulty_share",
+            f"they teach nothing (gradient 0): filter them, or raise {length} if they differ behind the cut",
+        )
+    yield share(
+        "num_two_bos",
+        "One bos",
+        "begin with two bos tokens",
+        "max_faulty_share",
+        "take the bos out of the chat template or out of the data",
+    )
+    yield share(
+        "num_special",
+        "Special tokens in the data",
+        "spell a special token in their own text, which becomes that token"
+        + (f"; {outputs.num_special_trained:,} of them in an answer, where it is trained" if in_answers else ""),
+        None,
+        "the model takes it for the real one, e.g. for the end of a turn: filter or rewrite these rows",
+    )
+    yield share(
+        "num_headers",
+        "Headers in the data",
+        "hold a header of the chat template in their own text",
+        None,
+        "it reads as the beginning of a turn: filter or rewrite these rows",
+    )
+    yield share(
+        "num_duplicates", "Duplicates", "have the same tokens as one before them", None, "remove them if unmeant"
+    )
+    yield from _of_the_model(config, outputs, share)
 
 
-def _of_the_model(config: PreflightConfig, outputs: PreflightOutputs, share: Callable[..., Check]) -> list[Check]:
+def _of_the_model(config: PreflightConfig, outputs: PreflightOutputs, share: Callable[..., Check]) -> Iterator[Check]:
     facts = outputs.tokenizer
-    assert facts is not None
+    if facts is None:
+        return
     same = facts.pad_token_id == facts.eos_token_id
-    found = [
-        Check(
-            "pad is not eos",
-            "fails" if same else "ok",
-            f"pad is token {facts.pad_token_id}, eos {facts.eos_token_id}",
-            "different",
-            advice="set base_model.pad_token to a token that the template never writes: padding would hide the eos",
-        ),
-        share(
-            "num_beyond_embeddings",
-            "Vocabulary",
-            f"hold a token beyond the {facts.num_embeddings or 0:,} embeddings of the base model",
-            None,
-            "SFT adds embeddings for them, which begin untrained: see that the tokenizer belongs to the model",
-        ),
-    ]
+    yield Check(
+        "pad is not eos",
+        "fails" if same else "ok",
+        f"pad is token {facts.pad_token_id}, eos {facts.eos_token_id}",
+        "different",
+        advice="set base_model.pad_token to a token that the template never writes: padding would hide the eos",
+    )
+    yield share(
+        "num_beyond_embeddings",
+        "Vocabulary",
+        f"hold a token beyond the {facts.num_embeddings or 0:,} embeddings of the base model",
+        None,
+        "SFT adds embeddings for them, which begin untrained: see that the tokenizer belongs to the model",
+    )
     if facts.adds_bos:
-        found.append(
-            Check(
-                "bos of the tokenizer",
-                "noticed",
-                "called on rendered text, the tokenizer puts a second bos before the template's",
-                advice="training does not do so; see that whoever serves the model does not",
-            )
+        yield Check(
+            "bos of the tokenizer",
+            "noticed",
+            "called on rendered text, the tokenizer puts a second bos before the template's",
+            advice="training does not do so; see that whoever serves the model does not",
         )
     room = facts.max_position_embeddings
     if room is not None:
-        extra = config.training.max_completion_length if config.training else 0
+        extra = config.training_settings.get("max_completion_length", 0)  # of RLVR
         longest, allowed = outputs.longest + extra, config.max_length + extra
         status: Status = "fails" if longest > room else "noticed" if allowed > room else "ok"
         answers = f" with its answer of up to {extra:,}" if extra else ""
-        found.append(
-            Check(
-                "Positions",
-                status,
-                f"the longest row has {longest:,} tokens{answers}, at most {allowed:,} are allowed, the model has "
-                f"{room:,} positions",
-                "max_position_embeddings",
-                advice=f"lower the lengths to {room:,} together, or take a model with a longer context",
-            )
+        yield Check(
+            "Positions",
+            status,
+            f"the longest row has {longest:,} tokens{answers}, at most {allowed:,} are allowed, the model has "
+            f"{room:,} positions",
+            "max_position_embeddings",
+            advice=f"lower the lengths to {room:,} together, or take a model with a longer context",
         )
     run = outputs.dry_run
     if run is not None and run.asked_batch_size not in (None, run.per_device_train_batch_size):
-        found.append(
-            Check(
-                "Memory",
-                "noticed",
-                f"out of memory with {run.asked_batch_size} of the longest rows; {run.per_device_train_batch_size} fit",
-                advice=f"set compute.stages.{config.subject}.per_device_train_batch_size to "
-                f"{run.per_device_train_batch_size}; the training halves it by itself",
-            )
+        yield Check(
+            "Memory",
+            "noticed",
+            f"out of memory with {run.asked_batch_size} of the longest rows; {run.per_device_train_batch_size} fit",
+            advice=f"set compute.stages.{config.subject}.per_device_train_batch_size to "
+            f"{run.per_device_train_batch_size}; the training halves it by itself",
         )
-    return found

@@ -1,4 +1,4 @@
-"""What happened to the rows of a preflight: counted for each part, added up, kept in files."""
+"""Counts of the rows of a preflight: made for each part, added up, stored in files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from smoltulu.schemas.preflight import PreflightConfig
 from smoltulu.tasks.models.tokens import Conversation, Pair
-from smoltulu.tasks.preflight.rows import Tokenised, TokenizerProbe, findings, fit, loses_eos, sides_of
+from smoltulu.tasks.preflight.rows import Tokenised, TokenizerProbe, findings, fit, loses_eos
 
 #: Length of the digest of a row's tokens.
 _DIGEST_BYTES = 12
@@ -97,10 +97,10 @@ class Counts:
     def fit(self, config: PreflightConfig, probe: TokenizerProbe, row: Tokenised) -> Conversation | Pair | None:
         """The row within max_length, or None where it is left out; counted either way."""
         self.num_source_rows += 1
-        self.lengths.append(row.length)
+        self.lengths.append(row.whole.length)
         for finding in findings(config, probe, row):
             self.note(finding, row.number, row.source)
-        overlong = row.length > config.max_length
+        overlong = row.whole.length > config.max_length
         if overlong:
             self.note("num_overlong", row.number, row.source)
         fitted = fit(config, row.whole)
@@ -117,7 +117,7 @@ class Counts:
 
     def _keep(self, row: Tokenised, fitted: Conversation | Pair) -> None:
         self.num_rows += 1
-        sides = sides_of(fitted)
+        sides = fitted.sides
         self.num_tokens += sum(len(ids) for ids, _ in sides)
         self.num_trained_tokens += sum(sum(mask) for _, mask in sides)
         self.longest = max(self.longest, *(len(ids) for ids, _ in sides))
@@ -132,7 +132,7 @@ class Counts:
 
 
 def save_counts(counts: Counts, folder: Path) -> None:
-    """Two files of a part's folder: figures and texts, and one number or digest for every row."""
+    """Write two files of a part's folder: figures and texts, and the numbers and digests of all rows."""
     import numpy as np
 
     np.savez(
@@ -152,7 +152,7 @@ def save_counts(counts: Counts, folder: Path) -> None:
 
 
 def load_counts(folder: Path) -> Counts:
-    """Counts of a finished part, as they were saved."""
+    """The saved counts of a finished part."""
     import numpy as np
 
     counts = Counts()

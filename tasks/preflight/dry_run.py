@@ -1,8 +1,8 @@
 """The first steps of a training on its longest rows, for their memory and their time.
 
-The trainer is the stage's own (`Stage.build`), so the figures include all that it does. They leave out two things:
-RLVR's generation of rollouts, whose memory is computed (tasks/preflight/rollout_memory.py), and the gradient buckets
-of several processes, which are 4 bytes a trained parameter.
+The trainer is the stage's own (`Stage.build`), so the figures include all that it does. They leave out two things. The
+memory of RLVR's generation is computed (tasks/preflight/rollout_memory.py). The gradient buckets of several processes
+take 4 bytes a trained parameter.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.preflight import DryRun, PreflightConfig, PreflightInputs
-from smoltulu.schemas.training import TrainingInputs, TrainingSettings
+from smoltulu.schemas.preflight import DryRun, PreflightInputs
+from smoltulu.schemas.training import RLVRSettings, TrainingInputs, TrainingSettings
 from smoltulu.tasks.data.rows import stored_rows, turns_of
 from smoltulu.tasks.models.folders import device_of, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import prompt_ids
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 logger = logging.getLogger("smoltulu")
-#: A row of the preflight's file: tokenised, or of prompts as it was.
-Row = dict[str, Any]
-
 #: Prompts that are tokenised to find the longest: those with the most text.
 _NUM_CANDIDATES = 256
 #: Optimizer steps: the first makes the optimizer's state, the second is timed.
@@ -54,7 +51,7 @@ class Step:
 
 
 def dry_run(
-    training: Stage, config: PreflightConfig, inputs: PreflightInputs, file: Path, longest: int, context: StageContext
+    subject: Stage, training: TrainingSettings, inputs: PreflightInputs, file: Path, longest: int, context: StageContext
 ) -> DryRun:
     """Train on the longest rows of `file`, in as large a micro-batch as compute asks for, or as fits.
 
@@ -63,13 +60,12 @@ def dry_run(
     import pyarrow as pa
     import torch
 
-    compute = context.compute.of(training.name)
-    settings = training.config.model_validate(config.training_settings)
-    assert isinstance(settings, TrainingSettings)
+    compute = context.compute.of(subject.name)
     device = device_of(compute)
     size = asked = compute.per_device_train_batch_size
-    if config.kind == "prompts":
-        longest += config.training.max_completion_length if config.training else 0
+    are_prompts = training.row_rules().kind == "prompts"
+    if are_prompts:
+        longest += getattr(training, "max_completion_length", 0)
         tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
         rows = pa.Table.from_pylist([_longest_prompt(file, tokenizer)])
     else:
@@ -79,36 +75,38 @@ def dry_run(
     while step is None and size:
         try:
             machinery = compute.model_copy(update={"per_device_train_batch_size": size})
-            train = partial(_train, training, settings, inputs, rows, machinery, context.work)
+            train = partial(_train, subject, training, inputs, rows, machinery, context.work)
             step, peak = _measured(train, device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            logger.warning("dry run of %s: out of memory with %d of the longest rows", training.name, size)
+            logger.warning("dry run of %s: out of memory with %d of the longest rows", subject.name, size)
             size //= 2
         # Not in the except block: there the error's frames still hold the model.
         _free(device)
-    lora = getattr(settings, "lora", None)
+    lora = getattr(training, "lora", None)
     if step is None:
-        lengths = "max_prompt_length or max_completion_length" if config.kind == "prompts" else "max_length"
-        adapters = f", add a {training.name}.lora block" if hasattr(settings, "lora") and lora is None else ""
+        lengths = "max_prompt_length or max_completion_length" if are_prompts else "max_length"
+        adapters = f", add a {subject.name}.lora block" if hasattr(training, "lora") and lora is None else ""
         raise ValueError(
-            f"{training.name}: out of memory with one of the longest rows alone ({longest:,} tokens); set "
+            f"{subject.name}: out of memory with one of the longest rows alone ({longest:,} tokens); set "
             f"compute.activation_checkpointing, lower {lengths}{adapters}, or take a larger device "
             "(preflight.dry_run: false skips this check, not the failure)"
         )
-    bfloat16 = use_bfloat16(settings.precision, compute)
-    generation = rollout_bytes(config, Path(inputs.model), longest, compute, bfloat16)
-    if generation and device == "cuda":
-        require_memory(max(peak, generation), config, longest)
+    bfloat16 = use_bfloat16(training.precision, compute)
+    generation = 0
+    if isinstance(training, RLVRSettings):
+        generation = rollout_bytes(training, Path(inputs.model), longest, compute, bfloat16)
+        if device == "cuda":
+            require_memory(max(peak, generation), training, longest)
     return DryRun(
-        subject=training.name,
+        subject=subject.name,
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
         precision="bfloat16" if bfloat16 else "float32",
         per_device_train_batch_size=size,
         asked_batch_size=asked,
         activation_checkpointing=compute.activation_checkpointing,
-        packing=compute.packing and config.kind != "prompts",
+        packing=compute.packing and not are_prompts,
         lora_r=lora and lora.r,
         num_tokens=step.num_tokens,
         seconds=step.seconds,
@@ -118,7 +116,7 @@ def dry_run(
 
 
 def _measured(train: Callable[[], Step], device: str) -> tuple[Step, int]:
-    """The result of `train`, and the peak bytes that it took."""
+    """The result of `train`, and its peak memory in bytes."""
     import torch
 
     if device == "cuda":
@@ -138,8 +136,8 @@ def _free(device: str) -> None:
 
 
 def _train(
-    training: Stage,
-    settings: TrainingSettings,
+    subject: Stage,
+    training: TrainingSettings,
     inputs: PreflightInputs,
     rows: pa.Table,
     compute: ComputeSettings,
@@ -148,15 +146,15 @@ def _train(
     """Run the stage's own trainer on the first rows, one micro-batch of them; a step is one micro-batch here."""
     from pyarrow import parquet
 
-    assert training.build is not None
+    assert subject.build is not None
     size = compute.per_device_train_batch_size
     alone = compute.model_copy(update={"num_processes": 1, "dataloader_num_workers": 0, "logging_steps": 1})
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
         file = folder / "rows.parquet"
         parquet.write_table(rows.slice(0, size), file)
-        trainer = training.build(
-            settings.model_copy(update={"effective_batch_size": size}),
+        trainer = subject.build(
+            training.model_copy(update={"effective_batch_size": size}),
             TrainingInputs(model=inputs.model, dataset=str(file), chat_template=inputs.chat_template),
             StageContext(folder, folder, alone, lambda *args, **kwargs: None),
         )
@@ -195,8 +193,10 @@ def _longest(file: Path, number: int, packed: bool) -> pa.Table:
 
 
 def _costs(batch: Any, packed: bool) -> list[int]:
-    """Tokens that the rows of an Arrow batch are computed with: packed pairs their prompt once, padded ones twice the
-    longer side."""
+    """Tokens that the model computes for each row of an Arrow batch.
+
+    A packed pair costs its prompt once, a padded one twice its longer side.
+    """
     import pyarrow.compute as pc
 
     def lengths(name: str) -> list[int]:
@@ -212,7 +212,7 @@ def _costs(batch: Any, packed: bool) -> list[int]:
     ]
 
 
-def _longest_prompt(file: Path, tokenizer: PreTrainedTokenizerBase) -> Row:
+def _longest_prompt(file: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The row with the longest prompt."""
     rows = heapq.nlargest(
         _NUM_CANDIDATES, stored_rows(file), key=lambda row: sum(len(turn["content"]) for turn in turns_of(row))

@@ -1,7 +1,7 @@
-"""The preflight in parts: some rows of the file at a time are tokenised, cut and counted, by one or several processes.
+"""The preflight in parts: one or several processes tokenise, cut and count some rows of the file at a time.
 
-A part is a folder of `work` and valid only with its completion marker, so a killed preflight resumes after its finished
-parts. How the rows are divided depends on their number alone, never on the number of processes.
+A part is a folder of `work`, valid only with its completion marker, so a killed preflight resumes after its finished
+parts. The division into parts depends on the number of rows alone, never on the number of processes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from smoltulu.tasks.data.rows import WRITE_OPTIONS, num_rows, rows_schema, store
 from smoltulu.tasks.models.tokens import Conversation, Pair
 from smoltulu.tasks.preflight.counts import Counts, load_counts, save_counts
 from smoltulu.tasks.preflight.rows import Tokenised, TokenizerProbe, tokenised
-from smoltulu.tasks.process import die_with_parent
+from smoltulu.tasks.process import die_with_parent, num_cores
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyarrow import parquet
     from transformers import PreTrainedTokenizerBase
 
@@ -65,7 +64,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes parts. It is sent to every process, so it holds no rows."""
+    """Makes parts. Every process gets a copy, so it holds no rows."""
 
     config: PreflightConfig
     tokenizer: PreTrainedTokenizerBase
@@ -128,12 +127,12 @@ def parts_folder(config: PreflightConfig, inputs: PreflightInputs, work: Path) -
 
 
 def make_parts(maker: Maker, parts: list[Part], num_threads: int | None, take: Callable[[Part], None]) -> None:
-    """Make the missing parts, and give every part to `take` in order, as soon as it and those before it are finished.
+    """Make the missing parts. `take` gets every part in order, as soon as it and those before it are finished.
 
     num_threads   most processes at a time; None: one for every core
     """
     missing = [part for part in parts if not maker.has(part)]
-    num_processes = min(num_threads or _num_cores(), len(missing), _MAX_PROCESSES)
+    num_processes = min(num_threads or num_cores(), len(missing), _MAX_PROCESSES)
     if num_processes > 1:
         _make_in_processes(maker, parts, missing, num_processes, take)
         return
@@ -182,11 +181,6 @@ def _make(part: Part) -> None:
     _maker.make(part)
 
 
-def _num_cores() -> int:
-    # The cores that this process may use, where the system can tell.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextmanager
 def _tokenizer_threads(num_threads: int | None) -> Iterator[None]:
     """Let the tokenizer use all cores, or `num_threads`: a stage's process starts with them off."""
@@ -205,22 +199,15 @@ def _tokenizer_threads(num_threads: int | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def output_schema(kind: str) -> pa.Schema:
-    """Columns of a file of tokenised rows, or of prompts. Labels are token ids or -100, masks 0 or 1."""
-    import pyarrow as pa
-
-    if kind == "prompts":
-        return rows_schema("rlvr")
-    types = {name: pa.list_(pa.int8() if name.endswith("_mask") else pa.int32()) for name in COLUMNS[kind]}
-    return pa.schema({"row": pa.int64(), **types})
-
-
 def output_writer(kind: str, file: Path) -> parquet.ParquetWriter:
-    """Writes that file."""
+    """A writer of tokenised rows, or of prompts. Labels are token ids or -100, masks 0 or 1."""
+    import pyarrow as pa
     from pyarrow import parquet
 
-    options = WRITE_OPTIONS if kind == "prompts" else {"compression": "zstd"}
-    return parquet.ParquetWriter(file, output_schema(kind), **options)
+    if kind == "prompts":
+        return parquet.ParquetWriter(file, rows_schema("rlvr"), **WRITE_OPTIONS)
+    types = {name: pa.list_(pa.int8() if name.endswith("_mask") else pa.int32()) for name in COLUMNS[kind]}
+    return parquet.ParquetWriter(file, pa.schema({"row": pa.int64(), **types}), compression="zstd")
 
 
 def _write_rows(
@@ -228,13 +215,12 @@ def _write_rows(
 ) -> None:
     import pyarrow as pa
 
-    schema = output_schema(config.kind)
     with output_writer(config.kind, file) as writer:
         for batch in batches:
             if config.kind == "prompts":
-                writer.write_table(pa.Table.from_pylist([row.source for row, _ in batch], schema))
+                writer.write_table(pa.Table.from_pylist([row.source for row, _ in batch], writer.schema))
                 continue
             columns: dict[str, list[Any]] = {"row": [row.number for row, _ in batch]}
             for name in COLUMNS[config.kind]:
                 columns[name] = [getattr(fitted, name) for _, fitted in batch]
-            writer.write_table(pa.table(columns, schema))
+            writer.write_table(pa.table(columns, writer.schema))

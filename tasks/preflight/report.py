@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
+from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.preflight.checks import checks
 from smoltulu.tasks.report.render import render
 
@@ -15,18 +16,17 @@ if TYPE_CHECKING:
     from smoltulu.tasks.preflight.rows import Shown
 
 
-def problems(config: PreflightConfig, outputs: PreflightOutputs, examples: dict[str, list[int]]) -> list[str]:
+def problems(config: PreflightConfig, outputs: PreflightOutputs) -> list[str]:
     """Every threshold that the rows fail, in words."""
-    return [str(check) for check in checks(config, outputs, examples) if check.status == "fails"]
+    return [str(check) for check in checks(config, outputs) if check.status == "fails"]
 
 
 def json_report(config: PreflightConfig, outputs: PreflightOutputs) -> str:
     """The same as the page, for programs."""
-    examples = {name: list(rows) for name, rows in outputs.first_rows.items()}
     report = {
         "config": config.model_dump(mode="json"),
         "outputs": outputs.model_dump(mode="json"),
-        "checks": [asdict(check) for check in checks(config, outputs, examples)],
+        "checks": [asdict(check) for check in checks(config, outputs)],
     }
     return json.dumps(report, indent=1, ensure_ascii=False)
 
@@ -34,25 +34,26 @@ def json_report(config: PreflightConfig, outputs: PreflightOutputs) -> str:
 def html_report(
     config: PreflightConfig,
     outputs: PreflightOutputs,
-    examples: dict[str, list[int]],
-    texts: Mapping[int, str] | None = None,
-    shown: Sequence[Shown] = (),
+    training: TrainingSettings | None,
+    texts: Mapping[int, str],
+    shown: Sequence[Shown],
 ) -> str:
-    """One page that loads nothing from anywhere. `texts`: row number -> the row as JSON, of those in `examples`."""
-    training, texts = config.training, texts or {}
+    """One page that loads nothing from anywhere.
+
+    training  settings of the training that the rows are for
+    texts     row number -> the row as JSON, of the first rows of each finding
+    """
+    first_rows = outputs.first_rows.items()
     findings = [
-        (
-            number,
-            ", ".join(name.removeprefix("num_") for name, rows in examples.items() if number in rows),
-            texts[number],
-        )
-        for number in sorted({row for rows in examples.values() for row in rows if row in texts})
+        (number, ", ".join(name.removeprefix("num_") for name, rows in first_rows if number in rows), text)
+        for number, text in sorted(texts.items())
     ]
     return render(
         "preflight.html.jinja",
         config=config,
         outputs=outputs,
-        checks=checks(config, outputs, examples),
+        training=training,
+        checks=checks(config, outputs),
         num_steps=training.budget.num_steps(outputs.num_rows, outputs.num_tokens) if training else None,
         shown=shown,
         findings=findings,

@@ -1,4 +1,4 @@
-"""Memory that RLVR needs while it generates the rollouts of a step, all at once."""
+"""Memory that RLVR needs while it generates all rollouts of a step at once."""
 
 from __future__ import annotations
 
@@ -9,43 +9,44 @@ from typing import Any
 
 from smoltulu.artifacts import readable
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.preflight import PreflightConfig
+from smoltulu.schemas.training import RLVRSettings
 from smoltulu.tasks.models.sizes import model_size
 
 
 def kv_bytes(config: Mapping[str, Any], num_sequences: int, num_tokens: int, bytes_per_value: int) -> int:
-    """Keys and values of sequences that are generated at once, all as long; `config`: the model's config.json."""
+    """Bytes of keys and values of equally long sequences, generated at once. `config`: the model's config.json."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads") or heads
     return num_sequences * num_tokens * int(config["num_hidden_layers"]) * 2 * kv_heads * head_dim * bytes_per_value
 
 
-def rollout_bytes(config: PreflightConfig, model: Path, longest: int, compute: ComputeSettings, bfloat16: bool) -> int:
-    """Bytes needed while rollouts of the longest length are generated; 0 where there are none."""
-    training = config.training
-    if training is None or not training.num_rollouts:
-        return 0
+def rollout_bytes(settings: RLVRSettings, model: Path, longest: int, compute: ComputeSettings, bfloat16: bool) -> int:
+    """Bytes needed while rollouts of the longest length are generated."""
     weights = 4 * model_size(model).num_parameters
     # Adam's moments and the reference model stay in memory, and autocast keeps a copy of the weights.
-    held = (4 if training.has_reference else 3) * weights + (weights // 2 if bfloat16 else 0)
+    held = (4 if settings.beta > 0 else 3) * weights + (weights // 2 if bfloat16 else 0)
     try:
         architecture = json.loads((model / "config.json").read_text())
-        num_rollouts = -(-training.num_rollouts // compute.num_processes)
+        num_rollouts = -(-_num_rollouts(settings) // compute.num_processes)
         return held + kv_bytes(architecture, num_rollouts, longest, 2 if bfloat16 else 4)
     except (KeyError, TypeError):  # not a decoder with attention in every layer
         return held
 
 
-def require_memory(needed: int, config: PreflightConfig, longest: int) -> None:
+def _num_rollouts(settings: RLVRSettings) -> int:
+    """Rollouts that are generated at once, by all processes together."""
+    return settings.effective_batch_size * settings.steps_per_generation
+
+
+def require_memory(needed: int, settings: RLVRSettings, longest: int) -> None:
     """ValueError where this GPU has less than RLVR needs. Its generation is not tried: it would fail hours later."""
     import torch
 
-    assert config.training is not None
     there = torch.cuda.get_device_properties(0).total_memory
     if needed > there:
         raise ValueError(
-            f"rlvr: {config.training.num_rollouts:,} rollouts of up to {longest:,} tokens, the model, its optimizer "
+            f"rlvr: {_num_rollouts(settings):,} rollouts of up to {longest:,} tokens, the model, its optimizer "
             f"and the reference need {readable.size(needed)}, and this GPU has {readable.size(there)}; lower "
             "max_completion_length or steps_per_generation, raise compute.num_processes, or take a larger device "
             "(preflight.dry_run: false skips this check, not the failure)"

@@ -1,4 +1,4 @@
-"""A row of the preflight: its tokens, and the faults that are looked for in it."""
+"""A row of the preflight: its tokens, and the checks for its faults."""
 
 from __future__ import annotations
 
@@ -35,26 +35,6 @@ class Tokenised:
     source: dict[str, Any]
     whole: Conversation | Pair
 
-    @property
-    def sides(self) -> list[tuple[list[int], list[int]]]:
-        """Token ids and mask of the sequences that a row is: one, or both completions after their prompt."""
-        return sides_of(self.whole)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longer side."""
-        return self.whole.length if isinstance(self.whole, Pair) else len(self.whole.input_ids)
-
-    @property
-    def answers(self) -> list[str]:
-        """The text of the assistant's turns."""
-        return [turn["content"] for turn in turns_of(self.source) if turn["role"] == "assistant"]
-
-    @property
-    def texts(self) -> list[str]:
-        """The text of all turns."""
-        return [turn["content"] for turn in turns_of(self.source)]
-
 
 @dataclass(frozen=True)
 class Shown:
@@ -67,7 +47,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class TokenizerProbe:
-    """What findings compare with: facts of the tokenizer, and special tokens and template headers as text."""
+    """What rows are compared with: facts of the tokenizer, and special tokens and template headers as text."""
 
     facts: TokenizerFacts
     special: tuple[str, ...]
@@ -111,7 +91,7 @@ def tokenised(
     batch: Sequence[tuple[int, dict[str, Any]]],
     refuse: Callable[[int, dict[str, Any], Exception], None],
 ) -> list[Tokenised]:
-    """The rows of a batch that the template renders. The others go to `refuse`, one by one."""
+    """The rows of a batch that the template renders. `refuse` gets each of the others."""
     import jinja2
 
     rows = [row for _, row in batch]
@@ -132,21 +112,10 @@ def tokenised(
         return []
 
 
-def sides_of(row: Conversation | Pair) -> list[tuple[list[int], list[int]]]:
-    """Token ids and mask of the sequences that a row is: one, or both completions after their prompt."""
-    if isinstance(row, Conversation):
-        return [(row.input_ids, row.mask)]
-    return [
-        (row.prompt_ids + row.chosen_ids, row.prompt_mask + row.chosen_mask),
-        (row.prompt_ids + row.rejected_ids, row.prompt_mask + row.rejected_mask),
-    ]
-
-
 def fit(config: PreflightConfig, whole: Conversation | Pair) -> Conversation | Pair | None:
     """The row within max_length; None where it is dropped, or where nothing is left to train on."""
     if config.kind == "prompts":
-        assert isinstance(whole, Conversation)
-        return whole if len(whole.input_ids) <= config.max_length else None
+        return whole if whole.length <= config.max_length else None
     if isinstance(whole, Pair):
         return fit_pair(whole, config.max_length, config.overlong)
     return fit_conversation(whole, config.max_length, config.overlong)
@@ -154,15 +123,16 @@ def fit(config: PreflightConfig, whole: Conversation | Pair) -> Conversation | P
 
 def findings(config: PreflightConfig, probe: TokenizerProbe, row: Tokenised) -> list[str]:
     """Findings of a row as it is written."""
-    facts, sides = probe.facts, row.sides
+    facts, sides = probe.facts, row.whole.sides
     bos, num_embeddings = facts.bos_token_id, facts.num_embeddings
-    in_texts = any(token in text for text in row.texts for token in probe.special)
+    turns = turns_of(row.source)
+    special = [turn["role"] for turn in turns if any(token in turn["content"] for token in probe.special)]
     ends = [ids[last - 1] for ids, mask in sides if (last := last_trained(mask))]
     found = {
         "num_unstable": not row.whole.stable,
-        "num_special": in_texts,
-        "num_special_trained": in_texts and any(token in text for text in row.answers for token in probe.special),
-        "num_headers": any(header in text for text in row.texts for header in probe.headers),
+        "num_special": bool(special),
+        "num_special_trained": "assistant" in special,
+        "num_headers": any(header in turn["content"] for turn in turns for header in probe.headers),
         "num_two_bos": bos is not None and any(ids[:2] == [bos, bos] for ids, _ in sides),
         "num_beyond_embeddings": num_embeddings is not None
         and any(max(ids, default=0) >= num_embeddings for ids, _ in sides),
@@ -177,17 +147,17 @@ def last_trained(mask: Sequence[int]) -> int:
 
 
 def loses_eos(row: Tokenised, max_length: int) -> bool:
-    """Whether a side's last trained token, its eos, lies behind the cut."""
-    return any(last_trained(mask) > max_length for _, mask in row.sides)
+    """Whether the cut removes a side's last trained token, its eos."""
+    return any(last_trained(mask) > max_length for _, mask in row.whole.sides)
 
 
 def shown(tokenizer: PreTrainedTokenizerBase, row: Tokenised) -> Shown:
     """A row, token by token."""
     sides = [
         [(_piece(tokenizer, token), bool(trained)) for token, trained in zip(ids, mask, strict=True)]
-        for ids, mask in ((ids[:_SHOWN_TOKENS], mask[:_SHOWN_TOKENS]) for ids, mask in row.sides)
+        for ids, mask in ((ids[:_SHOWN_TOKENS], mask[:_SHOWN_TOKENS]) for ids, mask in row.whole.sides)
     ]
-    return Shown(row.number, sides, sum(max(len(ids) - _SHOWN_TOKENS, 0) for ids, _ in row.sides))
+    return Shown(row.number, sides, sum(max(len(ids) - _SHOWN_TOKENS, 0) for ids, _ in row.whole.sides))
 
 
 def _piece(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -1,8 +1,8 @@
 """Preflight: the rows of a training stage, tokenised once and checked before anything is trained.
 
-All trainings on the same rows share what it makes: a sweep tokenises nothing again. Rows are cut or dropped here and
-nowhere else, so every row that a model does not see as it was written is counted. The rows are processed in parts
-(tasks/preflight/parts.py) and joined here. File and figures do not depend on how the rows were divided.
+All trainings on the same rows share its artifact: a sweep tokenises nothing again. Rows are cut or dropped here and
+nowhere else, so every row that a model does not see as it was written is counted. tasks/preflight/parts.py processes
+the rows in parts, this module joins them. File and figures do not depend on the division.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
+from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.rows import rows_at
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
-from smoltulu.tasks.models.sizes import adapter_size, model_size
 from smoltulu.tasks.preflight.counts import Counts, load_counts
 from smoltulu.tasks.preflight.parts import ROWS_FILE, Maker, Part, cut, make_parts, output_writer, parts_folder
 from smoltulu.tasks.preflight.rows import TokenizerProbe, shown
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.trainer.disk import cache_bytes, num_checkpoints_kept, training_bytes
+from smoltulu.tasks.trainer.disk import disk_of_training
 
 logger = logging.getLogger("smoltulu")
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99, 100)
@@ -37,11 +37,15 @@ def run_preflight(
 ) -> tuple[PreflightOutputs, dict[str, float]]:
     """Tokenise, count, try the longest batch, report. ValueError lists every threshold that the rows fail.
 
-    stages  by name; without that of the training there is no dry run
+    stages  by name; where the training of the rows is not among them, there is no dry run and no figure of it
     """
     from smoltulu.tasks.preflight.dry_run import dry_run
     from smoltulu.tasks.preflight.report import html_report, json_report, problems
 
+    subject = stages.get(config.subject)
+    training = subject and subject.config.model_validate(config.training_settings)
+    assert training is None or isinstance(training, TrainingSettings)
+    compute = context.compute.of(config.subject)
     check_model_folder(Path(inputs.model))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     probe = TokenizerProbe.of(tokenizer, Path(inputs.model))
@@ -50,9 +54,9 @@ def run_preflight(
     file = context.folder / ROWS_FILE
     counts = _put_together(maker, file, context)
     run, too_large = None, []
-    if config.settings.dry_run and counts.num_rows and config.subject in stages:
+    if config.settings.dry_run and counts.num_rows and subject and training:
         try:
-            run = dry_run(stages[config.subject], config, inputs, file, counts.longest, context)
+            run = dry_run(subject, training, inputs, file, counts.longest, context)
         except ValueError as error:
             too_large = [str(error)]
     outputs = PreflightOutputs(
@@ -60,14 +64,12 @@ def run_preflight(
         **counts.totals(),
         lengths=length_report(counts.lengths),
         tokenizer=probe.facts,
-        disk_bytes=_disk_bytes(config, inputs, file, context),
+        disk_bytes=training and disk_of_training(training, Path(inputs.model), file, compute),
         first_rows={name: tuple(rows) for name, rows in counts.examples.items()},
         dry_run=run,
     )
-    page = html_report(
-        config, outputs, counts.examples, counts.texts, [shown(tokenizer, row) for row in counts.first_kept]
-    )
-    found = problems(config, outputs, counts.examples) + too_large
+    page = html_report(config, outputs, training, counts.texts, [shown(tokenizer, row) for row in counts.first_kept])
+    found = problems(config, outputs) + too_large
     # A failed preflight makes no artifact: its report stays in `work`.
     report = (context.work if found else context.folder) / outputs.report_file
     report.parent.mkdir(exist_ok=True)
@@ -84,17 +86,6 @@ def run_preflight(
     if outputs.dry_run is not None:
         metrics["dry_run_peak_memory_bytes"] = float(outputs.dry_run.peak_memory_bytes)
     return outputs, metrics
-
-
-def _disk_bytes(config: PreflightConfig, inputs: PreflightInputs, file: Path, context: StageContext) -> int | None:
-    """Disk that the training will be checked for before it starts; None where no training is named."""
-    if not config.subject:
-        return None
-    compute, training = context.compute.of(config.subject), config.training
-    num_kept = num_checkpoints_kept(compute, training is not None and training.is_extendable)
-    size = model_size(Path(inputs.model))
-    adapter = adapter_size(size, training.lora_r) if training and training.lora_r else None
-    return training_bytes(size, cache_bytes(file), num_kept, adapter)
 
 
 def overlong_share(outputs: PreflightOutputs) -> float:
@@ -159,7 +150,7 @@ def _put_together(maker: Maker, file: Path, context: StageContext) -> Counts:
 def _gate_failures(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:
     from smoltulu.tasks.preflight.report import problems
 
-    return problems(config, outputs, {name: list(rows) for name, rows in outputs.first_rows.items()})
+    return problems(config, outputs)
 
 
 def preflight_of(stages: Mapping[str, Stage]) -> Stage:

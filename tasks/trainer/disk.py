@@ -7,9 +7,9 @@ A checkpoint holds, for N parameters (weights are float32 in both precisions, se
     + about 1 kB a tensor (names and shapes, thrice), the tokenizer's files, and 30 kB of random state, scheduler,
       arguments and trainer state
 
-At its peak `work/` holds the checkpoints that are kept and the one being written, since old ones go only after the new
-one is whole, and the Arrow copy of the rows. The finished model (4 N) takes the place of the checkpoint in writing.
-With LoRA, N is the adapter's parameters in a checkpoint, and the model's in the finished one beside the adapter.
+At its peak `work/` holds the kept checkpoints, the one being written (old ones are removed only after the new one is
+whole) and the Arrow copy of the rows. At the end the finished model (4 N) is written instead of a checkpoint. With
+LoRA a checkpoint holds the adapter's N parameters, and the finished model lies beside the adapter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.tasks.models.sizes import ModelSize
+from smoltulu.schemas.training import TrainingSettings
+from smoltulu.tasks.models.sizes import ModelSize, adapter_size, model_size
 
 _BYTES_PER_PARAMETER = 4
 _MOMENTS_BYTES_PER_PARAMETER = 8
@@ -66,14 +67,19 @@ def cache_bytes(rows: Path) -> int:
 def training_bytes(
     size: ModelSize, rows_cache_bytes: int, num_checkpoints: int, adapter: ModelSize | None = None
 ) -> int:
-    """The most bytes that a training stage has on disk at any time.
+    """The most bytes that a training stage has on disk at any time. `size`: of the model that it starts from.
 
-    Args:
-        size: of the model that it starts from.
-        rows_cache_bytes: Arrow copy of its rows, see `cache_bytes`.
-        num_checkpoints: that stay beside the one being written, see `num_checkpoints_kept`.
-        adapter: where it alone is trained.
+    rows_cache_bytes  Arrow copy of its rows, see `cache_bytes`
+    num_checkpoints   kept beside the one being written, see `num_checkpoints_kept`
+    adapter           where only an adapter is trained
     """
     checkpoint = checkpoint_bytes(adapter or size)
     at_the_end = model_bytes(size) + (model_bytes(adapter) if adapter else 0)
     return rows_cache_bytes + num_checkpoints * checkpoint + max(checkpoint, at_the_end)
+
+
+def disk_of_training(settings: TrainingSettings, model: Path, rows: Path, compute: ComputeSettings) -> int:
+    """`training_bytes` from the model's folder and the rows file: what a preflight says and what a start checks."""
+    size, lora = model_size(model), getattr(settings, "lora", None)
+    adapter = adapter_size(size, lora.r) if lora else None
+    return training_bytes(size, cache_bytes(rows), num_checkpoints_kept(compute, settings.is_extendable), adapter)

@@ -1,9 +1,9 @@
 """Several processes train on every row once an epoch, as one process does.
 
 All processes must take equally many micro-batches. Where the rows do not divide, accelerate fills the last ones of an
-epoch with rows from its beginning, at full weight. Here they are filled with blanks instead: a batch is collated
-without its blanks, as the short last batch of one process is, and a batch of nothing but blanks becomes a blank batch:
-two tokens for the model, so that its gradients, zeros, meet those of the other processes, and no row for the loss.
+epoch with rows from its beginning, at full weight. Here blanks fill them instead. A batch is collated without its
+blanks, like the short last batch of one process. A batch of nothing but blanks becomes a blank batch: two tokens for
+the model, so that its gradients, zeros, meet those of the other processes, and no row for the loss.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def blank_row(row: Row) -> Row:
 
 
 def even_out(trainer: Trainer) -> None:
-    """Fill up the epochs of a trainer with blanks. A trainer that needs none stays as it is.
+    """Fill the epochs of a trainer up with blanks. A trainer that needs none stays unchanged.
 
     The trainer's loss, counts and metrics must leave blank batches out: see `is_blank`.
     """

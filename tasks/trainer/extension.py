@@ -1,4 +1,4 @@
-"""A finished training, made longer: which stored checkpoint a larger budget resumes from, and how it is copied.
+"""Extends a finished training: finds and copies the stored checkpoint from which a larger budget resumes.
 
 This only saves time; no result changes. A checkpoint is used only if a training from the start would have reached it
 bit by bit: stage, inputs, data and settings are equal except for budget and schedule, and both schedules have the same
@@ -68,8 +68,8 @@ def find_source_run(
 
     input_digests  content of the inputs (binding -> digest): a training on other content of these keys does not count
     index          of the store's specs, where there is one already
-    damaged        checkpoints are read byte by byte, and this is told of those that are passed over for it; None: only
-                   their sizes are looked at
+    damaged        reads checkpoints byte by byte, and is called with a message about each damaged one; None: only
+                   sizes are compared
     """
     if not isinstance(config, SupervisedSettings) or config.schedule is None or config.max_steps is None:
         return None
@@ -149,7 +149,7 @@ def extended(work: Path) -> ExtendedTraining | None:
 
 
 def keep_checkpoint(schedule: ScheduleSettings, context: StageContext) -> TrainerCallback:
-    """Have the trainer save at the step that a larger budget can resume from, and keep that checkpoint."""
+    """A callback that saves at the step from which a larger budget can resume, and keeps that checkpoint."""
     from transformers import TrainerCallback
 
     class KeepCheckpoint(TrainerCallback):

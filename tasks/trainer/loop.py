@@ -1,4 +1,4 @@
-"""What the training stages share: trainer arguments, progress, resumable checkpoints, history."""
+"""Shared by the training stages: trainer arguments, progress, resumable checkpoints, history."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from smoltulu.tasks.models.folders import (
     stop_ids,
     use_bfloat16,
 )
-from smoltulu.tasks.models.lora import ADAPTER_FOLDER, merged, save_adapter
+from smoltulu.tasks.models.lora import ADAPTER_FOLDER, save_adapter
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext, StageStopped
 from smoltulu.tasks.trainer.extension import keep_checkpoint, store_checkpoint
 from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule, guard
 from smoltulu.tasks.trainer.packed_attention import pack
 from smoltulu.tasks.trainer.schedules import learning_rate_factor
-from smoltulu.tasks.trainer.tracking import numbers, require_trackers, speed_and_memory, trackers
+from smoltulu.tasks.trainer.tracking import num_tokens, numbers, require_trackers, speed_and_memory, trackers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,7 +82,7 @@ def load_model(
     packing: bool,
     load: Callable[[Path], PreTrainedModel] = load_language_model,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that a training starts from, and its tokenizer. Weights that are new are drawn with the seed."""
+    """The model that a training starts from, and its tokenizer. The seed draws the new weights."""
     from transformers import set_seed
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
@@ -256,11 +256,11 @@ def train(
     loss_rule: LossRule = LossRule(),  # noqa: B008 - frozen
     cycle: int = 1,
 ) -> int:
-    """Train from the newest complete checkpoint, or from the start. Number of optimizer steps done in all.
+    """Train from the newest complete checkpoint, or from the start. Returns the number of optimizer steps in all.
 
-    The history of logged metrics lands in the artifact. A `schedule` replaces the trainer's own. `cycle`: see
-    `callbacks`. ValueError where the schedule does not fit into the number of steps, or where the guards
-    (`tasks.trainer.guards`) end the training.
+    Copies the history of logged metrics into the artifact. A `schedule` replaces the trainer's own. `cycle`: see
+    `callbacks`. ValueError where the schedule does not fit into the number of steps, or where a guard
+    (`tasks.trainer.guards`) ends the training.
     """
     for callback in callbacks(context, cycle):
         trainer.add_callback(callback)
@@ -280,15 +280,15 @@ def train(
         if trainer.is_world_process_zero():
             with (context.work / "resumed.jsonl").open("a") as file:
                 file.write(f"{newest[0]}\n")
-    trainer.add_callback(_token_count(trainer))
-    trainer.add_callback(speed_and_memory(trainer, lambda: _num_tokens(trainer)))
+    trainer.add_callback(speed_and_memory(trainer))
     if schedule is not None:
         _follow(schedule, trainer)
         # GRPO can resume only between two generations; tasks/trainer/extension.py does not look for such a step.
         if context.compute.keep_extension_checkpoint and not hasattr(trainer.args, "num_generations"):
             trainer.add_callback(keep_checkpoint(schedule, context))
+    num_warmup_steps = schedule.num_warmup_steps if schedule else trainer.args.get_warmup_steps
     # Last, so that it knows whether a checkpoint will be written.
-    trainer.add_callback(guard(trainer, loss_rule, lambda num_steps: _num_warmup_steps(trainer, schedule, num_steps)))
+    trainer.add_callback(guard(trainer, loss_rule, num_warmup_steps))
     if newest is not None and newest[0] >= num_steps > 0:
         # The trainer checks whether it is done only after a step: within an epoch it would do one too many.
         trainer._run_epoch = lambda **kwargs: None
@@ -302,10 +302,6 @@ def train(
     return trainer.state.global_step
 
 
-def _num_warmup_steps(trainer: Trainer, schedule: ScheduleSettings | None, num_steps: int) -> int:
-    return schedule.num_warmup_steps(num_steps) if schedule else int(trainer.args.get_warmup_steps(num_steps))
-
-
 def _follow(schedule: ScheduleSettings, trainer: Trainer) -> None:
     """Make the trainer take its learning rates from our schedule.
 
@@ -317,7 +313,7 @@ def _follow(schedule: ScheduleSettings, trainer: Trainer) -> None:
     def create_scheduler(num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         # A function, not an object: LambdaLR saves an object's fields, and a resume would overwrite the new ones.
         def factor(step: int) -> float:
-            return learning_rate_factor(schedule, step, num_training_steps, _num_tokens(trainer))
+            return learning_rate_factor(schedule, step, num_training_steps, num_tokens(trainer))
 
         class FromFunction(LambdaLR):
             def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -337,26 +333,6 @@ def _follow(schedule: ScheduleSettings, trainer: Trainer) -> None:
     trainer.create_scheduler = create_scheduler
 
 
-def _num_tokens(trainer: Trainer) -> int:
-    """Tokens trained on, those before a resume included. GRPO counts them in the state, the other trainers in TRL."""
-    return max(int(trainer.state.num_input_tokens_seen), getattr(trainer, "_total_train_tokens", 0))
-
-
-def _token_count(trainer: Trainer) -> TrainerCallback:
-    """Keep TRL's count of tokens in the checkpoints: without it SFT, reward model and DPO resume at zero."""
-    from transformers import TrainerCallback
-
-    class TokenCount(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if hasattr(trainer, "_total_train_tokens"):
-                trainer._total_train_tokens = int(state.num_input_tokens_seen)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            state.num_input_tokens_seen = _num_tokens(trainer)
-
-    return TokenCount()
-
-
 def finish(
     trainer: Trainer,
     context: StageContext,
@@ -364,7 +340,7 @@ def finish(
     shown: tuple[str, ...],
     gate: GateSettings | None = None,
 ) -> tuple[ModelOutputs, dict[str, float]]:
-    """Save the trained model and put it through the gate; outputs, and the means of the `shown` metrics as last logged.
+    """Save and check the trained model. Returns the outputs, and the means of the last logged `shown` metrics.
 
     `gate`: thresholds for the answers of a language model; None for a reward model, which is only loaded and compared.
     """
@@ -377,7 +353,7 @@ def finish(
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model):
         save_adapter(model, context.folder / ADAPTER_FOLDER)
-        model = merged(model)
+        model = model.merge_and_unload(safe_merge=True)  # the base model: same names and dtypes
     num_parameters = save_model(model, tokenizer, context.folder / "model")
     passed = check_saved(model, tokenizer, context.folder / "model", trainer.train_dataset, gate, trainer.args.bf16)
     outputs = ModelOutputs(

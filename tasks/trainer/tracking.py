@@ -1,7 +1,7 @@
-"""Where a training's metrics go besides the artifact's history: TensorBoard, trackio, Weights & Biases.
+"""Sends a training's metrics to trackers besides the artifact's history: TensorBoard, trackio, Weights & Biases.
 
-Their files lie below `logs/` of the artifact. A training that goes on from a checkpoint begins them anew and fills in
-what was logged before, so that they hold every step once. Nothing leaves the machine unless the environment asks.
+Their files lie below `logs/` of the artifact. A training that resumes from a checkpoint starts new files and writes the
+earlier metrics into them, so that they hold every step once. Nothing leaves the machine unless the environment asks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,7 +35,7 @@ class Tracker(Protocol):
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """ValueError where the package of one is not installed."""
+    """ValueError where the package of a tracker is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
@@ -130,7 +130,7 @@ class WeightsAndBiases:
 
 
 def open_trackers(names: Sequence[str], folder: Path, run_name: str, run_id: str) -> list[Tracker]:
-    """The trackers of `compute.report_to`; they write below `folder`. All attempts at a training share `run_id`."""
+    """The trackers of `compute.report_to`, which write below `folder`. All attempts at a training share `run_id`."""
     made: list[Tracker] = []
     if "tensorboard" in names:
         made.append(TensorBoard(folder))
@@ -147,7 +147,7 @@ def numbers(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def _run_id(work: Path, run_name: str) -> str:
-    """Kept in `work`: a resume uses it again, a training that starts over gets a new one."""
+    """The id stored in `work`. A resume uses it again, a training that starts over gets a new one."""
     file = work / "run_id"
     if not file.exists():
         write_atomically(file, f"{run_name}-{secrets.token_hex(4)}")
@@ -194,35 +194,46 @@ def trackers(names: Sequence[str], folder: Path, work: Path) -> TrainerCallback:
     return Trackers()
 
 
-def speed_and_memory(trainer: Trainer, num_tokens: Callable[[], int]) -> TrainerCallback:
+def num_tokens(trainer: Trainer) -> int:
+    """Tokens trained on, those before a resume included. GRPO counts them in the state, the other trainers in TRL."""
+    return max(int(trainer.state.num_input_tokens_seen), getattr(trainer, "_total_train_tokens", 0))
+
+
+def speed_and_memory(trainer: Trainer) -> TrainerCallback:
     """Have the trainer log the tokens seen, tokens per second since it started, and peak memory.
 
-    `num_tokens`: those trained on so far, before a resume too.
+    TRL's count of tokens is kept in the checkpoints: without it SFT, reward model and DPO resume at zero.
     """
     from transformers import TrainerCallback
 
     log_of_trainer = trainer.log
-    began: list[tuple[float, int]] = []
 
-    class Began(TrainerCallback):
+    class TokenCount(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            began[:] = [(time.monotonic(), num_tokens())]
+            if hasattr(trainer, "_total_train_tokens"):
+                trainer._total_train_tokens = int(state.num_input_tokens_seen)
+            self.began, self.num_tokens_before = time.monotonic(), num_tokens(trainer)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            state.num_input_tokens_seen = num_tokens(trainer)
+
+    count = TokenCount()
 
     def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs["num_tokens"] = num_tokens()
-            seconds, tokens = time.monotonic() - began[0][0], logs["num_tokens"] - began[0][1]
+            logs["num_tokens"] = num_tokens(trainer)
+            seconds, tokens = time.monotonic() - count.began, logs["num_tokens"] - count.num_tokens_before
             if seconds > 0 and tokens > 0:
                 logs["tokens_per_second"] = tokens / seconds
             logs["peak_memory_gb"] = peak_memory_bytes(trainer.args.device.type) / 1e9
         log_of_trainer(logs, *args, **kwargs)
 
     trainer.log = log
-    return Began()
+    return count
 
 
 def peak_memory_bytes(device: str) -> int:
-    """On a GPU the most that was allocated on it; on a CPU the most of this process that was in memory."""
+    """Highest allocated memory of a GPU; on a CPU the highest resident memory of this process."""
     if device == "cuda":
         import torch
 

@@ -1,8 +1,8 @@
 """DPO from the SFT model, which is also the reference. Losses: preference_loss.py, batches: preference_batch.py.
 
-The trainer derives from transformers' Trainer, not from TRL's DPOTrainer. Of DPOTrainer only the loop would be left,
-which is transformers' own: tokenisation, collator, reference and loss are ours. It would also hash every weight for a
-cache that we do not have, and give a LoRA model a second adapter as its reference.
+The trainer derives from transformers' Trainer, not from TRL's DPOTrainer. Tokenisation, collator, reference and loss
+are ours, and the loop is transformers' own. DPOTrainer would also hash every weight for a cache that we do not have,
+and give a LoRA model a second adapter as its reference.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _trainer_class() -> type:
     """A Trainer whose loss is a preference loss, averaged over the pairs of the whole optimizer step.
 
     transformers averages the means of micro-batches, which weighs pairs otherwise where the last of an epoch is short.
-    What is logged are means over all pairs since the log before, named as in TRL and, like there, made of sums over
-    tokens whatever the loss: rewards are beta (log pi - log pi_ref). Those divided by length are ours:
+    Logged metrics are means over all pairs since the previous log. Names are TRL's, and as in TRL the values are sums
+    over tokens whatever the loss: rewards are beta (log pi - log pi_ref). Those divided by length are ours:
     `rewards/margins_normalised` is the mean of beta (c / n_c - r / n_r), `rewards/accuracies_normalised` the share of
     pairs in which it is above 0.
     """
@@ -165,7 +165,7 @@ def build(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> Trai
 
 
 def build_with_reference(config: DPOSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
-    """`build` for a dry run: makes the pass with the reference model first."""
+    """`build` for a dry run: computes the reference's log-probabilities first."""
     reference, _ = run_reference_logps(
         ReferenceLogpsConfig(precision=config.precision), ReferenceLogpsInputs(**inputs.model_dump()), context
     )

@@ -4,9 +4,10 @@ Both layouts give the same sums; a test compares them in float64. Targets are th
 left to do), -100 where a token does not count.
 
     padded    2B rows: the B chosen sides, then the B rejected ones, each after its prompt, padded on the right
-    packed    one row, pair by pair: prompt and chosen side, then the rejected side, which begins with the prompt's
-              last token a second time and attends to the prompt's tokens before it. That token predicts the first of
-              either completion; so every position has one target, and the rest of the prompt is computed once
+    packed    one row, pair by pair: prompt and chosen side, then the rejected side. That side begins with a second
+              copy of the prompt's last token and attends to the prompt's tokens before it. The token predicts the
+              first one of either completion, so every position has one target, and the rest of the prompt is
+              computed once
 
 The last token of a completion predicts nothing and is left out.
 """
@@ -137,7 +138,7 @@ def _side(pair: Pair, side: str) -> tuple[list[int], list[int]]:
 
 
 def give_fused_head(model: PreTrainedModel) -> None:
-    """Give a causal language model the head that `completion_logps` calls, and switch its dropout off, as TRL does."""
+    """Give a causal language model the head that `completion_logps` calls. Its dropout is off, as in TRL."""
     try:
         from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
     except ImportError as error:

@@ -107,14 +107,8 @@ def exo_pair(ratios: LogRatios, beta: float, label_smoothing: float) -> torch.Te
     )
 
 
+# By the names in `PreferenceLoss`.
 _PLAIN: dict[str, Callable[[LogRatios, float], torch.Tensor]] = {
-    "sigmoid_norm": sigmoid_norm,
-    "sigmoid": sigmoid,
-    "hinge": hinge,
-    "ipo": ipo,
-    "nca_pair": nca_pair,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "sppo_hard": sppo_hard,
+    loss.__name__: loss for loss in (sigmoid_norm, sigmoid, hinge, ipo, nca_pair, apo_zero, apo_down, sppo_hard)
 }
 _SMOOTHED: dict[str, Callable[[LogRatios, float, float], torch.Tensor]] = {"robust": robust, "exo_pair": exo_pair}

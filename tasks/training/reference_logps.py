@@ -1,8 +1,8 @@
-"""Log-probabilities of the reference model, once for all trainings on the same pairs.
+"""Log-probabilities of the reference model, computed once for all trainings on the same pairs.
 
-The reference is the model that DPO starts from; the batches, the head and the precision are DPO's own, so that at
-DPO's first step every log-ratio is zero but for rounding. Pairs are processed by length and stored in shards: a
-killed pass resumes after its last whole shard.
+The reference is the model that DPO starts from. Batches, head and precision are DPO's own, so that at DPO's first step
+every log-ratio is zero but for rounding. Pairs are processed by length and stored in shards: a killed pass resumes
+after its last whole shard.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def reward_function(config: RLVRSettings, eos_token_id: int) -> Callable[..., li
 
 @contextmanager
 def caches_as_attended() -> Iterator[None]:
-    """Under autocast, caches hold keys and values in autocast's dtype, to which attention casts them anyway.
+    """Have caches hold keys and values in autocast's dtype, to which attention casts them anyway.
 
     Keys leave the rotary embedding in float32, and transformers' cache takes its dtype from the first key.
     """
@@ -152,9 +152,9 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
 
 
 def build_without_generation(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
-    """`build` for a dry run: every rollout of a step is as long as allowed, and given instead of generated.
+    """`build` for a dry run. It generates nothing: every rollout of a step is given, as long as allowed.
 
-    One group of rollouts to one prompt is one step, of `effective_batch_size` rollouts, but at least two.
+    A step is one group of `effective_batch_size` rollouts to one prompt, but of at least two.
     """
     num_rollouts = max(config.effective_batch_size, 2)
     group = {"effective_batch_size": num_rollouts, "num_generations": num_rollouts}

@@ -300,7 +300,7 @@ def test_one_process_two_processes_and_dask_say_the_same(prefect_server: None, p
 
     from smoltulu.flows.audit import audit_data
     from smoltulu.flows.cli.audit import run_audit
-    from smoltulu.tasks.contamination.scan import plan_shards
+    from smoltulu.tasks.contamination.rows import plan_shards
 
     filler = "It was a day like all others in the town by the river. " * 600
     rows = [{"prompt": f"{QUESTIONS[n % 3] if n % 97 == 0 else n} {filler}", "completion": "x"} for n in range(2_200)]

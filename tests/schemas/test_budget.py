@@ -18,7 +18,6 @@ from smoltulu.schemas.budget import (
     tokens_of_steps,
 )
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.preflight import PlannedTraining
 from smoltulu.schemas.training import DPOSettings, RLVRSettings, SFTSettings
 
 
@@ -100,7 +99,7 @@ def test_smaller_batch(size: int, effective_batch_size: int, num_processes: int,
     assert smaller_batch(size, effective_batch_size, num_processes) == expected
 
 
-def test_what_a_preflight_is_told_is_the_budget_of_the_training() -> None:
+def test_budget_of_each_training_and_whether_a_larger_one_can_go_on_from_it() -> None:
     wsd = {"kind": "wsd", "decay_ratio": 0.5}
     sft = SFTSettings(learning_rate=1e-3, effective_batch_size=8, max_length=64, num_train_epochs=2, lora={"r": 4})
     dpo = DPOSettings(learning_rate=1e-3, effective_batch_size=4, max_length=64, max_tokens=99, schedule=wsd)
@@ -108,11 +107,7 @@ def test_what_a_preflight_is_told_is_the_budget_of_the_training() -> None:
         learning_rate=1e-3, effective_batch_size=16, num_steps=5, steps_per_generation=3, max_prompt_length=64,
         max_completion_length=32, beta=0.1, schedule=wsd,
     )  # fmt: skip
-    assert PlannedTraining.of(sft) == PlannedTraining(effective_batch_size=8, num_train_epochs=2, lora_r=4)
-    assert PlannedTraining.of(dpo) == PlannedTraining(effective_batch_size=4, max_tokens=99, is_extendable=True)
+    assert sft.budget == Budget(8, num_train_epochs=2) and not sft.is_extendable
+    assert dpo.budget == Budget(4, max_tokens=99) and dpo.is_extendable
     # GRPO goes on at the border of its generations only: no larger budget can go on from it.
-    assert PlannedTraining.of(rlvr) == PlannedTraining(
-        effective_batch_size=16, max_steps=5, max_completion_length=32, num_rollouts=48, has_reference=True
-    )
-    for settings in (sft, dpo, rlvr):
-        assert PlannedTraining.of(settings).budget == settings.budget
+    assert rlvr.budget == Budget(16, max_steps=5) and not rlvr.is_extendable

@@ -24,7 +24,7 @@ from smoltulu.schemas.contamination import (
 from smoltulu.schemas.data import DataSource
 from smoltulu.tasks.contamination.index import build_benchmark_index, load_benchmark
 from smoltulu.tasks.contamination.merge import write_kept
-from smoltulu.tasks.contamination.scan import plan_shards
+from smoltulu.tasks.contamination.rows import plan_shards
 from smoltulu.tasks.contamination.stage import check_contamination
 from smoltulu.tasks.stage import StageContext
 from tests.rows_file import read_rows, write_rows
@@ -193,7 +193,7 @@ def test_a_stopped_stage_takes_up_its_finished_shards(tmp_path, monkeypatch):
     import smoltulu.tasks.contamination.scan as engine
 
     rows = [conversation(f"0:{n}", LEAK if n == 7 else "hello", "and now") for n in range(20)]
-    monkeypatch.setattr(engine, "plan_shards", lambda path: plan_shards(path, 1))
+    monkeypatch.setattr("smoltulu.tasks.contamination.rows.plan_shards", lambda path: plan_shards(path, 1))
     real, calls = engine.scan_shard, []
 
     def scan(index, shard, folder, **rest):

@@ -40,7 +40,9 @@ def spacy_tokenizer():
 
 def scored(folder, benchmarks, turns, mode):
     """The engine's hits: (instance, turn) -> score."""
-    from smoltulu.tasks.contamination.scan import build_index, load_index, scan_texts
+    from smoltulu.tasks.contamination.build import build_index
+    from smoltulu.tasks.contamination.scan import load_index
+    from tests.tasks.contamination.contamination_texts import scan_texts
 
     folder.mkdir()
     build_index(folder, benchmarks, mode, N)
@@ -89,7 +91,9 @@ def test_ngram_match_on_generated_texts(tmp_path):
 
 @needs_spacy
 def test_best_scores_below_the_threshold_are_those_of_the_rule_too(tmp_path):
-    from smoltulu.tasks.contamination.scan import best_scores, build_index, load_index
+    from smoltulu.tasks.contamination.build import build_index
+    from smoltulu.tasks.contamination.scan import load_index
+    from tests.tasks.contamination.contamination_texts import best_scores
 
     benchmarks, instances, turns = generated(2, 300, 300)
     expected = [0.0] * len(instances)
@@ -143,8 +147,10 @@ def scored_by_shards(folder, benchmarks, turns, mode):
     """The same through files: rows of one user turn, cut into shards, merged."""
     import pyarrow.parquet
 
+    from smoltulu.tasks.contamination.build import build_index
     from smoltulu.tasks.contamination.merge import merge
-    from smoltulu.tasks.contamination.scan import build_index, plan_shards, scan_shard
+    from smoltulu.tasks.contamination.rows import plan_shards
+    from smoltulu.tasks.contamination.scan import scan_shard
 
     # The answer repeats the turn before: it must not count.
     rows = [conversation(str(number), turn, turns[number - 1]) for number, turn in enumerate(turns)]

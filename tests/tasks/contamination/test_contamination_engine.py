@@ -24,12 +24,14 @@ from smoltulu.tasks.contamination.index import LoadedBenchmark, load_benchmark
 from smoltulu.tasks.contamination.kernels.build import normalise_all
 from smoltulu.tasks.contamination.kernels.text import LOWER_BYTES, LOWER_CODE_POINTS
 from smoltulu.tasks.contamination.merge import merge
-from smoltulu.tasks.contamination.scan import best_scores, load_index, plan_shards, scan_shard, scan_texts
+from smoltulu.tasks.contamination.rows import plan_shards
+from smoltulu.tasks.contamination.scan import load_index, scan_shard
 from smoltulu.tasks.data.formats import adapt
 from smoltulu.tasks.data.sources import read_rows
 from tests import ROOT
 from tests.rows_file import write_rows
 from tests.tasks.contamination.contamination_fuzz import conversation
+from tests.tasks.contamination.contamination_texts import best_scores, scan_texts
 
 needs_spacy = pytest.mark.skipif(
     importlib.util.find_spec("spacy") is None, reason="spaCy is not installed (optional: n-gram mode)"

@@ -41,7 +41,9 @@ def with_planted(instances, turns, slices):
 
 def scan(instances, turns, mode, n=8, threshold=0.5):
     """(hits, best score per instance) of the engine."""
-    from smoltulu.tasks.contamination.scan import best_scores, build_index, load_index, scan_texts
+    from smoltulu.tasks.contamination.build import build_index
+    from smoltulu.tasks.contamination.scan import load_index
+    from tests.tasks.contamination.contamination_texts import best_scores, scan_texts
 
     with tempfile.TemporaryDirectory() as folder:
         build_index(Path(folder), [LoadedBenchmark("x", list(instances))], mode, n, tokenize=tokenize)
@@ -108,8 +110,10 @@ def test_any_cut_into_shards_gives_the_rule_by_row(instances, rows, slices, shar
     """Through files: a row's hit is that of its first turn of the highest score, other roles are not looked at."""
     import pyarrow.parquet
 
+    from smoltulu.tasks.contamination.build import build_index
     from smoltulu.tasks.contamination.merge import merge
-    from smoltulu.tasks.contamination.scan import build_index, plan_shards, scan_shard
+    from smoltulu.tasks.contamination.rows import plan_shards
+    from smoltulu.tasks.contamination.scan import scan_shard
 
     turns = [text for row in rows for _, text in row] or [""]
     instances, [*_, planted] = with_planted(instances, turns, slices)

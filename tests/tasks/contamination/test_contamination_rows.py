@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoltulu.tasks.contamination.rows import read_blocks
-from smoltulu.tasks.contamination.scan import plan_shards
+from smoltulu.tasks.contamination.rows import plan_shards, read_blocks
 from smoltulu.tasks.data.rows import turns_of
 from tests.rows_file import write_rows
 from tests.tasks.contamination.contamination_fuzz import conversation

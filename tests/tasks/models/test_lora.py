@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
 from smoltulu.schemas.training import LoraSettings
-from smoltulu.tasks.models.lora import merged, with_adapter
+from smoltulu.tasks.models.lora import with_adapter
 from tests.small_runs import Run, conversations, pairs, run, two_processes
 from tests.tiny_model import build_tiny_model
 
@@ -85,7 +85,8 @@ def test_the_adapter_adds_its_product_beside_every_linear_layer_but_the_head(
 def test_merging_gives_back_the_base_models_names_and_dtypes(base: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         before = language_model(base, dtype).state_dict()
-        after = merged(with_adapter(language_model(base, dtype), LoraSettings(**LORA))).state_dict()
+        adapted = with_adapter(language_model(base, dtype), LoraSettings(**LORA))
+        after = adapted.merge_and_unload(safe_merge=True).state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(value, after[name]) and value.dtype == after[name].dtype
                    for name, value in before.items())  # fmt: skip

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from smoltulu.artifacts.keys import folder_records, records_digest
 from smoltulu.artifacts.store import Store
 from smoltulu.schemas.artifact import ArtifactReference, Spec
+from smoltulu.schemas.budget import Budget
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings, StageCompute
 from smoltulu.schemas.preflight import (
-    PlannedTraining,
     PreflightConfig,
     PreflightInputs,
     PreflightOutputs,
@@ -75,8 +75,7 @@ class Flight:
         return parquet.read_table(self.folder.parent / "out" / self.outputs.file).to_pylist()
 
     def check(self, name: str) -> Check:
-        examples = {finding: list(rows) for finding, rows in self.outputs.first_rows.items()}
-        (check,) = (check for check in checks(self.config, self.outputs, examples) if check.name == name)
+        (check,) = (check for check in checks(self.config, self.outputs) if check.name == name)
         return check
 
 
@@ -199,8 +198,7 @@ def test_length_report_by_hand() -> None:
 def test_good_rows_pass_every_check(model: Path, tmp_path: Path) -> None:
     for kind, rows in (("conversations", small_runs.conversations(20)), ("pairs", distinct_pairs(20))):
         flight = fly(tmp_path / kind, model, rows, kind)
-        examples = {name: list(numbers) for name, numbers in flight.outputs.first_rows.items()}
-        assert {check.name: check.status for check in checks(flight.config, flight.outputs, examples)
+        assert {check.name: check.status for check in checks(flight.config, flight.outputs)
                 if check.status != "ok"} == {}  # fmt: skip
 
 
@@ -301,8 +299,8 @@ def test_positions_and_vocabulary_of_the_model(model: Path, tmp_path: Path) -> N
     free = {"max_overlong_share": 1}
     flight = fly(tmp_path / "b", model, long, max_length=300, checks=free)
     assert flight.check("Positions").status == "fails" and "256 positions" in flight.error
-    answers = PlannedTraining(effective_batch_size=4, max_completion_length=250)
-    assert fly(tmp_path / "c", model, prompts(4), "prompts", training=answers).check("Positions").status == "fails"
+    answers = training_of("rlvr", max_completion_length=250)
+    assert fly(tmp_path / "c", model, prompts(4), **answers).check("Positions").status == "fails"
 
     smaller = build_tiny_model(tmp_path / "model")
     config = json.loads((smaller / "config.json").read_text())
@@ -329,10 +327,7 @@ def training_of(subject: str, **changes: Any) -> dict[str, Any]:
     else:
         settings |= {"max_length": 128}
     made = STAGES[subject].config.model_validate(settings | changes)
-    return {
-        "kind": KINDS[subject], "subject": subject,
-        "training": PlannedTraining.of(made), "training_settings": made.model_dump(mode="json"),
-    }  # fmt: skip
+    return {"kind": KINDS[subject], "subject": subject, "training_settings": made.model_dump(mode="json")}
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -543,16 +538,15 @@ def test_the_tokenizers_threads_are_as_before(model: Path, tmp_path: Path, monke
 def test_planned_steps_are_those_that_the_trainer_takes(model: Path, tmp_path: Path, budget: dict[str, Any]) -> None:
     rows = small_runs.conversations(10)
     flight = fly(tmp_path / "flight", model, rows)
-    training = PlannedTraining(effective_batch_size=4, **budget)
-    planned = training.budget.num_steps(flight.outputs.num_rows, flight.outputs.num_tokens)
+    planned = Budget(effective_batch_size=4, **budget).num_steps(flight.outputs.num_rows, flight.outputs.num_tokens)
     settings = {"effective_batch_size": 4, **budget}
     done = small_runs.run("sft", tmp_path / "training", model, rows, settings, save_steps=100)
     assert done.outputs.num_steps == planned
 
 
 def test_a_token_budget_on_no_rows_is_no_division_by_zero(model: Path, tmp_path: Path) -> None:
-    training = PlannedTraining(effective_batch_size=4, max_tokens=700)
-    flight = fly(tmp_path, model, [{"id": "bad", "messages": [{"role": "user", "content": "hi"}]}], training=training)
+    rows = [{"id": "bad", "messages": [{"role": "user", "content": "hi"}]}]
+    flight = fly(tmp_path, model, rows, **training_of("sft", max_tokens=700))
     assert "none of 1 rows has anything to train on" in flight.error and "Planned steps" not in flight.page
 
 
@@ -585,8 +579,8 @@ def test_the_page_loads_nothing_and_escapes_everything(model: Path, tmp_path: Pa
     if kind == "conversations":
         flight = fly(tmp_path, model, rows, checks={"dry_run": True}, **training_of("sft"))
     else:
-        training = PlannedTraining(effective_batch_size=4)
-        flight = fly(tmp_path, model, rows, kind, max_length=250, training=training)
+        training = training_of("rlvr", num_steps=3) if kind == "prompts" else training_of("dpo")
+        flight = fly(tmp_path, model, rows, max_length=250, **training)
     page = _Page(flight.page)
     assert not {"script", "img", "link", "iframe"} & set(page.tags) and page.loaded == []
     assert "default-src 'none'" in flight.page and "\u202e" not in flight.page

@@ -141,7 +141,7 @@ def one_pass(config: PreflightConfig, model: Path, rows: Rows) -> tuple[dict[str
             continue
         if length > config.max_length:
             found["num_truncated"].append(number)
-            if any(last_trained(mask) > config.max_length for _, mask in looked_at.sides):
+            if any(last_trained(mask) > config.max_length for _, mask in looked_at.whole.sides):
                 found["num_eos_lost"].append(number)
         if tokens in seen:
             found["num_duplicates"].append(number)
@@ -267,7 +267,7 @@ def test_as_many_processes_as_are_allowed_and_have_something_to_do(
             take(part)
 
     monkeypatch.setattr(preflight_parts, "_make_in_processes", count)
-    monkeypatch.setattr(preflight_parts, "_num_cores", lambda: num_cores)
+    monkeypatch.setattr(preflight_parts, "num_cores", lambda: num_cores)
     make(tmp_path, model, small_runs.conversations(4 * num_parts), num_threads=num_threads)  # type: ignore[arg-type]
     assert started == ([num_processes] if num_processes else [])
 

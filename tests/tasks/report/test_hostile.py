@@ -24,9 +24,10 @@ from smoltulu.schemas.contamination import ContaminationOutputs
 from smoltulu.schemas.data import DatasetOutputs
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.languages import LanguageOutputs, LanguageShare
-from smoltulu.schemas.preflight import DryRun, LengthReport, PlannedTraining, PreflightConfig, PreflightOutputs
+from smoltulu.schemas.preflight import DryRun, LengthReport, PreflightConfig, PreflightOutputs
 from smoltulu.schemas.publish import PublishSettings, PublishStageConfig
 from smoltulu.schemas.run import RunSummary, StageRun
+from smoltulu.schemas.training import DPOSettings
 from smoltulu.tasks.data.benchmarks import load_registry
 from smoltulu.tasks.preflight.report import html_report as preflight_report
 from smoltulu.tasks.preflight.rows import Shown
@@ -155,12 +156,13 @@ def failed(corrupt: Corrupt, folder: Path) -> str:
 
 
 def preflight(corrupt: Corrupt, folder: Path) -> str:
-    training = PlannedTraining(effective_batch_size=4)
-    config = PreflightConfig(kind="pairs", max_length=8, overlong="drop", subject="dpo", training=training)
+    training = DPOSettings(learning_rate=1e-3, effective_batch_size=4, max_length=8)
+    config = PreflightConfig(kind="pairs", max_length=8, overlong="drop", subject="dpo")
     shown = Shown(number=0, sides=[[(corrupt("piece"), True), (corrupt("more"), False)]] * 2, num_left_out=1)
     texts = {3: corrupt("row"), 7: corrupt("row")}
     outputs = corrupt(preflight_outputs())
-    return preflight_report(corrupt(config), outputs, {corrupt("num_special"): [3, 7]}, texts, [shown])
+    outputs = outputs.model_copy(update={"first_rows": {corrupt("num_special"): (3, 7)}})
+    return preflight_report(corrupt(config), outputs, training, texts, [shown])
 
 
 def languages() -> LanguageOutputs:
