@@ -69,8 +69,7 @@ def audit_data(data: Data, settings: AuditSettings = AuditSettings()) -> dict[st
     log.info("audit of %s: %d benchmarks, store %s", ", ".join(data), len(graph.benchmarks), store.root)
     for report in graph.unreachable:
         log.warning("%s: not checked: %s", report.name, report.not_checked)
-    run_name = f"{graph.name}-{runtime.flow_run.name}"
-    record = begin_run(store, run_name, graph, str(runtime.flow_run.id or ""))
+    record = begin_run(store, f"{graph.name}-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
     made: dict[str, ArtifactReference] = {}
     state, path = "Failed", ""
     try:

@@ -122,8 +122,7 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         log.warning("recipe %s has no finished model in %s: nothing to evaluate", checked.name, store.root)
         return Completed(name="Skipped", message="no finished model")
 
-    run_name = f"{checked.name}-nightly-{runtime.flow_run.name or 'local'}"
-    record = begin_run(store, run_name, graph, flow_run_id=str(runtime.flow_run.id or ""))
+    record = begin_run(store, f"{checked.name}-nightly-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
     outcomes = dict.fromkeys(evaluations, "Failed")
     comparisons: list[Comparison] = []
     try:

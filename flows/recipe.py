@@ -83,12 +83,7 @@ def _unknown_stages(compute: Any) -> list[str]:
 
 
 def _unknown_stage(where: str, name: str) -> str:
-    return f"{where}: no stage is called {name!r}{_nearest(name, STAGES)}; stages: {', '.join(STAGES)}"
-
-
-def _check_stage_name(where: str, name: str) -> None:
-    if name not in STAGES:
-        raise RecipeError(_unknown_stage(where, name))
+    return f"{where}: no stage is called {name!r}{did_you_mean(name, STAGES)}; stages: {', '.join(STAGES)}"
 
 
 def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> None:
@@ -96,7 +91,8 @@ def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> 
     present = recipe_stages(recipe)
     for parameter, names in (("until", [until] if until else []), ("refresh", refresh)):
         for name in names:
-            _check_stage_name(parameter, name)
+            if name not in STAGES:
+                raise RecipeError(_unknown_stage(parameter, name))
             if name not in present:
                 raise RecipeError(
                     f"{parameter}: recipe {recipe.name} has no stage {name!r}; it has: {', '.join(present)}"
@@ -133,7 +129,7 @@ def _is_path(name_or_path: str) -> bool:
 
 def _read(name_or_path: str) -> dict[str, Any]:
     if not _is_path(name_or_path):
-        return _extend(_preset(name_or_path), name_or_path, PRESETS)
+        return _extend(_preset(name_or_path, "no recipe is called"), name_or_path, PRESETS)
     path = Path(name_or_path).expanduser()
     values = _load(path)
     if "extends" in values and "name" not in values:
@@ -141,10 +137,11 @@ def _read(name_or_path: str) -> dict[str, Any]:
     return _extend(values, str(path), path.parent)
 
 
-def _preset(name: str) -> dict[str, Any]:
+def _preset(name: str, problem: str) -> dict[str, Any]:
+    """A shipped recipe. RecipeError, which begins with `problem`, where there is none of that name."""
     if name not in preset_names():
         raise RecipeError(
-            f"no recipe is called {name!r}{_nearest(name, preset_names())}; "
+            f"{problem} {name!r}{did_you_mean(name, preset_names())}; "
             f"presets: {', '.join(preset_names())}; or give the path of a YAML file"
         )
     return _load(PRESETS / f"{name}.yaml")
@@ -190,13 +187,8 @@ def _extend(values: dict[str, Any], origin: str, folder: Path) -> dict[str, Any]
         return values
     if isinstance(parent, str) and _is_path(parent):
         base = _load(folder / Path(parent).expanduser())
-    elif parent in preset_names():
-        base = _preset(parent)
     else:
-        raise RecipeError(
-            f"{origin}: extends {parent!r}{_nearest(str(parent), preset_names())}; "
-            f"presets: {', '.join(preset_names())}; or the path of a YAML file"
-        )
+        base = _preset(str(parent), f"{origin}: extends")
     if "extends" in base:
         raise RecipeError(
             f"{origin}: extends {parent}, which itself extends {base['extends']}; extend that one instead"
@@ -235,7 +227,7 @@ def _explain(error: ValidationError, name: str, more: list[str]) -> str:
         location = ".".join(str(part) for part in problem["loc"]) or "recipe"
         if problem["type"] == "extra_forbidden":
             allowed = list(_fields_at(Recipe, problem["loc"][:-1]))
-            text = f"no such field{_nearest(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+            text = f"no such field{did_you_mean(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
         elif problem["type"] == "missing":
             text = "is missing; add it"
         else:
@@ -267,6 +259,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
 
 
-def _nearest(name: str, allowed: Any) -> str:
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """` (did you mean 'sft'?)` after a name that is not among those allowed; empty where none is like it."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

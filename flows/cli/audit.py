@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smoltulu.artifacts import readable
-from smoltulu.flows.cli.output import console, failures, print_json, table
+from smoltulu.flows.cli.output import console, failures, print_json, progress_log, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,7 +134,7 @@ def run_audit(data: Sequence[str], settings: AuditSettings, out: Console) -> lis
     state = "Failed"
     made: dict[str, ArtifactReference] = {}
     try:
-        made = run_graph(graph, store, _log())
+        made = run_graph(graph, store, progress_log())
         state = "Completed"
     finally:
         end_run(store, record, state, {name: reference.outcome for name, reference in made.items()})
@@ -153,18 +151,6 @@ def _absolute_file(text: str) -> str:
     return f"{name}={Path(file).expanduser().absolute()}" if equals else text
 
 
-def _log() -> logging.Logger:
-    """Progress of the stages, on the error stream: the output holds the tables only."""
-    log = logging.getLogger("smoltulu.audit")
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    return log
-
-
 def show(result: AuditResult, out: Console) -> None:
     """One data set in the terminal: the paper's table, its weak points, the languages, where everything lies."""
     from rich.text import Text
@@ -174,13 +160,12 @@ def show(result: AuditResult, out: Console) -> None:
     from smoltulu.tasks.report.contamination_table import (
         CAVEATS,
         NOT_CHECKED,
-        has_paper_figures,
         malformed_note,
         table_rows,
     )
 
     rows, contamination = table_rows(result, load_registry()), result.contamination
-    paper = has_paper_figures(rows)
+    paper = any(row.paper for row in rows)
     figures = ("N", "found", "share", *(["paper"] if paper else []))
     title, whole = f"Contamination of {result.label}", ("benchmark", *figures)
     made = table(*whole, "remarks", title=title, right=figures, whole=whole)

@@ -136,12 +136,9 @@ def show(summary: RunSummary, out: Console) -> None:
     out.print(made)
     num_cached = sum(stage.outcome == "Cached" for stage in summary.stages)
     out.print(f"{num_cached} of {len(summary.stages)} stages cached")
-    if summary.published:
-        out.print(f"model     {clean(_short(summary.published))}")
-    if summary.pushed:
-        out.print(f"pushed    {clean(summary.pushed)}")
-    if summary.report_path:
-        out.print(f"report    {clean(_short(summary.report_path))}")
+    for name, what in (("model", summary.published), ("pushed", summary.pushed), ("report", summary.report_path)):
+        if what:
+            out.print(f"{name:<10}{clean(_short(what))}")
 
 
 def _short(path: str) -> str:

@@ -12,6 +12,11 @@ import typer
 
 from smoltulu.flows.cli import audit, output, store
 
+Recipe = Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--override", "-o", help="dotted field and value, e.g. dpo.learning_rate=5e-7")
+]
+
 app = typer.Typer(
     help="Tulu 3 post-training as one Prefect workflow. Flows are started with `prefect deployment run`.",
     no_args_is_help=True,
@@ -64,7 +69,7 @@ def run(
     `-p recipe=FILE` as a whole path: the flow runs in another folder.
     """
     from smoltulu.flows.machine import doctor, places, prefect_api
-    from smoltulu.flows.recipe import whole_path
+    from smoltulu.flows.recipe import did_you_mean, whole_path
 
     home = places.default_home()
     url = doctor.api_url(home)
@@ -72,12 +77,9 @@ def run(
         output.fail(doctor.no_server(url))
     registered = dict(prefect_api.deployments(url))
     if deployment not in registered:
-        import difflib
-
-        near = difflib.get_close_matches(deployment, registered, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         output.fail(
-            f"no deployment {deployment!r}{hint} Registered: {', '.join(registered) or 'none'}. Run `smoltulu up`"
+            f"no deployment is called {deployment!r}{did_you_mean(deployment, registered)}; registered: "
+            f"{', '.join(registered) or 'none'}; `smoltulu up` registers them"
         )
     pool = registered[deployment]
     if pool is not None and not doctor.pollers(home, url, pool):
@@ -117,10 +119,8 @@ def init(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")],
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted field and value, e.g. dpo.learning_rate=5e-7")
-    ] = None,
+    recipe: Recipe,
+    override: Overrides = None,
     until: Annotated[str | None, typer.Option(help="last stage to run")] = None,
     refresh: Annotated[list[str] | None, typer.Option(help="stage to make again; may be repeated")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="everything there is to say, for programs")] = False,
@@ -139,15 +139,8 @@ def plan(
 
 
 @app.command()
-def adopt(
-    recipe: Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")],
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted field and value, e.g. dpo.learning_rate=5e-7")
-    ] = None,
-) -> None:
+def adopt(recipe: Recipe, override: Overrides = None) -> None:
     """Take finished stages over from the version that stored rows otherwise; rows are made again and compared."""
-    import logging
-
     from smoltulu.flows.graphs.recipe_graph import Graph
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.planning import adoption
@@ -157,11 +150,9 @@ def adopt(
 
     recipe = whole_path(recipe)
     os.chdir(PROJECT)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with output.failures(StageFailed):
         checked = load_recipe(recipe, parse_overrides(override or []))
-        log = logging.getLogger("smoltulu.adopt")
-        outcomes = adoption.adopt(Graph(checked), open_store(checked.compute), log)
+        outcomes = adoption.adopt(Graph(checked), open_store(checked.compute), output.progress_log())
     table = output.table("stage", "what", "why")
     for outcome in outcomes:
         table.add_row(outcome.node, outcome.status, outcome.reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Container, Iterator
@@ -44,6 +45,18 @@ def table(*headings: str, title: str | None = None, right: Container[str] = (), 
 def print_json(value: Any) -> None:
     """Everything, for programs."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def progress_log() -> logging.Logger:
+    """Progress of the stages, on the error stream: the output holds the tables only."""
+    log = logging.getLogger("smoltulu.progress")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    return log
 
 
 def fail(error: object) -> NoReturn:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts import readable
 from smoltulu.flows.cli.output import console, print_json, table
-from smoltulu.flows.planning.costs import Estimate
-from smoltulu.flows.planning.plan import Plan, Unresolved, plan
+from smoltulu.flows.planning.plan import Plan, PlanRow, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.preflight import PreflightOutputs
@@ -23,6 +22,14 @@ from smoltulu.tasks.stages import STAGES
 if TYPE_CHECKING:
     from rich.table import Table
 
+#: Fields of `Estimate` that are shown: heading and format.
+_FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "num_steps": ("steps", "{:,}".format),
+    "num_tokens": ("tokens", readable.count),
+    "flops": ("FLOPs", "{:.2e}".format),
+    "peak_disk_bytes": ("disk", readable.size),
+    "seconds": ("time", readable.duration),
+}
 _COLOURS = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
 _UNKNOWN = "-"
 _NUM_NAMED = 4
@@ -48,13 +55,13 @@ def show(planned: Plan, as_json: bool, parameters: str = "") -> None:
     from rich.text import Text
 
     columns = [
-        name for name in _HEADINGS if any(getattr(r.estimate, name) is not None for r in planned.rows if _todo(r))
+        name for name in _FIGURES if any(getattr(r.estimate, name) is not None for r in planned.rows if _todo(r))
     ]
-    figures = [_HEADINGS[name] for name in columns]
+    figures = [_FIGURES[name][0] for name in columns]
     title, headings = f"{planned.recipe} in {planned.store}", ("stage", "what", "why", *figures, "key")
     stages = table(*headings, title=title, right=figures, whole=(*figures, "key"))
     for row in planned.rows:
-        cells = [_amount(row.estimate, name) if _todo(row) else "" for name in columns]
+        cells = [_figure(name, getattr(row.estimate, name)) if _todo(row) else "" for name in columns]
         status = Text.assemble((row.status, _COLOURS[row.status]), "*" if row.notes else "")
         stages.add_row(row.node, status, row.reason, *cells, row.key[:12] + ("~" if row.provisional else ""))
     out = console()
@@ -70,8 +77,7 @@ def _preflights(planned: Plan) -> Table:
     headings = ("rows", "too long", "trained", "tokens/epoch", "longest", "steps", "peak memory")
     made = table("training", *headings, "dry run made with", title="preflight", right=headings, whole=headings)
     for row in planned.rows:
-        figures = row.preflight
-        if figures is None:
+        if (figures := row.preflight) is None:
             continue
         overlong = figures.num_overlong / max(figures.num_source_rows, 1)
         made.add_row(
@@ -81,7 +87,7 @@ def _preflights(planned: Plan) -> Table:
             _UNKNOWN if figures.trained_share is None else readable.percent(figures.trained_share),
             readable.count(figures.num_tokens),
             f"{figures.longest:,} of {figures.max_length:,}",
-            _UNKNOWN if figures.num_steps is None else f"{figures.num_steps:,}",
+            _figure("num_steps", figures.num_steps),
             _UNKNOWN if figures.peak_memory_bytes is None else readable.size(figures.peak_memory_bytes),
             _made_with(figures),
         )
@@ -133,11 +139,11 @@ def summary(planned: Plan, parameters: str = "") -> list[str]:
 
 def _still_to_do(planned: Plan) -> str:
     parts = []
-    for name, words in _HEADINGS.items():
+    for name, (heading, _) in _FIGURES.items():
         value, num_unknown = planned.totals[name]
         if value:
             more = f" (and {num_unknown} stages unknown)" if num_unknown else ""
-            parts.append(f"{words} {_FORMATS[name](value)}{more}")
+            parts.append(f"{heading} {_figure(name, value)}{more}")
     return " · ".join(parts) or "nothing alike was finished here, so no estimate"
 
 
@@ -180,27 +186,9 @@ def as_dict(planned: Plan) -> dict[str, Any]:
     }
 
 
-_HEADINGS = {
-    "num_steps": "steps",
-    "num_tokens": "tokens",
-    "flops": "FLOPs",
-    "peak_disk_bytes": "disk",
-    "seconds": "time",
-}
-
-_FORMATS = {
-    "num_steps": lambda value: f"{value:,}",
-    "num_tokens": readable.count,
-    "flops": lambda value: f"{value:.2e}",
-    "peak_disk_bytes": readable.size,
-    "seconds": readable.duration,
-}
+def _figure(name: str, value: float | None) -> str:
+    return _UNKNOWN if value is None else _FIGURES[name][1](value)
 
 
-def _amount(estimate: Estimate, name: str) -> str:
-    value = getattr(estimate, name)
-    return _UNKNOWN if value is None else _FORMATS[name](value)
-
-
-def _todo(row: Any) -> bool:
+def _todo(row: PlanRow) -> bool:
     return row.status != "cached"

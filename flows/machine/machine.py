@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -27,20 +26,9 @@ from uuid import UUID, uuid4
 
 import psutil
 
+from smoltulu.artifacts.files import write_atomically
+from smoltulu.flows.machine import prefect_api
 from smoltulu.flows.machine.places import PROJECT
-from smoltulu.flows.machine.prefect_api import (
-    DEFAULT_PORT,
-    POOL,
-    answers,
-    cancel_missed,
-    client,
-    client_environment,
-    deployments,
-    online_workers,
-    port_holder,
-    port_is_free,
-    url_of,
-)
 from smoltulu.flows.machine.processes import environment_of, flow_run_of, lineage, processes_with, send, wait_gone
 from smoltulu.recipes import CHECKOUT, PREFECT_TOML, PREFECT_YAML
 
@@ -118,7 +106,7 @@ def child_environment(home: Path, url: str) -> dict[str, str]:
     """Environment of everything that is started here: our settings, our mark, our Prefect, and as for clients."""
     return {
         **_settings(tomllib.loads(PREFECT_TOML.read_text())),
-        **client_environment(url),
+        **prefect_api.client_environment(url),
         MARK: str(home),
         "PREFECT_HOME": str(home / "prefect"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -153,8 +141,7 @@ def last_lines(text: str, count: int = 25) -> str:
 def log_end(path: Path) -> str:
     """End of a log file."""
     try:
-        with path.open(errors="replace") as file:
-            return last_lines("".join(deque(file, maxlen=25)))
+        return last_lines(path.read_text(errors="replace"))
     except OSError:
         return "    (no log)"
 
@@ -203,17 +190,17 @@ def up(home: Path, port: int | None = None, limit: int | None = None, say: Say =
                 # A worker or a run that outlived its server would only get in the way.
                 _stop(home, ("worker", "server"), say)
                 started.append("server")
-                server = _start_server(home, port or DEFAULT_PORT, say)
-            url = url_of(server.port)
+                server = _start_server(home, port or prefect_api.DEFAULT_PORT, say)
+            url = prefect_api.url_of(server.port)
 
-            if online_workers(url) is None:
-                call_prefect(home, url, "work-pool", "create", POOL, "--type", "process")
-                say(f"pool      {POOL} made")
+            if prefect_api.online_workers(url) is None:
+                call_prefect(home, url, "work-pool", "create", prefect_api.POOL, "--type", "process")
+                say(f"pool      {prefect_api.POOL} made")
             say("deploy    registering what prefect.yaml lists ...")
             listed = home / "prefect.yaml"
             listed.write_text(prefect_yaml())
             call_prefect(home, url, "--no-prompt", "deploy", "--all", "--prefect-file", str(listed))
-            say(f"deploy    {', '.join(name for name, _ in deployments(url))}")
+            say(f"deploy    {', '.join(name for name, _ in prefect_api.deployments(url))}")
 
             worker = running(home, "worker")
             if worker and limit not in (None, worker.limit):
@@ -224,7 +211,7 @@ def up(home: Path, port: int | None = None, limit: int | None = None, say: Say =
                 say(f"worker    already runs (process {worker.pid})")
             else:
                 _stop(home, ("worker",), say)
-                missed = cancel_missed(url, datetime.now(UTC) - timedelta(minutes=1))
+                missed = prefect_api.cancel_missed(url, datetime.now(UTC) - timedelta(minutes=1))
                 if missed:
                     say(f"missed    cancelled {missed} scheduled run{'s' if missed > 1 else ''} whose time passed")
                 started.append("worker")
@@ -256,24 +243,18 @@ def _start(home: Path, name: str, url: str, *arguments: str) -> subprocess.Popen
         )
 
 
-def _record(home: Path, name: str, record: Record) -> None:
-    """Write a record in one step."""
-    part = home / f"{name}.json.part"
-    part.write_text(json.dumps(asdict(record)))
-    part.replace(home / f"{name}.json")
-
-
 def _start_server(home: Path, port: int, say: Say) -> Record:
-    if not port_is_free(port):
+    if not prefect_api.port_is_free(port):
         raise MachineError(
-            f"port {port} is taken by {port_holder(port)}: stop it, or choose another port with `smoltulu up --port N`"
+            f"port {port} is taken by {prefect_api.port_holder(port)}: stop it, or choose another port with "
+            "`smoltulu up --port N`"
         )
-    url, log = url_of(port), home / "logs" / "server.log"
+    url, log = prefect_api.url_of(port), home / "logs" / "server.log"
     child = _start(home, "server", url, "server", "start", "--host", "127.0.0.1", "--port", str(port))
     record = Record(child.pid, port=port)
-    _record(home, "server", record)
+    write_atomically(home / "server.json", json.dumps(asdict(record)))
     say(f"server    starting on port {port} (process {child.pid}; a new database takes some seconds) ...")
-    seconds = _wait("server", child, log, SERVER_READY_SECONDS, lambda: answers(url), say)
+    seconds = _wait("server", child, log, SERVER_READY_SECONDS, lambda: prefect_api.answers(url), say)
     if child.poll() is not None:
         raise MachineError(f"port {port} was taken while the server started; end of {log}:\n{log_end(log)}")
     say(f"server    ready after {seconds:.1f} s")
@@ -281,11 +262,15 @@ def _start_server(home: Path, port: int, say: Say) -> Record:
 
 
 def _start_worker(home: Path, url: str, limit: int, say: Say) -> None:
-    name, log = f"{POOL}-{uuid4().hex[:8]}", home / "logs" / "worker.log"
-    child = _start(home, "worker", url, "worker", "start", "--pool", POOL, "--limit", str(limit), "--name", name)
-    _record(home, "worker", Record(child.pid, name=name, limit=limit))
+    name, log = f"{prefect_api.POOL}-{uuid4().hex[:8]}", home / "logs" / "worker.log"
+    child = _start(
+        home, "worker", url, "worker", "start", "--pool", prefect_api.POOL, "--limit", str(limit), "--name", name
+    )
+    write_atomically(home / "worker.json", json.dumps(asdict(Record(child.pid, name=name, limit=limit))))
     say(f"worker    starting (process {child.pid}, {limit} run{'s' if limit > 1 else ''} at a time) ...")
-    seconds = _wait("worker", child, log, WORKER_ONLINE_SECONDS, lambda: name in (online_workers(url) or []), say)
+    seconds = _wait(
+        "worker", child, log, WORKER_ONLINE_SECONDS, lambda: name in (prefect_api.online_workers(url) or []), say
+    )
     say(f"worker    polls the pool after {seconds:.1f} s")
 
 
@@ -340,7 +325,7 @@ def _stop(home: Path, names: tuple[str, ...], say: Say) -> bool:
         send(left, signal.SIGKILL)
         wait_gone(left, 5)
         if runs and server:
-            _close_runs(url_of(server.port), runs)
+            _close_runs(prefect_api.url_of(server.port), runs)
         (home / "worker.json").unlink(missing_ok=True)
         anything |= bool(worker or engines)
     if "server" in names:
@@ -359,7 +344,7 @@ def _close_runs(url: str, runs: set[str]) -> None:
     """Runs that could not report their end would say Running for ever."""
     from prefect.states import Crashed
 
-    with contextlib.suppress(Exception), client(url) as server:
+    with contextlib.suppress(Exception), prefect_api.client(url) as server:
         for run in runs:
             state = server.read_flow_run(UUID(run)).state
             if state is not None and not state.is_final():

@@ -17,7 +17,7 @@ from typing import Literal
 
 from smoltulu.artifacts.keys import artifact_key
 from smoltulu.artifacts.store import Found, Log, Store
-from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
+from smoltulu.flows.graphs.nodes import Node, NodeGraph
 from smoltulu.schemas.artifact import ArtifactReference, Spec
 from smoltulu.tasks.data.rows import same_rows
 from smoltulu.tasks.engine.adopt import adopt_artifact
@@ -37,16 +37,9 @@ def specs_before(graph: NodeGraph) -> dict[str, Spec]:
     """Node -> what its key was made of before the change, for the nodes whose key is another one now."""
     specs: dict[str, Spec] = {}
     keys: dict[str, str] = {}
-
-    def key(binding: Binding) -> str:
-        return keys[binding.node]
-
     for name, node in graph.nodes.items():
         now = graph.spec(name)
-        inputs = {
-            field: key(value) if isinstance(value, Binding) else {inner: key(one) for inner, one in value.items()}
-            for field, value in node.inputs.items()
-        }
+        inputs = node.filled(lambda binding: keys[binding.node])
         externals = {field: node.stage.same_externals.get(digest, digest) for field, digest in now.externals.items()}
         version = node.stage.reencodes or node.stage.version
         before = now.model_copy(update={"version": version, "inputs": inputs, "externals": externals})

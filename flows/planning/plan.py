@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 
 from smoltulu.artifacts.checkpoints import num_steps_of
-from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
+from smoltulu.artifacts.nearest import Changes, SpecIndex, flat, read_generation
 from smoltulu.artifacts.shared.objects import RemoteError
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.flows.graphs.recipe_graph import Graph
@@ -26,7 +26,8 @@ from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, is_commit, resolve_commit
 from smoltulu.tasks.engine.environment import drift, environment
-from smoltulu.tasks.trainer.extension import SourceRun, find_source_run
+from smoltulu.tasks.report.text import local_minute
+from smoltulu.tasks.trainer.extension import find_source_run
 
 #: A plan is for looking: it gives up on a silent Hub sooner than a run.
 _HUB_TIMEOUT_SECONDS = 3.0
@@ -110,7 +111,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
                 except RemoteError as error:
                     manifest, unreachable = None, (f"the shared store was not looked at: {error}",)
                 if manifest is not None:
-                    reason = f"in the shared store, made {_minute(manifest.finished_at)}"
+                    reason = f"in the shared store, made {local_minute(manifest.finished_at)}"
                     row = replace(row, status="cached", reason=reason, nearest=None)
                     found = Found(manifest, store.root)
             if row.status == "runs" and (version := adoptable(graph, name, before, store)) is not None:
@@ -168,9 +169,8 @@ def _row(
 ) -> tuple[PlanRow, Found | Missing]:
     """Status of a node and why; `digests` holds the content of the upstream nodes that are cached."""
     node, spec = graph.nodes[name], graph.spec(name)
-    bindings = node.bindings()
+    bindings, compute = node.bindings(), graph.compute.of(node.stage.name)
     waits_for = sorted({binding.node for binding in bindings.values() if binding.node not in digests})
-    found = store.find(spec, {dotted: digests[b.node] for dotted, b in bindings.items() if b.node in digests})
     row: dict[str, Any] = {
         "node": name,
         "stage": node.stage.name,
@@ -178,10 +178,12 @@ def _row(
         "provisional": name in provisional,
         "status": "runs",
     }
+    known = {dotted: digests[binding.node] for dotted, binding in bindings.items() if binding.node in digests}
+    found = store.find(spec, known)
     refreshed = node.stage.name in refresh
     checkpoint = store.unfinished(spec)
     if isinstance(found, Found) and not waits_for and not refreshed:
-        row |= {"status": "cached", "reason": f"made {_minute(found.manifest.finished_at)}"}
+        row |= {"status": "cached", "reason": f"made {local_minute(found.manifest.finished_at)}"}
         failures = node.stage.gate_failures_of(found.manifest, node.config)
         row["notes"] = (*drift(found.manifest.environment, environment()), *(f"refused: {one}" for one in failures))
     elif checkpoint is not None:
@@ -192,9 +194,9 @@ def _row(
         row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
     elif refreshed:
         row["reason"] = "asked for again (refresh)"
-    elif not waits_for and (source_run := _source_run(graph, store, index, name, digests)) is not None:
-        step, num_steps = source_run.record.step, _planned(node.config)
-        reason = f"would go on from step {step:,} of {num_steps:,}, stored by {source_run.record.key[:12]}"
+    elif not waits_for and (source := find_source_run(store, spec, node.config, compute, known, index=index)):
+        step, num_steps = source.record.step, _planned(node.config)
+        reason = f"would go on from step {step:,} of {num_steps:,}, stored by {source.record.key[:12]}"
         row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
     elif isinstance(found, Found):
         row["reason"] = f"cached if {', '.join(waits_for)} comes out the same as before"
@@ -207,16 +209,6 @@ def _row(
     else:
         row["reason"] = f"damaged: {found.reason}" if found.damaged else found.reason
     return PlanRow(**row), found
-
-
-def _source_run(
-    graph: Graph, store: Store, index: SpecIndex, name: str, digests: Mapping[str, str]
-) -> SourceRun | None:
-    """The finished training with a smaller budget that a node would go on from."""
-    node = graph.nodes[name]
-    inputs = {dotted: digests[binding.node] for dotted, binding in node.bindings().items()}
-    compute = graph.recipe.compute.of(node.stage.name)
-    return find_source_run(store, graph.spec(name), node.config, compute, inputs, index=index)
 
 
 def _planned(config: BaseModel) -> int | None:
@@ -285,21 +277,12 @@ def _provisional(graph: Graph) -> set[str]:
         return found
     names = {(reference.repository, reference.revision) for reference in graph.unresolved}
     for name, node in graph.nodes.items():
-        own = names & set(_repositories(graph.spec(name).config))
-        if own or any(binding.node in found for binding in node.bindings().values()):
+        config = flat(graph.spec(name).config)
+        own = {
+            (value, config.get(dotted.removesuffix("repository") + "revision"))
+            for dotted, value in config.items()
+            if dotted.endswith("repository")
+        }
+        if names & own or any(binding.node in found for binding in node.bindings().values()):
             found.add(name)
     return found
-
-
-def _repositories(value: Any) -> Iterable[tuple[str, str]]:
-    if isinstance(value, dict):
-        if isinstance(value.get("repository"), str) and "revision" in value:
-            yield value["repository"], value["revision"]
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _repositories(item)
-
-
-def _minute(time: str) -> str:
-    return time[:16].replace("T", " ")

@@ -11,7 +11,6 @@ from smoltulu.tasks.report import text
 from smoltulu.tasks.report.contamination_table import (
     CAVEATS,
     NOT_CHECKED,
-    has_paper_figures,
     malformed_note,
     table_rows,
 )
@@ -38,18 +37,14 @@ def write_audit_report(result: AuditResult, registry: BenchmarkRegistry, reports
 
 def audit_page(result: AuditResult, registry: BenchmarkRegistry, pages: list[BenchmarkPages]) -> str:
     """The overview: the paper's table with links to the hits, and the language shares."""
-    files = {}
-    for page in pages:
-        known = registry.find(page.benchmark)
-        files[known.title if known else page.benchmark] = page.files[0]
     rows = table_rows(result, registry)
     return render(
         "audit.html.jinja",
         result=result,
         rows=rows,
-        has_paper_figures=has_paper_figures(rows),
+        has_paper_figures=any(row.paper for row in rows),
         not_checked=NOT_CHECKED,
-        files=files,
+        files={page.benchmark: page.files[0] for page in pages},
         rule=rule(result),
         malformed_note=malformed_note(result),
         caveat=CAVEATS[result.settings.mode],

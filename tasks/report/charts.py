@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from graphlib import TopologicalSorter
 from html import escape
 from itertools import groupby
+from statistics import fmean
 from typing import TypeGuard
 
 from smoltulu.tasks.report.text import clean, number
@@ -179,13 +180,7 @@ def layered(parents: Mapping[str, set[str]]) -> tuple[list[list[str]], list[tupl
         neighbours = up if sweep % 2 == 0 else down
         place = {node: (index + 0.5) / len(row) for row in rows for index, node in enumerate(row)}
         for row in rows if sweep % 2 == 0 else reversed(rows):
-            mean = {
-                node: sum(place[other] for other in neighbours[node]) / len(neighbours[node])
-                if node in neighbours
-                else place[node]
-                for node in row
-            }
-            row.sort(key=lambda node: mean[node])
+            row.sort(key=lambda node: fmean(place[other] for other in neighbours.get(node, [node])))
             place.update({node: (index + 0.5) / len(row) for index, node in enumerate(row)})
     return rows, edges
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 
 from smoltulu.artifacts import readable
@@ -23,6 +23,7 @@ CAVEATS: dict[MatchMode, str] = {
 class TableRow:
     """One benchmark, as text."""
 
+    name: str
     title: str
     num_instances: str
     num_found: str
@@ -41,11 +42,6 @@ def table_rows(result: AuditResult, registry: BenchmarkRegistry) -> list[TableRo
     return [_row(report, result, registry, as_published) for report in reports]
 
 
-def has_paper_figures(rows: Sequence[TableRow]) -> bool:
-    """Whether the column of the paper says anything."""
-    return any(row.paper for row in rows)
-
-
 def _row(report: BenchmarkReport, result: AuditResult, registry: BenchmarkRegistry, as_published: bool) -> TableRow:
     known = registry.find(report.name)
     title = known.title if known else report.name
@@ -53,8 +49,9 @@ def _row(report: BenchmarkReport, result: AuditResult, registry: BenchmarkRegist
     paper = "" if published is None else readable.percent(published)
     if report.share is None:
         reason = report.not_checked or "no instance that can be checked"
-        return TableRow(title, "", "", NOT_CHECKED, paper, reason)
+        return TableRow(report.name, title, "", "", NOT_CHECKED, paper, reason)
     return TableRow(
+        name=report.name,
         title=title,
         num_instances=f"{report.num_instances:,}",
         num_found=f"{report.num_contaminated:,}",
@@ -90,9 +87,8 @@ def malformed_note(result: AuditResult) -> str:
     num_malformed = sum(source.num_malformed for source in result.dataset.sources)
     if not num_malformed:
         return ""
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     for source in result.dataset.sources:
-        for reason, count in source.reasons.items():
-            reasons[reason] = reasons.get(reason, 0) + count
+        reasons.update(source.reasons)
     listed = "; ".join(f"{reason}: {count:,}" for reason, count in list(reasons.items())[:3])
     return f"{num_malformed:,} of {num_rows:,} rows are malformed and were not searched ({listed})"

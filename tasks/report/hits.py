@@ -90,19 +90,16 @@ def _by_benchmark(hits: Path, queries: Path) -> Iterator[tuple[str, list[FoundIn
         own = table.filter(pyarrow.compute.equal(table["benchmark"], benchmark))
         own = own.sort_by([("instance", "ascending"), ("score", "descending"), ("row", "ascending")])
         counts = pyarrow.compute.value_counts(own["instance"])
-        starts, position = {}, 0
-        for pair in counts:  # in order of appearance, so of position
-            starts[pair["values"].as_py()] = (position, pair["counts"].as_py())
-            position += pair["counts"].as_py()
-        wanted = fields.filter(
-            pyarrow.compute.is_in(fields["instance"], value_set=pyarrow.array(list(starts), fields["instance"].type))
-        )
+        instances = counts.field("values").cast(fields["instance"].type)
+        wanted = fields.filter(pyarrow.compute.is_in(fields["instance"], value_set=instances))
         texts = dict(zip(wanted["instance"].to_pylist(), wanted["fields"].to_pylist(), strict=True))
-        found = []
-        for instance, (start, count) in starts.items():
+        found, start = [], 0
+        for pair in counts.to_pylist():  # in order of appearance, so of position
+            instance, count = pair["values"], pair["counts"]
             shown = own.slice(start, min(count, ROWS_PER_INSTANCE)).to_pylist()
             query = tuple(_cut(field, _CHARACTERS_OF_FIELD) for field in texts[instance])
             found.append(FoundInstance(shown[0]["benchmark_row"], query, tuple(shown), count))
+            start += count
         yield benchmark, sorted(found, key=lambda instance: instance.row)
 
 

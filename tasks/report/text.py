@@ -20,11 +20,19 @@ def title(stage: str) -> str:
 
 
 def moment(timestamp: str) -> str:
-    """`2026-11-21 07:04:12 UTC` from an ISO time; what is no time stays as it is."""
+    """`2026-11-21 07:04:12 UTC` from an ISO time, for pages that travel; what is no time stays as it is."""
     try:
         return datetime.fromisoformat(timestamp).strftime("%Y-%m-%d %H:%M:%S UTC")
     except ValueError:
         return timestamp
+
+
+def local_minute(timestamp: object) -> str:
+    """`2026-11-21 08:04` in the time zone of the terminal, from an ISO time; what is no time stays as it is."""
+    try:
+        return datetime.fromisoformat(str(timestamp)).astimezone().strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return str(timestamp or "")
 
 
 def artifact_key(text: str) -> str:
