@@ -1,4 +1,4 @@
-"""Flow `smoltulu`: every stage of a recipe, each as a Prefect task that returns a typed artifact reference."""
+"""Flow `smoltulu`: runs every stage of a recipe as a Prefect task that returns a typed artifact reference."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.publish.push import check_push_access, push_model
 from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
 
-#: More tasks than can run: how many stages really run side by side is compute.max_parallel_stages.
+#: Tasks in the pool. compute.max_parallel_stages limits how many of them run a stage at a time.
 _MAX_WAITING_TASKS = 32
 
 RecipeParameter = Annotated[
@@ -57,9 +57,9 @@ def smoltulu(
     until: Until = None,
     refresh: Refresh = [],  # noqa: B006
 ) -> dict[str, str]:
-    """Contamination check, SFT, reward model, DPO, RLVR, evaluation and publishing, as the recipe says.
+    """Run contamination check, SFT, reward model, DPO, RLVR, evaluation and publishing, as the recipe says.
 
-    Finished stages are taken from the store, an interrupted one goes on from its last checkpoint. Returns node -> key.
+    The store provides finished stages. An interrupted stage resumes from its last checkpoint. Returns node -> key.
     """
     shield_run_logs()
     follow_worker()
@@ -121,7 +121,7 @@ def smoltulu(
                 pushed = push(future.result())
                 log.info("%s: %s", name, pushed)
     except BaseException as interruption:
-        # Cancelled, or the process is told to end: no stage may outlive its flow.
+        # Cancelled, or the process must end: no stage may outlive its flow.
         error = interruption
         stop_children()
         raise
@@ -129,7 +129,7 @@ def smoltulu(
         made = [future.result() for future in futures.values() if future.state.is_completed()]
         state = "Completed" if not failures and error is None else "Failed"
         outcomes = {reference.node: reference.outcome for reference in made} | dict.fromkeys(failures, "Failed")
-        # Written before the report and again after it: a fault in the page must not leave the run "Running".
+        # Written before the report and again after it: an error in the report must not leave the run "Running".
         ended = end_run(store, record, state, outcomes)
         page = _report(graph, store, ended, made, failures, seconds, error, pushed)
         end_run(store, record, state, outcomes, report_path=str(page))
@@ -148,7 +148,7 @@ def _report(
     error: BaseException | None,
     pushed: str,
 ) -> Path:
-    """Write summary.json and report.html of a run, and its Markdown artifact. Path of the page."""
+    """Write summary.json and report.html of a run, and its Markdown artifact. Returns the path of the page."""
     found = [(reference, store.find(graph.spec(reference.node))) for reference in made]
     pairs = [(reference, result.manifest) for reference, result in found if isinstance(result, Found)]
     reports = store.root.parent / "reports"
@@ -183,7 +183,7 @@ def _report(
     (folder / "report.html").write_text(page, encoding="utf-8")
     (reports / "latest").write_text(run.run_name)
     num_cached = sum(reference.outcome == "Cached" for reference in made)
-    if num_cached < len(graph.nodes):  # else the page of the run that made them still says it all
+    if num_cached < len(graph.nodes):  # else the page of the run that made them is still complete
         create_markdown_artifact(key=artifact_key(f"{graph.recipe.name}-run"), markdown=markdown(summary))
     where = (folder / "report.html").resolve()
     get_run_logger().info("%d of %d stages cached; report: %s", num_cached, len(graph.nodes), where)

@@ -1,4 +1,4 @@
-"""The command `smoltulu audit`. What it needs is imported when it is called."""
+"""The command `smoltulu audit`. Its imports wait until it is called."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def audit(
     threads: Annotated[int | None, typer.Option(min=1, help="processor cores; default: all")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
 ) -> None:
-    """Check data sets for benchmark instances and say their languages. Trains nothing, needs no server."""
+    """Check data sets for benchmark instances and count their languages. Trains nothing, needs no server."""
     from smoltulu.schemas.audit import AuditSettings
     from smoltulu.schemas.compute import ComputeSettings
     from smoltulu.tasks.engine.launch import StageFailed
@@ -107,7 +107,7 @@ def _fields(texts: list[str]) -> dict[str, str]:
 def run_audit(data: Sequence[str], settings: AuditSettings, out: Console) -> list[AuditResult]:
     """Audit, write the reports, print the tables. ValueError for what the user has to fix.
 
-    The same stages and store as the flow's, one after the other, without a server.
+    It runs the flow's stages on the flow's store, one after the other, without a server.
     """
     from smoltulu.flows.graphs.audit_graph import AuditGraph
     from smoltulu.flows.local import run_graph
@@ -119,17 +119,16 @@ def run_audit(data: Sequence[str], settings: AuditSettings, out: Console) -> lis
     from smoltulu.tasks.report.audit import write_audit_report
 
     data = [str(Path(text).expanduser().absolute()) if Path(text).expanduser().exists() else text for text in data]
-    settings = settings.model_copy(update={"benchmarks": tuple(map(_absolute_file, settings.benchmarks))})
-    if settings.benchmarks_folder:
-        folder = str(expand_path(settings.benchmarks_folder).absolute())
-        settings = settings.model_copy(update={"benchmarks_folder": folder})
-    # The store is that of the flows, which run there.
+    benchmarks, folder = tuple(map(_absolute_file, settings.benchmarks)), settings.benchmarks_folder
+    folder = folder and str(expand_path(folder).absolute())
+    settings = settings.model_copy(update={"benchmarks": benchmarks, "benchmarks_folder": folder})
+    # Flows run in this folder, and a relative store starts there.
     os.chdir(PROJECT)
     graph = AuditGraph(data, settings)
     store = open_store(settings.compute)
     for audited in graph.data:
         out.print(f"{audited.source.label}: read as {audited.detected.said}")
-    # Recorded as a run, so that gc keeps what an audit found.
+    # Recorded as a run, so that gc keeps the results.
     record = begin_run(store, graph.name, graph, "")
     state = "Failed"
     made: dict[str, ArtifactReference] = {}
@@ -152,17 +151,12 @@ def _absolute_file(text: str) -> str:
 
 
 def show(result: AuditResult, out: Console) -> None:
-    """One data set in the terminal: the paper's table, its weak points, the languages, where everything lies."""
+    """Print the result for one data set: the paper's table with remarks, the languages, the paths of everything."""
     from rich.text import Text
 
     from smoltulu.tasks.data.benchmarks import load_registry
     from smoltulu.tasks.report.audit import rule
-    from smoltulu.tasks.report.contamination_table import (
-        CAVEATS,
-        NOT_CHECKED,
-        malformed_note,
-        table_rows,
-    )
+    from smoltulu.tasks.report.contamination_table import CAVEATS, NOT_CHECKED, malformed_note, table_rows
 
     rows, contamination = table_rows(result, load_registry()), result.contamination
     paper = any(row.paper for row in rows)

@@ -1,4 +1,4 @@
-"""`smoltulu plan` on a terminal: a table and its totals, or everything as JSON."""
+"""Output of `smoltulu plan`: a table and its totals, or everything as JSON."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_plan(recipe: str, overrides: dict[str, object], until: str | None, refr
 
 
 def run_parameters(recipe: str, overrides: Mapping[str, object]) -> str:
-    """What `prefect deployment run` is given for the planned recipe: a name or whole path, and the overrides."""
+    """Parameters of `prefect deployment run` for the planned recipe: its name or absolute path, and the overrides."""
     given = [f"recipe={recipe}"] + ([f"overrides={json.dumps(overrides, default=str)}"] if overrides else [])
     return " ".join(f"-p {shlex.quote(text)}" for text in given)
 
@@ -73,7 +73,7 @@ def show(planned: Plan, as_json: bool, parameters: str = "") -> None:
 
 
 def _preflights(planned: Plan) -> Table:
-    """A table of what the finished preflights say of their trainings."""
+    """A table of the figures that the finished preflights report for their trainings."""
     headings = ("rows", "too long", "trained", "tokens/epoch", "longest", "steps", "peak memory")
     made = table("training", *headings, "dry run made with", title="preflight", right=headings, whole=headings)
     for row in planned.rows:
@@ -107,9 +107,9 @@ def _made_with(figures: PreflightFigures) -> str:
 
 
 def summary(planned: Plan, parameters: str = "") -> list[str]:
-    """The lines below the table: counts, totals, and what the plan is not sure of.
+    """The lines below the table: counts, totals, and what is uncertain.
 
-    parameters  see `run_parameters`; without it the recipe is called by its name
+    parameters  see `run_parameters`; without it the recipe is given by its name
     """
     counts = Counter(str(row.status) for row in planned.rows)
     lines = [", ".join(f"{counts[status]} {status}" for status in _COLOURS if counts[status])]
@@ -148,7 +148,7 @@ def _still_to_do(planned: Plan) -> str:
 
 
 def _unresolved(items: Sequence[Unresolved]) -> list[str]:
-    """Which revisions have no known commit and why; that the Hub did not answer is said once."""
+    """Revisions without a known commit, and why. A Hub that did not answer is reported once."""
     if not items:
         return []
     silent = [item for item in items if isinstance(item.reason, HubUnreachable)]
@@ -164,7 +164,7 @@ def _unresolved(items: Sequence[Unresolved]) -> list[str]:
 
 
 def as_dict(planned: Plan) -> dict[str, Any]:
-    """A plan as plain JSON values; what is not known is null."""
+    """A plan as plain JSON values; unknown values are null."""
     rows = []
     for row in planned.rows:
         record = asdict(row)

