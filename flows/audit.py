@@ -1,8 +1,8 @@
-"""Flow `smoltulu-audit`: data sets against benchmarks, and their languages, without training.
+"""Flow `smoltulu-audit`: checks data sets against benchmarks and counts their languages, without training.
 
-The shards of a data set are mapped tasks: a task runner that has more machines (Dask) spreads them. What they leave is
-in the work folder of the contamination artifact, so the store has to be a folder that all workers see, and a scan that
-was interrupted goes on with the shards that are missing.
+The shards of a data set are mapped tasks, so a task runner with several machines (Dask) distributes them. Each shard
+writes into the work folder of the contamination artifact. All workers must therefore see the store as a folder, and an
+interrupted scan resumes with the missing shards.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ Data = Annotated[
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def make(job: Job, store_root: str) -> State[ArtifactReference]:
-    """One stage, made or found."""
-    # Opened here: this may be another machine, with another working folder.
+    """Run one stage, or find its artifact."""
+    # The task opens the store itself: it may run on another machine, in another working folder.
     store = open_store(job.compute.model_copy(update={"store": store_root}))
     reference = run_stage(job, store, get_run_logger())
     return Completed(name=reference.outcome, message=reference.path, data=reference)
@@ -50,7 +50,7 @@ def make(job: Job, store_root: str) -> State[ArtifactReference]:
 
 @task(name="scan", task_run_name="scan-{shard.number}", cache_policy=NO_CACHE, persist_result=False, retries=1)
 def scan(shard: Shard, index: str, folder: str, settings: AuditSettings) -> ShardResult:
-    """One shard; at once where it was scanned before."""
+    """Scan one shard; returns at once if it was scanned before."""
     from smoltulu.tasks.contamination.scan import scan_shard
 
     return scan_shard(Path(index), shard, Path(folder), roles=settings.roles, match_threshold=settings.match_threshold)
@@ -60,7 +60,7 @@ def scan(shard: Shard, index: str, folder: str, settings: AuditSettings) -> Shar
 def audit_data(data: Data, settings: AuditSettings = AuditSettings()) -> dict[str, dict[str, str]]:  # noqa: B008
     """Audit every data set; nothing is trained. Returns node -> outcome and key.
 
-    The results are artifacts of the store: the same audit again is found there.
+    The results are artifacts of the store: a repeated audit finds them there.
     """
     shield_run_logs()
     log = get_run_logger()
@@ -69,8 +69,7 @@ def audit_data(data: Data, settings: AuditSettings = AuditSettings()) -> dict[st
     log.info("audit of %s: %d benchmarks, store %s", ", ".join(data), len(graph.benchmarks), store.root)
     for report in graph.unreachable:
         log.warning("%s: not checked: %s", report.name, report.not_checked)
-    run_name = f"{graph.name}-{runtime.flow_run.name}"
-    record = begin_run(store, run_name, graph, str(runtime.flow_run.id or ""))
+    record = begin_run(store, f"{graph.name}-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
     made: dict[str, ArtifactReference] = {}
     state, path = "Failed", ""
     try:
@@ -90,7 +89,7 @@ def audit_data(data: Data, settings: AuditSettings = AuditSettings()) -> dict[st
 
 
 def _make_all(graph: AuditGraph, store: Store, made: dict[str, ArtifactReference]) -> None:
-    """Every node of the graph into `made`; what does not depend on each other runs side by side."""
+    """Run every node of the graph and add it to `made`. Independent nodes run in parallel."""
 
     def submit(name: str) -> Any:
         node = graph.nodes[name]
@@ -110,7 +109,7 @@ def _make_all(graph: AuditGraph, store: Store, made: dict[str, ArtifactReference
 
 
 def _scan_ahead(graph: AuditGraph, store: Store, name: str, made: dict[str, ArtifactReference]) -> None:
-    """Scan the shards as mapped tasks into the folder in which the stage then finds them; it only merges."""
+    """Scan the shards as mapped tasks. The stage finds their results in its work folder and only merges them."""
     from smoltulu.tasks.contamination.rows import plan_shards
 
     job = graph.job(name, made)
@@ -119,7 +118,7 @@ def _scan_ahead(graph: AuditGraph, store: Store, name: str, made: dict[str, Arti
     if store.obtain(job.spec, digests, name, log) is not None:
         return
     shards = plan_shards(Path(job.inputs.dataset))  # type: ignore[attr-defined]
-    # Opened as the stage opens it, or the stage would take what lies there for left-overs and remove it.
+    # Opened as the stage opens it. Otherwise the stage would take the results for left-overs and remove them.
     with store.producer(job.spec, partial(log.info, "%s: waiting for %s", name)) as key_folder:
         folder = store.open_work(key_folder) / "shards"
     folder.mkdir(exist_ok=True)
@@ -128,7 +127,7 @@ def _scan_ahead(graph: AuditGraph, store: Store, name: str, made: dict[str, Arti
 
 
 def _show(result: AuditResult) -> None:
-    """The table in Prefect's UI."""
+    """Show the table in Prefect's UI."""
     rows = [
         {
             "benchmark": row.title,

@@ -1,4 +1,4 @@
-"""Flow `smoltulu-eval`: measure a recipe's finished models again, and say whether a difference to last time is real."""
+"""Flow `smoltulu-eval`: evaluates a recipe's finished models again and tests whether their scores changed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.evaluation.sampling import paired_difference
 from smoltulu.tasks.report import artifact_key
 
-#: A difference is called real below this p-value, divided by the number of comparisons of the night (Bonferroni).
+#: A difference is significant below this p-value divided by the number of comparisons of the night (Bonferroni).
 SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One task of one model, last time against tonight, document by document."""
+    """Scores of one model on one task, last time and tonight, paired by document."""
 
     node: str
     task: str
@@ -54,7 +54,7 @@ class Comparison:
 def document_scores(reference: ArtifactReference) -> dict[str, dict[str, float]]:
     """task -> document -> score of the headline metric, from the samples of an evaluation.
 
-    A document's name holds the hashes of its text and target: another document of the same number is not compared.
+    The name of a document holds the hashes of its text and target, so a changed document is not compared.
     """
     outputs = EvaluationOutputs.model_validate(reference.outputs)
     headlines = {score.task: score.metric.split(",")[0] for score in outputs.scores}
@@ -74,7 +74,7 @@ def document_scores(reference: ArtifactReference) -> dict[str, dict[str, float]]
 
 
 def compare(node: str, last: dict[str, dict[str, float]], tonight: dict[str, dict[str, float]]) -> list[Comparison]:
-    """Paired comparison of every task that both nights hold with the same documents."""
+    """Paired comparison of every task that both evaluations measured on the same documents."""
     comparisons = []
     for name in last.keys() & tonight.keys():
         before, after = last[name], tonight[name]
@@ -90,7 +90,7 @@ def compare(node: str, last: dict[str, dict[str, float]], tonight: dict[str, dic
 def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Overrides = {}) -> Any:  # noqa: B006
     """Evaluate every finished model of a recipe again and compare with the last time. Trains nothing.
 
-    Fails where a score dropped beyond noise, so that Prefect's notifications for failed runs reach whoever should know.
+    The flow fails if a score dropped significantly, so that Prefect's notifications for failed runs report it.
     """
     shield_run_logs()
     follow_worker()
@@ -109,7 +109,7 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         digests = {dotted: finished[binding.node].digest for dotted, binding in bindings.items()}
         if node.stage.makes(EvaluationOutputs):
             evaluations.append(name)
-            digests = {}  # last night's is compared with, whatever was made again since
+            digests = {}  # compared with last night's, even if its inputs were made again since
         if (found := store.obtain(graph.spec(name), digests, name, log)) is not None:
             finished[name] = reference_to(found, name, "Cached")
 
@@ -122,8 +122,7 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         log.warning("recipe %s has no finished model in %s: nothing to evaluate", checked.name, store.root)
         return Completed(name="Skipped", message="no finished model")
 
-    run_name = f"{checked.name}-nightly-{runtime.flow_run.name or 'local'}"
-    record = begin_run(store, run_name, graph, flow_run_id=str(runtime.flow_run.id or ""))
+    record = begin_run(store, f"{checked.name}-nightly-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
     outcomes = dict.fromkeys(evaluations, "Failed")
     comparisons: list[Comparison] = []
     try:

@@ -1,7 +1,7 @@
-"""A recipe without Prefect: the same graph, stages and store, one stage after the other, in this process.
+"""Runs a recipe without Prefect: the same graph, stages and store, one stage after the other, in this process.
 
-`python -m smoltulu.flows.local RECIPE [field=value ...]`: for debugging, for machines without a server, and for tests
-that kill it. No report, no schedule, nothing is pushed.
+`python -m smoltulu.flows.local RECIPE [field=value ...]` is for debugging, for machines without a server, and for tests
+that kill it. It writes no report, has no schedule and pushes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from smoltulu.tasks.engine.stores import open_store
 
 
 def run_graph(graph: NodeGraph, store: Store, log: logging.Logger) -> dict[str, ArtifactReference]:
-    """Every node of a graph, made or found, in its order. Errors: as `run_stage`."""
+    """Run or find every node of a graph, in its order. Errors: as `run_stage`."""
     references: dict[str, ArtifactReference] = {}
     for name, node in graph.nodes.items():
         upstream = {binding.node: references[binding.node] for binding in node.bindings().values()}

@@ -1,12 +1,10 @@
-"""Flow `smoltulu`: every stage of a recipe, each as a Prefect task that returns a typed artifact reference."""
+"""Flow `smoltulu`: runs every stage of a recipe as a Prefect task that returns a typed artifact reference."""
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,13 +27,14 @@ from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.publish import PublishOutputs
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
+from smoltulu.schemas.run import RunRecord
 from smoltulu.tasks.engine.launch import stop_children
 from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.publish.push import check_push_access, push_model
 from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
 
-#: More tasks than can run: how many stages really run side by side is compute.max_parallel_stages.
+#: Tasks in the pool. compute.max_parallel_stages limits how many of them run a stage at a time.
 _MAX_WAITING_TASKS = 32
 
 RecipeParameter = Annotated[
@@ -58,9 +57,9 @@ def smoltulu(
     until: Until = None,
     refresh: Refresh = [],  # noqa: B006
 ) -> dict[str, str]:
-    """Contamination check, SFT, reward model, DPO, RLVR, evaluation and publishing, as the recipe says.
+    """Run contamination check, SFT, reward model, DPO, RLVR, evaluation and publishing, as the recipe says.
 
-    Finished stages are taken from the store, an interrupted one goes on from its last checkpoint. Returns node -> key.
+    The store provides finished stages. An interrupted stage resumes from its last checkpoint. Returns node -> key.
     """
     shield_run_logs()
     follow_worker()
@@ -74,9 +73,7 @@ def smoltulu(
     store = open_store(checked.compute)
     log.info("recipe %s: %d steps, store %s", checked.name, len(graph.nodes), store.root)
 
-    started_at = datetime.now(UTC)
-    run_name = f"{checked.name}-{runtime.flow_run.name or started_at.strftime('%Y%m%dT%H%M%S')}"
-    record = begin_run(store, run_name, graph, flow_run_id=str(runtime.flow_run.id or ""))
+    record = begin_run(store, f"{checked.name}-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
     slots = threading.Semaphore(checked.compute.max_parallel_stages)
     seconds: dict[str, float] = {}
     failures: dict[str, str] = {}
@@ -124,7 +121,7 @@ def smoltulu(
                 pushed = push(future.result())
                 log.info("%s: %s", name, pushed)
     except BaseException as interruption:
-        # Cancelled, or the process is told to end: no stage may outlive its flow.
+        # Cancelled, or the process must end: no stage may outlive its flow.
         error = interruption
         stop_children()
         raise
@@ -132,9 +129,9 @@ def smoltulu(
         made = [future.result() for future in futures.values() if future.state.is_completed()]
         state = "Completed" if not failures and error is None else "Failed"
         outcomes = {reference.node: reference.outcome for reference in made} | dict.fromkeys(failures, "Failed")
-        # Written before the report and again after it: a fault in the page must not leave the run "Running".
-        end_run(store, record, state, outcomes)
-        page = _report(graph, store, run_name, made, failures, seconds, state, started_at, pushed, error, log)
+        # Written before the report and again after it: an error in the report must not leave the run "Running".
+        ended = end_run(store, record, state, outcomes)
+        page = _report(graph, store, ended, made, failures, seconds, error, pushed)
         end_run(store, record, state, outcomes, report_path=str(page))
     if failures:
         raise RuntimeError("; ".join(failures.values()))
@@ -144,38 +141,31 @@ def smoltulu(
 def _report(
     graph: Graph,
     store: Store,
-    run_name: str,
+    run: RunRecord,
     made: list[ArtifactReference],
     failures: dict[str, str],
     seconds: dict[str, float],
-    state: str,
-    started_at: datetime,
-    pushed: str,
     error: BaseException | None,
-    log: logging.Logger | logging.LoggerAdapter,
+    pushed: str,
 ) -> Path:
-    """Write summary.json and report.html of a run, and its Markdown artifact. Path of the page."""
-    found = {reference.node: store.find(graph.spec(reference.node)) for reference in made}
-    pairs = [(reference, result.manifest) for reference in made if isinstance(result := found[reference.node], Found)]
+    """Write summary.json and report.html of a run, and its Markdown artifact. Returns the path of the page."""
+    found = [(reference, store.find(graph.spec(reference.node))) for reference in made]
+    pairs = [(reference, result.manifest) for reference, result in found if isinstance(result, Found)]
     reports = store.root.parent / "reports"
-    folder = reports / run_name
+    folder = reports / run.run_name
     folder.mkdir(parents=True, exist_ok=True)
     published = next((ref for ref in made if graph.nodes[ref.node].stage.makes(PublishOutputs)), None)
     summary = summarise(
-        run_name=run_name,
-        recipe=graph.recipe.name,
-        state=state,
-        started_at=started_at.isoformat(timespec="seconds"),
-        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        planned=[(name, node.stage.name) for name, node in graph.nodes.items()],
+        planned=list(run.stages.items()),
         made=pairs,
         failed=failures,
         seconds=seconds,
         error="; ".join(failures.values()) or (repr(error) if error else None),
-        published=str(Path(published.path) / published.outputs["folder"]) if published else None,
         pushed=pushed,
+        published=str(Path(published.path) / published.outputs["folder"]) if published else None,
         summary_path=str(folder / "summary.json"),
         report_path=str(folder / "report.html"),
+        **run.model_dump(include={"run_name", "recipe", "state", "started_at", "finished_at"}),
     )
     (folder / "summary.json").write_text(summary.model_dump_json(indent=1), encoding="utf-8")
     recipe_yaml = yaml.dump(
@@ -191,11 +181,12 @@ def _report(
         recipe_yaml,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
-    (reports / "latest").write_text(run_name)
+    (reports / "latest").write_text(run.run_name)
     num_cached = sum(reference.outcome == "Cached" for reference in made)
-    if num_cached < len(graph.nodes):  # else the page of the run that made them still says it all
+    if num_cached < len(graph.nodes):  # else the page of the run that made them is still complete
         create_markdown_artifact(key=artifact_key(f"{graph.recipe.name}-run"), markdown=markdown(summary))
-    log.info("%d of %d stages cached; report: %s", num_cached, len(graph.nodes), (folder / "report.html").resolve())
+    where = (folder / "report.html").resolve()
+    get_run_logger().info("%d of %d stages cached; report: %s", num_cached, len(graph.nodes), where)
     return folder / "report.html"
 
 

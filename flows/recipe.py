@@ -1,4 +1,4 @@
-"""Reading a recipe: preset name, YAML path or inline object; `extends`, overrides, one error that lists everything."""
+"""Reads a recipe from a preset name, a YAML path or an inline object. One error lists every problem."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.tasks.stages import STAGES
 
-#: libyaml's, ten times as fast, where PyYAML was built with it.
+#: The loader of libyaml is ten times as fast. PyYAML has it if it was built with libyaml.
 _YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class RecipeError(ValueError):
-    """Every problem of a recipe, one a line, each with its path, the value given, and what is allowed."""
+    """Every problem of a recipe, one per line, with its path, the given value, and the allowed values."""
 
 
 def preset_names() -> list[str]:
@@ -33,7 +33,7 @@ def preset_names() -> list[str]:
 def load_recipe(
     recipe: str | dict[str, Any] | Recipe | ExtendingRecipe, overrides: dict[str, Any] | None = None
 ) -> Recipe:
-    """A checked recipe. Raises RecipeError with every problem at once."""
+    """Read and check a recipe. Raises RecipeError with every problem at once."""
     if isinstance(recipe, Recipe):
         values = recipe.model_dump(mode="json")
     elif isinstance(recipe, str):
@@ -53,14 +53,14 @@ def load_recipe(
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, object]:
-    """`field=value` texts; the value is read as JSON, else as YAML. Raises ValueError where there is no `=`."""
+    """Parse `field=value` texts. The value is JSON, else YAML. Raises ValueError if there is no `=`."""
     values: dict[str, object] = {}
     for text in texts:
         field, equals, value = text.partition("=")
         if not equals or not field.strip():
             raise ValueError(f"--override {text!r}: give a dotted field and a value, e.g. dpo.learning_rate=5e-7")
         try:
-            # JSON first: YAML takes 5e-7, which has no dot, for a text.
+            # JSON first: YAML reads 5e-7, which has no dot, as a string.
             values[field.strip()] = json.loads(value)
         except ValueError:
             try:
@@ -71,32 +71,28 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, object]:
 
 
 def check_compute(compute: ComputeSettings) -> None:
-    """Refuse exceptions for stages that do not exist."""
+    """Refuse `compute.stages` of stages that do not exist."""
     if unknown := _unknown_stages({"stages": compute.stages}):
         raise RecipeError("\n".join(unknown))
 
 
 def _unknown_stages(compute: Any) -> list[str]:
-    """A line for every exception of `compute` that is for no stage."""
+    """A line for every name in `compute.stages` that is no stage."""
     stages = compute.get("stages") if isinstance(compute, dict) else None
     return [_unknown_stage("compute.stages", str(name)) for name in stages or () if name not in STAGES]
 
 
 def _unknown_stage(where: str, name: str) -> str:
-    return f"{where}: no stage is called {name!r}{_nearest(name, STAGES)}; stages: {', '.join(STAGES)}"
-
-
-def _check_stage_name(where: str, name: str) -> None:
-    if name not in STAGES:
-        raise RecipeError(_unknown_stage(where, name))
+    return f"{where}: no stage is called {name!r}{did_you_mean(name, STAGES)}; stages: {', '.join(STAGES)}"
 
 
 def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> None:
-    """Refuse `until` and `refresh` stages that do not exist or that the recipe lacks."""
+    """Refuse stages in `until` and `refresh` that do not exist or that the recipe lacks."""
     present = recipe_stages(recipe)
     for parameter, names in (("until", [until] if until else []), ("refresh", refresh)):
         for name in names:
-            _check_stage_name(parameter, name)
+            if name not in STAGES:
+                raise RecipeError(_unknown_stage(parameter, name))
             if name not in present:
                 raise RecipeError(
                     f"{parameter}: recipe {recipe.name} has no stage {name!r}; it has: {', '.join(present)}"
@@ -109,7 +105,7 @@ def recipe_stages(recipe: Recipe) -> list[str]:
 
 
 def stage_order(recipe: Recipe) -> tuple[str, ...]:
-    """All stages in the order in which this recipe runs them: one that starts from a later one comes right after it."""
+    """All stages in the order in which this recipe runs them. A stage comes after the stage that it starts from."""
     order = list(STAGES)
     for block, settings in recipe.trainings.items():
         start = settings.starts_from
@@ -120,7 +116,7 @@ def stage_order(recipe: Recipe) -> tuple[str, ...]:
 
 
 def whole_path(recipe: str) -> str:
-    """A recipe's name or path, so that it means the same in every working folder."""
+    """A recipe's name, or its absolute path, which is valid in every working folder."""
     return str(Path(recipe).expanduser().absolute()) if _is_path(recipe) else recipe
 
 
@@ -133,7 +129,7 @@ def _is_path(name_or_path: str) -> bool:
 
 def _read(name_or_path: str) -> dict[str, Any]:
     if not _is_path(name_or_path):
-        return _extend(_preset(name_or_path), name_or_path, PRESETS)
+        return _extend(_preset(name_or_path, "no recipe is called"), name_or_path, PRESETS)
     path = Path(name_or_path).expanduser()
     values = _load(path)
     if "extends" in values and "name" not in values:
@@ -141,17 +137,18 @@ def _read(name_or_path: str) -> dict[str, Any]:
     return _extend(values, str(path), path.parent)
 
 
-def _preset(name: str) -> dict[str, Any]:
+def _preset(name: str, problem: str) -> dict[str, Any]:
+    """A shipped recipe. RecipeError, which begins with `problem`, where there is none of that name."""
     if name not in preset_names():
         raise RecipeError(
-            f"no recipe is called {name!r}{_nearest(name, preset_names())}; "
+            f"{problem} {name!r}{did_you_mean(name, preset_names())}; "
             f"presets: {', '.join(preset_names())}; or give the path of a YAML file"
         )
     return _load(PRESETS / f"{name}.yaml")
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A recipe file as it stands, but with whole paths. RecipeError where it cannot be read."""
+    """Values of a recipe file, with absolute paths. RecipeError if it cannot be read."""
     if not path.is_file():
         raise RecipeError(f"recipe file {path} does not exist (looked in {Path.cwd()})")
     try:
@@ -164,9 +161,9 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _whole_paths(value: Any, field: str, folder: Path) -> Any:
-    """Relative paths below a dotted field of a recipe file made whole: they start at the file's folder.
+    """Make relative paths below a dotted field of a recipe file absolute: they start at the file's folder.
 
-    One that begins with a variable stays as it is: what the variable holds is the caller's, and starts where he is.
+    A path that begins with a variable stays as it is: the caller sets the variable, relative to the working folder.
     """
     if isinstance(value, dict):
         return {name: _whole_paths(item, f"{field}.{name}", folder) for name, item in value.items()}
@@ -180,9 +177,11 @@ def _whole_paths(value: Any, field: str, folder: Path) -> Any:
 
 
 def _extend(values: dict[str, Any], origin: str, folder: Path) -> dict[str, Any]:
-    """Lay a recipe over the preset or file that it extends; one level deep: a diff of two recipes is their difference.
+    """Merge a recipe into the preset or file that it extends.
 
-    folder  where a file that is extended is looked for
+    Only one level: the diff of two recipe files is their whole difference.
+
+    folder  start of a relative path in `extends`
     """
     values = dict(values)
     parent = values.pop("extends", None)
@@ -190,13 +189,8 @@ def _extend(values: dict[str, Any], origin: str, folder: Path) -> dict[str, Any]
         return values
     if isinstance(parent, str) and _is_path(parent):
         base = _load(folder / Path(parent).expanduser())
-    elif parent in preset_names():
-        base = _preset(parent)
     else:
-        raise RecipeError(
-            f"{origin}: extends {parent!r}{_nearest(str(parent), preset_names())}; "
-            f"presets: {', '.join(preset_names())}; or the path of a YAML file"
-        )
+        base = _preset(str(parent), f"{origin}: extends")
     if "extends" in base:
         raise RecipeError(
             f"{origin}: extends {parent}, which itself extends {base['extends']}; extend that one instead"
@@ -213,7 +207,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _override(values: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
-    """Set one dotted field; numbers index lists. A path through something that is no mapping is an error."""
+    """Set one dotted field; numbers index lists. A path through a plain value is an error."""
     head, _, rest = dotted.partition(".")
     if isinstance(values, list):
         if not head.isdigit() or int(head) >= len(values):
@@ -235,7 +229,7 @@ def _explain(error: ValidationError, name: str, more: list[str]) -> str:
         location = ".".join(str(part) for part in problem["loc"]) or "recipe"
         if problem["type"] == "extra_forbidden":
             allowed = list(_fields_at(Recipe, problem["loc"][:-1]))
-            text = f"no such field{_nearest(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+            text = f"no such field{did_you_mean(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
         elif problem["type"] == "missing":
             text = "is missing; add it"
         else:
@@ -248,12 +242,12 @@ def _explain(error: ValidationError, name: str, more: list[str]) -> str:
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
-    """Field names of the model that a location leads to."""
+    """Field names of the model at a location."""
     found: list[type[BaseModel]] = [model]
     for part in location:
         if isinstance(part, int):
             continue
-        # Of models that are told apart by their `kind`, a location names that one.
+        # In a union that `kind` discriminates, the location names the kind.
         of_kind = [one for one in found if "kind" in one.model_fields and one.model_fields["kind"].default == part]
         fields = [one.model_fields[part] for one in found if part in one.model_fields]
         found = of_kind or [inner for field in fields for inner in _models_in(field.annotation)]
@@ -267,6 +261,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
 
 
-def _nearest(name: str, allowed: Any) -> str:
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """` (did you mean 'sft'?)` for a name that is not allowed; empty if no allowed name is similar."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

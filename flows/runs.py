@@ -1,4 +1,4 @@
-"""The store's own record of a flow run: what it asked for and what came of it. `smoltulu runs` and `gc` read it."""
+"""Records of flow runs in the store: what a run asked for, and how it ended. `smoltulu runs` and `gc` read them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smoltulu.schemas.run import RunRecord
 
 
 def begin_run(store: Store, run_name: str, graph: NodeGraph, flow_run_id: str) -> RunRecord:
-    """Write down that a run starts, with the keys of all that it may use: gc keeps them while it runs."""
+    """Record the start of a run, with the keys of all artifacts that it may use: gc keeps them while it runs."""
     record = RunRecord(
         run_name=run_name,
         flow_run_id=flow_run_id,
@@ -31,7 +31,7 @@ def begin_run(store: Store, run_name: str, graph: NodeGraph, flow_run_id: str) -
 
 
 def end_run(store: Store, record: RunRecord, state: str, outcomes: dict[str, str], report_path: str = "") -> RunRecord:
-    """Write down how a run ended: node -> outcome of what was reached."""
+    """Record the end of a run. `outcomes`: node -> outcome, of every node that was reached."""
     ended = record.model_copy(
         update={"state": state, "finished_at": _now(), "outcomes": outcomes, "report_path": report_path}
     )

@@ -1,10 +1,8 @@
-"""The command `smoltulu audit`. What it needs is imported when it is called."""
+"""The command `smoltulu audit`. Its imports wait until it is called."""
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smoltulu.artifacts import readable
-from smoltulu.flows.cli.output import console, failures, print_json, table
+from smoltulu.flows.cli.output import console, failures, print_json, progress_log, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +62,7 @@ def audit(
     threads: Annotated[int | None, typer.Option(min=1, help="processor cores; default: all")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
 ) -> None:
-    """Check data sets for benchmark instances and say their languages. Trains nothing, needs no server."""
+    """Check data sets for benchmark instances and count their languages. Trains nothing, needs no server."""
     from smoltulu.schemas.audit import AuditSettings
     from smoltulu.schemas.compute import ComputeSettings
     from smoltulu.tasks.engine.launch import StageFailed
@@ -109,7 +107,7 @@ def _fields(texts: list[str]) -> dict[str, str]:
 def run_audit(data: Sequence[str], settings: AuditSettings, out: Console) -> list[AuditResult]:
     """Audit, write the reports, print the tables. ValueError for what the user has to fix.
 
-    The same stages and store as the flow's, one after the other, without a server.
+    It runs the flow's stages on the flow's store, one after the other, without a server.
     """
     from smoltulu.flows.graphs.audit_graph import AuditGraph
     from smoltulu.flows.local import run_graph
@@ -121,22 +119,21 @@ def run_audit(data: Sequence[str], settings: AuditSettings, out: Console) -> lis
     from smoltulu.tasks.report.audit import write_audit_report
 
     data = [str(Path(text).expanduser().absolute()) if Path(text).expanduser().exists() else text for text in data]
-    settings = settings.model_copy(update={"benchmarks": tuple(map(_absolute_file, settings.benchmarks))})
-    if settings.benchmarks_folder:
-        folder = str(expand_path(settings.benchmarks_folder).absolute())
-        settings = settings.model_copy(update={"benchmarks_folder": folder})
-    # The store is that of the flows, which run there.
+    benchmarks, folder = tuple(map(_absolute_file, settings.benchmarks)), settings.benchmarks_folder
+    folder = folder and str(expand_path(folder).absolute())
+    settings = settings.model_copy(update={"benchmarks": benchmarks, "benchmarks_folder": folder})
+    # Flows run in this folder, and a relative store starts there.
     os.chdir(PROJECT)
     graph = AuditGraph(data, settings)
     store = open_store(settings.compute)
     for audited in graph.data:
         out.print(f"{audited.source.label}: read as {audited.detected.said}")
-    # Recorded as a run, so that gc keeps what an audit found.
+    # Recorded as a run, so that gc keeps the results.
     record = begin_run(store, graph.name, graph, "")
     state = "Failed"
     made: dict[str, ArtifactReference] = {}
     try:
-        made = run_graph(graph, store, _log())
+        made = run_graph(graph, store, progress_log())
         state = "Completed"
     finally:
         end_run(store, record, state, {name: reference.outcome for name, reference in made.items()})
@@ -153,34 +150,16 @@ def _absolute_file(text: str) -> str:
     return f"{name}={Path(file).expanduser().absolute()}" if equals else text
 
 
-def _log() -> logging.Logger:
-    """Progress of the stages, on the error stream: the output holds the tables only."""
-    log = logging.getLogger("smoltulu.audit")
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    return log
-
-
 def show(result: AuditResult, out: Console) -> None:
-    """One data set in the terminal: the paper's table, its weak points, the languages, where everything lies."""
+    """Print the result for one data set: the paper's table with remarks, the languages, the paths of everything."""
     from rich.text import Text
 
     from smoltulu.tasks.data.benchmarks import load_registry
     from smoltulu.tasks.report.audit import rule
-    from smoltulu.tasks.report.contamination_table import (
-        CAVEATS,
-        NOT_CHECKED,
-        has_paper_figures,
-        malformed_note,
-        table_rows,
-    )
+    from smoltulu.tasks.report.contamination_table import CAVEATS, NOT_CHECKED, malformed_note, table_rows
 
     rows, contamination = table_rows(result, load_registry()), result.contamination
-    paper = has_paper_figures(rows)
+    paper = any(row.paper for row in rows)
     figures = ("N", "found", "share", *(["paper"] if paper else []))
     title, whole = f"Contamination of {result.label}", ("benchmark", *figures)
     made = table(*whole, "remarks", title=title, right=figures, whole=whole)

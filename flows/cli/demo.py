@@ -1,7 +1,7 @@
-"""What `make demo` runs: the recipe `tiny` from end to end on this machine, and what came out of it.
+"""`make demo`: runs the recipe `tiny` from end to end on this machine and prints the results.
 
-Uses the server of `smoltulu up` where one runs, else brings one up; takes down what it started, whatever happens. A
-server that is not ours is never touched: where one sits on the default port, the demo takes another port.
+The demo uses the server of `smoltulu up` if one runs, else it starts one. It always stops what it started. It never
+touches a foreign server: if one holds the default port, the demo takes another port.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DEPLOYMENT = "smoltulu/tiny"
-#: Events that the stages' own log lines tell better.
+#: Events that the log lines of the stages already report.
 _EVENT = re.compile(r" prefect\.(artifact|task-run)|Finished in state Completed\(")
 
 
 def demo() -> int:
-    """Run the demo; returns the exit code: 0 only where the run completed and its summary could be read."""
+    """Run the demo; returns the exit code: 0 only if the run completed and its summary can be read."""
     out = console(soft_wrap=True)
     home = places.default_home()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     begin = time.monotonic()
-    # Known before the run starts, so that an interrupted one can be found, and its report too.
+    # Chosen before the run starts, so that an interrupted run and its report can be found.
     name = f"demo-{uuid.uuid4().hex[:6]}"
     running: machine.Machine | None = None
     try:
@@ -65,7 +65,7 @@ def demo() -> int:
         _say("\ninterrupted")
         return 130
     finally:
-        # A second Ctrl-C must not leave half of it behind.
+        # A second Ctrl-C must not interrupt the clean-up.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         if running is not None:
@@ -102,7 +102,7 @@ def _watch(home: Path, url: str, name: str) -> int:
 
 
 def _cancel(url: str, name: str) -> None:
-    """Cancel the demo's run if it still goes: on a worker that is not the demo's own it would go on."""
+    """Cancel the demo's run if it has not ended: a worker that the demo did not start would continue it."""
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
     from prefect.states import Cancelling
 
@@ -114,7 +114,7 @@ def _cancel(url: str, name: str) -> None:
 
 
 def show(summary: RunSummary, out: Console) -> None:
-    """Print scores per stage, what every stage came to, and where the model and the report lie."""
+    """Print the scores, the outcome of every stage, and the paths of the model and the report."""
     from smoltulu.tasks.report.summary import score_tables
     from smoltulu.tasks.report.text import clean
 
@@ -136,16 +136,13 @@ def show(summary: RunSummary, out: Console) -> None:
     out.print(made)
     num_cached = sum(stage.outcome == "Cached" for stage in summary.stages)
     out.print(f"{num_cached} of {len(summary.stages)} stages cached")
-    if summary.published:
-        out.print(f"model     {clean(_short(summary.published))}")
-    if summary.pushed:
-        out.print(f"pushed    {clean(summary.pushed)}")
-    if summary.report_path:
-        out.print(f"report    {clean(_short(summary.report_path))}")
+    for name, what in (("model", summary.published), ("pushed", summary.pushed), ("report", summary.report_path)):
+        if what:
+            out.print(f"{name:<10}{clean(_short(what))}")
 
 
 def _short(path: str) -> str:
-    """Paths in the project from there, others whole."""
+    """A path, relative to the project if it lies there."""
     return path.removeprefix(f"{places.PROJECT}/")
 
 

@@ -1,4 +1,4 @@
-"""What `smoltulu init` writes: a recipe of one's own in which every setting of a preset is there, commented out."""
+"""`smoltulu init`: writes a recipe that extends a preset and lists every setting of it, commented out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from smoltulu.flows.recipe import RecipeError, load_recipe, preset_names
 from smoltulu.schemas.recipe import Recipe
 
-#: Characters of a value; lists of benchmarks and the like are longer, and are found in the preset.
+#: Most characters of a value. Longer ones, such as lists of benchmarks, are left to the preset.
 _LONGEST_VALUE = 160
 
 _HEAD = """\
@@ -42,7 +42,7 @@ def _blocks(recipe: Recipe) -> Iterator[str]:
             if value is not None:
                 yield f"# {name}: {_text(value)} # {_meaning(field)}".rstrip(" #")
         else:
-            # In braces a block may be empty, and a line more or less leaves it whole. `sft:` alone would mean null.
+            # Braces allow an empty block, and any line may come or go. `sft:` alone would mean null.
             said = field.description or (type(value).__doc__ or "").strip().partition("\n")[0]
             yield f"\n{name}: {{ # {said}"
             for inner, inner_field in type(value).model_fields.items():
@@ -53,14 +53,14 @@ def _blocks(recipe: Recipe) -> Iterator[str]:
 
 
 def _meaning(field: FieldInfo) -> str:
-    """Description of a field, and what it may be where that is a list of words."""
+    """Description of a field, after its choices if it is a choice of words."""
     words = [word for choice in (field.annotation, *get_args(field.annotation)) for word in get_args(choice)]
     choices = " | ".join(words) if words and all(isinstance(word, str) for word in words) else ""
     return "; ".join(filter(None, [choices, field.description]))
 
 
 def _text(value: Any) -> str:
-    """A value on one line of YAML; of a model, or of models, what differs from the defaults where all is too long."""
+    """A value on one line of YAML. Of models that are too long, only the fields that differ from the defaults."""
     plain = _plain(value, whole=True)
     text = _flow(plain)
     return text if len(text) <= _LONGEST_VALUE // 2 else _flow(_plain(value, whole=False))
@@ -77,5 +77,5 @@ def _plain(value: Any, whole: bool) -> Any:
 
 
 def _flow(value: Any) -> str:
-    # In a list, so that what has a meaning in braces is quoted.
+    # Dumped inside a list, so that YAML quotes characters that have a meaning in braces.
     return yaml.safe_dump([value], default_flow_style=True, width=10_000, sort_keys=False).strip()[1:-1]

@@ -1,4 +1,4 @@
-"""The command line `smoltulu`: only what Prefect's own commands do not do. Heavy imports wait until they are needed."""
+"""The command line `smoltulu`: what Prefect's own commands do not do. Heavy imports wait until they are needed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from typing import Annotated
 import typer
 
 from smoltulu.flows.cli import audit, output, store
+
+Recipe = Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--override", "-o", help="dotted field and value, e.g. dpo.learning_rate=5e-7")
+]
 
 app = typer.Typer(
     help="Tulu 3 post-training as one Prefect workflow. Flows are started with `prefect deployment run`.",
@@ -33,7 +38,7 @@ def up(
         running = machine.up(home, port, limit, typer.echo)
     typer.echo(f"\nUI        {running.url.removesuffix('/api')}")
     typer.echo(f"logs      {home / 'logs'}")
-    # `prefect` reads prefect.toml of the folder it is called in; `smoltulu` finds the server itself.
+    # `prefect` reads prefect.toml in the folder where it is called; `smoltulu` finds the server itself.
     told = prefect_api.url_of(prefect_api.DEFAULT_PORT) if Path("prefect.toml").is_file() else None
     if running.url != os.environ.get("PREFECT_API_URL", told):
         typer.echo(f"export    export PREFECT_API_URL={running.url}")
@@ -45,7 +50,7 @@ def up(
 
 @app.command()
 def down() -> None:
-    """Stop what `smoltulu up` started, running flows included, and nothing else."""
+    """Stop everything that `smoltulu up` started, running flows included, and nothing else."""
     from smoltulu.flows.machine import machine, places
 
     with output.failures(machine.MachineError):
@@ -58,13 +63,13 @@ def run(
     context: typer.Context,
     deployment: Annotated[str, typer.Argument(help="flow/deployment, e.g. smoltulu/full")],
 ) -> None:
-    """`prefect deployment run DEPLOYMENT --watch [...]`, after a look whether server, deployment and worker are there.
+    """Run `prefect deployment run DEPLOYMENT --watch [...]`, after checking server, deployment and worker.
 
-    Prefect itself waits in silence where no worker polls. Everything after DEPLOYMENT goes to Prefect as it is, but
-    `-p recipe=FILE` as a whole path: the flow runs in another folder.
+    Prefect itself waits silently if no worker polls. Everything after DEPLOYMENT goes to Prefect unchanged, except that
+    FILE in `-p recipe=FILE` becomes an absolute path: the flow runs in another folder.
     """
     from smoltulu.flows.machine import doctor, places, prefect_api
-    from smoltulu.flows.recipe import whole_path
+    from smoltulu.flows.recipe import did_you_mean, whole_path
 
     home = places.default_home()
     url = doctor.api_url(home)
@@ -72,12 +77,9 @@ def run(
         output.fail(doctor.no_server(url))
     registered = dict(prefect_api.deployments(url))
     if deployment not in registered:
-        import difflib
-
-        near = difflib.get_close_matches(deployment, registered, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         output.fail(
-            f"no deployment {deployment!r}{hint} Registered: {', '.join(registered) or 'none'}. Run `smoltulu up`"
+            f"no deployment is called {deployment!r}{did_you_mean(deployment, registered)}; registered: "
+            f"{', '.join(registered) or 'none'}; `smoltulu up` registers them"
         )
     pool = registered[deployment]
     if pool is not None and not doctor.pollers(home, url, pool):
@@ -100,7 +102,7 @@ def init(
     file: Annotated[Path, typer.Argument(help="what to write; an existing file stays as it is")] = Path("recipe.yaml"),
     extends: Annotated[str, typer.Option(help="preset that it changes, e.g. tiny")] = "smoltulu-1130",
 ) -> None:
-    """Write a recipe of your own: it extends a preset, and every setting is there, commented out, with its meaning."""
+    """Write a recipe file that extends a preset and lists every setting with its meaning, commented out."""
     from smoltulu.flows.cli.init import commented_recipe
 
     with output.failures():
@@ -117,21 +119,19 @@ def init(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")],
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted field and value, e.g. dpo.learning_rate=5e-7")
-    ] = None,
+    recipe: Recipe,
+    override: Overrides = None,
     until: Annotated[str | None, typer.Option(help="last stage to run")] = None,
     refresh: Annotated[list[str] | None, typer.Option(help="stage to make again; may be repeated")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="everything there is to say, for programs")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
 ) -> None:
-    """Say per stage what a run would do (cached, resumes or runs), why, and what it will take. Needs no server."""
+    """Show per stage what a run would do (cached, resumes or runs), why, and its cost. Needs no server."""
     from smoltulu.flows.cli.plan import make_plan, run_parameters, show
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.recipe import parse_overrides, whole_path
 
     recipe = whole_path(recipe)
-    os.chdir(PROJECT)  # a flow runs there, and relative paths of overrides start there
+    os.chdir(PROJECT)  # flows run there, and relative paths in overrides start there
     with output.failures():
         overrides = parse_overrides(override or [])
         planned = make_plan(recipe, overrides, until, refresh or [])
@@ -139,15 +139,8 @@ def plan(
 
 
 @app.command()
-def adopt(
-    recipe: Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")],
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted field and value, e.g. dpo.learning_rate=5e-7")
-    ] = None,
-) -> None:
-    """Take finished stages over from the version that stored rows otherwise; rows are made again and compared."""
-    import logging
-
+def adopt(recipe: Recipe, override: Overrides = None) -> None:
+    """Adopt finished stages from the version that stored rows in other files; rows are made again and compared."""
     from smoltulu.flows.graphs.recipe_graph import Graph
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.planning import adoption
@@ -157,11 +150,9 @@ def adopt(
 
     recipe = whole_path(recipe)
     os.chdir(PROJECT)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with output.failures(StageFailed):
         checked = load_recipe(recipe, parse_overrides(override or []))
-        log = logging.getLogger("smoltulu.adopt")
-        outcomes = adoption.adopt(Graph(checked), open_store(checked.compute), log)
+        outcomes = adoption.adopt(Graph(checked), open_store(checked.compute), output.progress_log())
     table = output.table("stage", "what", "why")
     for outcome in outcomes:
         table.add_row(outcome.node, outcome.status, outcome.reason)

@@ -1,9 +1,10 @@
-"""How every command prints: one table, one JSON, one failure. Nothing that is printed is read as Rich markup."""
+"""Output of every command: tables, JSON, errors. Rich never reads the text as markup."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Container, Iterator
@@ -15,12 +16,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-#: Columns of a line that goes to a file or a pipe, unless COLUMNS asks for more.
+#: Width of output to a file or a pipe, unless COLUMNS asks for more.
 WIDTH = 160
 
 
 def console(**options: Any) -> Console:
-    """Standard output, which takes every `str` as it is. Tables keep their width in a file or a pipe."""
+    """Standard output, which prints every `str` as it is. Tables keep their width in a file or a pipe."""
     from rich.console import Console
 
     given = os.environ.get("COLUMNS", "")
@@ -29,9 +30,10 @@ def console(**options: Any) -> Console:
 
 
 def table(*headings: str, title: str | None = None, right: Container[str] = (), whole: Container[str] = ()) -> Table:
-    """A table without rows yet. Cells are plain `str`, or `Text` where they have a colour.
+    """A table without rows. Cells are plain `str`, or `Text` if they have a colour.
 
-    right, whole  headings of the columns that are aligned to the right, and of those that are never wrapped
+    right   headings of the columns that are aligned to the right
+    whole   headings of the columns that are never wrapped
     """
     from rich.table import Table
 
@@ -42,12 +44,24 @@ def table(*headings: str, title: str | None = None, right: Container[str] = (), 
 
 
 def print_json(value: Any) -> None:
-    """Everything, for programs."""
+    """Print a value as JSON, for programs."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
+def progress_log() -> logging.Logger:
+    """Progress of the stages, on the error stream: the output holds the tables only."""
+    log = logging.getLogger("smoltulu.progress")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    return log
+
+
 def fail(error: object) -> NoReturn:
-    """One clear message, exit code 1."""
+    """Print one clear message and exit with code 1."""
     from pydantic import ValidationError
 
     if isinstance(error, ValidationError):
@@ -60,7 +74,7 @@ def fail(error: object) -> NoReturn:
 
 @contextlib.contextmanager
 def failures(*others: type[Exception]) -> Iterator[None]:
-    """What the user has to fix (ValueError, OSError and `others`) ends the command by `fail`, without a traceback."""
+    """End the command by `fail`, without traceback, on ValueError, OSError and `others`: the user has to fix these."""
     kinds: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield

@@ -1,18 +1,17 @@
-"""`smoltulu plan` on a terminal: a table and its totals, or everything as JSON."""
+"""Output of `smoltulu plan`: a table and its totals, or everything as JSON."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts import readable
 from smoltulu.flows.cli.output import console, print_json, table
-from smoltulu.flows.planning.costs import Estimate
-from smoltulu.flows.planning.plan import Plan, Unresolved, plan
+from smoltulu.flows.planning.plan import Plan, PlanRow, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.preflight import PreflightOutputs
@@ -23,6 +22,14 @@ from smoltulu.tasks.stages import STAGES
 if TYPE_CHECKING:
     from rich.table import Table
 
+#: Fields of `Estimate` that are shown: heading and format.
+_FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "num_steps": ("steps", "{:,}".format),
+    "num_tokens": ("tokens", readable.count),
+    "flops": ("FLOPs", "{:.2e}".format),
+    "peak_disk_bytes": ("disk", readable.size),
+    "seconds": ("time", readable.duration),
+}
 _COLOURS = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
 _UNKNOWN = "-"
 _NUM_NAMED = 4
@@ -35,7 +42,7 @@ def make_plan(recipe: str, overrides: dict[str, object], until: str | None, refr
 
 
 def run_parameters(recipe: str, overrides: Mapping[str, object]) -> str:
-    """What `prefect deployment run` is given for the planned recipe: a name or whole path, and the overrides."""
+    """Parameters of `prefect deployment run` for the planned recipe: its name or absolute path, and the overrides."""
     given = [f"recipe={recipe}"] + ([f"overrides={json.dumps(overrides, default=str)}"] if overrides else [])
     return " ".join(f"-p {shlex.quote(text)}" for text in given)
 
@@ -48,13 +55,13 @@ def show(planned: Plan, as_json: bool, parameters: str = "") -> None:
     from rich.text import Text
 
     columns = [
-        name for name in _HEADINGS if any(getattr(r.estimate, name) is not None for r in planned.rows if _todo(r))
+        name for name in _FIGURES if any(getattr(r.estimate, name) is not None for r in planned.rows if _todo(r))
     ]
-    figures = [_HEADINGS[name] for name in columns]
+    figures = [_FIGURES[name][0] for name in columns]
     title, headings = f"{planned.recipe} in {planned.store}", ("stage", "what", "why", *figures, "key")
     stages = table(*headings, title=title, right=figures, whole=(*figures, "key"))
     for row in planned.rows:
-        cells = [_amount(row.estimate, name) if _todo(row) else "" for name in columns]
+        cells = [_figure(name, getattr(row.estimate, name)) if _todo(row) else "" for name in columns]
         status = Text.assemble((row.status, _COLOURS[row.status]), "*" if row.notes else "")
         stages.add_row(row.node, status, row.reason, *cells, row.key[:12] + ("~" if row.provisional else ""))
     out = console()
@@ -66,12 +73,11 @@ def show(planned: Plan, as_json: bool, parameters: str = "") -> None:
 
 
 def _preflights(planned: Plan) -> Table:
-    """A table of what the finished preflights say of their trainings."""
+    """A table of the figures that the finished preflights report for their trainings."""
     headings = ("rows", "too long", "trained", "tokens/epoch", "longest", "steps", "peak memory")
     made = table("training", *headings, "dry run made with", title="preflight", right=headings, whole=headings)
     for row in planned.rows:
-        figures = row.preflight
-        if figures is None:
+        if (figures := row.preflight) is None:
             continue
         overlong = figures.num_overlong / max(figures.num_source_rows, 1)
         made.add_row(
@@ -81,7 +87,7 @@ def _preflights(planned: Plan) -> Table:
             _UNKNOWN if figures.trained_share is None else readable.percent(figures.trained_share),
             readable.count(figures.num_tokens),
             f"{figures.longest:,} of {figures.max_length:,}",
-            _UNKNOWN if figures.num_steps is None else f"{figures.num_steps:,}",
+            _figure("num_steps", figures.num_steps),
             _UNKNOWN if figures.peak_memory_bytes is None else readable.size(figures.peak_memory_bytes),
             _made_with(figures),
         )
@@ -101,9 +107,9 @@ def _made_with(figures: PreflightFigures) -> str:
 
 
 def summary(planned: Plan, parameters: str = "") -> list[str]:
-    """The lines below the table: counts, totals, and what the plan is not sure of.
+    """The lines below the table: counts, totals, and what is uncertain.
 
-    parameters  see `run_parameters`; without it the recipe is called by its name
+    parameters  see `run_parameters`; without it the recipe is given by its name
     """
     counts = Counter(str(row.status) for row in planned.rows)
     lines = [", ".join(f"{counts[status]} {status}" for status in _COLOURS if counts[status])]
@@ -133,16 +139,16 @@ def summary(planned: Plan, parameters: str = "") -> list[str]:
 
 def _still_to_do(planned: Plan) -> str:
     parts = []
-    for name, words in _HEADINGS.items():
+    for name, (heading, _) in _FIGURES.items():
         value, num_unknown = planned.totals[name]
         if value:
             more = f" (and {num_unknown} stages unknown)" if num_unknown else ""
-            parts.append(f"{words} {_FORMATS[name](value)}{more}")
+            parts.append(f"{heading} {_figure(name, value)}{more}")
     return " · ".join(parts) or "nothing alike was finished here, so no estimate"
 
 
 def _unresolved(items: Sequence[Unresolved]) -> list[str]:
-    """Which revisions have no known commit and why; that the Hub did not answer is said once."""
+    """Revisions without a known commit, and why. A Hub that did not answer is reported once."""
     if not items:
         return []
     silent = [item for item in items if isinstance(item.reason, HubUnreachable)]
@@ -158,7 +164,7 @@ def _unresolved(items: Sequence[Unresolved]) -> list[str]:
 
 
 def as_dict(planned: Plan) -> dict[str, Any]:
-    """A plan as plain JSON values; what is not known is null."""
+    """A plan as plain JSON values; unknown values are null."""
     rows = []
     for row in planned.rows:
         record = asdict(row)
@@ -180,27 +186,9 @@ def as_dict(planned: Plan) -> dict[str, Any]:
     }
 
 
-_HEADINGS = {
-    "num_steps": "steps",
-    "num_tokens": "tokens",
-    "flops": "FLOPs",
-    "peak_disk_bytes": "disk",
-    "seconds": "time",
-}
-
-_FORMATS = {
-    "num_steps": lambda value: f"{value:,}",
-    "num_tokens": readable.count,
-    "flops": lambda value: f"{value:.2e}",
-    "peak_disk_bytes": readable.size,
-    "seconds": readable.duration,
-}
+def _figure(name: str, value: float | None) -> str:
+    return _UNKNOWN if value is None else _FIGURES[name][1](value)
 
 
-def _amount(estimate: Estimate, name: str) -> str:
-    value = getattr(estimate, name)
-    return _UNKNOWN if value is None else _FORMATS[name](value)
-
-
-def _todo(row: Any) -> bool:
+def _todo(row: PlanRow) -> bool:
     return row.status != "cached"

@@ -86,9 +86,9 @@ def verify(
     report_only: Annotated[bool, typer.Option("--report-only", help="leave damaged artifacts where they are")] = False,
     store: StoreOption = None,
 ) -> None:
-    """Read every byte and compare it with the manifests; damaged artifacts are set aside, to be made again.
+    """Read every byte and compare it with the manifests. Damaged artifacts are set aside, to be made again.
 
-    Ends with 1 where anything is damaged or cannot be read.
+    The exit code is 1 if anything is damaged or cannot be read.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -140,7 +140,7 @@ def gc(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the store could do without, and why the rest stays; with --yes, remove it."""
+    """Show what can be removed from the store, and why the rest stays; with --yes, remove it."""
     from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
     from smoltulu.artifacts.upkeep.removal import remove
 
@@ -180,10 +180,10 @@ def gc(
 def tag(
     name: Annotated[str, typer.Argument(help="e.g. best-dpo")],
     what: Annotated[str, typer.Argument(help="first digits of a key, or another tag")],
-    move: Annotated[bool, typer.Option("--move", help="take the name away from what it names now")] = False,
+    move: Annotated[bool, typer.Option("--move", help="move the name from the artifact that has it now")] = False,
     store: StoreOption = None,
 ) -> None:
-    """Name an artifact; gc keeps it and everything that it was made from."""
+    """Give an artifact a name; gc keeps it and everything that it was made from."""
     from smoltulu.artifacts.upkeep.tags import set_tag
     from smoltulu.schemas.run import RunRecord
 
@@ -198,7 +198,7 @@ def tag(
 
 
 def untag(name: Annotated[str, typer.Argument()], store: StoreOption = None) -> None:
-    """Take a tag away; the artifact stays until gc finds that nothing else keeps it."""
+    """Remove a tag; the artifact stays until gc finds that nothing else keeps it."""
     from smoltulu.artifacts.upkeep.tags import remove_tag
 
     catalogue = _open(store)
@@ -244,7 +244,7 @@ def _finding_text(finding: Finding) -> Text:
 
 
 def _refs(catalogue: Catalogue, what: list[str] | None) -> list[Ref]:
-    """Artifacts that the user means; all of the store without a word."""
+    """The artifacts that the user names; all artifacts if he names none."""
     from smoltulu.flows.cli.store_views import refs_of_run
     from smoltulu.schemas.run import RunRecord
 
@@ -262,7 +262,7 @@ def _refs(catalogue: Catalogue, what: list[str] | None) -> list[Ref]:
 
 
 def _open(store: Path | None) -> Catalogue:
-    """The store that is asked for, else the one that a recipe uses unless it says otherwise."""
+    """The given store, else the default store of recipes."""
     from smoltulu.artifacts.upkeep.catalogue import Catalogue
 
     with failures():
@@ -278,7 +278,7 @@ def _name(ref: Ref, num_digits: int = 12) -> str:
 
 
 def _print_notes(catalogue: Catalogue) -> None:
-    """What was passed over, to standard error, so that --json stays JSON."""
+    """Print what was passed over to standard error, so that --json prints only JSON."""
     for note in catalogue.notes[:_NUM_NOTES_SHOWN]:
         typer.echo(f"note: {note}", err=True)
     if len(catalogue.notes) > _NUM_NOTES_SHOWN:

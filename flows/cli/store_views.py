@@ -1,4 +1,4 @@
-"""What `smoltulu runs` and `smoltulu show` say, as plain values (for --json) and as Rich text."""
+"""Content of `smoltulu runs` and `smoltulu show`: as plain values (for --json) and as Rich text."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from smoltulu.artifacts.upkeep.lineage import Relative, ancestors, descendants, 
 from smoltulu.flows.cli.output import table
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, ExtendedTraining, Manifest
 from smoltulu.schemas.run import RunRecord
+from smoltulu.tasks.report.text import local_minute
 
 _STATE_COLOURS = {"Completed": "green", "Running": "cyan", "Failed": "red", "Crashed": "red", "Crashed?": "red"}
 _OUTCOME_COLOURS = {"Completed": "green", "Cached": "green", "Resumed": "yellow", "Failed": "red"}
@@ -36,7 +37,7 @@ _VALUE_WIDTH = 100
 
 
 def run_values(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
-    """A run in a line: state, times, counts, disk of its artifacts, scores of its last model."""
+    """Values of one run: state, times, counts, size of its artifacts, scores of its last model."""
     manifests = {ref: manifest for ref in refs_of_run(run).values() if (manifest := catalogue.known(ref))}
     outcomes = list(run.outcomes.values())
     return {
@@ -56,7 +57,7 @@ def run_values(catalogue: Catalogue, run: RunRecord) -> dict[str, Any]:
 
 
 def runs_table(runs: list[dict[str, Any]]) -> Table:
-    """One line a run."""
+    """A table with one line per run."""
     made = table("run", "recipe", "state", "when", "took", "stages", "last model", "disk")
     for run in runs:
         counts = [f"{run[f'num_{name}']} {name}" for name in ("made", "cached", "failed") if run[f"num_{name}"]]
@@ -64,7 +65,7 @@ def runs_table(runs: list[dict[str, Any]]) -> Table:
             run["run"],
             run["recipe"],
             _coloured(run["state"], _STATE_COLOURS),
-            _when(run["started_at"]),
+            local_minute(run["started_at"]),
             "" if run["seconds"] is None else readable.duration(run["seconds"]),
             " · ".join(counts) or f"{run['num_stages']} planned",
             scores_text(run["scores"], with_subject=True),
@@ -74,15 +75,13 @@ def runs_table(runs: list[dict[str, Any]]) -> Table:
 
 
 def _last_model_scores(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Scores of the model that the run ends with: of the language models the last that was measured.
+    """Scores of the language model that was evaluated last; of a run without one, all scores.
 
     manifests   in the order of the run
     """
     scores = [score for manifest in manifests for score in scores_of(manifest)]
-    subjects = [score["subject"] for score in scores if score["kind"] == "language_model"]
-    if not subjects:
-        return scores
-    return [score for score in scores if score["subject"] == subjects[-1] and score["kind"] == "language_model"]
+    measured = [score for score in scores if score["kind"] == "language_model"]
+    return [score for score in measured if score["subject"] == measured[-1]["subject"]] or scores
 
 
 # One run
@@ -115,7 +114,7 @@ def run_view(run: dict[str, Any]) -> RenderableType:
     head.add_row("run", run["run_name"])
     head.add_row("recipe", run["recipe"])
     head.add_row("state", _coloured(run["state"], _STATE_COLOURS))
-    head.add_row("started", _when(run["started_at"]))
+    head.add_row("started", local_minute(run["started_at"]))
     head.add_row("took", "" if seconds is None else readable.duration(seconds))
     head.add_row("process", f"{run['pid']} on {run['host']}")
     if run["report_path"]:
@@ -127,7 +126,7 @@ def run_view(run: dict[str, Any]) -> RenderableType:
             stage["node"],
             _coloured(stage["outcome"], _OUTCOME_COLOURS),
             stage["key"][:12],
-            _when(stage["finished_at"]) if is_there else Text("not in the store", "dim"),
+            local_minute(stage["finished_at"]) if is_there else Text("not in the store", "dim"),
             readable.duration(stage["made_in_seconds"]) if isinstance(stage["made_in_seconds"], (int, float)) else "",
             readable.size(stage["num_bytes"]) if is_there else "",
             scores_text(stage["scores"]),
@@ -181,18 +180,16 @@ def artifact_details(catalogue: Catalogue, ref: Ref) -> dict[str, Any]:
 
 
 def artifact_view(catalogue: Catalogue, details: dict[str, Any]) -> RenderableType:
-    """An artifact: what it is, what went in, what came out of it."""
+    """An artifact: its identity, its inputs, and what was made from it."""
     parts: list[RenderableType] = [_identity(details)]
     parts += [Text(f"problem: {problem}", "red") for problem in details["problems"]]
     config = dict(_flat(dig(details, "spec", "config") or {}))
     externals = {f"external {name}": value for name, value in (dig(details, "spec", "externals") or {}).items()}
     parts.append(_pairs("config", {**config, **externals}))
-    scores = {_score_name(score): _score_value(score) for score in details["scores"]}
+    parts.append(_pairs("scores", {_score_name(score): _score_value(score) for score in details["scores"]}))
     metrics = details.get("metrics")
     # Those of an evaluation are its scores.
-    metrics = metrics if isinstance(metrics, dict) and not scores_of(details) else {}
-    parts.append(_pairs("scores", scores))
-    parts.append(_pairs("metrics", metrics))
+    parts.append(_pairs("metrics", metrics if isinstance(metrics, dict) and not scores_of(details) else {}))
     parts.append(_files(details))
     environment = dict(_flat(details.get("environment") or {}))
     parts.append(_pairs("environment", {name.removeprefix("packages."): value for name, value in environment.items()}))
@@ -218,7 +215,7 @@ def relative_values(relative: Relative) -> dict[str, Any]:
 
 
 def scores_text(scores: list[dict[str, Any]], with_subject: bool = False) -> str:
-    """The first scores in a line."""
+    """The first scores, in one line."""
     texts = [f"{_score_name(score)} {_score_value(score)}" for score in scores[:_NUM_SCORES_SHOWN]]
     if len(scores) > _NUM_SCORES_SHOWN:
         texts.append(f"{len(scores) - _NUM_SCORES_SHOWN} more")
@@ -242,7 +239,7 @@ def _identity(details: dict[str, Any]) -> Table:
         text = details["generation"] + (f" (earlier, still there: {', '.join(others)})" if others else "")
         head.add_row("generation", text)
         head.add_row("content", str(details.get("digest")))
-        head.add_row("made", _when(details.get("finished_at")))
+        head.add_row("made", local_minute(details.get("finished_at")))
     seconds, steps = details.get("duration_seconds"), details.get("resumed_from_steps")
     if isinstance(seconds, (int, float)):
         head.add_row("took", readable.duration(seconds))
@@ -256,14 +253,15 @@ def _identity(details: dict[str, Any]) -> Table:
         step, num_steps = details["resumable"]["step"], details["resumable"]["num_steps"]
         head.add_row("resumes", f"at step {step:,}" + (f" of {num_steps:,}" if num_steps else ""))
     if "last_used" in details:
-        head.add_row("last used", _when(details["last_used"]))
+        head.add_row("last used", local_minute(details["last_used"]))
     for name, reason in details["set_aside"].items():
         head.add_row("set aside", Text(f"{name}: {reason}", "red"))
     head.add_row("folder", details["folder"])
     return head
 
 
-def _pairs(title: str, values: dict[str, Any]) -> RenderableType:
+def _pairs(title: str, values: dict[str, Any], after_title: str = "") -> RenderableType:
+    """A title and a line for every value; nothing if there are no values."""
     if not values:
         return ""
     made = Table.grid(padding=(0, 2))
@@ -271,7 +269,7 @@ def _pairs(title: str, values: dict[str, Any]) -> RenderableType:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         short = text if len(text) <= _VALUE_WIDTH else text[: _VALUE_WIDTH - 1] + "…"
         made.add_row("  " + name, short)
-    return Group(Text(title, "bold"), made)
+    return Group(Text.assemble((title, "bold"), after_title), made)
 
 
 def _files(details: dict[str, Any]) -> RenderableType:
@@ -282,14 +280,10 @@ def _files(details: dict[str, Any]) -> RenderableType:
         sizes = sorted(((int(record["size"]), str(name)) for name, record in files.items()), reverse=True)
     except (KeyError, TypeError, ValueError):
         return ""
-    made = Table.grid(padding=(0, 2))
-    for num_bytes, name in sizes[:_NUM_FILES_SHOWN]:
-        made.add_row("  " + name, readable.size(num_bytes))
-    if len(sizes) > _NUM_FILES_SHOWN:
-        rest = sizes[_NUM_FILES_SHOWN:]
-        made.add_row(f"  and {len(rest)} more", readable.size(sum(num_bytes for num_bytes, _ in rest)))
-    total = readable.size(sum(num_bytes for num_bytes, _ in sizes))
-    return Group(Text.assemble(("files", "bold"), f", {len(sizes)}, {total}"), made)
+    shown = {name: readable.size(num_bytes) for num_bytes, name in sizes[:_NUM_FILES_SHOWN]}
+    if rest := sizes[_NUM_FILES_SHOWN:]:
+        shown[f"and {len(rest)} more"] = readable.size(sum(num_bytes for num_bytes, _ in rest))
+    return _pairs("files", shown, f", {len(sizes)}, {readable.size(sum(num_bytes for num_bytes, _ in sizes))}")
 
 
 def _grow(tree: Tree, relatives: list[Relative]) -> None:
@@ -297,7 +291,7 @@ def _grow(tree: Tree, relatives: list[Relative]) -> None:
         text = Text(f"{relative.binding}: " if relative.binding else "")
         text.append(relative.node or relative.ref.stage, "cyan").append(f" {relative.ref.key[:12]}")
         if relative.finished_at:
-            text.append(f" {_when(relative.finished_at)}", "dim")
+            text.append(f" {local_minute(relative.finished_at)}", "dim")
         if relative.mark:
             text.append(f" {relative.mark}", "red")
         if relative.repeated:
@@ -355,14 +349,6 @@ def _score_value(record: dict[str, Any]) -> str:
     stderr = record.get("stderr")
     limited = ", on a part" if record.get("limited") else ""
     return readable.score(record["value"], stderr if isinstance(stderr, (int, float)) else None) + limited
-
-
-def _when(moment: Any) -> str:
-    """Local time to the minute."""
-    try:
-        return datetime.fromisoformat(moment).astimezone().strftime("%Y-%m-%d %H:%M")
-    except (TypeError, ValueError):
-        return str(moment or "")
 
 
 def _coloured(text: str, colours: dict[str, str]) -> Text:

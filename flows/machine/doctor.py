@@ -1,4 +1,4 @@
-"""Checks of this machine, before days of training are lost. Imports no torch; takes about two seconds."""
+"""Checks this machine before a long run. Imports no torch; takes about two seconds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FULL_RECIPE_DISK_GB = 60.0  # weights, optimizer state and two checkpoints of a 
 MIN_MEMORY_GB = 4.0  # what the recipe `tiny` needs
 HUB_SECONDS = 1.5
 _HUB_ADVICE = "needed only for recipes that name Hub models or data"
-#: Brought by a dependency, but a wrong version of them breaks Prefect without an error (see pyproject.toml).
+#: Dependencies of a dependency. A wrong version breaks Prefect without an error (see pyproject.toml).
 CAPPED = ("fastapi", "sqlalchemy")
 NO_WORKER = (
     "no worker polls the pool {pool}: run `smoltulu up`, or `prefect worker start --pool {pool}` in another terminal"
@@ -47,7 +47,7 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor's table. `advice` is what to do, empty where nothing is to be done."""
+    """One line of the doctor's table. `advice`: what to do; empty if nothing."""
 
     name: str
     status: Status
@@ -58,7 +58,7 @@ class Check:
 def examine(home: Path, fix: bool = False) -> list[Check]:
     """Every check, in the order of the table. `fix` sets runs whose process is gone to Crashed."""
     hub: list[Check] = []
-    # A name server that does not answer holds longer than any timeout that can be given, so it gets its own thread.
+    # A silent name server blocks longer than any timeout that can be set, so the check gets its own thread.
     asking = threading.Thread(target=lambda: hub.append(_hub()), daemon=True)
     asking.start()
     version = ".".join(map(str, sys.version_info[:3]))
@@ -73,14 +73,14 @@ def examine(home: Path, fix: bool = False) -> list[Check]:
 
 
 def requirements() -> list[str]:
-    """What the project requires: from the checkout's pyproject.toml, else from the installed package."""
+    """Requirements of the project: from the checkout's pyproject.toml, else from the installed package."""
     if CHECKOUT:
         return list(tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["dependencies"])
     return [text for text in importlib.metadata.requires("smoltulu") or [] if "extra ==" not in text]
 
 
 def _packages() -> Iterator[Check]:
-    """Requirements that are not met, and packages in another version than was tested."""
+    """Requirements that are not met, and packages in versions that were not tested."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(text) for text in requirements()]
@@ -130,7 +130,7 @@ def _gpu() -> Check:
 
 
 def _missing_for_triton() -> str | None:
-    """What Triton compiles its launchers with and does not find. In a slim container it is neither."""
+    """The C compiler or header that Triton needs and does not find, if any. Slim containers have neither."""
     if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return "C compiler (gcc or clang)"
     header = Path(sysconfig.get_path("include")) / "Python.h"
@@ -187,7 +187,7 @@ def _hub() -> Check:
 
 
 def api_url(home: Path) -> str:
-    """The server that commands talk to: PREFECT_API_URL, else ours, else Prefect's settings, else port 4200."""
+    """URL of the server for commands: PREFECT_API_URL, else ours, else Prefect's settings, else port 4200."""
     if given := os.environ.get("PREFECT_API_URL"):
         return given
     if server := machine.running(home, "server"):
@@ -198,7 +198,7 @@ def api_url(home: Path) -> str:
 
 
 def no_server(url: str) -> str:
-    """What to say when nobody answers at `url`."""
+    """The error text if no server answers at `url`."""
     parts = urlsplit(url)
     text = f"no Prefect server answers at {url}"
     if prefect_api.is_local(url) and parts.port and not prefect_api.port_is_free(parts.port):
@@ -216,8 +216,10 @@ def reachable(url: str) -> bool:
 
 
 def pollers(home: Path, url: str, pool: str) -> list[str] | None:
-    """Workers that poll a pool; None where there is no such pool. A killed worker of ours counts no more, though the
-    server believes in it for another minute and a half."""
+    """Workers that poll a pool; None if there is no such pool.
+
+    A killed worker of ours does not count, although the server lists it for another minute and a half.
+    """
     names = prefect_api.online_workers(url, pool)
     ours = machine.read_record(home, "worker")
     if names and ours and not machine.running(home, "worker"):
@@ -233,7 +235,7 @@ def expected_deployments() -> list[tuple[str, str]]:
 
 
 def examine_prefect(home: Path, url: str, fix: bool = False) -> Iterator[Check]:
-    """Server, pool, worker, deployments and runs. Without a server, the rest is not checked."""
+    """Check server, pool, worker, deployments and runs. Without a server, the rest is not checked."""
     ours = machine.running(home, "server")
     if ours and url.rstrip("/") != (ours_url := prefect_api.url_of(ours.port)):
         detail = f"PREFECT_API_URL is {url}, `smoltulu up` runs {ours_url}"
@@ -243,17 +245,17 @@ def examine_prefect(home: Path, url: str, fix: bool = False) -> Iterator[Check]:
         return
     yield Check("server", "ok", url)
 
-    names = pollers(home, url, prefect_api.POOL)
+    pool = prefect_api.POOL
+    names = pollers(home, url, pool)
     if names is None:
-        yield Check("pool", "fail", f"there is no work pool {prefect_api.POOL}", "smoltulu up")
+        yield Check("pool", "fail", f"there is no work pool {pool}", "smoltulu up")
     else:
-        yield Check("pool", "ok", prefect_api.POOL)
+        yield Check("pool", "ok", pool)
         if names:
-            yield Check(
-                "worker", "ok", f"{len(names)} poll{'s' if len(names) == 1 else ''} the pool: {', '.join(names)}"
-            )
+            verb = "polls" if len(names) == 1 else "poll"
+            yield Check("worker", "ok", f"{len(names)} {verb} the pool: {', '.join(names)}")
         else:
-            detail, _, advice = NO_WORKER.format(pool=prefect_api.POOL).partition(": run ")
+            detail, _, advice = NO_WORKER.format(pool=pool).partition(": run ")
             yield Check("worker", "fail", detail, f"run {advice}")
 
     with prefect_api.client(url) as server:
@@ -267,7 +269,7 @@ def examine_prefect(home: Path, url: str, fix: bool = False) -> Iterator[Check]:
 
 
 def _stuck(url: str, fix: bool) -> Check:
-    """Runs that say Running though their process is gone: after a power cut they stay so for ever."""
+    """Runs in state Running whose process is gone: after a power cut they keep that state for ever."""
     if not prefect_api.is_local(url):
         return Check("stuck runs", "ok", "not looked at: the server is on another machine, so may be the runs")
     with prefect_api.client(url) as server:
@@ -285,7 +287,7 @@ def _stuck(url: str, fix: bool) -> Check:
 
 
 def stuck_runs(server: SyncPrefectClient) -> list[FlowRun]:
-    """Runs that a worker on this machine started, that are not at an end, and that no live process works on."""
+    """Unfinished runs that a worker on this machine started and that have no live process."""
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
     from prefect.client.schemas.objects import StateType
 
@@ -296,7 +298,7 @@ def stuck_runs(server: SyncPrefectClient) -> list[FlowRun]:
 
 
 def _process_is_gone(run: FlowRun) -> bool:
-    """Whether the process that the worker noted has ended. A run that no worker started has none: not ours to judge."""
+    """Whether the process that the worker recorded has ended. False for a run that no worker started."""
     pid = (run.infrastructure_pid or "").rpartition(":")[2]
     if not pid.isdigit():
         return False
@@ -304,5 +306,5 @@ def _process_is_gone(run: FlowRun) -> bool:
         process = psutil.Process(int(pid))
     except psutil.NoSuchProcess:
         return True
-    # An id that lives, but whose environment we may read and that did not name the run, was given to another process.
+    # The id is in use. If we may read its environment, which does not name the run, it is another process.
     return not processes.alive(process) or processes.environment_of(process) is not None

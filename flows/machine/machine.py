@@ -1,9 +1,9 @@
-"""One machine: Prefect's server, the work pool, the deployments and a worker, as background processes.
+"""Starts and stops Prefect's server, the work pool, the deployments and a worker on this machine, in the background.
 
-State lies in `.smoltulu/` of the project (or `$SMOLTULU_HOME`): `prefect/` (Prefect's home with its SQLite file),
-`logs/`, and one record per background process. Whatever is started here carries the home's path in its environment. By
-that mark a recycled process id in a record is never taken for ours, and `down` finds flow runs and their children too,
-even where the worker that started them was killed.
+State is in `.smoltulu/` of the project (or `$SMOLTULU_HOME`): `prefect/` (Prefect's home with its SQLite file),
+`logs/`, and one record per background process. Every process that is started here has the path of this folder in its
+environment. This mark tells our processes from others that got a recycled process id. By it `down` also finds flow runs
+and their children whose worker was killed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -27,20 +26,9 @@ from uuid import UUID, uuid4
 
 import psutil
 
+from smoltulu.artifacts.files import write_atomically
+from smoltulu.flows.machine import prefect_api
 from smoltulu.flows.machine.places import PROJECT
-from smoltulu.flows.machine.prefect_api import (
-    DEFAULT_PORT,
-    POOL,
-    answers,
-    cancel_missed,
-    client,
-    client_environment,
-    deployments,
-    online_workers,
-    port_holder,
-    port_is_free,
-    url_of,
-)
 from smoltulu.flows.machine.processes import environment_of, flow_run_of, lineage, processes_with, send, wait_gone
 from smoltulu.recipes import CHECKOUT, PREFECT_TOML, PREFECT_YAML
 
@@ -53,12 +41,12 @@ Say = Callable[[str], None]
 
 
 class MachineError(RuntimeError):
-    """Something on this machine is not as it must be; the text says what to do."""
+    """A problem with this machine; the text says what to do."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A background process of ours: its id, and what it was started with."""
+    """A background process of ours: its id, and its settings at the start."""
 
     pid: int
     port: int = 0
@@ -66,7 +54,7 @@ class Record:
     limit: int = 0
 
     def processes(self) -> list[psutil.Process]:
-        """The process; none where there is none of that id."""
+        """The process, or an empty list if no process has this id."""
         with contextlib.suppress(psutil.Error):
             return [psutil.Process(self.pid)]
         return []
@@ -76,14 +64,14 @@ def read_record(home: Path, name: str) -> Record | None:
     """Record of the `server` or the `worker`, whether it still runs or not."""
     try:
         values = json.loads((home / f"{name}.json").read_text())
-        # The version before also wrote when the process had started.
+        # The previous version also wrote the start time.
         return Record(**{field: values[field] for field in Record.__dataclass_fields__ if field in values})
     except (OSError, ValueError, TypeError):
         return None
 
 
 def running(home: Path, name: str) -> Record | None:
-    """The `server` or the `worker` of this home, if it runs: a live process with our mark and that command."""
+    """Record of the `server` or the `worker` of this home, if it runs: a live process with our mark and command."""
     record = read_record(home, name)
     with contextlib.suppress(psutil.Error):
         for process in record.processes() if record else []:
@@ -93,7 +81,7 @@ def running(home: Path, name: str) -> Record | None:
 
 
 def prefect_yaml() -> str:
-    """What `up` deploys. Installed, an entrypoint is a module: in the user's folder there are no files of ours."""
+    """The file that `up` deploys. Installed, its entrypoints are modules: the user's folder has no files of ours."""
     text = PREFECT_YAML.read_text()
     if CHECKOUT is None:
         text = re.sub(
@@ -115,21 +103,21 @@ def _settings(table: dict[str, Any], prefix: str = "PREFECT") -> dict[str, str]:
 
 
 def child_environment(home: Path, url: str) -> dict[str, str]:
-    """Environment of everything that is started here: our settings, our mark, our Prefect, and as for clients."""
+    """Environment of every process that is started here: that of clients, our settings, our mark, our Prefect home."""
     return {
         **_settings(tomllib.loads(PREFECT_TOML.read_text())),
-        **client_environment(url),
+        **prefect_api.client_environment(url),
         MARK: str(home),
         "PREFECT_HOME": str(home / "prefect"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
-        # `python -m prefect` would take the folder it works in for modules: a user's `tasks.py` or `datasets/`.
+        # Otherwise `python -m prefect` imports from the working folder: a user's `tasks.py` or `datasets/`.
         "PYTHONSAFEPATH": "1",
     }
 
 
 def call_prefect(home: Path, url: str, *arguments: str) -> str:
-    """Run a Prefect command to its end and return what it printed; MachineError where it fails."""
+    """Run a Prefect command and return its output. MachineError if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "prefect", *arguments],
         cwd=PROJECT,
@@ -153,8 +141,7 @@ def last_lines(text: str, count: int = 25) -> str:
 def log_end(path: Path) -> str:
     """End of a log file."""
     try:
-        with path.open(errors="replace") as file:
-            return last_lines("".join(deque(file, maxlen=25)))
+        return last_lines(path.read_text(errors="replace"))
     except OSError:
         return "    (no log)"
 
@@ -164,7 +151,7 @@ def log_end(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is up: the API's address, and which of `server` and `worker` this call started."""
+    """The URL of the API, and which of `server` and `worker` this call started."""
 
     url: str
     started: tuple[str, ...]
@@ -172,7 +159,7 @@ class Machine:
 
 @contextlib.contextmanager
 def _alone(home: Path) -> Iterator[None]:
-    """One `up` or `down` at a time."""
+    """Allow one `up` or `down` at a time."""
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (home / "lock").open("w") as lock:
         try:
@@ -183,10 +170,10 @@ def _alone(home: Path) -> Iterator[None]:
 
 
 def up(home: Path, port: int | None = None, limit: int | None = None, say: Say = print) -> Machine:
-    """Bring up what is not up yet. On any failure, what this call started is taken down again.
+    """Start everything that does not run yet. On any failure, stop what this call started.
 
-    port   of the server; none: the running server's, else 4200
-    limit  flow runs at a time; none: the running worker's, else 1 (one GPU takes one training)
+    port   port of the server; None: that of the running server, else 4200
+    limit  flow runs at a time; None: that of the running worker, else 1 (one GPU takes one training)
     """
     with _alone(home):
         started: list[str] = []
@@ -200,20 +187,20 @@ def up(home: Path, port: int | None = None, limit: int | None = None, say: Say =
             if server:
                 say(f"server    already runs on port {server.port} (process {server.pid})")
             else:
-                # A worker or a run that outlived its server would only get in the way.
+                # A worker or a run without its server would only disturb.
                 _stop(home, ("worker", "server"), say)
                 started.append("server")
-                server = _start_server(home, port or DEFAULT_PORT, say)
-            url = url_of(server.port)
+                server = _start_server(home, port or prefect_api.DEFAULT_PORT, say)
+            url = prefect_api.url_of(server.port)
 
-            if online_workers(url) is None:
-                call_prefect(home, url, "work-pool", "create", POOL, "--type", "process")
-                say(f"pool      {POOL} made")
+            if prefect_api.online_workers(url) is None:
+                call_prefect(home, url, "work-pool", "create", prefect_api.POOL, "--type", "process")
+                say(f"pool      {prefect_api.POOL} made")
             say("deploy    registering what prefect.yaml lists ...")
             listed = home / "prefect.yaml"
             listed.write_text(prefect_yaml())
             call_prefect(home, url, "--no-prompt", "deploy", "--all", "--prefect-file", str(listed))
-            say(f"deploy    {', '.join(name for name, _ in deployments(url))}")
+            say(f"deploy    {', '.join(name for name, _ in prefect_api.deployments(url))}")
 
             worker = running(home, "worker")
             if worker and limit not in (None, worker.limit):
@@ -224,7 +211,7 @@ def up(home: Path, port: int | None = None, limit: int | None = None, say: Say =
                 say(f"worker    already runs (process {worker.pid})")
             else:
                 _stop(home, ("worker",), say)
-                missed = cancel_missed(url, datetime.now(UTC) - timedelta(minutes=1))
+                missed = prefect_api.cancel_missed(url, datetime.now(UTC) - timedelta(minutes=1))
                 if missed:
                     say(f"missed    cancelled {missed} scheduled run{'s' if missed > 1 else ''} whose time passed")
                 started.append("worker")
@@ -256,24 +243,18 @@ def _start(home: Path, name: str, url: str, *arguments: str) -> subprocess.Popen
         )
 
 
-def _record(home: Path, name: str, record: Record) -> None:
-    """Write a record in one step."""
-    part = home / f"{name}.json.part"
-    part.write_text(json.dumps(asdict(record)))
-    part.replace(home / f"{name}.json")
-
-
 def _start_server(home: Path, port: int, say: Say) -> Record:
-    if not port_is_free(port):
+    if not prefect_api.port_is_free(port):
         raise MachineError(
-            f"port {port} is taken by {port_holder(port)}: stop it, or choose another port with `smoltulu up --port N`"
+            f"port {port} is taken by {prefect_api.port_holder(port)}: stop it, or choose another port with "
+            "`smoltulu up --port N`"
         )
-    url, log = url_of(port), home / "logs" / "server.log"
+    url, log = prefect_api.url_of(port), home / "logs" / "server.log"
     child = _start(home, "server", url, "server", "start", "--host", "127.0.0.1", "--port", str(port))
     record = Record(child.pid, port=port)
-    _record(home, "server", record)
+    write_atomically(home / "server.json", json.dumps(asdict(record)))
     say(f"server    starting on port {port} (process {child.pid}; a new database takes some seconds) ...")
-    seconds = _wait("server", child, log, SERVER_READY_SECONDS, lambda: answers(url), say)
+    seconds = _wait("server", child, log, SERVER_READY_SECONDS, lambda: prefect_api.answers(url), say)
     if child.poll() is not None:
         raise MachineError(f"port {port} was taken while the server started; end of {log}:\n{log_end(log)}")
     say(f"server    ready after {seconds:.1f} s")
@@ -281,18 +262,22 @@ def _start_server(home: Path, port: int, say: Say) -> Record:
 
 
 def _start_worker(home: Path, url: str, limit: int, say: Say) -> None:
-    name, log = f"{POOL}-{uuid4().hex[:8]}", home / "logs" / "worker.log"
-    child = _start(home, "worker", url, "worker", "start", "--pool", POOL, "--limit", str(limit), "--name", name)
-    _record(home, "worker", Record(child.pid, name=name, limit=limit))
+    name, log = f"{prefect_api.POOL}-{uuid4().hex[:8]}", home / "logs" / "worker.log"
+    child = _start(
+        home, "worker", url, "worker", "start", "--pool", prefect_api.POOL, "--limit", str(limit), "--name", name
+    )
+    write_atomically(home / "worker.json", json.dumps(asdict(Record(child.pid, name=name, limit=limit))))
     say(f"worker    starting (process {child.pid}, {limit} run{'s' if limit > 1 else ''} at a time) ...")
-    seconds = _wait("worker", child, log, WORKER_ONLINE_SECONDS, lambda: name in (online_workers(url) or []), say)
+    seconds = _wait(
+        "worker", child, log, WORKER_ONLINE_SECONDS, lambda: name in (prefect_api.online_workers(url) or []), say
+    )
     say(f"worker    polls the pool after {seconds:.1f} s")
 
 
 def _wait(
     name: str, child: subprocess.Popen[bytes], log: Path, limit: int, ready: Callable[[], bool], say: Say
 ) -> float:
-    """Seconds until the server or the worker was ready. MachineError where it ended, or took longer than `limit`."""
+    """Seconds until the server or the worker was ready. MachineError if it ended, or took longer than `limit`."""
     begin = told = time.monotonic()
     while not ready():
         if child.poll() is not None:
@@ -310,7 +295,7 @@ def _wait(
 
 
 def down(home: Path, names: tuple[str, ...] = ("worker", "server"), say: Say = print) -> bool:
-    """Stop what `up` started in this home, flow runs included, and nothing else. Returns whether anything ran."""
+    """Stop everything that `up` started in this home, and nothing else. Returns whether anything ran."""
     if not home.is_dir():
         return False
     with _alone(home):
@@ -318,7 +303,7 @@ def down(home: Path, names: tuple[str, ...] = ("worker", "server"), say: Say = p
 
 
 def _stop(home: Path, names: tuple[str, ...], say: Say) -> bool:
-    """Runs go first, so that they can report their end; then the worker, which hangs where its server is gone."""
+    """Stop runs first, so that they can report their end; then the worker, which hangs without its server."""
     anything = False
     server, worker = running(home, "server"), running(home, "worker")
     if "worker" in names:
@@ -327,7 +312,7 @@ def _stop(home: Path, names: tuple[str, ...], say: Say) -> bool:
         if runs:
             say(f"runs      stopping {len(runs)}; run again to go on: finished stages are kept, trainings resume")
             pids = {process.pid for process in engines}
-            # Only the top process of a run: its stages die with it.
+            # Only the top process of a run: it ends its stages.
             send([process for process in engines if not pids & (lineage(process) - {process.pid})], signal.SIGTERM)
             wait_gone(engines, STOP_SECONDS)
         if worker:
@@ -340,7 +325,7 @@ def _stop(home: Path, names: tuple[str, ...], say: Say) -> bool:
         send(left, signal.SIGKILL)
         wait_gone(left, 5)
         if runs and server:
-            _close_runs(url_of(server.port), runs)
+            _close_runs(prefect_api.url_of(server.port), runs)
         (home / "worker.json").unlink(missing_ok=True)
         anything |= bool(worker or engines)
     if "server" in names:
@@ -356,10 +341,10 @@ def _stop(home: Path, names: tuple[str, ...], say: Say) -> bool:
 
 
 def _close_runs(url: str, runs: set[str]) -> None:
-    """Runs that could not report their end would say Running for ever."""
+    """Set runs that could not report their end to Crashed; they would stay Running for ever."""
     from prefect.states import Crashed
 
-    with contextlib.suppress(Exception), client(url) as server:
+    with contextlib.suppress(Exception), prefect_api.client(url) as server:
         for run in runs:
             state = server.read_flow_run(UUID(run)).state
             if state is not None and not state.is_final():

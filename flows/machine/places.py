@@ -1,4 +1,4 @@
-"""Where state, store and reports lie. Light: every command asks."""
+"""Paths of state, store and reports. Imports little: every command needs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STATE = ".smoltulu"
 def find_project(here: Path) -> Path:
     """The nearest folder, from `here` upwards to the home folder, that has this user's state, else `here`.
 
-    State that somebody else owns, in a folder that all may write to, would decide what our worker runs.
+    State of another user is ignored: in a folder that all may write to, it would decide what our worker runs.
     """
     above = [here, *here.parents]
     if (home := Path.home()) in above:
@@ -30,8 +30,8 @@ def _is_ours(folder: Path) -> bool:
         return False
 
 
-#: The folder in which flows run, where relative paths outside recipe files start. The checkout; installed, the folder
-#: in which `smoltulu up` was called, also from below it, and else the working folder.
+#: The folder in which flows run. Relative paths outside recipe files start here. It is the checkout. Installed, it is
+#: the folder in which `smoltulu up` was called, if that is the working folder or above it, else the working folder.
 PROJECT = CHECKOUT or find_project(Path.cwd())
 
 
@@ -41,5 +41,5 @@ def default_home() -> Path:
 
 
 def store_root() -> Path:
-    """Where artifacts go unless a recipe says otherwise; relative paths start at the project, as in a flow run."""
+    """The default store of recipes. A relative path starts at the project, as in a flow run."""
     return PROJECT / expand_path(ComputeSettings().store)

@@ -1,4 +1,4 @@
-"""A Prefect server: its address and port, whether it answers, and what it is asked."""
+"""Requests to a Prefect server, and its address and port."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_PORT = 4200
 
 
 def url_of(port: int) -> str:
-    """API address of a server of ours; it listens on this machine only."""
+    """API address of a server of ours, which listens only on this machine."""
     return f"http://127.0.0.1:{port}/api"
 
 
@@ -41,7 +41,7 @@ def free_port() -> int:
 
 
 def port_holder(port: int) -> str:
-    """Who listens on a port, as far as this user may know."""
+    """The process that listens on a port, as far as this user may see it."""
     import psutil
 
     with contextlib.suppress(psutil.Error, OSError):
@@ -53,7 +53,7 @@ def port_holder(port: int) -> str:
 
 
 def answers(url: str, seconds: float = 2.0) -> bool:
-    """Whether a Prefect API answers at `url`. Proxies are not asked: a local server is not behind one."""
+    """Whether a Prefect API answers at `url`. No proxy is used: a local server is not behind one."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{url.rstrip('/')}/health", timeout=seconds) as response:
@@ -63,7 +63,7 @@ def answers(url: str, seconds: float = 2.0) -> bool:
 
 
 def client_environment(url: str) -> dict[str, str]:
-    """Environment for commands that talk to a server: its address, no telemetry, no proxy for this machine."""
+    """Environment of commands that use a server: its address, no telemetry, no proxy for this machine."""
     local = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1,localhost"]))
     return {**os.environ, "PREFECT_API_URL": url, "DO_NOT_TRACK": "1", "NO_PROXY": local, "no_proxy": local}
 
@@ -83,13 +83,13 @@ def client(url: str) -> SyncPrefectClient:
         api=url,
         api_key=PREFECT_API_KEY.value(),
         auth_string=auth.get_secret_value() if auth else None,
-        # A proxy that is set for the internet does not lead to this machine.
+        # A proxy for the internet does not lead to this machine.
         httpx_settings={"trust_env": not is_local(url)},
     )
 
 
 def online_workers(url: str, pool: str = POOL) -> list[str] | None:
-    """Names of the workers that poll a pool; None where the server has no such pool."""
+    """Names of the workers that poll a pool; None if the server has no such pool."""
     from prefect.exceptions import ObjectNotFound
 
     with client(url) as server:
@@ -102,29 +102,24 @@ def online_workers(url: str, pool: str = POOL) -> list[str] | None:
 
 
 def deployments(url: str) -> list[tuple[str, str | None]]:
-    """Registered deployments: `flow/deployment` and the work pool of each, sorted."""
+    """Registered deployments, sorted: `flow/deployment` and the work pool."""
     with client(url) as server:
         flows = {flow.id: flow.name for flow in server.read_flows()}
         return sorted((f"{flows[d.flow_id]}/{d.name}", d.work_pool_name) for d in server.read_deployments())
 
 
 def cancel_missed(url: str, before: datetime) -> int:
-    """Cancel runs that a schedule wanted before a time and that never began; returns how many.
+    """Cancel scheduled runs that should have begun before a time and did not; returns how many.
 
-    Prefect would run every one of them, night by night, before anything that a user starts now.
+    Prefect would run all of them before any run that a user starts now.
     """
-    from prefect.client.schemas.filters import (
-        FlowRunFilter,
-        FlowRunFilterNextScheduledStartTime,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
-    )
+    from prefect.client.schemas import filters
     from prefect.client.schemas.objects import StateType
     from prefect.states import Cancelled
 
-    late = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-        next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=before),
+    late = filters.FlowRunFilter(
+        state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        next_scheduled_start_time=filters.FlowRunFilterNextScheduledStartTime(before_=before),
     )
     with client(url) as server:
         missed = [run for run in server.read_flow_runs(flow_run_filter=late) if run.auto_scheduled]

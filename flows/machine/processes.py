@@ -1,4 +1,4 @@
-"""Processes of this machine, by psutil: told apart by id and start time, so a recycled id is never taken for ours."""
+"""Processes of this machine, by psutil. It compares id and start time, so a recycled id is another process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 
 
 def alive(process: psutil.Process) -> bool:
-    """Whether this very process still runs; one that only waits to be reaped does not."""
+    """Whether this process still runs; a zombie does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -18,7 +18,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def environment_of(process: psutil.Process) -> dict[str, str] | None:
-    """Environment with which a process was started; None where it may not be read, or the process is gone."""
+    """Environment of a process at its start; None if it may not be read, or the process is gone."""
     try:
         return process.environ() if alive(process) else None
     except (psutil.Error, OSError):
@@ -26,7 +26,7 @@ def environment_of(process: psutil.Process) -> dict[str, str] | None:
 
 
 def processes_with(name: str, value: str | None = None) -> list[psutil.Process]:
-    """Live processes in whose environment `name` is set (to `value`, where given), except this one and its parents."""
+    """Live processes with `name` in their environment (set to `value`, if given), except this one and its parents."""
     mine = lineage(psutil.Process(os.getpid()))
     found = []
     for process in psutil.process_iter():
@@ -37,7 +37,7 @@ def processes_with(name: str, value: str | None = None) -> list[psutil.Process]:
 
 
 def lineage(process: psutil.Process) -> set[int]:
-    """Ids of a process and of its parents, up to the first one."""
+    """Ids of a process and of all its ancestors."""
     try:
         return {process.pid, *(parent.pid for parent in process.parents())}
     except psutil.Error:
@@ -45,20 +45,20 @@ def lineage(process: psutil.Process) -> set[int]:
 
 
 def flow_run_of(process: psutil.Process) -> str:
-    """Id of the flow run that a process works for (its engine or a stage); empty where none."""
+    """Id of the flow run that a process (its engine or a stage) belongs to; empty if none."""
     return (environment_of(process) or {}).get("PREFECT__FLOW_RUN_ID", "")
 
 
 def send(processes: list[psutil.Process], number: int) -> None:
-    """Signal those that still are who they were."""
+    """Send a signal to the processes that still exist."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.send_signal(number)
 
 
 def wait_gone(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Wait for processes to end; returns those that did not."""
-    # psutil's own waits for zombies, too, that nobody may ever reap.
+    """Wait until processes end; returns those that did not."""
+    # psutil.wait_procs also waits for zombies, which may never be reaped.
     deadline = time.monotonic() + seconds
     while (left := [process for process in processes if alive(process)]) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -1,11 +1,11 @@
-"""Finished work across a change of encoding: nobody trains days again because rows are stored in other files.
+"""Adopts finished artifacts after a change of encoding: a training need not run again because rows have another format.
 
-A stage whose `version` was raised for the encoding of its files alone says so (`Stage.reencodes`), and a change of text
-that means the same stands in `Stage.same_externals`. Both change keys: the stage's, and those of all that is built on
-it. Here is what the keys were before, and how what lies under an old one comes to lie under the new one.
+`Stage.reencodes` marks a stage whose `version` was raised only for the encoding of its files. `Stage.same_externals`
+lists texts that changed without a change of meaning. Both change the key of the stage and of everything made from it.
+This module computes the keys from before the change, and stores old artifacts under the new keys.
 
-Nothing is assumed to be the same. Rows are made again, which takes minutes, and compared with the old ones; a training
-is taken over only where every input has the content that it was made from.
+Nothing is assumed to be the same. Rows are made again, which takes minutes, and compared with the old ones. A training
+is adopted only if every input has the content that it was made from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 
 from smoltulu.artifacts.keys import artifact_key
 from smoltulu.artifacts.store import Found, Log, Store
-from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
+from smoltulu.flows.graphs.nodes import Node, NodeGraph
 from smoltulu.schemas.artifact import ArtifactReference, Spec
 from smoltulu.tasks.data.rows import same_rows
 from smoltulu.tasks.engine.adopt import adopt_artifact
@@ -26,7 +26,7 @@ from smoltulu.tasks.engine.runner import reference_to, run_stage
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a node: `reason` says why it is left, or what it was adopted from."""
+    """Outcome for a node. `reason`: why it is left, or what it was adopted from."""
 
     node: str
     status: Literal["cached", "adopted", "made again", "left"]
@@ -34,19 +34,12 @@ class Outcome:
 
 
 def specs_before(graph: NodeGraph) -> dict[str, Spec]:
-    """Node -> what its key was made of before the change, for the nodes whose key is another one now."""
+    """Node -> its spec before the change, for the nodes whose key changed."""
     specs: dict[str, Spec] = {}
     keys: dict[str, str] = {}
-
-    def key(binding: Binding) -> str:
-        return keys[binding.node]
-
     for name, node in graph.nodes.items():
         now = graph.spec(name)
-        inputs = {
-            field: key(value) if isinstance(value, Binding) else {inner: key(one) for inner, one in value.items()}
-            for field, value in node.inputs.items()
-        }
+        inputs = node.filled(lambda binding: keys[binding.node])
         externals = {field: node.stage.same_externals.get(digest, digest) for field, digest in now.externals.items()}
         version = node.stage.reencodes or node.stage.version
         before = now.model_copy(update={"version": version, "inputs": inputs, "externals": externals})
@@ -57,7 +50,7 @@ def specs_before(graph: NodeGraph) -> dict[str, Spec]:
 
 
 def adoptable(graph: NodeGraph, name: str, before: Mapping[str, Spec], store: Store) -> str | None:
-    """Stage and version under which a node was finished before the change, where `adopt` may take it over."""
+    """The version under which a node was finished before the change; None if `adopt` cannot adopt it."""
     node = graph.nodes[name]
     if name not in before or not isinstance(store.find(before[name]), Found):
         return None
@@ -70,9 +63,9 @@ def adoptable(graph: NodeGraph, name: str, before: Mapping[str, Spec], store: St
 
 
 def adopt(graph: NodeGraph, store: Store, log: Log) -> list[Outcome]:
-    """Take over what is the same, stage by stage; what is not stays where it is and will run.
+    """Adopt unchanged artifacts, stage by stage. All others stay where they are and will run.
 
-    Errors: as `run_stage` (the rows are made again here), OSError where the store cannot be written.
+    Errors: as `run_stage` (the rows are made again here), OSError if the store cannot be written.
     """
     before = specs_before(graph)
     references: dict[str, ArtifactReference] = {}
@@ -110,7 +103,7 @@ def _other_input(
     before: Mapping[str, Spec],
     store: Store,
 ) -> str | None:
-    """The first input whose content is not what the old artifact was made from; None where all are the same."""
+    """The first input whose content differs from that of the old artifact's input; None if all are the same."""
     for dotted, binding in node.bindings().items():
         made_from, now = old.manifest.inputs.get(dotted), references[binding.node]
         if made_from is None:
@@ -119,7 +112,7 @@ def _other_input(
             continue
         upstream = store.find(before[binding.node]) if binding.node in before else None
         if (
-            # A whole folder (a publication's lineage) is read for more than its rows.
+            # The reader of a whole folder (the lineage of a publication) uses more than its rows.
             binding.output is None
             or not graph.nodes[binding.node].stage.reencodes
             or not isinstance(upstream, Found)

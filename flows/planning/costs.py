@@ -1,7 +1,7 @@
-"""What a stage will cost: estimated from the recipe and from similar finished artifacts of the store.
+"""Estimates the cost of a stage from the recipe and from similar finished artifacts of the store.
 
-A figure that is not known is None: without a similar finished stage there are no tokens and no time. First comes the
-arithmetic, which is pure; then what reads the store and the graph.
+An unknown figure is None: without a similar finished stage, tokens and time are unknown. The first part is pure
+arithmetic; the second part reads the store and the graph.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from smoltulu.tasks.trainer.disk import (
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is still to be done for a stage; None: not known.
+    """The remaining cost of a stage; None: unknown.
 
     num_steps        optimizer steps
-    num_tokens       tokens, as the trainers count them: all of a batch but padding; both answers of a pair
+    num_tokens       tokens, as the trainers count them: without padding; with both answers of a pair
     flops            floating-point operations of the model (recomputed activations not counted)
-    disk_bytes       what the artifact will hold
-    peak_disk_bytes  most that is on disk while it is made
+    disk_bytes       size of the artifact
+    peak_disk_bytes  most disk space that the stage uses while it runs
     seconds          wall time
     """
 
@@ -53,9 +53,9 @@ NOTHING = Estimate(0, 0, 0.0, 0, 0, 0.0)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a finished training stage cost.
+    """The cost of a finished training stage.
 
-    num_timed_steps  optimizer steps that `seconds` cover: those after the last resume
+    num_timed_steps  optimizer steps in `seconds`: those after the last resume
     dataset          key of the rows
     """
 
@@ -72,7 +72,7 @@ class Cost:
 
 
 def estimated_tokens(num_steps: int, effective_batch_size: int, similar: Cost | None) -> int | None:
-    """Tokens of `num_steps` steps, with as many tokens a row as a similar stage had on average."""
+    """Tokens of `num_steps` steps, with the mean tokens per row of a similar stage."""
     if similar is None or not similar.num_tokens or not similar.num_steps:
         return None
     per_row = similar.num_tokens / (similar.num_steps * similar.effective_batch_size)
@@ -80,7 +80,7 @@ def estimated_tokens(num_steps: int, effective_batch_size: int, similar: Cost | 
 
 
 def closest(costs: Iterable[Cost], num_parameters: int | None, device: str, dataset: str = "") -> Cost | None:
-    """The finished stage whose time is the best guide: same device, then nearest model size, then the same rows."""
+    """The finished stage to estimate time from: same device, then nearest model size, then the same rows."""
 
     def distance(cost: Cost) -> tuple[float, bool]:
         ratio = 0.0 if num_parameters is None else abs(math.log(cost.num_parameters / num_parameters))
@@ -91,7 +91,7 @@ def closest(costs: Iterable[Cost], num_parameters: int | None, device: str, data
 
 
 def closest_rows(costs: Iterable[Cost], dataset: str, max_length: int) -> Cost | None:
-    """The finished stage whose tokens a row are the best guide: the same rows, then the nearest max_length."""
+    """The finished stage to estimate tokens per row from: the same rows, then the nearest max_length."""
     counted = [cost for cost in costs if cost.num_tokens > 0 and cost.num_steps > 0]
     return min(counted, key=lambda cost: (cost.dataset != dataset, abs(cost.max_length - max_length)), default=None)
 
@@ -99,7 +99,7 @@ def closest_rows(costs: Iterable[Cost], dataset: str, max_length: int) -> Cost |
 def estimated_seconds(
     num_steps: int, effective_batch_size: int, num_parameters: int | None, num_processes: int, similar: Cost | None
 ) -> float | None:
-    """Seconds a step of a similar stage, scaled by batch and model size, divided by the number of processes."""
+    """Seconds per step of a similar stage, scaled by batch and model size, divided by the number of processes."""
     if similar is None or num_parameters is None:
         return None
     per_step = similar.seconds / similar.num_timed_steps
@@ -108,7 +108,7 @@ def estimated_seconds(
 
 
 class Total(NamedTuple):
-    """Sum of what is known; num_unknown stages are not in it."""
+    """Sum of the known values; `num_unknown` stages are not in it."""
 
     value: float
     num_unknown: int
@@ -117,8 +117,8 @@ class Total(NamedTuple):
 def totals(estimates: Sequence[Estimate], num_parallel: int = 1) -> dict[str, Total]:
     """Sums over stages, by field of `Estimate`.
 
-    Peaks are not summed: the peak is what all stages leave, plus what the `num_parallel` largest ones need beyond that
-    while they run. Seconds are summed: stages that run side by side take less.
+    Peaks are not summed: the peak is the size of all artifacts, plus the extra space of the `num_parallel` stages that
+    need most. Seconds are summed: stages that run in parallel take less.
     """
     sums = {}
     for name in asdict(NOTHING):
@@ -137,7 +137,7 @@ def totals(estimates: Sequence[Estimate], num_parallel: int = 1) -> dict[str, To
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known about the artifact of a node, made or like one that was made."""
+    """Facts about the artifact of a node, or about a finished one like it."""
 
     num_rows: int | None = None
     num_tokens: int | None = None
@@ -147,7 +147,7 @@ class _Facts:
 
 @dataclass
 class Costs:
-    """Call `cached` or `estimate` for every node in graph order: later nodes build on what is known of earlier ones."""
+    """Call `cached` or `estimate` for every node in graph order: later nodes use the facts of earlier ones."""
 
     graph: Graph
     index: SpecIndex
@@ -155,11 +155,11 @@ class Costs:
     _twins: dict[str, str] = field(default_factory=dict)
 
     def cached(self, name: str, outputs: Mapping[str, Any], file_bytes: Mapping[str, int]) -> None:
-        """Note what a finished artifact holds."""
+        """Note the facts of a finished artifact."""
         self._facts[name] = _facts_of(outputs, file_bytes)
 
     def estimate(self, name: str, step: int = 0, num_steps: int | None = None) -> Estimate:
-        """What is left to do for a node at optimizer step `step` (of `num_steps`, where a checkpoint says so)."""
+        """The remaining cost of a node at optimizer step `step` (of `num_steps`, if a checkpoint says so)."""
         node = self.graph.nodes[name]
         if isinstance(node.config, TrainingSettings):
             return self._training(node, step, num_steps)
@@ -194,9 +194,9 @@ class Costs:
 
         costs = self._costs(node)
         batch, device = settings.effective_batch_size, compute.device
-        # Its size follows from the shapes of a model that may not be made yet: some per cent, not counted.
+        # An adapter has a few per cent of the model's size. It is not counted: the model may not exist yet.
         adapter = ModelSize(0) if getattr(settings, "lora", None) else None
-        # Of prompts the answers are not written yet.
+        # The answers to prompts do not exist yet.
         trains_on_its_rows = settings.row_rules().kind != "prompts"
         tokens = seconds = peak = flops = None
         if left is not None:
@@ -224,7 +224,7 @@ class Costs:
         return Estimate(left, tokens, flops, disk, peak, seconds)
 
     def _size_ratio(self, node: Node, twin: Mapping[str, Any]) -> float | None:
-        """Parameters of the model that a node takes over those of the one that its twin took."""
+        """Number of parameters of a node's input model, divided by that of its twin's."""
         wanted = self._upstream(node, "model").num_parameters
         record = twin.get("inputs", {}).get("model", {})
         taken = read_generation(key_path(self.index.root, record.get("stage", ""), record.get("key", "")))
@@ -237,7 +237,7 @@ class Costs:
         return self._facts.get(binding.node, _Facts())
 
     def _twin(self, name: str) -> dict[str, Any] | None:
-        """Manifest of a finished artifact that took the same work, for a node that has no optimizer steps."""
+        """Manifest of a finished artifact that took the same work, for a node without optimizer steps."""
         for near in self.index.ranked(self.graph.spec(name).model_dump()):
             if self._same_work(name, near.changes) and (manifest := read_generation(near.folder)) is not None:
                 self._twins[name] = near.key
@@ -245,7 +245,7 @@ class Costs:
         return None
 
     def _same_work(self, name: str, changes: Changes) -> bool:
-        """Whether only what does not change the amount of work differs: seeds, revisions, which model of this size."""
+        """Whether the differences leave the amount of work the same: seeds, revisions, another model of this size."""
         node = self.graph.nodes[name]
         if node.stage.copies_model:
             return True
@@ -253,7 +253,7 @@ class Costs:
         for change, (old, _) in changes.items():
             section, _, rest = change.partition(".")
             if section == "inputs":
-                # Other data are other work, unless they are the twin of the data that are wanted.
+                # Other data are other work, unless they are the twin of the wanted data.
                 upstream = bindings[rest].node if rest in bindings else None
                 alike = upstream is not None and self._twins.get(upstream) == old
                 if not alike and rest not in ("model", "reference_model"):
@@ -272,7 +272,7 @@ class Costs:
 
 
 def cost_of(manifest: Mapping[str, Any]) -> Cost | None:
-    """What a finished training took, from its manifest as plain JSON; None where that is not all there."""
+    """The cost of a finished training, from its manifest as plain JSON; None if a value is missing."""
     try:
         outputs, spec, compute = manifest["outputs"], manifest["spec"], manifest["compute"]
         num_steps = int(outputs["num_steps"])
@@ -294,7 +294,7 @@ def cost_of(manifest: Mapping[str, Any]) -> Cost | None:
 
 
 def _max_length(config: Mapping[str, Any]) -> int:
-    """Of what is trained on: of rows, or of answers that are written to prompts."""
+    """The longest row, or the longest generated answer."""
     return int(config.get("max_length") or config.get("max_completion_length") or 0)
 
 

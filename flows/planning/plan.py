@@ -1,7 +1,6 @@
-"""What a recipe would do, per stage, and why: cached, resumes, or runs. Needs neither server nor torch.
+"""Plans a run: whether each stage is cached, resumes or runs, and why. Needs neither server nor torch.
 
-Works without a network: a Hub revision that cannot be resolved stays as written, and the keys that hang on it are
-marked provisional.
+It works without a network: an unresolved Hub revision stays as written, and keys that depend on it are provisional.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 
 from smoltulu.artifacts.checkpoints import num_steps_of
-from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
+from smoltulu.artifacts.nearest import Changes, SpecIndex, flat, read_generation
 from smoltulu.artifacts.shared.objects import RemoteError
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.flows.graphs.recipe_graph import Graph
@@ -26,15 +25,16 @@ from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, is_commit, resolve_commit
 from smoltulu.tasks.engine.environment import drift, environment
-from smoltulu.tasks.trainer.extension import SourceRun, find_source_run
+from smoltulu.tasks.report.text import local_minute
+from smoltulu.tasks.trainer.extension import find_source_run
 
-#: A plan is for looking: it gives up on a silent Hub sooner than a run.
+#: A plan stops waiting for a silent Hub sooner than a run.
 _HUB_TIMEOUT_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class NearestArtifact:
-    """The finished artifact that differs least: dotted field -> (old, new)."""
+    """The finished artifact with the fewest differences. `changes`: dotted field -> (old, new)."""
 
     key: str
     finished_at: str
@@ -46,10 +46,10 @@ class PlanRow:
     """One stage of a plan.
 
     reason       why it has this status, in words
-    provisional  the key hangs on a Hub revision that was not resolved
-    notes        what is different now from when a cached artifact was made
-    step         optimizer step that it goes on from, and num_steps of how many; None where it does not resume
-    preflight    what is known of the rows of a training; None where their preflight is not cached
+    provisional  the key depends on an unresolved Hub revision
+    notes        differences between now and the time when a cached artifact was made
+    step         optimizer step at which it resumes, of num_steps; None if it does not resume
+    preflight    figures of the rows of a training; None if their preflight is not cached
     """
 
     node: str
@@ -67,7 +67,7 @@ class PlanRow:
 
 
 class Unresolved(NamedTuple):
-    """A Hub revision whose commit is not known. needed: a run would stop at it; else it only checks less."""
+    """A Hub revision whose commit is unknown. needed: a run would stop at it; else it skips a benchmark."""
 
     reference: Reference
     needed: bool
@@ -87,7 +87,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store, graph: Graph | None = None) -> Plan:
-    """What a run would do now. Errors: as `Graph`, unresolved revisions excepted."""
+    """Plan a run. Errors: as `Graph`, except for unresolved revisions."""
     refresh = list(refresh)
     check_stage_names(recipe, until, refresh)
     graph = graph or Graph(recipe, until, unresolved="keep", resolve=_resolve)
@@ -110,7 +110,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
                 except RemoteError as error:
                     manifest, unreachable = None, (f"the shared store was not looked at: {error}",)
                 if manifest is not None:
-                    reason = f"in the shared store, made {_minute(manifest.finished_at)}"
+                    reason = f"in the shared store, made {local_minute(manifest.finished_at)}"
                     row = replace(row, status="cached", reason=reason, nearest=None)
                     found = Found(manifest, store.root)
             if row.status == "runs" and (version := adoptable(graph, name, before, store)) is not None:
@@ -136,7 +136,7 @@ def _resolve(reference: Reference) -> str:
 
 
 def _figures(graph: Graph, name: str, preflights: Mapping[str, Mapping[str, Any]]) -> PreflightFigures | None:
-    """What the cached preflight of a training node says; None for other nodes."""
+    """Figures of the cached preflight of a training node; None for other nodes."""
     node = graph.nodes[name]
     if not isinstance(node.config, TrainingSettings):
         return None
@@ -150,7 +150,7 @@ def _figures(graph: Graph, name: str, preflights: Mapping[str, Mapping[str, Any]
 
 
 def _totals(graph: Graph, rows: list[PlanRow]) -> dict[str, Total]:
-    """Steps, tokens and FLOPs of the training stages, disk and time of all that are not cached."""
+    """Steps, tokens and FLOPs of the training stages that are not cached; disk and time of all stages that are not."""
     todo = [row for row in rows if row.status != "cached"]
     everything = totals([row.estimate for row in todo], graph.compute.max_parallel_stages)
     training = totals([row.estimate for row in todo if graph.nodes[row.node].stage.is_training])
@@ -166,11 +166,10 @@ def _row(
     refresh: list[str],
     provisional: set[str],
 ) -> tuple[PlanRow, Found | Missing]:
-    """Status of a node and why; `digests` holds the content of the upstream nodes that are cached."""
+    """Status of a node and its reason. `digests`: content of the cached upstream nodes."""
     node, spec = graph.nodes[name], graph.spec(name)
-    bindings = node.bindings()
+    bindings, compute = node.bindings(), graph.compute.of(node.stage.name)
     waits_for = sorted({binding.node for binding in bindings.values() if binding.node not in digests})
-    found = store.find(spec, {dotted: digests[b.node] for dotted, b in bindings.items() if b.node in digests})
     row: dict[str, Any] = {
         "node": name,
         "stage": node.stage.name,
@@ -178,23 +177,25 @@ def _row(
         "provisional": name in provisional,
         "status": "runs",
     }
+    known = {dotted: digests[binding.node] for dotted, binding in bindings.items() if binding.node in digests}
+    found = store.find(spec, known)
     refreshed = node.stage.name in refresh
     checkpoint = store.unfinished(spec)
     if isinstance(found, Found) and not waits_for and not refreshed:
-        row |= {"status": "cached", "reason": f"made {_minute(found.manifest.finished_at)}"}
+        row |= {"status": "cached", "reason": f"made {local_minute(found.manifest.finished_at)}"}
         failures = node.stage.gate_failures_of(found.manifest, node.config)
         row["notes"] = (*drift(found.manifest.environment, environment()), *(f"refused: {one}" for one in failures))
     elif checkpoint is not None:
         step, folder = checkpoint
-        # What the recipe says: the checkpoint may be that of a shorter training.
+        # The number in the recipe: the checkpoint may be of a shorter training.
         num_steps = _planned(node.config) or num_steps_of(folder)
         reason = f"at step {step:,}" + (f" of {num_steps:,}" if num_steps else "")
         row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
     elif refreshed:
         row["reason"] = "asked for again (refresh)"
-    elif not waits_for and (source_run := _source_run(graph, store, index, name, digests)) is not None:
-        step, num_steps = source_run.record.step, _planned(node.config)
-        reason = f"would go on from step {step:,} of {num_steps:,}, stored by {source_run.record.key[:12]}"
+    elif not waits_for and (source := find_source_run(store, spec, node.config, compute, known, index=index)):
+        step, num_steps = source.record.step, _planned(node.config)
+        reason = f"would go on from step {step:,} of {num_steps:,}, stored by {source.record.key[:12]}"
         row |= {"status": "resumes", "reason": reason, "step": step, "num_steps": num_steps}
     elif isinstance(found, Found):
         row["reason"] = f"cached if {', '.join(waits_for)} comes out the same as before"
@@ -209,18 +210,8 @@ def _row(
     return PlanRow(**row), found
 
 
-def _source_run(
-    graph: Graph, store: Store, index: SpecIndex, name: str, digests: Mapping[str, str]
-) -> SourceRun | None:
-    """The finished training with a smaller budget that a node would go on from."""
-    node = graph.nodes[name]
-    inputs = {dotted: digests[binding.node] for dotted, binding in node.bindings().items()}
-    compute = graph.recipe.compute.of(node.stage.name)
-    return find_source_run(store, graph.spec(name), node.config, compute, inputs, index=index)
-
-
 def _planned(config: BaseModel) -> int | None:
-    """Optimizer steps of a training, where its settings say so."""
+    """Optimizer steps of a training, if its settings give them."""
     return config.budget.max_steps if isinstance(config, TrainingSettings) else None
 
 
@@ -233,10 +224,10 @@ def _nearest(index: SpecIndex, spec: Mapping[str, Any]) -> NearestArtifact | Non
 
 
 def explain(near: NearestArtifact, nodes: Mapping[str, str], provisional: set[str], num_shown: int = 4) -> str:
-    """In what a wanted artifact differs from the nearest, in words: settings first, old -> new, then inputs.
+    """The differences between a wanted artifact and the nearest one, as text: settings first, old -> new, then inputs.
 
     nodes        dotted input -> upstream node
-    provisional  nodes whose keys hang on unresolved revisions: they may turn out the same
+    provisional  nodes whose keys depend on unresolved revisions: they may turn out the same
     """
     which = f"{near.key[:12]}" + (f", {near.finished_at[:10]}" if near.finished_at else "")
     open_ones = {name for name, change in near.changes.items() if _is_open(name, change, nodes, provisional)}
@@ -279,27 +270,18 @@ def _short(value: object) -> str:
 
 
 def _provisional(graph: Graph) -> set[str]:
-    """Nodes whose key, or an upstream key, was made from a revision that stands as written."""
+    """Nodes whose key, or an upstream key, depends on an unresolved revision."""
     found: set[str] = set()
     if not graph.unresolved:
         return found
     names = {(reference.repository, reference.revision) for reference in graph.unresolved}
     for name, node in graph.nodes.items():
-        own = names & set(_repositories(graph.spec(name).config))
-        if own or any(binding.node in found for binding in node.bindings().values()):
+        config = flat(graph.spec(name).config)
+        own = {
+            (value, config.get(dotted.removesuffix("repository") + "revision"))
+            for dotted, value in config.items()
+            if dotted.endswith("repository")
+        }
+        if names & own or any(binding.node in found for binding in node.bindings().values()):
             found.add(name)
     return found
-
-
-def _repositories(value: Any) -> Iterable[tuple[str, str]]:
-    if isinstance(value, dict):
-        if isinstance(value.get("repository"), str) and "revision" in value:
-            yield value["repository"], value["revision"]
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _repositories(item)
-
-
-def _minute(time: str) -> str:
-    return time[:16].replace("T", " ")

@@ -1,4 +1,4 @@
-"""What a finished preflight says about its training, as `smoltulu plan` shows it. Pure."""
+"""Figures of a finished preflight about its training, for `smoltulu plan`. Pure."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ class PreflightFigures:
 
     num_overlong       source rows longer than max_length; fate: cut or dropped
     num_tokens         of one epoch
-    trained_share      of these tokens; None for prompts, whose answers are not written yet
-    num_steps          optimizer steps that this recipe's training takes on these rows
-    peak_memory_bytes  of the dry run, and `dry_run` the settings that it was made with
-    notes              which of these settings differ in this recipe
+    trained_share      share of these tokens with a loss; None for prompts, whose answers do not exist yet
+    num_steps          optimizer steps of this recipe's training on these rows
+    peak_memory_bytes  of the dry run
+    dry_run            settings of the dry run
+    notes              the settings of the dry run that differ from this recipe
     """
 
     node: str
@@ -43,9 +44,9 @@ class PreflightFigures:
 def preflight_figures(
     node: str, config: PreflightConfig, outputs: Mapping[str, Any], settings: TrainingSettings, compute: ComputeSettings
 ) -> PreflightFigures | None:
-    """Figures from the outputs of a preflight; None where another version wrote them.
+    """Figures from the outputs of a preflight; None if another version wrote them.
 
-    settings, compute  of the training stage, as the recipe says them now
+    settings, compute  of the training stage in this recipe
     """
     try:
         found = PreflightOutputs.model_validate(outputs)
@@ -77,7 +78,7 @@ def _what_is_trained(lora_r: int | None) -> str:
 def _other_settings(
     run: DryRun, config: PreflightConfig, settings: TrainingSettings, compute: ComputeSettings
 ) -> list[str]:
-    """Where the recipe differs from the dry run: name old -> new."""
+    """Differences between the dry run and the recipe: name old -> new."""
     asked = run.asked_batch_size or run.per_device_train_batch_size
     lora = getattr(settings, "lora", None)
     pairs: list[tuple[str, object, object]] = [

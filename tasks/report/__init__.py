@@ -1,4 +1,4 @@
-"""What a run shows: its summary, Prefect artifacts, and one self-contained HTML page."""
+"""Report of a run: its summary, Prefect artifacts, and one self-contained HTML page."""
 
 from smoltulu.tasks.report.page import html_report
 from smoltulu.tasks.report.summary import markdown, stage_table, summarise

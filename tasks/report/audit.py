@@ -1,4 +1,4 @@
-"""The report of an audit: a folder of pages that need nothing but each other, and the same numbers as JSON."""
+"""Report of an audit: a folder of pages that need no other files, and the same numbers as JSON."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ from pathlib import Path
 from smoltulu.schemas.audit import AuditResult
 from smoltulu.schemas.benchmarks import BenchmarkRegistry
 from smoltulu.tasks.report import text
-from smoltulu.tasks.report.contamination_table import (
-    CAVEATS,
-    NOT_CHECKED,
-    has_paper_figures,
-    malformed_note,
-    table_rows,
-)
+from smoltulu.tasks.report.contamination_table import CAVEATS, NOT_CHECKED, malformed_note, table_rows
 from smoltulu.tasks.report.hits import BenchmarkPages, write_hit_pages
 from smoltulu.tasks.report.render import render
 
 
 def write_audit_report(result: AuditResult, registry: BenchmarkRegistry, reports: Path) -> Path:
-    """Write `index.html`, the pages of hits and `result.json` into a folder of `reports`; path of index.html."""
+    """Write `index.html`, the pages of hits and `result.json` into a folder of `reports`. Returns its index.html."""
     folder = reports / f"audit-{text.artifact_key(result.label)}-{result.keys['contamination'][:12]}"
     shutil.rmtree(folder, ignore_errors=True)
     contamination = Path(result.folders["contamination"])
@@ -38,18 +32,14 @@ def write_audit_report(result: AuditResult, registry: BenchmarkRegistry, reports
 
 def audit_page(result: AuditResult, registry: BenchmarkRegistry, pages: list[BenchmarkPages]) -> str:
     """The overview: the paper's table with links to the hits, and the language shares."""
-    files = {}
-    for page in pages:
-        known = registry.find(page.benchmark)
-        files[known.title if known else page.benchmark] = page.files[0]
     rows = table_rows(result, registry)
     return render(
         "audit.html.jinja",
         result=result,
         rows=rows,
-        has_paper_figures=has_paper_figures(rows),
+        has_paper_figures=any(row.paper for row in rows),
         not_checked=NOT_CHECKED,
-        files=files,
+        files={page.benchmark: page.files[0] for page in pages},
         rule=rule(result),
         malformed_note=malformed_note(result),
         caveat=CAVEATS[result.settings.mode],
@@ -57,7 +47,7 @@ def audit_page(result: AuditResult, registry: BenchmarkRegistry, pages: list[Ben
 
 
 def rule(result: AuditResult) -> str:
-    """The rule in a few words."""
+    """The matching rule in a few words."""
     settings = result.settings
     turns = " and ".join(settings.roles)
     if settings.mode == "full":

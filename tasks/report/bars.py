@@ -1,4 +1,4 @@
-"""Row lengths of a preflight as bars, inline SVG. Colours come from the page's style."""
+"""Histogram of the row lengths of a preflight, as inline SVG. The style of the page sets the colours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from smoltulu.tasks.report.charts import ticks
 
 
 def histogram(lengths: LengthReport, max_length: int) -> str:
-    """Bars of rows over tokens, with a line at max_length, as inline SVG; at least one row."""
+    """Bars of rows over tokens, with a line at max_length. Needs at least one row."""
     bins = lengths.histogram
     width, height, left, right, top, bottom = 760, 200, 56, 10, 10, 26
     end, most = len(bins) * lengths.bin_width, max(bins)

@@ -1,4 +1,4 @@
-"""Line charts and the picture of lineage, as inline SVG made of text. Colours come from the page's style."""
+"""Line charts and the drawing of lineage, as inline SVG. The style of the page sets the colours."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from graphlib import TopologicalSorter
 from html import escape
 from itertools import groupby
+from statistics import fmean
 from typing import TypeGuard
 
 from smoltulu.tasks.report.text import clean, number
 
-#: A series with more points is drawn as the mean of buckets, with the range of each bucket as a band.
+#: A longer series is drawn as the means of buckets, with the range of each bucket as a band.
 MAX_POINTS = 80
 
 Point = tuple[float, float | None]  # (step, value); None where the value was null, NaN or infinite
 
 
 def e(value: object) -> str:
-    """`value` as text of an element or of a quoted attribute."""
+    """`value` escaped for the text of an element or a quoted attribute."""
     return escape(clean(value), quote=True)
 
 
 def parse_history(lines: Iterable[str]) -> dict[str, list[Point]]:
-    """Series by name from a history file, one JSON object a line; sorted by step, the last record of a step counts.
+    """Series by name from a history file (one JSON object per line), sorted by step. The last record of a step counts.
 
-    Lines that are torn, are no object or have no step are passed over, and so is what is no number.
+    Lines that are cut off, are no object or have no step are ignored, and so are values that are no number.
     """
     series: dict[str, dict[float, float | None]] = {}
     for line in lines:
@@ -78,7 +79,7 @@ def bucketed(points: Sequence[Point], max_points: int = MAX_POINTS) -> list[tupl
 
 
 def line_chart(name: str, points: Sequence[Point]) -> str:
-    """A figure of one metric over optimizer steps. Gaps where a value was not finite."""
+    """A figure of one metric over optimizer steps. A value that is not finite leaves a gap."""
     finite = [value for _, value in points if value is not None]
     gaps = len(points) - len(finite)
     caption = f"<b>{e(name)}</b>"
@@ -140,7 +141,7 @@ def _tick(value: float) -> str:
 
 
 def direct_parents(parents: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """The same graph without the edges that a longer way implies (transitive reduction). No cycles."""
+    """The transitive reduction of an acyclic graph: without edges that a longer path implies."""
     ancestors: dict[str, set[str]] = {}
     for node in TopologicalSorter(parents).static_order():
         ancestors[node] = parents[node].union(*(ancestors[parent] for parent in parents[node]))
@@ -150,8 +151,8 @@ def direct_parents(parents: Mapping[str, set[str]]) -> dict[str, set[str]]:
 def layered(parents: Mapping[str, set[str]]) -> tuple[list[list[str]], list[tuple[str, str]]]:
     """Rows of nodes, parents above children, and the edges between neighbouring rows.
 
-    An edge that passes rows goes through place-holders (names with a NUL) so that it bends around what it passes.
-    Order within a row: by the mean place of the neighbours, a few times down and up.
+    An edge across several rows goes through place-holders (names with a NUL), so that it bends around other nodes.
+    Each row is sorted by the mean position of the neighbours, in a few sweeps down and up.
     """
     depth: dict[str, int] = {}
     for node in TopologicalSorter(parents).static_order():
@@ -179,19 +180,13 @@ def layered(parents: Mapping[str, set[str]]) -> tuple[list[list[str]], list[tupl
         neighbours = up if sweep % 2 == 0 else down
         place = {node: (index + 0.5) / len(row) for row in rows for index, node in enumerate(row)}
         for row in rows if sweep % 2 == 0 else reversed(rows):
-            mean = {
-                node: sum(place[other] for other in neighbours[node]) / len(neighbours[node])
-                if node in neighbours
-                else place[node]
-                for node in row
-            }
-            row.sort(key=lambda node: mean[node])
+            row.sort(key=lambda node: fmean(place[other] for other in neighbours.get(node, [node])))
             place.update({node: (index + 0.5) / len(row) for index, node in enumerate(row)})
     return rows, edges
 
 
 def lineage_drawing(parents: Mapping[str, set[str]], labels: Mapping[str, tuple[str, str, str]]) -> str:
-    """Who was made from what. `labels`: node -> (name, second line, class of the box)."""
+    """Drawing of the lineage of all artifacts. `labels`: node -> (name, second line, class of the box)."""
     rows, edges = layered(direct_parents(parents))
     node_width, node_height, gap_x, gap_y, thin = 138, 40, 12, 26, 18
 

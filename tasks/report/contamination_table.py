@@ -1,8 +1,8 @@
-"""The paper's table of a data set: share of each benchmark found, the published one beside it, weak points. Pure."""
+"""Contamination table of a data set, as in the paper: the share of each benchmark, the published one, remarks. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 
 from smoltulu.artifacts import readable
@@ -12,7 +12,7 @@ from smoltulu.schemas.contamination import BenchmarkReport, MatchMode
 
 NOT_CHECKED = "not checked"
 
-#: Said below every table: what a clean number does not prove.
+#: Printed below every table: what a clean result does not prove.
 CAVEATS: dict[MatchMode, str] = {
     "full": "Full match finds verbatim copies: one changed number escapes it, paraphrases escape both modes.",
     "ngram": "8-gram match does not see items under 8 tokens, and paraphrases escape both modes.",
@@ -23,27 +23,23 @@ CAVEATS: dict[MatchMode, str] = {
 class TableRow:
     """One benchmark, as text."""
 
+    name: str
     title: str
     num_instances: str
     num_found: str
-    share: str  # "79.98 %", or NOT_CHECKED: never a zero for what was not looked at
-    paper: str  # "" where the paper has no figure for this data set and benchmark
+    share: str  # "79.98 %", or NOT_CHECKED: never 0 if it was not checked
+    paper: str  # "" if the paper has no figure for this data set and benchmark
     remarks: str
 
 
 def table_rows(result: AuditResult, registry: BenchmarkRegistry) -> list[TableRow]:
-    """Benchmarks in the order of the registry (the paper's), others after them."""
+    """Benchmarks in the order of the registry (as in the paper), then all others."""
     order = {benchmark.name: position for position, benchmark in enumerate(registry.benchmarks)}
     reports = sorted(result.benchmarks, key=lambda report: order.get(report.name, len(order)))
-    # The paper's figures are those of full match in user turns, of the whole set.
+    # The paper's figures are of full match in user turns, over the whole data set.
     settings = result.settings
     as_published = settings.mode == "full" and settings.roles == ("user",) and settings.limit is None
     return [_row(report, result, registry, as_published) for report in reports]
-
-
-def has_paper_figures(rows: Sequence[TableRow]) -> bool:
-    """Whether the column of the paper says anything."""
-    return any(row.paper for row in rows)
 
 
 def _row(report: BenchmarkReport, result: AuditResult, registry: BenchmarkRegistry, as_published: bool) -> TableRow:
@@ -53,8 +49,9 @@ def _row(report: BenchmarkReport, result: AuditResult, registry: BenchmarkRegist
     paper = "" if published is None else readable.percent(published)
     if report.share is None:
         reason = report.not_checked or "no instance that can be checked"
-        return TableRow(title, "", "", NOT_CHECKED, paper, reason)
+        return TableRow(report.name, title, "", "", NOT_CHECKED, paper, reason)
     return TableRow(
+        name=report.name,
         title=title,
         num_instances=f"{report.num_instances:,}",
         num_found=f"{report.num_contaminated:,}",
@@ -65,7 +62,7 @@ def _row(report: BenchmarkReport, result: AuditResult, registry: BenchmarkRegist
 
 
 def remarks(report: BenchmarkReport, result: AuditResult, registry: BenchmarkRegistry) -> list[str]:
-    """Known weak points of this number."""
+    """Known limits of this number."""
     settings, known = result.settings, registry.find(report.name)
     said = []
     if report.num_short_hits:
@@ -85,14 +82,13 @@ def remarks(report: BenchmarkReport, result: AuditResult, registry: BenchmarkReg
 
 
 def malformed_note(result: AuditResult) -> str:
-    """One sentence about rows that could not be read and so were not searched; empty where there are none."""
+    """One sentence about malformed rows, which were not searched; empty if there are none."""
     num_rows = sum(source.num_rows for source in result.dataset.sources)
     num_malformed = sum(source.num_malformed for source in result.dataset.sources)
     if not num_malformed:
         return ""
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     for source in result.dataset.sources:
-        for reason, count in source.reasons.items():
-            reasons[reason] = reasons.get(reason, 0) + count
+        reasons.update(source.reasons)
     listed = "; ".join(f"{reason}: {count:,}" for reason, count in list(reasons.items())[:3])
     return f"{num_malformed:,} of {num_rows:,} rows are malformed and were not searched ({listed})"

@@ -1,7 +1,7 @@
-"""The hits of a contamination check as pages: per benchmark, each instance that was found, the rows, the text.
+"""Pages with the hits of a contamination check: per benchmark, each found instance, its rows, their text.
 
-Every page stands alone (no script, nothing loaded). One page holds
-`INSTANCES_PER_PAGE` instances and each instance its first `ROWS_PER_INSTANCE` rows; `hits.parquet` has all of them.
+Pages have no script and load nothing. A page holds `INSTANCES_PER_PAGE` instances with their first `ROWS_PER_INSTANCE`
+rows; `hits.parquet` has all rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from smoltulu.tasks.report.render import render
 
 INSTANCES_PER_PAGE = 50
 ROWS_PER_INSTANCE = 20
-#: Rows are looked up for so many pages at once: their hits may lie anywhere in the file.
+#: Rows are read for this many pages in one pass: they may be anywhere in the file.
 _PAGES_PER_PASS = 20
 _CHARACTERS_OF_TURN = 1200
 _CHARACTERS_BEFORE_MATCH = 300
@@ -27,7 +27,7 @@ _CHARACTERS_OF_FIELD = 2000
 
 @dataclass(frozen=True)
 class FoundInstance:
-    """One benchmark instance and where it was found: the first rows, and how many there are."""
+    """One found benchmark instance, its first hits, and the number of all its rows."""
 
     row: int  # of the benchmark
     fields: tuple[str, ...]
@@ -79,7 +79,7 @@ def write_hit_pages(hits: Path, queries: Path, rows: Path, folder: Path) -> list
 
 
 def _by_benchmark(hits: Path, queries: Path) -> Iterator[tuple[str, list[FoundInstance]]]:
-    """(benchmark, its found instances in the order of the benchmark); rows of an instance by score, then position."""
+    """(benchmark, its found instances in benchmark order). Hits of an instance are sorted by score, then row."""
     import pyarrow.compute
     import pyarrow.parquet
 
@@ -90,29 +90,26 @@ def _by_benchmark(hits: Path, queries: Path) -> Iterator[tuple[str, list[FoundIn
         own = table.filter(pyarrow.compute.equal(table["benchmark"], benchmark))
         own = own.sort_by([("instance", "ascending"), ("score", "descending"), ("row", "ascending")])
         counts = pyarrow.compute.value_counts(own["instance"])
-        starts, position = {}, 0
-        for pair in counts:  # in order of appearance, so of position
-            starts[pair["values"].as_py()] = (position, pair["counts"].as_py())
-            position += pair["counts"].as_py()
-        wanted = fields.filter(
-            pyarrow.compute.is_in(fields["instance"], value_set=pyarrow.array(list(starts), fields["instance"].type))
-        )
+        instances = counts.field("values").cast(fields["instance"].type)
+        wanted = fields.filter(pyarrow.compute.is_in(fields["instance"], value_set=instances))
         texts = dict(zip(wanted["instance"].to_pylist(), wanted["fields"].to_pylist(), strict=True))
-        found = []
-        for instance, (start, count) in starts.items():
+        found, start = [], 0
+        for pair in counts.to_pylist():  # in order of appearance, so of position
+            instance, count = pair["values"], pair["counts"]
             shown = own.slice(start, min(count, ROWS_PER_INSTANCE)).to_pylist()
             query = tuple(_cut(field, _CHARACTERS_OF_FIELD) for field in texts[instance])
             found.append(FoundInstance(shown[0]["benchmark_row"], query, tuple(shown), count))
+            start += count
         yield benchmark, sorted(found, key=lambda instance: instance.row)
 
 
 def _turn(sources: Mapping[int, dict[str, Any]], hit: dict[str, Any]) -> str:
-    """The turn in which a hit lies."""
+    """Text of the turn of a hit."""
     return str(turns_of(sources[hit["row"]])[hit["turn"]]["content"])
 
 
 def around_match(turn: str, match: str) -> tuple[str, str, str]:
-    """The part of `turn` around `match`: before it, the match, after it; all in the first where it is not found."""
+    """The text of `turn` before `match`, the match, the text after it. Without a match, all text is in the first."""
     match = match.removesuffix("…")
     start = turn.find(match) if match else -1
     if start < 0:

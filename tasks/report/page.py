@@ -1,6 +1,6 @@
-"""The report of a run: one HTML page that needs nothing but itself.
+"""Report of a run: one self-contained HTML page.
 
-Prepared here as plain values, laid out by templates/run.html.jinja and sections.html.jinja.
+This module prepares plain values; templates/run.html.jinja and sections.html.jinja lay them out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from smoltulu.tasks.report.charts import Point, parse_history
 from smoltulu.tasks.report.render import render
 from smoltulu.tasks.report.summary import Outputs, outputs_of, preflight_figures, score_tables
 
-#: What a reader looks at first; everything else that was logged folds away below.
+#: Metrics that are shown first; all others are folded below them.
 FIRST_CURVES = (
     "loss",
     "reward",
@@ -46,7 +46,7 @@ _MAX_OTHER_CURVES = 48
 def html_report(
     summary: RunSummary, manifests: Mapping[str, Manifest], folders: Mapping[str, Path], recipe_yaml: str
 ) -> str:
-    """The whole page. `manifests` and `folders` are by node; nodes that were not made are simply not in them."""
+    """The whole page. `manifests` and `folders` are by node, without nodes that were not made."""
     runs = [(run, manifests.get(run.node)) for run in summary.stages]
     datasets = _outputs_of(DatasetOutputs, runs)
     preflights = _outputs_of(PreflightOutputs, runs)
@@ -67,7 +67,7 @@ def html_report(
         summary=summary,
         seconds=text.seconds_between(summary.started_at, summary.finished_at),
         outcomes=", ".join(f"{outcomes[name]} {name.lower()}" for name in get_args(Outcome) if outcomes[name]),
-        # Without a score, their section says so.
+        # The section of scores also says that there are none.
         sections=[section for section in sections if section[2] or section[0] == "scores"],
     )
 
@@ -75,7 +75,7 @@ def html_report(
 def _outputs_of(
     model: type[Outputs], runs: Sequence[tuple[StageRun, Manifest | None]]
 ) -> list[tuple[str, Manifest, Outputs]]:
-    """(name without the stage, manifest, outputs) of every such node that was made."""
+    """(name without the stage, manifest, outputs) of every finished node with such outputs."""
     return [
         (run.node.removeprefix(f"{run.stage}-"), manifest, outputs)
         for run, manifest in runs
@@ -85,10 +85,10 @@ def _outputs_of(
 
 @dataclass(frozen=True)
 class TrainingCurves:
-    """What a training logged, over optimizer steps: metrics by name."""
+    """Logged metrics of a training over optimizer steps."""
 
     title: str
-    first: list[tuple[str, list[Point]]]  # what a reader looks at first
+    first: list[tuple[str, list[Point]]]  # those of FIRST_CURVES
     others: list[tuple[str, list[Point]]]
     num_left_out: int
 
@@ -110,7 +110,7 @@ def _curves(runs: Sequence[tuple[StageRun, Manifest | None]], folders: Mapping[s
 
 
 def _history_lines(manifest: Manifest, folder: Path) -> list[str]:
-    """Lines of the artifact's history file; none where it names none, or one outside its own folder."""
+    """Lines of the artifact's history file; none if it has no such file, or names one outside its folder."""
     name = manifest.outputs.get("history_file")
     if not isinstance(name, str):
         return []

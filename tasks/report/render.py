@@ -1,8 +1,8 @@
-"""The one way by which a value gets into a page or a card: jinja2 templates that escape whatever they print.
+"""Renders pages and cards by jinja2 templates that escape every value.
 
-Templates lay out, Python prepares plain values. Values come from data sets, models and recipes, so nothing in them is
-taken for markup: in `*.html.jinja` they become text of an element or of a quoted attribute, in `*.md.jinja` text within
-a line (of a paragraph, a heading, a table's cell), with the filters `code` and `fence` for literal text.
+Python prepares plain values, templates lay them out. Values come from data sets, models and recipes, so they are never
+read as markup. In `*.html.jinja` they become text of an element or of a quoted attribute. In `*.md.jinja` they become
+text within a line (of a paragraph, a heading, a table cell); the filters `code` and `fence` mark literal text.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _FORMATS = (text.number, text.percent, text.duration, text.size, text.moment)
 
 
 def render(template: str, **values: Any) -> str:
-    """A file of `templates/` with these values. A name that the template uses and does not get is an error."""
+    """Render a file of `templates/` with these values. A missing value is an error."""
     return _environment().get_template(template).render(**values)
 
 
 def anchor(node: str) -> str:
-    """Id of a stage's details."""
+    """HTML id of the details of a stage."""
     return f"stage-{text.artifact_key(node)}"
 
 
 def readable_json(value: Any) -> str:
-    """Indented JSON; what has no JSON form is shown as Python writes it."""
+    """Indented JSON; values without a JSON form are shown as in Python."""
     return json.dumps(value, indent=2, ensure_ascii=False, default=repr)
 
 
@@ -47,7 +47,7 @@ def _environment() -> Environment:
     @pass_context
     def shown(context: Context, value: object) -> object:
         if hasattr(value, "__html__"):
-            return value  # what a macro, a drawing or `code` and `fence` laid out
+            return value  # markup from a macro, a drawing, `code` or `fence`
         if (context.name or "").endswith(".md.jinja"):
             return Markup(text.markdown_text(value))
         return text.clean(value)
@@ -69,5 +69,5 @@ def _environment() -> Environment:
 
 
 def _marked(make: Callable[..., str], mark: Callable[[str], str]) -> Callable[..., str]:
-    """`make`, whose result needs no escaping: it does its own."""
+    """`make`, with its result marked as escaped: it escapes its own values."""
     return lambda *arguments: mark(make(*arguments))

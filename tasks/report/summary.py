@@ -1,4 +1,4 @@
-"""A run's summary, its Markdown and its tables, from references and manifests. Pure: no files, no Prefect."""
+"""Summary of a run, its Markdown and its tables, from references and manifests. Pure: no files, no Prefect."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def stage_runs(
 ) -> tuple[StageRun, ...]:
     """One entry per planned (node, stage), in that order: made, failed with its error, or not run.
 
-    `seconds` is node -> time spent in this run. Where a node is not in it, a made one counts its manifest's duration
-    and a cached one 0: its duration belongs to the run that made it.
+    `seconds` is node -> time spent in this run. A node without an entry counts the duration in its manifest, or 0 if
+    cached: that duration belongs to the run that made it.
     """
     by_node = {reference.node: (reference, manifest) for reference, manifest in made}
     runs = []
@@ -47,14 +47,14 @@ def stage_runs(
 
 
 def outputs_of(model: type[Outputs], made: Manifest | ArtifactReference) -> Outputs | None:
-    """Outputs of this kind; None where they are of another, or were written by a version that differs."""
+    """Outputs of this kind; None if they are of another kind, or another version wrote them."""
     with suppress(ValidationError):
         return model.model_validate(made.outputs)
     return None
 
 
 def collect_scores(made: Sequence[tuple[ArtifactReference, Manifest]]) -> tuple[RunScore, ...]:
-    """Every score of every evaluation, told by its outputs; one whose outputs cannot be read is left out."""
+    """Every score of every evaluation. An evaluation whose outputs cannot be read is left out."""
     scores = []
     for reference, manifest in made:
         if (outputs := outputs_of(EvaluationOutputs, manifest)) is None:
@@ -78,10 +78,10 @@ def summarise(
     """The summary of a run.
 
     planned   (node, stage) in the order of the graph
-    made      what is there, cached or new
+    made      every finished node, cached or new
     failed    node -> error
     seconds   node -> seconds spent in this run
-    facts     the other fields of `RunSummary`, as they are
+    facts     the other fields of `RunSummary`
     """
     return RunSummary(
         error=None if error is None else _storable(error),
@@ -109,12 +109,12 @@ class ScoreRow:
 
     names: tuple[str, ...]
     source: str  # shots, harness, version of the task
-    cells: tuple[ScoreCell | None, ...]  # one per column; None where it was not measured
+    cells: tuple[ScoreCell | None, ...]  # one per column; None if not measured
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores as every renderer shows them: page, Markdown, terminal."""
+    """Scores as the page, the Markdown and the terminal show them."""
 
     title: str
     names: tuple[str, ...]  # heads of the names of a row
@@ -128,8 +128,8 @@ class ScoreTable:
 
 
 def score_tables(scores: Sequence[RunScore]) -> list[ScoreTable]:
-    """Language models, a column each, then accuracies on preference pairs; a table without rows is left out."""
-    # Columns in order of appearance: that of the run.
+    """A table with a column per language model, and a table of preference pairs. A table without rows is left out."""
+    # Columns are in order of appearance, which is the order of the run.
     subjects = list(dict.fromkeys(score.subject for score in scores if score.kind == "language_model"))
     grid: dict[tuple[str, str], dict[str, RunScore]] = {}
     for score in scores:
@@ -166,7 +166,7 @@ def _source(score: RunScore) -> str:
 
 
 def markdown(summary: RunSummary) -> str:
-    """The final Markdown artifact: scores, stages, where things lie."""
+    """The final Markdown artifact: scores, stages, paths."""
     seconds = text.seconds_between(summary.started_at, summary.finished_at)
     page = render("run.md.jinja", summary=summary, seconds=seconds, tables=score_tables(summary.scores))
     return page.rstrip() + "\n"
@@ -192,7 +192,7 @@ def stage_table(reference: ArtifactReference, outputs_model: type[BaseModel]) ->
 
 
 def preflight_figures(outputs: PreflightOutputs) -> dict[str, str]:
-    """The figures of one preflight, by their name, as a reader sees them."""
+    """The figures of one preflight as text, by name."""
     source = max(outputs.num_source_rows, 1)
     left_out = outputs.num_empty + outputs.num_malformed
     run = outputs.dry_run
@@ -211,5 +211,5 @@ def preflight_figures(outputs: PreflightOutputs) -> dict[str, str]:
 
 
 def _storable(value: str) -> str:
-    """What UTF-8 cannot hold (a lone surrogate of a damaged row) would make the summary unwritable."""
+    """Text without lone surrogates (of a damaged row), which UTF-8 cannot encode."""
     return value.encode("utf-8", "replace").decode()

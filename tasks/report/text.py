@@ -1,4 +1,4 @@
-"""Names, times and Markdown of reports; numbers are those of artifacts/readable.py."""
+"""Names, times and Markdown in reports; the numbers are formatted by artifacts/readable.py."""
 
 from __future__ import annotations
 
@@ -9,22 +9,30 @@ from smoltulu.artifacts.readable import duration, number, percent, score, second
 from smoltulu.schemas.recipe import Recipe
 
 SHORT_KEY = 8
-#: Control characters but tab and newline, line separators, marks of direction, surrogates.
+#: Control characters (except tab and newline), line separators, direction marks, surrogates.
 _UNSHOWABLE = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def title(stage: str) -> str:
-    """What people read: the title of a recipe's block (`sft` -> `SFT`), else `reward_model` -> `Reward model`."""
+    """Title of a stage: that of its recipe block (`sft` -> `SFT`), else its name (`reward_model` -> `Reward model`)."""
     field = Recipe.model_fields.get(stage)
     return (field.title if field else None) or stage.replace("_", " ").capitalize()
 
 
 def moment(timestamp: str) -> str:
-    """`2026-11-21 07:04:12 UTC` from an ISO time; what is no time stays as it is."""
+    """`2026-11-21 07:04:12 UTC` from an ISO time, for pages; other text stays as it is."""
     try:
         return datetime.fromisoformat(timestamp).strftime("%Y-%m-%d %H:%M:%S UTC")
     except ValueError:
         return timestamp
+
+
+def local_minute(timestamp: object) -> str:
+    """`2026-11-21 08:04` in local time from an ISO time, for terminals; other text stays as it is."""
+    try:
+        return datetime.fromisoformat(str(timestamp)).astimezone().strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return str(timestamp or "")
 
 
 def artifact_key(text: str) -> str:
@@ -33,18 +41,18 @@ def artifact_key(text: str) -> str:
 
 
 def clean(value: object) -> str:
-    """Text without what HTML, UTF-8 or a terminal cannot show, or what turns the reading direction: as U+FFFD."""
+    """Text with U+FFFD for characters that HTML, UTF-8 or terminals cannot show, or that turn the reading direction."""
     return re.sub(_UNSHOWABLE, "�", str(value))
 
 
 def markdown_text(value: object) -> str:
-    """`value` as plain text within a line of Markdown, also in a cell of a table."""
+    """`value` as plain text within a line of Markdown, or in a table cell."""
     line = re.sub(r"([\\`*\[\]|~$])|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", clean(" ".join(str(value).split())))
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def markdown_code(value: object) -> str:
-    """`value` as code within a line: no backtick ends it, no pipe ends the cell that it is in."""
+    """`value` as code within a line. No backtick in it ends the code, no pipe ends the table cell."""
     line = clean(" ".join(str(value).split())).replace("`", "'").replace("|", "¦")
     return f"`{line or '–'}`"
 

@@ -60,7 +60,7 @@ def sft2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
 
     def with_one_line_more(graph: Graph) -> None:
         lay_out(graph)
-        graph._evaluate(graph._train("sft2", "sft"), "language_model", verified_eval="dataset-verified-eval")
+        graph._evaluate(graph._train("sft2", "sft"), "language_model")
 
     monkeypatch.setattr(Graph, "_lay_out", with_one_line_more)
     before = dict(STAGES)

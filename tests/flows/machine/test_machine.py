@@ -197,7 +197,7 @@ def test_run_waits_for_the_end_and_shows_the_log(box: Box) -> None:
 
 def test_run_says_what_is_missing(box: Box, tmp_path: Path) -> None:
     typo = box.cli("run", "smoltulu/ful")
-    assert typo.returncode == 1 and "did you mean smoltulu/full?" in typo.stdout
+    assert typo.returncode == 1 and "did you mean 'smoltulu/full'?" in typo.stdout
     unserved = box.cli("run", "probe/unserved")
     assert unserved.returncode == 1 and "no worker polls the pool unserved" in unserved.stdout
     nobody = prefect_api.url_of(prefect_api.free_port())

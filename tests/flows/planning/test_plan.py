@@ -40,6 +40,7 @@ from smoltulu.schemas.budget import tokens_of_steps
 from smoltulu.schemas.preflight import DryRun, LengthReport, PreflightOutputs
 from smoltulu.tasks.data.sources import HubUnreachable, Reference, SourceUnavailable, resolve_commits
 from smoltulu.tasks.engine.environment import environment
+from smoltulu.tasks.report.text import local_minute
 
 NUM_PARAMETERS = 1_711_376_384  # SmolLM2-1.7B
 ROWS = 1000
@@ -147,7 +148,7 @@ def test_plan_of_1130_beside_a_finished_1207_explains_the_difference(with_1207: 
     data = ("dataset", "benchmark", "contamination", "preflight")
     kept = {"base-model", "evaluation-base-model"} | {name for name in rows if name.startswith(data)}
     assert {name for name, row in rows.items() if row.status == "cached"} == kept
-    assert rows["base-model"].reason == "made 2026-11-01 12:34"
+    assert rows["base-model"].reason == f"made {local_minute('2026-11-01T12:34:56+00:00')}"
 
     keys = graph_of("smoltulu-1207").keys()
 
@@ -612,7 +613,9 @@ def test_what_the_shared_store_holds_is_cached(tiny: tuple[Store, Graph], tmp_pa
     assert {name: row.status for name, row in rows.items() if row.status != "runs"} == {
         "world": "cached", "dataset-sft": "cached",
     }  # fmt: skip
-    assert rows["dataset-sft"].reason.startswith("in the shared store, made 2026-11-01")
+    assert rows["dataset-sft"].reason.startswith(
+        f"in the shared store, made {local_minute('2026-11-01T12:34:56+00:00')}"
+    )
 
     assert not elsewhere.root.exists()
 
