@@ -1,11 +1,10 @@
-"""The process of one stage: `python -m smoltulu.tasks.child JOB.json`.
+"""The process of one stage: `python -m smoltulu.tasks.engine.child JOB.json`.
 
-It dies with its parent and holds the key's `writer`.
+It dies with its parent and holds the key's `writer`. Progress and our own log records go through a pipe
+(`tasks/engine/messages.py`); what it prints is the log of the libraries.
 
-What it prints: lines that start with `@smoltulu ` carry JSON for the parent (progress, warnings); everything else is
-the log of the libraries. Exit status: 0 done, 2 the user's to fix (message in error.json), 3 out of memory (message
-in out_of_memory.json), 143 stopped as asked, 1 a failure. Where torchrun starts the ranks, its own status hides theirs:
-the two files count.
+Exit status: 0 done, 2 the user's to fix (message in error.json), 3 out of memory (message in out_of_memory.json), 143
+stopped as asked, 1 a failure. Where torchrun starts the ranks, its own status hides theirs: the two files count.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from pathlib import Path
 from smoltulu.artifacts.files import write_atomically
 from smoltulu.artifacts.layout import WRITER
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.engine.messages import Sender, ToFlow
 from smoltulu.tasks.process import die_with_parent, is_out_of_memory
-from smoltulu.tasks.stage import STOPPED, Stage, StageContext, StageStopped
+from smoltulu.tasks.stage import STOPPED, Report, Stage, StageContext, StageStopped
 
-MESSAGE_PREFIX = "@smoltulu "
 #: Files of `work` that say why a stage ended; any rank may write them.
 ERROR_FILE = "error.json"
 OUT_OF_MEMORY_FILE = "out_of_memory.json"
@@ -33,28 +32,14 @@ OUT_OF_MEMORY_FILE = "out_of_memory.json"
 OUT_OF_MEMORY = 3
 
 
-def tell(kind: str, **values: object) -> None:
-    """One message for the parent."""
-    print(MESSAGE_PREFIX + json.dumps({"kind": kind, **values}), flush=True)
-
-
-class _ToParent(logging.Handler):
-    """Our own log records go to the parent as messages, so that they reach Prefect and not only the log file."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tell("log", level=record.levelname, text=self.format(record))
-
-
-def run(stage: Stage, job: dict, is_main: bool) -> None:
+def run(stage: Stage, job: dict, report: Report, is_main: bool) -> None:
     """Run a stage function and leave `result.json` beside the job."""
     work = Path(job["work"])
     context = StageContext(
         folder=Path(job["folder"]),
         work=work,
         compute=ComputeSettings.model_validate(job["compute"]),
-        report=lambda step, num_steps, **metrics: (
-            tell("progress", step=step, num_steps=num_steps, metrics=metrics) if is_main else None
-        ),
+        report=report if is_main else lambda step, num_steps, **metrics: None,
     )
     config = stage.config.model_validate(job["config"])
     inputs = stage.inputs.model_validate(job["inputs"])
@@ -76,16 +61,17 @@ def main(job_file: str) -> int:
     # Shared by all ranks and kept until exit; launchers do not pass descriptors on, so each process takes it itself.
     writer = open(Path(job["work"]).parent / WRITER, "a+")  # noqa: SIM115
     fcntl.flock(writer.fileno(), fcntl.LOCK_SH)
+    sender = Sender(Path(job["work"]))
     logger = logging.getLogger("smoltulu")
     logger.setLevel(logging.INFO)
-    logger.addHandler(_ToParent())
+    logger.addHandler(ToFlow(sender))
     logger.propagate = False
     random.seed(0)
 
     from smoltulu.tasks.stages import STAGES
 
     try:
-        run(STAGES[job["stage"]], job, is_main=rank == 0)
+        run(STAGES[job["stage"]], job, sender.progress, is_main=rank == 0)
     except StageStopped as stopped:
         logger.info("%s", stopped)
         return STOPPED

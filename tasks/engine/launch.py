@@ -18,7 +18,8 @@ from pathlib import Path
 from smoltulu.artifacts.files import remove_tree, write_atomically
 from smoltulu.schemas.budget import smaller_batch
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.tasks.engine.child import ERROR_FILE, MESSAGE_PREFIX, OUT_OF_MEMORY_FILE
+from smoltulu.tasks.engine.child import ERROR_FILE, OUT_OF_MEMORY_FILE
+from smoltulu.tasks.engine.messages import listen, pipe
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import STOPPED
@@ -113,7 +114,21 @@ def _run_once(
     job_file.write_text(json.dumps(description))
     tail: deque[str] = deque(maxlen=_LOG_TAIL_LINES)
     progress = Progress(job.node, log)
-    with (work / "log.txt").open("a") as log_file:
+
+    def on_output(line: bytes) -> None:
+        log_file.write(line + b"\n")
+        log_file.flush()
+        tail.append(line.decode(errors="replace").rstrip())
+
+    def on_message(message: dict) -> None:
+        if message["kind"] == "progress":
+            progress(message["step"], message["num_steps"], **message["metrics"])
+        else:
+            level, text = message["level"], message["text"]
+            log.log(logging.getLevelName(level), "%s: %s", job.node, text)
+            log_file.write(f"{level}: {text}\n".encode(errors="replace"))
+
+    with (work / "log.txt").open("ab") as log_file, pipe(work) as messages:
         # This thread starts the child and waits for it: the child dies with the thread that started it.
         with _running_lock:
             environment = _child_environment(compute, num_ranks)
@@ -122,21 +137,12 @@ def _run_once(
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                text=True,
-                errors="replace",
                 env=environment,
             )
             _running.add(process)
             _gpus[process] = environment.get("CUDA_VISIBLE_DEVICES", "")
         try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                log_file.write(line)
-                log_file.flush()
-                if (told := _parsed(line)) is not None:
-                    _relay(told, progress, job.node, log)
-                else:
-                    tail.append(line.rstrip())
+            listen(process, messages, on_message, on_output)
             code = process.wait()
         finally:
             if process.poll() is None:
@@ -164,16 +170,6 @@ def _run_once(
     return None
 
 
-def _parsed(line: str) -> dict | None:
-    """The message that a line of output carries; None for any other, also where two processes wrote into one line."""
-    if not line.startswith(MESSAGE_PREFIX):
-        return None
-    try:
-        return dict(json.loads(line[len(MESSAGE_PREFIX) :]))
-    except (ValueError, TypeError):
-        return None
-
-
 def _message(file: Path) -> str | None:
     return json.loads(file.read_text())["message"] if file.exists() else None
 
@@ -193,13 +189,6 @@ def stop_children() -> None:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def _relay(message: dict, progress: Progress, node: str, log: logging.Logger | logging.LoggerAdapter) -> None:
-    if message["kind"] == "progress":
-        progress(message["step"], message["num_steps"], **message["metrics"])
-    else:
-        log.log(logging.getLevelName(message["level"]), "%s: %s", node, message["text"])
 
 
 def _child_environment(compute: ComputeSettings, num_ranks: int) -> dict[str, str]:

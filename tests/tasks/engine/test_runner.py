@@ -28,9 +28,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
 from smoltulu.schemas.training import GateSettings, SFTSettings, TrainingInputs
 from smoltulu.schemas.world import WorldConfig
-from smoltulu.tasks.engine.child import MESSAGE_PREFIX
 from smoltulu.tasks.engine.environment import drift, environment
-from smoltulu.tasks.engine.launch import _parsed
 from smoltulu.tasks.engine.runner import Job, _warn_of_drift, run_stage
 from smoltulu.tasks.stages import STAGES
 from tests.small_runs import training_inputs
@@ -232,11 +230,3 @@ def test_work_that_goes_on_with_other_versions_is_said(
     file.write_text(json.dumps(environment()))
     _warn_of_drift(tmp_path, "sft", LOG)
     assert len(caplog.messages) == 1
-
-
-def test_a_line_into_which_two_processes_wrote_is_log_and_no_failure() -> None:
-    """With two ranks, one JSONDecodeError ended a training that went well."""
-    whole = MESSAGE_PREFIX + json.dumps({"kind": "log", "level": "INFO", "text": "a"})
-    assert _parsed(whole) == {"kind": "log", "level": "INFO", "text": "a"}
-    for line in (f"{whole}{whole}", whole[:-3], f"x{whole}", MESSAGE_PREFIX, f"{MESSAGE_PREFIX}3"):
-        assert _parsed(line) is None

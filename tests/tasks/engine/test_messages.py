@@ -1,0 +1,105 @@
+"""Messages of a stage's processes: none is lost or mixed, and nothing that a library prints ends a training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smoltulu.tasks.engine.messages import PIPE_FILE, Sender, ToFlow, listen, pipe
+
+_NUM_MESSAGES = 3_000
+# Four processes that share both the pipe and the output, as ranks do, and a library that prints half of a line.
+_RANKS = f"""
+import os, pathlib, sys
+from smoltulu.tasks.engine.messages import Sender
+work = pathlib.Path(sys.argv[1])
+for rank in range(4):
+    if os.fork() == 0:
+        sender = Sender(work)
+        for step in range({_NUM_MESSAGES}):
+            sender.progress(step, {_NUM_MESSAGES}, rank=rank, loss=float("nan"))
+            os.write(1, b'{{"kind": "progress", "step": ')
+        os._exit(0)
+for rank in range(4):
+    os.wait()
+"""
+
+
+def said(tmp_path: Path, program: str) -> tuple[list[dict], list[bytes]]:
+    """Messages and lines of output of a program that is given `tmp_path` as its work folder."""
+    messages: list[dict] = []
+    output: list[bytes] = []
+
+    def on_message(message: dict) -> None:
+        assert message["kind"] in ("progress", "log")
+        messages.append(message)
+
+    with pipe(tmp_path) as descriptor:
+        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+        listen(process, descriptor, on_message, output.append)
+        assert process.wait() == 0
+    assert not (tmp_path / PIPE_FILE).exists()
+    return messages, output
+
+
+def test_no_message_of_several_processes_is_lost_or_mixed(tmp_path: Path) -> None:
+    """Two ranks that shared one pipe with the libraries lost 89 of 7,911, and one such line ended a training."""
+    messages, output = said(tmp_path, _RANKS)
+    for rank in range(4):
+        steps = [message["step"] for message in messages if message["metrics"]["rank"] == rank]
+        assert steps == list(range(_NUM_MESSAGES))
+    assert b"".join(output) == b'{"kind": "progress", "step": ' * 4 * _NUM_MESSAGES
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"3", b"null", b"\xff\xfe", b'{"kind": "log"}', b"[" * 4_000, b'{"step": 1}', b"Traceback"]
+)
+def test_a_message_that_cannot_be_read_is_log(tmp_path: Path, line: bytes) -> None:
+    program = f"import os, sys; os.write(os.open(sys.argv[1] + '/{PIPE_FILE}', os.O_WRONLY), {line!r} + b'\\n')"
+    messages: list[str] = []
+    output: list[bytes] = []
+    with pipe(tmp_path) as descriptor:
+        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+        listen(process, descriptor, lambda told: messages.append(told["kind"] + told["text"]), output.append)
+        process.wait()
+    assert (messages, output) == ([], [line])
+
+
+def test_output_of_every_form_is_handed_on(tmp_path: Path) -> None:
+    program = r"import os; os.write(1, b'\xff\x00\n\n' + b'x' * 5_000_000 + b'\nlast')"
+    messages, output = said(tmp_path, program)
+    assert not messages
+    assert output[:2] == [b"\xff\x00", b""] and output[-1] == b"last"
+    assert b"".join(output[2:-1]) == b"x" * 5_000_000
+
+
+def test_messages_go_on_after_a_process_closed_its_output(tmp_path: Path) -> None:
+    """More than a pipe holds: nobody listening would stop the process for ever."""
+    program = f"""
+import os, pathlib, sys
+from smoltulu.tasks.engine.messages import Sender
+sender = Sender(pathlib.Path(sys.argv[1]))
+os.close(1)
+for step in range({_NUM_MESSAGES}):
+    sender.progress(step, {_NUM_MESSAGES})
+"""
+    messages, _ = said(tmp_path, program)
+    assert [message["step"] for message in messages] == list(range(_NUM_MESSAGES))
+
+
+@pytest.mark.parametrize("character", ["a", "\0", "é", "𝄞", "\ud800", '"', "\n"])
+def test_a_long_record_arrives_whole_in_pieces_that_are_atomic(tmp_path: Path, character: str) -> None:
+    text = character * 5_000
+    with pipe(tmp_path) as descriptor:
+        handler = ToFlow(Sender(tmp_path))
+        handler.emit(logging.LogRecord("smoltulu", logging.WARNING, "", 0, text, None, None))
+        data = os.read(descriptor, 1 << 20)
+    lines = data.splitlines()
+    assert len(lines) > 1 and all(len(line) < 4096 for line in lines)
+    assert "".join(json.loads(line)["text"] for line in lines) == text.encode(errors="replace").decode()
