@@ -40,16 +40,19 @@ class Report(Protocol):
 class StageContext:
     """Where a stage function works, and how.
 
-    folder   empty; what is in it when the function returns becomes the artifact
-    work     survives failures: trainer checkpoints and logs, so that a re-run resumes
-    compute  this stage's machinery (exceptions applied)
-    report   progress callback; free to call often
+    folder     empty; what is in it when the function returns becomes the artifact
+    work       survives failures: trainer checkpoints and logs, so that a re-run resumes
+    compute    this stage's machinery (exceptions applied)
+    report     progress callback; free to call often
+    externals  name -> content digest, as the key has it, of what the stage reads from outside the store. What is read
+               is compared with it: a file may have been edited since the key was made
     """
 
     folder: Path
     work: Path
     compute: ComputeSettings
     report: Report
+    externals: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

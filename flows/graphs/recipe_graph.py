@@ -22,6 +22,7 @@ from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, SourceUnavailable, expand_path, resolve_commit, resolve_commits
+from smoltulu.tasks.evaluation.lm_eval import definitions_digest
 from smoltulu.tasks.models.chat_template import load_chat_template
 from smoltulu.tasks.models.folders import check_model_folder
 from smoltulu.tasks.stage import Stage
@@ -226,7 +227,7 @@ class Graph(NodeGraph):
                 tasks.append(task.model_copy(update={"files": dict(zip(task.files, pinned, strict=True))}))
                 sources += pinned
                 if (LM_EVAL_TASKS / f"{task.name}.yaml").exists():
-                    externals["lm_eval_tasks"] = _definitions_digest()
+                    externals["lm_eval_tasks"] = definitions_digest()
             settings = settings.model_copy(update={"tasks": tuple(tasks)})
             inputs.update(self._world_if_generated(sources))
             if settings.sampled is not None:
@@ -330,8 +331,3 @@ def _hub_references(recipe: Recipe) -> list[Reference]:
     references = [hub_reference(source) for source in recipe.data_sources() if source.repository is not None]
     model = recipe.base_model
     return references + ([Reference("model", model.repository, model.revision)] if model.repository else [])
-
-
-def _definitions_digest() -> str:
-    texts = [path.name + "\n" + path.read_text() for path in sorted(LM_EVAL_TASKS.glob("*.[yp][ay]*"))]
-    return text_digest("\n".join(texts))

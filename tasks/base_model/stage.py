@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from smoltulu.artifacts.keys import folder_records, records_digest
 from smoltulu.schemas.models import BaseModelInputs, ModelOutputs, ModelSource
 from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.data.sources import expand_path
@@ -38,6 +39,8 @@ def provide_base_model(
         for pattern in _WANTED_FILES:
             for file in source.glob(pattern):
                 shutil.copyfile(file, target / file.name)
+        if (digest := context.externals.get("base_model")) is not None:
+            _check_copy(source, target, digest)
     else:
         from huggingface_hub import snapshot_download
 
@@ -50,6 +53,16 @@ def provide_base_model(
     size = model_size(target).num_parameters
     logger.info("%s parameters", f"{size:,}")
     return ModelOutputs(num_parameters=size), metrics
+
+
+def _check_copy(source: Path, target: Path, digest: str) -> None:
+    """ValueError unless `target` has the files of `source` as they were when the key was made."""
+    records, copied = folder_records(source), folder_records(target)
+    if records_digest(records) != digest or any(records.get(name) != record for name, record in copied.items()):
+        raise ValueError(
+            f"base_model.path {source}: its files changed while the run went on, so they are not those that the key "
+            "stands for; leave them alone while a run reads them, and run again"
+        )
 
 
 def _texts(inputs: BaseModelInputs) -> Iterator[str]:

@@ -26,7 +26,7 @@ def build_benchmark_index(
     benchmarks = []
     for number, benchmark in enumerate(config.benchmarks):
         context.report(number, len(config.benchmarks) + 1)
-        loaded = load_benchmark(benchmark, world)
+        loaded = load_benchmark(benchmark, world, context.externals.get(f"data.{number}"))
         if loaded.not_checked:
             logger.warning("%s: not checked: %s", loaded.name, loaded.not_checked)
         benchmarks.append(loaded)
@@ -50,16 +50,19 @@ def build_benchmark_index(
     return outputs, metrics
 
 
-def load_benchmark(benchmark: Benchmark, world: Path | None = None) -> LoadedBenchmark:
+def load_benchmark(benchmark: Benchmark, world: Path | None = None, digest: str | None = None) -> LoadedBenchmark:
     """Queries of a benchmark, its prefix taken off the first field.
 
     A Hub dataset that cannot be loaded (gated, offline) is marked as not checked: its share is unknown, never 0 %.
 
+    Args:
+        digest: of a local file, as for `read_rows`.
+
     Raises:
-        ValueError: a local file is missing or broken, no row has a query field, or a field holds no text.
+        ValueError: a local file is missing, broken or has changed, no row has a query field, or a field holds no text.
     """
     try:
-        rows = list(read_rows(benchmark.source, world))
+        rows = list(read_rows(benchmark.source, world, digest))
     except SourceUnavailable as error:
         return LoadedBenchmark(benchmark.name, [], not_checked=str(error))
     if not rows:

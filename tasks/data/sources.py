@@ -70,7 +70,7 @@ def expand_text(text: str) -> str:
     return expanded
 
 
-def read_rows(source: DataSource, world: Path | None = None) -> Iterator[Any]:
+def read_rows(source: DataSource, world: Path | None = None, digest: str | None = None) -> Iterator[Any]:
     """The first `limit` rows of `source`, in order and unchanged.
 
     A row that is not an object (a line `[1]`) is yielded too: the caller decides whether to drop it. A file that cannot
@@ -79,16 +79,19 @@ def read_rows(source: DataSource, world: Path | None = None) -> Iterator[Any]:
     Args:
         source: `format` and `fields` are not used here.
         world: folder of the world artifact, for `generated` sources.
+        digest: what `source_digest` of a `path` source must be while it is read; None: not compared.
 
     Raises:
         SourceUnavailable: a Hub dataset that cannot be reached or accessed.
-        ValueError: a file is missing, of an unknown kind, truncated or not parseable, or a folder has no files.
+        ValueError: a file is missing, of an unknown kind, truncated or not parseable, or a folder has no files; after
+            the last row: the content is not the one that `digest` names.
     """
     if source.repository is not None:
         return _read_hub(source)
     # Looking for the files is done now, so that a missing one is reported before the first row is asked for.
     files = local_files(source, world)
-    return islice((row for file in files for row in _read_file(file)), source.limit)
+    rows = islice((row for file in files for row in _read_file(file)), source.limit)
+    return rows if digest is None else _unchanged(rows, source, files, digest)
 
 
 def local_files(source: DataSource, world: Path | None = None) -> list[Path]:
@@ -125,6 +128,27 @@ def local_files(source: DataSource, world: Path | None = None) -> list[Path]:
     if not files:
         raise ValueError(f"data source {given}: the folder is empty; expected {', '.join(SUFFIXES)}")
     return files
+
+
+def _unchanged(rows: Iterator[Any], source: DataSource, files: list[Path], digest: str) -> Iterator[Any]:
+    """`rows`, read from `files`. ValueError where those are not what `digest` names from the first to the last row."""
+    before = _states(files)
+    if source_digest(source) == digest:
+        yield from rows
+        # The system's time of change cannot be set back, as a file's content can.
+        if local_files(source) == files and _states(files) == before:
+            return
+    names = ", ".join(file.name for file in files[:3]) + (" …" if len(files) > 3 else "")
+    raise ValueError(
+        f"data source {source.label}: {names} changed while the run went on, so its rows are not those that the key "
+        "stands for; leave it alone while a run reads it, and run again"
+    )
+
+
+def _states(files: list[Path]) -> list[tuple[int, ...]]:
+    """What changes whenever a file does: device, inode, size, times of change in ns."""
+    stats = [file.stat() for file in files]
+    return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
 
 
 def source_digest(source: DataSource, world: Path | None = None, endpoint: str | None = None) -> str:

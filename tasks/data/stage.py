@@ -64,7 +64,7 @@ def _write_source(
     num_rows = 0
     reasons: Counter[str] = Counter()
     examples: list[str] = []
-    for row_index, row in enumerate(read_rows(source, world)):
+    for row_index, row in enumerate(read_rows(source, world, context.externals.get(f"data.{index}"))):
         num_rows += 1
         try:
             normalised = adapt(row, source)

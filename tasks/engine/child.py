@@ -40,6 +40,7 @@ def run(stage: Stage, job: dict, report: Report, is_main: bool) -> None:
         work=work,
         compute=ComputeSettings.model_validate(job["compute"]),
         report=report if is_main else lambda step, num_steps, **metrics: None,
+        externals=job["externals"],
     )
     config = stage.config.model_validate(job["config"])
     inputs = stage.inputs.model_validate(job["inputs"])

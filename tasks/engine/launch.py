@@ -104,6 +104,7 @@ def _run_once(
         "stage": job.stage.name,
         "config": job.config.model_dump(mode="json"),
         "inputs": job.inputs.model_dump(mode="json"),
+        "externals": dict(job.spec.externals),
         "compute": compute.model_dump(mode="json"),
         "folder": str(output),
         "work": str(work),

@@ -171,7 +171,7 @@ def _run_function(job: Job, work: Path, output: Path, log: Log) -> dict:
     for name in ("result.json", "error.json"):
         (work / name).unlink(missing_ok=True)
     if job.compute.launcher == "inline":
-        context = StageContext(output, work, job.compute, Progress(job.node, log))
+        context = StageContext(output, work, job.compute, Progress(job.node, log), job.spec.externals)
         outputs, metrics = job.stage.function(job.config, job.inputs, context)
         result: dict[str, Any] = {"outputs": outputs.model_dump(mode="json"), "metrics": metrics}
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,12 @@ _DEFAULT_MAX_GEN_TOKS = 256  # lm-eval's, where a task names none
 def harness_name() -> str:
     """Package and version, for a Score."""
     return f"lm-eval {metadata.version('lm_eval')}"
+
+
+def definitions_digest() -> str:
+    """SHA-256 of the names and texts of the shipped task definitions."""
+    texts = [path.name + "\n" + path.read_text() for path in sorted(LM_EVAL_TASKS.glob("*.[yp][ay]*"))]
+    return text_digest("\n".join(texts))
 
 
 @cache
@@ -64,18 +70,23 @@ def check_tasks(tasks: tuple[EvaluationTask, ...]) -> TaskManager:
     return manager
 
 
-def read_splits(sources: dict[str, DataSource], world: str | None = None, **_: Any) -> dict[str, Any]:
-    """lm-eval's `custom_dataset` over local files: split -> datasets.Dataset.
+def read_splits(
+    sources: dict[str, DataSource], world: str | None = None, digests: Mapping[str, str] = {}, **_: Any
+) -> dict[str, Any]:
+    """lm-eval's `custom_dataset` over local files: split -> datasets.Dataset. `digests`: of splits, as for `read_rows`.
 
     Reads the files each time. The json builder of `datasets` would keep an old copy of a .gz file that has changed.
     """
     from datasets import Dataset
 
-    return {split: Dataset.from_list(list(_rows(split, source, world))) for split, source in sources.items()}
+    return {
+        split: Dataset.from_list(list(_rows(split, source, world, digests.get(split))))
+        for split, source in sources.items()
+    }
 
 
-def _rows(split: str, source: DataSource, world: str | None) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(read_rows(source, Path(world) if world else None), 1):
+def _rows(split: str, source: DataSource, world: str | None, digest: str | None) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(read_rows(source, Path(world) if world else None, digest), 1):
         if not isinstance(row, dict):
             raise ValueError(f"split {split!r} of {source.label}, row {number}: expected an object, got {row!r:.80}")
         missing = [column for column in source.fields.values() if column not in row]
@@ -94,22 +105,30 @@ def run_task(
     *,
     chat_template: str,
     world: str | None,
+    externals: Mapping[str, str],
     on_progress: Callable[[float], None],
 ) -> tuple[Score, list[dict[str, Any]], dict[str, Any]]:
     """Run one task over `model`.
 
     Args:
+        externals: content digests of local files, as the key has them.
         on_progress: called with the share of the task's requests that are answered, 0 to 1.
 
     Returns:
         the headline score (other metrics in `details`), one record per document and filter, and lm-eval's own results.
 
     Raises:
-        ValueError: a split or metric that is not there, shots where the task allows none.
+        ValueError: a split or metric that is not there, shots where the task allows none, files or definitions that
+            changed since the key was made.
     """
     import lm_eval
 
-    loaded = _load(manager, task, world)
+    loaded = _load(manager, task, world, externals)
+    if externals.get("lm_eval_tasks") not in (None, definitions_digest()):
+        raise ValueError(
+            f"evaluation task {task.name!r}: the definitions in {LM_EVAL_TASKS} changed while the run went on, so they "
+            "are not those that the key stands for; leave them alone while a run reads them, and run again"
+        )
     leaves = list(loaded["tasks"].values())
     details: dict[str, Any] = {}
     for leaf in leaves:
@@ -170,11 +189,19 @@ def run_task(
     return score, samples, kept
 
 
-def _load(manager: TaskManager, task: EvaluationTask, world: str | None) -> dict[str, Any]:
+def _load(
+    manager: TaskManager, task: EvaluationTask, world: str | None, externals: Mapping[str, str]
+) -> dict[str, Any]:
     """lm-eval's task objects. The task is loaded in a group: only there lm-eval merges a dict with its definition."""
     if not task.files:
         return manager.load([task.name])
-    member: dict[str, Any] = {"task": task.name, "dataset_kwargs": {"sources": task.files, "world": world}}
+    digests = {
+        split: digest
+        for position, split in enumerate(task.files)
+        if (digest := externals.get(f"{task.name}.data.{position}")) is not None
+    }
+    arguments = {"sources": task.files, "world": world, "digests": digests}
+    member: dict[str, Any] = {"task": task.name, "dataset_kwargs": arguments}
     if task.name not in task_manager(stock=False).all_tasks:
         # The shipped definitions say themselves how they read their files.
         member |= {"custom_dataset": read_splits, "dataset_path": None, "dataset_name": None}

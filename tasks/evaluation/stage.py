@@ -108,6 +108,7 @@ def _language_model(
                 settings,
                 chat_template=inputs.chat_template,
                 world=inputs.world,
+                externals=context.externals,
                 on_progress=partial(report, part),
             )
             scores.append(score)

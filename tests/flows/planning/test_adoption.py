@@ -13,13 +13,14 @@ from pydantic import BaseModel
 from smoltulu.artifacts.keys import folder_records
 from smoltulu.artifacts.store import Found, Store, read_manifest
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
-from smoltulu.flows.graphs.recipe_graph import Graph, _definitions_digest
+from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.planning.adoption import adopt, adoptable, specs_before
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import InputRecord, Manifest, Spec
 from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSet, DatasetStageConfig, DataSource
+from smoltulu.tasks.evaluation.lm_eval import definitions_digest
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
 
@@ -156,7 +157,7 @@ def test_the_keys_of_before_are_those_that_the_version_before_pinned() -> None:
 
 def test_a_text_that_means_the_same_is_the_one_that_ships_now() -> None:
     """Else the line is dead: delete it when recipes/lm_eval changes in earnest."""
-    assert list(STAGES["evaluation"].same_externals) == [_definitions_digest()]
+    assert list(STAGES["evaluation"].same_externals) == [definitions_digest()]
 
 
 def keys_of(spec: Spec) -> str:

@@ -14,7 +14,11 @@ import pytest
 import smoltulu.tasks.evaluation.stage
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationOutputs, EvaluationStageConfig
+from smoltulu.schemas.data import DataSource
+from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationOutputs, EvaluationStageConfig, EvaluationTask
+from smoltulu.tasks.data.sources import source_digest
+from smoltulu.tasks.evaluation import lm_eval as lm_eval_tasks
+from smoltulu.tasks.evaluation.lm_eval import check_tasks
 from smoltulu.tasks.evaluation.sampling import (
     Completion,
     encode_prompts,
@@ -211,6 +215,18 @@ def _run(
 
 def _source(path: str, **more: Any) -> dict[str, Any]:
     return {"path": path, "format": "text", **more}
+
+
+def test_an_evaluation_file_that_changed_since_the_key_was_made_is_refused(tmp_path: Path) -> None:
+    file = _jsonl(tmp_path / "test.jsonl", ARITHMETIC)
+    source = DataSource.model_validate(_source(file))
+    task = EvaluationTask(name="tiny_arithmetic", metric="exact_match,strict-match", files={"test": source})
+    manager = check_tasks((task,))
+    digests = {"tiny_arithmetic.data.0": source_digest(source)}
+    assert lm_eval_tasks._load(manager, task, None, digests)
+    _jsonl(tmp_path / "test.jsonl", ARITHMETIC[1:])
+    with pytest.raises(ValueError, match=r"test\.jsonl changed while the run went on"):
+        lm_eval_tasks._load(manager, task, None, digests)
 
 
 def test_tiny_tasks_and_sampling_end_to_end(tmp_path: Path, folder: Path) -> None:
