@@ -4,7 +4,8 @@
   spec.json           what the key is made of
   lock                kernel lock of the producer
   writer              kernel lock of every process that writes
-  work/               of the attempt that goes on: `generation` (which one it is for), checkpoints/; survives failures
+  work/               of the attempt that goes on: `generation` (which one it is for), inputs.json (content of what
+                      it is made from), checkpoints/; survives failures
   pull/               what is being fetched from a shared store
   gen-NNNN/           a whole artifact, its files and manifest.json; appears by one rename
   current             name of the newest generation; its time of change: last used
@@ -21,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from smoltulu.artifacts.manifests import Ref
+from smoltulu.artifacts.manifests import Ref, read_json
 
 SPEC, LOCK, WRITER, CURRENT, MANIFEST = "spec.json", "lock", "writer", "current", "manifest.json"
 WORK, PULL, ASIDE_PREFIX, REASON = "work", "pull", "damaged-", "reason.txt"
-#: In `work`: trainer checkpoints, and the file that names the generation that the work is for.
-CHECKPOINTS, MADE_FOR = "checkpoints", "generation"
+#: In `work`: trainer checkpoints, the file that names the generation that the work is for, and the one with the content
+#: digests of the inputs that it is made from.
+CHECKPOINTS, MADE_FOR, MADE_FROM = "checkpoints", "generation", "inputs.json"
 #: Folders of the root that hold records, not artifacts.
 RUNS, TAGS = "runs", "tags"
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -105,6 +107,15 @@ def made_for(folder: Path) -> str | None:
         return (folder / WORK / MADE_FOR).read_bytes().decode(errors="replace")
     except OSError:
         return None
+
+
+def made_from(folder: Path) -> dict[str, str] | None:
+    """Binding -> content digest of the inputs that a key's work is made from; None where it does not say so."""
+    try:
+        found = read_json(folder / WORK / MADE_FROM)
+    except ValueError:
+        return None
+    return {str(name): str(digest) for name, digest in found.items()}
 
 
 def number_of(name: str) -> int:

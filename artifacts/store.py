@@ -157,15 +157,24 @@ class Store:
                 write_atomically(folder / layout.CURRENT, there.newest)
             yield folder
 
-    def open_work(self, folder: Path) -> Path:
+    def open_work(
+        self, folder: Path, input_digests: Mapping[str, str], told: Callable[[str], None] = lambda why: None
+    ) -> Path:
         """The work folder of a key, for its next generation: as a failed attempt left it, else new.
 
         Left-overs of a generation that was committed are no unfinished work: going on from them would only copy it.
+        Work that was made from another content of the inputs (binding -> digest) would mix the two: it is removed, and
+        `told` why.
         """
         work, wanted = folder / layout.WORK, layout.look(folder).next_generation
-        if layout.made_for(folder) != wanted:
+        goes_on = layout.made_for(folder) == wanted
+        if goes_on and (other := _other_content(layout.made_from(folder), input_digests)) is not None:
+            told(f"its unfinished work {other}; it is removed, and the stage begins anew")
+            goes_on = False
+        if not goes_on:
             remove_tree(work)
             work.mkdir()
+            write_atomically(work / layout.MADE_FROM, canonical_json(dict(input_digests)))
             write_atomically(work / layout.MADE_FOR, wanted)
         (work / layout.CHECKPOINTS).mkdir(exist_ok=True)
         return work
@@ -194,11 +203,18 @@ class Store:
         remove_tree(folder / layout.WORK)
         return Found(manifest, generation)
 
-    def unfinished(self, spec: Spec) -> tuple[int, Path] | None:
-        """Step and folder of the checkpoint that the next attempt at a spec goes on from (see `open_work`)."""
+    def unfinished(self, spec: Spec, input_digests: Mapping[str, str]) -> tuple[int, Path] | None:
+        """Step and folder of the checkpoint that the next attempt at a spec goes on from (see `open_work`).
+
+        input_digests  of the inputs whose content is known already
+        """
         folder = self.folder(spec)
         # Asked for every stage of a plan: the folder is listed only where there is work.
         if (begun := layout.made_for(folder)) is None or begun != layout.look(folder).next_generation:
+            return None
+        recorded = layout.made_from(folder)
+        known = recorded and {name: digest for name, digest in recorded.items() if name in input_digests}
+        if _other_content(known, input_digests) is not None:
             return None
         return newest_checkpoint(folder / layout.WORK / layout.CHECKPOINTS)
 
@@ -235,6 +251,14 @@ def stale_input(manifest: Manifest, input_digests: Mapping[str, str]) -> str | N
         (name for name, digest in input_digests.items() if name not in recorded or recorded[name].digest != digest),
         None,
     )
+
+
+def _other_content(recorded: Mapping[str, str] | None, wanted: Mapping[str, str]) -> str | None:
+    """How what unfinished work was made from differs from what it would go on with; None where it does not."""
+    if recorded is None:
+        return "does not say what it was made from"
+    differing = sorted(name for name in {*recorded, *wanted} if recorded.get(name) != wanted.get(name))
+    return f"was made from another content of {', '.join(differing)}" if differing else None
 
 
 class _Versioned(BaseModel):

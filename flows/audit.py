@@ -114,13 +114,12 @@ def _scan_ahead(graph: AuditGraph, store: Store, name: str, made: dict[str, Arti
 
     job = graph.job(name, made)
     log = get_run_logger()
-    digests = {key: record.digest for key, record in job.input_records.items()}
-    if store.obtain(job.spec, digests, name, log) is not None:
+    if store.obtain(job.spec, job.input_digests, name, log) is not None:
         return
     shards = plan_shards(Path(job.inputs.dataset))  # type: ignore[attr-defined]
     # Opened as the stage opens it. Otherwise the stage would take the results for left-overs and remove them.
     with store.producer(job.spec, partial(log.info, "%s: waiting for %s", name)) as key_folder:
-        folder = store.open_work(key_folder) / "shards"
+        folder = store.open_work(key_folder, job.input_digests, partial(log.warning, "%s: %s", name)) / "shards"
     folder.mkdir(exist_ok=True)
     index = made[INDEX].path
     scan.map(shards, unmapped(index), unmapped(str(folder)), unmapped(graph.settings)).result()

@@ -29,3 +29,8 @@ class Job:
     inputs: BaseModel
     input_records: Mapping[str, InputRecord] = field(default_factory=dict)
     refresh: bool = False
+
+    @property
+    def input_digests(self) -> dict[str, str]:
+        """Binding -> content digest of the upstream artifacts."""
+        return {name: record.digest for name, record in self.input_records.items()}

@@ -180,7 +180,7 @@ def _row(
     known = {dotted: digests[binding.node] for dotted, binding in bindings.items() if binding.node in digests}
     found = store.find(spec, known)
     refreshed = node.stage.name in refresh
-    checkpoint = store.unfinished(spec)
+    checkpoint = store.unfinished(spec, known)
     if isinstance(found, Found) and not waits_for and not refreshed:
         row |= {"status": "cached", "reason": f"made {local_minute(found.manifest.finished_at)}"}
         failures = node.stage.gate_failures_of(found.manifest, node.config)

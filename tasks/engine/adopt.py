@@ -20,7 +20,7 @@ def adopt_artifact(job: Job, old: Found, store: Store, log: Log) -> Found:
         ValueError: a file of `old` does not have the bytes that its manifest names.
     """
     with store.producer(job.spec, partial(log.info, WAITING, job.node)) as folder:
-        output = store.open_work(folder) / "output"
+        output = store.open_work(folder, job.input_digests) / "output"
         remove_tree(output)
         for name in old.manifest.files:
             (output / name).parent.mkdir(parents=True, exist_ok=True)

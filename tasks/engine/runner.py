@@ -34,7 +34,7 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
 
     Raises ValueError for what the user must fix (bad data, bad model, disk full), StageFailed for a crash.
     """
-    digests = {name: record.digest for name, record in job.input_records.items()}
+    digests = job.input_digests
     found = store.find(job.spec, digests)
     if isinstance(found, Found) and not job.refresh:
         cached = _cached(found, job)
@@ -80,7 +80,7 @@ def _cached(found: Found, job: Job) -> ArtifactReference:
 def _make(job: Job, store: Store, folder: Path, log: Log) -> Found:
     """Run the stage and commit what it made. The caller holds the producer's lock."""
     _check_inputs(job, store)
-    work = store.open_work(folder)
+    work = store.open_work(folder, job.input_digests, lambda why: log.warning("%s: %s", job.node, why))
     if fault(work / DATASETS_FOLDER, full=True) is not None:
         remove_tree(work / DATASETS_FOLDER)
     _begin_with_stored(job, store, work, log)
@@ -120,9 +120,13 @@ def _begin_with_stored(job: Job, store: Store, work: Path, log: Log) -> None:
     """Where a training has no checkpoint of its own, lay that of a finished one with a smaller budget into `work`."""
     if job.refresh or newest_checkpoint(work / CHECKPOINTS) is not None:
         return
-    digests = {name: record.digest for name, record in job.input_records.items()}
     source_run = find_source_run(
-        store, job.spec, job.config, job.compute, digests, damaged=lambda why: log.warning("%s: %s", job.node, why)
+        store,
+        job.spec,
+        job.config,
+        job.compute,
+        job.input_digests,
+        damaged=lambda why: log.warning("%s: %s", job.node, why),
     )
     try:
         begin_with(source_run, work)

@@ -145,11 +145,39 @@ def test_left_over_work_of_a_committed_generation_is_not_gone_on_from(tmp_path: 
     """Killed between commit and clean-up: a refresh must train again, not copy the last checkpoint."""
     store = Store(tmp_path)
     with store.producer(spec(), lambda whom: None) as folder:
-        work = store.open_work(folder)
+        work = store.open_work(folder, {})
         (work / "checkpoints" / "checkpoint-1").mkdir()
-        assert store.open_work(folder) == work and (work / "checkpoints" / "checkpoint-1").exists()
+        assert store.open_work(folder, {}) == work and (work / "checkpoints" / "checkpoint-1").exists()
         (folder / "gen-0001").mkdir()
-        assert list((store.open_work(folder) / "checkpoints").iterdir()) == []
+        assert list((store.open_work(folder, {}) / "checkpoints").iterdir()) == []
+
+
+def test_work_made_from_another_content_is_not_gone_on_from(tmp_path: Path) -> None:
+    """A training that was killed at step 15 went on from there with other rows, and the manifest named only those."""
+    store, said = Store(tmp_path), []
+    rows, other = {"dataset": "a" * 64, "model": "b" * 64}, {"dataset": "c" * 64, "model": "b" * 64}
+
+    def begin(digests: dict[str, str]) -> Path:
+        return store.open_work(folder, digests, said.append) / "checkpoints" / "checkpoint-15"
+
+    with store.producer(spec(), lambda whom: None) as folder:
+        checkpoint = begin(rows)
+        checkpoint.mkdir()
+        (checkpoint / "weights").write_text("x")
+        mark_complete(checkpoint)
+        assert begin(rows).exists() and not said
+        assert store.unfinished(spec(), rows) == (15, checkpoint) == store.unfinished(spec(), {"model": "b" * 64})
+        assert store.unfinished(spec(), other) is None and store.unfinished(spec(), {"prompts": "d" * 64}) is None
+        assert not begin(other).exists()
+        assert said == [
+            "its unfinished work was made from another content of dataset; it is removed, and the stage begins anew"
+        ]
+        # Cut off before it said what it was made from, or damaged since.
+        for text in ("", "[]", "{"):
+            begin(other).mkdir()
+            (folder / "work" / "inputs.json").write_text(text)
+            assert store.unfinished(spec(), {}) is None
+            assert not begin(other).exists() and "does not say what it was made from" in said[-1]
 
 
 def test_what_a_stage_logs_is_kept_and_checked_but_is_no_content(tmp_path: Path) -> None:

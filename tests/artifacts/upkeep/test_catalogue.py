@@ -76,7 +76,7 @@ def test_the_next_generation_is_the_one_that_work_is_for(store: HandStore) -> No
     ref = store.make("sft", "sft")
     store.make("sft", "sft", content="second")
     Store(store.root).quarantine(store.folder(ref), "gen-0002", "bad")
-    Store(store.root).open_work(store.folder(ref))
+    Store(store.root).open_work(store.folder(ref), {})
     wanted = store.catalogue.folder(ref).next_generation
     assert (store.folder(ref) / "work" / "generation").read_text() == wanted == "gen-0003"
 

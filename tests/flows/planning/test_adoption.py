@@ -20,6 +20,7 @@ from smoltulu.schemas.artifact import InputRecord, Manifest, Spec
 from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSet, DatasetStageConfig, DataSource
+from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.evaluation.lm_eval import definitions_digest
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
@@ -53,8 +54,9 @@ def graph_of(folder: Path, *, binding: str | None = "file") -> NodeGraph:
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in MESSAGES))
     graph = NodeGraph("test", ComputeSettings(device="cpu", launcher="inline", min_free_disk_gb=0))
-    config = DatasetStageConfig(kind="sft", data=DataSet(sources=(DataSource(path=str(rows), format="messages"),)))
-    graph.add(Node("rows", STAGES["dataset"], config, externals={"data.0": "digest"}))
+    source = DataSource(path=str(rows), format="messages")
+    config = DatasetStageConfig(kind="sft", data=DataSet(sources=(source,)))
+    graph.add(Node("rows", STAGES["dataset"], config, externals={"data.0": source_digest(source)}))
     training = Stage("training", 3, Nothing, Inputs, Model, never)
     graph.add(Node("training", training, Nothing(), inputs={"dataset": Binding("rows", binding)}))
     return graph

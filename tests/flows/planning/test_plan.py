@@ -73,16 +73,26 @@ def preflight_outputs(subject: str, **changes: Any) -> dict[str, Any]:
     return outputs.model_dump(mode="json") | changes
 
 
-def finish(store: Store, graph: Graph, name: str, text: str = "", size: int = NUM_PARAMETERS, **changes: Any) -> Found:
-    """Commit an artifact for a node as a run would, with contents that only matter by their size."""
-    node, spec = graph.nodes[name], graph.spec(name)
+def inputs_of(store: Store, graph: Graph, name: str) -> dict[str, InputRecord]:
+    """What a node would be made from now."""
     inputs = {}
-    for dotted, binding in node.bindings().items():
+    for dotted, binding in graph.nodes[name].bindings().items():
         upstream = store.find(graph.spec(binding.node))
         assert isinstance(upstream, Found), upstream
         inputs[dotted] = InputRecord(
             stage=graph.nodes[binding.node].stage.name, key=upstream.manifest.key, digest=upstream.manifest.digest
         )
+    return inputs
+
+
+def open_work(store: Store, folder: Path, inputs: dict[str, InputRecord]) -> Path:
+    return store.open_work(folder, {name: record.digest for name, record in inputs.items()})
+
+
+def finish(store: Store, graph: Graph, name: str, text: str = "", size: int = NUM_PARAMETERS, **changes: Any) -> Found:
+    """Commit an artifact for a node as a run would, with contents that only matter by their size."""
+    node, spec = graph.nodes[name], graph.spec(name)
+    inputs = inputs_of(store, graph, name)
     outputs: dict[str, Any] = {}
     if node.stage.name in ("dataset", "contamination"):
         outputs = {"file": "rows.parquet", "num_rows": ROWS}
@@ -97,7 +107,7 @@ def finish(store: Store, graph: Graph, name: str, text: str = "", size: int = NU
             "num_parameters": size, "num_steps": num_steps, "num_tokens": num_steps * batch * 500,
         }  # fmt: skip
     with store.producer(spec, lambda whom: None) as folder:
-        output = store.open_work(folder) / "output"
+        output = open_work(store, folder, inputs) / "output"
         output.mkdir()
         (output / "rows.parquet").write_text(text.ljust(ROWS_BYTES, "x"))
         manifest = {
@@ -454,10 +464,19 @@ def test_stale_and_refresh(tiny: tuple[Store, Graph]) -> None:
 
 def checkpoint(store: Store, graph: Graph, name: str, step: int, num_steps: int) -> None:
     with store.producer(graph.spec(name), lambda whom: None) as folder:
-        saved = store.open_work(folder) / "checkpoints" / f"checkpoint-{step}"
+        saved = open_work(store, folder, inputs_of(store, graph, name)) / "checkpoints" / f"checkpoint-{step}"
         saved.mkdir()
         (saved / "trainer_state.json").write_text(json.dumps({"max_steps": num_steps}))
         mark_complete(saved)
+
+
+def test_a_checkpoint_of_other_rows_is_not_resumed_from(tmp_path: Path) -> None:
+    store, graph = Store(tmp_path), Graph(load_recipe("tiny"), "sft")
+    for name in list(graph.nodes)[: list(graph.nodes).index("sft")]:
+        finish(store, graph, name)
+    checkpoint(store, graph, "sft", 20, 998)
+    finish(store, graph, "preflight-sft", "other rows")
+    assert make(graph, store)["sft"].status == "runs"
 
 
 def test_resumes_at_step_n_of_m(tmp_path: Path) -> None:

@@ -343,8 +343,8 @@ def test_an_extension_that_was_stopped_goes_on_from_its_own_checkpoint(
     source_run = find_source_run(store, job.spec, job.config, job.compute, {})
     assert source_run is not None
     with store.producer(job.spec, lambda whom: None) as folder:
-        begin_with(source_run, store.open_work(folder))
-    unfinished = store.unfinished(job.spec)
+        begin_with(source_run, store.open_work(folder, job.input_digests))
+    unfinished = store.unfinished(job.spec, job.input_digests)
     assert unfinished is not None and unfinished[0] == 15
     made = run_stage(job, store, LOG)
     manifest = read_manifest(Path(made.path))
@@ -363,7 +363,7 @@ def finish(store: Store, graph: Graph, name: str, checkpoint_step: int = 0) -> s
         manifest = upstream.manifest
         inputs[dotted] = InputRecord(stage=manifest.spec.stage, key=manifest.key, digest=manifest.digest)
     with store.producer(spec, lambda whom: None) as folder:
-        output = store.open_work(folder) / "output"
+        output = store.open_work(folder, {name: record.digest for name, record in inputs.items()}) / "output"
         output.mkdir()
         (output / "rows.jsonl").write_text(name)
         if checkpoint_step:
@@ -400,5 +400,8 @@ def test_plan_says_where_it_would_go_on(tmp_path: Path) -> None:
     source_run = find_source_run(store, spec, node.config, longer.recipe.compute, {})
     assert source_run is not None
     with store.producer(spec, lambda whom: None) as folder:
-        begin_with(source_run, store.open_work(folder))
+        found = store.find(short.spec("sft"))
+        assert isinstance(found, Found)
+        digests = {name: record.digest for name, record in found.manifest.inputs.items()}
+        begin_with(source_run, store.open_work(folder, digests))
     assert row_of(longer).reason == "at step 15 of 40"
