@@ -18,7 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from smoltulu.artifacts import readable
-from smoltulu.artifacts.store import Found, Store
+from smoltulu.artifacts.store import Found, Store, read_manifest
 from smoltulu.flows.follow_worker import follow_worker
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import shield_run_logs
@@ -67,8 +67,10 @@ def smoltulu(
     checked = load_recipe(recipe, overrides)
     check_stage_names(checked, until, refresh)
     token = os.environ.get("HF_TOKEN")
-    if checked.publish is not None and checked.publish.repository and token:
-        check_push_access(checked.publish, token)
+    if checked.publish is not None:
+        note = check_push_access(checked.publish, token, checked.base_model.repository)
+        if note is not None:
+            log.warning(note)
     graph = Graph(checked, until)
     store = open_store(checked.compute)
     log.info("recipe %s: %d steps, store %s", checked.name, len(graph.nodes), store.root)
@@ -104,7 +106,12 @@ def smoltulu(
     @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=[10, 60])
     def push(published: ArtifactReference) -> str:
         assert checked.publish is not None
-        return push_model(Path(published.path) / published.outputs["folder"], checked.publish, token).reason
+        folder, files = (
+            PublishOutputs.model_validate(published.outputs).folder,
+            read_manifest(Path(published.path)).files,
+        )
+        listed = {name.removeprefix(f"{folder}/"): one for name, one in files.items() if name.startswith(f"{folder}/")}
+        return push_model(Path(published.path) / folder, listed, checked.publish, token).reason
 
     futures: dict[str, PrefectFuture[Any]] = {}  # node -> ArtifactReference
     error: BaseException | None = None

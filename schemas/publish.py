@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from smoltulu.schemas.common import StrictModel, machinery, science
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 
 
 class PublishSettings(StrictModel):
@@ -15,6 +20,26 @@ class PublishSettings(StrictModel):
     repository: str | None = machinery(None, description="Hub repository, owner/name; none: stays local")
     branch: str = machinery("main")
     private: bool = machinery(True)
+
+    @field_validator("repository")
+    @classmethod
+    def _is_a_repository(cls, name: str | None) -> str | None:
+        if name is None:
+            return name
+        odd = "--" in name or ".." in name or any(part.endswith((".git", ".")) for part in name.split("/"))
+        if odd or not _REPOSITORY.fullmatch(name):
+            raise ValueError(
+                "is not a Hub repository: write owner/name with letters, digits, '-', '_' and '.', "
+                "e.g. my-name/smoltulu"
+            )
+        return name
+
+    @field_validator("branch")
+    @classmethod
+    def _is_a_branch(cls, name: str) -> str:
+        if ".." in name or name.endswith((".lock", ".")) or len(name) > 200 or not _BRANCH.fullmatch(name):
+            raise ValueError("is not the name of a branch: write letters, digits, '-', '_', '.' and '/', e.g. main")
+        return name
 
 
 class PublishStageConfig(StrictModel):

@@ -70,6 +70,9 @@ class HubDouble:
 
     def __init__(self, *, user: str = "me", token: str = "hf_testtokentesttoken", role: str = "write") -> None:
         self.user, self.token, self.role = user, token, role
+        #: What whoami says of organisations, and of a token with the role `fineGrained`.
+        self.orgs: list[dict[str, str]] = []
+        self.scopes: list[dict[str, Any]] = []
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
@@ -216,11 +219,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _whoami(self, _body: bytes) -> None:
         self._authenticate()
-        token = {"displayName": "test", "role": self.hub.role}
-        raise Answer(
-            200,
-            {"type": "user", "name": self.hub.user, "orgs": [], "auth": {"type": "access_token", "accessToken": token}},
-        )
+        token: dict[str, Any] = {"displayName": "test", "role": self.hub.role}
+        if self.hub.role == "fineGrained":
+            token["fineGrained"] = {"canReadGatedRepos": True, "global": [], "scoped": self.hub.scopes}
+        auth = {"type": "access_token", "accessToken": token}
+        raise Answer(200, {"type": "user", "name": self.hub.user, "orgs": self.hub.orgs, "auth": auth})
 
     def _create(self, body: bytes) -> None:
         self._writable()
@@ -238,7 +241,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repositories[kind, name] = repository
         raise Answer(200, {"url": url, "name": name, "id": name})
 
-    def _validate_yaml(self, _body: bytes) -> None:
+    def _validate_yaml(self, body: bytes) -> None:
+        if "license: my-own" in self._json(body)["content"]:
+            message = '"license" must be one of [apache-2.0, mit, ...]'
+            raise Answer(400, {"error": message, "errors": [{"message": message}], "warnings": []})
         raise Answer(200, {"errors": [], "warnings": []})
 
     def _preupload(self, body: bytes, kind: str, name: str, revision: str) -> None:

@@ -91,7 +91,8 @@ def model_card(
 
     own = [score for outputs in evaluations.values() if outputs.subject == config.subject for score in outputs.scores]
     base = config.recipe.get("base_model")
-    base_model = base.get("repository") if isinstance(base, Mapping) else None
+    base = base if isinstance(base, Mapping) else {}
+    base_model = base.get("repository")
     data = ModelCardData(
         language=config.settings.language,
         license=config.settings.license,
@@ -106,12 +107,21 @@ def model_card(
         "card.md.jinja",
         config=config,
         base_model=base_model,
+        base_path=without_paths(base.get("path"), "path"),
+        base_digest=_base_digest(lineage),
         model_digest=model_digest,
         scores=[(outputs.subject, score) for outputs in evaluations.values() for score in outputs.scores],
         lineage=lineage.items(),
         recipe_yaml=recipe_yaml,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def _base_digest(lineage: Mapping[str, Manifest]) -> str | None:
+    """Content digest of a base model that was given as a local folder."""
+    return next(
+        (made.spec.externals.get("base_model") for made in lineage.values() if made.spec.stage == "base_model"), None
+    )
 
 
 def _eval_result(score: Score) -> EvalResult:

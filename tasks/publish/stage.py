@@ -54,9 +54,9 @@ def build_publication(
     """
     source = Path(inputs.model)
     _check_publishable(source)
-    manifests = {node: read_manifest(Path(folder)) for node, folder in inputs.lineage.items()}
-    lineage = dict(sorted(manifests.items(), key=lambda item: (item[1].finished_at, item[0])))
-    evaluated = {node: read_manifest(Path(folder)) for node, folder in sorted(inputs.evaluations.items())}
+    # In the order of the graph, which is that of the stages.
+    lineage = {node: read_manifest(Path(folder)) for node, folder in inputs.lineage.items()}
+    evaluated = {node: read_manifest(Path(folder)) for node, folder in inputs.evaluations.items()}
     evaluations = {node: EvaluationOutputs.model_validate(manifest.outputs) for node, manifest in evaluated.items()}
     _check_evaluated(config.subject, lineage, evaluated, evaluations)
     _check_recorded(source)

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from smoltulu.artifacts.keys import file_digest
+from smoltulu.artifacts.keys import file_digest, folder_records
 from smoltulu.schemas.artifact import FileRecord, InputRecord, Manifest, Spec
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.evaluation import EvaluationOutputs, Score
-from smoltulu.schemas.publish import PublishInputs, PublishSettings, PublishStageConfig
+from smoltulu.schemas.publish import PublishInputs, PublishSettings, PublishStageConfig, PushResult
+from smoltulu.tasks.publish import push
 from smoltulu.tasks.publish.model_card import find_private, without_paths
-from smoltulu.tasks.publish.push import check_push_access, check_repository_name, push_model
+from smoltulu.tasks.publish.push import check_push_access
 from smoltulu.tasks.publish.stage import build_publication, model_digest
 from smoltulu.tasks.stage import StageContext
 from tests.hub_double import HubDouble
@@ -155,6 +157,30 @@ def test_the_card_says_where_each_number_comes_from_and_nothing_private(world: d
     assert [record["stage"] for record in json.loads((folder / "lineage.json").read_text())] == ["dataset", "dpo"]
 
 
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ({"repository": "hub/base"}, "post-training of `hub/base` with"),
+        (
+            {"path": "/home/somebody/base-1b"},
+            f"post-training of the local model folder `base-1b` (content `{'d' * 16}`)",
+        ),
+        ({"scratch": {}}, "post-training of a model made from scratch"),
+    ],
+)
+def test_the_card_says_where_the_base_came_from(world: dict, base: dict, said: str) -> None:
+    made = _manifest("base_model", "eeee", "d0", {}, {})
+    made = made.model_copy(update={"spec": made.spec.model_copy(update={"externals": {"base_model": "d" * 64}})})
+    _write(world["store"] / "base-model", made)
+    world["config"] = world["config"].model_copy(update={"recipe": {**world["config"].recipe, "base_model": base}})
+    lineage = {"dpo": world["inputs"].lineage["dpo"], "base-model": str(world["store"] / "base-model")}
+    world["inputs"] = world["inputs"].model_copy(update={"lineage": lineage})
+    folder = _publish(world)
+    assert said in (folder / "README.md").read_text()
+    nodes = [record["node"] for record in json.loads((folder / "lineage.json").read_text())]
+    assert nodes == ["dpo", "base-model"], "in the order of the graph, whenever they were made"
+
+
 def test_a_secret_in_the_recipe_stops_the_publication(world: dict) -> None:
     recipe = {**world["config"].recipe, "description": "made with hf_abcdefghijklmnopqrstuv"}
     world["config"] = world["config"].model_copy(update={"recipe": recipe})
@@ -223,6 +249,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def push_model(folder: Path, settings: PublishSettings, token: str | None) -> PushResult:
+    return push.push_model(folder, folder_records(folder), settings, token)
+
+
 def _settings(**changes: object) -> PublishSettings:
     return PublishSettings(**{"repository": REPOSITORY, **changes})
 
@@ -233,10 +263,18 @@ def test_without_repository_or_token_it_stays_local_and_says_why(published: Path
         assert not result.pushed and "stayed local" in result.reason and reason in result.reason
 
 
-@pytest.mark.parametrize("name", ["name", "a/b/c", "me/na me", "me/", "me/x--y", "me/x.git", "../x"])
+@pytest.mark.parametrize(
+    "name", ["name", "a/b/c", "me/na me", "me/", "me/x--y", "me/x.git", "../x", "me.git/x", "mé/x", "me/x\n"]
+)
 def test_a_bad_repository_name_is_refused_before_anything(name: str) -> None:
-    with pytest.raises(ValueError, match="owner/name"):
-        check_repository_name(name)
+    with pytest.raises(ValidationError, match="owner/name"):
+        _settings(repository=name)
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a..b", "a b", "a.lock", "/a", "a/", "refs@{0}", "a" * 201])
+def test_a_bad_branch_is_refused_before_anything(name: str) -> None:
+    with pytest.raises(ValidationError, match="branch"):
+        _settings(branch=name)
 
 
 def test_push_creates_all_files_and_a_second_push_makes_no_commit(hub: HubDouble, published: Path) -> None:
@@ -284,13 +322,87 @@ def test_a_wrong_token_is_a_clear_error_without_the_token(hub: HubDouble, publis
 
 
 def test_access_is_checked_before_days_of_training(hub: HubDouble) -> None:
-    check_push_access(_settings(), hub.token)
-    check_push_access(PublishSettings(), hub.token)
+    assert check_push_access(_settings(), hub.token) is None
+    assert check_push_access(PublishSettings(), hub.token) is None
+    assert not hub.repositories, "looking makes nothing"
     with pytest.raises(ValueError, match=r"under 'other'.*start with: me"):
         check_push_access(_settings(repository="other/tiny"), hub.token)
     hub.role = "read"
     with pytest.raises(ValueError, match="may only read"):
         check_push_access(_settings(), hub.token)
+
+
+def test_a_run_that_will_not_push_says_so_at_the_start() -> None:
+    note = check_push_access(_settings(), None)
+    assert note is not None and REPOSITORY in note and "HF_TOKEN is not set: the model will stay local" in note
+
+
+def test_a_private_model_is_not_pushed_into_a_public_repository(hub: HubDouble, published: Path) -> None:
+    """`private: true` was ignored where the repository existed: everybody saw the model."""
+    hub.add("model", REPOSITORY, {"README.md": b"# mine"}, private=False)
+    for act in (
+        lambda: check_push_access(_settings(), hub.token),
+        lambda: push_model(published, _settings(), hub.token),
+    ):
+        with pytest.raises(ValueError, match=r"publish.private is true, and me/tiny exists and is public"):
+            act()
+    assert len(hub.repositories["model", REPOSITORY].commits) == 1
+    assert check_push_access(_settings(private=False), hub.token) is None
+    assert push_model(published, _settings(private=False), hub.token).pushed
+
+
+def test_organisations_and_fine_grained_tokens_are_understood(hub: HubDouble) -> None:
+    def scope(kind: str, name: str, *permissions: str) -> dict:
+        return {"entity": {"_id": "0", "type": kind, "name": name}, "permissions": list(permissions)}
+
+    hub.orgs = [{"name": "lab", "roleInOrg": "write"}, {"name": "club", "roleInOrg": "read"}]
+    assert check_push_access(_settings(repository="lab/tiny"), hub.token) is None
+    with pytest.raises(ValueError, match=r"only a reader of 'club'.*start with: lab, me$"):
+        check_push_access(_settings(repository="club/tiny"), hub.token)
+    hub.role, hub.scopes = "fineGrained", [scope("org", "lab", "repo.content.read", "repo.write"), scope("user", "me")]
+    assert check_push_access(_settings(repository="lab/tiny"), hub.token) is None
+    with pytest.raises(ValueError, match="may write to lab, not to me/tiny, which it must be allowed to create"):
+        check_push_access(_settings(), hub.token)
+    hub.scopes = [scope("model", REPOSITORY, "repo.write")]
+    with pytest.raises(ValueError, match="may write to me/tiny, not to me/tiny, which it must be allowed to create"):
+        check_push_access(_settings(), hub.token)
+    hub.add("model", REPOSITORY, {}, private=True)
+    assert check_push_access(_settings(), hub.token) is None
+
+
+def test_a_card_that_the_hub_refuses_is_refused_at_the_start(hub: HubDouble, published: Path) -> None:
+    with pytest.raises(ValueError, match='"license" must be one of') as error:
+        check_push_access(_settings(license="my-own"), hub.token)
+    assert error.value.__suppress_context__ and hub.token not in str(error.value)
+
+
+def test_what_would_be_loaded_beside_the_new_weights_goes_and_notes_stay(hub: HubDouble, published: Path) -> None:
+    stale = ["adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "modeling_x.py", "vocab.json",
+             "model.safetensors.index.json", "additional_chat_templates/tools.jinja"]  # fmt: skip
+    kept = ["LICENSE", "NOTES.md", "figures/loss.png", "eval/results.json"]
+    hub.add("model", REPOSITORY, dict.fromkeys([*stale, *kept], b"old"), private=True)
+    assert push_model(published, _settings(), hub.token).pushed
+    repository = hub.repositories["model", REPOSITORY]
+    assert len(repository.commits) == 2
+    assert set(repository.commits[-1].files) == {*kept, *os.listdir(published)}
+
+
+@pytest.mark.parametrize("damage", ["changed", "added", "gone", "linked", "nothing"])
+def test_only_what_the_manifest_names_is_sent(hub: HubDouble, published: Path, tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(published, tmp_path / "model")
+    records = folder_records(folder) if damage != "nothing" else {}
+    if damage == "changed":
+        (folder / "README.md").write_text("# other")
+    elif damage == "added":
+        (folder / "id_rsa").write_text("key")
+    elif damage == "gone":
+        (folder / "README.md").unlink()
+    elif damage == "linked":
+        (folder / "README.md").rename(tmp_path / "elsewhere")
+        (folder / "README.md").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"is not what its manifest says|is a link"):
+        push.push_model(folder, records, _settings(), hub.token)
+    assert not hub.repositories
 
 
 def test_no_permission_and_no_network_are_told_apart(
