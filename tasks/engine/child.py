@@ -1,4 +1,4 @@
-"""The process of one stage: `python -m smoltulu.tasks.child JOB.json`.
+"""The process of one stage: `python -m smoltulu.tasks.engine.child JOB.json`.
 
 It dies with its parent and holds the key's `writer`.
 
@@ -29,8 +29,6 @@ MESSAGE_PREFIX = "@smoltulu "
 #: Files of `work` that say why a stage ended; any rank may write them.
 ERROR_FILE = "error.json"
 OUT_OF_MEMORY_FILE = "out_of_memory.json"
-#: Exit status of a stage process that ran out of memory.
-OUT_OF_MEMORY = 3
 
 
 def tell(kind: str, **values: object) -> None:
@@ -98,7 +96,7 @@ def main(job_file: str) -> int:
         if is_out_of_memory(error):
             message = {"message": str(error).strip().partition("\n")[0] or type(error).__name__}
             write_atomically(Path(job["work"]) / OUT_OF_MEMORY_FILE, json.dumps(message))
-            return OUT_OF_MEMORY
+            return 3
         return 1
     return 0
 
