@@ -175,7 +175,7 @@ class _Planner:
     def _is_running(self, run: RunRecord) -> bool:
         alive = is_alive(run)
         if alive is None:
-            # On another host, where we cannot look. What it makes right now is locked; It is not kept for ever.
+            # On another host, where we cannot look. What it makes now is locked; its record counts for `keep_days`.
             return _mtime(layout.record_path(self.catalogue.root, layout.RUNS, run.run_name)) > self.horizon
         return alive
 
