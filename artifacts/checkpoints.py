@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from smoltulu.artifacts.files import remove_tree, sync, write_atomically
-from smoltulu.artifacts.keys import file_digest, folder_records
+from smoltulu.artifacts.files import link_or_copy, remove_tree, sync, write_atomically
+from smoltulu.artifacts.keys import file_fault, folder_records
 from smoltulu.schemas.artifact import FileRecord
 from smoltulu.schemas.common import StrictModel
 
@@ -50,12 +48,7 @@ def place_checkpoint(whole: Path, target: Path, left_out: Collection[str] = ()) 
     files = {name: record for name, record in marker.files.items() if name not in left_out}
     remove_tree(target)
     for name in files:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(whole / name, target / name)
-        except OSError:
-            shutil.copyfile(whole / name, target / name)
-            sync(target / name)
+        link_or_copy(whole / name, target / name)
     write_atomically(target / CHECKPOINT_MARKER, Marker(files=files, score=marker.score).model_dump_json())
 
 
@@ -78,20 +71,12 @@ def fault(folder: Path, full: bool = False) -> str | None:
     """
     try:
         files = _marker(folder).files
-        for name, record in files.items():
-            size = (folder / name).stat().st_size
-            if size != record.size:
-                return f"{name} has {size:,} of {record.size:,} bytes"
-        if full:
-            for name, record in files.items():
-                if file_digest(folder / name) != record.blake3:
-                    return f"{name} has other bytes than were written"
-    except FileNotFoundError as error:
-        name = Path(error.filename).name
-        return "it was not written to its end" if name == CHECKPOINT_MARKER else f"{name} is gone"
+    except FileNotFoundError:
+        return "it was not written to its end"
     except (OSError, ValidationError) as error:
-        return f"its completion marker or a file of it is unreadable ({type(error).__name__})"
-    return None
+        return f"its completion marker is unreadable ({type(error).__name__})"
+    faults = (file_fault(folder, name, record, full) for name, record in files.items())
+    return next((found for found in faults if found is not None), None)
 
 
 def num_steps_of(checkpoint: Path) -> int | None:
@@ -122,9 +107,5 @@ def _marker(folder: Path) -> Marker:
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit():
-            found.append((int(step), path))
-    return found
+    named = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
+    return [(int(step), path) for step, path in named if step.isdigit()]

@@ -13,17 +13,22 @@ TRASH_PREFIX = ".trash-"
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by one rename, on disk when this returns. OSError where the folder cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_synced(temporary, text.encode())
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file that no reader knows yet, on disk when this returns. After an error there is no file."""
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with path.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
     except BaseException:
         # On a full disk the half-written file would only make it fuller.
-        temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         raise
-    sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -33,6 +38,16 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name: a hard link where the file system has them, else a copy that is on disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync(target)
 
 
 def remove_tree(path: Path) -> None:
@@ -45,10 +60,10 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def made_from_folder(folder: Path, made_from: str) -> Path:
+def made_from_folder(folder: Path, made_from: str, marker_name: str = "made_from.json") -> Path:
     """A folder of unfinished work; emptied first where `made_from`, kept beside that work, is another than before."""
-    marker = folder / "made_from.json"
-    if not marker.exists() or marker.read_text() != made_from:
+    marker = folder / marker_name
+    if not marker.exists() or marker.read_bytes() != made_from.encode():
         remove_tree(folder)
         folder.mkdir()
         write_atomically(marker, made_from)

@@ -71,6 +71,21 @@ def file_digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
+def file_fault(folder: Path, name: str, record: FileRecord, full: bool = False) -> str | None:
+    """What is wrong with a file against its record; None where nothing is. `full`: its bytes too, not only its size."""
+    try:
+        size = (folder / name).stat().st_size
+        if size != record.size:
+            return f"{name} has {size:,} bytes instead of {record.size:,}"
+        if full and file_digest(folder / name) != record.blake3:
+            return f"{name} has other bytes than were written"
+    except FileNotFoundError:
+        return f"{name} is gone"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
+    return None
+
+
 def folder_records(folder: Path) -> dict[str, FileRecord]:
     """Size and digest of every file below `folder` by relative path. Links are refused: they can point outside."""
     files = []

@@ -142,7 +142,7 @@ def read_pointer(folder: Path) -> Pointer | None:
         return None
 
 
-def scan(folder: Path, note: Note) -> list[os.DirEntry[str]]:
+def scan(folder: Path, note: Note = lambda path, error: None) -> list[os.DirEntry[str]]:
     """Entries of a folder by name; none where it does not exist or cannot be read."""
     try:
         with os.scandir(folder) as entries:

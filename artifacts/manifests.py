@@ -1,4 +1,4 @@
-"""Picking from manifests as plain JSON: for listing many, where validating each would take most of the time."""
+"""Fields of manifests, read as plain JSON: validating each would take most of the time of listing many."""
 
 from __future__ import annotations
 

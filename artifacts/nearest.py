@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smoltulu.artifacts.keys import canonical_json
-from smoltulu.artifacts.layout import CURRENT, MANIFEST, SPEC, read_pointer
+from smoltulu.artifacts.layout import CURRENT, MANIFEST, SPEC, read_pointer, scan
 from smoltulu.artifacts.manifests import read_json
 
 #: Artifacts that are compared field by field.
@@ -62,12 +62,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     return {
         name: (before.get(name), after.get(name))
         for name in names
-        if name not in before or name not in after or not _same(before[name], after[name])
+        if name not in before
+        or name not in after
+        or before[name] != after[name]
+        or isinstance(before[name], bool) != isinstance(after[name], bool)  # True == 1
     }
-
-
-def _same(a: object, b: object) -> bool:
-    return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 @dataclass
@@ -126,13 +125,8 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
 
 def _read(stage: Path) -> Iterator[tuple[int, str, frozenset[bytes]]]:
     """When last used (ns), folder, and canonical JSON in parts, of every finished artifact of a stage."""
-    try:
-        with os.scandir(stage) as entries:
-            folders = [entry.path for entry in entries]
-    except OSError:
-        return
-    for folder in folders:
+    for entry in scan(stage):
         with contextlib.suppress(OSError):
-            used = os.stat(f"{folder}/{CURRENT}").st_mtime_ns
-            with open(f"{folder}/{SPEC}", "rb", buffering=0) as file:
-                yield used, folder, frozenset(file.read().split(b","))
+            used = os.stat(f"{entry.path}/{CURRENT}").st_mtime_ns
+            with open(f"{entry.path}/{SPEC}", "rb", buffering=0) as file:
+                yield used, entry.path, frozenset(file.read().split(b","))

@@ -20,7 +20,7 @@ from smoltulu.artifacts.files import remove_tree, sync, write_atomically
 from smoltulu.artifacts.keys import (
     artifact_key,
     canonical_json,
-    file_digest,
+    file_fault,
     folder_records,
     manifest_checksum,
     records_digest,
@@ -28,7 +28,6 @@ from smoltulu.artifacts.keys import (
 from smoltulu.artifacts.locks import holder_text, take, write_holder
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest, Spec
 
-DEFAULT_ROOT = Path("artifacts/store")
 #: What is said with a node and whom it waits for.
 WAITING = "%s: waiting for %s, which makes it"
 
@@ -43,6 +42,10 @@ class Found:
     folder: Path
 
 
+#: Makes an artifact.
+Make = Callable[[], Found]
+
+
 @dataclass(frozen=True)
 class Missing:
     """Why there is no usable artifact of a key; `damaged` names a generation that should be set aside."""
@@ -51,18 +54,10 @@ class Missing:
     damaged: str | None = None
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A turn at making an artifact: another machine made it (`found`), or it is ours to make, then to `share`."""
-
-    found: Found | None = None
-    share: Callable[[Found], None] = lambda found: None
-
-
 class Store:
     """Artifacts under one local folder. Errors: OSError where the folder cannot be written."""
 
-    def __init__(self, root: Path | str = DEFAULT_ROOT) -> None:
+    def __init__(self, root: Path | str) -> None:
         self.root = Path(root).absolute()
 
     def folder(self, spec: Spec) -> Path:
@@ -100,7 +95,8 @@ class Store:
             return Missing(f"{name} has an unreadable manifest ({type(error).__name__})", damaged=name)
         if manifest.key != folder.name:
             return Missing(f"{name} was written for another key", damaged=name)
-        if (fault := wrong_size(generation, manifest)) is not None:
+        faults = (file_fault(generation, file, record) for file, record in manifest.files.items())
+        if (fault := next((found for found in faults if found is not None), None)) is not None:
             return Missing(fault, damaged=name)
         if (binding := stale_input(manifest, input_digests or {})) is not None:
             return Missing(f"stale: its input {binding} was made again with another content")
@@ -115,7 +111,7 @@ class Store:
         """What is wrong with an artifact's bytes, a sentence each: every file is read and hashed."""
         files = found.manifest.files
         with ThreadPoolExecutor(4) as pool:
-            faults = list(pool.map(lambda name: _wrong_bytes(found.folder / name, name, files[name]), files))
+            faults = list(pool.map(lambda name: file_fault(found.folder, name, files[name], full=True), files))
         present = {
             path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*") if not path.is_dir()
         } - {layout.MANIFEST}
@@ -232,13 +228,14 @@ class Store:
         """The manifest of a shared artifact that was made from these inputs. Raises RemoteError."""
         return None
 
-    @contextlib.contextmanager
-    def turn(self, spec: Spec, input_digests: Mapping[str, str], node: str, log: Log, refresh: bool) -> Iterator[Turn]:
-        """The turn at making an artifact, among all machines; `refresh`: what they made does not count.
+    def make_once(
+        self, spec: Spec, input_digests: Mapping[str, str], node: str, log: Log, refresh: bool, make: Make
+    ) -> tuple[Found, bool]:
+        """The artifact, and whether `make` made it here: among all machines one makes it at a time.
 
-        The caller holds the producer's lock.
+        `refresh`: what another machine made does not count. The caller holds the producer's lock.
         """
-        yield Turn()
+        return make(), True
 
     def share(self, found: Found, node: str, log: Log) -> None:
         """Share an artifact that is only here: an upload was cut off, or the shared store was named later."""
@@ -288,22 +285,3 @@ def parse_manifest(data: bytes) -> Manifest:
     if manifest.checksum and manifest.checksum != manifest_checksum(manifest):
         raise ValueError("its manifest has other content than was written")
     return manifest
-
-
-def wrong_size(generation: Path, manifest: Manifest) -> str | None:
-    """The first file that is gone or has another size than the manifest says."""
-    for name, record in manifest.files.items():
-        try:
-            size = (generation / name).stat().st_size
-        except OSError:
-            return f"{name} is gone"
-        if size != record.size:
-            return f"{name} has {size} bytes, its manifest says {record.size}"
-    return None
-
-
-def _wrong_bytes(path: Path, name: str, record: FileRecord) -> str | None:
-    try:
-        return None if file_digest(path) == record.blake3 else f"{name} has other bytes than its manifest says"
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror or error})"

@@ -39,7 +39,7 @@ def load_recipe(
     elif isinstance(recipe, str):
         values = _read(recipe)
     else:
-        given = recipe.as_dict() if isinstance(recipe, ExtendingRecipe) else recipe
+        given = recipe.model_dump() if isinstance(recipe, ExtendingRecipe) else recipe
         values = _extend(given, "the inline recipe", Path.cwd())
     for dotted, value in (overrides or {}).items():
         values = _override(values, dotted, value)

@@ -1,7 +1,7 @@
 """How long a training is: optimizer steps, epochs, tokens, micro-batches. The one place for this arithmetic.
 
-It lies on the lowest floor, because the settings' own validators need it: a recipe is refused, a plan and a preflight
-say what will come, and a trainer does it by the same functions. Pure; imports no contract.
+It lies on the lowest floor, because the settings' own validators need it. Validators, plan, preflight and trainers use
+the same functions. Pure; imports no contract.
 """
 
 from __future__ import annotations

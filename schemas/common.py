@@ -1,4 +1,4 @@
-"""Words that every contract shares: how a field is marked, what a strict model is."""
+"""What every contract shares: how a field is marked, what a strict model is."""
 
 from __future__ import annotations
 
@@ -62,11 +62,7 @@ def scientific(model: BaseModel) -> dict[str, Any]:
             return [plain(item) for item in value]
         if isinstance(value, dict):
             return {name: plain(item) for name, item in value.items()}
-        if value is None or isinstance(value, (str, int, float, bool)):
-            return value
-        raise TypeError(
-            f"a {type(value).__name__} has no canonical form; use str, int, float, bool, None, list or dict"
-        )
+        return value  # `canonical_json` refuses what has no canonical form
 
     return {
         name: plain(getattr(model, name))

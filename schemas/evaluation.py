@@ -9,6 +9,8 @@ from pydantic import Field
 from smoltulu.schemas.common import StrictModel, science
 from smoltulu.schemas.data import DataSource
 
+ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]
+
 
 class EvaluationTask(StrictModel):
     """One lm-eval task: a stock name, or a definition shipped in recipes/lm_eval/."""
@@ -47,7 +49,7 @@ class EvaluationStageConfig(StrictModel):
     """Config of one evaluation: the settings that apply to this kind of subject."""
 
     subject: str = science(description="stage whose model is measured")
-    kind: Literal["language_model", "reward_model", "implicit_reward"] = science()
+    kind: ScoreKind = science()
     settings: EvaluationSettings = science()
 
 
@@ -62,7 +64,7 @@ class EvaluationInputs(StrictModel):
     chat_template: str
 
 
-class Score(StrictModel):
+class Measurement(StrictModel):
     """One number with its source (design, section 8.5)."""
 
     task: str
@@ -75,6 +77,11 @@ class Score(StrictModel):
     task_version: str
     template_digest: str
     limited: bool = Field(False, description="measured on a part of the task")
+
+
+class Score(Measurement):
+    """A score as its evaluation keeps it."""
+
     details: dict[str, Any] = Field({})
 
 

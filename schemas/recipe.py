@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -101,7 +101,3 @@ class ExtendingRecipe(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     extends: str = Field(description="name of a preset, e.g. smoltulu-1130, or path of a recipe file")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The differences together with `extends`."""
-        return self.model_dump()

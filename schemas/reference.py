@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from smoltulu.schemas.common import StrictModel, science
+from smoltulu.schemas.training import TrainingInputs
 
 
 class ReferenceLogpsConfig(StrictModel):
@@ -15,12 +16,8 @@ class ReferenceLogpsConfig(StrictModel):
     precision: Literal["float32", "bfloat16"] = science("bfloat16", description="as DPO's")
 
 
-class ReferenceLogpsInputs(StrictModel):
-    """Resolved inputs of the `reference_logps` stage."""
-
-    model: str = Field(description="folder of the reference model")
-    dataset: str = Field(description="tokenised pairs")
-    chat_template: str = Field(description="text of the Jinja template")
+class ReferenceLogpsInputs(TrainingInputs):
+    """Those of the DPO training: the model that it starts from is the reference."""
 
 
 class ReferenceLogpsOutputs(StrictModel):

@@ -10,9 +10,9 @@ from typing import Literal
 from pydantic import Field
 
 from smoltulu.schemas.common import StrictModel
+from smoltulu.schemas.evaluation import Measurement, ScoreKind
 
 Outcome = Literal["Completed", "Cached", "Resumed", "Failed", "Not run"]
-ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]
 
 
 class StageRun(StrictModel):
@@ -28,22 +28,12 @@ class StageRun(StrictModel):
     error: str | None = Field(None)
 
 
-class RunScore(StrictModel):
-    """A score of `schemas.evaluation.Score`, and whose it is."""
+class RunScore(Measurement):
+    """A score of a run, and whose it is."""
 
     node: str
     kind: ScoreKind
     subject: str = Field(description="stage whose model was measured")
-    task: str
-    metric: str
-    value: float
-    stderr: float | None = Field(None)
-    num_samples: int = Field(ge=1)
-    num_fewshot: int | None = Field(None)
-    harness: str
-    task_version: str
-    template_digest: str
-    limited: bool = Field(False, description="measured on a part of the task")
 
 
 class RunSummary(StrictModel):

@@ -10,8 +10,6 @@ from smoltulu.schemas.budget import Budget
 from smoltulu.schemas.common import StrictModel, machinery, science
 from smoltulu.schemas.schedules import SCHEDULE_KINDS, Budgets, ConstantSchedule, FinalDecay, ScheduleSettings
 
-Schedule = Literal["linear", "cosine", "constant"]
-
 
 class TrainingSettings(StrictModel):
     """What every training stage has."""
@@ -20,7 +18,7 @@ class TrainingSettings(StrictModel):
     effective_batch_size: int = science(
         ge=1, description="sequences (SFT), pairs (reward model, DPO) or completions (RLVR) per optimizer step"
     )
-    lr_scheduler_type: Schedule = science("linear")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = science("linear")
     warmup_ratio: float = science(0.0, ge=0, lt=1, description="share of all steps; transformers: 1 is one step")
     schedule: ScheduleSettings | None = science(
         None,

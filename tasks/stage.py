@@ -33,7 +33,6 @@ class Report(Protocol):
 
     def __call__(self, step: int, num_steps: int, **metrics: float) -> None:
         """`step` of `num_steps` is done; metrics such as loss, reward, tokens_per_second."""
-        ...
 
 
 @dataclass(frozen=True)

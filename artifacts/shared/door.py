@@ -1,13 +1,13 @@
 """A store with a shared one behind it: looks here, then there, and shares what is made.
 
-What goes wrong there costs no result: it is said, and the work goes on here.
+An error of the shared store costs no result: it is logged, and the work goes on here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from smoltulu.artifacts.keys import artifact_key
 from smoltulu.artifacts.layout import PULL
 from smoltulu.artifacts.shared.lease import Lease, LeaseLost
 from smoltulu.artifacts.shared.remote import DamagedArtifact, Remote, RemoteArtifact, RemoteError
-from smoltulu.artifacts.store import WAITING, Found, Log, Store, Turn, stale_input
+from smoltulu.artifacts.store import WAITING, Found, Log, Make, Store, stale_input
 from smoltulu.schemas.artifact import Manifest, Spec
 
 _REPORT_SECONDS = 5.0
@@ -41,14 +41,16 @@ class SharedStore(Store):
         with self.producer(spec, partial(log.info, WAITING, node)):
             return self._fetch(spec, input_digests, node, log)
 
-    @contextlib.contextmanager
-    def turn(self, spec: Spec, input_digests: Mapping[str, str], node: str, log: Log, refresh: bool) -> Iterator[Turn]:
+    def make_once(
+        self, spec: Spec, input_digests: Mapping[str, str], node: str, log: Log, refresh: bool, make: Make
+    ) -> tuple[Found, bool]:
         def fetched() -> Found | None:
             return None if refresh else self._fetch(spec, input_digests, node, log)
 
-        if (found := fetched()) is not None or not self.remote.writable:
-            yield Turn(found)
-            return
+        if (found := fetched()) is not None:
+            return found, False
+        if not self.remote.writable:
+            return make(), True
         with contextlib.ExitStack() as held:
             lease = None
             try:
@@ -58,8 +60,12 @@ class SharedStore(Store):
                 log.warning("%s: %s; goes on without the shared store", node, error)
             else:
                 # It may have been made elsewhere before we had the lease, or while we waited for it (None).
-                found = fetched()
-            yield Turn(found, partial(_push, self.remote, lease, node, log)) if lease else Turn(found)
+                if (found := fetched()) is not None:
+                    return found, False
+            made = make()
+            if lease is not None:
+                _push(self.remote, lease, node, log, made)
+            return made, True
 
     def share(self, found: Found, node: str, log: Log) -> None:
         spec, key = found.manifest.spec, found.manifest.key

@@ -39,13 +39,6 @@ class RemoteArtifact:
 
 
 @dataclass(frozen=True)
-class RemoteMissing:
-    """Why the shared store has no usable artifact of a key."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
 class Part:
     """A piece of a file as one object."""
 
@@ -96,8 +89,7 @@ def checked_manifest(data: bytes, stage: str, key: str) -> Manifest:
         raise ValueError("its manifest contradicts itself: the digest is not that of its files")
     if unfit := unfit_file_names(list(manifest.files)):
         raise ValueError(f"its manifest is refused: file name {unfit[0]!r} is no plain relative path")
-    if len({(record.blake3, record.size) for record in manifest.files.values()}) != len(
-        {record.blake3 for record in manifest.files.values()}
-    ):
+    sizes = {(record.blake3, record.size) for record in manifest.files.values()}
+    if len(sizes) != len({digest for digest, _ in sizes}):
         raise ValueError("its manifest contradicts itself: two sizes for the same bytes")
     return manifest

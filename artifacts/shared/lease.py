@@ -181,7 +181,9 @@ def acquire(
                         return Lease(objects, folder, token + 1, record, beat_seconds)
                     objects.delete([_name(folder, token + 1, "lease")])
                 continue
-            beat = _beat_of(objects, folder, token)
+            beat = None
+            with contextlib.suppress(FileNotFoundError):
+                beat = objects.get(_name(folder, token, "beat"), 0)
         except (FileNotFoundError, PermissionError):
             raise
         except OSError:
@@ -250,13 +252,6 @@ def _published(objects: Objects, folder: str, token: int) -> bool:
         return Ending.model_validate_json(objects.get(_name(folder, token, "end"))).kind == "published"
     except (ValidationError, FileNotFoundError):
         return False
-
-
-def _beat_of(objects: Objects, folder: str, token: int) -> bytes | None:
-    try:
-        return objects.get(_name(folder, token, "beat"), 0)
-    except FileNotFoundError:
-        return None
 
 
 def _clear(objects: Objects, folder: str, turns: Mapping[int, set[str]]) -> None:

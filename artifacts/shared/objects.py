@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from smoltulu.artifacts.files import sync
+from smoltulu.artifacts.files import sync, write_synced
 
-#: Protocols whose fsspec implementation creates exclusively on the server: S3 by `If-None-Match: *`, Google Cloud
-#: Storage by `ifGenerationMatch=0`, Azure by its own `overwrite=False`. fsspec's default (look, then write) does not.
-EXCLUSIVE_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
-_PACKAGES = {
+#: Protocols whose fsspec implementation creates exclusively on the server, each with its package: S3 by `If-None-Match:
+#: *`, Google Cloud Storage by `ifGenerationMatch=0`, Azure by its own `overwrite=False`. fsspec's default (look, then
+#: write) does not.
+EXCLUSIVE_PROTOCOLS = {
     **dict.fromkeys(("s3", "s3a"), "'smoltulu[s3]'"),
     **dict.fromkeys(("gs", "gcs"), "gcsfs"),
     **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
@@ -164,15 +164,7 @@ class FolderObjects:
             raise FileNotFoundError(f"{self.root} is gone")
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            # On a full disk the half-written file would only make it fuller.
-            temporary.unlink(missing_ok=True)
-            raise
+        write_synced(temporary, data)
         return temporary
 
 
@@ -185,36 +177,27 @@ class RemoteObjects(Objects):
         self._protocol = protocol
 
     def list(self, prefix: str, patience: float = 60.0) -> dict[str, int]:
-        file_system, root = self._opened
-        folder = f"{root}/{prefix}".rstrip("/")
-
         def found() -> dict[str, Any]:
-            file_system.invalidate_cache()
+            self._files.invalidate_cache()
             try:
-                return file_system.find(folder, detail=True)
+                return self._files.find(prefix, detail=True)
             except FileNotFoundError:
                 return {}
 
-        return {
-            str(path).lstrip("/").removeprefix(f"{root.lstrip('/')}/"): int(info["size"] or 0)
-            for path, info in _persist(found, patience).items()
-            if info["type"] == "file"
-        }
+        listed = _persist(found, patience)
+        return {name: int(info["size"] or 0) for name, info in listed.items() if info["type"] == "file"}
 
     def get(self, name: str, patience: float = 60.0) -> bytes:
-        file_system, root = self._opened
-        return bytes(_persist(lambda: file_system.cat_file(f"{root}/{name}"), patience))
+        return bytes(_persist(lambda: self._files.cat_file(name), patience))
 
     def put(self, name: str, data: bytes, patience: float = 60.0) -> None:
-        file_system, root = self._opened
-        _persist(lambda: file_system.pipe_file(f"{root}/{name}", data), patience)
+        _persist(lambda: self._files.pipe_file(name, data), patience)
 
     def create(self, name: str, data: bytes, patience: float = 60.0) -> bool:
-        file_system, root = self._opened
 
         def attempt() -> bool:
             try:
-                file_system.pipe_file(f"{root}/{name}", data, mode="create")
+                self._files.pipe_file(name, data, mode="create")
                 return True
             except (FileNotFoundError, PermissionError):
                 raise
@@ -222,19 +205,18 @@ class RemoteObjects(Objects):
                 # "There is one", said in as many ways as there are servers, or an answer that was lost on its way
                 # after the write was done: what is there now tells.
                 with contextlib.suppress(FileNotFoundError):
-                    return bytes(file_system.cat_file(f"{root}/{name}")) == data
+                    return bytes(self._files.cat_file(name)) == data
                 raise
 
         return _persist(attempt, patience)
 
     def delete(self, names: Iterable[str]) -> None:
-        file_system, root = self._opened
         for name in names:
             with contextlib.suppress(OSError):
-                file_system.rm_file(f"{root}/{name}")
+                self._files.rm_file(name)
 
     @cached_property
-    def _opened(self) -> tuple[Any, str]:
+    def _files(self) -> Any:
         return _file_system(self.url, self._protocol)
 
 
@@ -244,9 +226,10 @@ def _unless_gone(error: OSError) -> None:
         raise error
 
 
-def _file_system(url: str, protocol: str) -> tuple[Any, str]:
-    """fsspec's file system, without its caches, and the path of the root in it."""
+def _file_system(url: str, protocol: str) -> Any:
+    """fsspec's file system below a URL, without its caches."""
     import fsspec
+    from fsspec.implementations.dirfs import DirFileSystem
 
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("s3", "s3a"):
@@ -257,14 +240,14 @@ def _file_system(url: str, protocol: str) -> tuple[Any, str]:
     try:
         file_system, root = fsspec.core.url_to_fs(url, **options)
     except ImportError:
-        package = _PACKAGES.get(protocol)
+        package = EXCLUSIVE_PROTOCOLS.get(protocol)
         how = f"pip install {package}" if package else "install the package that fsspec names for it"
         raise RemoteError(f"{protocol}:// needs a package that is not installed; {how}") from None
     except ValueError:
         raise RemoteError(f"{protocol}:// is no protocol that fsspec knows; use s3, gs, az or a folder") from None
     if protocol in ("s3", "s3a"):
         file_system.retries = 1
-    return file_system, root.rstrip("/")
+    return DirFileSystem(root.rstrip("/"), file_system, skip_instance_cache=True)
 
 
 def _persist(action: Callable[[], Result], patience: float) -> Result:

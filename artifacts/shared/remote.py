@@ -1,7 +1,7 @@
 """The shared store: artifacts under a URL that several machines use, each with its local store as cache.
 
 Layout: artifacts/shared/format.py; leases: artifacts/shared/lease.py. A push writes files, then manifest, then pointer;
-a reader goes the other way round and never sees half an artifact. What comes from a shared store is not trusted:
+a reader reads in the opposite order and never sees half an artifact. What comes from a shared store is not trusted:
 everything is checked before it is in the local store.
 """
 
@@ -14,6 +14,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -22,22 +23,14 @@ from blake3 import blake3
 
 from smoltulu.artifacts import readable
 from smoltulu.artifacts.files import remove_tree, sync
-from smoltulu.artifacts.keys import file_digest
+from smoltulu.artifacts.keys import file_fault
 from smoltulu.artifacts.layout import MANIFEST
 from smoltulu.artifacts.shared import lease as leases
-from smoltulu.artifacts.shared.format import (
-    PULL_STATE,
-    Part,
-    RemoteArtifact,
-    RemoteMissing,
-    checked_manifest,
-    parts_of,
-)
-from smoltulu.artifacts.shared.lease import Ending, Lease, LeaseLost
+from smoltulu.artifacts.shared.format import PULL_STATE, Part, RemoteArtifact, checked_manifest, parts_of
+from smoltulu.artifacts.shared.lease import Ending, Lease
 from smoltulu.artifacts.shared.objects import EXCLUSIVE_PROTOCOLS, RemoteError, explained, open_objects
+from smoltulu.artifacts.store import Missing
 from smoltulu.schemas.artifact import FileRecord, Manifest
-
-__all__ = ["DamagedArtifact", "Lease", "LeaseLost", "Remote", "RemoteArtifact", "RemoteError", "RemoteMissing"]
 
 _MAX_MANIFEST_BYTES = 64 << 20
 Report = Callable[[int, int], None]
@@ -49,6 +42,7 @@ class DamagedArtifact(RemoteError):
     """Files of a shared artifact do not have the bytes that its manifest promises; it is marked, a push fixes it."""
 
 
+@dataclass
 class Remote:
     """Artifacts under a URL (s3://, gs://, az://, abfs://) or a folder; other fsspec URLs can only be read.
 
@@ -60,24 +54,19 @@ class Remote:
     errors were retried for a minute.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        part_bytes: int = 64 << 20,
-        beat_seconds: float = 15.0,
-        stale_seconds: float = 60.0,
-        num_transfers: int = 4,
-    ) -> None:
-        if stale_seconds < 3 * beat_seconds:
-            raise ValueError(f"stale_seconds {stale_seconds:g} is below three times beat_seconds {beat_seconds:g}")
-        self._objects = open_objects(url)
+    url: str
+    part_bytes: int = 64 << 20
+    beat_seconds: float = 15.0
+    stale_seconds: float = 60.0
+    num_transfers: int = 4
+
+    def __post_init__(self) -> None:
+        if self.stale_seconds < 3 * self.beat_seconds:
+            given = f"stale_seconds {self.stale_seconds:g} is below three times beat_seconds {self.beat_seconds:g}"
+            raise ValueError(given)
+        self._objects = open_objects(self.url)
         self.url = self._objects.url
         self.writable = self._objects.writable
-        self.part_bytes = part_bytes
-        self.beat_seconds = beat_seconds
-        self.stale_seconds = stale_seconds
-        self._num_transfers = num_transfers
 
     def check(self, writing: bool = True) -> None:
         """Try what will be needed, on an object of our own: read, and create exclusively if `writing`."""
@@ -98,15 +87,15 @@ class Remote:
                 "is none (If-None-Match), so that two machines could hold one lease; update the server or use another"
             )
 
-    def find(self, stage: str, key: str) -> RemoteArtifact | RemoteMissing:
+    def find(self, stage: str, key: str) -> RemoteArtifact | Missing:
         """The current artifact of a key: its pointer, its checked manifest, and all its objects there in full size."""
 
-        def look() -> RemoteArtifact | RemoteMissing:
+        def look() -> RemoteArtifact | Missing:
             for _ in range(3):
                 # What was listed may be cleared away before it is read, where another machine publishes right now.
                 with contextlib.suppress(FileNotFoundError):
                     return self._find(stage, key, self._objects.list(_folder(stage, key)))
-            return RemoteMissing("it is being replaced")
+            return Missing("it is being replaced")
 
         return self._ask(look)
 
@@ -127,7 +116,7 @@ class Remote:
         names_of: dict[str, list[str]] = {}
         records: dict[str, FileRecord] = {}
         for name, record in artifact.manifest.files.items():
-            if not _is_whole(target / name, record):
+            if file_fault(target, name, record, full=True) is not None:
                 names_of.setdefault(record.blake3, []).append(name)
                 records[record.blake3] = record
         total = sum(record.size for record in artifact.manifest.files.values())
@@ -199,8 +188,8 @@ class Remote:
                 if there.get(f"{lease.folder}/files/{part.name}") != part.size or part.name in marks
             ]
             # The name of an object is a promise about its bytes: a local file that went bad must not be sent.
-            if missing and not _is_whole(path, record):
-                raise ValueError(f"{path} differs from its manifest; run smoltulu verify, which has it made again")
+            if missing and (fault := file_fault(path.parent, path.name, record, full=True)) is not None:
+                raise ValueError(f"{path.parent}: {fault}; run smoltulu verify, which has it made again")
             jobs += [(path, part) for part in missing]
         total = sum(record.size for _, record in paths.values())
         done = total - sum(part.size for _, part in jobs)
@@ -215,7 +204,7 @@ class Remote:
             self._ask(lambda: self._objects.put(f"{lease.folder}/files/{part.name}", data))
             return part.size
 
-        for size in _in_parallel(upload, jobs, self._num_transfers):
+        for size in _in_parallel(upload, jobs, self.num_transfers):
             done += size
             report(done, total)
         digest = blake3(manifest_bytes).hexdigest()
@@ -227,51 +216,50 @@ class Remote:
         lease.publish(digest, self.part_bytes)
         return True
 
-    def _find(self, stage: str, key: str, there: dict[str, int]) -> RemoteArtifact | RemoteMissing:
+    def _find(self, stage: str, key: str, there: dict[str, int]) -> RemoteArtifact | Missing:
         folder = _folder(stage, key)
         turns = leases.turns_in(there, folder)
         try:
             published = leases.current(self._objects, folder, turns)
         except ValueError:
-            return RemoteMissing("its pointer is damaged or was written by a newer smoltulu")
+            return Missing("its pointer is damaged or was written by a newer smoltulu")
         if published is None:
             if turns and "end" not in turns[max(turns)]:
-                return RemoteMissing(f"not finished; last begun by {leases.holder(self._objects, folder, max(turns))}")
-            return RemoteMissing("never made")
+                return Missing(f"not finished; last begun by {leases.holder(self._objects, folder, max(turns))}")
+            return Missing("never made")
         token, ending = published
-        if ending.manifest is None or ending.part_bytes is None:
-            return RemoteMissing("its pointer is damaged")
-        if isinstance(read := self._read_manifest(stage, key, ending, there), RemoteMissing):
-            return read
-        manifest, manifest_bytes = read
-        for name, record in manifest.files.items():
+        if isinstance(found := self._read_manifest(stage, key, token, ending, there), Missing):
+            return found
+        for name, record in found.manifest.files.items():
             # Checked before the parts are listed: a false size must not cost memory.
-            if record.size // ending.part_bytes > len(there):
-                return RemoteMissing(f"{name} is damaged: parts of it are gone")
-            for part in parts_of(record, ending.part_bytes):
+            if record.size // found.part_bytes > len(there):
+                return Missing(f"{name} is damaged: parts of it are gone")
+            for part in parts_of(record, found.part_bytes):
                 size = there.get(f"{folder}/files/{part.name}")
                 if size != part.size:
                     what = "is gone" if size is None else f"has {size} bytes instead of {part.size}"
-                    return RemoteMissing(f"{name} is damaged: {part.name} {what}")
+                    return Missing(f"{name} is damaged: {part.name} {what}")
                 if there.get(f"{folder}/damaged/{part.name}"):
-                    return RemoteMissing(f"{name} is damaged: a reader found other bytes than its manifest says")
-        return RemoteArtifact(token, manifest, manifest_bytes, ending.part_bytes)
+                    return Missing(f"{name} is damaged: a reader found other bytes than its manifest says")
+        return found
 
     def _read_manifest(
-        self, stage: str, key: str, ending: Ending, there: dict[str, int]
-    ) -> tuple[Manifest, bytes] | RemoteMissing:
+        self, stage: str, key: str, token: int, ending: Ending, there: dict[str, int]
+    ) -> RemoteArtifact | Missing:
+        if ending.manifest is None or ending.part_bytes is None:
+            return Missing("its pointer is damaged")
         name = f"{_folder(stage, key)}/manifests/{ending.manifest}.json"
         if name not in there:
-            return RemoteMissing("its manifest is gone")
+            return Missing("its manifest is gone")
         if there[name] > _MAX_MANIFEST_BYTES:
-            return RemoteMissing(f"its manifest has {there[name]:,} bytes, more than any real one")
+            return Missing(f"its manifest has {there[name]:,} bytes, more than any real one")
         data = self._objects.get(name)
         if blake3(data).hexdigest() != ending.manifest:
-            return RemoteMissing("its manifest is damaged")
+            return Missing("its manifest is damaged")
         try:
-            return checked_manifest(data, stage, key), data
+            return RemoteArtifact(token, checked_manifest(data, stage, key), data, ending.part_bytes)
         except ValueError as error:
-            return RemoteMissing(str(error))
+            return Missing(str(error))
 
     def _download(
         self,
@@ -283,7 +271,7 @@ class Remote:
         """Fetch files by digest into `state`, what is not there yet; returns the digests that did not come out."""
         folder = _folder(artifact.manifest.spec.stage, artifact.manifest.key)
         writing = threading.Lock()
-        jobs, left, damaged = [], {}, set()
+        jobs, damaged = [], set()
         for digest, record in records.items():
             parts = parts_of(record, artifact.part_bytes)
             diary = state / f"{digest}.done"
@@ -291,7 +279,6 @@ class Remote:
             missing = [part for part in parts if part.name not in fetched]
             (state / digest).touch()
             counted(digest, record.size - sum(part.size for part in missing))
-            left[digest] = len(missing)
             jobs += [(digest, part) for part in missing]
 
         def fetch(job: tuple[str, Part]) -> tuple[str, Part, bool]:
@@ -312,12 +299,11 @@ class Remote:
                 diary.write(f"{part.name}\n")
             return digest, part, True
 
-        for digest, part, good in _in_parallel(fetch, jobs, self._num_transfers):
+        for digest, part, good in _in_parallel(fetch, jobs, self.num_transfers):
             if not good:
                 damaged.add(digest)
-            left[digest] -= 1
             counted(digest, part.size)
-        return damaged | {digest for digest, record in records.items() if not _is_whole(state / digest, record)}
+        return damaged | {digest for digest, record in records.items() if file_fault(state, digest, record, full=True)}
 
     def _mark(
         self, artifact: RemoteArtifact, records: list[FileRecord], names_of: dict[str, list[str]]
@@ -359,10 +345,6 @@ def _holds(path: Path, data: bytes) -> bool:
         return path.read_bytes() == data
     except OSError:
         return False
-
-
-def _is_whole(path: Path, record: FileRecord) -> bool:
-    return path.is_file() and path.stat().st_size == record.size and file_digest(path) == record.blake3
 
 
 def _place(source: Path, targets: list[Path]) -> None:

@@ -1,7 +1,7 @@
-"""What is in a store: artifacts, lineage, sizes, runs, tags. Reads only, and is never upset by what it finds.
+"""What is in a store: artifacts, lineage, sizes, runs, tags. Reads only, and never fails on what it finds.
 
 Listing reads JSON and picks fields, without pydantic: 10,000 artifacts are looked through in under a second. What
-cannot be read is passed over and said in `Catalogue.notes`. Links are read like folders (a stage may lie on another
+cannot be read is skipped and named in `Catalogue.notes`. Links are read like folders (a stage may lie on another
 disk), and marked, so that nothing is ever removed behind one.
 """
 

@@ -175,7 +175,7 @@ class _Planner:
     def _is_running(self, run: RunRecord) -> bool:
         alive = is_alive(run)
         if alive is None:
-            # On another host, where we cannot look. What it makes right now is locked; forever is too long, though.
+            # On another host, where we cannot look. What it makes now is locked; its record counts for `keep_days`.
             return _mtime(layout.record_path(self.catalogue.root, layout.RUNS, run.run_name)) > self.horizon
         return alive
 
@@ -201,10 +201,8 @@ class _Planner:
         """Everything of a key that nothing needs, but what was set aside lately."""
         aside = {*folder.damaged, *folder.headless}
         names = [*folder.whole, *folder.begun, *folder.leftovers]
-        if not names and aside:
-            return None
-        if not names and _mtime(folder.path) > self.horizon:
-            return None  # just begun
+        if not names and (aside or _mtime(folder.path) > self.horizon):
+            return None  # only what was set aside lately, or just begun
         if folder.current is not None:
             names.insert(0, layout.CURRENT)
         if folder.has_spec and not aside:
@@ -250,17 +248,15 @@ class _Planner:
             folder = self.catalogue.root / name
             if folder.is_symlink() and name:
                 continue
-            with contextlib.suppress(OSError):
-                hidden = [entry for entry in os.scandir(folder) if entry.name.startswith(".")]
-                old = sorted(
-                    entry.name
-                    for entry in hidden
-                    if entry.name.startswith(TRASH_PREFIX)
-                    or (_is_temporary(entry.name) and _mtime(Path(entry.path)) <= self.yesterday)
-                )
-                if old:
-                    size = sum(_disk_bytes(folder / entry) for entry in old)
-                    removals.append(Removal(Ref(name, ""), tuple(old), "leftover", "temporary", size))
+            old = tuple(
+                entry.name
+                for entry in layout.scan(folder)
+                if entry.name.startswith(TRASH_PREFIX)
+                or (_is_temporary(entry.name) and _mtime(Path(entry.path)) <= self.yesterday)
+            )
+            if old:
+                size = sum(_disk_bytes(folder / entry) for entry in old)
+                removals.append(Removal(Ref(name, ""), old, "leftover", "temporary", size))
         return removals
 
     def _removal(self, folder: KeyFolder, names: Iterable[str], kind: str, reason: str) -> Removal:
@@ -296,8 +292,8 @@ def _holder(folder: Path) -> str | None:
 
 
 def _is_temporary(name: str) -> bool:
-    """Whether a hidden file has the form of `artifacts.files.write_atomically`'s: .name.pid"""
-    return name.rpartition(".")[2].isdigit() and name.count(".") >= 2
+    """Whether a file has the form of `artifacts.files.write_atomically`'s: .name.pid"""
+    return name.startswith(".") and name.rpartition(".")[2].isdigit() and name.count(".") >= 2
 
 
 def _mtime(path: Path) -> float:

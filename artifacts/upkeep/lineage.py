@@ -17,10 +17,11 @@ _EVERYWHERE = ("chat_template:", "lm_eval_tasks:")
 class Relative:
     """An ancestor or a descendant.
 
-    binding   input that it is, or through which it takes
+    binding   input that it is, or as which a descendant takes what is above it
     node      name in the graph that first asked for it; empty where its manifest is gone
     mark      what is wrong: gone, made again since, not finished; empty where nothing is
     repeated  shown above, with its own relatives
+    digest    of a descendant: its content now
     """
 
     ref: Ref
@@ -32,6 +33,7 @@ class Relative:
     sources: list[str] = field(default_factory=list)
     relatives: list[Relative] = field(default_factory=list)
     repeated: bool = False
+    digest: str = ""
 
 
 def ancestors(catalogue: Catalogue, manifest: dict[str, Any]) -> list[Relative]:
@@ -84,32 +86,29 @@ def descendants(catalogue: Catalogue, ref: Ref, limit: int | None = None) -> tup
                 num_left += 1
                 visit(consumer, "", False)
                 continue
-            relative, its_digest = _consumer(catalogue, consumer, upstream, digest, is_root)
-            if relative is None:
+            if (relative := _consumer(catalogue, consumer, upstream, digest, is_root)) is None:
                 continue
             seen.add(consumer)
             num_shown += 1
-            relative.relatives = visit(consumer, its_digest, False)
+            relative.relatives = visit(consumer, relative.digest, False)
             relatives.append(relative)
         return relatives
 
     return visit(ref, str(catalogue.known(ref).get("digest", "")), True), num_left
 
 
-def _consumer(
-    catalogue: Catalogue, consumer: Ref, upstream: Ref, digest: str, is_root: bool
-) -> tuple[Relative | None, str]:
-    """A consumer with its digest; None where it names the artifact only as a part of a longer story."""
+def _consumer(catalogue: Catalogue, consumer: Ref, upstream: Ref, digest: str, is_root: bool) -> Relative | None:
+    """A consumer; None where it names the artifact only among the ancestors of its model."""
     try:
         manifest = catalogue.manifest(consumer)
         inputs = [given for given in inputs_of(manifest) if given.ref == upstream]
     except ValueError:
-        return Relative(consumer, "", mark="not finished"), ""
+        return Relative(consumer, "", mark="not finished")
     bindings = [given.binding for given in inputs]
     # A publication names all ancestors of its model, and every evaluation: it is shown under its model.
     hidden = ("lineage.",) if is_root else ("lineage.", "evaluations.")
     if not inputs or all(binding.startswith(hidden) for binding in bindings):
-        return None, ""
+        return None
     earlier = digest and all(given.digest != digest for given in inputs)
     return Relative(
         consumer,
@@ -118,7 +117,8 @@ def _consumer(
         str(manifest.get("finished_at", "")),
         "made from an earlier content" if earlier else "",
         scores_of(manifest),
-    ), str(manifest.get("digest", ""))
+        digest=str(manifest.get("digest", "")),
+    )
 
 
 def _direct(manifest: dict[str, Any]) -> list[InputRef]:

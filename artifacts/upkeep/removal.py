@@ -32,7 +32,7 @@ class Outcome:
 
 
 def remove(plan: Plan, root: Path, told: Callable[[Removal], None] = lambda removal: None) -> Outcome:
-    """Carry a plan out. What is in use by now, was used since, or cannot be removed is skipped with a reason."""
+    """Carry out a plan. What is in use by now, was used since, or cannot be removed is skipped with a reason."""
     root = root.absolute()
     outcome = Outcome()
     needed: set[Ref] = set()

@@ -40,13 +40,10 @@ def set_tag(catalogue: Catalogue, name: str, ref: Ref, *, move: bool = False) ->
 def remove_tag(catalogue: Catalogue, name: str) -> TagRecord | None:
     """Take a tag away; returns what it named, None where it could not be read. ValueError where there is none."""
     before = catalogue.tags().get(name)
-    try:
-        if "/" in name:
-            raise FileNotFoundError
-        record_path(catalogue.root, TAGS, name).unlink()
-    except FileNotFoundError:
-        there = ", ".join(catalogue.tags()) or "none"
-        raise ValueError(f"no tag {name!r}; there: {there}") from None
+    file = record_path(catalogue.root, TAGS, name)
+    if "/" in name or not file.is_file():
+        raise ValueError(f"no tag {name!r}; there: {', '.join(catalogue.tags()) or 'none'}")
+    file.unlink(missing_ok=True)
     return before
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,31 +38,21 @@ class Finding:
     aside: str = ""
 
 
-def verify_artifacts(
-    catalogue: Catalogue, refs: Iterable[Ref], *, report_only: bool, told: Callable[[Finding], None]
-) -> list[Finding]:
-    """Check every generation of the given artifacts; damaged ones are set aside unless `report_only`.
-
-    `told` is called for each finding as it comes.
-    """
+def verify_artifacts(catalogue: Catalogue, refs: Iterable[Ref], *, report_only: bool) -> Iterator[Finding]:
+    """Check every generation of the given artifacts; damaged ones are set aside unless `report_only`."""
     folders = [catalogue.folder(ref) for ref in refs]
     todo = [(folder, name) for folder in folders for name in (*folder.whole, *folder.headless)]
-    findings = []
     pool = ThreadPoolExecutor(_NUM_AT_ONCE)
     try:
         for (folder, _), finding in zip(todo, pool.map(lambda work: _check_generation(*work), todo), strict=True):
             if finding.status == "damaged" and not report_only:
                 finding = _set_aside(catalogue.root, folder, finding)
-            findings.append(finding)
-            told(finding)
+            yield finding
     finally:
         # Interrupted: what was not begun must not be waited for.
         pool.shutdown(cancel_futures=True)
     for folder in folders:
-        for finding in _check_pointer(folder):
-            findings.append(finding)
-            told(finding)
-    return findings
+        yield from _check_pointer(folder)
 
 
 def verify_tags(catalogue: Catalogue) -> list[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,17 +105,13 @@ def verify(
     began = time.monotonic()
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
         bar = progress.add_task("", total=total)
-
-        def told(finding: Finding) -> None:
+        findings = []
+        tags = () if what else verify_tags(catalogue)
+        for finding in chain(verify_artifacts(catalogue, refs, report_only=report_only), tags):
+            findings.append(finding)
             progress.advance(bar, finding.num_bytes)
             if finding.status != "ok":
                 out.print(_finding_text(finding))
-
-        findings = verify_artifacts(catalogue, refs, report_only=report_only, told=told)
-        if not what:
-            for finding in verify_tags(catalogue):
-                findings.append(finding)
-                told(finding)
     seconds = time.monotonic() - began
     counts = Counter(finding.status for finding in findings)
     num_bytes = sum(finding.num_bytes for finding in findings)

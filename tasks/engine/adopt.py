@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from functools import partial
-from pathlib import Path
 
-from smoltulu.artifacts.files import remove_tree
+from smoltulu.artifacts.files import link_or_copy, remove_tree
 from smoltulu.artifacts.store import WAITING, Found, Log, Store
 from smoltulu.schemas.artifact import FileRecord, Manifest
 from smoltulu.tasks.job import Job
@@ -23,8 +20,7 @@ def adopt_artifact(job: Job, old: Found, store: Store, log: Log) -> Found:
         output = store.open_work(folder, job.input_digests) / "output"
         remove_tree(output)
         for name in old.manifest.files:
-            (output / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(old.folder / name, output / name)
+            link_or_copy(old.folder / name, output / name)
 
         def draft(files: dict[str, FileRecord], digest: str) -> Manifest:
             if wrong := sorted(name for name, record in files.items() if old.manifest.files[name] != record):
@@ -36,10 +32,3 @@ def adopt_artifact(job: Job, old: Found, store: Store, log: Log) -> Found:
             return old.manifest.model_copy(update={**identity, "adopted_from": old.manifest.key})
 
         return store.commit(job.spec, output, draft)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)

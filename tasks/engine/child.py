@@ -28,8 +28,6 @@ from smoltulu.tasks.stage import STOPPED, Report, Stage, StageContext, StageStop
 #: Files of `work` that say why a stage ended; any rank may write them.
 ERROR_FILE = "error.json"
 OUT_OF_MEMORY_FILE = "out_of_memory.json"
-#: Exit status of a stage process that ran out of memory.
-OUT_OF_MEMORY = 3
 
 
 def run(stage: Stage, job: dict, report: Report, is_main: bool) -> None:
@@ -85,7 +83,7 @@ def main(job_file: str) -> int:
         if is_out_of_memory(error):
             message = {"message": str(error).strip().partition("\n")[0] or type(error).__name__}
             write_atomically(Path(job["work"]) / OUT_OF_MEMORY_FILE, json.dumps(message))
-            return OUT_OF_MEMORY
+            return 3
         return 1
     return 0
 

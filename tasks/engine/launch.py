@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from pathlib import Path
 
 from smoltulu.artifacts.files import remove_tree, write_atomically
+from smoltulu.artifacts.store import Log
 from smoltulu.schemas.budget import smaller_batch
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.child import ERROR_FILE, OUT_OF_MEMORY_FILE
@@ -42,9 +42,8 @@ DISK_ADVICE = {
 #: Seconds that a stage gets to write a checkpoint when it is asked to stop.
 _STOP_SECONDS = 8.0
 
-_running: set[subprocess.Popen] = set()
-#: Where the stages of one process compute, as far as they use a GPU.
-_gpus: weakref.WeakKeyDictionary[subprocess.Popen, str] = weakref.WeakKeyDictionary()
+#: Processes of stages, each with the GPU that it may use (CUDA_VISIBLE_DEVICES).
+_running: dict[subprocess.Popen, str] = {}
 _running_lock = threading.Lock()
 
 
@@ -52,7 +51,7 @@ class StageFailed(RuntimeError):
     """A stage's process ended without a result; the text holds the end of its log."""
 
 
-def run_child(job: Job, work: Path, output: Path, log: logging.Logger | logging.LoggerAdapter) -> None:
+def run_child(job: Job, work: Path, output: Path, log: Log) -> None:
     """Run a stage in a process of its own; its result is in `work`, what it made in `output`.
 
     One that runs out of memory is started again with smaller batches, which changes no result (a training has the same
@@ -93,9 +92,7 @@ def _that_fits(job: Job, work: Path) -> ComputeSettings:
     return job.compute
 
 
-def _run_once(
-    job: Job, compute: ComputeSettings, work: Path, output: Path, log: logging.Logger | logging.LoggerAdapter
-) -> str | None:
+def _run_once(job: Job, compute: ComputeSettings, work: Path, output: Path, log: Log) -> str | None:
     """Run the stage; what was said where it ran out of memory, else None. Other ends without a result are raised."""
     for name in (ERROR_FILE, OUT_OF_MEMORY_FILE):
         (work / name).unlink(missing_ok=True)
@@ -140,8 +137,7 @@ def _run_once(
                 stdin=subprocess.DEVNULL,
                 env=environment,
             )
-            _running.add(process)
-            _gpus[process] = environment.get("CUDA_VISIBLE_DEVICES", "")
+            _running[process] = environment.get("CUDA_VISIBLE_DEVICES", "")
         try:
             listen(process, messages, on_message, on_output)
             code = process.wait()
@@ -150,7 +146,7 @@ def _run_once(
                 process.kill()
                 process.wait()
             with _running_lock:
-                _running.discard(process)
+                del _running[process]
     # The files, not the status: torchrun has one of its own.
     if code > 0 and code != STOPPED:
         if (message := _message(work / ERROR_FILE)) is not None:
@@ -232,5 +228,5 @@ def _least_used_gpu() -> str:
         gpus = [str(number) for number in range(num_gpus)]
     else:
         gpus = visible.split(",")
-    taken = Counter(_gpus.get(process) for process in _running)
+    taken = Counter(_running.values())
     return min(gpus, key=lambda gpu: taken[gpu])

@@ -41,12 +41,12 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
         store.touch(found)
         store.share(found, job.node, log)
         return cached
-    asked_for = _generation(found)
+    before = found
     try:
         with store.producer(job.spec, partial(log.info, WAITING, job.node)) as folder:
             found = store.find(job.spec, digests)
             # Another producer may have made it while we waited; a refresh is content with what was made meanwhile.
-            if isinstance(found, Found) and (not job.refresh or _generation(found) != asked_for):
+            if isinstance(found, Found) and (not job.refresh or found != before):
                 return _cached(found, job)
             if isinstance(found, Missing):
                 if found.damaged:
@@ -54,13 +54,11 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
                     log.warning("%s: %s; set aside as %s and made again", job.node, found.reason, aside.name)
                 else:
                     log.info("%s: runs (%s)", job.node, found.reason)
-            with store.turn(job.spec, digests, job.node, log, job.refresh) as turn:
-                if turn.found is not None:
-                    return _cached(turn.found, job)
-                made = _make(job, store, folder, log)
-                turn.share(made)
-            outcome = "Resumed" if made.manifest.resumed_from_steps else "Completed"
-            return reference_to(made, job.node, outcome)
+            make = partial(_make, job, store, folder, log)
+            made, is_new = store.make_once(job.spec, digests, job.node, log, job.refresh, make)
+            if not is_new:
+                return _cached(made, job)
+            return reference_to(made, job.node, "Resumed" if made.manifest.resumed_from_steps else "Completed")
     except OSError as error:
         if error.errno not in DISK_ADVICE:
             raise
@@ -142,7 +140,7 @@ def _check_inputs(job: Job, store: Store) -> None:
     """Read every byte that the stage is made from: weights that went bad would corrupt, unseen, all that follows."""
     refs = {Ref(record.stage, record.key) for record in job.input_records.values()}
     damaged = []
-    for finding in verify_artifacts(Catalogue(store.root), sorted(refs), report_only=False, told=lambda finding: None):
+    for finding in verify_artifacts(Catalogue(store.root), sorted(refs), report_only=False):
         if finding.status == "damaged":
             damaged.append(f"{finding.ref.stage}/{finding.ref.key[:12]}: {'; '.join(finding.faults)} ({finding.aside})")
     if damaged:
@@ -150,10 +148,6 @@ def _check_inputs(job: Job, store: Store) -> None:
             f"{job.node}: what it is made from was damaged on disk: {'. '.join(damaged)}. Run again to have that made "
             "again"
         )
-
-
-def _generation(found: Found | Missing) -> str | None:
-    return found.folder.name if isinstance(found, Found) else None
 
 
 def _warn_of_drift(work: Path, node: str, log: Log) -> None:
@@ -172,8 +166,7 @@ def _warn_of_drift(work: Path, node: str, log: Log) -> None:
 
 def _run_function(job: Job, work: Path, output: Path, log: Log) -> dict:
     """Run the stage function in a process of its own (or here, `launcher: inline`); its result as plain JSON values."""
-    for name in ("result.json", "error.json"):
-        (work / name).unlink(missing_ok=True)
+    (work / "result.json").unlink(missing_ok=True)
     if job.compute.launcher == "inline":
         context = StageContext(output, work, job.compute, Progress(job.node, log), job.spec.externals)
         outputs, metrics = job.stage.function(job.config, job.inputs, context)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from smoltulu.schemas.artifact import ArtifactReference, Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
-from smoltulu.schemas.evaluation import EvaluationOutputs, Score
+from smoltulu.schemas.evaluation import EvaluationOutputs, Measurement
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
 from smoltulu.tasks.report import text
@@ -150,7 +150,7 @@ def score_tables(scores: Sequence[RunScore]) -> list[ScoreTable]:
     return [table for table in tables if table.rows]
 
 
-def score_cell(score: RunScore | Score) -> ScoreCell:
+def score_cell(score: Measurement) -> ScoreCell:
     """One score as text."""
     return ScoreCell(text.score(score.value, score.stderr), f"{score.num_samples:,}", score.limited)
 

@@ -97,7 +97,7 @@ def test_every_kind_of_damage_is_a_miss_with_its_reason(tmp_path: Path) -> None:
 
     generation = commit(store, spec()).folder
     (generation / "model.txt").write_text("short")
-    assert "model.txt has 5 bytes, its manifest says 7" in reason()
+    assert "model.txt has 5 bytes instead of 7" in reason()
     (generation / "model.txt").unlink()
     assert "model.txt is gone" in reason()
     (generation / "model.txt").write_text("weights")
@@ -122,7 +122,7 @@ def test_flipped_byte_is_found_by_verify_and_set_aside(tmp_path: Path) -> None:
     assert store.verify(made) == []
     (made.folder / "model.txt").write_text("weighty")
     found = store.find(spec())
-    assert isinstance(found, Found) and store.verify(found) == ["model.txt has other bytes than its manifest says"]
+    assert isinstance(found, Found) and store.verify(found) == ["model.txt has other bytes than were written"]
     (made.folder / "extra.txt").write_text("x")
     assert store.verify(found)[1:] == ["extra.txt is not in the manifest"]
     aside = store.quarantine(found.folder.parent, found.folder.name, "model.txt differs")
@@ -281,8 +281,8 @@ def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     assert [(step, reason) for step, _, reason in torn_checkpoints(tmp_path)] == [
         (20, "it was not written to its end"),
-        (10, "weights has 4 of 10 bytes"),
-        (9, "its completion marker or a file of it is unreadable (ValidationError)"),
+        (10, "weights has 4 bytes instead of 10"),
+        (9, "its completion marker is unreadable (ValidationError)"),
     ]
 
 

@@ -6,13 +6,15 @@ import logging
 import shutil
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from smoltulu.artifacts.keys import artifact_key
 from smoltulu.artifacts.shared.door import SharedStore
-from smoltulu.artifacts.shared.remote import Remote, RemoteArtifact, RemoteError
+from smoltulu.artifacts.shared.objects import RemoteError
+from smoltulu.artifacts.shared.remote import Remote, RemoteArtifact
 from smoltulu.artifacts.store import Found
 from smoltulu.schemas.artifact import InputRecord
 from tests.artifacts.test_store import commit, commit_held, spec
@@ -32,15 +34,9 @@ def remote(tmp_path: Path) -> Remote:
 
 def make(store: SharedStore, text: str = "weights", refresh: bool = False) -> tuple[Found, bool]:
     """The artifact of `SPEC`, and whether it was made here; as the runner does it."""
-    with (
-        store.producer(SPEC, lambda whom: None) as folder,
-        store.turn(SPEC, INPUTS, "sft", LOG, refresh) as turn,
-    ):
-        if turn.found is not None:
-            return turn.found, False
-        made = commit_held(store, folder, SPEC, text, RECORDS)
-        turn.share(made)
-        return made, True
+    with store.producer(SPEC, lambda whom: None) as folder:
+        commit_here = partial(commit_held, store, folder, SPEC, text, RECORDS)
+        return store.make_once(SPEC, INPUTS, "sft", LOG, refresh, commit_here)
 
 
 def test_made_once_and_obtained_elsewhere(tmp_path: Path, remote: Remote, caplog: pytest.LogCaptureFixture) -> None:
@@ -80,14 +76,17 @@ def test_who_waits_says_for_whom_and_takes_what_was_published(
     here, there = SharedStore(tmp_path / "a", remote), SharedStore(tmp_path / "b", remote)
     results: list[tuple[Found, bool]] = []
     thread = threading.Thread(target=lambda: results.append(make(there, "mine")))
-    with here.producer(SPEC, lambda whom: None) as folder, here.turn(SPEC, INPUTS, "sft", LOG, False) as turn:
-        thread.start()
-        deadline = time.monotonic() + 60
-        while "sft: waiting for process" not in caplog.text:
-            assert time.monotonic() < deadline, caplog.text
-            time.sleep(0.02)
-        made = commit_held(here, folder, SPEC, "theirs", RECORDS)
-        turn.share(made)
+    with here.producer(SPEC, lambda whom: None) as folder:
+
+        def commit_late() -> Found:
+            thread.start()
+            deadline = time.monotonic() + 60
+            while "sft: waiting for process" not in caplog.text:
+                assert time.monotonic() < deadline, caplog.text
+                time.sleep(0.02)
+            return commit_held(here, folder, SPEC, "theirs", RECORDS)
+
+        made, _ = here.make_once(SPEC, INPUTS, "sft", LOG, False, commit_late)
     thread.join()
     [(found, is_new)] = results
     assert not is_new and found.manifest == made.manifest and "which makes it" in caplog.text

@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> HandStore:
 def check(store: HandStore, *, report_only: bool = True) -> dict[str, Finding]:
     """Findings that are not ok, by name of the generation or pointer."""
     catalogue = store.catalogue
-    findings = verify_artifacts(catalogue, catalogue.refs, report_only=report_only, told=lambda finding: None)
+    findings = verify_artifacts(catalogue, catalogue.refs, report_only=report_only)
     return {finding.name: finding for finding in findings if finding.status != "ok"}
 
 
@@ -278,7 +278,7 @@ def test_every_flipped_byte_of_content_is_found(store: HandStore) -> None:
         for position in (0, len(content) // 2, len(content) - 1):
             path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
             finding = check(store)["gen-0001"]
-            assert finding.status == "damaged" and finding.faults == (f"{name} has other bytes than its manifest says",)
+            assert finding.status == "damaged" and finding.faults == (f"{name} has other bytes than were written",)
         path.write_bytes(content)
     assert check(store) == {}
 
@@ -354,7 +354,7 @@ def test_pointers_to_nothing(store: HandStore) -> None:
 
 
 def _pointers(store: HandStore, ref: Ref) -> list[Finding]:
-    found = verify_artifacts(store.catalogue, [ref], report_only=False, told=lambda finding: None)
+    found = verify_artifacts(store.catalogue, [ref], report_only=False)
     return [finding for finding in found if finding.name == "current"]
 
 

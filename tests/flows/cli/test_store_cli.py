@@ -186,7 +186,7 @@ def test_verify(store: HandStore) -> None:
     store.tag("fine", made["dpo"])
     assert "1 ok" in call(store, "verify", "fine").output
     output = words(call(store, "verify", made["sft"].key[:8], code=1).output)
-    assert "data.txt has other bytes than its manifest says (set aside as damaged-gen-0001-" in output
+    assert "data.txt has 5 bytes instead of 9 (set aside as damaged-gen-0001-" in output
     assert made["sft"] not in store.finished() and "6 ok" in call(store, "verify").output
 
 

@@ -444,7 +444,7 @@ def test_damaged_and_what_hangs_on_it(tiny: tuple[Store, Graph]) -> None:
     (found.folder / "rows.parquet").write_text("short")
     rows = make(graph, store)
     assert (rows["sft"].status, rows["sft"].reason) == (
-        "runs", f"damaged: rows.parquet has 5 bytes, its manifest says {ROWS_BYTES}",
+        "runs", f"damaged: rows.parquet has 5 bytes instead of {ROWS_BYTES:,}",
     )  # fmt: skip
     assert rows["dpo"].status == "runs" and rows["dpo"].reason == (
         "cached if reference-logps, sft comes out the same as before"

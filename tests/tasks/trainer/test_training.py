@@ -211,8 +211,7 @@ def test_a_stage_in_one_process_sees_one_gpu(
     assert made.get("CUDA_VISIBLE_DEVICES") == expected
     if expected == "2":  # a stage that runs beside it takes the next
         with subprocess.Popen([sys.executable, "-c", ""]) as process:
-            monkeypatch.setattr(smoltulu.tasks.engine.launch, "_running", {process})
-            monkeypatch.setitem(smoltulu.tasks.engine.launch._gpus, process, "2")
+            monkeypatch.setattr(smoltulu.tasks.engine.launch, "_running", {process: "2"})
             assert _child_environment(ComputeSettings(), 1)["CUDA_VISIBLE_DEVICES"] == "3"
 
 
