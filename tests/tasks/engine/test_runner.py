@@ -28,6 +28,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
 from smoltulu.schemas.training import GateSettings, SFTSettings, TrainingInputs
 from smoltulu.schemas.world import WorldConfig
+from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.engine.runner import Job, _warn_of_drift, run_stage
 from smoltulu.tasks.stages import STAGES
@@ -69,7 +70,11 @@ def dataset_job(file: Path) -> Job:
     stage = STAGES["dataset"]
     config = DatasetStageConfig(kind="sft", data=DataSet(sources=(DataSource(path=str(file), format="messages"),)))
     spec = Spec(
-        stage="dataset", version=1, config=scientific(config), inputs={}, externals={"data.0": file.read_text()}
+        stage="dataset",
+        version=1,
+        config=scientific(config),
+        inputs={},
+        externals={"data.0": source_digest(config.data.sources[0])},
     )
     return Job("dataset-sft", stage, config, COMPUTE, spec, DatasetInputs())
 
