@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from smoltulu.schemas.common import StrictModel
+from smoltulu.schemas.common import StrictModel, plain_path
 
 #: 2: digests are BLAKE3, what lies below `logs/` (and, since it exists, `checkpoint/`) is no content.
 MANIFEST_SCHEMA_VERSION = 2
@@ -72,11 +71,9 @@ class Manifest(StrictModel):
 
     @field_validator("files")
     @classmethod
-    def _stays_inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    def _stay_inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
         for name in files:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or name != path.as_posix() or name in ("", "."):
-                raise ValueError(f"file name {name!r} is no plain relative path")
+            plain_path(name)
         return files
 
 

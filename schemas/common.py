@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 
@@ -69,3 +72,28 @@ def scientific(model: BaseModel) -> dict[str, Any]:
         for name, field in type(model).model_fields.items()
         if role_of(field) == "science" and not _is_left_out(field, getattr(model, name))
     }
+
+
+def plain_path(name: str) -> str:
+    """A path that stays inside of the folder that it is relative to. ValueError for any other."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or name != path.as_posix() or name in ("", ".") or "\0" in name:
+        raise ValueError(f"file name {name[:200]!r} is no plain relative path")
+    return name
+
+
+@dataclass(frozen=True)
+class _InArtifact:
+    """Marks a field of a stage's outputs that names a file or folder of the artifact."""
+
+
+#: A file or folder of the artifact, relative to it: a field of a stage's outputs.
+ArtifactPath = Annotated[str, AfterValidator(plain_path), _InArtifact()]
+
+
+def artifact_paths(outputs: BaseModel) -> Iterator[tuple[str, str]]:
+    """Field and value of all that an outputs model names in the artifact."""
+    for name, field in type(outputs).model_fields.items():
+        marks = [*field.metadata, *(mark for part in get_args(field.annotation) for mark in get_args(part))]
+        if _InArtifact() in marks and (value := getattr(outputs, name)) is not None:
+            yield name, value

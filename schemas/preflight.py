@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from smoltulu.schemas.common import StrictModel, machinery
+from smoltulu.schemas.common import ArtifactPath, StrictModel, machinery
 from smoltulu.schemas.training import RowRules
 
 
@@ -92,8 +92,8 @@ class DryRun(StrictModel):
 class PreflightOutputs(StrictModel):
     """Rows as they will be trained on, and the report (`logs/report.html`, `logs/report.json`)."""
 
-    file: str = Field("rows.parquet", description="tokenised rows; for prompts the rows themselves")
-    report_file: str = Field("logs/report.html", description="among the logs: its figures are of a machine")
+    file: ArtifactPath = Field("rows.parquet", description="tokenised rows; for prompts the rows themselves")
+    report_file: ArtifactPath = Field("logs/report.html", description="among the logs: its figures are of a machine")
     num_rows: int = Field(ge=0, description="rows that are left: one line each in `file`")
     num_source_rows: int = Field(ge=0)
     num_dropped: int = Field(0, ge=0, description="longer than max_length")

@@ -6,7 +6,7 @@ import re
 
 from pydantic import Field, field_validator
 
-from smoltulu.schemas.common import StrictModel, machinery, science
+from smoltulu.schemas.common import ArtifactPath, StrictModel, machinery, science
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
@@ -66,7 +66,7 @@ class PublishInputs(StrictModel):
 class PublishOutputs(StrictModel):
     """A folder that is ready to be pushed."""
 
-    folder: str = Field("model")
+    folder: ArtifactPath = Field("model")
     model_digest: str = Field(description="digest over the weight files, equal to the evaluated model's")
 
 

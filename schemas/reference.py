@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from smoltulu.schemas.common import StrictModel, science
+from smoltulu.schemas.common import ArtifactPath, StrictModel, science
 from smoltulu.schemas.training import TrainingInputs
 
 
@@ -23,5 +23,7 @@ class ReferenceLogpsInputs(TrainingInputs):
 class ReferenceLogpsOutputs(StrictModel):
     """One line a pair, in the order of the tokenised pairs."""
 
-    file: str = Field("reference_logps.parquet", description="chosen, rejected: sums of log-probabilities (float32)")
+    file: ArtifactPath = Field(
+        "reference_logps.parquet", description="chosen, rejected: sums of log-probabilities (float32)"
+    )
     num_rows: int = Field(ge=0)

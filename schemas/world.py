@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from smoltulu.schemas.common import StrictModel, science
+from smoltulu.schemas.common import ArtifactPath, StrictModel, science
 
 
 class WorldConfig(StrictModel):
@@ -44,14 +44,18 @@ class WorldConfig(StrictModel):
 class WorldOutputs(StrictModel):
     """What `generate_world` wrote: file names relative to its folder, and the number of rows of each."""
 
-    pretrain: str = Field("pretrain.jsonl", description="rows {text}")
-    sft: str = Field("sft.jsonl", description="rows {messages}")
-    preference: str = Field("preference.jsonl", description="rows {prompt, chosen, rejected}")
-    rlvr: str = Field("rlvr.jsonl", description="rows {messages, verifier, ground_truth}")
-    eval_arithmetic: str = Field("eval_arithmetic.jsonl", description="rows {question, answer}")
-    eval_instructions: str = Field("eval_instructions.jsonl", description="rows {prompt, verifier, ground_truth}")
-    eval_verified: str = Field("eval_verified.jsonl", description="rows as rlvr")
-    preference_eval: str = Field("preference_eval.jsonl", description="rows as preference")
-    planted_leaks: str = Field("planted_leaks.json", description="the truth about leaks, for tests and benchmarks only")
+    pretrain: ArtifactPath = Field("pretrain.jsonl", description="rows {text}")
+    sft: ArtifactPath = Field("sft.jsonl", description="rows {messages}")
+    preference: ArtifactPath = Field("preference.jsonl", description="rows {prompt, chosen, rejected}")
+    rlvr: ArtifactPath = Field("rlvr.jsonl", description="rows {messages, verifier, ground_truth}")
+    eval_arithmetic: ArtifactPath = Field("eval_arithmetic.jsonl", description="rows {question, answer}")
+    eval_instructions: ArtifactPath = Field(
+        "eval_instructions.jsonl", description="rows {prompt, verifier, ground_truth}"
+    )
+    eval_verified: ArtifactPath = Field("eval_verified.jsonl", description="rows as rlvr")
+    preference_eval: ArtifactPath = Field("preference_eval.jsonl", description="rows as preference")
+    planted_leaks: ArtifactPath = Field(
+        "planted_leaks.json", description="the truth about leaks, for tests and benchmarks only"
+    )
     num_rows: dict[str, int] = Field(description="rows per jsonl file, by field name")
     num_planted: dict[str, int] = Field(description="planted leaks per training set")

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ValidationError
 
 from smoltulu.schemas.artifact import Manifest
+from smoltulu.schemas.common import artifact_paths
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.training import TrainingSettings
 
@@ -122,6 +123,19 @@ class Stage:
         if self.is_training:
             return "per_device_train_batch_size"
         return "per_device_eval_batch_size" if self.eval_batch else None
+
+    def outputs_of(self, manifest: Manifest) -> BaseModel:
+        """The outputs of an artifact. ValueError where they are not this stage's, or name what the artifact lacks."""
+        try:
+            outputs = self.outputs.model_validate(manifest.outputs)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"its outputs are refused: {where[:80]}: {first['msg']}") from None
+        for field_name, path in artifact_paths(outputs):
+            if path not in manifest.files and not any(name.startswith(f"{path}/") for name in manifest.files):
+                raise ValueError(f"its outputs are refused: {field_name}: no file of it is called {path!r}")
+        return outputs
 
     def gate_failures_of(self, manifest: Manifest, config: BaseModel) -> list[str]:
         """Which thresholds of `config` an artifact fails; none where another version wrote it."""

@@ -25,15 +25,19 @@ _REPORT_SECONDS = 5.0
 class SharedStore(Store):
     """A local store, and the shared one under a URL that it takes from and gives to."""
 
-    def __init__(self, root: Path | str, remote: Remote) -> None:
+    def __init__(
+        self, root: Path | str, remote: Remote, refusal: Callable[[Manifest], str | None] = lambda manifest: None
+    ) -> None:
+        """`refusal` says why an artifact whose manifest is sound is not taken all the same; None: it is taken."""
         super().__init__(root)
         self.remote = remote
+        self.refusal = refusal
 
     def published(self, spec: Spec, input_digests: Mapping[str, str]) -> Manifest | None:
         shared = self.remote.find(spec.stage, artifact_key(spec))
         if not isinstance(shared, RemoteArtifact) or stale_input(shared.manifest, input_digests) is not None:
             return None
-        return shared.manifest
+        return shared.manifest if self.refusal(shared.manifest) is None else None
 
     def obtain(self, spec: Spec, input_digests: Mapping[str, str], node: str, log: Log) -> Found | None:
         if (found := super().obtain(spec, input_digests, node, log)) is not None:
@@ -88,6 +92,9 @@ class SharedStore(Store):
                 return None
             if stale_input(shared.manifest, input_digests) is not None:
                 log.info("%s: the shared store's artifact was made from inputs with another content", node)
+                return None
+            if (why := self.refusal(shared.manifest)) is not None:
+                log.warning("%s: the shared store's artifact is not taken: %s; made again here", node, why)
                 return None
             self.remote.pull(shared, folder / PULL, _progress(f"{node}: taken from the shared store", log))
         except DamagedArtifact as error:

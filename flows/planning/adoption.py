@@ -22,6 +22,7 @@ from smoltulu.schemas.artifact import ArtifactReference, Spec
 from smoltulu.tasks.data.rows import same_rows
 from smoltulu.tasks.engine.adopt import adopt_artifact
 from smoltulu.tasks.engine.runner import reference_to, run_stage
+from smoltulu.tasks.engine.stores import find
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def adopt(graph: NodeGraph, store: Store, log: Log) -> list[Outcome]:
             outcomes.append(Outcome(name, "left", f"waits for {', '.join(missing)}"))
             continue
         job = graph.job(name, references)
-        found = store.find(job.spec, {dotted: record.digest for dotted, record in job.input_records.items()})
+        found = find(store, job.stage, job.spec, job.input_digests)
         if isinstance(found, Found):
             references[name] = reference_to(found, name, "Cached")
             outcomes.append(Outcome(name, "cached", "is there"))
@@ -110,11 +111,12 @@ def _other_input(
             return dotted
         if made_from.digest == now.digest:
             continue
-        upstream = store.find(before[binding.node]) if binding.node in before else None
+        stage = graph.nodes[binding.node].stage
+        upstream = find(store, stage, before[binding.node], {}) if binding.node in before else None
         if (
             # The reader of a whole folder (the lineage of a publication) uses more than its rows.
             binding.output is None
-            or not graph.nodes[binding.node].stage.reencodes
+            or not stage.reencodes
             or not isinstance(upstream, Found)
             or upstream.manifest.digest != made_from.digest
             or not same_rows(

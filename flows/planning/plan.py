@@ -25,6 +25,7 @@ from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, is_commit, resolve_commit
 from smoltulu.tasks.engine.environment import drift, environment
+from smoltulu.tasks.engine.stores import find
 from smoltulu.tasks.report.text import local_minute
 from smoltulu.tasks.trainer.extension import find_source_run
 
@@ -178,7 +179,7 @@ def _row(
         "status": "runs",
     }
     known = {dotted: digests[binding.node] for dotted, binding in bindings.items() if binding.node in digests}
-    found = store.find(spec, known)
+    found = find(store, node.stage, spec, known)
     refreshed = node.stage.name in refresh
     checkpoint = store.unfinished(spec, known)
     if isinstance(found, Found) and not waits_for and not refreshed:

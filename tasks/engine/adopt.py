@@ -14,8 +14,9 @@ def adopt_artifact(job: Job, old: Found, store: Store, log: Log) -> Found:
     """Commit the files of `old` under the key of `job`. Every byte is read; none is copied where links can be made.
 
     Raises:
-        ValueError: a file of `old` does not have the bytes that its manifest names.
+        ValueError: a file of `old` does not have the bytes that its manifest names, or its outputs are not the stage's.
     """
+    job.stage.outputs_of(old.manifest)
     with store.producer(job.spec, partial(log.info, WAITING, job.node)) as folder:
         output = store.open_work(folder, job.input_digests) / "output"
         remove_tree(output)

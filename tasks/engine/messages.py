@@ -14,6 +14,7 @@ import os
 import select
 import selectors
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,10 +30,13 @@ _POLL_SECONDS = 0.2
 
 
 class Sender:
-    """The end of a stage's process."""
+    """The end of a stage's process. Where nobody listens (a job that is run by hand), messages are printed."""
 
     def __init__(self, work: Path) -> None:
-        self._descriptor = os.open(work / PIPE_FILE, os.O_WRONLY)
+        try:
+            self._descriptor = os.open(work / PIPE_FILE, os.O_WRONLY)
+        except FileNotFoundError:
+            self._descriptor = sys.stdout.fileno()
 
     def progress(self, step: int, num_steps: int, **metrics: float) -> None:
         """Say that `step` of `num_steps` is done."""

@@ -22,6 +22,7 @@ from smoltulu.schemas.artifact import ArtifactReference, FileRecord, Manifest
 from smoltulu.schemas.training import TrainingInputs, TrainingSettings
 from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.engine.launch import DISK_ADVICE, StageFailed, run_child
+from smoltulu.tasks.engine.stores import find
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext
@@ -35,7 +36,7 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
     Raises ValueError for what the user must fix (bad data, bad model, disk full), StageFailed for a crash.
     """
     digests = job.input_digests
-    found = store.find(job.spec, digests)
+    found = find(store, job.stage, job.spec, digests)
     if isinstance(found, Found) and not job.refresh:
         cached = _cached(found, job)
         store.touch(found)
@@ -44,7 +45,7 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
     before = found
     try:
         with store.producer(job.spec, partial(log.info, WAITING, job.node)) as folder:
-            found = store.find(job.spec, digests)
+            found = find(store, job.stage, job.spec, digests)
             # Another producer may have made it while we waited; a refresh is content with what was made meanwhile.
             if isinstance(found, Found) and (not job.refresh or found != before):
                 return _cached(found, job)
@@ -69,7 +70,8 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
 
 
 def _cached(found: Found, job: Job) -> ArtifactReference:
-    """ValueError where a threshold that was changed since would not have let this artifact pass."""
+    """ValueError where its outputs are not the stage's, or a threshold that was changed since would have refused it."""
+    job.stage.outputs_of(found.manifest)
     if failures := job.stage.gate_failures_of(found.manifest, job.config):
         raise ValueError(f"{job.node}: {found.folder} is there, but by today's thresholds: {'; '.join(failures)}")
     return reference_to(found, job.node, "Cached")

@@ -108,20 +108,15 @@ def model_card(
         config=config,
         base_model=base_model,
         base_path=without_paths(base.get("path"), "path"),
-        base_digest=_base_digest(lineage),
+        base_digest=next(
+            (digest for made in lineage.values() if (digest := made.spec.externals.get("base_model"))), None
+        ),
         model_digest=model_digest,
         scores=[(outputs.subject, score) for outputs in evaluations.values() for score in outputs.scores],
         lineage=lineage.items(),
         recipe_yaml=recipe_yaml,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
-
-
-def _base_digest(lineage: Mapping[str, Manifest]) -> str | None:
-    """Content digest of a base model that was given as a local folder."""
-    return next(
-        (made.spec.externals.get("base_model") for made in lineage.values() if made.spec.stage == "base_model"), None
-    )
 
 
 def _eval_result(score: Score) -> EvalResult:

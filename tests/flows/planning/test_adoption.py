@@ -24,6 +24,7 @@ from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.evaluation.lm_eval import definitions_digest
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
+from tests.example_outputs import example_outputs
 
 LOG = logging.getLogger("test")
 MESSAGES = [[{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": "a\u2028b"}] for n in range(3)]
@@ -87,7 +88,8 @@ def old_store(folder: Path, graph: NodeGraph, messages: list[Any] = MESSAGES) ->
         json.dumps({"id": f"0:{number}", "messages": turns}, ensure_ascii=False) + "\n"
         for number, turns in enumerate(messages)
     )
-    rows = finish(store, before["rows"], {"rows.jsonl": lines}, {"file": "rows.jsonl"}, {})
+    outputs = example_outputs(STAGES["dataset"], {"file": "rows.jsonl", "num_rows": len(messages)}, folder / "example")
+    rows = finish(store, before["rows"], {"rows.jsonl": lines}, outputs, {})
     record = InputRecord(stage="dataset", key=rows.manifest.key, digest=rows.manifest.digest)
     return store, finish(store, before["training"], {"weights": "w"}, {"file": "weights"}, {"dataset": record})
 

@@ -41,6 +41,7 @@ from smoltulu.schemas.preflight import DryRun, LengthReport, PreflightOutputs
 from smoltulu.tasks.data.sources import HubUnreachable, Reference, SourceUnavailable, resolve_commits
 from smoltulu.tasks.engine.environment import environment
 from smoltulu.tasks.report.text import local_minute
+from tests.example_outputs import example_outputs
 
 NUM_PARAMETERS = 1_711_376_384  # SmolLM2-1.7B
 ROWS = 1000
@@ -110,6 +111,7 @@ def finish(store: Store, graph: Graph, name: str, text: str = "", size: int = NU
         output = open_work(store, folder, inputs) / "output"
         output.mkdir()
         (output / "rows.parquet").write_text(text.ljust(ROWS_BYTES, "x"))
+        outputs = example_outputs(node.stage, outputs, output)
         manifest = {
             "key": graph.key(name), "spec": spec, "inputs": inputs, "outputs": outputs, "metrics": {},
             "environment": environment(), "compute": graph.recipe.compute.of(node.stage.name).model_dump(),

@@ -341,6 +341,7 @@ def begin(folder: Path, model: Path, rows: Rows, num_threads: int) -> subprocess
         "stage": "preflight",
         "config": config_of().model_dump(mode="json"),
         "inputs": inputs,
+        "externals": {},
         "compute": ComputeSettings(device="cpu", num_threads=num_threads).model_dump(mode="json"),
         "folder": str(folder / "out"),
         "work": str(folder / "work"),

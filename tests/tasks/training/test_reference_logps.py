@@ -138,6 +138,7 @@ def test_two_processes_make_what_one_makes(base: Path, tmp_path: Path, monkeypat
         "stage": "reference_logps",
         "config": {"precision": "float32"},
         "inputs": {name: getattr(inputs, name) for name in ReferenceLogpsInputs.model_fields},
+        "externals": {},
         "compute": context.compute.model_copy(update={"num_processes": 2}).model_dump(mode="json"),
         "folder": str(tmp_path / "two" / "out"),
         "work": str(tmp_path / "two" / "work"),
