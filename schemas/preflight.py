@@ -63,6 +63,11 @@ class TokenizerFacts(StrictModel):
     pad_token_id: int
     bos_token_id: int | None = None
     adds_bos: bool = Field(False, description="called on rendered text, it puts a bos before the one of the template")
+    adds_before: str = Field("", description="what it puts before a text by itself; no stage lets it do so")
+    adds_after: str = Field("", description="what it puts behind a text by itself; no stage lets it do so")
+    begins_with: str = Field("", description="first token of a conversation")
+    stop_token_ids: tuple[int, ...] = Field((), description="eos, and the template's end of turn where it is another")
+    tokenisation: str | None = Field(None, description="digest of what becomes of a few fixed conversations")
     num_embeddings: int | None = Field(None, description="rows of the base model's embeddings (config.json)")
     max_position_embeddings: int | None = None
 

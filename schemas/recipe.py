@@ -40,7 +40,14 @@ class Recipe(StrictModel):
     world: WorldConfig | None = science(None, description="synthetic data made in code (recipe `tiny`)")
     base_model: ModelSource = science()
     chat_template: str = science(
-        "tulu", description="shipped template (recipes/chat_templates/) or path of a .jinja file"
+        "tulu",
+        description="shipped template (recipes/chat_templates/), own (the base model's), or path of a .jinja file",
+    )
+    add_bos_token: bool | None = science(
+        None,
+        absent=None,
+        description="whether every conversation begins with bos; none: as the template has it. In the key of the "
+        "template's text",
     )
     data: DataSettings = science()
     contamination: ContaminationSettings | None = science(None)

@@ -97,8 +97,9 @@ class Run:
 
 
 def stage_arguments(
-    stage: str, folder: Path, model: Path, rows: list[dict[str, Any]], settings: dict[str, Any], **compute: Any
-) -> tuple[Any, TrainingInputs, StageContext]:
+    stage: str, folder: Path, model: Path, rows: list[dict[str, Any]], settings: dict[str, Any],
+    template: str = TULU_TEMPLATE, **compute: Any,
+) -> tuple[Any, TrainingInputs, StageContext]:  # fmt: skip
     """What the stage's function is called with; what stages before it make of the rows is written to `folder`."""
     (folder / "out").mkdir(parents=True, exist_ok=True)
     (folder / "work" / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def stage_arguments(
     }
     machines = ComputeSettings(**machinery | compute)
     config = SETTINGS[stage](**chosen | settings)
-    inputs = training_inputs(stage, folder, model, rows, config, machines)
+    inputs = training_inputs(stage, folder, model, rows, config, machines, template)
     context = StageContext(folder / "out", folder / "work", machines, lambda *args, **kwargs: None)
     return config, inputs, context
 
@@ -132,19 +133,20 @@ def training_inputs(
     rows: list[dict[str, Any]],
     config: TrainingSettings,
     compute: ComputeSettings,
+    template: str = TULU_TEMPLATE,
 ) -> TrainingInputs:
     """The model, the rows as the preflight tokenises them, and for DPO the reference's log-probabilities."""
     source = write_rows(folder / "rows.parquet", rows)
     checks = PreflightSettings(max_overlong_share=1, max_unstable_share=1, max_faulty_share=1, dry_run=False)
     outputs, _ = run_preflight(
         preflight_config(stage, config, checks),
-        PreflightInputs(model=str(model), dataset=str(source), chat_template=TULU_TEMPLATE),
+        PreflightInputs(model=str(model), dataset=str(source), chat_template=template),
         _context(folder / "preflight", compute),
     )
     taken = {
         "model": str(model),
         "dataset": str(folder / "preflight" / "out" / outputs.file),
-        "chat_template": TULU_TEMPLATE,
+        "chat_template": template,
     }
     if stage != "dpo":
         return TrainingInputs(**taken)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from smoltulu.artifacts.keys import folder_digest, text_digest
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph, hub_reference, local_digests
 from smoltulu.flows.recipe import stage_order
-from smoltulu.recipes import LM_EVAL_TASKS
+from smoltulu.recipes import CHAT_TEMPLATES, LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from smoltulu.schemas.evaluation import EvaluationStageConfig, EvaluationTask
 from smoltulu.schemas.preflight import PreflightConfig, PreflightSettings
@@ -21,7 +21,14 @@ from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.data.sources import Reference, SourceUnavailable, expand_path, resolve_commit, resolve_commits
+from smoltulu.tasks.data.sources import (
+    Reference,
+    SourceUnavailable,
+    expand_path,
+    hub_text,
+    resolve_commit,
+    resolve_commits,
+)
 from smoltulu.tasks.evaluation.lm_eval import definitions_digest
 from smoltulu.tasks.models.chat_template import load_chat_template
 from smoltulu.tasks.models.folders import check_model_folder
@@ -56,7 +63,7 @@ class Graph(NodeGraph):
         self.commits = resolve_commits(_hub_references(recipe), resolve)
         self._order = stage_order(recipe)
         self._until = self._order.index(until) if until else len(self._order)
-        template = load_chat_template(recipe.chat_template)
+        template = load_chat_template(recipe.chat_template, self._read_base_model, recipe.add_bos_token)
         self._template: dict[str, dict[str, str]] = {
             "literals": {"chat_template": template},
             "externals": {"chat_template": text_digest(template)},
@@ -166,6 +173,30 @@ class Graph(NodeGraph):
             revision = self._commit(Reference("model", config.repository, config.revision))
             config = config.model_copy(update={"revision": revision})
         return self._add("base-model", STAGES["base_model"], config, inputs=inputs, externals=externals)
+
+    def _read_base_model(self, name: str) -> str | None:
+        """Text of a file of the base model, for its own chat template; None where it has no such file."""
+        config = self.recipe.base_model
+        if config.repository is not None:
+            reference = Reference("model", config.repository, config.revision)
+            commit = self._commit(reference)
+            try:
+                if reference not in self.unresolved:
+                    return hub_text(reference._replace(revision=commit), name)
+            except SourceUnavailable as error:
+                if not self._keep_unresolved:
+                    raise
+                self.commits[reference] = error
+                self._commit(reference)
+            # For looking only: all keys that follow from this text are provisional.
+            return (CHAT_TEMPLATES / "tulu.jinja").read_text(encoding="utf-8")
+        if config.path is None:
+            raise ValueError(
+                "chat_template own: a base model that is made here (base_model.scratch) has none; name a shipped "
+                "template, e.g. tulu, or give the path of a .jinja file"
+            )
+        file = expand_path(config.path) / name
+        return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def _preflight(self, block: str, base: str | None, rows: str | None) -> None:
         """Tokenised rows of a training stage. All preflights run before SFT: bad rows of DPO are reported early."""

@@ -270,6 +270,33 @@ def resolve_commits(
         return dict(zip(wanted, [first, *pool.map(one, wanted[1:])], strict=True))
 
 
+def hub_text(reference: Reference, name: str) -> str | None:
+    """Text of a small file of a Hub repository at a commit; None where it has no such file.
+
+    SourceUnavailable where the Hub cannot be reached and the file was never fetched, or where there is no access.
+    """
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    kind, repository, revision = reference
+    if try_to_load_from_cache(repository, name, revision=revision, repo_type=kind) is _CACHED_NO_EXIST:
+        return None  # a commit does not change
+    try:
+        file = hf_hub_download(repository, name, repo_type=kind, revision=revision)
+    except LocalEntryNotFoundError as error:  # derives from the next one
+        raise HubUnreachable(
+            f"Hub {kind} {repository!r}: {name} cannot be fetched; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:
+        raise SourceUnavailable(
+            f"Hub {kind} {repository!r}: {name} cannot be fetched ({type(error).__name__}); accept the repository's "
+            "terms on its page and set HF_TOKEN, or try again later"
+        ) from error
+    return Path(file).read_text(encoding="utf-8")
+
+
 def is_commit(revision: str) -> bool:
     """Whether a revision is a commit in full, which needs no look-up."""
     return _COMMIT.fullmatch(revision) is not None

@@ -19,10 +19,13 @@ from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask, Score
 from smoltulu.tasks.data.sources import read_rows
+from smoltulu.tasks.models.tokens import added_tokens, check_prompts
 
 if TYPE_CHECKING:
+    import torch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("smoltulu")
 
@@ -47,6 +50,64 @@ def task_manager(*, stock: bool) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(LM_EVAL_TASKS), include_defaults=stock)
+
+
+def wrap(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int, chat: bool
+) -> HFLM:
+    """A model for lm-eval, which sees the tokens that training saw.
+
+    lm-eval by itself adds to a prompt what the tokenizer adds to a text. Here nothing is added where the chat template
+    is applied (`chat`): the template says whether there is a bos. To plain text the tokenizer's bos is added, as in
+    pre-training, but no eos: the model would have to continue after it.
+
+    RuntimeError where the tokens of a conversation are not those of `tasks.models.tokens`.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    before = [] if chat else added_tokens(tokenizer)[0]
+
+    class SameTokens(HFLM):
+        def tok_encode(
+            self,
+            string: str,
+            add_special_tokens: bool | None = None,
+            left_truncate_len: int | None = None,
+            **kwargs: Any,
+        ) -> list[int]:
+            ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
+            # As lm-eval, which takes a text that begins with bos to have been written with it.
+            if add_special_tokens is not False and ids[: len(before)] != before:
+                ids = before + ids
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+        def tok_batch_encode(
+            self,
+            strings: list[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            assert not truncation, "off in HFLM, and not asked for here"
+            rows = [self.tok_encode(string) for string in strings]
+            batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+            cut = slice(-left_truncate_len, None) if left_truncate_len else slice(None)
+            return batch["input_ids"][:, cut], batch["attention_mask"][:, cut]
+
+    wrapped = SameTokens(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        softmax_dtype="float32",  # sums of bfloat16 are rounded to a quarter: choices would tie
+    )
+    if chat:
+        rendered = wrapped.apply_chat_template
+        check_prompts(tokenizer, "lm-eval", lambda rows: [wrapped.tok_encode(rendered(row)) for row in rows])
+        check_prompts(
+            tokenizer, "lm-eval", lambda rows: wrapped.tok_batch_encode([rendered(row) for row in rows])[0].tolist()
+        )
+    return wrapped
 
 
 def check_tasks(tasks: tuple[EvaluationTask, ...]) -> TaskManager:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.tasks.evaluation.sampling import OnBatch, longest_first, mean_and_stderr, padded
+from smoltulu.tasks.models.tokens import conversations, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,15 +25,24 @@ logger = logging.getLogger("smoltulu")
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Token ids of prompt and completion together; the first `num_prompt` of them are the prompt."""
+    """Token ids of prompt and completion together; the first `num_prompt` of them are the prompt.
+
+    `counted`: 1 for each token after the prompt that DPO counts, else 0; None: all of them.
+    """
 
     ids: tuple[int, ...]
     num_prompt: int
+    counted: tuple[int, ...] | None = None
 
     @property
     def num_completion(self) -> int:
-        """Completion tokens, eos included."""
+        """Completion tokens, the end of the turn included."""
         return len(self.ids) - self.num_prompt
+
+    @property
+    def num_counted(self) -> int:
+        """Those that DPO counts: not the line's end that ChatML writes after the end of a turn."""
+        return self.num_completion if self.counted is None else sum(self.counted)
 
 
 @dataclass(frozen=True)
@@ -95,13 +105,11 @@ def encode_pairs(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], completion: list[dict]) -> EncodedText:
-    whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-    start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    (whole,) = conversations(tokenizer, [prompt + completion])
     # As TRL's DPO trainer splits: the completion is what comes after the prompt's number of tokens.
-    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    num_prompt = len(tokenizer(start, add_special_tokens=False)["input_ids"])
-    assert 0 < num_prompt < len(ids), (num_prompt, len(ids))
-    return EncodedText(tuple(ids), num_prompt)
+    num_prompt = len(prompt_ids(tokenizer, [prompt])[0])
+    assert 0 < num_prompt < len(whole.input_ids), (num_prompt, len(whole.input_ids))
+    return EncodedText(tuple(whole.input_ids), num_prompt, tuple(whole.mask[num_prompt:]))
 
 
 def load_reward_model(folder: Path) -> PreTrainedModel:
@@ -180,10 +188,13 @@ def completion_logps(
                 logits_to_keep=longest + 1,
             ).logits  # (batch, longest + 1, vocabulary); the last one predicts past the end
             for row, place in enumerate(batch):
-                count = texts[place].num_completion
+                count, counted = texts[place].num_completion, texts[place].counted
                 # Row by row: a float32 copy of all logits of a batch would be the largest tensor of the stage.
                 predicted = torch.log_softmax(logits[row, -count - 1 : -1].float(), dim=-1)
-                logps[place] = predicted.gather(1, ids[row, -count:, None]).sum().item()
+                chosen = predicted.gather(1, ids[row, -count:, None])[:, 0]
+                if counted is not None:
+                    chosen = chosen[torch.tensor(counted, dtype=torch.bool, device=chosen.device)]
+                logps[place] = chosen.sum().item()
         on_batch(len(logps), len(texts))
     return [logps[place] for place in range(len(texts))]
 
@@ -200,7 +211,7 @@ def implicit_reward_accuracy(
     Returns:
         by the reward per token, by its sum over the completion, and one record per pair.
     """
-    counts = [text.num_completion for text in texts]
+    counts = [text.num_counted for text in texts]
     sums = [own - other for own, other in zip(policy, reference, strict=True)]
     means = [total / count for total, count in zip(sums, counts, strict=True)]
     per_token, summed = rank_pairs(means), rank_pairs(sums)

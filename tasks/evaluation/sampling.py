@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
+from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
 from smoltulu.tasks.verifiers import verify
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ def encode_prompts(
     Returns:
         ids per prompt, and how many were cut.
     """
-    texts = tokenizer.apply_chat_template(list(prompts), tokenize=False, add_generation_prompt=True)
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoded = prompt_ids(tokenizer, prompts)
     return [ids[-max_tokens:] for ids in encoded], sum(len(ids) > max_tokens for ids in encoded)
 
 
@@ -185,10 +185,9 @@ def verified_accuracy(
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a completion: the tokenizer's eos and those of the generation config."""
+    """The tokens that end a completion: eos, the template's end of turn, and those of the generation config."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = {tokenizer.eos_token_id}
-    return ids | set(configured if isinstance(configured, list) else [configured]) - {None}
+    return set(stop_token_ids(tokenizer)) | set(configured if isinstance(configured, list) else [configured]) - {None}
 
 
 def _generate_batch(

@@ -28,6 +28,7 @@ from smoltulu.tasks.models.folders import (
     fit_embeddings,
     load_language_model,
     load_tokenizer,
+    stop_ids,
     use_bfloat16,
 )
 from smoltulu.tasks.stage import Stage, StageContext
@@ -91,14 +92,12 @@ def _language_model(
 
     if manager is not None:
         _fix_random_numbers(settings.seed)
-        from lm_eval.models.huggingface import HFLM
-
-        wrapped = HFLM(
-            pretrained=model,
-            tokenizer=tokenizer,
+        wrapped = harness.wrap(
+            model,
+            tokenizer,
             batch_size=context.compute.per_device_eval_batch_size,
             max_length=max_length,
-            softmax_dtype="float32",  # sums of bfloat16 are rounded to a quarter: choices would tie
+            chat=settings.apply_chat_template,
         )
         for part, task in enumerate(settings.tasks):
             score, records, results = harness.run_task(
@@ -291,6 +290,7 @@ def _load(
     tokenizer = load_tokenizer(Path(folder), inputs.chat_template)
     model = pair_accuracy.load_reward_model(Path(folder)) if reward_model else load_language_model(Path(folder))
     fit_embeddings(model, tokenizer)  # a pad token that was added here needs a row; it is never attended to
+    stop_ids(model, tokenizer)
     if use_bfloat16(settings.precision, context.compute):
         # Not the buffers: rotary frequencies in bfloat16 turn position 2,000 by another radian. Not the score head,
         # which was trained in float32.

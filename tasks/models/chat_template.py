@@ -1,82 +1,249 @@
-"""Loads chat templates, shipped ones by name and others by path, and checks them before anything runs."""
+"""Loads chat templates, shipped ones by name, the model's own and others by path, and checks them first."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import logging
 import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smoltulu.recipes import CHAT_TEMPLATES
 
+if TYPE_CHECKING:
+    import jinja2
+
+logger = logging.getLogger("smoltulu")
+
+#: In place of a template's name: the one that the base model brings.
+OWN = "own"
 #: A conversation that a template is tried on.
 PROBE = [
     {"role": "system", "content": "probe system"},
     {"role": "user", "content": "probe question"},
     {"role": "assistant", "content": "probe answer"},
 ]
+_BOS, _EOS = "<bos>", "<eos>"  # stand for the tokenizer's
+_MARKER = re.compile(r"\{%[-+]?\s*generation\b")  # the word alone is in every add_generation_prompt
+_TRAINED = re.compile("<train>|</train>")
 
 
-def load_chat_template(name_or_path: str) -> str:
+class _DoesNotRender(ValueError):
+    """A template refuses a conversation, or is faulty."""
+
+
+def load_chat_template(
+    name_or_path: str, read: Callable[[str], str | None] = lambda name: None, add_bos_token: bool | None = None
+) -> str:
     """Text of a template, checked on a probe conversation.
 
-    Raises ValueError: unknown name, unreadable file, syntax or rendering error, text lost, no generation markers
-    (without them the loss cannot be limited to assistant tokens), or a prompt that is not a prefix of the conversation.
+    Args:
+        name_or_path: a shipped template, `own`, or a file.
+        read: text of a file of the base model, None where it has no such file; for `own`.
+        add_bos_token: whether a conversation begins with bos; None: as the template has it.
+
+    Raises:
+        ValueError: unknown name, no own template, unreadable file, syntax or rendering error, text lost, no generation
+            markers (without them the loss cannot be limited to assistant tokens) and no template that could stand in,
+            an end of turn that is not trained, or a prompt that is not a prefix of the conversation.
     """
     shipped = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
-    path = CHAT_TEMPLATES / f"{name_or_path}.jinja" if name_or_path in shipped else Path(name_or_path)
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"chat_template {name_or_path!r} is neither shipped ({', '.join(shipped)}) nor a readable file: {error}"
-        ) from None
+    if name_or_path == OWN:
+        text = _trainable(_own_template(read))
+    else:
+        path = CHAT_TEMPLATES / f"{name_or_path}.jinja" if name_or_path in shipped else Path(name_or_path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"chat_template {name_or_path!r} is neither shipped ({', '.join(shipped)}) nor a readable file, nor "
+                f"{OWN!r}, the base model's: {error}"
+            ) from None
     check_chat_template(text, name_or_path)
-    return text
+    return _with_bos(text, name_or_path, add_bos_token)
+
+
+def _own_template(read: Callable[[str], str | None]) -> str:
+    """The template in a model's files; ValueError where there is none."""
+    try:
+        found: Any = read("chat_template.jinja")
+        if found is None:
+            found = json.loads(read("tokenizer_config.json") or "{}").get("chat_template")
+            if isinstance(found, list):  # several, by name
+                found = {one["name"]: one["template"] for one in found}.get("default")
+    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"chat_template own: chat_template.jinja or tokenizer_config.json of the base model cannot be read: {error}"
+        ) from None
+    if not isinstance(found, str) or not found.strip():
+        raise ValueError(
+            "chat_template own: the base model has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json); name a shipped one, e.g. tulu, or give the path of a .jinja file"
+        )
+    return found
+
+
+def _trainable(own: str) -> str:
+    """A model's own template, or one with generation markers that stands in for it.
+
+    TRL's training templates stand in for the texts that they were made from. A shipped template, or one of TRL's,
+    stands in for any that renders the same conversations.
+    """
+    if _MARKER.search(own):
+        return own
+    candidates = {path: f"the shipped template {path.stem}" for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
+    for original, training in _trl_templates():
+        if own == original.read_text(encoding="utf-8"):
+            candidates = {training: f"TRL's {training.stem}"}
+            break
+        candidates[training] = f"TRL's {training.stem}"
+    rendered = list(_renderings(own))
+    for path, name in candidates.items():
+        text = path.read_text(encoding="utf-8")
+        same = any(rendered) and all(made == wanted for made, wanted in zip(_renderings(text), rendered, strict=True))
+        if same or len(candidates) == 1:
+            logger.info("chat_template own: %s stands in for it, with generation markers", name)
+            return text
+    return own
+
+
+def _trl_templates() -> Iterator[tuple[Path, Path]]:
+    """A family's template, and TRL's variant of it for training. TRL itself is not imported: that takes seconds."""
+    package = importlib.util.find_spec("trl")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        for training in sorted(Path(folder, "chat_templates").glob("*_training.jinja")):
+            original = training.with_name(training.name.replace("_training", ""))
+            if original.is_file():
+                yield original, training
+
+
+def _renderings(text: str) -> Iterator[str | None]:
+    """What a template makes of conversations of the shapes that rows have; None where it refuses one."""
+    system, user, assistant = ({**turn, "content": f" {turn['content']}\n"} for turn in PROBE)
+    for turns in ([user, assistant], [user], [user, assistant, user], [user, assistant, user, assistant]):
+        for conversation in (turns, [system, *turns]):
+            for asks in (False, True):
+                try:
+                    yield _render(text, conversation, add_generation_prompt=asks)
+                except _DoesNotRender:
+                    yield None
 
 
 def check_chat_template(text: str, name: str) -> None:
     """Render a probe conversation; see `load_chat_template` for what is refused."""
-    import jinja2
-
+    given = f"chat_template {name!r}"
     try:
-        whole = _render(text, PROBE, add_generation_prompt=False)
-        prompt = _render(text, PROBE[:-1], add_generation_prompt=True)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"chat_template {name!r} does not render: {error}") from None
-    lost = [turn["content"] for turn in PROBE if turn["content"] not in whole]
+        probe, whole = _rendered_probe(text)
+        asked = _render(text, probe[:-1])
+        prompt = _render(text, probe[:-1], add_generation_prompt=True)
+    except _DoesNotRender as error:
+        raise ValueError(f"{given} does not render: {error}") from None
+    lost = [turn["content"] for turn in probe if turn["content"] not in whole]
     if lost:
-        raise ValueError(f"chat_template {name!r} loses text: {lost} is not in what it renders")
-    if not re.search(r"\{%[-+]?\s*generation\b", text):  # the word alone is in every add_generation_prompt
+        raise ValueError(f"{given} loses text: {lost} is not in what it renders")
+    if _render(text, probe, day="another day") != whole:
         raise ValueError(
-            f"chat_template {name!r} has no generation markers: wrap the assistant's content and eos in "
-            "{% generation %} … {% endgeneration %}"
+            f"{given} writes today's date (strftime_now): the same conversation would be other tokens tomorrow. Copy "
+            "it to a file, write a date there in place of the call, and give the file's path"
         )
-    trained = _render(text, PROBE, add_generation_prompt=False, show_trained=True)
-    if "<eos>" in whole and "<train>probe answer<eos>" not in trained:
-        raise ValueError(
-            f"chat_template {name!r} trains on other text than the assistant's content and eos: begin the block with "
-            "the content and put the eos inside {% generation %} … {% endgeneration %}; without the eos in it, a model "
-            "never learns to stop"
+    if not _MARKER.search(text):
+        advice = (
+            ". TRL has no training template for it either. Name the shipped template of its family, or copy it to a "
+            "file, add them there, and give the file's path"
+            if name == OWN
+            else ""
         )
-    if "<eos>" not in whole:
         raise ValueError(
-            f"chat_template {name!r} does not close an assistant turn with eos_token: a model would never stop"
+            f"{given} has no generation markers: wrap the assistant's content and the end of its turn in "
+            f"{{% generation %}} … {{% endgeneration %}}{advice}"
+        )
+    marked = _render(text, probe, show_trained=True)
+    begin = marked.find("<train>")  # before the first mark the two texts are the same
+    trained = _TRAINED.sub("", marked[begin : marked.rfind("</train>")])
+    answer = probe[-1]["content"]
+    end_of_turn = trained.rpartition(answer)[2].strip()
+    if answer in trained and not end_of_turn:
+        if whole.rpartition(answer)[2].strip():
+            raise ValueError(
+                f"{given} trains on other text than the assistant's content and the end of its turn: put the eos inside"
+                " {% generation %} … {% endgeneration %}, or the token that ends a turn; without it there, a model "
+                "never learns to stop"
+            )
+        raise ValueError(
+            f"{given} does not close an assistant turn with eos_token, or with a token that ends a turn: a model would "
+            "never stop"
         )
     if not whole.startswith(prompt):
         raise ValueError(
-            f"chat_template {name!r}: the generation prompt {prompt[-40:]!r} is not how the conversation goes on "
+            f"{given}: the generation prompt {prompt[-40:]!r} is not how the conversation goes on "
             f"({whole[: len(prompt)][-40:]!r}); training and generation would see different text"
+        )
+    # What stands between the header and an answer, such as empty <think> tags, may be both prompted and trained.
+    header = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, prompt, strict=False)))
+    is_header_trained = begin < len(prompt) and not prompt[header:begin].strip()
+    if answer not in trained or is_header_trained or whole[len(prompt) : begin].strip():
+        raise ValueError(
+            f"{given} trains on other text than what follows the generation prompt {prompt[-40:]!r}: begin the "
+            "{% generation %} block there, with the content and not with the header of its turn"
         )
 
 
+def _with_bos(text: str, name: str, add_bos_token: bool | None) -> str:
+    """A template whose conversations begin with one bos, or with none."""
+    _, whole = _rendered_probe(text)
+    if add_bos_token is None or add_bos_token == whole.startswith(_BOS):
+        return text
+    bos = "{{ bos_token or raise_exception('add_bos_token is true, and the tokenizer has no bos token') }}"
+    # A line of its own after a block: what `trim_blocks` takes away is not the template's.
+    changed = bos + text if add_bos_token else "{% set bos_token = '' %}\n" + text
+    if _rendered_probe(changed)[1].count(_BOS) != int(add_bos_token):
+        raise ValueError(
+            f"add_bos_token is {str(add_bos_token).lower()}, and chat_template {name!r} writes bos in other places as "
+            "well; copy it to a file, write bos there where you want it, and leave add_bos_token out"
+        )
+    return changed
+
+
+def _rendered_probe(text: str) -> tuple[list[dict[str, str]], str]:
+    """PROBE, without its system turn where a template takes none (the preflight counts such rows), and its text."""
+    try:
+        return PROBE, _render(text, PROBE)
+    except _DoesNotRender as error:
+        try:
+            return PROBE[1:], _render(text, PROBE[1:])
+        except _DoesNotRender:
+            raise error from None
+
+
 def _render(
-    text: str, messages: list[dict[str, str]], *, add_generation_prompt: bool, show_trained: bool = False
+    text: str,
+    messages: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool = False,
+    show_trained: bool = False,
+    day: str = "a day",
 ) -> str:
     """As transformers renders (sandboxed, trimmed blocks, `generation` blocks), without importing it.
 
     show_trained: what is inside `generation` blocks stands between <train> and </train>.
     """
     import jinja2
+
+    tokens = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": "<pad>", "unk_token": "<unk>"}
+    given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    faults = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+    try:
+        return _compiled(text, show_trained).render(**given, **tokens, strftime_now=lambda form: day)
+    except (jinja2.TemplateError, *faults) as error:
+        raise _DoesNotRender(str(error)) from None
+
+
+@lru_cache(maxsize=8)
+def _compiled(text: str, show_trained: bool) -> jinja2.Template:
     import jinja2.ext
     import jinja2.sandbox
 
@@ -101,7 +268,6 @@ def _render(
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = fail
-    return environment.from_string(text).render(
-        messages=messages, add_generation_prompt=add_generation_prompt, bos_token="<bos>", eos_token="<eos>"
-    )
+    return environment.from_string(text)

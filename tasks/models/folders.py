@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smoltulu.tasks.models.sizes import tensor_shapes
+from smoltulu.tasks.models.tokens import stop_token_ids, tokenisation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,9 +87,10 @@ def use_bfloat16(precision: str, compute: ComputeSettings) -> bool:
 
 
 def load_tokenizer(folder: Path, chat_template: str, pad_token: str | None = None) -> PreTrainedTokenizerBase:
-    """Tokenizer of a model folder with the recipe's template and a pad token that is not eos.
+    """Tokenizer of a model folder with the recipe's template and a pad token that ends no answer.
 
-    pad = eos would hide the closing eos from the loss and make the reward model pool the wrong token.
+    pad = eos would hide the closing eos from the loss and make the reward model pool the wrong token. A token that ends
+    an answer is a special one: no verifier or benchmark reads it as text.
     """
     from transformers import AutoTokenizer
 
@@ -101,10 +103,14 @@ def load_tokenizer(folder: Path, chat_template: str, pad_token: str | None = Non
                 f"base_model.pad_token {pad_token!r} is not in the vocabulary; choose a token that is, or none"
             )
         tokenizer.pad_token = pad_token
-    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": SPARE_PAD_TOKEN})
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
     tokenizer.chat_template = chat_template
+    stops = stop_token_ids(tokenizer)
+    if tokenizer.pad_token is None or tokenizer.pad_token_id in stops:
+        tokenizer.add_special_tokens({"pad_token": SPARE_PAD_TOKEN})
+    assert tokenizer.pad_token_id not in stops
+    ordinary = [tokenizer.added_tokens_decoder[stop] for stop in stops if stop in tokenizer.added_tokens_decoder]
+    if names := [token.content for token in ordinary if not token.special]:
+        tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
     return tokenizer
 
 
@@ -115,13 +121,17 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give model and generation config the tokenizer's ids: a wrong eos there makes every completion look truncated."""
+    """Give model and generation config the tokenizer's ids: a wrong eos there makes every completion look truncated.
+
+    The generation config lists every token that ends an answer, where the template has another than eos.
+    """
+    stops = stop_token_ids(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.pad_token_id = tokenizer.pad_token_id
-        generation.eos_token_id = tokenizer.eos_token_id
+        generation.eos_token_id = stops if len(stops) > 1 else stops[0]
         generation.bos_token_id = tokenizer.bos_token_id
 
 
@@ -137,8 +147,9 @@ def load_language_model(folder: Path) -> PreTrainedModel:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
-    """Save model and tokenizer, load the model again and compare tensors. Returns the number of parameters."""
+    """Save model and tokenizer, load both again, compare tensors and tokens. Returns the number of parameters."""
     import torch
+    from transformers import AutoTokenizer
 
     model.config.use_cache = True  # trainers switch it off; a published model generates with its cache
     model.save_pretrained(str(folder), safe_serialization=True)
@@ -153,4 +164,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     differing = [name for name, value in before.items() if not torch.equal(value.cpu(), after[name])]
     if differing:
         raise RuntimeError(f"saved model differs from the trained one in {differing[:5]}")
+    if tokenisation(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)) != tokenisation(tokenizer):
+        raise RuntimeError(
+            "the saved tokenizer gives other tokens than the one of the training; look at the tokenizer's files"
+        )
     return model.num_parameters()

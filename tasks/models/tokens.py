@@ -1,13 +1,19 @@
 """From rows of messages to the tokens that are trained on. Pure: a tokenizer and rows in, lists of ids out.
 
-The tokens between the chat template's generation markers carry a loss: the assistant's content and the eos that closes
-it (open-instruct `dataset_transformation.py`, sft_tulu_tokenize_and_truncate_v1).
+The tokens between the chat template's generation markers carry a loss: the assistant's content and the token that
+closes its turn (open-instruct `dataset_transformation.py`, sft_tulu_tokenize_and_truncate_v1).
+
+Every stage gets its ids from here. Libraries that tokenise by themselves (TRL's rollouts, lm-eval, whoever loads the
+published model) are compared with it on `PROBES` when they are set up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.training import Overlong, TrainedTurns
@@ -17,6 +23,17 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 IGNORED = -100
+#: Key of the file's metadata under which the rows of a preflight name their tokenisation.
+TOKENISATION = b"smoltulu.tokenisation"
+
+_USER = {"role": "user", "content": "  How many legs have 12 cats, 3 birds\nand a naïve “ant”?  "}
+_ASSISTANT = {"role": "assistant", "content": "12 × 4 + 3 × 2 + 6 = 60\n\n#### 60"}
+#: Prompts on which two ways of tokenising are compared.
+PROBES: tuple[Messages, ...] = (
+    [_USER],
+    [{"role": "system", "content": "You count. Answer\tbriefly."}, _USER],
+    [_USER, _ASSISTANT, _USER],
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +163,80 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages]) -> 
     """Token ids of conversations that the model is to continue, as generation renders them."""
     made: list[list[int]] = _template(tokenizer, rows, add_generation_prompt=True)["input_ids"]
     return made
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: eos, and what the template closes the assistant's turns with where that is another.
+
+    A template may close its last turn otherwise than those before it.
+    """
+    stops = {tokenizer.eos_token_id: None}
+    for ids, mask in _taken(tokenizer, [_USER, _ASSISTANT], [_USER, _ASSISTANT, _USER, _ASSISTANT]):
+        for is_trained, turn in groupby(zip(ids, mask, strict=True), key=lambda token: bool(token[1])):
+            # The line's end that ChatML writes after its token is no part of the answer, wherever it is marked.
+            said = [token for token, _ in turn if tokenizer.decode([token]).strip()] if is_trained else []
+            if said and said[-1] in tokenizer.added_tokens_decoder:
+                stops[said[-1]] = None
+    return list(stops)
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind a text by itself. Nothing here does so to a conversation."""
+    text = "probe"
+    plain, called = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
+    for place in range(len(called) - len(plain) + 1):
+        if called[place : place + len(plain)] == plain:
+            return called[:place], called[place + len(plain) :]
+    return [], []
+
+
+def tokenisation(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what a tokenizer and its template make of the probes: ids, trained tokens, prompts."""
+    made: list[Any] = []
+    for probe in PROBES:
+        made += [_taken(tokenizer, [*probe, _ASSISTANT]), [list(ids) for ids in _asked(tokenizer, probe)]]
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase, who: str, encode: Callable[[list[Messages]], list[list[int]]]
+) -> None:
+    """RuntimeError where a library's prompts have other ids than `prompt_ids`. A probe that the template refuses is
+    left out."""
+    for probe in PROBES:
+        for ours in _asked(tokenizer, probe):
+            (theirs,) = encode([probe])
+            if list(theirs) != ours:
+                raise RuntimeError(
+                    f"{who} gives a conversation other tokens than training: {tokenizer.decode(theirs)!r} "
+                    f"({len(theirs)} tokens) instead of {tokenizer.decode(ours)!r} ({len(ours)} tokens)"
+                )
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, probe: Messages) -> list[list[int]]:
+    """Ids of a prompt; none where the template refuses it."""
+    try:
+        return prompt_ids(tokenizer, [probe])
+    except rendering_errors():
+        return []
+
+
+def _taken(tokenizer: PreTrainedTokenizerBase, *rows: Messages) -> list[tuple[list[int], list[int]]]:
+    """Ids and mask of the conversations that the template takes."""
+    made = []
+    for row in rows:
+        try:
+            made += _rendered(tokenizer, [row])
+        except rendering_errors():
+            continue
+    return made
+
+
+def rendering_errors() -> tuple[type[Exception], ...]:
+    """What a chat template raises on a conversation that it refuses."""
+    import jinja2
+
+    return (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages], **kwargs: Any) -> Any:

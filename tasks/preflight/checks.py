@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smoltulu.artifacts import readable
-from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
+from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs, TokenizerFacts
 
 Status = Literal["ok", "noticed", "fails"]
 
@@ -81,10 +81,10 @@ def _checks(config: PreflightConfig, outputs: PreflightOutputs) -> Iterator[Chec
         yield share(
             "num_without_eos",
             "Ends in eos",
-            "do not end their last trained turn with eos",
+            "do not end their last trained turn with eos, or with a token that ends a turn",
             "max_faulty_share",
-            "put eos_token inside the template's generation block, and see that the tokenizer has it as one token: "
-            "else the model never learns to stop",
+            "put eos_token, or what ends a turn, inside the template's generation block, and see that it is one of the "
+            "tokenizer's added tokens: else the model never learns to stop",
         )
         yield share(
             "num_eos_lost",
@@ -113,7 +113,7 @@ def _checks(config: PreflightConfig, outputs: PreflightOutputs) -> Iterator[Chec
         "One bos",
         "begin with two bos tokens",
         "max_faulty_share",
-        "take the bos out of the chat template or out of the data",
+        "take the bos out of the chat template or out of the data, or leave add_bos_token out",
     )
     yield share(
         "num_special",
@@ -136,11 +136,38 @@ def _checks(config: PreflightConfig, outputs: PreflightOutputs) -> Iterator[Chec
     yield from _of_the_model(config, outputs, share)
 
 
+def _bos(facts: TokenizerFacts) -> Check:
+    """What a conversation begins with, and what the tokenizer would do by itself."""
+    begins = f"conversations begin with {facts.begins_with!r}, as the chat template writes them"
+    added = [
+        f"{text!r} {where} a text"
+        for text, where in ((facts.adds_before, "before"), (facts.adds_after, "behind"))
+        if text
+    ]
+    if facts.adds_bos:
+        return Check(
+            "bos of the tokenizer",
+            "noticed",
+            f"{begins}; called on rendered text, the tokenizer puts a second bos before the template's",
+            advice="training does not do so; see that whoever serves the model does not",
+        )
+    if not added:
+        return Check("bos of the tokenizer", "ok", f"{begins}; the tokenizer by itself would add nothing")
+    return Check(
+        "bos of the tokenizer",
+        "noticed",
+        f"{begins}; the tokenizer by itself would add {' and '.join(added)}. No stage lets it do so",
+        advice="a base model that was pre-trained with a bos is better trained with one: set add_bos_token to true"
+        if facts.adds_before
+        else "see that whoever serves the model does not let it do so",
+    )
+
+
 def _of_the_model(config: PreflightConfig, outputs: PreflightOutputs, share: Callable[..., Check]) -> Iterator[Check]:
     facts = outputs.tokenizer
     if facts is None:
         return
-    same = facts.pad_token_id == facts.eos_token_id
+    same = facts.pad_token_id in (facts.eos_token_id, *facts.stop_token_ids)
     yield Check(
         "pad is not eos",
         "fails" if same else "ok",
@@ -155,13 +182,7 @@ def _of_the_model(config: PreflightConfig, outputs: PreflightOutputs, share: Cal
         None,
         "SFT adds embeddings for them, which begin untrained: see that the tokenizer belongs to the model",
     )
-    if facts.adds_bos:
-        yield Check(
-            "bos of the tokenizer",
-            "noticed",
-            "called on rendered text, the tokenizer puts a second bos before the template's",
-            advice="training does not do so; see that whoever serves the model does not",
-        )
+    yield _bos(facts)
     room = facts.max_position_embeddings
     if room is not None:
         extra = config.training_settings.get("max_completion_length", 0)  # of RLVR

@@ -110,7 +110,7 @@ class Counts:
             return None
         if overlong:
             self.note("num_truncated", row.number, row.source)
-            if loses_eos(row, config.max_length):
+            if loses_eos(probe, row, config.max_length):
                 self.note("num_eos_lost", row.number, row.source)
         self._keep(row, fitted)
         return fitted

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,15 @@ from smoltulu.tasks.models.chat_template import PROBE
 from smoltulu.tasks.models.tokens import (
     Conversation,
     Pair,
+    added_tokens,
     conversations,
     fit_conversation,
     fit_pair,
     pairs,
     prompt_ids,
+    rendering_errors,
+    stop_token_ids,
+    tokenisation,
 )
 
 if TYPE_CHECKING:
@@ -47,11 +53,15 @@ class Shown:
 
 @dataclass(frozen=True)
 class TokenizerProbe:
-    """What rows are compared with: facts of the tokenizer, and special tokens and template headers as text."""
+    """What rows are compared with: facts of the tokenizer, and special tokens and template headers as text.
+
+    `after_stop`: tokens that the template trains after the end of a turn, as the line's end in many ChatML templates.
+    """
 
     facts: TokenizerFacts
     special: tuple[str, ...]
     headers: tuple[str, ...]
+    after_stop: frozenset[int] = frozenset()
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase, model: Path) -> TokenizerProbe:
@@ -59,28 +69,49 @@ class TokenizerProbe:
         config = json.loads((model / "config.json").read_text())
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special = tuple(sorted(added | set(tokenizer.all_special_tokens)))
-        text = tokenizer.apply_chat_template(PROBE, tokenize=False)
+        for turns in (PROBE, PROBE[1:]):  # some templates take no system turn
+            try:
+                text = tokenizer.apply_chat_template(turns, tokenize=False)
+                break
+            except rendering_errors() as error:
+                refused = error
+        else:
+            raise ValueError(f"the chat template renders no conversation with this tokenizer: {refused}")
         bos = tokenizer.bos_token_id
         begins = tokenizer(text)["input_ids"][:2]
+        before, after = added_tokens(tokenizer)
+        stops = stop_token_ids(tokenizer)
+        (example,) = conversations(tokenizer, [turns])
+        said = [token for token, trained in zip(example.input_ids, example.mask, strict=True) if trained]
+        behind = list(takewhile(lambda token: token not in stops, reversed(said)))
         facts = TokenizerFacts(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=bos,
             adds_bos=bos is not None and begins == [bos, bos],
+            adds_before=tokenizer.decode(before),
+            adds_after=tokenizer.decode(after),
+            begins_with=tokenizer.decode(example.input_ids[:1]),
+            stop_token_ids=tuple(stops),
+            tokenisation=tokenisation(tokenizer),
             num_embeddings=config.get("vocab_size"),
             max_position_embeddings=config.get("max_position_embeddings"),
         )
-        return TokenizerProbe(facts, special, _headers(text, special))
+        after_stop = frozenset(behind if len(behind) < len(said) else ())
+        return TokenizerProbe(facts, special, _headers(text, turns, special), after_stop)
 
 
-def _headers(probe: str, special: Sequence[str]) -> tuple[str, ...]:
-    """What a template writes before a turn, without special tokens: `<|user|>` for Tulu."""
+def _headers(probe: str, turns: Sequence[dict[str, str]], special: Sequence[str]) -> tuple[str, ...]:
+    """What a template writes before a turn, without special tokens: `<|user|>` for Tulu.
+
+    A word that is a header between special tokens only, as ChatML's `user`, is none by itself.
+    """
     found = []
-    for turn in PROBE:
+    for turn in turns:
         header, _, probe = probe.partition(turn["content"])
         for token in special:
             header = header.replace(token, "")
-        if header.strip():
+        if re.search(r"[^\w\s]", header):
             found.append(header.strip())
     return tuple(found)
 
@@ -92,8 +123,6 @@ def tokenised(
     refuse: Callable[[int, dict[str, Any], Exception], None],
 ) -> list[Tokenised]:
     """The rows of a batch that the template renders. `refuse` gets each of the others."""
-    import jinja2
-
     rows = [row for _, row in batch]
     try:
         made: list[Any]
@@ -105,7 +134,7 @@ def tokenised(
             asked = prompt_ids(tokenizer, [row["prompt"] for row in rows])
             made = [Conversation(ids, [0] * len(ids), stable=True) for ids in asked]
         return [Tokenised(number, row, whole) for (number, row), whole in zip(batch, made, strict=True)]
-    except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except rendering_errors() as error:
         if len(batch) > 1:
             return [row for single in batch for row in tokenised(config, tokenizer, [single], refuse)]
         refuse(*batch[0], error)
@@ -127,7 +156,7 @@ def findings(config: PreflightConfig, probe: TokenizerProbe, row: Tokenised) -> 
     bos, num_embeddings = facts.bos_token_id, facts.num_embeddings
     turns = turns_of(row.source)
     special = [turn["role"] for turn in turns if any(token in turn["content"] for token in probe.special)]
-    ends = [ids[last - 1] for ids, mask in sides if (last := last_trained(mask))]
+    ends = [ids[last - 1] for ids, mask in sides if (last := last_said(probe, ids, mask))]
     found = {
         "num_unstable": not row.whole.stable,
         "num_special": bool(special),
@@ -136,7 +165,7 @@ def findings(config: PreflightConfig, probe: TokenizerProbe, row: Tokenised) -> 
         "num_two_bos": bos is not None and any(ids[:2] == [bos, bos] for ids, _ in sides),
         "num_beyond_embeddings": num_embeddings is not None
         and any(max(ids, default=0) >= num_embeddings for ids, _ in sides),
-        "num_without_eos": config.kind != "prompts" and any(end != facts.eos_token_id for end in ends),
+        "num_without_eos": config.kind != "prompts" and any(end not in facts.stop_token_ids for end in ends),
     }
     return [name for name, is_found in found.items() if is_found]
 
@@ -146,9 +175,17 @@ def last_trained(mask: Sequence[int]) -> int:
     return next((index + 1 for index in range(len(mask) - 1, -1, -1) if mask[index]), 0)
 
 
-def loses_eos(row: Tokenised, max_length: int) -> bool:
-    """Whether the cut removes a side's last trained token, its eos."""
-    return any(last_trained(mask) > max_length for _, mask in row.whole.sides)
+def last_said(probe: TokenizerProbe, ids: Sequence[int], mask: Sequence[int]) -> int:
+    """Tokens up to and with the last trained one, without the line's end that some templates train after a turn."""
+    last = last_trained(mask)
+    while last and mask[last - 1] and ids[last - 1] in probe.after_stop:
+        last -= 1
+    return last
+
+
+def loses_eos(probe: TokenizerProbe, row: Tokenised, max_length: int) -> bool:
+    """Whether the cut removes the token that ends a side's last answer."""
+    return any(last_said(probe, ids, mask) > max_length for ids, mask in row.whole.sides)
 
 
 def shown(tokenizer: PreTrainedTokenizerBase, row: Tokenised) -> Shown:

@@ -18,6 +18,7 @@ from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightI
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.rows import rows_at
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
+from smoltulu.tasks.models.tokens import TOKENISATION
 from smoltulu.tasks.preflight.counts import Counts, load_counts
 from smoltulu.tasks.preflight.parts import ROWS_FILE, Maker, Part, cut, make_parts, output_writer, parts_folder
 from smoltulu.tasks.preflight.rows import TokenizerProbe, shown
@@ -129,6 +130,7 @@ def _put_together(maker: Maker, file: Path, context: StageContext) -> Counts:
     num_source_rows = sum(part.num_rows for part in parts)
 
     with output_writer(maker.config.kind, file) as writer:
+        writer.add_key_value_metadata({TOKENISATION: maker.probe.facts.tokenisation})
 
         def take(part: Part) -> None:
             folder = maker.folder_of(part)

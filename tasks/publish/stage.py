@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from smoltulu.artifacts.layout import MANIFEST
 from smoltulu.artifacts.store import read_manifest
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.publish import PublishInputs, PublishOutputs, PublishStageConfig
 from smoltulu.tasks.models.folders import check_model_folder
+from smoltulu.tasks.models.tokens import tokenisation
 from smoltulu.tasks.publish.model_card import find_private, lineage_records, model_card, score_records, without_paths
 from smoltulu.tasks.stage import Stage, StageContext
 
@@ -71,6 +74,8 @@ def build_publication(
     if digest != model_digest(source):
         raise RuntimeError(f"weights changed while they were copied to {target}; check the disk and run again")
 
+    _check_tokens(target, lineage)
+
     recipe_yaml = yaml.safe_dump(without_paths(config.recipe), sort_keys=False, allow_unicode=True, width=120)
     documents = {
         "README.md": model_card(config, lineage, evaluations, recipe_yaml, digest),
@@ -91,6 +96,36 @@ def build_publication(
         (target / name).write_text(text, encoding="utf-8")
     num_bytes = sum(path.stat().st_size for path in target.iterdir())
     return PublishOutputs(folder="model", model_digest=digest), {"num_bytes": float(num_bytes)}
+
+
+def _check_tokens(folder: Path, lineage: Mapping[str, Manifest]) -> None:
+    """Whoever loads the published model must get the tokens, and stop at the tokens, that it was trained with."""
+    from transformers import AutoTokenizer
+
+    preflights = {
+        node: PreflightOutputs.model_validate(manifest.outputs).tokenizer
+        for node, manifest in lineage.items()
+        if manifest.spec.stage == "preflight"
+    }
+    # Those of older versions say nothing of it.
+    facts = {node: found for node, found in preflights.items() if found is not None and found.tokenisation is not None}
+    if not facts:
+        return
+    published = tokenisation(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
+    generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    ends = set(generation if isinstance(generation, list) else [generation])
+    for node, found in facts.items():
+        if found.tokenisation != published:
+            raise ValueError(
+                f"the model's tokenizer and chat template give a conversation other tokens than {node}, on whose rows "
+                "it was trained: another version of transformers or tokenizers, or changed files. Make the rows again "
+                "(refresh preflight)"
+            )
+        if missing := sorted(set(found.stop_token_ids) - ends):
+            raise ValueError(
+                f"generation_config.json does not stop at the tokens {missing}, which end an answer in {node}; add "
+                "them to its eos_token_id"
+            )
 
 
 def model_digest(folder: Path) -> str:

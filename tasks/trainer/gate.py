@@ -1,7 +1,8 @@
 """What a trained model must show before its artifact is committed: it is the model that was trained, and it can stop.
 
 Saved, loaded again, and compared: tensors by name and value (`tasks.models.folders.save_model`), outputs on a probe
-batch. A language model then answers prompts of its training rows greedily, and is asked whether it ends in eos.
+batch. A language model then answers prompts of its training rows greedily, and is asked whether it ends in eos, or in
+the token that ends a turn in its chat template.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.training import GateSettings
-from smoltulu.tasks.models.tokens import IGNORED
+from smoltulu.tasks.models.tokens import IGNORED, prompt_ids, stop_token_ids
 from smoltulu.tasks.process import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def check_saved(
         reloaded,
         prompts(dataset, tokenizer, gate.num_prompts),
         tokenizer.pad_token_id,
-        tokenizer.eos_token_id,
+        stop_token_ids(tokenizer),
         gate.max_new_tokens,
         bfloat16,
     )
@@ -97,21 +98,20 @@ def prompt_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[i
     if "labels" in row:
         trained = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
         return list(row["input_ids"][:trained])
-    rendered: list[int] = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-    return rendered
+    return prompt_ids(tokenizer, [row["prompt"]])[0]
 
 
 def greedy_answers(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
     pad_token_id: int,
-    eos_token_id: int,
+    eos_token_id: int | list[int],
     max_new_tokens: int,
     bfloat16: bool = False,
 ) -> list[Answer]:
     """Answers to all prompts in one batch (one by one, where memory wants it), each up to eos or the model's room.
 
-    Prompts that leave no room for an answer are left out.
+    Prompts that leave no room for an answer are left out. `eos_token_id`: every token that ends an answer.
     """
     settings = (pad_token_id, eos_token_id, max_new_tokens, bfloat16)
     try:
@@ -128,7 +128,7 @@ def _answers(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
     pad_token_id: int,
-    eos_token_id: int,
+    eos_token_id: int | list[int],
     max_new_tokens: int,
     bfloat16: bool,
 ) -> list[Answer]:
@@ -152,10 +152,11 @@ def _answers(
     model.eval()
     with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, longest:].tolist()
+    stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     answers = []
     for row, tokens in zip(kept, written, strict=True):
-        stopped = eos_token_id in tokens
-        answers.append(Answer(row, tokens[: tokens.index(eos_token_id) + 1] if stopped else tokens, stopped))
+        end = next((place for place, token in enumerate(tokens, 1) if token in stops), None)
+        answers.append(Answer(row, tokens[:end], end is not None))
     return answers
 
 

@@ -29,6 +29,7 @@ from smoltulu.tasks.models.folders import (
     use_bfloat16,
 )
 from smoltulu.tasks.models.lora import ADAPTER_FOLDER, save_adapter
+from smoltulu.tasks.models.tokens import TOKENISATION, tokenisation
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext, StageStopped
 from smoltulu.tasks.trainer.extension import keep_checkpoint, store_checkpoint
 from smoltulu.tasks.trainer.gate import check_saved
@@ -76,6 +77,18 @@ def load_rows(file: str, context: StageContext, columns: list[str]) -> Dataset:
     return rows.select_columns(columns)
 
 
+def check_tokenisation(file: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError where the rows of a preflight were tokenised otherwise than this tokenizer does it."""
+    from pyarrow import parquet
+
+    said = (parquet.read_metadata(file).metadata or {}).get(TOKENISATION)  # none in those of older versions
+    if said is not None and said.decode() != tokenisation(tokenizer):
+        raise ValueError(
+            f"{Path(file).name} was tokenised otherwise than the tokenizer of this stage's model does it: another "
+            "chat template, tokenizer or version of transformers or tokenizers. Make the rows again (refresh preflight)"
+        )
+
+
 def load_model(
     settings: TrainingSettings,
     inputs: TrainingInputs,
@@ -86,6 +99,7 @@ def load_model(
     from transformers import set_seed
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+    check_tokenisation(inputs.dataset, tokenizer)
     set_seed(settings.seed)
     model = load(Path(inputs.model))
     fit_embeddings(model, tokenizer)

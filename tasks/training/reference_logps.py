@@ -18,7 +18,7 @@ from smoltulu.artifacts.keys import file_digest
 from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs, ReferenceLogpsOutputs
 from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
 from smoltulu.tasks.stage import DATASETS_FOLDER, Stage, StageContext
-from smoltulu.tasks.trainer.loop import load_rows, prepare_torch
+from smoltulu.tasks.trainer.loop import check_tokenisation, load_rows, prepare_torch
 from smoltulu.tasks.trainer.packed_attention import pack
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def _computation(
     from smoltulu.tasks.training.preference_batch import PairCollator, completion_logps, give_fused_head
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+    check_tokenisation(inputs.dataset, tokenizer)
     collate = PairCollator(tokenizer.pad_token_id, context.compute.packing)
     model = load_language_model(Path(inputs.model))
     fit_embeddings(model, tokenizer)

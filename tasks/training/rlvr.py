@@ -1,7 +1,8 @@
 """RLVR: reinforcement learning from verifiable rewards with GRPO, from the DPO model (or SFT where there is no DPO).
 
 A rollout's reward is `reward_correct` where its verifier accepts it, else 0; with `non_stop_reward` set, a rollout
-that does not end in eos gets that instead (Tulu 3: 10 and -10, open-instruct `ppo_vllm_thread_ray_gtrl.py`).
+that does not end in eos, or in the token that ends a turn in the chat template, gets that instead (Tulu 3: 10 and -10,
+open-instruct `ppo_vllm_thread_ray_gtrl.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RLVRSettings, TrainingInputs
 from smoltulu.tasks.models.folders import fit_embeddings
+from smoltulu.tasks.models.tokens import check_prompts, stop_token_ids
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
@@ -35,8 +37,12 @@ def rollout_reward(
     return reward_correct * verdict
 
 
-def reward_function(config: RLVRSettings, eos_token_id: int) -> Callable[..., list[float | None]]:
-    """The verifiers as a TRL reward function; `completions` are lists of one assistant message."""
+def reward_function(config: RLVRSettings, eos_token_id: int | list[int]) -> Callable[..., list[float | None]]:
+    """The verifiers as a TRL reward function; `completions` are lists of one assistant message.
+
+    `eos_token_id`: every token that ends a completion.
+    """
+    stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
 
     def verifiable_reward(
         completions: list[list[dict[str, str]]],
@@ -48,7 +54,7 @@ def reward_function(config: RLVRSettings, eos_token_id: int) -> Callable[..., li
         return [
             rollout_reward(
                 verify(name, completion[0]["content"], truth),
-                bool(ids) and ids[-1] == eos_token_id,
+                bool(ids) and ids[-1] in stops,
                 config.reward_correct,
                 config.non_stop_reward,
             )
@@ -130,9 +136,9 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
     micro_steps = config.steps_per_generation * accumulation_steps(config.effective_batch_size, context.compute)
     # A checkpoint within a generation cycle would lose the rollouts, so save only at the end of a cycle.
     arguments["save_steps"] = -(-context.compute.save_steps // _cycle(config)) * _cycle(config)
-    return _trainer_class()(
+    trainer = _trainer_class()(
         model=model,
-        reward_funcs=[reward_function(config, tokenizer.eos_token_id)],
+        reward_funcs=[reward_function(config, stop_token_ids(tokenizer))],
         args=GRPOConfig(
             **arguments,
             max_steps=config.num_steps,
@@ -149,6 +155,9 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
         train_dataset=rows,
         processing_class=tokenizer,
     )
+    check_prompts(tokenizer, "TRL's GRPOTrainer", lambda prompts: trainer._tokenize_prompts(prompts)[0])
+    assert set(trainer.eos_token_ids) == set(stop_token_ids(tokenizer)), trainer.eos_token_ids
+    return trainer
 
 
 def build_without_generation(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:

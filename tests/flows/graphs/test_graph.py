@@ -196,5 +196,6 @@ def test_templates_that_do_not_do(template: str, message: str) -> None:
 def test_shipped_templates_do_and_unknown_ones_are_named() -> None:
     for path in CHAT_TEMPLATES.glob("*.jinja"):
         assert load_chat_template(path.stem) == path.read_text()
-    with pytest.raises(ValueError, match=r"'tuul' is neither shipped \(tulu\) nor a readable file"):
+    assert {"chatml", "llama3", "smollm2", "tulu", "zephyr"} == {path.stem for path in CHAT_TEMPLATES.glob("*.jinja")}
+    with pytest.raises(ValueError, match=r"'tuul' is neither shipped \(chatml, .*tulu, zephyr\) nor a readable file"):
         load_chat_template("tuul")
