@@ -17,7 +17,7 @@ def open_store(compute: ComputeSettings, checked: bool = True) -> Store:
         return Store(root)
     from smoltulu.artifacts.shared.door import Remote, SharedStore
 
-    store = SharedStore(root, Remote(expand_text(compute.remote)))
+    store = SharedStore(root, Remote(expand_text(compute.remote), allow_http=compute.allow_http))
     if checked:
         store.remote.check(writing=store.remote.writable)
     return store
