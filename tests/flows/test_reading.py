@@ -326,12 +326,15 @@ def test_any_text_is_read_as_the_parser_reads_it_or_refused_in_words(text: str) 
         assert repr(values) == repr(expected)  # nan is not equal to itself
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=5), st.integers(), min_size=1, max_size=5), st.data())
+NAMES = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=5)
+
+
+@given(st.dictionaries(NAMES, st.integers(), min_size=1, max_size=5), st.data())
 def test_no_double_is_read(values: dict[str, int], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(values)))
-    pairs = [json.dumps(key, ensure_ascii=False) + ": 1" for key in [*values, name]]
+    pairs = [json.dumps(key) + ": 1" for key in [*values, name]]
     for read in (read_yaml, read_json):
-        with pytest.raises(Unreadable, match=r"is given twice|characters are not allowed"):
+        with pytest.raises(Unreadable, match="is given twice"):
             read("{" + ", ".join(pairs) + "}")
 
 
