@@ -18,25 +18,38 @@ _SECRET_NAME = re.compile(
     r"|(?:^|_)(?:AUTH|PASS|PAT|SAS|DSN|JWT|COOKIE|BEARER|SIGNATURE)(?:_|$)|(?:^|_)KEY$"
 )
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+# All patterns are linear, or bounded: the texts are untrusted, and a tokenizer has megabytes.
 #: `name = value`, `"name": "value"` or `Name=value;` in a file or a variable that holds several.
-_ASSIGNMENT = re.compile(r"""["']?([A-Za-z][\w.-]*)["']?[ \t]*[:=][ \t]*["']?([^"'\r\n;,]+)""")
+_ASSIGNMENT = re.compile(r"""(?<![\w.-])([A-Za-z][\w.-]{0,99})["']?[ \t]*[:=][ \t]*["']?([^"'\r\n;,]+)""")
+_ESCAPED = re.compile(r"\\([^A-Za-z0-9\s])")
 _NETRC_PASSWORD = re.compile(r"\bpassword[ \t]+(\S+)")
 _URL_PASSWORD = re.compile(r"://[^/\s:@\"'<>`]*:([^/\s@\"'<>`]+)@")
-_FORMS = {
-    "a token of the Hub": r"\bhf_[A-Za-z0-9]{16,}",
-    "a key of AWS": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a token of GitHub": r"\b(?:gh[oprsu]_[A-Za-z0-9]{36,}|github_pat_\w{22,})",
-    "a token of GitLab": r"\bglpat-[\w-]{20,}",
-    "a key of Google": r"\bAIza[\w-]{35}|\bya29\.[\w-]{20,}",
-    "a key of Azure": r"\b(?:AccountKey|SharedAccessKey)=[A-Za-z0-9+/]{40,}|[?&;]sig=[A-Za-z0-9%+/]{30,}",
-    "a key of Prefect": r"\bpn[ub]_[A-Za-z0-9]{30,}",
-    "a key of Weights & Biases": r"\bwandb_v\d_\w{20,}",
-    "a token of Slack": r"\bxox[abeoprs]-[\w-]{10,}",
-    "a key of a model's service": r"\bsk-(?=[\w-]*\d)[\w-]{20,}",
-    "a signed token (JWT)": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-}
-_FORM = re.compile("|".join(f"(?P<form{number}>{form})" for number, form in enumerate(_FORMS.values())))
+#: What it is, a part that every such text has (looked for first, for a tokenizer has megabytes), and its form.
+_FORMS = [
+    (what, part, re.compile(form))
+    for what, part, form in (
+        ("a token of the Hub", "hf_", r"\bhf_[A-Za-z0-9]{16,}"),
+        ("a key of AWS", "AKIA", r"\bAKIA[A-Z0-9]{16}\b"),
+        ("a key of AWS", "ASIA", r"\bASIA[A-Z0-9]{16}\b"),
+        ("a token of GitHub", "gh", r"\bgh[oprsu]_[A-Za-z0-9]{36,}"),
+        ("a token of GitHub", "github_pat_", r"\bgithub_pat_\w{22,}"),
+        ("a token of GitLab", "glpat-", r"\bglpat-[\w-]{20,}"),
+        ("a key of Google", "AIza", r"\bAIza[\w-]{35}"),
+        ("a token of Google", "ya29.", r"\bya29\.[\w-]{20,}"),
+        ("a key of Azure", "Key=", r"\b(?:AccountKey|SharedAccessKey)=[A-Za-z0-9+/]{40,}"),
+        ("a signature of Azure", "sig=", r"[?&;]sig=[A-Za-z0-9%+/]{30,}"),
+        ("a key of Prefect", "pn", r"\bpn[ub]_[A-Za-z0-9]{30,}"),
+        ("a key of Weights & Biases", "wandb_v", r"\bwandb_v\d_\w{20,}"),
+        ("a token of Slack", "xox", r"\bxox[abeoprs]-[\w-]{10,}"),
+        (
+            "a key of a model's service",
+            "sk-",
+            r"\bsk-(?:[a-z]{2,12}\d{0,2}-){0,3}(?=[A-Za-z]{0,99}\d)[A-Za-z0-9]{20,}",
+        ),
+        ("a signed token (JWT)", "eyJ", r"\beyJ[\w-]{10,300}\.eyJ[\w-]{10,}"),
+        ("a private key", "PRIVATE KEY", r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    )
+]
 _MIN_LENGTH = 8
 #: A plain word or number below this length says nothing: it stands in every vocabulary.
 _MIN_LENGTH_OF_WORDS = 12
@@ -52,10 +65,12 @@ def known_secrets() -> dict[str, str]:
     """Secret -> where it is from: the environment, and the files in which the libraries that we use keep theirs."""
     found: dict[str, str] = {}
     for name, value in os.environ.items():
-        held = chain([value] if is_secret_name(name) else [], _held_in(value))
+        held = chain([value.strip()] if is_secret_name(name) else [], _held_in(value))
         found |= {secret: f"the value of {name}" for secret in held if _is_telling(secret)}
     for path, is_token in _files():
         try:
+            if not path.is_file():  # reading a pipe would take it from the library
+                continue
             with path.open(encoding="utf-8", errors="replace") as file:
                 text = file.read(_MAX_FILE_BYTES)
         except OSError:
@@ -82,16 +97,17 @@ def without_secrets(text: str) -> str:
 def secrets_in(text: str, known: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Every secret of a text, with what it is in words. `known`: as from `known_secrets`."""
     # As it stands, and without what Markdown and HTML write for a character of their own.
-    for form in dict.fromkeys((text, unescape(re.sub(r"\\([^A-Za-z0-9\s])", r"\1", text)))):
+    unmarked = _ESCAPED.sub(r"\1", text)
+    for form in dict.fromkeys((text, unescape(unmarked) if "&" in unmarked else unmarked)):
         # The longest first: a connection string before the key in it.
         for secret in sorted(known, key=len, reverse=True):
             if secret in form:
                 yield secret, known[secret]
         for match in _URL_PASSWORD.finditer(form):
             yield match.group(1), "the password of a URL"
-        for match in _FORM.finditer(form):
-            assert match.lastgroup is not None
-            yield match.group(), list(_FORMS)[int(match.lastgroup.removeprefix("form"))]
+        for what, part, pattern in _FORMS:
+            if part in form:
+                yield from ((found, what) for found in pattern.findall(form))
 
 
 def _is_telling(secret: str) -> bool:

@@ -14,10 +14,11 @@ from typing import Any
 
 import yaml
 
+from smoltulu.schemas.common import MAX_NAME
+
 MAX_BYTES = 256 << 10  # the longest recipe that ships has 9 kB
 MAX_DEPTH = 32
 MAX_VALUES = 20_000
-MAX_NAME = 200
 MAX_TEXT = 20_000
 _MAX_DIGITS = 64
 _MAX_SHOWN = 120
@@ -136,7 +137,7 @@ def _check_nesting(text: str) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
-                raise Unreadable(f"line {event.start_mark.line + 1}: it is nested deeper than {MAX_DEPTH} levels")
+                raise Unreadable(f"{_line(event)}: it is nested deeper than {MAX_DEPTH} levels")
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 
@@ -204,8 +205,9 @@ def _doubles(node: yaml.MappingNode) -> list[str]:
     return doubles
 
 
-def _line(node: yaml.Node) -> str:
-    return f"line {node.start_mark.line + 1}"
+def _line(part: yaml.Node | yaml.Event) -> str:
+    assert part.start_mark is not None
+    return f"line {part.start_mark.line + 1}"
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from smoltulu.artifacts.secrets import known_secrets, secrets_in
-from smoltulu.flows.reading import MAX_NAME, Unreadable, read_file, read_json, read_yaml, shortened, within_bounds
+from smoltulu.flows.reading import Unreadable, read_file, read_json, read_yaml, shortened, within_bounds
 from smoltulu.recipes import PRESETS
+from smoltulu.schemas.common import MAX_NAME
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.tasks.stages import STAGES
