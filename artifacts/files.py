@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import time
 from pathlib import Path
 
 TRASH_PREFIX = ".trash-"
+
+
+def private_folder(path: Path) -> Path:
+    """A folder that others than its owner's group cannot look into; one that is there stays as it is.
+
+    The umask decides what the group may.
+    """
+    path.mkdir(parents=True, exist_ok=True, mode=0o770)
+    return path
+
+
+def exposed(path: Path) -> str | None:
+    """What every user of the machine may do with a folder: `written` or `read`; None where neither, or no folder."""
+    try:
+        modes = [folder.stat().st_mode for folder in (path, *path.resolve().parents)]
+    except OSError:
+        return None
+    if not all(mode & stat.S_IXOTH for mode in modes):
+        return None  # it, or a folder above it, is closed
+    return "written" if modes[0] & stat.S_IWOTH else "read" if modes[0] & stat.S_IROTH else None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,12 +1,35 @@
-"""Numbers as people read them: in logs, tables, errors and reports alike. Pure.
+"""Numbers and texts as people read them: in logs, tables, errors and reports alike. Pure.
 
 It lies here because the errors of `artifacts/` are its lowest callers. What is not 0 never reads as 0.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
+
+#: Control characters but tab and newline, line separators, marks of direction, surrogates.
+_UNSHOWABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
+
+
+def clean(value: object) -> str:
+    """Text without what HTML, UTF-8 or a terminal cannot show, or what turns the reading direction: as U+FFFD."""
+    return _UNSHOWABLE.sub("�", str(value))
+
+
+def log_text(text: str) -> str:
+    """What a process says, for a log: without colours, else as `clean`."""
+    return clean(_COLOUR.sub("", text))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that a person may also look at: as it is, but what `clean` would replace is escaped."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _UNSHOWABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def duration(seconds: float) -> str:

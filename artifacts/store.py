@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from smoltulu.artifacts import layout
 from smoltulu.artifacts.checkpoints import newest_checkpoint
-from smoltulu.artifacts.files import remove_tree, sync, write_atomically
+from smoltulu.artifacts.files import private_folder, remove_tree, sync, write_atomically
 from smoltulu.artifacts.keys import (
     artifact_key,
     canonical_json,
@@ -136,6 +136,7 @@ class Store:
         outlived its parent keeps `writer`, which is waited for too.
         """
         folder = self.folder(spec)
+        private_folder(self.root)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / layout.LOCK, "a+") as lock, open(folder / layout.WRITER, "a+") as writer:
             take(lock.fileno(), lambda: waiting(holder_text(folder)))

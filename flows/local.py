@@ -12,6 +12,7 @@ import sys
 from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.graphs.recipe_graph import Graph
+from smoltulu.flows.logs import plain_handler
 from smoltulu.flows.recipe import load_recipe, parse_overrides
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.engine.runner import run_stage
@@ -29,7 +30,7 @@ def run_graph(graph: NodeGraph, store: Store, log: logging.Logger) -> dict[str, 
 
 
 def main(arguments: list[str]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, handlers=[plain_handler(sys.stdout)])
     recipe = load_recipe(arguments[0], parse_overrides(arguments[1:]))
     store = open_store(recipe.compute)
     run_graph(Graph(recipe), store, logging.getLogger("smoltulu.local"))

@@ -1,13 +1,17 @@
-"""Protects log lines from `prefect deployment run --watch`.
+"""Log lines as text: no terminal obeys them, and `prefect deployment run --watch` survives them.
 
-Prefect 3.8.8 prints every log line as Rich markup (cli/flow_runs_watching.py). "[sft] step 1" loses its "[sft]". A line
-with "[/tmp/x]" ends the watching with a MarkupError and exit code 1, while the run goes on.
+Messages hold texts of rows, files and servers, which may hold control characters. Prefect 3.8.8 prints every log line
+as Rich markup (cli/flow_runs_watching.py). "[sft] step 1" loses its "[sft]". A line with "[/tmp/x]" ends the watching
+with a MarkupError and exit code 1, while the run goes on.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from typing import TextIO
+
+from smoltulu.artifacts.readable import log_text
 
 #: Rich reads a bracket before one of these characters as a tag (rich/markup.py).
 _TAG = re.compile(r"\[(?=[a-z#/@])")
@@ -19,22 +23,31 @@ def shield(text: str) -> str:
     return _TAG.sub("[" + _ZERO_WIDTH_SPACE, text)
 
 
-class _Shielding(logging.Formatter):
-    """Shields the text of another formatter, traceback included."""
+class PlainFormatter(logging.Formatter):
+    """The text of another formatter, traceback included, without control characters; `shielded`: also against Rich."""
 
-    def __init__(self, inner: logging.Formatter | None) -> None:
+    def __init__(self, inner: logging.Formatter | None = None, shielded: bool = False) -> None:
         super().__init__()
-        self.inner = inner or logging.Formatter()
+        self.inner = inner or logging.Formatter("%(message)s")
+        self.shielded = shielded
 
     def format(self, record: logging.LogRecord) -> str:
-        return shield(self.inner.format(record))
+        text = log_text(self.inner.format(record))
+        return shield(text) if self.shielded else text
+
+
+def plain_handler(stream: TextIO) -> logging.Handler:
+    """Messages alone, as plain text."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(PlainFormatter())
+    return handler
 
 
 def shield_run_logs() -> None:
-    """Shield all logs that this process sends to Prefect's API from now on. A flow calls it at its start."""
+    """Make this process log plain text, shielded if it goes to Prefect's API. A flow calls it at its start."""
     from prefect.logging.handlers import APILogHandler
 
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
         for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, APILogHandler) and not isinstance(handler.formatter, _Shielding):
-                handler.setFormatter(_Shielding(handler.formatter))
+            if not isinstance(handler.formatter, PlainFormatter):
+                handler.setFormatter(PlainFormatter(handler.formatter, shielded=isinstance(handler, APILogHandler)))

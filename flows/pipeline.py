@@ -18,6 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from smoltulu.artifacts import readable
+from smoltulu.artifacts.files import private_folder
 from smoltulu.artifacts.store import Found, Store, read_manifest
 from smoltulu.flows.follow_worker import follow_worker
 from smoltulu.flows.graphs.recipe_graph import Graph
@@ -159,8 +160,8 @@ def _report(
     found = [(reference, store.find(graph.spec(reference.node))) for reference in made]
     pairs = [(reference, result.manifest) for reference, result in found if isinstance(result, Found)]
     reports = store.root.parent / "reports"
-    folder = reports / run.run_name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = private_folder(reports) / run.run_name
+    folder.mkdir(exist_ok=True)
     published = next((ref for ref in made if graph.nodes[ref.node].stage.makes(PublishOutputs)), None)
     summary = summarise(
         planned=list(run.stages.items()),

@@ -9,16 +9,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from smoltulu.artifacts.secrets import known_secrets, secrets_in
+from smoltulu.flows.reading import Unreadable, read_file, read_json, read_yaml, shortened, within_bounds
 from smoltulu.recipes import PRESETS
+from smoltulu.schemas.common import MAX_NAME
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.tasks.stages import STAGES
 
-#: The loader of libyaml is ten times as fast. PyYAML has it if it was built with libyaml.
-_YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+#: Of the error that lists everything: problems that are listed, and characters of each.
+_NUM_PROBLEMS_SHOWN = 20
+_MAX_PROBLEM = 1000
+_MAX_PATH_BYTES, _MAX_PART_BYTES = 4095, 255
 
 
 class RecipeError(ValueError):
@@ -40,34 +44,88 @@ def load_recipe(
         values = _read(recipe)
     else:
         given = recipe.model_dump() if isinstance(recipe, ExtendingRecipe) else recipe
+        _check_bounds(given, "the inline recipe")
         values = _extend(given, "the inline recipe", Path.cwd())
+    _check_bounds(overrides or {}, "overrides")
     for dotted, value in (overrides or {}).items():
         values = _override(values, dotted, value)
+    _check_secrets(values)
     try:
         checked = Recipe.model_validate(values)
     except ValidationError as error:
-        unknown = _unknown_stages(values.get("compute"))
-        raise RecipeError(_explain(error, values.get("name") or str(recipe), unknown)) from None
+        name = values.get("name") or (recipe if isinstance(recipe, str) else "without a name")
+        raise RecipeError(_explain(error, name, _unknown_stages(values.get("compute")))) from None
     check_compute(checked.compute)
     return checked
 
 
+def _check_bounds(values: Any, what: str) -> None:
+    """RecipeError where values that came as values are beyond the bounds of a text."""
+    try:
+        within_bounds(values)
+    except Unreadable as error:
+        raise RecipeError(f"{what}: {error}") from None
+
+
+def _check_secrets(values: dict[str, Any]) -> None:
+    """Refuse a recipe that holds a secret: recipes are recorded, reported and published."""
+    known = known_secrets()
+    for field, text in _texts(values, ""):
+        if (what := next((what for _, what in secrets_in(text, known)), None)) is not None:
+            raise RecipeError(
+                f"{field}: {what} is in it. A recipe is recorded and published and holds no secrets: take it out, "
+                "credentials come from the environment; if the recipe was shared, replace the secret"
+            )
+
+
+def _texts(value: Any, field: str) -> Iterator[tuple[str, str]]:
+    """Every text of nested values with its dotted field."""
+    if isinstance(value, str):
+        yield field, value
+    elif isinstance(value, (dict, list, tuple)):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(item, f"{field}.{name}".lstrip("."))
+
+
 def parse_overrides(texts: Iterable[str]) -> dict[str, object]:
-    """Parse `field=value` texts. The value is JSON, else YAML. Raises ValueError if there is no `=`."""
+    """Parse `field=value` texts. The value is JSON, else YAML. Raises ValueError for a text that cannot be read."""
     values: dict[str, object] = {}
     for text in texts:
-        field, equals, value = text.partition("=")
-        if not equals or not field.strip():
-            raise ValueError(f"--override {text!r}: give a dotted field and a value, e.g. dpo.learning_rate=5e-7")
+        field, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not field:
+            raise ValueError(
+                f"--override {shortened(text)}: give a dotted field and a value, e.g. dpo.learning_rate=5e-7"
+            )
+        if field in values:
+            raise ValueError(f"--override {shortened(field)} is given twice; keep one of them")
         try:
-            # JSON first: YAML reads 5e-7, which has no dot, as a string.
-            values[field.strip()] = json.loads(value)
-        except ValueError:
-            try:
-                values[field.strip()] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise ValueError(f"--override {text!r}: the value is neither JSON nor YAML: {error}") from None
+            values[field] = _read_value(value)
+        except Unreadable as error:
+            raise ValueError(f"--override {shortened(field)}: the value cannot be read: {error}") from None
     return values
+
+
+def check_parameter(text: str) -> None:
+    """Refuse a recipe, or overrides, that are given to Prefect as JSON beyond the bounds or with a key twice.
+
+    Prefect reads them itself, and keeps the last of two. `text`: an argument of `prefect deployment run`.
+    """
+    if (match := re.fullmatch(r"(?:--params?=)?(?:(recipe|overrides)=)?(\{.*)", text, re.DOTALL)) is None:
+        return
+    try:
+        read_json(match[2])
+    except Unreadable as error:
+        raise RecipeError(f"{match[1] or 'parameters'}: {error}") from None
+
+
+def _read_value(text: str) -> object:
+    """JSON first: YAML takes 5e-7, which has no dot, for a text."""
+    try:
+        return read_json(text)
+    except Unreadable as error:
+        if not isinstance(error.__cause__, json.JSONDecodeError):
+            raise
+    return read_yaml(text)
 
 
 def check_compute(compute: ComputeSettings) -> None:
@@ -83,7 +141,7 @@ def _unknown_stages(compute: Any) -> list[str]:
 
 
 def _unknown_stage(where: str, name: str) -> str:
-    return f"{where}: no stage is called {name!r}{did_you_mean(name, STAGES)}; stages: {', '.join(STAGES)}"
+    return f"{where}: no stage is called {shortened(name)}{did_you_mean(name, STAGES)}; stages: {', '.join(STAGES)}"
 
 
 def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> None:
@@ -116,13 +174,18 @@ def stage_order(recipe: Recipe) -> tuple[str, ...]:
 
 
 def whole_path(recipe: str) -> str:
-    """A recipe's name, or its absolute path, which is valid in every working folder."""
+    """A recipe's name, or its absolute path, which is valid in every working folder. ValueError if it is too long."""
     return str(Path(recipe).expanduser().absolute()) if _is_path(recipe) else recipe
 
 
 def _is_path(name_or_path: str) -> bool:
     if name_or_path.startswith(("{", '"')):  # JSON, as Prefect's -p takes it
         return False
+    parts = [len(part.encode(errors="replace")) for part in name_or_path.split("/")]
+    if max(parts) > _MAX_PART_BYTES or sum(parts) + len(parts) > _MAX_PATH_BYTES:
+        raise RecipeError(
+            f"{shortened(name_or_path)} is no recipe: names of files have {_MAX_PART_BYTES} bytes at most"
+        )
     is_file = name_or_path not in preset_names() and Path(name_or_path).is_file()
     return is_file or name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path
 
@@ -141,7 +204,7 @@ def _preset(name: str, problem: str) -> dict[str, Any]:
     """A shipped recipe. RecipeError, which begins with `problem`, where there is none of that name."""
     if name not in preset_names():
         raise RecipeError(
-            f"{problem} {name!r}{did_you_mean(name, preset_names())}; "
+            f"{problem} {shortened(name)}{did_you_mean(str(name), preset_names())}; "
             f"presets: {', '.join(preset_names())}; or give the path of a YAML file"
         )
     return _load(PRESETS / f"{name}.yaml")
@@ -152,8 +215,8 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"recipe file {path} does not exist (looked in {Path.cwd()})")
     try:
-        values = yaml.load(path.read_text(), _YAML)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        values = read_file(path)
+    except (Unreadable, OSError) as error:
         raise RecipeError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of names to values")
@@ -190,7 +253,7 @@ def _extend(values: dict[str, Any], origin: str, folder: Path) -> dict[str, Any]
     if isinstance(parent, str) and _is_path(parent):
         base = _load(folder / Path(parent).expanduser())
     else:
-        base = _preset(str(parent), f"{origin}: extends")
+        base = _preset(parent, f"{origin}: extends")
     if "extends" in base:
         raise RecipeError(
             f"{origin}: extends {parent}, which itself extends {base['extends']}; extend that one instead"
@@ -210,7 +273,7 @@ def _override(values: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]
     """Set one dotted field; numbers index lists. A path through a plain value is an error."""
     head, _, rest = dotted.partition(".")
     if isinstance(values, list):
-        if not head.isdigit() or int(head) >= len(values):
+        if not (head.isascii() and head.isdigit()) or int(head) >= len(values):
             raise RecipeError(f"overrides: {dotted!r} does not point into a list of {len(values)} items")
         copy = list(values)
         copy[int(head)] = _override(copy[int(head)], rest, value) if rest else value
@@ -223,22 +286,29 @@ def _override(values: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]
     return {**values, head: _override({} if inner is None else inner, rest, value)}
 
 
-def _explain(error: ValidationError, name: str, more: list[str]) -> str:
-    lines = []
-    for problem in error.errors():
-        location = ".".join(str(part) for part in problem["loc"]) or "recipe"
-        if problem["type"] == "extra_forbidden":
-            allowed = list(_fields_at(Recipe, problem["loc"][:-1]))
-            text = f"no such field{did_you_mean(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
-        elif problem["type"] == "missing":
-            text = "is missing; add it"
-        else:
-            given = "" if isinstance(problem["input"], (dict, BaseModel)) else f"; given: {problem['input']!r}"
-            text = problem["msg"].removeprefix("Value error, ") + given
-        lines.append(f"  {location}: {text}")
-    lines += [f"  {line}" for line in more]
-    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-    return f"recipe {name} has {count}:\n" + "\n".join(lines)
+def _explain(error: ValidationError, name: object, more: list[str]) -> str:
+    """Every problem on a line of its own, as many and as much of each as people read."""
+    lines = [_problem(problem) for problem in error.errors(include_url=False)[:_NUM_PROBLEMS_SHOWN]]
+    lines = [line if len(line) <= _MAX_PROBLEM else line[:_MAX_PROBLEM] + "..." for line in (*lines, *more)]
+    num_problems = error.error_count() + len(more)
+    del lines[_NUM_PROBLEMS_SHOWN:]
+    if num_problems > len(lines):
+        lines.append(f"and {num_problems - len(lines):,} more")
+    count = f"{num_problems:,} problem{'s' if num_problems > 1 else ''}"
+    return f"recipe {str(name)[:MAX_NAME]} has {count}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _problem(problem: Any) -> str:
+    location = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        allowed = list(_fields_at(Recipe, problem["loc"][:-1]))
+        text = f"no such field{did_you_mean(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+    elif problem["type"] == "missing":
+        text = "is missing; add it"
+    else:
+        given = "" if isinstance(problem["input"], (dict, BaseModel)) else f"; given: {shortened(problem['input'])}"
+        text = problem["msg"].removeprefix("Value error, ") + given
+    return f"{location}: {text}"
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
@@ -263,5 +333,5 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """` (did you mean 'sft'?)` for a name that is not allowed; empty if no allowed name is similar."""
-    close = difflib.get_close_matches(name, list(allowed), n=1)
+    close = difflib.get_close_matches(name, list(allowed), n=1) if len(name) <= MAX_NAME else []
     return f" (did you mean {close[0]!r}?)" if close else ""

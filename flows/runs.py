@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import UTC, datetime
-from pathlib import Path
 
-from smoltulu.artifacts.files import write_atomically
+from smoltulu.artifacts.files import private_folder, write_atomically
 from smoltulu.artifacts.layout import RUNS, record_path
 from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.schemas.run import RunRecord
 
+#: Most bytes of a run's name: it is that of a folder and, with a suffix, of a file.
+_MAX_NAME_BYTES = 200
+
+
+def _plain(run_name: str) -> str:
+    """A run's name as one name of a file: Prefect takes any text for it, and an audit is called as its data."""
+    plain = re.sub(r"[^\w.+-]", "-", run_name).lstrip(".")
+    return plain.encode()[:_MAX_NAME_BYTES].decode(errors="ignore") or "run"
+
 
 def begin_run(store: Store, run_name: str, graph: NodeGraph, flow_run_id: str) -> RunRecord:
     """Record the start of a run, with the keys of all artifacts that it may use: gc keeps them while it runs."""
     record = RunRecord(
-        run_name=run_name,
+        run_name=_plain(run_name),
         flow_run_id=flow_run_id,
         recipe=graph.name,
         state="Running",
@@ -40,8 +49,9 @@ def end_run(store: Store, record: RunRecord, state: str, outcomes: dict[str, str
 
 
 def _write(store: Store, record: RunRecord) -> None:
-    file = record_path(store.root, RUNS, Path(record.run_name).name)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = record_path(store.root, RUNS, record.run_name)
+    private_folder(store.root)
+    file.parent.mkdir(exist_ok=True)
     write_atomically(file, record.model_dump_json(indent=1))
 
 

@@ -17,6 +17,8 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+#: Most characters of what becomes the name of a file or part of an address, and of a path.
+MAX_NAME, MAX_PATH = 200, 4096
 #: The values that `science(absent=...)` takes: compared by type and value, written in a schema as they are.
 Scalar = bool | int | float | str | None
 _ALWAYS_IN_KEY: Any = object()

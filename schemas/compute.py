@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from smoltulu.schemas.common import StrictModel, machinery
+from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery
 
 
 class StageCompute(StrictModel):
@@ -23,12 +23,17 @@ class ComputeSettings(StrictModel):
 
     store: str = machinery(
         "${SMOLTULU_STORE:-artifacts/store}",
+        max_length=MAX_PATH,
         description="folder of the artifact store; ${VARIABLE:-default} is expanded",
     )
     remote: str | None = machinery(
         None,
+        max_length=MAX_PATH,
         description="URL of a shared store (s3://bucket/folder, gs://, file:///...), which the local one then caches; "
         "${VARIABLE:-default} is expanded; credentials come from the environment, never from here",
+    )
+    allow_http: bool = machinery(
+        False, description="take a shared store whose URL is not encrypted (http://), from another machine than this"
     )
     device: Literal["auto", "cpu", "cuda"] = machinery("auto")
     precision_fallback: bool = machinery(

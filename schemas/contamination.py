@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from smoltulu.schemas.common import ArtifactPath, StrictModel, science
+from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DataSet, DatasetKind, DataSource
 
 MatchMode = Literal["full", "ngram"]
@@ -16,7 +16,7 @@ Role = Literal["system", "user", "assistant"]
 class Benchmark(StrictModel):
     """An evaluation set whose instances must not be in the training data."""
 
-    name: str = science()
+    name: str = science(max_length=MAX_NAME)
     source: DataSource = science(description="rows as they are; `format` is text")
     query_fields: tuple[str, ...] = science(min_length=1, description="columns that make an instance's query")
     strip_prefix: str = science("", description="prefix taken off the first query field, e.g. 'Question: '")

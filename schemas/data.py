@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from smoltulu.schemas.common import ArtifactPath, StrictModel, machinery, science
+from smoltulu.schemas.common import MAX_NAME, MAX_PATH, ArtifactPath, StrictModel, machinery, science
 
 RowFormat = Literal[
     "messages",
@@ -27,19 +27,26 @@ class DataSource(StrictModel):
     Exactly one of `repository`, `path` and `generated` is given.
     """
 
-    repository: str | None = science(None, description="Hub dataset, e.g. allenai/tulu-3-sft-mixture")
-    revision: str = science("main", description="Hub revision; a branch or tag is resolved to its commit before keying")
-    subset: str | None = science(
-        None, description="Hub configuration name, e.g. `main` of openai/gsm8k; `*`: all of them, `limit` rows of each"
+    repository: str | None = science(
+        None, max_length=MAX_NAME, description="Hub dataset, e.g. allenai/tulu-3-sft-mixture"
     )
-    split: str = science("train", description="Hub split")
+    revision: str = science(
+        "main", max_length=MAX_NAME, description="Hub revision; a branch or tag is resolved to its commit before keying"
+    )
+    subset: str | None = science(
+        None,
+        max_length=MAX_NAME,
+        description="Hub configuration name, e.g. `main` of openai/gsm8k; `*`: all of them, `limit` rows of each",
+    )
+    split: str = science("train", max_length=MAX_NAME, description="Hub split")
     path: str | None = machinery(
         None,
+        max_length=MAX_PATH,
         description="local .jsonl, .json, .parquet or .csv (.gz allowed) or a folder of them; keyed by content digest; "
         "${VARIABLE} and ${VARIABLE:-default} are expanded; relative to the recipe file's folder, and to the working "
         "folder where it begins with a variable or there is no file",
     )
-    generated: str | None = science(None, description="file of the `world` stage, e.g. sft.jsonl")
+    generated: str | None = science(None, max_length=MAX_NAME, description="file of the `world` stage, e.g. sft.jsonl")
     format: RowFormat = science(description="how a row is read, see docs/data.md")
     fields: dict[str, str] = science({}, description="our field name -> column name, where they differ")
     verifier: str | None = science(None, description="rlvr only: verifier for every row, where rows name none")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from smoltulu.schemas.common import ArtifactPath, StrictModel, science
+from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DataSource
 
 ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]
@@ -15,8 +15,10 @@ ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]
 class EvaluationTask(StrictModel):
     """One lm-eval task: a stock name, or a definition shipped in recipes/lm_eval/."""
 
-    name: str = science()
-    metric: str = science(description="headline metric as lm-eval spells it, e.g. exact_match,strict-match")
+    name: str = science(max_length=MAX_NAME)
+    metric: str = science(
+        max_length=MAX_NAME, description="headline metric as lm-eval spells it, e.g. exact_match,strict-match"
+    )
     num_fewshot: int | None = science(None, ge=0, description="None: as the task says")
     limit: int | None = science(None, ge=1, description="first documents only; the score is then not comparable")
     files: dict[str, DataSource] = science(

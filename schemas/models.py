@@ -7,16 +7,22 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from smoltulu.schemas.base_model import BaseModelConfig
-from smoltulu.schemas.common import ArtifactPath, StrictModel, machinery, science
+from smoltulu.schemas.common import MAX_NAME, MAX_PATH, ArtifactPath, StrictModel, machinery, science
 
 
 class ModelSource(StrictModel):
     """A base model: a Hub repository at a revision, a local folder, or made from scratch. Exactly one of the three."""
 
-    repository: str | None = science(None, description="Hub model, e.g. HuggingFaceTB/SmolLM2-1.7B")
-    revision: str = science("main", description="a branch or tag is resolved to its commit before keying")
+    repository: str | None = science(
+        None, max_length=MAX_NAME, description="Hub model, e.g. HuggingFaceTB/SmolLM2-1.7B"
+    )
+    revision: str = science(
+        "main", max_length=MAX_NAME, description="a branch or tag is resolved to its commit before keying"
+    )
     path: str | None = machinery(
-        None, description="local folder with config.json, *.safetensors, tokenizer; keyed by content"
+        None,
+        max_length=MAX_PATH,
+        description="local folder with config.json, *.safetensors, tokenizer; keyed by content",
     )
     scratch: BaseModelConfig | None = science(None, description="architecture and pre-training of a model made here")
     pad_token: str | None = science(

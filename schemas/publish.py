@@ -6,7 +6,7 @@ import re
 
 from pydantic import Field, field_validator
 
-from smoltulu.schemas.common import ArtifactPath, StrictModel, machinery, science
+from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, machinery, science
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
@@ -15,10 +15,17 @@ _BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 class PublishSettings(StrictModel):
     """The last model's folder with card; pushed where `repository` is set and HF_TOKEN is in the environment."""
 
-    license: str = science("apache-2.0", description="for the model card's metadata")
-    language: str = science("en")
-    repository: str | None = machinery(None, description="Hub repository, owner/name; none: stays local")
-    branch: str = machinery("main")
+    license: str = science(
+        "apache-2.0",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$",
+        max_length=MAX_NAME,
+        description="for the model card's metadata",
+    )
+    language: str = science("en", pattern=r"^[A-Za-z]+(-[A-Za-z0-9]+)*$", max_length=MAX_NAME)
+    repository: str | None = machinery(
+        None, max_length=MAX_NAME, description="Hub repository, owner/name; none: stays local"
+    )
+    branch: str = machinery("main", max_length=MAX_NAME)
     private: bool = machinery(True)
 
     @field_validator("repository")

@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smoltulu.schemas.budget import accumulation_steps
-from smoltulu.schemas.common import StrictModel, machinery, science
+from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery, science
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.contamination import ContaminationSettings
 from smoltulu.schemas.data import DataSet, DataSettings, DataSource
@@ -35,12 +35,13 @@ class Recipe(StrictModel):
     A block is called as its stage; `title` is what people read.
     """
 
-    name: str = machinery(pattern=r"^[a-z0-9][a-z0-9-]*$", description="used in run names and reports")
+    name: str = machinery(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=100, description="used in run names and reports")
     description: str = machinery("")
     world: WorldConfig | None = science(None, description="synthetic data made in code (recipe `tiny`)")
     base_model: ModelSource = science()
     chat_template: str = science(
         "tulu",
+        max_length=MAX_PATH,
         description="shipped template (recipes/chat_templates/), own (the base model's), or path of a .jinja file",
     )
     add_bos_token: bool | None = science(

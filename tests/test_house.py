@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tasks.preflight",),
     ("tasks.stages",),
     ("tasks.engine",),
+    ("flows.reading",),
     ("flows.logs", "flows.recipe", "flows.machine", "flows.follow_worker"),
     ("flows.graphs",),
     ("flows.planning", "flows.runs", "flows.local"),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from smoltulu.artifacts.files import sync, write_synced
+from smoltulu.artifacts.secrets import without_secrets
 
 #: Protocols whose fsspec implementation creates exclusively on the server, each with its package: S3 by `If-None-Match:
 #: *`, Google Cloud Storage by `ifGenerationMatch=0`, Azure by its own `overwrite=False`. fsspec's default (look, then
@@ -27,6 +28,8 @@ EXCLUSIVE_PROTOCOLS = {
     **dict.fromkeys(("gs", "gcs"), "gcsfs"),
     **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
 }
+#: What fsspec speaks in the clear. S3's own server is the environment's to name (AWS_ENDPOINT_URL).
+_UNENCRYPTED = ("http", "ftp", "webhdfs", "jupyter", "jlab")
 _TEMPORARY = ".tmp-"
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 Result = TypeVar("Result")
@@ -71,12 +74,15 @@ class Objects(Protocol):
         return None
 
 
-def open_objects(url: str) -> Objects:
-    """The objects under a URL or a folder. Raises RemoteError for a URL that cannot be used; makes no request."""
+def open_objects(url: str, allow_http: bool = False) -> Objects:
+    """The objects under a URL or a folder. Raises RemoteError for a URL that cannot be used; makes no request.
+
+    allow_http  also a URL whose answers anyone on the way can read and replace
+    """
     if "://" not in url and "::" not in url:
         return FolderObjects(Path(url).expanduser().absolute())
     if "::" in url:
-        raise RemoteError(f"{_without_secrets(url)} chains file systems; give one URL (the local store is the cache)")
+        raise RemoteError(f"{without_secrets(url)} chains file systems; give one URL (the local store is the cache)")
     parts = urlsplit(url)
     protocol = parts.scheme.lower()
     if protocol in ("file", "local"):
@@ -94,6 +100,11 @@ def open_objects(url: str) -> Objects:
         )
     if not parts.netloc:
         raise RemoteError(f"{url} names no bucket; write {protocol}://bucket/path")
+    if protocol in _UNENCRYPTED and not allow_http and not _is_this_machine(parts.hostname or ""):
+        raise RemoteError(
+            f"{without_secrets(url)} is not encrypted: whoever is on the way can read and replace what comes from it. "
+            f"Use https://, s3:// or a folder, or set compute.allow_http: true where you trust the network"
+        )
     return RemoteObjects(url.rstrip("/"), protocol)
 
 
@@ -156,7 +167,7 @@ class FolderObjects:
 
     def prepare(self) -> None:
         # Only the last folder: where a disk is not mounted, the folders above are missing, and must stay so.
-        self.root.mkdir(exist_ok=True)
+        self.root.mkdir(exist_ok=True, mode=0o770)
 
     def _temporary(self, name: str, data: bytes) -> Path:
         folder = (self.root / name).parent
@@ -220,6 +231,14 @@ class RemoteObjects(Objects):
         return _file_system(self.url, self._protocol)
 
 
+def _is_this_machine(host: str) -> bool:
+    """Whether a host is a loopback address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _unless_gone(error: OSError) -> None:
     """For os.walk, which else takes a folder that may not be read for an empty one."""
     if not isinstance(error, FileNotFoundError):
@@ -281,14 +300,4 @@ def explained(error: OSError, url: str) -> RemoteError:
         advice = "it is full; free some space there and run again, the upload goes on where it stopped"
     else:
         advice = "it cannot be reached; check the network and AWS_ENDPOINT_URL, or run without compute.remote"
-    return RemoteError(f"shared store {url}: {advice} ({type(error).__name__}: {_without_secrets(str(error))})")
-
-
-def _without_secrets(text: str) -> str:
-    """A text with what stands before an @ in URLs, and what the environment keeps as secret, blotted out."""
-    text = re.sub(r"//[^/@\s]*@", "//***@", text)
-    text = re.sub(r"([?&][\w.-]*(?:sig|signature|token|key|credential)[\w.-]*=)[^&\s'\"]+", r"\1***", text, flags=re.I)
-    for name, value in os.environ.items():
-        if len(value) >= 8 and re.search(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|CONNECTION_STRING", name):
-            text = text.replace(value, "***")
-    return text
+    return RemoteError(f"shared store {url}: {advice} ({type(error).__name__}: {without_secrets(str(error))})")

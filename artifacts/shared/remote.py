@@ -48,6 +48,7 @@ class Remote:
 
     part_bytes      larger files are transferred in parts of this size; an interrupted transfer loses less than one
                     for each of the `num_transfers` at a time, which also bounds the memory
+    allow_http      take a URL that is not encrypted
     beat_seconds    how often a lease is renewed; stale_seconds: how long silence is borne before it is taken over
 
     All methods raise RemoteError for a store that cannot be reached, is forbidden or does not exist, after transient
@@ -59,12 +60,13 @@ class Remote:
     beat_seconds: float = 15.0
     stale_seconds: float = 60.0
     num_transfers: int = 4
+    allow_http: bool = False
 
     def __post_init__(self) -> None:
         if self.stale_seconds < 3 * self.beat_seconds:
             given = f"stale_seconds {self.stale_seconds:g} is below three times beat_seconds {self.beat_seconds:g}"
             raise ValueError(given)
-        self._objects = open_objects(self.url)
+        self._objects = open_objects(self.url, self.allow_http)
         self.url = self._objects.url
         self.writable = self._objects.writable
 

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from smoltulu.artifacts import readable
-from smoltulu.flows.cli.output import WIDTH, console, fail, table
+from smoltulu.flows.cli.output import WIDTH, console, echo, fail, table
 from smoltulu.flows.machine import machine, places, prefect_api
 from smoltulu.schemas.run import RunSummary
 
@@ -82,7 +82,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    echo(text)
 
 
 def _watch(home: Path, url: str, name: str) -> int:
@@ -97,7 +97,7 @@ def _watch(home: Path, url: str, name: str) -> int:
         assert watching.stdout is not None
         for line in watching.stdout:
             if not _EVENT.search(line):
-                print(line, end="", flush=True)
+                print(readable.log_text(line), end="", flush=True)
     return watching.returncode
 
 
@@ -116,29 +116,26 @@ def _cancel(url: str, name: str) -> None:
 def show(summary: RunSummary, out: Console) -> None:
     """Print the scores, the outcome of every stage, and the paths of the model and the report."""
     from smoltulu.tasks.report.summary import score_tables
-    from smoltulu.tasks.report.text import clean
 
     for scores in score_tables(summary.scores):
-        columns = [*map(clean, scores.columns)]
-        made = table(
-            *map(clean, scores.names), "n", *columns, title=f"{scores.title}: score ± standard error", right=columns
-        )
+        columns = scores.columns
+        made = table(*scores.names, "n", *columns, title=f"{scores.title}: score ± standard error", right=columns)
         for row in scores.rows:
             num_samples = dict.fromkeys(cell.num_samples for cell in row.cells if cell)
             cells = [cell.value if cell else "" for cell in row.cells]
-            made.add_row(*map(clean, row.names), "/".join(num_samples), *cells)
+            made.add_row(*row.names, "/".join(num_samples), *cells)
         out.print(made)
 
     made = table("stage", "outcome", "took", "artifact", title="stages")
     for stage in summary.stages:
-        where = clean(_short(stage.path) or stage.error or "")
-        made.add_row(clean(stage.node), stage.outcome, readable.duration(stage.seconds), where)
+        where = _short(stage.path) or stage.error or ""
+        made.add_row(stage.node, stage.outcome, readable.duration(stage.seconds), where)
     out.print(made)
     num_cached = sum(stage.outcome == "Cached" for stage in summary.stages)
     out.print(f"{num_cached} of {len(summary.stages)} stages cached")
     for name, what in (("model", summary.published), ("pushed", summary.pushed), ("report", summary.report_path)):
         if what:
-            out.print(f"{name:<10}{clean(_short(what))}")
+            out.print(f"{name:<10}{_short(what)}")
 
 
 def _short(path: str) -> str:

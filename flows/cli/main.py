@@ -35,17 +35,17 @@ def up(
 
     home = places.default_home()
     with output.failures(machine.MachineError):
-        running = machine.up(home, port, limit, typer.echo)
-    typer.echo(f"\nUI        {running.url.removesuffix('/api')}")
-    typer.echo(f"logs      {home / 'logs'}")
+        running = machine.up(home, port, limit, output.echo)
+    output.echo(f"\nUI        {running.url.removesuffix('/api')}")
+    output.echo(f"logs      {home / 'logs'}")
     # `prefect` reads prefect.toml in the folder where it is called; `smoltulu` finds the server itself.
     told = prefect_api.url_of(prefect_api.DEFAULT_PORT) if Path("prefect.toml").is_file() else None
     if running.url != os.environ.get("PREFECT_API_URL", told):
-        typer.echo(f"export    export PREFECT_API_URL={running.url}")
+        output.echo(f"export    export PREFECT_API_URL={running.url}")
     # Without an activated environment the commands are not on the PATH.
     tools = "" if shutil.which("prefect") else f"{Path(sys.executable).parent}/"
-    typer.echo(f"try       {tools}prefect deployment run smoltulu/tiny --watch")
-    typer.echo(f"stop      {tools}smoltulu down")
+    output.echo(f"try       {tools}prefect deployment run smoltulu/tiny --watch")
+    output.echo(f"stop      {tools}smoltulu down")
 
 
 @app.command()
@@ -54,8 +54,8 @@ def down() -> None:
     from smoltulu.flows.machine import machine, places
 
     with output.failures(machine.MachineError):
-        anything = machine.down(places.default_home(), say=typer.echo)
-    typer.echo("all down" if anything else "nothing of ours runs")
+        anything = machine.down(places.default_home(), say=output.echo)
+    output.echo("all down" if anything else "nothing of ours runs")
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
@@ -69,8 +69,16 @@ def run(
     FILE in `-p recipe=FILE` becomes an absolute path: the flow runs in another folder.
     """
     from smoltulu.flows.machine import doctor, places, prefect_api
-    from smoltulu.flows.recipe import did_you_mean, whole_path
+    from smoltulu.flows.recipe import check_parameter, did_you_mean, whole_path
 
+    with output.failures():
+        for text in context.args:
+            check_parameter(text)
+        arguments = [
+            f"{before}recipe={whole_path(recipe)}" if equals and before in ("", "--param=") else text
+            for text in context.args
+            for before, equals, recipe in [text.partition("recipe=")]
+        ]
     home = places.default_home()
     url = doctor.api_url(home)
     if not doctor.reachable(url):
@@ -85,11 +93,6 @@ def run(
     if pool is not None and not doctor.pollers(home, url, pool):
         output.fail(doctor.NO_WORKER.format(pool=pool))
     sys.stdout.flush()
-    arguments = [
-        f"{before}recipe={whole_path(recipe)}" if equals and before in ("", "--param=") else text
-        for text in context.args
-        for before, equals, recipe in [text.partition("recipe=")]
-    ]
     command = [sys.executable, "-P", "-m", "prefect", "deployment", "run", deployment, "--watch", *arguments]
     environment = prefect_api.client_environment(url)
     if not sys.stdout.isatty():
@@ -112,9 +115,9 @@ def init(
                 stream.write(text)
         except FileExistsError:
             output.fail(f"{file} exists already, and is left as it is; name another file")
-    typer.echo(f"wrote     {file}")
-    typer.echo(f"look      smoltulu plan {file}")
-    typer.echo(f"run       smoltulu run smoltulu/full -p recipe={file}")
+    output.echo(f"wrote     {file}")
+    output.echo(f"look      smoltulu plan {file}")
+    output.echo(f"run       smoltulu run smoltulu/full -p recipe={file}")
 
 
 @app.command()
@@ -130,9 +133,9 @@ def plan(
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.recipe import parse_overrides, whole_path
 
-    recipe = whole_path(recipe)
-    os.chdir(PROJECT)  # flows run there, and relative paths in overrides start there
     with output.failures():
+        recipe = whole_path(recipe)
+        os.chdir(PROJECT)  # a flow runs there, and relative paths of overrides start there
         overrides = parse_overrides(override or [])
         planned = make_plan(recipe, overrides, until, refresh or [])
     show(planned, as_json, run_parameters(recipe, overrides))
@@ -148,9 +151,9 @@ def adopt(recipe: Recipe, override: Overrides = None) -> None:
     from smoltulu.tasks.engine.launch import StageFailed
     from smoltulu.tasks.engine.stores import open_store
 
-    recipe = whole_path(recipe)
-    os.chdir(PROJECT)
     with output.failures(StageFailed):
+        recipe = whole_path(recipe)
+        os.chdir(PROJECT)
         checked = load_recipe(recipe, parse_overrides(override or []))
         outcomes = adoption.adopt(Graph(checked), open_store(checked.compute), output.progress_log())
     table = output.table("stage", "what", "why")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smoltulu.artifacts import readable
-from smoltulu.flows.cli.output import console, fail, failures, print_json, table
+from smoltulu.flows.cli.output import console, echo, fail, failures, print_json, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +44,7 @@ def runs(
     if as_json:
         print_json(values)
     elif not values:
-        typer.echo(f"no runs yet in {catalogue.root}")
+        echo(f"no runs yet in {catalogue.root}")
     else:
         out = console()
         out.print(runs_table(values))
@@ -191,7 +191,7 @@ def tag(
             fail(f"{what!r} is a run; tag one of its artifacts (`smoltulu show {what}` lists their keys)")
         before = set_tag(catalogue, name, found, move=move)
     moved = f" (before: {before.stage}/{before.key[:12]})" if before and (before.stage, before.key) != found else ""
-    typer.echo(f"{name} is {_name(found)}{moved}")
+    echo(f"{name} is {_name(found)}{moved}")
 
 
 def untag(name: Annotated[str, typer.Argument()], store: StoreOption = None) -> None:
@@ -201,7 +201,7 @@ def untag(name: Annotated[str, typer.Argument()], store: StoreOption = None) -> 
     catalogue = _open(store)
     with failures():
         before = remove_tag(catalogue, name)
-    typer.echo(f"{name} removed" + (f"; it was {before.stage}/{before.key[:12]}" if before else ""))
+    echo(f"{name} removed" + (f"; it was {before.stage}/{before.key[:12]}" if before else ""))
 
 
 COMMANDS = (runs, show, verify, gc, tag, untag)
@@ -277,6 +277,6 @@ def _name(ref: Ref, num_digits: int = 12) -> str:
 def _print_notes(catalogue: Catalogue) -> None:
     """Print what was passed over to standard error, so that --json prints only JSON."""
     for note in catalogue.notes[:_NUM_NOTES_SHOWN]:
-        typer.echo(f"note: {note}", err=True)
+        echo(f"note: {note}", err=True)
     if len(catalogue.notes) > _NUM_NOTES_SHOWN:
-        typer.echo(f"note: and {len(catalogue.notes) - _NUM_NOTES_SHOWN} more", err=True)
+        echo(f"note: and {len(catalogue.notes) - _NUM_NOTES_SHOWN} more", err=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from smoltulu.artifacts import readable
+from smoltulu.artifacts.files import exposed
 from smoltulu.flows.machine import machine, prefect_api, processes
 from smoltulu.flows.machine.places import store_root
 from smoltulu.recipes import CHECKOUT, CONSTRAINTS
@@ -63,6 +65,7 @@ def examine(home: Path, fix: bool = False) -> list[Check]:
     asking.start()
     version = ".".join(map(str, sys.version_info[:3]))
     checks = [Check("Python", "ok", f"{version}, {sys.prefix}"), *_packages(), _gpu(), _disk(), _memory(), _token()]
+    checks += _folders(home)
     checks += examine_prefect(home, api_url(home), fix)
     asking.join(HUB_SECONDS)
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -149,6 +152,19 @@ def _disk() -> Check:
     if free < FULL_RECIPE_DISK_GB * 1e9:
         return Check("disk", "warn", detail, f"a 1.7B recipe wants about {FULL_RECIPE_DISK_GB:.0f} GB; `tiny` needs 1")
     return Check("disk", "ok", detail)
+
+
+def _folders(home: Path) -> Iterator[Check]:
+    """Store, reports and state that every user of this machine can read or write."""
+    root = store_root()
+    kept = {"store": root, "reports": root.parent / "reports", "state": home}
+    open_to = {name: what for name, path in kept.items() if (what := exposed(path)) is not None}
+    for name, what in open_to.items():
+        status: Status = "fail" if what == "written" else "warn"
+        advice = f"chmod o-rwx {shlex.quote(str(kept[name]))}"
+        yield Check(f"{name} access", status, f"{kept[name]} can be {what} by every user of this machine", advice)
+    if not open_to:
+        yield Check("access", "ok", "store, reports and state are closed to other users, or not there yet")
 
 
 def _memory() -> Check:

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from smoltulu.artifacts.secrets import find_secret, is_secret_name, without_secrets
 from smoltulu.schemas.data import DataSource
 
 #: What a local file may be called; the folder form takes every such file in it.
@@ -31,6 +32,7 @@ ALL_SUBSETS = "*"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NUM_REQUESTS_AT_ONCE = 8
+_MAX_NAME_BYTES = 255
 
 
 class SourceUnavailable(ValueError):
@@ -42,19 +44,32 @@ class HubUnreachable(SourceUnavailable):
 
 
 def expand_path(text: str) -> Path:
-    """A path with its variables and `~` expanded. Errors: as `expand_text`."""
-    return Path(expand_text(text)).expanduser()
+    """A path with its variables and `~` expanded. ValueError as `expand_text`, or for a name that is too long."""
+    path = Path(expand_text(text)).expanduser()
+    for part in path.parts:
+        if (num_bytes := len(os.fsencode(part))) > _MAX_NAME_BYTES:
+            raise ValueError(
+                f"path {str(path)[:80]!r}...: a name in it has {num_bytes:,} bytes, file systems take {_MAX_NAME_BYTES}"
+            )
+    return path
 
 
 def expand_text(text: str) -> str:
     """`text` with `${VARIABLE}`, `${VARIABLE:-default}` (used where it is unset or empty, as in a shell).
 
+    What comes of it is opened, sent as part of a URL, printed and recorded: it never holds a secret.
+
     Raises:
-        ValueError: a variable without a default is unset, or a `${` is not of these forms.
+        ValueError: a variable without a default is unset, a `${` is not of these forms, or a secret would be in it.
     """
 
     def value(match: re.Match[str]) -> str:
         name, default = match.groups()
+        if is_secret_name(name):
+            raise ValueError(
+                f"path {text!r}: {name} is the name of a secret, which is never put into a path or URL; credentials "
+                "are read from the environment where they are needed. Where it is none, give the variable another name"
+            )
         found = os.environ.get(name)
         if found:
             return found
@@ -67,6 +82,11 @@ def expand_text(text: str) -> str:
     expanded = _VARIABLE.sub(value, text)
     if "${" in expanded:
         raise ValueError(f"path {text!r}: write variables as ${{NAME}} or ${{NAME:-default}}")
+    if (secret := find_secret(expanded)) is not None:
+        raise ValueError(
+            f"path {without_secrets(text)!r}: {secret} would be in it; a path or URL holds no secrets, credentials are "
+            "read from the environment where they are needed"
+        )
     return expanded
 
 

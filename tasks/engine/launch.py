@@ -15,6 +15,7 @@ from collections import Counter, deque
 from pathlib import Path
 
 from smoltulu.artifacts.files import remove_tree, write_atomically
+from smoltulu.artifacts.readable import log_text
 from smoltulu.artifacts.store import Log
 from smoltulu.schemas.budget import smaller_batch
 from smoltulu.schemas.compute import ComputeSettings
@@ -114,15 +115,16 @@ def _run_once(job: Job, compute: ComputeSettings, work: Path, output: Path, log:
     progress = Progress(job.node, log)
 
     def on_output(line: bytes) -> None:
-        log_file.write(line + b"\n")
+        text = log_text(line.decode(errors="replace").replace("\r", "\n").rstrip())
+        log_file.write(f"{text}\n".encode())
         log_file.flush()
-        tail.append(line.decode(errors="replace").rstrip())
+        tail.append(text)
 
     def on_message(message: dict) -> None:
         if message["kind"] == "progress":
             progress(message["step"], message["num_steps"], **message["metrics"])
         else:
-            level, text = message["level"], message["text"]
+            level, text = message["level"], log_text(message["text"])
             log.log(logging.getLevelName(level), "%s: %s", job.node, text)
             log_file.write(f"{level}: {text}\n".encode(errors="replace"))
 
@@ -168,7 +170,7 @@ def _run_once(job: Job, compute: ComputeSettings, work: Path, output: Path, log:
 
 
 def _message(file: Path) -> str | None:
-    return json.loads(file.read_text())["message"] if file.exists() else None
+    return log_text(json.loads(file.read_text())["message"]) if file.exists() else None
 
 
 def stop_children() -> None:

@@ -22,7 +22,7 @@ def open_store(compute: ComputeSettings, checked: bool = True) -> Store:
         return Store(root)
     from smoltulu.artifacts.shared.door import Remote, SharedStore
 
-    store = SharedStore(root, Remote(expand_text(compute.remote)), _refusal)
+    store = SharedStore(root, Remote(expand_text(compute.remote), allow_http=compute.allow_http), _refusal)
     if checked:
         store.remote.check(writing=store.remote.writable)
     return store

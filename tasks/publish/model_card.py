@@ -1,6 +1,6 @@
 """The model card (README.md) and the records beside it, from manifests and a recipe. Pure.
 
-Nothing private may get in: paths are cut to their last part, and `find_private` finds folders and tokens.
+Nothing private may get in: paths are cut to their last part, and `find_private` finds folders and secrets.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.artifacts.secrets import known_secrets, secrets_in
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.evaluation import EvaluationOutputs, Score
 from smoltulu.schemas.publish import PublishStageConfig
@@ -17,7 +18,6 @@ from smoltulu.tasks.report.render import render
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 _ABSOLUTE = re.compile(r"^(?:~|/|\$\{|[A-Za-z]:\\|file:)")
 
 
@@ -32,12 +32,15 @@ def without_paths(value: Any, field: str = "") -> Any:
     return value
 
 
-def find_private(text: str, private: Iterable[str]) -> str | None:
-    """The first of `private` (folders, tokens) that is in `text`, or a text that looks like a Hub token; else None."""
-    token = _TOKEN.search(text)
-    if token:
-        return token.group()
-    return next((item for item in private if item and item in text), None)
+def find_private(text: str, private: Iterable[str], secrets: dict[str, str] | None = None) -> str | None:
+    """What of `private` (folders), or which secret, is in `text`; None if nothing.
+
+    secrets  as from `known_secrets`, which are looked up here where none are given
+    """
+    if (found := next((item for item in private if item and item in text), None)) is not None:
+        return found
+    known = known_secrets() if secrets is None else secrets
+    return next((secret for secret, _ in secrets_in(text, known)), None)
 
 
 def lineage_records(lineage: Mapping[str, Manifest]) -> list[dict[str, Any]]:

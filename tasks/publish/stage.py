@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import yaml
 
 from smoltulu.artifacts.keys import file_digest
 from smoltulu.artifacts.layout import MANIFEST
+from smoltulu.artifacts.readable import json_text
+from smoltulu.artifacts.secrets import known_secrets
 from smoltulu.artifacts.store import read_manifest
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.evaluation import EvaluationOutputs
@@ -43,6 +45,8 @@ _NEEDED = {
     "tokenizer_config.json": "save the tokenizer beside the model",
     "chat_template.jinja": "set tokenizer.chat_template before saving",
 }
+#: Of a safetensors file, as the format has it.
+_MAX_HEADER_BYTES = 100_000_000
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -52,8 +56,8 @@ def build_publication(
     """Copy the model, check that it is the one that was evaluated, write card, recipe, lineage and scores.
 
     Raises:
-        ValueError: the folder is no model, holds pickled weights, lacks what a user needs, or its weights are not those
-            that the store recorded or the evaluations measured.
+        ValueError: the folder is no model, holds pickled weights, lacks what a user needs, its weights are not those
+            that the store recorded or the evaluations measured, or a text holds a local folder or a secret.
     """
     source = Path(inputs.model)
     _check_publishable(source)
@@ -83,16 +87,11 @@ def build_publication(
         "lineage.json": _json(lineage_records(lineage)),
         "scores.json": _json(score_records(evaluations)),
     }
-    # Folders that are in the inputs anyway, and secrets of the environment.
+    # Folders that are in the inputs anyway.
     folders = [inputs.model, *inputs.evaluations.values(), *inputs.lineage.values(), str(context.folder)]
     home = str(Path.home())
-    private = [*folders, home if len(home) > 5 else "", *_secrets()]
+    _check_nothing_private(documents, target, [*folders, home if len(home) > 5 else ""])
     for name, text in documents.items():
-        if find_private(text, private) is not None:
-            raise ValueError(
-                f"{name} would publish a local folder or a secret (it is not shown here); look for absolute paths and "
-                "tokens in the recipe's text fields, e.g. description, and take them out"
-            )
         (target / name).write_text(text, encoding="utf-8")
     num_bytes = sum(path.stat().st_size for path in target.iterdir())
     return PublishOutputs(folder="model", model_digest=digest), {"num_bytes": float(num_bytes)}
@@ -189,16 +188,28 @@ def _check_evaluated(
             )
 
 
-def _secrets() -> list[str]:
-    return [
-        value
-        for name, value in os.environ.items()
-        if name.endswith(("TOKEN", "API_KEY", "SECRET", "PASSWORD")) and len(value) >= 8
-    ]
+def _check_nothing_private(documents: dict[str, str], copied: Path, folders: list[str]) -> None:
+    """Refuse a publication where what we write, or a file that is copied, names a local folder or holds a secret."""
+    secrets = known_secrets()
+    texts = chain(documents.items(), ((path.name, _text_of(path)) for path in sorted(copied.iterdir())))
+    for name, text in texts:
+        if (private := find_private(text, folders, secrets)) is not None:
+            what = "a local folder" if private in folders else f"a secret ({secrets.get(private, 'by its form')})"
+            where = "the recipe's text fields, e.g. description" if name in documents else "the base model"
+            raise ValueError(f"{name} would publish {what}, not shown here; look for it in {where}, and take it out")
+
+
+def _text_of(path: Path) -> str:
+    """What is readable in a file of a publication: all of it; of weights, the header with their metadata."""
+    if not path.name.endswith(".safetensors"):
+        return path.read_text(encoding="utf-8", errors="replace")
+    with path.open("rb") as file:
+        num_bytes = int.from_bytes(file.read(8), "little")
+        return file.read(min(num_bytes, _MAX_HEADER_BYTES)).decode(errors="replace")
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json_text(value, indent=2) + "\n"
 
 
 publish = Stage(

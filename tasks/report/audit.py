@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from smoltulu.artifacts.files import private_folder
 from smoltulu.schemas.audit import AuditResult
 from smoltulu.schemas.benchmarks import BenchmarkRegistry
 from smoltulu.tasks.report import text
@@ -12,10 +13,14 @@ from smoltulu.tasks.report.contamination_table import CAVEATS, NOT_CHECKED, malf
 from smoltulu.tasks.report.hits import BenchmarkPages, write_hit_pages
 from smoltulu.tasks.report.render import render
 
+#: Characters of a label in the name of a folder.
+_MAX_LABEL = 100
+
 
 def write_audit_report(result: AuditResult, registry: BenchmarkRegistry, reports: Path) -> Path:
     """Write `index.html`, the pages of hits and `result.json` into a folder of `reports`. Returns its index.html."""
-    folder = reports / f"audit-{text.artifact_key(result.label)}-{result.keys['contamination'][:12]}"
+    label = text.artifact_key(result.label)[:_MAX_LABEL]
+    folder = private_folder(reports) / f"audit-{label}-{result.keys['contamination'][:12]}"
     shutil.rmtree(folder, ignore_errors=True)
     contamination = Path(result.folders["contamination"])
     pages = write_hit_pages(

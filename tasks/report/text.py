@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from datetime import datetime
 
-from smoltulu.artifacts.readable import duration, number, percent, score, seconds_between, size  # noqa: F401
+from smoltulu.artifacts.readable import clean, duration, number, percent, score, seconds_between, size  # noqa: F401
 from smoltulu.schemas.recipe import Recipe
 
 SHORT_KEY = 8
-#: Control characters (except tab and newline), line separators, direction marks, surrogates.
-_UNSHOWABLE = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def title(stage: str) -> str:
@@ -38,11 +36,6 @@ def local_minute(timestamp: object) -> str:
 def artifact_key(text: str) -> str:
     """A Prefect artifact key (`^[a-z0-9-]+$`) from any text: `Tiny run/DPO` -> `tiny-run-dpo`."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
-
-
-def clean(value: object) -> str:
-    """Text with U+FFFD for characters that HTML, UTF-8 or terminals cannot show, or that turn the reading direction."""
-    return re.sub(_UNSHOWABLE, "�", str(value))
 
 
 def markdown_text(value: object) -> str:

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -296,3 +297,19 @@ def test_doctor_says_what_kernels_are_compiled_with(tmp_path: Path, monkeypatch:
     assert "Python.h (python3-dev)" in doctor._gpu().detail
     (tmp_path / "Python.h").touch()
     assert doctor._gpu() == doctor.Check("GPU", "ok", "A card, 80 GiB, 79 GiB free")
+
+
+def test_doctor_says_what_other_users_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not below tmp_path, which pytest closes.
+    with tempfile.TemporaryDirectory() as name:
+        above = Path(name)
+        above.chmod(0o711)
+        monkeypatch.setattr(doctor, "store_root", lambda: above / "store")
+        assert [(check.name, check.status) for check in doctor._folders(above / "home")] == [("access", "ok")]
+        (above / "store").mkdir(mode=0o755)
+        (above / "home").mkdir()
+        (above / "home").chmod(0o777)
+        found = {check.name: check for check in doctor._folders(above / "home")}
+        assert found["store access"].status == "warn" and found["store access"].advice == f"chmod o-rwx {above}/store"
+        assert found["state access"].status == "fail" and "can be written by every user" in found["state access"].detail
+        assert found.keys() == {"store access", "state access"}

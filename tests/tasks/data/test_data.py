@@ -15,7 +15,14 @@ import pyarrow.parquet
 import pytest
 
 from smoltulu.schemas.data import DataSource
-from smoltulu.tasks.data.sources import SourceUnavailable, expand_path, read_rows, resolve_revision, source_digest
+from smoltulu.tasks.data.sources import (
+    SourceUnavailable,
+    expand_path,
+    expand_text,
+    read_rows,
+    resolve_revision,
+    source_digest,
+)
 from tests import ROOT
 
 ROWS = [{"text": "one, \u00e9"}, {"text": 'two "quoted"\nlines'}, {"text": "\u4e09"}]
@@ -128,6 +135,46 @@ def test_expand_path(monkeypatch):
         expand_path("${UNSET}/a")
     with pytest.raises(ValueError, match="write variables as"):
         expand_path("${SET/a")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${HF_TOKEN}",
+        "http://host/${HF_TOKEN}",
+        "/a/${hf_token}/b.jsonl",
+        "${HF_TOKEN:-x}/b",
+        "${UNSET:-${HF_TOKEN}}",
+        "${COPY}/b",
+        "${PART_1}${PART_2}",
+        "/a/${URL}",
+        "${AWS_SECRET_ACCESS_KEY}",
+        "${WANDB_API_KEY}",
+        "${AZURE_STORAGE_CONNECTION_STRING}",
+        "s3://bucket/${LOOKS}",
+    ],
+)
+def test_no_secret_comes_of_an_expansion(text, monkeypatch):
+    for name, value in {
+        "HF_TOKEN": "token-of-the-test-1",
+        "hf_token": "x",
+        "COPY": "a/token-of-the-test-1",
+        "PART_1": "token-of-",
+        "PART_2": "the-test-1",
+        "URL": "https://me:pa55word@host/x",
+        "LOOKS": "hf_abcdefghijklmnopqrst",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for expand in (expand_text, expand_path):
+        with pytest.raises(ValueError, match=r"secret|write variables as") as caught:
+            expand(text)
+        assert not any(value in str(caught.value) for value in ("token-of-the", "pa55", "hf_abc"))
+
+
+def test_a_name_that_no_file_system_takes_is_one_short_error(tmp_path):
+    with pytest.raises(ValueError, match="has 3,000 bytes, file systems take 255") as caught:
+        read_rows(source(tmp_path / ("a" * 3000)))
+    assert len(str(caught.value)) < 400
 
 
 def test_digest_follows_names_and_bytes_only(tmp_path):

@@ -30,6 +30,8 @@ from smoltulu.schemas.training import GateSettings, SFTSettings, TrainingInputs
 from smoltulu.schemas.world import WorldConfig
 from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.engine.environment import drift, environment
+from smoltulu.tasks.engine.launch import StageFailed, _message
+from smoltulu.tasks.engine.messages import PIPE_FILE
 from smoltulu.tasks.engine.runner import Job, _warn_of_drift, run_stage
 from smoltulu.tasks.stages import STAGES
 from tests.small_runs import training_inputs
@@ -235,3 +237,27 @@ def test_work_that_goes_on_with_other_versions_is_said(
     file.write_text(json.dumps(environment()))
     _warn_of_drift(tmp_path, "sft", LOG)
     assert len(caplog.messages) == 1
+
+
+def test_what_a_stage_process_says_reaches_no_terminal_as_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows, models and libraries decide what it prints: into the log, into the failure, and into messages."""
+    said = "\x1b[31mred\x1b[0m \x1b]0;title\x07 \x9b2J \u202eback"
+    message = json.dumps({"kind": "log", "level": "WARNING", "text": said})
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, sys\nif 'smoltulu.tasks.engine.child' in ' '.join(sys.orig_argv):\n"
+        f"    print({said!r}, flush=True)\n"
+        f"    with open(os.path.dirname(sys.orig_argv[-1]) + '/{PIPE_FILE}', 'w') as pipe:\n"
+        f"        pipe.write({message!r} + chr(10))\n"
+        "    os._exit(7)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+    with pytest.raises(StageFailed, match="red") as caught:
+        run_stage(world_job(), Store(tmp_path / "store"), LOG)
+    log = next(tmp_path.glob("store/world/*/work/log.txt")).read_text()
+    for text in (log, str(caught.value), caplog.text):
+        assert "red" in text and all(letter in "\n\t" or letter.isprintable() for letter in text)
+    (tmp_path / "error.json").write_text(json.dumps({"message": said}))
+    assert _message(tmp_path / "error.json") == "red �]0;title� �2J �back"

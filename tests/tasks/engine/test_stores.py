@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -83,3 +86,62 @@ def test_an_unreachable_shared_store_is_said_at_the_start(tmp_path: Path, monkey
     store = open_store(ComputeSettings(store=str(tmp_path / "local"), remote="${SHARED}"))
     assert isinstance(store, SharedStore) and store.remote.url.endswith("/real")
     assert store.root == tmp_path / "local"
+
+
+@pytest.fixture
+def asked() -> Iterator[tuple[str, list[str]]]:
+    """Address of a web server on this machine, and the paths that it was asked for."""
+    paths: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            paths.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", paths
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_secret_in_the_address_of_a_shared_store_is_sent_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, list[str]], checked: bool
+) -> None:
+    address, paths = asked
+    monkeypatch.setenv("HF_TOKEN", "token-of-the-test-1")
+    monkeypatch.setenv("WHERE", f"{address}/token-of-the-test-1")
+    for remote in (f"{address}/${{HF_TOKEN}}", "${WHERE}", f"{address}/token-of-the-test-1"):
+        compute = ComputeSettings(store=str(tmp_path), remote=remote, allow_http=True)
+        with pytest.raises(ValueError, match="secret") as caught:
+            open_store(compute, checked=checked)
+        assert "token-of-the-test-1" not in str(caught.value)
+    assert paths == []
+    # The same address without a secret is asked.
+    store = open_store(ComputeSettings(store=str(tmp_path), remote=f"{address}/store"), checked=False)
+    assert isinstance(store, SharedStore)
+    assert not isinstance(store.remote.find("sft", "ab" * 32), RemoteArtifact) and paths
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://example.invalid/store", "HTTP://localhost.example.invalid/store", "ftp://host/x", "http://127.1.1/x"],
+)
+def test_a_shared_store_that_is_not_encrypted_is_asked_for(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ValueError, match=r"is not encrypted.*compute\.allow_http: true"):
+        open_store(ComputeSettings(store=str(tmp_path), remote=url), checked=False)
+    store = open_store(ComputeSettings(store=str(tmp_path), remote=url, allow_http=True), checked=False)
+    assert isinstance(store, SharedStore)
+
+
+@pytest.mark.parametrize("url", ["http://localhost:9/x", "http://127.0.0.1/x", "https://host/x"])
+def test_this_machine_and_https_need_no_word(tmp_path: Path, url: str) -> None:
+    assert isinstance(open_store(ComputeSettings(store=str(tmp_path), remote=url), checked=False), SharedStore)

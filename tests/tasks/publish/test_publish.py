@@ -189,6 +189,73 @@ def test_a_secret_in_the_recipe_stops_the_publication(world: dict) -> None:
     assert "hf_abc" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "GOOGLE_API_KEY",
+        "WANDB_API_KEY",
+        "PREFECT_API_KEY",
+    ],
+)
+@pytest.mark.parametrize("place", ["recipe", "lineage", "scores", "config.json", "chat_template.jinja", "weights"])
+def test_every_secret_of_the_project_is_found_in_every_file(
+    world: dict, monkeypatch: pytest.MonkeyPatch, variable: str, place: str
+) -> None:
+    secret = "aB3*d_F|h/J+l$n`p=="
+    monkeypatch.setenv(variable, secret)
+    _put(world, place, secret)
+    with pytest.raises(ValueError, match=f"would publish a secret .the value of {variable}.") as error:
+        _publish(world)
+    assert secret not in str(error.value)
+    monkeypatch.delenv(variable)
+    shutil.rmtree(world["tmp"] / "publish")
+    _publish(world)
+
+
+def _put(world: dict, place: str, text: str) -> None:
+    """A text into what a publication is made from."""
+    model = Path(world["inputs"].model)
+    if place == "recipe":
+        recipe = {**world["config"].recipe, "description": f"with {text} in it"}
+        world["config"] = world["config"].model_copy(update={"recipe": recipe})
+        return
+    if place in ("lineage", "scores"):
+        file = world["store"] / ("dataset" if place == "lineage" else "evaluation-dpo") / "manifest.json"
+        manifest = json.loads(file.read_text())
+        if place == "lineage":
+            manifest["environment"]["packages"][text] = "1"
+        else:
+            manifest["outputs"]["scores"][0]["details"] = {"note": text}
+        file.write_text(json.dumps(manifest))
+        return
+    if place == "weights":
+        from safetensors.torch import load_file, save_file
+
+        file = model / "model.safetensors"
+        save_file(load_file(file), file, metadata={"format": "pt", "note": text})
+    elif place == "config.json":
+        file = model / place
+        file.write_text(json.dumps({**json.loads(file.read_text()), "note": text}))
+    else:
+        file = model / place
+        file.write_text(f"{{# {text} #}}{file.read_text()}")
+    manifest = json.loads((model.parent / "manifest.json").read_text())
+    manifest["files"][f"model/{file.name}"] = {"size": file.stat().st_size, "blake3": file_digest(file)}
+    (model.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_local_folder_in_a_file_of_the_model_stops_the_publication(world: dict) -> None:
+    _put(world, "config.json", str(world["tmp"] / "store" / "dpo" / "model"))
+    with pytest.raises(ValueError, match=r"config\.json would publish a local folder.*base model"):
+        _publish(world)
+
+
 def test_pickled_weights_are_refused(world: dict) -> None:
     (Path(world["inputs"].model) / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin.*safetensors"):
