@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from smoltulu.tasks.models.sizes import tensor_shapes
 from smoltulu.tasks.models.tokens import stop_token_ids, tokenisation
+from smoltulu.tasks.models.weights import header_problems, load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,32 +32,46 @@ def check_model_folder(folder: Path) -> None:
     weights = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if Path(name).suffix in _PICKLE_SUFFIXES and name != "training_args.bin"]
     problems = []
+    config: dict[str, Any] = {}
     if "config.json" not in names:
         problems.append("config.json is missing")
-    if not weights and pickles:
+    else:
+        try:
+            config = _read_config(folder / "config.json")
+        except ValueError as error:
+            problems.append(str(error))
+    if "adapter_config.json" in names:
+        problems.append(
+            "it holds an adapter (adapter_config.json): transformers would load the base model that this file names; "
+            "give the base model with the adapter merged into it"
+        )
+    elif not weights and pickles:
         problems.append(
             f"weights are pickles ({', '.join(pickles[:3])}), which can run code; convert them to safetensors"
         )
     elif not weights:
         problems.append("no *.safetensors weights")
+    else:
+        problems += header_problems(folder, config)
     if not any(name in names for name in _TOKENIZER_FILES):
         problems.append(f"no tokenizer ({' or '.join(_TOKENIZER_FILES)}); save it with tokenizer.save_pretrained")
-    if "config.json" in names:
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            if "auto_map" in config:
-                problems.append(
-                    "config.json wants code of its own (auto_map); only architectures of transformers are loaded"
-                )
-        except ValueError as error:
-            problems.append(f"config.json is not JSON: {error}")
-    for name in weights:
-        try:
-            tensor_shapes(folder / name)
-        except ValueError as error:
-            problems.append(str(error))
+    if "auto_map" in config:
+        problems.append("config.json wants code of its own (auto_map); only architectures of transformers are loaded")
+    if config.get("transformers_weights"):
+        problems.append("config.json names a file of weights (transformers_weights); name that file model.safetensors")
     if problems:
         raise ValueError(f"model folder {folder}: " + "; ".join(problems))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Content of a JSON file that holds one object; ValueError where it does not."""
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file.name} is not a JSON object, but {str(config)[:40]}")
+    return config
 
 
 def device_of(compute: ComputeSettings) -> str:
@@ -138,12 +152,9 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None
 def load_language_model(folder: Path) -> PreTrainedModel:
     """Causal language model in float32 (the masters; bfloat16 is autocast: pure bf16 weights lose small updates)."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     check_model_folder(folder)
-    return AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
+    return load_whole("AutoModelForCausalLM", folder, dtype=torch.float32)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
