@@ -11,7 +11,7 @@ from smoltulu.tasks.models.tokens import stop_token_ids, tokenisation
 from smoltulu.tasks.models.weights import header_problems, load_whole
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from smoltulu.schemas.compute import ComputeSettings
 
@@ -20,6 +20,8 @@ logger = logging.getLogger("smoltulu")
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 SPARE_PAD_TOKEN = "<pad>"
+GENERATION_CONFIG = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_model_folder(folder: Path) -> None:
@@ -38,6 +40,11 @@ def check_model_folder(folder: Path) -> None:
     else:
         try:
             config = _read_config(folder / "config.json")
+        except ValueError as error:
+            problems.append(str(error))
+    if GENERATION_CONFIG in names:
+        try:
+            _read_config(folder / GENERATION_CONFIG)
         except ValueError as error:
             problems.append(str(error))
     if "adapter_config.json" in names:
@@ -137,9 +144,13 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give model and generation config the tokenizer's ids: a wrong eos there makes every completion look truncated.
 
-    The generation config lists every token that ends an answer, where the template has another than eos.
+    The generation config lists every token that ends an answer, where the template has another than eos. The embeddings
+    get the pad id too: their row of it has no gradient, and was that of eos where the base padded with eos.
     """
     stops = stop_token_ids(tokenizer)
+    embeddings = model.get_input_embeddings()
+    if getattr(embeddings, "padding_idx", None) is not None:
+        embeddings.padding_idx = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     generation = getattr(model, "generation_config", None)
@@ -149,12 +160,48 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None
         generation.bos_token_id = tokenizer.bos_token_id
 
 
+def switch_dropout_off(model: PreTrainedModel) -> None:
+    """Set every dropout rate to 0: of modules, and those that attention layers keep as numbers of their own."""
+    from torch.nn.modules.dropout import _DropoutNd
+
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def load_language_model(folder: Path) -> PreTrainedModel:
     """Causal language model in float32 (the masters; bfloat16 is autocast: pure bf16 weights lose small updates)."""
     import torch
 
     check_model_folder(folder)
-    return load_whole("AutoModelForCausalLM", folder, dtype=torch.float32)
+    return load_whole(
+        "AutoModelForCausalLM", folder, dtype=torch.float32, generation_config=own_generation_config(folder)
+    )
+
+
+def own_generation_config(folder: Path) -> GenerationConfig:
+    """Where generation begins, ends and is padded, and nothing else of what a model folder says of generation.
+
+    transformers takes what a call of `generate` leaves open from generation_config.json, else from config.json. So a
+    repetition penalty or a minimal length of the base would change rollouts, gate and scores, and be published.
+    """
+    from transformers import GenerationConfig
+
+    ids: dict[str, Any] = {}
+    for name in ("config.json", GENERATION_CONFIG):
+        if (folder / name).is_file():
+            found = _read_config(folder / name)
+            ids |= {field: found[field] for field in _TOKEN_IDS if _is_token_id(found.get(field))}
+    return GenerationConfig(**ids)
+
+
+def _is_token_id(value: Any) -> bool:
+    """A token id, or several."""
+    ids = value if isinstance(value, list) and value else [value]
+    return all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:

@@ -51,7 +51,7 @@ def build(config: RewardModelSettings, inputs: TrainingInputs, context: StageCon
 
     from smoltulu.tasks.training.reward_batch import COLUMNS, PairCollator, PairTrainer
 
-    model, tokenizer = load_model(config, inputs, context.compute.packing, _load_classifier)
+    model, tokenizer = load_model(config, inputs, context.compute.packing, _load_classifier, dropout=False)
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
     _keep_in_float32(model.score)
     rows = load_rows(inputs.dataset, context, list(COLUMNS))

@@ -216,7 +216,7 @@ ARCHITECTURE_FAULTS: dict[str, tuple[Change | None, dict[str, Any], str]] = {
         r"1 are unexpected \(model\.layers\.0\.mlp\.gate\.weight\)",
     ),
     "another family": (None, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, r"q_proj\.bias"),
-    "gpt2": (None, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, r"29 tensors are missing \(lm_head\.weight, transformer\.h"),
+    "gpt2": (None, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, r"29 tensors are missing \(lm_head"),
     "other heads": (None, {"num_key_value_heads": 1}, r"4 have another shape \(model\.layers\.0\.self_attn\.k_proj"),
     "wider layers": (
         None, {"intermediate_size": 128}, r"down_proj\.weight is \[32, 64\], not \[32, 128\]"

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from smoltulu.artifacts.keys import folder_records, records_digest
 from smoltulu.artifacts.store import Store
