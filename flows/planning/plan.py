@@ -5,7 +5,7 @@ It works without a network: an unresolved Hub revision stays as written, and key
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -128,23 +128,25 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         else:
             row = replace(row, estimate=costs.estimate(name, row.step or 0, row.num_steps))
         rows.append(replace(row, preflight=_figures(graph, name, preflights)))
-    _check_new_base_model(graph, rows)
+    notes = (*unreachable, *_check_new_base_model(graph, rows))
     errors = {reference: error for reference, error in graph.commits.items() if isinstance(error, ValueError)}
     unresolved = (Unresolved(ref, needed, errors[ref]) for ref, needed in graph.unresolved.items())
     sums = _totals(graph, rows)
-    return Plan(recipe.name, str(store.root), tuple(rows), tuple(unresolved), unreachable, sums)
+    return Plan(recipe.name, str(store.root), tuple(rows), tuple(unresolved), notes, sums)
 
 
 def _resolve(reference: Reference) -> str:
     return resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS)
 
 
-def _check_new_base_model(graph: Graph, rows: list[PlanRow]) -> None:
-    """ValueError where the weights of a local base model, which no run has taken yet, are not those of its config."""
+def _check_new_base_model(graph: Graph, rows: list[PlanRow]) -> Iterator[str]:
+    """Why a local base model that no run has taken yet could not be checked; ValueError where its weights are wrong."""
     for row in rows:
         config = graph.nodes[row.node].config
         if row.status == "runs" and isinstance(config, ModelSource) and config.path is not None:
-            check_architecture_apart(expand_path(config.path))
+            said = check_architecture_apart(expand_path(config.path))
+            if said is not None:
+                yield said
 
 
 def _figures(graph: Graph, name: str, preflights: Mapping[str, Mapping[str, Any]]) -> PreflightFigures | None:

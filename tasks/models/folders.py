@@ -144,13 +144,16 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give model and generation config the tokenizer's ids: a wrong eos there makes every completion look truncated.
 
-    The generation config lists every token that ends an answer, where the template has another than eos. The embeddings
-    get the pad id too: their row of it has no gradient, and was that of eos where the base padded with eos.
+    The generation config lists every token that ends an answer, where the template has another than eos. Embeddings get
+    the pad id too: their row of that id has no gradient, and it was eos where the base padded with eos.
     """
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            has_row = tokenizer.pad_token_id < module.num_embeddings
+            module.padding_idx = tokenizer.pad_token_id if has_row else None
     stops = stop_token_ids(tokenizer)
-    embeddings = model.get_input_embeddings()
-    if getattr(embeddings, "padding_idx", None) is not None:
-        embeddings.padding_idx = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     generation = getattr(model, "generation_config", None)
@@ -194,14 +197,14 @@ def own_generation_config(folder: Path) -> GenerationConfig:
     for name in ("config.json", GENERATION_CONFIG):
         if (folder / name).is_file():
             found = _read_config(folder / name)
-            ids |= {field: found[field] for field in _TOKEN_IDS if _is_token_id(found.get(field))}
+            ids |= {field: found[field] for field in _TOKEN_IDS if _is_token_id(field, found.get(field))}
     return GenerationConfig(**ids)
 
 
-def _is_token_id(value: Any) -> bool:
-    """A token id, or several."""
-    ids = value if isinstance(value, list) and value else [value]
-    return all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
+def _is_token_id(field: str, value: Any) -> bool:
+    """Whether this is a token id; of eos there may be several."""
+    several = field == "eos_token_id" and isinstance(value, list) and value
+    return all(isinstance(one, int) and not isinstance(one, bool) for one in (value if several else [value]))
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:

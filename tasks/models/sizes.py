@@ -107,4 +107,5 @@ def tensor_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
 def shown(names: Sequence[str], count: int = 3) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - count:,} more" if len(names) > count else ""
-    return ", ".join(name[:_SHOWN_CHARACTERS] for name in names[:count]) + more
+    texts = (name[:_SHOWN_CHARACTERS] for name in names[:count])
+    return ", ".join("".join(letter if letter.isprintable() else "?" for letter in text) for text in texts) + more

@@ -35,6 +35,7 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in)\
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _SHOWN_ERROR = 300
+_MOST = 10**9  # a larger number is none of layers, tokens or sizes
 #: Begins the last line of the check in a process of its own, where the weights are wrong.
 _FAULT = "fault: "
 
@@ -71,7 +72,11 @@ def _wrapper_problems(names: list[str]) -> list[str]:
 
 
 def _dtype_problems(tensors: Mapping[str, tuple[str, list[int]]], config: Mapping[str, Any]) -> list[str]:
-    quantised = [name for name, (dtype, _) in tensors.items() if name.endswith(".weight") and dtype not in _FLOATS]
+    quantised = [
+        name
+        for name, (dtype, _) in tensors.items()
+        if dtype not in _FLOATS and (name.endswith(".weight") or dtype.startswith(("F8", "F6", "F4")))
+    ]
     if quantised or config.get("quantization_config"):
         which = f" ({shown([f'{name} is {tensors[name][0]}' for name in quantised])})" if quantised else ""
         return [f"the weights are quantised{which}; give the model before its quantisation, training needs floats"]
@@ -123,7 +128,7 @@ def _shape_problems(shapes: Mapping[str, list[int]], config: Mapping[str, Any]) 
 def _count(config: Mapping[str, Any], *names: str) -> int | None:
     """The first of these fields that is a number. Of a model of several parts the config is nested: not looked into."""
     values = (config.get(name) for name in names)
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+    return next((value for value in values if type(value) is int and 0 <= value < _MOST), None)
 
 
 # ------------------------------------------------------------------------------------------------- tensor by tensor
@@ -170,7 +175,7 @@ def load_whole(kind: str, folder: Path, *, new_head: bool = False, **options: An
             str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:  # a config can break the code of a model in any way
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or getattr(error, "errno", None):  # it's the machine's, not the folder's
             raise
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:_SHOWN_ERROR]}"
         raise ValueError(f"model folder {folder}: transformers cannot load what config.json says ({said})") from error
@@ -187,7 +192,8 @@ def load_whole(kind: str, folder: Path, *, new_head: bool = False, **options: An
 
 def _load_problems(info: Mapping[str, Any], new_head: bool) -> Iterator[str]:
     missing = sorted(name for name in info["missing_keys"] if not (new_head and name.startswith("score.")))
-    unexpected = [] if new_head else sorted(info["unexpected_keys"])
+    # Rotary frequencies, which old checkpoints hold, are computed.
+    unexpected = sorted(name for name in info["unexpected_keys"] if not new_head and not name.endswith(".inv_freq"))
     others = sorted(f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"])
     if missing:
         yield f"{len(missing):,} tensors are missing ({shown(missing)})"
@@ -207,17 +213,22 @@ def check_architecture(folder: Path) -> dict[str, str]:
     return dict(load_whole("AutoModelForCausalLM", folder, device_map="meta").all_tied_weights_keys)
 
 
-def check_architecture_apart(folder: Path) -> None:
-    """`check_architecture` in a process of its own (8 seconds, for torch); this one stays without torch."""
+def check_architecture_apart(folder: Path) -> str | None:
+    """`check_architecture` in a process of its own (8 seconds, for torch); this one stays without torch.
+
+    Returns:
+        why the folder could not be checked; None where it was.
+    """
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(folder)], capture_output=True, text=True, errors="replace", check=False
     )
     lines = done.stdout.splitlines()
     if done.returncode and lines and lines[-1].startswith(_FAULT):
         raise ValueError(lines[-1].removeprefix(_FAULT))
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise ValueError(f"model folder {folder} could not be checked; the process that does it said: {said}")
+    if not done.returncode:
+        return None
+    said = (done.stderr.strip().splitlines() or ["nothing"])[-1][:_SHOWN_ERROR]
+    return f"{folder} was not compared with its config.json: the process for it ended with {done.returncode}: {said}"
 
 
 def check_values(folder: Path) -> None:

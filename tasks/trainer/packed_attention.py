@@ -121,9 +121,11 @@ def pack(model: PreTrainedModel) -> None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # it raises where attention has dropout
             model(input_ids=torch.zeros_like(positions), position_ids=positions, segments=segments, use_cache=False)
-    except AttentionDropout as error:
+    except AttentionDropout:
         rates = [f"{field} {rate}" for field, rate in vars(config).items() if "drop" in field and rate]
-        raise ValueError(f"{name} has dropout in its attention ({', '.join(rates)}), {error}; {remedy}") from None
+        raise ValueError(
+            f"{name} has dropout in its attention ({', '.join(rates)}), packing has none; {remedy}"
+        ) from None
     model.eval()
     with torch.no_grad():
         hidden = [
@@ -163,7 +165,7 @@ def packed_attention(
         if kwargs.get(unsupported) is not None:
             raise ValueError(f"packing cannot do attention with {unsupported}; set compute.packing to false")
     if dropout:
-        raise AttentionDropout(f"packing has none: its rate is {dropout:g}")
+        raise AttentionDropout(f"packing cannot do attention with dropout ({dropout:g}); set compute.packing to false")
     assert attention_mask is None
     assert query.shape[0] == 1 and query.shape[2] == segments.num_tokens, (query.shape, segments.num_tokens)
     if len(segments.parts) == 1:  # one row alone is plain causal attention

@@ -194,6 +194,12 @@ def test_config_and_index_of_any_shape_are_taken_or_refused(copy: Path, config: 
         assert str(error).startswith(f"model folder {copy}: ") and len(str(error)) < 3_000
 
 
+def test_names_are_shown_without_what_a_terminal_would_obey(copy: Path) -> None:
+    change(copy, prefixed("module.\x1b[2J"))
+    with pytest.raises(ValueError, match=r"\(module\.\?\[2Jmodel"):
+        check_model_folder(copy)
+
+
 def test_a_config_that_is_nested_too_deeply_is_refused(copy: Path) -> None:
     (copy / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
@@ -218,6 +224,7 @@ ARCHITECTURE_FAULTS: dict[str, tuple[Change | None, dict[str, Any], str]] = {
     "another family": (None, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, r"q_proj\.bias"),
     "gpt2": (None, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, r"29 tensors are missing \(lm_head"),
     "other heads": (None, {"num_key_value_heads": 1}, r"4 have another shape \(model\.layers\.0\.self_attn\.k_proj"),
+    "a number of 4,000 digits": (None, {"vocab_size": 10**4_000}, r"cannot load|have another shape"),
     "wider layers": (
         None, {"intermediate_size": 128}, r"down_proj\.weight is \[32, 64\], not \[32, 128\]"
     ),
@@ -268,6 +275,13 @@ def test_no_right_model_is_refused(copy: Path, config: PreTrainedConfig) -> None
     check_model_folder(copy)
     check_values(copy)
     assert load_language_model(copy).dtype == torch.float32
+    # What checkpoints of older versions hold besides.
+    buffers = {"gpt2": "transformer.h.0.attn.bias", "gpt_neox": "gpt_neox.layers.0.attention.masked_bias"}
+    buffer = buffers.get(config.model_type, "model.layers.0.self_attn.rotary_emb.inv_freq")
+    if config.model_type not in ("bloom", "falcon", "opt"):
+        shard = next(copy.glob("*-00001-of-*.safetensors"))
+        save_file(load_file(shard) | {buffer: torch.ones(1)}, shard, {"format": "pt"})
+        check_values(copy)
     if config.tie_word_embeddings:
         for file in copy.glob("model*.safetensors*"):
             file.unlink()
