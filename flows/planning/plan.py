@@ -5,7 +5,7 @@ It works without a network: an unresolved Hub revision stays as written, and key
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -20,12 +20,14 @@ from smoltulu.flows.planning.adoption import adoptable, specs_before
 from smoltulu.flows.planning.costs import NOTHING, Costs, Estimate, Total, totals
 from smoltulu.flows.planning.preflight_figures import PreflightFigures, preflight_figures
 from smoltulu.flows.recipe import check_stage_names
+from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.data.sources import Reference, is_commit, resolve_commit
+from smoltulu.tasks.data.sources import Reference, expand_path, is_commit, resolve_commit
 from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.engine.stores import find
+from smoltulu.tasks.models.weights import check_architecture_apart
 from smoltulu.tasks.report.text import local_minute
 from smoltulu.tasks.trainer.extension import find_source_run
 
@@ -126,14 +128,25 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         else:
             row = replace(row, estimate=costs.estimate(name, row.step or 0, row.num_steps))
         rows.append(replace(row, preflight=_figures(graph, name, preflights)))
+    notes = (*unreachable, *_check_new_base_model(graph, rows))
     errors = {reference: error for reference, error in graph.commits.items() if isinstance(error, ValueError)}
     unresolved = (Unresolved(ref, needed, errors[ref]) for ref, needed in graph.unresolved.items())
     sums = _totals(graph, rows)
-    return Plan(recipe.name, str(store.root), tuple(rows), tuple(unresolved), unreachable, sums)
+    return Plan(recipe.name, str(store.root), tuple(rows), tuple(unresolved), notes, sums)
 
 
 def _resolve(reference: Reference) -> str:
     return resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS)
+
+
+def _check_new_base_model(graph: Graph, rows: list[PlanRow]) -> Iterator[str]:
+    """Why a local base model that no run has taken yet could not be checked; ValueError where its weights are wrong."""
+    for row in rows:
+        config = graph.nodes[row.node].config
+        if row.status == "runs" and isinstance(config, ModelSource) and config.path is not None:
+            said = check_architecture_apart(expand_path(config.path))
+            if said is not None:
+                yield said
 
 
 def _figures(graph: Graph, name: str, preflights: Mapping[str, Mapping[str, Any]]) -> PreflightFigures | None:

@@ -14,6 +14,7 @@ from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.models.folders import check_model_folder
 from smoltulu.tasks.models.sizes import model_size
+from smoltulu.tasks.models.weights import check_values
 from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
@@ -25,7 +26,11 @@ _WANTED_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokeniz
 def provide_base_model(
     config: ModelSource, inputs: BaseModelInputs, context: StageContext
 ) -> tuple[ModelOutputs, dict[str, float]]:
-    """Put a checked model folder into the artifact. ValueError where it has no tokenizer, or weights as pickles."""
+    """Put a checked model folder into the artifact.
+
+    Raises:
+        ValueError: no tokenizer, weights as pickles, weights that are not those of config.json, or corrupt values.
+    """
     target = context.folder / "model"
     metrics: dict[str, float] = {}
     if config.scratch is not None:
@@ -50,6 +55,7 @@ def provide_base_model(
         )
         shutil.rmtree(target / ".cache", ignore_errors=True)
     check_model_folder(target)
+    check_values(target)
     size = model_size(target).num_parameters
     logger.info("%s parameters", f"{size:,}")
     return ModelOutputs(num_parameters=size), metrics

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.tasks.evaluation.sampling import OnBatch, longest_first, mean_and_stderr, padded
 from smoltulu.tasks.models.tokens import conversations, prompt_ids
+from smoltulu.tasks.models.weights import load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,7 +116,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], completion: 
 def load_reward_model(folder: Path) -> PreTrainedModel:
     """A sequence-classification model with one score, in float32. ValueError if the folder holds something else."""
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     architectures = AutoConfig.from_pretrained(str(folder)).architectures or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
@@ -123,9 +124,7 @@ def load_reward_model(folder: Path) -> PreTrainedModel:
             f"{folder.name} holds {', '.join(architectures) or 'an unnamed architecture'}, not a reward model "
             "(…ForSequenceClassification): its score head would be random"
         )
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
+    model = load_whole("AutoModelForSequenceClassification", folder, dtype=torch.float32)
     if model.config.num_labels != 1:
         raise ValueError(f"a reward model gives one score; this one has num_labels {model.config.num_labels}")
     return model

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from smoltulu.tasks.models.sizes import tensor_shapes
 from smoltulu.tasks.models.tokens import stop_token_ids, tokenisation
+from smoltulu.tasks.models.weights import header_problems, load_whole
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from smoltulu.schemas.compute import ComputeSettings
 
@@ -20,6 +20,8 @@ logger = logging.getLogger("smoltulu")
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 SPARE_PAD_TOKEN = "<pad>"
+GENERATION_CONFIG = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_model_folder(folder: Path) -> None:
@@ -32,32 +34,51 @@ def check_model_folder(folder: Path) -> None:
     weights = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if Path(name).suffix in _PICKLE_SUFFIXES and name != "training_args.bin"]
     problems = []
+    config: dict[str, Any] = {}
     if "config.json" not in names:
         problems.append("config.json is missing")
-    if not weights and pickles:
+    else:
+        try:
+            config = _read_config(folder / "config.json")
+        except ValueError as error:
+            problems.append(str(error))
+    if GENERATION_CONFIG in names:
+        try:
+            _read_config(folder / GENERATION_CONFIG)
+        except ValueError as error:
+            problems.append(str(error))
+    if "adapter_config.json" in names:
+        problems.append(
+            "it holds an adapter (adapter_config.json): transformers would load the base model that this file names; "
+            "give the base model with the adapter merged into it"
+        )
+    elif not weights and pickles:
         problems.append(
             f"weights are pickles ({', '.join(pickles[:3])}), which can run code; convert them to safetensors"
         )
     elif not weights:
         problems.append("no *.safetensors weights")
+    else:
+        problems += header_problems(folder, config)
     if not any(name in names for name in _TOKENIZER_FILES):
         problems.append(f"no tokenizer ({' or '.join(_TOKENIZER_FILES)}); save it with tokenizer.save_pretrained")
-    if "config.json" in names:
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            if "auto_map" in config:
-                problems.append(
-                    "config.json wants code of its own (auto_map); only architectures of transformers are loaded"
-                )
-        except ValueError as error:
-            problems.append(f"config.json is not JSON: {error}")
-    for name in weights:
-        try:
-            tensor_shapes(folder / name)
-        except ValueError as error:
-            problems.append(str(error))
+    if "auto_map" in config:
+        problems.append("config.json wants code of its own (auto_map); only architectures of transformers are loaded")
+    if config.get("transformers_weights"):
+        problems.append("config.json names a file of weights (transformers_weights); name that file model.safetensors")
     if problems:
         raise ValueError(f"model folder {folder}: " + "; ".join(problems))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Content of a JSON file that holds one object; ValueError where it does not."""
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file.name} is not a JSON object, but {str(config)[:40]}")
+    return config
 
 
 def device_of(compute: ComputeSettings) -> str:
@@ -123,8 +144,15 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give model and generation config the tokenizer's ids: a wrong eos there makes every completion look truncated.
 
-    The generation config lists every token that ends an answer, where the template has another than eos.
+    The generation config lists every token that ends an answer, where the template has another than eos. Embeddings get
+    the pad id too: their row of that id has no gradient, and it was eos where the base padded with eos.
     """
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            has_row = tokenizer.pad_token_id < module.num_embeddings
+            module.padding_idx = tokenizer.pad_token_id if has_row else None
     stops = stop_token_ids(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
@@ -135,15 +163,48 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None
         generation.bos_token_id = tokenizer.bos_token_id
 
 
+def switch_dropout_off(model: PreTrainedModel) -> None:
+    """Set every dropout rate to 0: of modules, and those that attention layers keep as numbers of their own."""
+    from torch.nn.modules.dropout import _DropoutNd
+
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def load_language_model(folder: Path) -> PreTrainedModel:
     """Causal language model in float32 (the masters; bfloat16 is autocast: pure bf16 weights lose small updates)."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     check_model_folder(folder)
-    return AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    return load_whole(
+        "AutoModelForCausalLM", folder, dtype=torch.float32, generation_config=own_generation_config(folder)
     )
+
+
+def own_generation_config(folder: Path) -> GenerationConfig:
+    """Where generation begins, ends and is padded, and nothing else of what a model folder says of generation.
+
+    transformers takes what a call of `generate` leaves open from generation_config.json, else from config.json. So a
+    repetition penalty or a minimal length of the base would change rollouts, gate and scores, and be published.
+    """
+    from transformers import GenerationConfig
+
+    ids: dict[str, Any] = {}
+    for name in ("config.json", GENERATION_CONFIG):
+        if (folder / name).is_file():
+            found = _read_config(folder / name)
+            ids |= {field: found[field] for field in _TOKEN_IDS if _is_token_id(field, found.get(field))}
+    return GenerationConfig(**ids)
+
+
+def _is_token_id(field: str, value: Any) -> bool:
+    """Whether this is a token id; of eos there may be several."""
+    several = field == "eos_token_id" and isinstance(value, list) and value
+    return all(isinstance(one, int) and not isinstance(one, bool) for one in (value if several else [value]))
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_SHOWN_CHARACTERS = 120
 
 
 @dataclass(frozen=True)
@@ -26,22 +31,12 @@ class ModelSize:
 
 
 def model_size(folder: Path) -> ModelSize:
-    """Size of a model folder. Where an index file names the shards, it decides which files count.
+    """Size of a model folder.
 
     Raises:
         ValueError: no weights, a shard that the index names is missing, or a file is torn.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            shards = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of shards ({error}); save the model again") from None
-    else:
-        shards = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not shards:
-        raise ValueError(f"{folder} has no *.safetensors weights")
-    shapes = [shape for name in shards for shape in tensor_shapes(folder / name).values()]
+    shapes = [shape for file in weight_files(folder) for shape in tensor_shapes(file).values()]
     other = (path for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors")
     matrices = [shape for shape in shapes if len(shape) == 2]
     return ModelSize(
@@ -58,14 +53,59 @@ def adapter_size(size: ModelSize, r: int) -> ModelSize:
     return ModelSize(r * size.matrix_sides, 2 * size.num_matrices, size.other_bytes)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a model folder, as transformers finds them: one file, or those of the index.
+
+    Raises:
+        ValueError: there is neither, the index is none or names files that are not there, or file and index disagree.
+    """
+    whole, index = folder / WEIGHTS, folder / WEIGHTS_INDEX
+    if not index.exists():
+        if whole.exists():
+            return [whole]
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        raise ValueError(
+            f"{folder} has no {WEIGHTS} and no {WEIGHTS_INDEX}"
+            + (f", only {', '.join(others[:3])}, which no index names" if others else "")
+            + "; save the model with model.save_pretrained"
+        )
+    try:
+        named = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of shards ({error}); save the model again") from None
+    absent = sorted(name for name in named if Path(name).name != name or not (folder / name).is_file())
+    if absent or not named:
+        listed = f"names files that are not in the folder: {shown(absent)}" if absent else "names no file"
+        raise ValueError(f"{index} {listed}; copy the model again")
+    if whole.exists() and named != {WEIGHTS}:
+        raise ValueError(
+            f"{folder} holds {WEIGHTS}, and an index that names {shown(sorted(named))}: programs differ in which they "
+            "load; remove what is not the model"
+        )
+    return [folder / name for name in sorted(named)]
+
+
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Name -> shape of every tensor of a safetensors file, from its header; ValueError where the file is torn."""
+    """Name -> shape of every tensor of a safetensors file; ValueError where the file is torn."""
+    return {name: shape for name, (_, shape) in tensor_headers(file).items()}
+
+
+def tensor_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Name -> dtype and shape of every tensor of a safetensors file, from its header; ValueError where it is torn."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as tensors:
-            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+            return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error}); copy the model again") from None
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error}); copy the model again") from None
+
+
+def shown(names: Sequence[str], count: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    texts = (name[:_SHOWN_CHARACTERS] for name in names[:count])
+    return ", ".join("".join(letter if letter.isprintable() else "?" for letter in text) for text in texts) + more

@@ -26,6 +26,7 @@ from smoltulu.tasks.models.folders import (
     load_tokenizer,
     save_model,
     stop_ids,
+    switch_dropout_off,
     use_bfloat16,
 )
 from smoltulu.tasks.models.lora import ADAPTER_FOLDER, save_adapter
@@ -94,8 +95,12 @@ def load_model(
     inputs: TrainingInputs,
     packing: bool,
     load: Callable[[Path], PreTrainedModel] = load_language_model,
+    dropout: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that a training starts from, and its tokenizer. The seed draws the new weights."""
+    """The model that a training starts from, and its tokenizer. The seed draws the new weights.
+
+    `dropout`: as the model's config says; False: none.
+    """
     from transformers import set_seed
 
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
@@ -104,6 +109,8 @@ def load_model(
     model = load(Path(inputs.model))
     fit_embeddings(model, tokenizer)
     stop_ids(model, tokenizer)
+    if not dropout:
+        switch_dropout_off(model)
     if packing:
         pack(model)
     return model, tokenizer

@@ -92,6 +92,10 @@ def segments_of_pairs(
     return Segments(tuple(parts))
 
 
+class AttentionDropout(ValueError):
+    """Attention is to drop weights, which packed attention cannot."""
+
+
 def pack(model: PreTrainedModel) -> None:
     """Make a model attend by `segments`, and check on two short rows that they do not see each other.
 
@@ -103,8 +107,6 @@ def pack(model: PreTrainedModel) -> None:
 
     name, remedy = type(model).__name__, "set compute.packing to false"
     config = model.config.get_text_config()
-    if getattr(config, "attention_dropout", 0):
-        raise ValueError(f"{name} has attention_dropout {config.attention_dropout}, packing has none; {remedy}")
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, _mask)
     if model._supports_attention_backend:
@@ -115,6 +117,15 @@ def pack(model: PreTrainedModel) -> None:
     segments = segments_of_pairs([2], [1], [2])
     positions = torch.tensor([segments.position_ids], device=model.device)
     training = model.training
+    model.train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # it raises where attention has dropout
+            model(input_ids=torch.zeros_like(positions), position_ids=positions, segments=segments, use_cache=False)
+    except AttentionDropout:
+        rates = [f"{field} {rate}" for field, rate in vars(config).items() if "drop" in field and rate]
+        raise ValueError(
+            f"{name} has dropout in its attention ({', '.join(rates)}), packing has none; {remedy}"
+        ) from None
     model.eval()
     with torch.no_grad():
         hidden = [
@@ -153,7 +164,9 @@ def packed_attention(
     for unsupported in ("sliding_window", "softcap", "s_aux"):
         if kwargs.get(unsupported) is not None:
             raise ValueError(f"packing cannot do attention with {unsupported}; set compute.packing to false")
-    assert attention_mask is None and dropout == 0
+    if dropout:
+        raise AttentionDropout(f"packing cannot do attention with dropout ({dropout:g}); set compute.packing to false")
+    assert attention_mask is None
     assert query.shape[0] == 1 and query.shape[2] == segments.num_tokens, (query.shape, segments.num_tokens)
     if len(segments.parts) == 1:  # one row alone is plain causal attention
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)

@@ -140,7 +140,7 @@ def build(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> Trai
 
     from smoltulu.tasks.training.preference_batch import PairCollator, give_fused_head
 
-    model, tokenizer = load_model(config, inputs, context.compute.packing)
+    model, tokenizer = load_model(config, inputs, context.compute.packing, dropout=False)
     give_fused_head(model)
     if config.lora:
         model = with_adapter(model, config.lora)

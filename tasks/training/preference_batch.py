@@ -138,15 +138,14 @@ def _side(pair: Pair, side: str) -> tuple[list[int], list[int]]:
 
 
 def give_fused_head(model: PreTrainedModel) -> None:
-    """Give a causal language model the head that `completion_logps` calls. Its dropout is off, as in TRL."""
+    """Give a causal language model the head that `completion_logps` calls."""
     try:
-        from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+        from trl.trainer.utils import add_fused_lm_head
     except ImportError as error:
         import trl
 
         raise RuntimeError(
-            f"trl {trl.__version__} has no add_fused_lm_head or disable_dropout_in_model in trl.trainer.utils, which "
-            "DPO computes log-probabilities with; install the version of constraints.txt"
+            f"trl {trl.__version__} has no add_fused_lm_head in trl.trainer.utils, which DPO computes "
+            "log-probabilities with; install the version of constraints.txt"
         ) from error
-    disable_dropout_in_model(model)
     add_fused_lm_head(model)

@@ -16,7 +16,14 @@ from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.artifacts.files import made_from_folder, sync
 from smoltulu.artifacts.keys import file_digest
 from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs, ReferenceLogpsOutputs
-from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model, load_tokenizer, use_bfloat16
+from smoltulu.tasks.models.folders import (
+    device_of,
+    fit_embeddings,
+    load_language_model,
+    load_tokenizer,
+    switch_dropout_off,
+    use_bfloat16,
+)
 from smoltulu.tasks.stage import DATASETS_FOLDER, Stage, StageContext
 from smoltulu.tasks.trainer.loop import check_tokenisation, load_rows, prepare_torch
 from smoltulu.tasks.trainer.packed_attention import pack
@@ -85,6 +92,7 @@ def _computation(
     collate = PairCollator(tokenizer.pad_token_id, context.compute.packing)
     model = load_language_model(Path(inputs.model))
     fit_embeddings(model, tokenizer)
+    switch_dropout_off(model)  # it has none here, and packing refuses a model that would have some in training
     if context.compute.packing:
         pack(model)
     give_fused_head(model)

@@ -20,6 +20,7 @@ from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from smoltulu.tasks.trainer.even_rows import BLANK, is_blank
+from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.packed_attention import segments_of_pairs
 
 COLUMNS = ("row", "prompt_ids", "chosen_ids", "rejected_ids")
@@ -71,6 +72,19 @@ class PairTrainer(RewardTrainer):
     """
 
     loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Pairs of each micro-batch since the last log, those of all processes.
+        self._nums_pairs: list[float] = []
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Metrics of all pairs since the last log, each with the same weight."""
+        weigh(
+            self._metrics["train"], self._nums_pairs, ("accuracy", "margin", "mean_reward"), "min_reward", "max_reward"
+        )
+        self._nums_pairs.clear()
+        super().log(logs, start_time)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
         """The micro-batches of an optimizer step, and the number of pairs in them, of all processes."""
@@ -129,6 +143,7 @@ class PairTrainer(RewardTrainer):
         num_tokens, num_pairs, num_right, margin, reward = of_all[:, :5].sum(dim=0).tolist()
         self._total_train_tokens += int(num_tokens)
         metrics = self._metrics["train"]
+        self._nums_pairs.append(num_pairs)
         metrics["num_tokens"] = [self._total_train_tokens]
         metrics["min_reward"].append(of_all[:, 5].min().item())
         metrics["mean_reward"].append(reward / (2 * num_pairs))

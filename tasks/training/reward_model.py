@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RewardModelSettings, TrainingInputs
 from smoltulu.tasks.models.folders import check_model_folder
+from smoltulu.tasks.models.weights import check_architecture, load_whole
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import even_out
 from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
@@ -23,14 +24,12 @@ if TYPE_CHECKING:
 
 
 def _load_classifier(folder: Path) -> PreTrainedModel:
-    """A classifier with one score. Its head is new; `build` draws the weights."""
+    """A classifier with one score, from a language model. Its head is new; `build` draws the weights."""
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     check_model_folder(folder)
-    return AutoModelForSequenceClassification.from_pretrained(
-        str(folder), num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
+    check_architecture(folder)  # of the language model: of a classifier its output head is left over
+    return load_whole("AutoModelForSequenceClassification", folder, new_head=True, num_labels=1, dtype=torch.float32)
 
 
 def _keep_in_float32(head: torch.nn.Linear) -> None:
@@ -52,7 +51,7 @@ def build(config: RewardModelSettings, inputs: TrainingInputs, context: StageCon
 
     from smoltulu.tasks.training.reward_batch import COLUMNS, PairCollator, PairTrainer
 
-    model, tokenizer = load_model(config, inputs, context.compute.packing, _load_classifier)
+    model, tokenizer = load_model(config, inputs, context.compute.packing, _load_classifier, dropout=False)
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
     _keep_in_float32(model.score)
     rows = load_rows(inputs.dataset, context, list(COLUMNS))

@@ -9,21 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RLVRSettings, TrainingInputs
-from smoltulu.tasks.models.folders import fit_embeddings
+from smoltulu.tasks.models.folders import fit_embeddings, load_language_model
 from smoltulu.tasks.models.tokens import check_prompts, stop_token_ids
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import finish, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.verifiers import verify
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+
+#: Logged means over the tokens of completions.
+_TOKEN_MEANS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 
 
 def rollout_reward(
@@ -88,15 +94,50 @@ def caches_as_attended() -> Iterator[None]:
         DynamicLayer.update = update
 
 
+@contextmanager
+def reference_loaded_as_policy(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """TRL loads the reference of the KL term by itself: inside of this it is loaded and checked as the policy was."""
+    from trl.trainer import grpo_trainer
+
+    def load(folder: str, **_: Any) -> PreTrainedModel:
+        model = load_language_model(Path(folder))
+        fit_embeddings(model, tokenizer)
+        return model
+
+    load_of_trl = grpo_trainer.create_model_from_path
+    grpo_trainer.create_model_from_path = load
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = load_of_trl
+
+
 def _trainer_class() -> type:
     """GRPOTrainer whose order of prompts depends on the epoch alone: TRL's order starts anew at a resume.
 
-    In bfloat16 it also generates with half the memory.
+    Its metrics do not depend on the micro-batches. In bfloat16 it also generates with half the memory.
     """
     import torch
     from trl import GRPOTrainer
 
     class EpochOrderTrainer(GRPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            #: Tokens of the completions of each micro-batch since the last log.
+            self._num_written: list[torch.Tensor] = []
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self._num_written.append(inputs["completion_mask"].sum())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            if self._num_written:
+                # All processes come here, at the same step, after equally many micro-batches.
+                counts = self.accelerator.reduce(torch.stack(self._num_written), "sum").tolist()
+                weigh(self._metrics["train"], counts, _TOKEN_MEANS, "clip_ratio/low_min", "clip_ratio/high_max")
+                self._num_written.clear()
+            super().log(logs, start_time)
+
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             sampler = super()._get_train_sampler(dataset)
 
@@ -136,25 +177,26 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
     micro_steps = config.steps_per_generation * accumulation_steps(config.effective_batch_size, context.compute)
     # A checkpoint within a generation cycle would lose the rollouts, so save only at the end of a cycle.
     arguments["save_steps"] = -(-context.compute.save_steps // _cycle(config)) * _cycle(config)
-    trainer = _trainer_class()(
-        model=model,
-        reward_funcs=[reward_function(config, stop_token_ids(tokenizer))],
-        args=GRPOConfig(
-            **arguments,
-            max_steps=config.num_steps,
-            num_generations=config.num_generations,
-            num_iterations=config.num_iterations,
-            steps_per_generation=micro_steps,
-            max_completion_length=config.max_completion_length,
-            temperature=config.temperature,
-            beta=config.beta,
-            epsilon=config.epsilon,
-            loss_type=config.loss_type,
-            scale_rewards=config.scale_rewards,
-        ),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
+    with reference_loaded_as_policy(tokenizer):
+        trainer = _trainer_class()(
+            model=model,
+            reward_funcs=[reward_function(config, stop_token_ids(tokenizer))],
+            args=GRPOConfig(
+                **arguments,
+                max_steps=config.num_steps,
+                num_generations=config.num_generations,
+                num_iterations=config.num_iterations,
+                steps_per_generation=micro_steps,
+                max_completion_length=config.max_completion_length,
+                temperature=config.temperature,
+                beta=config.beta,
+                epsilon=config.epsilon,
+                loss_type=config.loss_type,
+                scale_rewards=config.scale_rewards,
+            ),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
     check_prompts(tokenizer, "TRL's GRPOTrainer", lambda prompts: trainer._tokenize_prompts(prompts)[0])
     assert set(trainer.eos_token_ids) == set(stop_token_ids(tokenizer)), trainer.eos_token_ids
     return trainer
@@ -169,8 +211,6 @@ def build_without_generation(config: RLVRSettings, inputs: TrainingInputs, conte
     group = {"effective_batch_size": num_rollouts, "num_generations": num_rollouts}
     once = {"steps_per_generation": 1, "num_iterations": 1}
     trainer = build(config.model_copy(update=group | once), inputs, context)
-    if trainer.ref_model is not None:  # TRL loads it from its folder
-        fit_embeddings(trainer.ref_model, trainer.processing_class)
     rollout = [trainer.processing_class.eos_token_id] * config.max_completion_length
     trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: ([rollout] * len(prompt_ids), None)
     return trainer

@@ -20,6 +20,7 @@ from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import BLANK, even_out, is_blank
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.packed_attention import segments_of_lengths
 
 if TYPE_CHECKING:
@@ -63,7 +64,21 @@ def _trainer_class() -> type:
     from trl import SFTTrainer
 
     class EvenSFTTrainer(SFTTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            #: Supervised tokens of each micro-batch since the last log.
+            self._num_supervised: list[torch.Tensor] = []
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            if self._num_supervised:
+                # All processes come here, at the same step, after equally many micro-batches.
+                counts = self.accelerator.reduce(torch.stack(self._num_supervised), "sum").tolist()
+                weigh(self._metrics["train"], counts, ("entropy", "mean_token_accuracy"))
+                self._num_supervised.clear()
+            super().log(logs, start_time)
+
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self._num_supervised.append((inputs["labels"][:, 1:] != IGNORED).sum())
             batch = {name: value for name, value in inputs.items() if name not in (BLANK, "row")}
             if not is_blank(inputs):
                 return super().compute_loss(model, batch, *args, **kwargs)

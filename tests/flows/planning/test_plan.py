@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from smoltulu.artifacts.checkpoints import mark_complete
 from smoltulu.artifacts.nearest import SpecIndex, differences, flat
@@ -42,6 +43,7 @@ from smoltulu.tasks.data.sources import HubUnreachable, Reference, SourceUnavail
 from smoltulu.tasks.engine.environment import environment
 from smoltulu.tasks.report.text import local_minute
 from tests.example_outputs import example_outputs
+from tests.tiny_model import build_tiny_model
 
 NUM_PARAMETERS = 1_711_376_384  # SmolLM2-1.7B
 ROWS = 1000
@@ -128,6 +130,23 @@ def finish_all(store: Store, graph: Graph, **changes: Any) -> None:
 
 def rows_of(planned: Plan) -> dict[str, PlanRow]:
     return {row.node: row for row in planned.rows}
+
+
+def test_a_local_base_model_that_is_not_what_its_config_says_is_refused(tmp_path: Path) -> None:
+    """By its headers whenever a graph is made, and tensor by tensor by a plan, unless a run has taken it."""
+    base = build_tiny_model(tmp_path / "base")
+    recipe = load_recipe("tiny", {"base_model.scratch": None, "base_model.path": str(base)})
+    store = Store(tmp_path / "store")
+    assert rows_of(plan(recipe, "base_model", [], store))["base-model"].status == "runs"
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "o_proj" not in name}, base / "model.safetensors")
+    with pytest.raises(ValueError, match=r"2 tensors are missing \(model\.layers\.0\.self_attn\.o_proj\.weight, model"):
+        plan(recipe, "base_model", [], store)
+    finish(store, graph := Graph(recipe, "base_model"), "base-model")
+    assert rows_of(plan(recipe, "base_model", [], store, graph))["base-model"].status == "cached"
+    save_file({f"module.{name}": value for name, value in weights.items()}, base / "model.safetensors")
+    with pytest.raises(ValueError, match=r"named as DistributedDataParallel"):
+        Graph(recipe)
 
 
 def make(graph: Graph, store: Store, refresh: tuple[str, ...] = ()) -> dict[str, PlanRow]:
