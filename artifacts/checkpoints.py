@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from smoltulu.artifacts.files import link_or_copy, remove_tree, sync, write_atomically
+from smoltulu.artifacts.files import link_or_copy, read_plain, remove_tree, sync, sync_tree, write_atomically
 from smoltulu.artifacts.keys import file_fault, folder_records
-from smoltulu.schemas.artifact import FileRecord
+from smoltulu.schemas.artifact import FileRecords
 from smoltulu.schemas.common import StrictModel
 
 CHECKPOINT_MARKER = ".complete"
@@ -25,7 +25,7 @@ CHECKPOINT_MARKER = ".complete"
 class Marker(StrictModel):
     """Content of a completion marker."""
 
-    files: dict[str, FileRecord] = Field(min_length=1)
+    files: FileRecords = Field(min_length=1)
     score: float | None = None
 
 
@@ -33,10 +33,16 @@ def mark_complete(folder: Path, score: float | None = None) -> None:
     """Write the completion marker; `score` (higher is better) is what `prune` keeps the best checkpoint by."""
     (folder / CHECKPOINT_MARKER).unlink(missing_ok=True)
     files = folder_records(folder)
-    for name in files:
-        sync(folder / name)
     kept = score if score is not None and math.isfinite(score) else None
-    write_atomically(folder / CHECKPOINT_MARKER, Marker(files=files, score=kept).model_dump_json())
+    _complete(folder, Marker(files=files, score=kept))
+
+
+def _complete(folder: Path, marker: Marker) -> None:
+    """The files of a checkpoint on disk, then its marker, then its own name: older ones may be removed after that."""
+    sync_tree(folder, marker.files)
+    write_atomically(folder / CHECKPOINT_MARKER, marker.model_dump_json())
+    sync(folder.parent)
+    sync(folder.parent.parent)
 
 
 def place_checkpoint(whole: Path, target: Path, left_out: Collection[str] = ()) -> None:
@@ -49,7 +55,7 @@ def place_checkpoint(whole: Path, target: Path, left_out: Collection[str] = ()) 
     remove_tree(target)
     for name in files:
         link_or_copy(whole / name, target / name)
-    write_atomically(target / CHECKPOINT_MARKER, Marker(files=files, score=marker.score).model_dump_json())
+    _complete(target, Marker(files=files, score=marker.score))
 
 
 def newest_checkpoint(folder: Path, full: bool = False) -> tuple[int, Path] | None:
@@ -83,7 +89,7 @@ def num_steps_of(checkpoint: Path) -> int | None:
     """Optimizer steps of the whole training that a checkpoint belongs to; None where the trainer did not say."""
     try:
         steps = json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return steps if isinstance(steps, int) and steps > 0 else None
 
@@ -103,9 +109,9 @@ def prune(folder: Path, num_kept: int) -> None:
 
 
 def _marker(folder: Path) -> Marker:
-    return Marker.model_validate_json((folder / CHECKPOINT_MARKER).read_bytes())
+    return Marker.model_validate_json(read_plain(folder / CHECKPOINT_MARKER))
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     named = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
-    return [(int(step), path) for step, path in named if step.isdigit()]
+    return [(int(step), path) for step, path in named if step.isascii() and step.isdecimal()]

@@ -1,14 +1,66 @@
-"""Writing and removing files so that a kill at any instant leaves the old state or the new one."""
+"""Reading what may be anything; writing and removing so that a kill or a power cut leaves the old state or the new."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 import time
-from pathlib import Path
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
 
 TRASH_PREFIX = ".trash-"
+#: Manifests, specs and records are small; what is larger than this is none, and is not read into memory.
+MAX_RECORD_BYTES = 64 << 20
+
+
+def open_plain(path: Path | str, flags: int = os.O_RDONLY) -> int:
+    """Descriptor of a plain file. OSError for anything else (a folder, a pipe, a device), which is never waited for."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "is no plain file", str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_plain(path: Path | str, limit: int = MAX_RECORD_BYTES) -> bytes:
+    """Bytes of a plain file. OSError as `open_plain`, and where it has more than `limit` bytes."""
+    with open(open_plain(path), "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(errno.EFBIG, f"has more than {limit:,} bytes", str(path))
+        return file.readall()
+
+
+def make_folder(path: Path, root: Path) -> Path:
+    """Make a folder at or below `root`, and all that are missing above it, on disk when this returns.
+
+    Those that were there already are written to disk too: who made them may have been killed before. ValueError where
+    something else has its place.
+    """
+    missing = {folder for folder in (path, *path.parents) if not os.path.exists(folder)}
+    try:
+        private_folder(root)
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        here = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+        raise ValueError(f"{here} is no folder, so that {path} cannot be made; move it away and run again") from None
+    for folder, above in pairwise((path, *path.parents)):
+        if not (folder.is_relative_to(root) or folder in missing):
+            break
+        try:
+            sync(above)
+        except PermissionError:  # above the root: may be entered, but not read
+            if above.is_relative_to(root):
+                raise
+    return path
 
 
 def private_folder(path: Path) -> Path:
@@ -71,6 +123,16 @@ def link_or_copy(source: Path, target: Path) -> None:
         sync(target)
 
 
+def sync_tree(folder: Path, names: Iterable[str]) -> None:
+    """Have files below a folder on disk, then the entries of their folders from the innermost to `folder` itself."""
+    names = list(names)
+    for name in names:
+        sync(folder / name)
+    inner = {PurePosixPath(), *(parent for name in names for parent in PurePosixPath(name).parents)}
+    for parent in sorted(inner, key=lambda parent: (-len(parent.parts), parent)):
+        sync(folder / parent)
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder so that it is gone at once for every reader: a rename first, then what takes long."""
     trash = path.with_name(f"{TRASH_PREFIX}{path.name}-{os.getpid()}-{time.monotonic_ns()}")
@@ -78,7 +140,10 @@ def remove_tree(path: Path) -> None:
         path.rename(trash)
     except FileNotFoundError:
         return
-    shutil.rmtree(trash, ignore_errors=True)
+    if trash.is_dir() and not trash.is_symlink():
+        shutil.rmtree(trash, ignore_errors=True)
+    else:
+        trash.unlink(missing_ok=True)
 
 
 def made_from_folder(folder: Path, made_from: str, marker_name: str = "made_from.json") -> Path:

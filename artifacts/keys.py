@@ -7,11 +7,13 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from blake3 import blake3
 
 from smoltulu.schemas.artifact import FileRecord, Manifest, Spec
+from smoltulu.schemas.common import printable
 
 #: Folder of an artifact for what a stage logs.
 LOGS_FOLDER = "logs"
@@ -73,13 +75,16 @@ def file_digest(path: Path) -> str:
 
 def file_fault(folder: Path, name: str, record: FileRecord, full: bool = False) -> str | None:
     """What is wrong with a file against its record; None where nothing is. `full`: its bytes too, not only its size."""
+    path, name = folder / name, printable(name)
     try:
-        size = (folder / name).stat().st_size
-        if size != record.size:
-            return f"{name} has {size:,} bytes instead of {record.size:,}"
-        if full and file_digest(folder / name) != record.blake3:
+        found = path.stat()
+        if not S_ISREG(found.st_mode):
+            return f"{name} is no plain file"
+        if found.st_size != record.size:
+            return f"{name} has {found.st_size:,} bytes instead of {record.size:,}"
+        if full and file_digest(path) != record.blake3:
             return f"{name} has other bytes than were written"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return f"{name} is gone"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
@@ -118,6 +123,11 @@ def manifest_checksum(manifest: Manifest) -> str:
     # Manifests from before there were these fields keep their checksum.
     left_out = {"checksum", *(name for name in ("extends", "adopted_from") if getattr(manifest, name) is None)}
     return hashlib.sha256(canonical_json(manifest.model_dump(mode="json", exclude=left_out)).encode()).hexdigest()
+
+
+def with_checksum(manifest: Manifest) -> Manifest:
+    """A manifest as it is written: nothing in it is changed after that."""
+    return manifest.model_copy(update={"checksum": manifest_checksum(manifest)})
 
 
 def folder_digest(folder: Path) -> str:

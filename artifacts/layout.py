@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from smoltulu.artifacts.files import open_plain, read_plain
 from smoltulu.artifacts.manifests import Ref, read_json
 
 SPEC, LOCK, WRITER, CURRENT, MANIFEST = "spec.json", "lock", "writer", "current", "manifest.json"
@@ -32,7 +33,12 @@ CHECKPOINTS, MADE_FOR, MADE_FROM = "checkpoints", "generation", "inputs.json"
 #: Folders of the root that hold records, not artifacts.
 RUNS, TAGS = "runs", "tags"
 KEY = re.compile(r"[0-9a-f]{64}")
-_GENERATION = re.compile(r"gen-(\d{4,})")
+#: Digits that a number may have in a name: far more than will ever be counted.
+_MAX_DIGITS = 18
+_GENERATION = re.compile(rf"gen-([0-9]{{4,{_MAX_DIGITS}}})")
+#: A pointer, or what names the generation of unfinished work, is read so far.
+_POINTER_BYTES = 4096
+_REASON_BYTES = 1 << 16
 
 #: Told of a path that cannot be read.
 Note = Callable[[Path, OSError], None]
@@ -82,9 +88,12 @@ class KeyFolder:
 
     @property
     def next_generation(self) -> str:
-        """A name that no generation of the key ever had, one that was set aside included."""
+        """A name that no generation of the key ever had, one that was set aside included. ValueError: none is left."""
         aside = (name.removeprefix(ASIDE_PREFIX).rpartition("-")[0] for name in self.damaged)
-        return f"gen-{max(map(number_of, (*self.whole, *self.headless, *aside)), default=0) + 1:04d}"
+        last = max(map(number_of, (*self.whole, *self.headless, *aside)), default=0)
+        if not number_of(following := f"gen-{last + 1:04d}"):
+            raise ValueError(f"{self.path} holds gen-{last}, which no other can follow; move it away and run again")
+        return following
 
     def set_aside(self, generation: str) -> list[str]:
         """What a generation is called since it was set aside; empty where it was not."""
@@ -92,8 +101,8 @@ class KeyFolder:
 
 
 def key_path(root: Path, stage: str, key: str) -> Path:
-    """Folder of a key."""
-    return root / stage / key
+    """Folder of a key. ValueError where a name would lead elsewhere: it may come from a record that anyone wrote."""
+    return root / Ref.checked(stage, key).stage / key
 
 
 def record_path(root: Path, kind: str, name: str) -> Path:
@@ -102,10 +111,13 @@ def record_path(root: Path, kind: str, name: str) -> Path:
 
 
 def made_for(folder: Path) -> str | None:
-    """The generation that a key's work folder is for; None where there is none, or it does not say so."""
+    """The generation that a key's work folder is for; None where there is none, or it does not say so.
+
+    OSError where that cannot be read: checkpoints must not be taken for another generation's then.
+    """
     try:
-        return (folder / WORK / MADE_FOR).read_bytes().decode(errors="replace")
-    except OSError:
+        return read_plain(folder / WORK / MADE_FOR, _POINTER_BYTES).decode(errors="replace")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
 
 
@@ -119,15 +131,16 @@ def made_from(folder: Path) -> dict[str, str] | None:
 
 
 def number_of(name: str) -> int:
-    """Number of a generation by its name, from 1; 0 for any other name."""
+    """Number of a generation by its name, from 1; 0 for any other name, and for another spelling (gen-00001)."""
     match = _GENERATION.fullmatch(name)
-    return int(match[1]) if match else 0
+    number = int(match[1]) if match else 0
+    return number if name == f"gen-{number:04d}" else 0
 
 
 def reason_of(aside: Path) -> str:
     """Why a generation was set aside."""
     try:
-        return (aside / REASON).read_text(errors="replace").strip()
+        return read_plain(aside / REASON, _REASON_BYTES).decode(errors="replace").strip()
     except OSError:
         return "no reason given"
 
@@ -136,8 +149,9 @@ def read_pointer(folder: Path) -> Pointer | None:
     """The pointer of a key; None where there is none. OSError where it cannot be read."""
     try:
         # One open for both: name and time belong together. Without pathlib, whose joins cost more than the reading.
-        with open(f"{folder}/{CURRENT}", "rb") as file:
-            return Pointer(file.read(4096).decode(errors="replace").strip(), os.fstat(file.fileno()).st_mtime_ns)
+        with open(open_plain(f"{folder}/{CURRENT}"), "rb", buffering=0) as file:
+            text = file.read(_POINTER_BYTES)
+            return Pointer(text.decode(errors="replace").strip(), os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -12,10 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from smoltulu.artifacts.files import open_plain, read_plain
 from smoltulu.artifacts.layout import LOCK, WRITER
 
 _TOLD_EVERY_SECONDS = 30.0
 _POLL_SECONDS = 0.2
+_HOLDER_BYTES = 4096
+
+
+def open_lock(path: Path) -> IO[str]:
+    """A lock file, made where there is none. OSError where something else lies there: it is never written through."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a link, not a file", str(path))
+    return open(open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW), "a+")
 
 
 def take(descriptor: int, waiting: Callable[[], None]) -> None:
@@ -36,7 +46,7 @@ def take(descriptor: int, waiting: Callable[[], None]) -> None:
 def try_lock(path: Path) -> Iterator[bool]:
     """Whether nobody holds the lock file; it is held until the block ends where that is so. A missing file is free."""
     try:
-        file = path.open("a+")
+        file = open_lock(path)
     except FileNotFoundError:
         yield True
         return
@@ -66,7 +76,7 @@ def write_holder(lock: IO[str]) -> None:
 def holder_text(folder: Path) -> str:
     """Who holds the lock of a key's folder, for a message."""
     try:
-        record = json.loads((folder / LOCK).read_text())
+        record = json.loads(read_plain(folder / LOCK, _HOLDER_BYTES))
         return f"process {record['pid']} on {record['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process"

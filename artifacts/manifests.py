@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic_core import from_json
+
+from smoltulu.artifacts.files import read_plain
+from smoltulu.schemas.artifact import KEY_PATTERN, STAGE_PATTERN
+
+_MAX_FILE_BYTES = 1 << 63
 
 
 class Ref(NamedTuple):
@@ -14,6 +21,15 @@ class Ref(NamedTuple):
 
     stage: str
     key: str
+
+    @classmethod
+    def checked(cls, stage: object, key: object) -> Ref:
+        """A name as some record gives it. ValueError where it is none: as a path it could lead anywhere."""
+        if not (isinstance(stage, str) and re.fullmatch(STAGE_PATTERN, stage)):
+            raise ValueError(f"{str(stage)[:80]!r} is no name of a stage")
+        if not (isinstance(key, str) and re.fullmatch(KEY_PATTERN, key)):
+            raise ValueError(f"{str(key)[:80]!r} is no key")
+        return cls(stage, key)
 
 
 class InputRef(NamedTuple):
@@ -27,13 +43,13 @@ class InputRef(NamedTuple):
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. ValueError says in a few words why there is none."""
     try:
-        with open(path, "rb") as file:
-            value = json.loads(file.read())
+        # Unlike json.loads this refuses what is nested too deeply for its readers, and text that cannot be printed.
+        value = from_json(read_plain(path), allow_inf_nan=False)
     except FileNotFoundError:
         raise ValueError("is gone") from None
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ValueError("is no JSON") from None
     if not isinstance(value, dict):
         raise ValueError("is no JSON object")
@@ -45,7 +61,7 @@ def picking() -> Iterator[None]:
     """ValueError where a manifest has another form than what is picked from it."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"has unexpected content ({error!r})") from None
 
 
@@ -53,7 +69,7 @@ def picking() -> Iterator[None]:
 def inputs_of(manifest: dict[str, Any]) -> tuple[InputRef, ...]:
     """Inputs of a manifest. ValueError where they have another form."""
     return tuple(
-        InputRef(binding, Ref(str(record["stage"]), str(record["key"])), str(record["digest"]))
+        InputRef(binding, Ref.checked(record["stage"], record["key"]), str(record["digest"]))
         for binding, record in manifest["inputs"].items()
     )
 
@@ -61,7 +77,10 @@ def inputs_of(manifest: dict[str, Any]) -> tuple[InputRef, ...]:
 @picking()
 def num_bytes_of(manifest: dict[str, Any]) -> int:
     """Bytes of an artifact's files as its manifest has them. ValueError where they have another form."""
-    return sum(int(record["size"]) for record in manifest["files"].values())
+    sizes = [record["size"] for record in manifest["files"].values()]
+    if not all(isinstance(size, int) and 0 <= size < _MAX_FILE_BYTES for size in sizes):
+        raise ValueError("has a file of no possible size")
+    return sum(sizes)
 
 
 def scores_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:

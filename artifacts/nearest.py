@@ -1,6 +1,6 @@
 """Which finished artifact is nearest to one that is wanted, and in which fields the two differ.
 
-Reads no manifests and needs no pydantic: 10,000 artifacts are looked through in under half a second.
+Reads manifests of the nearest only: 10,000 artifacts are looked through in under half a second.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smoltulu.artifacts.files import read_plain
 from smoltulu.artifacts.keys import canonical_json
-from smoltulu.artifacts.layout import CURRENT, MANIFEST, SPEC, read_pointer, scan
+from smoltulu.artifacts.layout import CURRENT, SPEC, number_of, read_pointer, scan
 from smoltulu.artifacts.manifests import read_json
+from smoltulu.artifacts.store import read_manifest
 
 #: Artifacts that are compared field by field.
 MOST_RANKED = 48
@@ -115,10 +117,12 @@ class SpecIndex:
 
 
 def read_generation(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the current generation of a key as plain JSON; None where it cannot be read."""
+    """The manifest of the current generation of a key as plain JSON; None where it cannot be believed."""
     try:
         pointer = read_pointer(folder)
-        return read_json(folder / pointer.name / MANIFEST) if pointer else None
+        if pointer is None or not number_of(pointer.name):
+            return None
+        return read_manifest(folder / pointer.name).model_dump(mode="json")
     except (OSError, ValueError):
         return None
 
@@ -128,5 +132,4 @@ def _read(stage: Path) -> Iterator[tuple[int, str, frozenset[bytes]]]:
     for entry in scan(stage):
         with contextlib.suppress(OSError):
             used = os.stat(f"{entry.path}/{CURRENT}").st_mtime_ns
-            with open(f"{entry.path}/{SPEC}", "rb", buffering=0) as file:
-                yield used, entry.path, frozenset(file.read().split(b","))
+            yield used, entry.path, frozenset(read_plain(f"{entry.path}/{SPEC}").split(b","))

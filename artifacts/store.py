@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -11,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, ValidationError
 
 from smoltulu.artifacts import layout
 from smoltulu.artifacts.checkpoints import newest_checkpoint
-from smoltulu.artifacts.files import private_folder, remove_tree, sync, write_atomically
+from smoltulu.artifacts.files import make_folder, read_plain, remove_tree, sync, sync_tree, write_atomically
 from smoltulu.artifacts.keys import (
     artifact_key,
     canonical_json,
@@ -24,9 +26,11 @@ from smoltulu.artifacts.keys import (
     folder_records,
     manifest_checksum,
     records_digest,
+    with_checksum,
 )
-from smoltulu.artifacts.locks import holder_text, take, write_holder
+from smoltulu.artifacts.locks import holder_text, open_lock, take, write_holder
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, FileRecord, Manifest, Spec
+from smoltulu.schemas.common import first_problem, printable
 
 #: What is said with a node and whom it waits for.
 WAITING = "%s: waiting for %s, which makes it"
@@ -73,7 +77,7 @@ class Store:
         try:
             pointer = layout.read_pointer(folder)
         except OSError as error:
-            return Missing(f"pointer to the current generation is unreadable: {error}")
+            return Missing(f"pointer to the current generation cannot be read: {layout.CURRENT} {error.strerror}")
         if pointer is None:
             resumable = newest_checkpoint(folder / layout.WORK / layout.CHECKPOINTS) is not None
             return Missing("resumable work is there" if resumable else "never made")
@@ -81,7 +85,7 @@ class Store:
         if not layout.number_of(name):
             return Missing("pointer to the current generation is damaged")
         generation = folder / name
-        if not generation.exists():
+        if not os.path.lexists(generation):
             aside = layout.look(folder).set_aside(name)
             why = f"was set aside: {layout.reason_of(folder / aside[0])}" if aside else "is gone"
             return Missing(f"{name} {why}")
@@ -91,8 +95,12 @@ class Store:
             return Missing(f"{name} has no manifest", damaged=name)
         except ManifestVersionError as error:
             return Missing(f"{name}: {error}")
-        except (OSError, ValueError) as error:
-            return Missing(f"{name} has an unreadable manifest ({type(error).__name__})", damaged=name)
+        except OSError as error:
+            # What may not be read now is not damaged: it is left where it is.
+            damaged = None if error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE) else name
+            return Missing(f"{name} has an unreadable manifest: it {error.strerror}", damaged)
+        except ValueError as error:
+            return Missing(f"{name} has an unreadable manifest: {error}", damaged=name)
         if manifest.key != folder.name:
             return Missing(f"{name} was written for another key", damaged=name)
         faults = (file_fault(generation, file, record) for file, record in manifest.files.items())
@@ -115,7 +123,7 @@ class Store:
         present = {
             path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*") if not path.is_dir()
         } - {layout.MANIFEST}
-        extra = [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
+        extra = [f"{printable(name)} is not in the manifest" for name in sorted(present - files.keys())]
         return [fault for fault in faults if fault is not None] + extra
 
     def quarantine(self, folder: Path, generation: str, reason: str) -> Path:
@@ -123,9 +131,14 @@ class Store:
 
         `current` keeps naming it: an older generation must not slip into its place unasked.
         """
-        target = folder / f"{layout.ASIDE_PREFIX}{generation}-{time.time_ns()}"
-        (folder / generation).rename(target)
+        source, target = folder / generation, folder / f"{layout.ASIDE_PREFIX}{generation}-{time.time_ns()}"
+        if source.is_dir() and not source.is_symlink():
+            source.rename(target)
+        else:
+            target.mkdir()
+            source.rename(target / generation)
         write_atomically(target / layout.REASON, reason + "\n")
+        sync(folder)
         return target
 
     @contextlib.contextmanager
@@ -133,23 +146,25 @@ class Store:
         """Hold the lock of a key: one producer at a time. Yields the key's folder.
 
         The kernel frees the lock of a killed holder at once. `waiting` is told whom we wait for. A writer that
-        outlived its parent keeps `writer`, which is waited for too.
+        outlived its parent keeps `writer`, which is waited for too. ValueError where something that is not ours has
+        the place of what the store keeps.
         """
-        folder = self.folder(spec)
-        private_folder(self.root)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / layout.LOCK, "a+") as lock, open(folder / layout.WRITER, "a+") as writer:
+        folder = make_folder(self.folder(spec), self.root)
+        with _lock(folder / layout.LOCK) as lock, _lock(folder / layout.WRITER) as writer:
             take(lock.fileno(), lambda: waiting(holder_text(folder)))
             write_holder(lock)
             take(writer.fileno(), lambda: waiting("a stage process that outlived its parent"))
             # Children hold `writer` shared for as long as they live; we only needed to know that none is left.
             fcntl.flock(writer.fileno(), fcntl.LOCK_UN)
+            for name in (layout.SPEC, layout.CURRENT):
+                if os.path.lexists(folder / name) and not (folder / name).is_file():
+                    self.quarantine(folder, name, "it is no plain file")
             text = canonical_json(spec.model_dump())
             # Compared, not only looked for: `plan` explains by it, and a byte of it may have gone bad.
-            if not (folder / layout.SPEC).exists() or (folder / layout.SPEC).read_bytes() != text.encode():
+            if not _holds(folder / layout.SPEC, text.encode()):
                 write_atomically(folder / layout.SPEC, text)
             # A producer that was killed after its rename left a whole generation without a pointer.
-            there = layout.look(folder)
+            there = layout.look(folder, _strictly)
             if there.newest is not None and there.newest != there.current:
                 write_atomically(folder / layout.CURRENT, there.newest)
             yield folder
@@ -163,7 +178,7 @@ class Store:
         Work that was made from another content of the inputs (binding -> digest) would mix the two: it is removed, and
         `told` why.
         """
-        work, wanted = folder / layout.WORK, layout.look(folder).next_generation
+        work, wanted = folder / layout.WORK, layout.look(folder, _strictly).next_generation
         goes_on = layout.made_for(folder) == wanted
         if goes_on and (other := _other_content(layout.made_from(folder), input_digests)) is not None:
             told(f"its unfinished work {other}; it is removed, and the stage begins anew")
@@ -173,7 +188,7 @@ class Store:
             work.mkdir()
             write_atomically(work / layout.MADE_FROM, canonical_json(dict(input_digests)))
             write_atomically(work / layout.MADE_FOR, wanted)
-        (work / layout.CHECKPOINTS).mkdir(exist_ok=True)
+        make_folder(work / layout.CHECKPOINTS, folder)
         return work
 
     def commit(self, spec: Spec, output: Path, draft: Callable[[dict[str, FileRecord], str], Manifest]) -> Found:
@@ -183,17 +198,15 @@ class Store:
         """
         (output / layout.MANIFEST).unlink(missing_ok=True)
         files = folder_records(output)
-        manifest = draft(files, records_digest(files))
-        manifest = manifest.model_copy(update={"checksum": manifest_checksum(manifest)})
-        for name in files:
-            sync(output / name)
+        manifest = with_checksum(draft(files, records_digest(files)))
+        sync_tree(output, files)
         write_atomically(output / layout.MANIFEST, manifest.model_dump_json(indent=1))
         return self.adopt(spec, output, manifest)
 
     def adopt(self, spec: Spec, whole: Path, manifest: Manifest) -> Found:
         """Make a whole folder, manifest included, the newest generation. The caller holds the producer's lock."""
         folder = self.folder(spec)
-        generation = folder / layout.look(folder).next_generation
+        generation = folder / layout.look(folder, _strictly).next_generation
         whole.rename(generation)
         sync(folder)
         write_atomically(folder / layout.CURRENT, generation.name)
@@ -206,14 +219,17 @@ class Store:
         input_digests  of the inputs whose content is known already
         """
         folder = self.folder(spec)
-        # Asked for every stage of a plan: the folder is listed only where there is work.
-        if (begun := layout.made_for(folder)) is None or begun != layout.look(folder).next_generation:
+        try:
+            # Asked for every stage of a plan: the folder is listed only where there is work.
+            if (begun := layout.made_for(folder)) is None or begun != layout.look(folder).next_generation:
+                return None
+            recorded = layout.made_from(folder)
+            known = recorded and {name: digest for name, digest in recorded.items() if name in input_digests}
+            if _other_content(known, input_digests) is not None:
+                return None
+            return newest_checkpoint(folder / layout.WORK / layout.CHECKPOINTS)
+        except (OSError, ValueError):  # what a run cannot use either: it says why
             return None
-        recorded = layout.made_from(folder)
-        known = recorded and {name: digest for name, digest in recorded.items() if name in input_digests}
-        if _other_content(known, input_digests) is not None:
-            return None
-        return newest_checkpoint(folder / layout.WORK / layout.CHECKPOINTS)
 
     # Where a shared store is behind this one, `artifacts.shared.door` does more.
 
@@ -259,10 +275,35 @@ def _other_content(recorded: Mapping[str, str] | None, wanted: Mapping[str, str]
     return f"was made from another content of {', '.join(differing)}" if differing else None
 
 
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[IO[str]]:
+    """A lock file of a key. ValueError where something else has its place: whoever moved it could break the lock."""
+    try:
+        file = open_lock(path)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO):
+            raise
+        raise ValueError(f"{path} {error.strerror}; nothing holds it: move it away and run again") from None
+    with file:
+        yield file
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return read_plain(path, len(data)) == data
+    except OSError:
+        return False
+
+
+def _strictly(path: Path, error: OSError) -> None:
+    """For `layout.look` where something is written by what it sees: what cannot be read must not count as empty."""
+    raise error
+
+
 class _Versioned(BaseModel):
     """What a manifest of every format has."""
 
-    schema_version: int
+    schema_version: int = Field(ge=0, lt=1 << 31)
 
 
 class ManifestVersionError(ValueError):
@@ -271,11 +312,19 @@ class ManifestVersionError(ValueError):
 
 def read_manifest(generation: Path) -> Manifest:
     """The manifest of a generation. Raises OSError; else as `parse_manifest`."""
-    return parse_manifest((generation / layout.MANIFEST).read_bytes())
+    return parse_manifest(read_plain(generation / layout.MANIFEST))
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """A manifest from its bytes. Raises ManifestVersionError, or ValueError where it is damaged."""
+    """A manifest from its bytes. Raises ManifestVersionError, or ValueError, in a line, where it is damaged."""
+    try:
+        return _parse_manifest(data)
+    except ValidationError as error:
+        torn = error.errors()[0]["type"] == "json_invalid"
+        raise ValueError("it is not what was written" if torn else first_problem(error)) from None
+
+
+def _parse_manifest(data: bytes) -> Manifest:
     version = _Versioned.model_validate_json(data).schema_version
     if version != MANIFEST_SCHEMA_VERSION:
         age = "a newer" if version > MANIFEST_SCHEMA_VERSION else "an older"
@@ -283,6 +332,8 @@ def parse_manifest(data: bytes) -> Manifest:
             f"its manifest has format {version}, written by {age} smoltulu; this reads format {MANIFEST_SCHEMA_VERSION}"
         )
     manifest = Manifest.model_validate_json(data)
-    if manifest.checksum and manifest.checksum != manifest_checksum(manifest):
-        raise ValueError("its manifest has other content than was written")
+    if not manifest.checksum:
+        raise ValueError("it has no checksum, without which its content cannot be believed")
+    if manifest.checksum != manifest_checksum(manifest):
+        raise ValueError("it has other content than was written")
     return manifest

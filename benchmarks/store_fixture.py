@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from smoltulu.artifacts.keys import artifact_key, canonical_json, records_digest
+from smoltulu.artifacts.keys import artifact_key, canonical_json, records_digest, with_checksum
 from smoltulu.schemas.artifact import FileRecord, InputRecord, Manifest, Spec
 from smoltulu.schemas.run import RunRecord
 
@@ -132,7 +132,7 @@ def _write_artifact(
         finished_at=(started + timedelta(minutes=2)).isoformat(timespec="seconds"),
         duration_seconds=120.0,
     )
-    (generation / "manifest.json").write_text(manifest.model_dump_json(indent=1))
+    (generation / "manifest.json").write_text(with_checksum(manifest).model_dump_json(indent=1))
     (folder / "spec.json").write_text(canonical_json(spec.model_dump()))
     (folder / "lock").write_text(json.dumps({"pid": 1, "host": "synthetic", "since": 0.0}))
     (folder / "writer").touch()

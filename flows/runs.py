@@ -6,7 +6,7 @@ import os
 import re
 from datetime import UTC, datetime
 
-from smoltulu.artifacts.files import private_folder, write_atomically
+from smoltulu.artifacts.files import make_folder, write_atomically
 from smoltulu.artifacts.layout import RUNS, record_path
 from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.nodes import NodeGraph
@@ -50,8 +50,7 @@ def end_run(store: Store, record: RunRecord, state: str, outcomes: dict[str, str
 
 def _write(store: Store, record: RunRecord) -> None:
     file = record_path(store.root, RUNS, record.run_name)
-    private_folder(store.root)
-    file.parent.mkdir(exist_ok=True)
+    make_folder(file.parent, store.root)
     write_atomically(file, record.model_dump_json(indent=1))
 
 

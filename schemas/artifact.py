@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from smoltulu.schemas.common import StrictModel, plain_path
 
 #: 2: digests are BLAKE3, what lies below `logs/` (and, since it exists, `checkpoint/`) is no content.
 MANIFEST_SCHEMA_VERSION = 2
+#: Name of a stage and of an artifact, which are folders of a store.
+STAGE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
+KEY_PATTERN = r"^[0-9a-f]{64}$"
 
 
 class InputRecord(StrictModel):
@@ -25,6 +28,16 @@ class FileRecord(StrictModel):
 
     size: int = Field(ge=0, description="bytes")
     blake3: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+def _stay_inside(files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    for name in files:
+        plain_path(name)
+    return files
+
+
+#: Relative path -> record of files below one folder.
+FileRecords = Annotated[dict[str, FileRecord], AfterValidator(_stay_inside)]
 
 
 class Spec(StrictModel):
@@ -57,7 +70,7 @@ class Manifest(StrictModel):
     inputs: dict[str, InputRecord] = Field(description="binding -> upstream artifact")
     outputs: dict[str, Any] = Field(description="the stage's outputs model as JSON")
     metrics: dict[str, float]
-    files: dict[str, FileRecord] = Field(description="relative path -> record")
+    files: FileRecords = Field(description="relative path -> record")
     environment: dict[str, Any] = Field(description="packages, python, hardware, git commit")
     compute: dict[str, Any] = Field({})
     node: str = Field(description="name in the graph that first asked for it, e.g. evaluation-dpo")
@@ -67,14 +80,7 @@ class Manifest(StrictModel):
     resumed_from_steps: tuple[int, ...] = Field((), description="optimizer step of each resume")
     extends: ExtendedTraining | None = Field(None, description="none: it trained from its own start")
     adopted_from: str | None = Field(None, description="key under which it was made: flows/planning/adoption.py")
-    checksum: str = Field("", description="SHA-256 over all other fields; none: not checked")
-
-    @field_validator("files")
-    @classmethod
-    def _stay_inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
-        for name in files:
-            plain_path(name)
-        return files
+    checksum: str = Field("", description="SHA-256 over all other fields; empty only until it is committed")
 
 
 class ArtifactReference(StrictModel):

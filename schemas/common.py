@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 
@@ -15,6 +15,18 @@ class StrictModel(BaseModel):
     """A frozen model that refuses unknown fields: every contract of the project derives from it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where a record departs from its contract, and how, in one short line."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part)[:80] for part in first["loc"][:8])
+    return printable((f"{where}: " if where else "") + first["msg"][:200])
+
+
+def printable(text: str) -> str:
+    """A name that anyone may have given, for a message: line ends and control characters are escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 #: Most characters of what becomes the name of a file or part of an address, and of a path.

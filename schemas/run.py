@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from smoltulu.schemas.artifact import KEY_PATTERN, STAGE_PATTERN
 from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.evaluation import Measurement, ScoreKind
 
 Outcome = Literal["Completed", "Cached", "Resumed", "Failed", "Not run"]
+StageName = Annotated[str, Field(pattern=STAGE_PATTERN)]
+Key = Annotated[str, Field(pattern=KEY_PATTERN)]
 
 
 class StageRun(StrictModel):
@@ -63,9 +66,9 @@ class RunRecord(StrictModel):
     started_at: str = Field(description="UTC, ISO 8601")
     finished_at: str = Field("", description="UTC, ISO 8601; empty while it runs")
     host: str = Field(description="where the flow's process runs or ran")
-    pid: int = Field(ge=0, description="of the flow's process on that host")
-    stages: dict[str, str] = Field(description="node -> stage, every planned node")
-    keys: dict[str, str] = Field(description="node -> artifact key, every planned node, from the start")
+    pid: int = Field(ge=0, lt=1 << 31, description="of the flow's process on that host")
+    stages: dict[str, StageName] = Field(description="node -> stage, every planned node")
+    keys: dict[str, Key] = Field(description="node -> artifact key, every planned node, from the start")
     outcomes: dict[str, str] = Field({}, description="node -> outcome; empty at the start")
     report_path: str = Field("", description="the HTML report; empty until it is written")
 
@@ -73,6 +76,6 @@ class RunRecord(StrictModel):
 class TagRecord(StrictModel):
     """A name for one artifact, which gc then keeps with all that it was made from: `<store root>/tags/<name>.json`."""
 
-    stage: str
-    key: str
+    stage: StageName
+    key: Key
     tagged_at: str = Field(description="UTC, ISO 8601")

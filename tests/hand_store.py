@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smoltulu.artifacts.checkpoints import mark_complete
-from smoltulu.artifacts.keys import artifact_key, canonical_json, folder_records, records_digest
+from smoltulu.artifacts.keys import artifact_key, canonical_json, folder_records, records_digest, with_checksum
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.schemas.artifact import ExtendedTraining, InputRecord, Manifest, Spec
@@ -99,6 +99,7 @@ class HandStore:
             duration_seconds=3600.0,
             extends=extends,
         )
+        manifest = with_checksum(manifest)
         (generation / "manifest.json").write_text(manifest.model_dump_json(indent=1))
         (self.folder(ref) / "current").write_text(generation.name)
         self.manifests[ref] = manifest

@@ -112,7 +112,7 @@ def _push(remote: Remote, lease: Lease, node: str, log: Log, found: Found) -> No
             log.info("%s: is in the shared store", node)
     except LeaseLost as error:
         log.warning("%s: not shared: %s", node, error)
-    except ValueError as error:  # RemoteError, or a file that changed since it was committed
+    except (ValueError, OSError) as error:  # RemoteError, or a file that changed since, or that cannot be read
         log.warning("%s: not shared, tried again by the next run: %s", node, error)
 
 

@@ -16,11 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pydantic import ValidationError
-
 from smoltulu.artifacts.keys import artifact_key, records_digest
 from smoltulu.artifacts.layout import MANIFEST
-from smoltulu.artifacts.store import parse_manifest
+from smoltulu.artifacts.store import ManifestVersionError, parse_manifest
 from smoltulu.schemas.artifact import FileRecord, Manifest
 
 #: Folder in the target of a pull: what is not finished yet.
@@ -79,10 +77,10 @@ def checked_manifest(data: bytes, stage: str, key: str) -> Manifest:
     try:
         manifest = parse_manifest(data)
         own_key = artifact_key(manifest.spec)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"its manifest is refused: {where}: {first['msg']}") from None
+    except ManifestVersionError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"its manifest is refused: {error}") from None
     if (manifest.key, manifest.spec.stage, own_key) != (key, stage, key):
         raise ValueError("its manifest is that of another artifact")
     if records_digest(manifest.files) != manifest.digest:

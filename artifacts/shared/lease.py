@@ -25,13 +25,19 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from smoltulu.artifacts.shared.objects import Objects, explained
+from smoltulu.artifacts.shared.objects import Objects, RemoteError, explained
 from smoltulu.schemas.common import StrictModel
 
-_NAME = re.compile(r"(\d{8})\.(lease|beat|end)")
+_NAME = re.compile(r"([0-9]{8})\.(lease|beat|end)")
+_LAST_TOKEN = 10**8 - 1
+#: Lease, beat and end are some hundred bytes; what is larger is none of them, and is not read.
+_MAX_BYTES = 1 << 16
 _TOLD_SECONDS = 30.0
+
+#: Token -> which of lease, beat and end are there, with their bytes.
+Turns = dict[int, dict[str, int]]
 
 
 class LeaseLost(RuntimeError):
@@ -57,7 +63,9 @@ class Ending(StrictModel):
     kind: Literal["published", "released", "fenced"]
     by: LeaseRecord
     manifest: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="BLAKE3 of the manifest's bytes")
-    part_bytes: int | None = Field(None, ge=1, description="files above this size were uploaded in parts of it")
+    part_bytes: int | None = Field(
+        None, ge=1, le=1 << 32, description="files above this size were uploaded in parts of it"
+    )
 
 
 class Lease:
@@ -138,8 +146,10 @@ class Lease:
 
     def _lost_text(self) -> str:
         try:
-            by = Ending.model_validate_json(self._objects.get(_name(self.folder, self.token, "end"), 0)).by.holder()
-        except (OSError, ValidationError):
+            names = list_turns(self._objects, self.folder, 0)
+            end = _read(self._objects, self.folder, names, self.token, "end", 0)
+            by = Ending.model_validate_json(end).by.holder()
+        except (OSError, ValueError, KeyError):
             by = "another process"
         return (
             f"the lease {self.token} on {self.folder} was taken over by {by}, because this process was not heard of "
@@ -170,8 +180,13 @@ def acquire(
             names = list_turns(objects, folder, 60.0 if seen is None else 0.0)
             token = max(names, default=0)
             if not token or "end" in names[token]:
-                if seen is not None and _published(objects, folder, token):
+                if seen is not None and _published(objects, folder, names, token):
                     return None
+                if token >= _LAST_TOKEN:
+                    raise RemoteError(
+                        f"shared store {objects.url}: {folder} has had turn {token}, which no other can follow; remove "
+                        f"that folder there, and the artifact is shared again"
+                    )
                 record = _who()
                 if objects.create(_name(folder, token + 1, "lease"), record.model_dump_json().encode()):
                     names = list_turns(objects, folder)
@@ -182,8 +197,8 @@ def acquire(
                     objects.delete([_name(folder, token + 1, "lease")])
                 continue
             beat = None
-            with contextlib.suppress(FileNotFoundError):
-                beat = objects.get(_name(folder, token, "beat"), 0)
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                beat = _read(objects, folder, names, token, "beat", 0)
         except (FileNotFoundError, PermissionError):
             raise
         except OSError:
@@ -210,51 +225,58 @@ def acquire(
             objects.create(_name(folder, token, "end"), ending.model_dump_json().encode())
             continue
         if now - told > _TOLD_SECONDS:
-            waiting(holder(objects, folder, token))
+            waiting(holder(objects, folder, names, token))
             told = now
         time.sleep(poll)
 
 
-def list_turns(objects: Objects, folder: str, patience: float = 60.0) -> dict[int, set[str]]:
-    """Token -> which of lease, beat and end are there."""
+def list_turns(objects: Objects, folder: str, patience: float = 60.0) -> Turns:
+    """What is there of the turns of a key."""
     return turns_in(objects.list(f"{folder}/turns", patience), folder)
 
 
-def turns_in(names: Mapping[str, int], folder: str) -> dict[int, set[str]]:
+def turns_in(names: Mapping[str, int], folder: str) -> Turns:
     """The same from names that were listed already."""
-    turns: dict[int, set[str]] = {}
-    for name in names:
+    turns: Turns = {}
+    for name, size in names.items():
         if match := _NAME.fullmatch(name.removeprefix(f"{folder}/turns/")):
-            turns.setdefault(int(match[1]), set()).add(match[2])
+            turns.setdefault(int(match[1]), {})[match[2]] = size
     return turns
 
 
-def current(objects: Objects, folder: str, turns: Mapping[int, set[str]]) -> tuple[int, Ending] | None:
+def current(objects: Objects, folder: str, turns: Turns) -> tuple[int, Ending] | None:
     """Token and end of the newest turn that published. Raises ValueError for an end that is unreadable, OSError."""
     for token in sorted(turns, reverse=True):
         if "end" in turns[token]:
-            ending = Ending.model_validate_json(objects.get(_name(folder, token, "end")))
+            ending = Ending.model_validate_json(_read(objects, folder, turns, token, "end", 60.0))
             if ending.kind == "published":
                 return token, ending
     return None
 
 
-def holder(objects: Objects, folder: str, token: int) -> str:
+def holder(objects: Objects, folder: str, turns: Turns, token: int) -> str:
     """Who has a turn, in words."""
     try:
-        return LeaseRecord.model_validate_json(objects.get(_name(folder, token, "lease"), 0)).holder()
-    except (OSError, ValidationError):
+        return LeaseRecord.model_validate_json(_read(objects, folder, turns, token, "lease", 0)).holder()
+    except (OSError, ValueError):
         return "another process"
 
 
-def _published(objects: Objects, folder: str, token: int) -> bool:
+def _read(objects: Objects, folder: str, turns: Turns, token: int, kind: str, patience: float) -> bytes:
+    """One object of a turn. ValueError where it is too large to be what its name says, OSError."""
+    if (size := turns[token].get(kind, 0)) > _MAX_BYTES:
+        raise ValueError(f"{_name(folder, token, kind)} has {size:,} bytes")
+    return objects.get(_name(folder, token, kind), patience)
+
+
+def _published(objects: Objects, folder: str, turns: Turns, token: int) -> bool:
     try:
-        return Ending.model_validate_json(objects.get(_name(folder, token, "end"))).kind == "published"
-    except (ValidationError, FileNotFoundError):
+        return Ending.model_validate_json(_read(objects, folder, turns, token, "end", 60.0)).kind == "published"
+    except (ValueError, FileNotFoundError):
         return False
 
 
-def _clear(objects: Objects, folder: str, turns: Mapping[int, set[str]]) -> None:
+def _clear(objects: Objects, folder: str, turns: Turns) -> None:
     """Remove what earlier turns left; ends stay until a later one published, for they keep fenced holders out."""
     newest = max(turns)
     with contextlib.suppress(OSError, ValueError):

@@ -14,10 +14,11 @@ import uuid
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from smoltulu.artifacts.files import sync, write_synced
+from smoltulu.artifacts.files import make_folder, open_plain, sync, write_synced
 from smoltulu.artifacts.secrets import without_secrets
 
 #: Protocols whose fsspec implementation creates exclusively on the server, each with its package: S3 by `If-None-Match:
@@ -116,6 +117,8 @@ class FolderObjects:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
+        #: folders whose names are on disk, as far as this process knows
+        self._there: set[Path] = set()
 
     def list(self, prefix: str, patience: float = 60.0) -> dict[str, int]:
         sizes = {}
@@ -125,11 +128,13 @@ class FolderObjects:
                 if not name.startswith(_TEMPORARY):
                     # Another one may remove it between the two calls.
                     with contextlib.suppress(FileNotFoundError):
-                        sizes[path.relative_to(self.root).as_posix()] = path.stat().st_size
+                        if S_ISREG((found := path.stat()).st_mode):
+                            sizes[path.relative_to(self.root).as_posix()] = found.st_size
         return sizes
 
     def get(self, name: str, patience: float = 60.0) -> bytes:
-        return (self.root / name).read_bytes()
+        with open(open_plain(self.root / name), "rb") as file:
+            return file.read()
 
     def put(self, name: str, data: bytes, patience: float = 60.0) -> None:
         temporary = self._temporary(name, data)
@@ -168,12 +173,18 @@ class FolderObjects:
     def prepare(self) -> None:
         # Only the last folder: where a disk is not mounted, the folders above are missing, and must stay so.
         self.root.mkdir(exist_ok=True, mode=0o770)
+        sync(self.root.parent)
 
     def _temporary(self, name: str, data: bytes) -> Path:
         folder = (self.root / name).parent
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root} is gone")
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder not in self._there or not folder.is_dir():
+            try:
+                make_folder(folder, self.root)
+            except ValueError as error:
+                raise NotADirectoryError(errno.ENOTDIR, str(error)) from None
+            self._there.add(folder)
         temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
         write_synced(temporary, data)
         return temporary
@@ -298,6 +309,8 @@ def explained(error: OSError, url: str) -> RemoteError:
         advice = "there is no such bucket or folder; make it, or correct compute.remote"
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = "it is full; free some space there and run again, the upload goes on where it stopped"
+    elif isinstance(error, (IsADirectoryError, NotADirectoryError)) or error.errno == errno.EINVAL:
+        advice = "something that is no file of ours lies in it; move it away"
     else:
         advice = "it cannot be reached; check the network and AWS_ENDPOINT_URL, or run without compute.remote"
     return RemoteError(f"shared store {url}: {advice} ({type(error).__name__}: {without_secrets(str(error))})")

@@ -22,15 +22,15 @@ from typing import TypeVar
 from blake3 import blake3
 
 from smoltulu.artifacts import readable
-from smoltulu.artifacts.files import remove_tree, sync
+from smoltulu.artifacts.files import remove_tree, sync_tree
 from smoltulu.artifacts.keys import file_fault
 from smoltulu.artifacts.layout import MANIFEST
 from smoltulu.artifacts.shared import lease as leases
 from smoltulu.artifacts.shared.format import PULL_STATE, Part, RemoteArtifact, checked_manifest, parts_of
 from smoltulu.artifacts.shared.lease import Ending, Lease
 from smoltulu.artifacts.shared.objects import EXCLUSIVE_PROTOCOLS, RemoteError, explained, open_objects
-from smoltulu.artifacts.store import Missing
-from smoltulu.schemas.artifact import FileRecord, Manifest
+from smoltulu.artifacts.store import Missing, parse_manifest
+from smoltulu.schemas.artifact import FileRecord
 
 _MAX_MANIFEST_BYTES = 64 << 20
 Report = Callable[[int, int], None]
@@ -144,9 +144,8 @@ class Remote:
         if damaged:
             raise self._mark(artifact, [records[digest] for digest in sorted(damaged)], names_of)
         (target / MANIFEST).write_bytes(artifact.manifest_bytes)
-        sync(target / MANIFEST)
         shutil.rmtree(state)
-        sync(target)
+        sync_tree(target, [*artifact.manifest.files, MANIFEST])
 
     @contextlib.contextmanager
     def lease(self, stage: str, key: str, waiting: Callable[[str], None], wait: bool = True) -> Iterator[Lease | None]:
@@ -172,7 +171,7 @@ class Remote:
         (nothing is published), ValueError if a file changed since it was committed.
         """
         manifest_bytes = (folder / MANIFEST).read_bytes()
-        manifest = Manifest.model_validate_json(manifest_bytes)
+        manifest = parse_manifest(manifest_bytes)
         assert lease.folder == _folder(manifest.spec.stage, manifest.key)
         there = self._ask(lambda: self._objects.list(lease.folder))
         found = self.find(manifest.spec.stage, manifest.key)
@@ -227,7 +226,8 @@ class Remote:
             return Missing("its pointer is damaged or was written by a newer smoltulu")
         if published is None:
             if turns and "end" not in turns[max(turns)]:
-                return Missing(f"not finished; last begun by {leases.holder(self._objects, folder, max(turns))}")
+                whom = leases.holder(self._objects, folder, turns, max(turns))
+                return Missing(f"not finished; last begun by {whom}")
             return Missing("never made")
         token, ending = published
         if isinstance(found := self._read_manifest(stage, key, token, ending, there), Missing):
@@ -350,13 +350,11 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def _place(source: Path, targets: list[Path]) -> None:
-    """Bring a checked file to its names, on disk when this returns."""
-    sync(source)
+    """Bring a checked file to its names."""
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
     for target in targets[1:]:
         shutil.copyfile(source, target)
-        sync(target)
     source.rename(targets[0])
 
 

@@ -20,8 +20,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from smoltulu.artifacts import layout
+from smoltulu.artifacts.files import read_plain
 from smoltulu.artifacts.layout import KeyFolder
 from smoltulu.artifacts.manifests import InputRef, Ref, dig, inputs_of, num_bytes_of, picking, read_json, scores_of
+from smoltulu.schemas.artifact import STAGE_PATTERN
+from smoltulu.schemas.common import first_problem, printable
 from smoltulu.schemas.run import RunRecord, TagRecord
 
 _QUOTED_KEY = re.compile(rb'"([0-9a-f]{64})"')
@@ -64,7 +67,7 @@ class Catalogue:
         for stage in self._scan(self.root):
             if stage.name in (layout.RUNS, layout.TAGS) or stage.name.startswith("."):
                 continue
-            if not os.path.isdir(stage.path):
+            if not (os.path.isdir(stage.path) and re.fullmatch(STAGE_PATTERN, stage.name)):
                 self._note(f"{stage.name}: not ours, left alone")
                 continue
             for entry in self._scan(Path(stage.path)):
@@ -150,8 +153,7 @@ class Catalogue:
         """Keys (and other 64-digit digests) that the spec of an artifact names, finished or not; cheap."""
         try:
             # Without pathlib, whose joins would cost more than the reading.
-            with open(f"{self.root}/{ref.stage}/{ref.key}/{layout.SPEC}", "rb", buffering=0) as file:
-                text = file.read()
+            text = read_plain(f"{self.root}/{ref.stage}/{ref.key}/{layout.SPEC}")
         except OSError:
             text = json.dumps(self.known(ref).get("spec")).encode()
         return {digits.decode() for digits in _QUOTED_KEY.findall(text)} - {ref.key}
@@ -191,7 +193,7 @@ class Catalogue:
     def run(self, name: str) -> RunRecord | None:
         """A run by its name; None where there is none that can be read."""
         path = layout.record_path(self.root, layout.RUNS, name)
-        if "/" in name or not os.path.isfile(path):
+        if "/" in name or not os.path.lexists(path):
             return None
         return self._record(path, RunRecord)
 
@@ -206,11 +208,9 @@ class Catalogue:
 
     def _record(self, path: Path, model: type[Any]) -> Any:
         try:
-            return model.model_validate_json(path.read_bytes())
+            return model.model_validate_json(read_plain(path))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            self._note(f"{path.parent.name}/{path.name}: passed over, {where} {first['msg']}".replace(",  ", ", "))
+            self._note(f"{path.parent.name}/{path.name}: passed over, {first_problem(error)}")
         except OSError as error:
             self._passed_over(path, error)
         return None
@@ -224,6 +224,7 @@ class Catalogue:
         self._note(f"{path.relative_to(self.root)}: passed over, {error.strerror}")
 
     def _note(self, text: str) -> None:
+        text = printable(text)
         if text not in self.notes:
             self.notes.append(text)
 
@@ -247,7 +248,7 @@ def is_alive(record: RunRecord) -> bool | None:
         return born <= datetime.fromisoformat(record.started_at).timestamp() + _SAME_START_SECONDS
     except psutil.NoSuchProcess:
         return False
-    except (psutil.Error, ValueError):
+    except (psutil.Error, ValueError, OverflowError):
         return True
 
 

@@ -190,7 +190,10 @@ class _Planner:
         """Whether work or a download is there that the next attempt goes on from."""
         if folder.newest is None:
             return bool(folder.begun)
-        return layout.WORK in folder.begun and layout.made_for(folder.path) == folder.next_generation
+        try:
+            return layout.WORK in folder.begun and layout.made_for(folder.path) == folder.next_generation
+        except (OSError, ValueError):
+            return True  # it cannot be seen what the work is for: it stays
 
     def _changed(self, folder: KeyFolder) -> float:
         return max(_newest_change(folder.path / name) for name in (layout.WORK, layout.PULL))

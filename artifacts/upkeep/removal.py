@@ -54,7 +54,7 @@ def remove(plan: Plan, root: Path, told: Callable[[Removal], None] = lambda remo
 def _remove_one(root: Path, removal: Removal) -> str | None:
     """Remove under the key's lock; why not, or None."""
     stage = root / removal.ref.stage
-    folder = key_path(root, removal.ref.stage, removal.ref.key)
+    folder = key_path(root, *removal.ref) if removal.ref.key else stage
     if folder != root and (folder.is_symlink() or (stage != root and stage.is_symlink())):
         return "lies behind a link"
     if not removal.ref.key:

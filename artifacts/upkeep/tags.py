@@ -7,7 +7,7 @@ import os
 import re
 from datetime import UTC, datetime
 
-from smoltulu.artifacts.files import write_atomically
+from smoltulu.artifacts.files import make_folder, write_atomically
 from smoltulu.artifacts.layout import CURRENT, TAGS, record_path
 from smoltulu.artifacts.manifests import Ref, inputs_of
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
@@ -31,7 +31,9 @@ def set_tag(catalogue: Catalogue, name: str, ref: Ref, *, move: bool = False) ->
         raise ValueError(f"{ref.stage}/{ref.key[:12]} is not finished; only a finished artifact can be tagged")
     record = TagRecord(stage=ref.stage, key=ref.key, tagged_at=datetime.now(UTC).isoformat(timespec="seconds"))
     file = record_path(catalogue.root, TAGS, name)
-    file.parent.mkdir(exist_ok=True)
+    make_folder(file.parent, catalogue.root)
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; move it away, then give the tag")
     write_atomically(file, record.model_dump_json(indent=1))
     _touch_lineage(catalogue, ref)
     return before

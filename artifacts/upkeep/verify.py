@@ -15,6 +15,7 @@ from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.store import Found, ManifestVersionError, Store, read_manifest
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.schemas.artifact import Manifest, Spec
+from smoltulu.schemas.common import printable
 
 #: Artifacts at a time: their files are hashed by several threads each, this hides the waiting for many small ones.
 _NUM_AT_ONCE = 4
@@ -74,8 +75,8 @@ def _check_generation(folder: KeyFolder, name: str) -> Finding:
         return Finding(folder.ref, name, "unreadable", (f"its manifest cannot be read ({error.strerror})",))
     except ManifestVersionError as error:
         return Finding(folder.ref, name, "other version", (str(error),))
-    except (OSError, ValueError, RecursionError) as error:
-        what = error.strerror if isinstance(error, OSError) else "it is not what was written"
+    except (OSError, ValueError) as error:
+        what = f"it {error.strerror}" if isinstance(error, OSError) else str(error)
         return Finding(folder.ref, name, "damaged", (f"its manifest is unreadable: {what}",))
     closed = [
         file
@@ -83,8 +84,11 @@ def _check_generation(folder: KeyFolder, name: str) -> Finding:
         if os.path.exists(path / file) and not os.access(path / file, os.R_OK, effective_ids=_EFFECTIVE)
     ]
     if closed:
-        return Finding(folder.ref, name, "unreadable", tuple(f"{file} may not be read" for file in closed))
-    faults = [*_manifest_faults(folder, manifest), *Store(folder.path.parent.parent).verify(Found(manifest, path))]
+        return Finding(folder.ref, name, "unreadable", tuple(f"{printable(file)} may not be read" for file in closed))
+    try:
+        faults = [*_manifest_faults(folder, manifest), *Store(folder.path.parent.parent).verify(Found(manifest, path))]
+    except (OSError, ValueError) as error:  # whatever one of them is, the others are looked at too
+        return Finding(folder.ref, name, "damaged", (f"it cannot be checked: {printable(str(error))}",))
     size = sum(record.size for record in manifest.files.values())
     return Finding(folder.ref, name, "damaged" if faults else "ok", tuple(faults), size)
 

@@ -22,6 +22,7 @@ from smoltulu.artifacts.upkeep.catalogue import Catalogue, state_of
 from smoltulu.artifacts.upkeep.lineage import Relative, ancestors, descendants, planned_inputs
 from smoltulu.flows.cli.output import table
 from smoltulu.schemas.artifact import MANIFEST_SCHEMA_VERSION, ExtendedTraining, Manifest
+from smoltulu.schemas.common import first_problem
 from smoltulu.schemas.run import RunRecord
 from smoltulu.tasks.report.text import local_minute
 
@@ -313,8 +314,7 @@ def _problems(manifest: dict[str, Any], ref: Ref) -> Iterator[str]:
     try:
         Manifest.model_validate(manifest)
     except ValidationError as error:
-        first = error.errors()[0]
-        yield f"its manifest is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        yield f"its manifest is damaged: {first_problem(error)}"
     if manifest.get("key") != ref.key:
         yield "its manifest is that of another artifact"
 

@@ -226,9 +226,12 @@ class Costs:
     def _size_ratio(self, node: Node, twin: Mapping[str, Any]) -> float | None:
         """Number of parameters of a node's input model, divided by that of its twin's."""
         wanted = self._upstream(node, "model").num_parameters
-        record = twin.get("inputs", {}).get("model", {})
-        taken = read_generation(key_path(self.index.root, record.get("stage", ""), record.get("key", "")))
-        size = (taken or {}).get("outputs", {}).get("num_parameters")
+        record = twin["inputs"].get("model", {})
+        try:
+            taken = read_generation(key_path(self.index.root, record.get("stage", ""), record.get("key", "")))
+        except ValueError:
+            return None
+        size = _count(taken["outputs"], "num_parameters") if taken else None
         return wanted / size if wanted and size else None
 
     def _upstream(self, node: Node, name: str) -> _Facts:
@@ -289,7 +292,7 @@ def cost_of(manifest: Mapping[str, Any]) -> Cost | None:
             dataset=str(spec["inputs"]["dataset"]),
             max_length=_max_length(spec["config"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 
@@ -300,11 +303,17 @@ def _max_length(config: Mapping[str, Any]) -> int:
 
 def _facts_of(outputs: Mapping[str, Any], file_bytes: Mapping[str, int]) -> _Facts:
     return _Facts(
-        num_rows=outputs.get("num_rows"),
-        num_tokens=outputs.get("num_tokens"),
-        rows_bytes=file_bytes.get(outputs.get("file", "")),
-        num_parameters=outputs.get("num_parameters"),
+        num_rows=_count(outputs, "num_rows"),
+        num_tokens=_count(outputs, "num_tokens"),
+        rows_bytes=file_bytes.get(str(outputs.get("file", ""))),
+        num_parameters=_count(outputs, "num_parameters"),
     )
+
+
+def _count(outputs: Mapping[str, Any], name: str) -> int | None:
+    """A count among an artifact's outputs; None where there is none: another stage may mean something else by it."""
+    value = outputs.get(name)
+    return value if isinstance(value, int) and 0 <= value < 1 << 63 else None
 
 
 def _file_bytes(manifest: Mapping[str, Any]) -> dict[str, int]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from smoltulu.artifacts.checkpoints import fault, newest_checkpoint, place_checkpoint
-from smoltulu.artifacts.files import write_atomically
+from smoltulu.artifacts.files import read_plain, write_atomically
 from smoltulu.artifacts.keys import CHECKPOINT_FOLDER
 from smoltulu.artifacts.layout import CHECKPOINTS, SPEC
 from smoltulu.artifacts.nearest import Changes, Nearest, SpecIndex
@@ -102,11 +102,11 @@ def _source_runs(
     assert config.schedule is not None and num_steps is not None
     for candidate in near:
         try:
-            spec = Spec.model_validate_json((candidate.folder / SPEC).read_bytes())
+            spec = Spec.model_validate_json(read_plain(candidate.folder / SPEC))
             old = type(config).model_validate(spec.config).schedule
-        except (OSError, ValidationError):
+            found = store.find(spec, input_digests)
+        except (OSError, ValueError):
             continue  # written by other code, or damaged: `plan` and `verify` report it
-        found = store.find(spec, input_digests)
         if isinstance(found, Missing) and found.damaged and damaged is not None:
             damaged(f"{spec.stage}/{candidate.key[:12]} cannot be resumed from: {found.reason}")
         if not isinstance(found, Found) or old is None:

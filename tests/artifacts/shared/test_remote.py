@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smoltulu.artifacts.keys import artifact_key, folder_records, records_digest
+from smoltulu.artifacts.keys import artifact_key, canonical_json, folder_records, records_digest, with_checksum
 from smoltulu.artifacts.shared.format import parts_of, unfit_file_names
 from smoltulu.artifacts.shared.lease import Ending, LeaseLost, _who
 from smoltulu.artifacts.shared.objects import RemoteError, open_objects
@@ -59,7 +60,7 @@ def generation(folder: Path, files: dict[str, bytes], node: str = "sft") -> Path
         key=KEY, spec=SPEC, digest=records_digest(records), inputs={}, outputs={}, metrics={}, files=records,
         environment={}, node=node, started_at="", finished_at="", duration_seconds=0,
     )  # fmt: skip
-    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1))
+    (folder / "manifest.json").write_text(with_checksum(manifest).model_dump_json(indent=1))
     return folder
 
 
@@ -411,7 +412,7 @@ def test_an_object_that_goes_during_the_download_is_damage(local: str, tmp_path:
 
 
 def forge(url: str, text: str, part_bytes: int = PART, files: dict[str, bytes] | None = None) -> Remote:
-    """Publish a manifest that no smoltulu would."""
+    """Publish a manifest that no smoltulu would, or one that it would."""
     objects, digest = open_objects(url), blake3(text.encode()).hexdigest()
     for data in (files or {}).values():
         objects.put(f"sft/{KEY}/files/{blake3(data).hexdigest()}", data)
@@ -429,7 +430,13 @@ def manifest_of(content: dict[str, bytes], /, **changes: object) -> str:
         "files": {name: record.model_dump() for name, record in records.items()}, "environment": {}, "node": "sft",
         "started_at": "", "finished_at": "", "duration_seconds": 0,
     }  # fmt: skip
-    return json.dumps({**values, **changes})
+    values |= changes
+    # As `manifest_checksum`, of whatever is in it: who forges a manifest can do that too.
+    left_out = {"checksum", "extends", "adopted_from"}
+    checked = {"compute": {}, "resumed_from_steps": []} | {n: v for n, v in values.items() if n not in left_out}
+    with contextlib.suppress(UnicodeError):
+        values.setdefault("checksum", hashlib.sha256(canonical_json(checked).encode()).hexdigest())
+    return json.dumps(values)
 
 
 def test_a_forged_manifest_that_is_right_is_believed(local: str) -> None:

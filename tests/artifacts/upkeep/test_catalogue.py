@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from smoltulu.artifacts.keys import manifest_checksum
 from smoltulu.artifacts.manifests import Ref, scores_of, sources_of
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.artifacts.upkeep.catalogue import Catalogue, is_alive, state_of
@@ -19,6 +20,7 @@ from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
 from smoltulu.artifacts.upkeep.lineage import Relative, ancestors, descendants
 from smoltulu.artifacts.upkeep.tags import remove_tag, set_tag
 from smoltulu.artifacts.upkeep.verify import Finding, verify_artifacts, verify_tags
+from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.run import RunRecord
 from tests.hand_store import HandStore, pipeline
 
@@ -290,6 +292,8 @@ def test_what_else_is_damage(store: HandStore) -> None:
     whole = json.loads(manifest.read_text())
 
     def faults_with(**changes: object) -> str:
+        if "checksum" not in changes and "metrics" not in changes:
+            changes["checksum"] = manifest_checksum(Manifest.model_validate({**whole, **changes}))
         manifest.write_text(json.dumps({**whole, **changes}))
         text = "; ".join(check(store)["gen-0001"].faults)
         manifest.write_text(json.dumps(whole))
@@ -299,7 +303,9 @@ def test_what_else_is_damage(store: HandStore) -> None:
     assert faults_with(digest="0" * 64) == "the file list in its manifest does not give its digest"
     other = {**whole["spec"], "config": {"name": "other"}}
     assert faults_with(spec=other) == "the spec in its manifest does not give its key"
-    assert "its manifest is unreadable" in faults_with(metrics="none")
+    assert faults_with(metrics="none") == "its manifest is unreadable: metrics: Input should be an object"
+    for checksum in ("", "0" * 64, False, None):
+        assert "its manifest is unreadable" in faults_with(checksum=checksum)
     (generation / "extra.txt").write_text("x")
     assert check(store)["gen-0001"].faults == ("extra.txt is not in the manifest",)
     (generation / "extra.txt").unlink()
@@ -386,4 +392,4 @@ def test_a_run_record_of_a_newer_version_is_passed_over(store: HandStore) -> Non
     (store.root / "runs" / "newer.json").write_text(text)
     catalogue = store.catalogue
     assert catalogue.runs() == [RunRecord.model_validate(record)]
-    assert catalogue.notes == ["runs/newer.json: passed over, new_field Extra inputs are not permitted"]
+    assert catalogue.notes == ["runs/newer.json: passed over, new_field: Extra inputs are not permitted"]
