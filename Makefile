@@ -55,7 +55,8 @@ test-all: ## the tests, slow ones too
 test-gpu: setup ## the tests that need a GPU
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -m gpu $(ARGS)
 
-faults: setup ## the fault campaign: processes killed at random instants, full disks, flipped bytes; about 20 minutes
+faults: setup ## the fault campaign: power cuts in virtual time; processes killed, full disks, flipped bytes; 25 minutes
+	$(BIN)/python -m tests.faults.simulated
 	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: setup ## ruff and mypy

@@ -204,17 +204,18 @@ def acquire(
         except OSError:
             if seen is None:
                 raise
-            # While we cannot see the store, the holder may not be able to reach it either: begin to count anew.
-            silence, looked = 0.0, time.monotonic()
-            if looked - told > _TOLD_SECONDS:
+            # While we cannot see the store, the holder may not be able to reach it either: that time does not count.
+            # What was counted before does: else one lost request in three would keep a dead holder for ever.
+            looked = math.inf
+            if (now := time.monotonic()) - told > _TOLD_SECONDS:
                 waiting("the shared store, which cannot be reached")
-                told = looked
+                told = now
             time.sleep(poll)
             continue
         now = time.monotonic()
         if seen == (token, beat):
             # Only time in which we looked counts: after a suspend both sides wake up, and we may be first.
-            silence += min(now - looked, 3 * poll)
+            silence += min(max(now - looked, 0.0), 3 * poll)
         elif seen is not None and not wait:
             return None
         else:
@@ -264,7 +265,7 @@ def holder(objects: Objects, folder: str, turns: Turns, token: int) -> str:
 
 def _read(objects: Objects, folder: str, turns: Turns, token: int, kind: str, patience: float) -> bytes:
     """One object of a turn. ValueError where it is too large to be what its name says, OSError."""
-    if (size := turns[token].get(kind, 0)) > _MAX_BYTES:
+    if (size := turns.get(token, {}).get(kind, 0)) > _MAX_BYTES:
         raise ValueError(f"{_name(folder, token, kind)} has {size:,} bytes")
     return objects.get(_name(folder, token, kind), patience)
 
