@@ -14,8 +14,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from smoltulu.flows.follow_worker import follow_worker
+from smoltulu.flows.forms import described
 from smoltulu.flows.graphs.recipe_graph import Graph
-from smoltulu.flows.logs import shield_run_logs
+from smoltulu.flows.logs import RunFailed, shield_run_logs
 from smoltulu.flows.pipeline import Overrides, RecipeParameter
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.flows.runs import begin_run, end_run
@@ -86,7 +87,8 @@ def compare(node: str, last: dict[str, dict[str, float]], tonight: dict[str, dic
     return sorted(comparisons, key=lambda comparison: comparison.task)
 
 
-@flow(name="smoltulu-eval", persist_result=False)
+@flow(name="smoltulu-eval", persist_result=False, validate_parameters=False)
+@described
 def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Overrides = {}) -> Any:  # noqa: B006
     """Evaluate every finished model of a recipe again and compare with the last time. Trains nothing.
 
@@ -154,5 +156,5 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         log.info("%(model)s %(task)s: %(last)s -> %(tonight)s, %(verdict)s (p %(p (paired))s)", row)
     drops = [row for row in rows if row["verdict"] == "drop"]
     if drops:
-        raise RuntimeError("dropped beyond noise: " + ", ".join(f"{row['model']} {row['task']}" for row in drops))
+        raise RunFailed("dropped beyond noise: " + ", ".join(f"{row['model']} {row['task']}" for row in drops))
     return Completed(name="Completed", message=f"{len(evaluations)} evaluations, no real drop")

@@ -32,8 +32,11 @@ def run_graph(graph: NodeGraph, store: Store, log: logging.Logger) -> dict[str, 
 def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[plain_handler(sys.stdout)])
     recipe = load_recipe(arguments[0], parse_overrides(arguments[1:]))
+    log = logging.getLogger("smoltulu.local")
+    for lowered in recipe.lowered_batches():
+        log.warning(lowered)
     store = open_store(recipe.compute)
-    run_graph(Graph(recipe), store, logging.getLogger("smoltulu.local"))
+    run_graph(Graph(recipe), store, log)
     return 0
 
 

@@ -21,9 +21,10 @@ from smoltulu.artifacts import readable
 from smoltulu.artifacts.files import private_folder
 from smoltulu.artifacts.store import Found, Store, read_manifest
 from smoltulu.flows.follow_worker import follow_worker
+from smoltulu.flows.forms import choice, described, listed
 from smoltulu.flows.graphs.recipe_graph import Graph
-from smoltulu.flows.logs import shield_run_logs
-from smoltulu.flows.recipe import check_stage_names, load_recipe
+from smoltulu.flows.logs import RunFailed, shield_run_logs
+from smoltulu.flows.recipe import check_stage_names, load_recipe, preset_descriptions, stage_descriptions
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.publish import PublishOutputs
@@ -38,20 +39,38 @@ from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_tab
 #: Tasks in the pool. compute.max_parallel_stages limits how many of them run a stage at a time.
 _MAX_WAITING_TASKS = 32
 
+_PRESETS, _STAGES = preset_descriptions(), stage_descriptions()
+
 RecipeParameter = Annotated[
-    str | Recipe | ExtendingRecipe,
+    Annotated[str, choice(_PRESETS, title="preset")]
+    | Annotated[str, Field(title="path of a YAML file")]
+    | Recipe
+    | ExtendingRecipe,
     Field(
-        description="a preset's name, the path of a YAML file, or a recipe written out (`extends` a preset or whole)"
+        description="a preset, the path of a YAML file, or a recipe written out (`extends` a preset or whole). Presets:"
+        + listed(_PRESETS)
     ),
 ]
 Overrides = Annotated[
     dict[str, Any], Field(description='dotted recipe fields and their values, e.g. {"dpo.learning_rate": 5e-7}')
 ]
-Until = Annotated[str | None, Field(description="last stage to run, e.g. dpo; its models are still evaluated")]
-Refresh = Annotated[list[str], Field(description="stages to make again although they are cached, e.g. [sft]")]
+Until = Annotated[
+    Annotated[str, choice(_STAGES)] | None,
+    Field(description="last stage to run, e.g. dpo; its models are still evaluated. Stages:" + listed(_STAGES)),
+]
+Refresh = Annotated[
+    list[Annotated[str, choice(_STAGES)]],
+    Field(description="stages to make again although they are cached, e.g. [sft]"),
+]
 
 
-@flow(name="smoltulu", task_runner=ThreadPoolTaskRunner(max_workers=_MAX_WAITING_TASKS), persist_result=False)  # type: ignore[arg-type]
+@flow(
+    name="smoltulu",
+    task_runner=ThreadPoolTaskRunner(max_workers=_MAX_WAITING_TASKS),  # type: ignore[arg-type]
+    persist_result=False,
+    validate_parameters=False,  # by load_recipe, whose message says what to do
+)
+@described
 def smoltulu(
     recipe: RecipeParameter = "smoltulu-1130",
     overrides: Overrides = {},  # noqa: B006 - Prefect reads the default for its form
@@ -72,6 +91,8 @@ def smoltulu(
         note = check_push_access(checked.publish, token, checked.base_model.repository)
         if note is not None:
             log.warning(note)
+    for lowered in checked.lowered_batches():
+        log.warning(lowered)
     graph = Graph(checked, until)
     store = open_store(checked.compute)
     log.info("recipe %s: %d steps, store %s", checked.name, len(graph.nodes), store.root)
@@ -142,7 +163,7 @@ def smoltulu(
         page = _report(graph, store, ended, made, failures, seconds, error, pushed)
         end_run(store, record, state, outcomes, report_path=str(page))
     if failures:
-        raise RuntimeError("; ".join(failures.values()))
+        raise RunFailed("; ".join(failures.values()))
     return {reference.node: reference.key for reference in made}
 
 

@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tasks.stages",),
     ("tasks.engine",),
     ("flows.reading",),
-    ("flows.logs", "flows.recipe", "flows.machine", "flows.follow_worker"),
+    ("flows.forms", "flows.logs", "flows.recipe", "flows.machine", "flows.follow_worker"),
     ("flows.graphs",),
     ("flows.planning", "flows.runs", "flows.local"),
     ("flows.pipeline", "flows.audit"),

@@ -47,8 +47,13 @@ def run_parameters(recipe: str, overrides: Mapping[str, object]) -> str:
     return " ".join(f"-p {shlex.quote(text)}" for text in given)
 
 
-def show(planned: Plan, as_json: bool, parameters: str = "") -> None:
-    """Print a plan. `parameters`: as for `summary`."""
+def plan_arguments(recipe: str, overrides: Sequence[str]) -> str:
+    """Recipe and overrides of a command line of ours, as they were given."""
+    return shlex.join([recipe, *(text for override in overrides for text in ("-o", override))])
+
+
+def show(planned: Plan, as_json: bool, parameters: str = "", arguments: str = "") -> None:
+    """Print a plan. `parameters`, `arguments`: as for `summary`."""
     if as_json:
         print_json(as_dict(planned))
         return
@@ -68,8 +73,8 @@ def show(planned: Plan, as_json: bool, parameters: str = "") -> None:
     out.print(stages)
     if any(row.preflight for row in planned.rows):
         out.print(_preflights(planned))
-    for line in summary(planned, parameters):
-        out.print(line)
+    for line in summary(planned, parameters, arguments):
+        out.print(line, soft_wrap=True)  # a command that is broken into lines cannot be copied
 
 
 def _preflights(planned: Plan) -> Table:
@@ -106,10 +111,11 @@ def _made_with(figures: PreflightFigures) -> str:
     return ", ".join(parts)
 
 
-def summary(planned: Plan, parameters: str = "") -> list[str]:
+def summary(planned: Plan, parameters: str = "", arguments: str = "") -> list[str]:
     """The lines below the table: counts, totals, and what is uncertain.
 
     parameters  see `run_parameters`; without it the recipe is given by its name
+    arguments   of `smoltulu plan`, as they were given; without them the recipe is given by its name
     """
     counts = Counter(str(row.status) for row in planned.rows)
     lines = [", ".join(f"{counts[status]} {status}" for status in _COLOURS if counts[status])]
@@ -118,8 +124,8 @@ def summary(planned: Plan, parameters: str = "") -> list[str]:
     preflights = [row for row in planned.rows if STAGES[row.stage].makes(PreflightOutputs)]
     if any(row.reason.endswith("; adopt") for row in planned.rows):
         lines.append(
-            "adopt: rows were stored in other files before. `smoltulu adopt`, with this recipe, makes them again, "
-            "compares, and takes over what was made from the same ones"
+            f"adopt: rows were stored in other files before. `smoltulu adopt {arguments or planned.recipe}` makes them "
+            "again, compares, and takes over what was made from the same ones"
         )
     if missing := [row.node for row in preflights if row.status != "cached"]:
         lines.append(

@@ -195,6 +195,21 @@ def test_run_waits_for_the_end_and_shows_the_log(box: Box) -> None:
     assert "no such [\u200b/recipe]" in failed.stdout and "finished in state 'Failed'" in failed.stdout
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('recipe={"extends": "tiny", "dpo": {"beta": -1}}', "dpo.beta: Input should be greater than 0; given: -1"),
+        ('recipe={"name": "mine"}', "base_model: is missing; add it"),
+        ("until=rlhf", "until: no stage is called 'rlhf'"),
+    ],
+)
+def test_a_wrong_recipe_is_one_message_without_traceback(box: Box, given: str, message: str) -> None:
+    done = box.cli("run", "smoltulu/tiny", "-p", given)
+    assert done.returncode == 1
+    assert done.stdout.count(message) == 1 and "Traceback" not in done.stdout, done.stdout
+    assert len(done.stdout.splitlines()) < 30, done.stdout
+
+
 def test_run_says_what_is_missing(box: Box, tmp_path: Path) -> None:
     typo = box.cli("run", "smoltulu/ful")
     assert typo.returncode == 1 and "did you mean 'smoltulu/full'?" in typo.stdout
