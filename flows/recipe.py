@@ -18,6 +18,7 @@ from smoltulu.recipes import PRESETS
 from smoltulu.schemas.common import MAX_NAME
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
+from smoltulu.tasks.evaluation.names import check_names
 from smoltulu.tasks.stages import STAGES
 
 #: Of the error that lists everything: problems that are listed, and characters of each.
@@ -166,6 +167,14 @@ def _unknown_stages(compute: Any) -> list[str]:
 
 def _unknown_stage(where: str, name: str) -> str:
     return f"{where}: no stage is called {shortened(name)}{did_you_mean(name, STAGES)}; stages: {', '.join(STAGES)}"
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Refuse evaluation tasks and metrics that do not exist; a run would find out after its trainings."""
+    try:
+        check_names(recipe.evaluation.tasks if recipe.evaluation else ())
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> None:

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from smoltulu.schemas.compute import ComputeSettings
+
+class Batches(Protocol):
+    """What `ComputeSettings` says of batches; they import this module."""
+
+    @property
+    def per_device_train_batch_size(self) -> int: ...
+    @property
+    def num_processes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def share_of(ratio: float, num_steps: int) -> int:
     return math.ceil(num_steps * ratio - 1e-9)
 
 
-def accumulation_steps(effective_batch_size: int, compute: ComputeSettings) -> int:
+def accumulation_steps(effective_batch_size: int, compute: Batches) -> int:
     """gradient_accumulation_steps = effective / (per device x processes).
 
     ValueError where they do not divide: a silently different effective batch would be another experiment.

@@ -17,6 +17,7 @@ class StageCompute(StrictModel):
     logging_steps: int | None = machinery(None, ge=1)
     num_processes: int | None = machinery(None, ge=1)
     num_threads: int | None = machinery(None, ge=1)
+    max_hours: float | None = machinery(None, gt=0)
 
 
 class ComputeSettings(StrictModel):
@@ -78,6 +79,12 @@ class ComputeSettings(StrictModel):
         "process", description="inline: in the flow's process, for debugging"
     )
     min_free_disk_gb: float = machinery(1.0, ge=0, description="a stage does not start with less free disk than this")
+    max_hours: float | None = machinery(
+        None,
+        gt=0,
+        description="hours that a stage may take in one run; then it is stopped, and the next run goes on from its "
+        "checkpoint (with several processes: from the last one that was due)",
+    )
     stages: dict[str, StageCompute] = machinery({}, description="exceptions per stage, by its name")
 
     def of(self, stage: str, effective_batch_size: int | None = None) -> ComputeSettings:

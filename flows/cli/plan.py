@@ -13,7 +13,7 @@ from smoltulu.artifacts import readable
 from smoltulu.flows.cli.output import console, print_json, table
 from smoltulu.flows.planning.plan import Plan, PlanRow, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
-from smoltulu.flows.recipe import load_recipe
+from smoltulu.flows.recipe import check_evaluation, load_recipe
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.tasks.data.sources import HubUnreachable
 from smoltulu.tasks.engine.stores import open_store
@@ -38,6 +38,7 @@ _NUM_NAMED = 4
 def make_plan(recipe: str, overrides: dict[str, object], until: str | None, refresh: list[str]) -> Plan:
     """The plan of a recipe in its own store. ValueError or OSError for what the user has to fix."""
     checked = load_recipe(recipe, overrides)
+    check_evaluation(checked)
     return plan(checked, until, refresh, open_store(checked.compute, checked=False))
 
 

@@ -135,8 +135,8 @@ class NodeGraph:
 
     def compute_of(self, node: Node) -> ComputeSettings:
         """How a node is run, with a per-device batch that divides its effective batch."""
-        training = node.config if isinstance(node.config, TrainingSettings) else None
-        return self.compute.of(node.stage.name, training and training.effective_batch_size)
+        size = node.config.effective_batch_size if isinstance(node.config, TrainingSettings) else None
+        return self.compute.of(node.stage.name, size)
 
     def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
         """The job of a node, with the paths of its inputs: ready to run."""

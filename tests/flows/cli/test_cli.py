@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -170,6 +171,58 @@ def test_doctor_without_a_server(tmp_path: Path) -> None:
     assert "HF_TOKEN is set" in done.stdout and "hf_x" not in done.stdout + done.stderr
     assert "server" in done.stderr
     assert "torch" not in _imported("-c", "from smoltulu.flows.machine import doctor; list(doctor._packages())")
+
+
+def test_doctor_tries_store_home_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file where the store should be was "ok": the disk of its folder has room."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "file/store", "link"):
+        monkeypatch.setenv("SMOLTULU_STORE", str(tmp_path / name))
+        found = doctor._disk()
+        assert found.status == "fail" and str(tmp_path / name.partition("/")[0]) in found.detail, name
+        assert "no folder" in found.detail and "SMOLTULU_STORE" in found.advice
+    monkeypatch.setenv("SMOLTULU_STORE", str(tmp_path / "store"))
+    assert doctor._disk().status in ("ok", "warn")
+    home, cache = doctor._writable(tmp_path / "file" / "home")
+    assert (home.name, home.status, cache.name) == ("home", "fail", "cache")
+    assert doctor._clock().status == "ok" and next(doctor._writable(tmp_path / "home")).status == "ok"
+    assert not (tmp_path / "home").exists() and not (tmp_path / "store").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.EROFS, "Read-only"), (errno.EACCES, "Permission denied")])
+def test_doctor_sees_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+) -> None:
+    def refuse(**arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
+    assert said in (doctor._obstacle(tmp_path) or "")
+
+
+def test_doctor_sees_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of NFS: `flock` fails without a lock server, and excludes nobody with the option local_lock."""
+
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(doctor.fcntl, "flock", no_locks)
+    assert "No locks available" in (doctor._obstacle(tmp_path) or "")
+    monkeypatch.setattr(doctor.fcntl, "flock", lambda *arguments: None)
+    assert "keeps no locks (flock)" in (doctor._obstacle(tmp_path) or "")
+    monkeypatch.undo()
+    assert doctor._obstacle(tmp_path) is None
+
+
+def test_doctor_compares_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOLTULU_STORE", str(tmp_path))
+    now = time.time()
+    monkeypatch.setattr(doctor.time, "time", lambda: now + 600)
+    behind = doctor._clock()
+    assert behind.status == "warn" and "600 s behind this machine's" in behind.detail
+    assert doctor._cpu().detail.endswith("on another CPU the same recipe gives other scores")
 
 
 def test_doctor_names_packages_that_are_not_as_required(monkeypatch: pytest.MonkeyPatch) -> None:
