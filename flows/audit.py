@@ -19,6 +19,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field, ValidationError
 
 from smoltulu.artifacts.store import Store
+from smoltulu.flows.endings import Interruption, close_earlier_attempts
 from smoltulu.flows.forms import described
 from smoltulu.flows.graphs.audit_graph import INDEX, AuditGraph
 from smoltulu.flows.logs import shield_run_logs
@@ -28,7 +29,6 @@ from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.contamination import ContaminationOutputs, Shard, ShardResult
 from smoltulu.schemas.languages import LanguageOutputs
 from smoltulu.tasks.data.benchmarks import load_registry
-from smoltulu.tasks.engine.launch import stop_children
 from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.report.audit import write_audit_report
@@ -71,6 +71,7 @@ def audit_data(data: Data, settings: Settings = AuditSettings()) -> dict[str, di
     The results are artifacts of the store: a repeated audit finds them there.
     """
     shield_run_logs()
+    close_earlier_attempts()
     log = get_run_logger()
     data, settings = _checked(data, settings)
     graph = AuditGraph(data, settings)
@@ -80,7 +81,7 @@ def audit_data(data: Data, settings: Settings = AuditSettings()) -> dict[str, di
         log.warning("%s: not checked: %s", report.name, report.not_checked)
     record = begin_run(store, f"{graph.name}-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
     made: dict[str, ArtifactReference] = {}
-    state, path = "Failed", ""
+    state, path = "Completed", ""
     try:
         _make_all(graph, store, made)
         results = graph.results(made)
@@ -88,9 +89,8 @@ def audit_data(data: Data, settings: Settings = AuditSettings()) -> dict[str, di
             path = str(write_audit_report(result, load_registry(), store.root.parent / "reports"))
             log.info("%s: report: %s", result.label, path)
             _show(result)
-        state = "Completed"
-    except BaseException:
-        stop_children()
+    except BaseException as error:
+        state = Interruption().stop(error)
         raise
     finally:
         end_run(store, record, state, {name: reference.outcome for name, reference in made.items()}, path)

@@ -12,7 +12,7 @@ from pydantic import Field
 from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.evaluation import Measurement, ScoreKind
 
-Outcome = Literal["Completed", "Cached", "Resumed", "Failed", "Not run"]
+Outcome = Literal["Completed", "Cached", "Resumed", "Failed", "Cancelled", "Not run"]
 
 
 class StageRun(StrictModel):

@@ -132,7 +132,7 @@ def cancel_missed(url: str, before: datetime) -> int:
 
 
 def close_task_runs(server: SyncPrefectClient, flow_run_id: UUID | str | None = None) -> int:
-    """Set the unfinished task runs of ended runs of ours to Crashed, and all of one run; returns how many.
+    """Set the unfinished task runs of killed and cancelled runs of ours to that state; returns how many.
 
     A process that is killed cannot report the end of its tasks: they would stay Running or Pending for ever.
 
@@ -140,7 +140,7 @@ def close_task_runs(server: SyncPrefectClient, flow_run_id: UUID | str | None = 
     """
     from prefect.client.schemas import filters
     from prefect.client.schemas.objects import StateType
-    from prefect.states import Crashed
+    from prefect.states import Cancelled, Crashed
 
     def of_type(one: str, *types: StateType) -> Any:
         kind, of = getattr(filters, f"{one}FilterState"), getattr(filters, f"{one}FilterStateType")
@@ -148,14 +148,18 @@ def close_task_runs(server: SyncPrefectClient, flow_run_id: UUID | str | None = 
 
     going = of_type("TaskRun", StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED)
     ours = filters.FlowFilter(name=filters.FlowFilterName(any_=list(FLOWS)))
+    left = []
     # Completed and failed runs report their tasks themselves, a little later than their own end.
-    killed = of_type("FlowRun", StateType.CRASHED, StateType.CANCELLED)
-    left = server.read_task_runs(flow_filter=ours, flow_run_filter=killed, task_run_filter=going)
+    for kind, made in ((StateType.CRASHED, Crashed), (StateType.CANCELLED, Cancelled)):
+        ended = of_type("FlowRun", kind)
+        left += [
+            (run, made) for run in server.read_task_runs(flow_filter=ours, flow_run_filter=ended, task_run_filter=going)
+        ]
     if flow_run_id is not None:
         this = filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[UUID(str(flow_run_id))]))
-        left += server.read_task_runs(flow_run_filter=this, task_run_filter=going)
-    for run in left:
-        server.set_task_run_state(run.id, Crashed(message="its process was killed"), force=True)
+        left += [(run, Crashed) for run in server.read_task_runs(flow_run_filter=this, task_run_filter=going)]
+    for run, made in left:
+        server.set_task_run_state(run.id, made(message="its process was killed"), force=True)
     return len(left)
 
 

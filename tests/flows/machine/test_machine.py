@@ -152,6 +152,32 @@ def test_scheduled_runs_that_were_missed_are_cancelled(box: Box) -> None:
     assert states == {"Scheduled"}
 
 
+def test_up_never_activates_what_somebody_paused(box: Box) -> None:
+    """Of a deployment its schedule, and of another the whole: deploying sets both as the file says."""
+
+    def paused() -> dict[str, tuple[bool, list[bool]]]:
+        with prefect_api.client(box.url) as server:
+            found = server.read_deployments()
+        return {one.name: (one.paused, [not schedule.active for schedule in one.schedules]) for one in found}
+
+    assert paused()["nightly"] == (False, [False])
+    with prefect_api.client(box.url) as server:
+        named = {one.name: one for one in server.read_deployments()}
+        (schedule,) = named["nightly"].schedules
+        server._client.patch(
+            f"/deployments/{named['nightly'].id}/schedules/{schedule.id}", json={"active": False}
+        ).raise_for_status()
+        server._client.post(f"/deployments/{named['data'].id}/pause_deployment").raise_for_status()
+    before = paused()
+    assert before["nightly"] == (False, [True]) and before["data"][0]
+    again = box.cli("up")
+    assert again.returncode == 0, again.stdout
+    assert paused() == before
+    with prefect_api.client(box.url) as server:
+        server._client.patch(f"/deployments/{named['nightly'].id}/schedules/{schedule.id}", json={"active": True})
+    assert box.cli("up").returncode == 0 and paused()["nightly"] == (False, [False])
+
+
 def test_up_again_changes_nothing(box: Box) -> None:
     before = [machine.running(box.home, name) for name in ("server", "worker")]
     again = box.cli("up")
