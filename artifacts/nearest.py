@@ -68,7 +68,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
         or name not in after
         or before[name] != after[name]
         or isinstance(before[name], bool) != isinstance(after[name], bool)  # True == 1
+        if not _stands_for(name, before, after) and not _stands_for(name, after, before)
     }
+
+
+def _stands_for(name: str, one: Flat, other: Flat) -> bool:
+    """Whether a field says only that `one` has nothing where `other` has fields below it, which say it themselves."""
+    return one.get(name) in ("{}", "[]") and name not in other and any(key.startswith(f"{name}.") for key in other)
 
 
 @dataclass

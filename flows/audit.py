@@ -16,9 +16,11 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from smoltulu.artifacts.store import Store
+from smoltulu.flows.endings import Interruption, close_earlier_attempts
+from smoltulu.flows.forms import described
 from smoltulu.flows.graphs.audit_graph import INDEX, AuditGraph
 from smoltulu.flows.logs import shield_run_logs
 from smoltulu.flows.runs import begin_run, end_run
@@ -27,7 +29,6 @@ from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.contamination import ContaminationOutputs, Shard, ShardResult
 from smoltulu.schemas.languages import LanguageOutputs
 from smoltulu.tasks.data.benchmarks import load_registry
-from smoltulu.tasks.engine.launch import stop_children
 from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.report.audit import write_audit_report
@@ -37,6 +38,7 @@ from smoltulu.tasks.report.text import artifact_key
 Data = Annotated[
     list[str], Field(min_length=1, description="files, folders, or Hub data sets (owner/name, owner/name@revision)")
 ]
+Settings = Annotated[AuditSettings, Field(description="benchmarks, mode, format of the rows, and how stages run")]
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -56,14 +58,22 @@ def scan(shard: Shard, index: str, folder: str, settings: AuditSettings) -> Shar
     return scan_shard(Path(index), shard, Path(folder), roles=settings.roles, match_threshold=settings.match_threshold)
 
 
-@flow(name="smoltulu-audit", task_runner=ThreadPoolTaskRunner(max_workers=4), persist_result=False)  # type: ignore[arg-type]
-def audit_data(data: Data, settings: AuditSettings = AuditSettings()) -> dict[str, dict[str, str]]:  # noqa: B008
+@flow(
+    name="smoltulu-audit",
+    task_runner=ThreadPoolTaskRunner(max_workers=4),  # type: ignore[arg-type]
+    persist_result=False,
+    validate_parameters=False,
+)
+@described
+def audit_data(data: Data, settings: Settings = AuditSettings()) -> dict[str, dict[str, str]]:  # noqa: B008
     """Audit every data set; nothing is trained. Returns node -> outcome and key.
 
     The results are artifacts of the store: a repeated audit finds them there.
     """
     shield_run_logs()
+    close_earlier_attempts()
     log = get_run_logger()
+    data, settings = _checked(data, settings)
     graph = AuditGraph(data, settings)
     store = open_store(settings.compute)
     log.info("audit of %s: %d benchmarks, store %s", ", ".join(data), len(graph.benchmarks), store.root)
@@ -71,7 +81,7 @@ def audit_data(data: Data, settings: AuditSettings = AuditSettings()) -> dict[st
         log.warning("%s: not checked: %s", report.name, report.not_checked)
     record = begin_run(store, f"{graph.name}-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
     made: dict[str, ArtifactReference] = {}
-    state, path = "Failed", ""
+    state, path = "Completed", ""
     try:
         _make_all(graph, store, made)
         results = graph.results(made)
@@ -79,13 +89,23 @@ def audit_data(data: Data, settings: AuditSettings = AuditSettings()) -> dict[st
             path = str(write_audit_report(result, load_registry(), store.root.parent / "reports"))
             log.info("%s: report: %s", result.label, path)
             _show(result)
-        state = "Completed"
-    except BaseException:
-        stop_children()
+    except BaseException as error:
+        state = Interruption().stop(error)
         raise
     finally:
         end_run(store, record, state, {name: reference.outcome for name, reference in made.items()}, path)
     return {name: {"outcome": reference.outcome, "key": reference.key} for name, reference in made.items()}
+
+
+def _checked(data: Any, settings: Any) -> tuple[list[str], AuditSettings]:
+    """The flow's parameters. Prefect does not check them: its message would not say what to do."""
+    if not isinstance(data, list) or not all(isinstance(one, str) for one in data):
+        raise ValueError(f'data: give a list of files, folders or Hub data sets, e.g. ["rows.jsonl"]; given: {data!r}')
+    try:
+        return data, AuditSettings.model_validate(settings)
+    except ValidationError as error:
+        problems = (f"  settings.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise ValueError("the settings of the audit are wrong:\n" + "\n".join(problems)) from None
 
 
 def _make_all(graph: AuditGraph, store: Store, made: dict[str, ArtifactReference]) -> None:

@@ -13,15 +13,16 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
+from smoltulu.flows.endings import Interruption, close_earlier_attempts
 from smoltulu.flows.follow_worker import follow_worker
+from smoltulu.flows.forms import described
 from smoltulu.flows.graphs.recipe_graph import Graph
-from smoltulu.flows.logs import shield_run_logs
+from smoltulu.flows.logs import RunFailed, shield_run_logs
 from smoltulu.flows.pipeline import Overrides, RecipeParameter
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs
-from smoltulu.tasks.engine.launch import stop_children
 from smoltulu.tasks.engine.runner import reference_to, run_stage
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.evaluation.sampling import paired_difference
@@ -86,7 +87,8 @@ def compare(node: str, last: dict[str, dict[str, float]], tonight: dict[str, dic
     return sorted(comparisons, key=lambda comparison: comparison.task)
 
 
-@flow(name="smoltulu-eval", persist_result=False)
+@flow(name="smoltulu-eval", persist_result=False, validate_parameters=False)
+@described
 def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Overrides = {}) -> Any:  # noqa: B006
     """Evaluate every finished model of a recipe again and compare with the last time. Trains nothing.
 
@@ -94,6 +96,7 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
     """
     shield_run_logs()
     follow_worker()
+    close_earlier_attempts()
     log = get_run_logger()
     checked = load_recipe(recipe, overrides)
     graph = Graph(checked)
@@ -115,28 +118,39 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
 
     @task(cache_policy=NO_CACHE, persist_result=False)
     def measure(node: str) -> Any:
-        reference = run_stage(graph.job(node, finished, refresh=True), store, get_run_logger())
+        try:
+            reference = run_stage(graph.job(node, finished, refresh=True), store, get_run_logger())
+        except Exception as error:
+            if (stopped := interruption.state_of_stage(error)) is not None:
+                return stopped
+            raise
         return Completed(name=reference.outcome, message=reference.path, data=reference)
 
+    interruption = Interruption()
     if not evaluations:
         log.warning("recipe %s has no finished model in %s: nothing to evaluate", checked.name, store.root)
         return Completed(name="Skipped", message="no finished model")
 
     record = begin_run(store, f"{checked.name}-nightly-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
-    outcomes = dict.fromkeys(evaluations, "Failed")
+    outcomes: dict[str, str] = {}
     comparisons: list[Comparison] = []
+    state, futures = "Completed", []
     try:
         for name in evaluations:
             last = finished.get(name)
-            tonight = measure.with_options(name="evaluation", task_run_name=name).submit(name).result()
+            futures.append(measure.with_options(name="evaluation", task_run_name=name).submit(name))
+            outcomes[name] = "Failed"
+            tonight = futures[-1].result()
             outcomes[name] = tonight.outcome
             if last is not None:
                 comparisons += compare(name, document_scores(last), document_scores(tonight))
-    except BaseException:
-        stop_children()
+    except BaseException as error:
+        state = interruption.stop(error, futures)
+        if state == "Cancelled":
+            outcomes |= {name: state for name, outcome in outcomes.items() if outcome == "Failed"}
         raise
     finally:
-        end_run(store, record, "Failed" if "Failed" in outcomes.values() else "Completed", outcomes)
+        end_run(store, record, state, outcomes)
     rows = [
         {
             "model": comparison.node.removeprefix("evaluation-"),
@@ -154,5 +168,5 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         log.info("%(model)s %(task)s: %(last)s -> %(tonight)s, %(verdict)s (p %(p (paired))s)", row)
     drops = [row for row in rows if row["verdict"] == "drop"]
     if drops:
-        raise RuntimeError("dropped beyond noise: " + ", ".join(f"{row['model']} {row['task']}" for row in drops))
+        raise RunFailed("dropped beyond noise: " + ", ".join(f"{row['model']} {row['task']}" for row in drops))
     return Completed(name="Completed", message=f"{len(evaluations)} evaluations, no real drop")

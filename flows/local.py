@@ -13,7 +13,7 @@ from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import plain_handler
-from smoltulu.flows.recipe import load_recipe, parse_overrides
+from smoltulu.flows.recipe import check_evaluation, load_recipe, parse_overrides
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.engine.stores import open_store
@@ -32,8 +32,12 @@ def run_graph(graph: NodeGraph, store: Store, log: logging.Logger) -> dict[str, 
 def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[plain_handler(sys.stdout)])
     recipe = load_recipe(arguments[0], parse_overrides(arguments[1:]))
+    check_evaluation(recipe)
+    log = logging.getLogger("smoltulu.local")
+    for lowered in recipe.lowered_batches():
+        log.warning(lowered)
     store = open_store(recipe.compute)
-    run_graph(Graph(recipe), store, logging.getLogger("smoltulu.local"))
+    run_graph(Graph(recipe), store, log)
     return 0
 
 

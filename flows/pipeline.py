@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Annotated, Any
 
 import yaml
@@ -20,38 +21,60 @@ from pydantic import Field
 from smoltulu.artifacts import readable
 from smoltulu.artifacts.files import private_folder
 from smoltulu.artifacts.store import Found, Store, read_manifest
+from smoltulu.flows.endings import Interruption, close_earlier_attempts
 from smoltulu.flows.follow_worker import follow_worker
+from smoltulu.flows.forms import choice, described, listed
 from smoltulu.flows.graphs.recipe_graph import Graph
-from smoltulu.flows.logs import shield_run_logs
-from smoltulu.flows.recipe import check_stage_names, load_recipe
+from smoltulu.flows.logs import RunFailed, shield_run_logs
+from smoltulu.flows.recipe import (
+    check_evaluation,
+    check_stage_names,
+    load_recipe,
+    preset_descriptions,
+    stage_descriptions,
+)
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.publish import PublishOutputs
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.schemas.run import RunRecord
-from smoltulu.tasks.engine.launch import stop_children
 from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.publish.push import check_push_access, push_model
 from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
 
-#: Tasks in the pool. compute.max_parallel_stages limits how many of them run a stage at a time.
-_MAX_WAITING_TASKS = 32
+_PRESETS, _STAGES = preset_descriptions(), stage_descriptions()
 
 RecipeParameter = Annotated[
-    str | Recipe | ExtendingRecipe,
+    Annotated[str, choice(_PRESETS, title="preset")]
+    | Annotated[str, Field(title="path of a YAML file")]
+    | Recipe
+    | ExtendingRecipe,
     Field(
-        description="a preset's name, the path of a YAML file, or a recipe written out (`extends` a preset or whole)"
+        description="a preset, the path of a YAML file, or a recipe written out (`extends` a preset or whole). Presets:"
+        + listed(_PRESETS)
     ),
 ]
 Overrides = Annotated[
     dict[str, Any], Field(description='dotted recipe fields and their values, e.g. {"dpo.learning_rate": 5e-7}')
 ]
-Until = Annotated[str | None, Field(description="last stage to run, e.g. dpo; its models are still evaluated")]
-Refresh = Annotated[list[str], Field(description="stages to make again although they are cached, e.g. [sft]")]
+Until = Annotated[
+    Annotated[str, choice(_STAGES)] | None,
+    Field(description="last stage to run, e.g. dpo; its models are still evaluated. Stages:" + listed(_STAGES)),
+]
+Refresh = Annotated[
+    list[Annotated[str, choice(_STAGES)]],
+    Field(description="stages to make again although they are cached, e.g. [sft]"),
+]
 
 
-@flow(name="smoltulu", task_runner=ThreadPoolTaskRunner(max_workers=_MAX_WAITING_TASKS), persist_result=False)  # type: ignore[arg-type]
+@flow(
+    name="smoltulu",
+    task_runner=ThreadPoolTaskRunner(),  # type: ignore[arg-type]
+    persist_result=False,
+    validate_parameters=False,  # by load_recipe, whose message says what to do
+)
+@described
 def smoltulu(
     recipe: RecipeParameter = "smoltulu-1130",
     overrides: Overrides = {},  # noqa: B006 - Prefect reads the default for its form
@@ -64,44 +87,53 @@ def smoltulu(
     """
     shield_run_logs()
     follow_worker()
+    close_earlier_attempts()
     log = get_run_logger()
     checked = load_recipe(recipe, overrides)
     check_stage_names(checked, until, refresh)
+    check_evaluation(checked)
     token = os.environ.get("HF_TOKEN")
     if checked.publish is not None:
         note = check_push_access(checked.publish, token, checked.base_model.repository)
         if note is not None:
             log.warning(note)
+    for lowered in checked.lowered_batches():
+        log.warning(lowered)
     graph = Graph(checked, until)
     store = open_store(checked.compute)
     log.info("recipe %s: %d steps, store %s", checked.name, len(graph.nodes), store.root)
 
     record = begin_run(store, f"{checked.name}-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
-    slots = threading.Semaphore(checked.compute.max_parallel_stages)
+    interruption = Interruption()
     seconds: dict[str, float] = {}
     failures: dict[str, str] = {}
+    made: dict[str, ArtifactReference] = {}
 
     @task(cache_policy=NO_CACHE, persist_result=False)
     def stage(node: str, upstream: dict[str, Any]) -> State[ArtifactReference]:
         task_log = get_run_logger()
-        with slots:
-            began = time.monotonic()
-            try:
-                job = graph.job(node, upstream, refresh=graph.nodes[node].stage.name in refresh)
-                reference = run_stage(job, store, task_log)
-            except Exception as error:
-                failures[node] = str(error)
-                raise
-            finally:
-                seconds[node] = time.monotonic() - began
+        began = time.monotonic()
+        try:
+            job = graph.job(node, upstream, refresh=graph.nodes[node].stage.name in refresh)
+            reference = made[node] = run_stage(job, store, task_log)
+        except Exception as error:
+            failures[node] = str(error)
+            if (stopped := interruption.state_of_stage(error)) is not None:
+                return stopped
+            raise
+        finally:
+            seconds[node] = time.monotonic() - began
         took = readable.duration(seconds[node])
         task_log.info("%s: %s %s (%s)", node, reference.outcome.lower(), reference.key[:12], took)
         if reference.outcome != "Cached":
-            create_table_artifact(
-                key=artifact_key(f"{checked.name}-{node}"),
-                table=stage_table(reference, job.stage.outputs),
-                description=f"{node}, {took}",
-            )
+            try:
+                create_table_artifact(
+                    key=artifact_key(f"{checked.name}-{node}"),
+                    table=stage_table(reference, job.stage.outputs),
+                    description=f"{node}, {took}",
+                )
+            except Exception as error:  # a server that is gone for a while must not fail a stage that is committed
+                task_log.warning("%s: its table is not in Prefect's UI: %s", node, error)
         return Completed(name=reference.outcome, message=took, data=reference)
 
     @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=[10, 60])
@@ -116,34 +148,49 @@ def smoltulu(
 
     futures: dict[str, PrefectFuture[Any]] = {}  # node -> ArtifactReference
     error: BaseException | None = None
-    pushed = ""
+    pushed, state = "", "Failed"
     try:
-        for name, node in graph.nodes.items():
-            before = (*(binding.node for binding in node.bindings().values()), *node.after)
-            upstream = {earlier: futures[earlier] for earlier in before}
-            futures[name] = stage.with_options(name=node.stage.name, task_run_name=name).submit(name, upstream)
-        for future in futures.values():
-            future.wait()
-        for name, future in futures.items():
-            if graph.nodes[name].stage.makes(PublishOutputs) and future.state.is_completed():
-                pushed = push(future.result())
+        # A stage is submitted when it can begin: while it waits for a slot, Prefect must not show it as Running.
+        ended: SimpleQueue[str] = SimpleQueue()
+        waiting, done, num_running = dict(graph.nodes), set[str](), 0
+        while waiting or num_running:
+            for name, node in list(waiting.items()):
+                before = {*(binding.node for binding in node.bindings().values()), *node.after}
+                if num_running == checked.compute.max_parallel_stages:
+                    break
+                if before <= done:
+                    del waiting[name]
+                    num_running += 1
+                    upstream = {earlier: futures[earlier] for earlier in before}
+                    futures[name] = stage.with_options(name=node.stage.name, task_run_name=name).submit(name, upstream)
+                    futures[name].add_done_callback(partial(_put, ended, name))
+            done.add(ended.get())
+            num_running -= 1
+        for name, reference in made.items():
+            if graph.nodes[name].stage.makes(PublishOutputs):
+                pushed = push(reference)
                 log.info("%s: %s", name, pushed)
-    except BaseException as interruption:
+    except BaseException as raised:
         # Cancelled, or the process must end: no stage may outlive its flow.
-        error = interruption
-        stop_children()
+        error, state = raised, interruption.stop(raised, futures.values())
         raise
     finally:
-        made = [future.result() for future in futures.values() if future.state.is_completed()]
-        state = "Completed" if not failures and error is None else "Failed"
-        outcomes = {reference.node: reference.outcome for reference in made} | dict.fromkeys(failures, "Failed")
+        if error is None:
+            state = "Failed" if failures else "Completed"
+        finished = [made[name] for name in graph.nodes if name in made]
+        failed = dict.fromkeys(failures, "Cancelled" if state == "Cancelled" else "Failed")
+        outcomes = {reference.node: reference.outcome for reference in finished} | failed
         # Written before the report and again after it: an error in the report must not leave the run "Running".
-        ended = end_run(store, record, state, outcomes)
-        page = _report(graph, store, ended, made, failures, seconds, error, pushed)
+        run = end_run(store, record, state, outcomes)
+        page = _report(graph, store, run, finished, failures, seconds, error, pushed)
         end_run(store, record, state, outcomes, report_path=str(page))
     if failures:
-        raise RuntimeError("; ".join(failures.values()))
-    return {reference.node: reference.key for reference in made}
+        raise RunFailed("; ".join(failures.values()))
+    return {reference.node: reference.key for reference in finished}
+
+
+def _put(queue: SimpleQueue[str], name: str, _future: PrefectFuture[Any]) -> None:
+    queue.put(name)
 
 
 def _report(
@@ -163,12 +210,13 @@ def _report(
     folder = private_folder(reports) / run.run_name
     folder.mkdir(exist_ok=True)
     published = next((ref for ref in made if graph.nodes[ref.node].stage.makes(PublishOutputs)), None)
+    said = "; ".join(failures.values()) or (None if error is None else repr(error))
     summary = summarise(
         planned=list(run.stages.items()),
         made=pairs,
         failed=failures,
         seconds=seconds,
-        error="; ".join(failures.values()) or (repr(error) if error else None),
+        error="cancelled" if run.state == "Cancelled" else said,
         pushed=pushed,
         published=str(Path(published.path) / published.outputs["folder"]) if published else None,
         summary_path=str(folder / "summary.json"),

@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from smoltulu.recipes import PRESETS
 from smoltulu.schemas.common import MAX_NAME
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
+from smoltulu.tasks.evaluation.names import check_names
 from smoltulu.tasks.stages import STAGES
 
 #: Of the error that lists everything: problems that are listed, and characters of each.
@@ -34,10 +36,33 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def preset_descriptions() -> dict[str, str]:
+    """Shipped recipe -> what it says of itself."""
+    return {name: str(_load(PRESETS / f"{name}.yaml").get("description", "")) for name in preset_names()}
+
+
+def stage_descriptions() -> dict[str, str]:
+    """Stage -> what it does, of the stages that a recipe can ask for."""
+    described = {}
+    for name, stage in STAGES.items():
+        if hasattr(Recipe, block := stage.block or name) or block in Recipe.model_fields:
+            function = stage.function.func if isinstance(stage.function, partial) else stage.function
+            described[name] = (function.__doc__ or "").strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+    return described
+
+
 def load_recipe(
     recipe: str | dict[str, Any] | Recipe | ExtendingRecipe, overrides: dict[str, Any] | None = None
 ) -> Recipe:
     """Read and check a recipe. Raises RecipeError with every problem at once."""
+    if not isinstance(recipe, (str, dict, Recipe, ExtendingRecipe)):
+        raise RecipeError(
+            f"recipe: give a preset's name, the path of a YAML file, or an object; given: {shortened(recipe)}"
+        )
+    if not isinstance(overrides, (dict, type(None))):
+        raise RecipeError(
+            f'overrides: give an object, e.g. {{"dpo.learning_rate": 5e-7}}; given: {shortened(overrides)}'
+        )
     if isinstance(recipe, Recipe):
         values = recipe.model_dump(mode="json")
     elif isinstance(recipe, str):
@@ -144,8 +169,20 @@ def _unknown_stage(where: str, name: str) -> str:
     return f"{where}: no stage is called {shortened(name)}{did_you_mean(name, STAGES)}; stages: {', '.join(STAGES)}"
 
 
+def check_evaluation(recipe: Recipe) -> None:
+    """Refuse evaluation tasks and metrics that do not exist; a run would find out after its trainings."""
+    try:
+        check_names(recipe.evaluation.tasks if recipe.evaluation else ())
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
 def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> None:
     """Refuse stages in `until` and `refresh` that do not exist or that the recipe lacks."""
+    if not isinstance(until, (str, type(None))):
+        raise RecipeError(f"until: give the name of a stage; given: {shortened(until)}")
+    if not isinstance(refresh, list) or not all(isinstance(name, str) for name in refresh):
+        raise RecipeError(f'refresh: give a list of stages, e.g. ["sft"]; given: {shortened(refresh)}')
     present = recipe_stages(recipe)
     for parameter, names in (("until", [until] if until else []), ("refresh", refresh)):
         for name in names:

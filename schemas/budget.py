@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from smoltulu.schemas.compute import ComputeSettings
+
+class Batches(Protocol):
+    """What `ComputeSettings` says of batches; they import this module."""
+
+    @property
+    def per_device_train_batch_size(self) -> int: ...
+    @property
+    def num_processes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,11 @@ def share_of(ratio: float, num_steps: int) -> int:
     return math.ceil(num_steps * ratio - 1e-9)
 
 
-def accumulation_steps(effective_batch_size: int, compute: ComputeSettings) -> int:
+def accumulation_steps(effective_batch_size: int, compute: Batches) -> int:
     """gradient_accumulation_steps = effective / (per device x processes).
 
     ValueError where they do not divide: a silently different effective batch would be another experiment.
+    `ComputeSettings.of` gives a per-device batch that divides.
     """
     per_step = compute.per_device_train_batch_size * compute.num_processes
     if effective_batch_size % per_step:
@@ -81,6 +88,12 @@ def accumulation_steps(effective_batch_size: int, compute: ComputeSettings) -> i
     return effective_batch_size // per_step
 
 
+def largest_batch(most: int, effective_batch_size: int, num_processes: int) -> int | None:
+    """The largest per-device batch of at most `most` rows that divides the effective batch; None if there is none."""
+    most = min(most, effective_batch_size)
+    return next((size for size in range(most, 0, -1) if effective_batch_size % (size * num_processes) == 0), None)
+
+
 def smaller_batch(size: int, effective_batch_size: int, num_processes: int) -> int | None:
     """The largest per-device batch of at most half the size that divides the effective batch; None below one row."""
-    return next((half for half in range(size // 2, 0, -1) if effective_batch_size % (half * num_processes) == 0), None)
+    return largest_batch(size // 2, effective_batch_size, num_processes)

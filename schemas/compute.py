@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from smoltulu.schemas.budget import largest_batch
 from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery
 
 
@@ -16,6 +17,7 @@ class StageCompute(StrictModel):
     logging_steps: int | None = machinery(None, ge=1)
     num_processes: int | None = machinery(None, ge=1)
     num_threads: int | None = machinery(None, ge=1)
+    max_hours: float | None = machinery(None, gt=0)
 
 
 class ComputeSettings(StrictModel):
@@ -45,7 +47,12 @@ class ComputeSettings(StrictModel):
     num_threads: int | None = machinery(
         None, ge=1, description="CPU threads per stage process, and processes of the preflight; none: all cores"
     )
-    per_device_train_batch_size: int = machinery(1, ge=1, description="gradient_accumulation_steps is derived from it")
+    per_device_train_batch_size: int = machinery(
+        1,
+        ge=1,
+        description="gradient_accumulation_steps is derived from it; one that does not divide the effective batch is "
+        "lowered, with a warning, to the largest that does",
+    )
     per_device_eval_batch_size: int = machinery(8, ge=1)
     activation_checkpointing: bool = machinery(False, description="trade compute for memory")
     packing: bool = machinery(
@@ -72,11 +79,25 @@ class ComputeSettings(StrictModel):
         "process", description="inline: in the flow's process, for debugging"
     )
     min_free_disk_gb: float = machinery(1.0, ge=0, description="a stage does not start with less free disk than this")
+    max_hours: float | None = machinery(
+        None,
+        gt=0,
+        description="hours that a stage may take in one run; then it is stopped, and the next run goes on from its "
+        "checkpoint (with several processes: from the last one that was due)",
+    )
     stages: dict[str, StageCompute] = machinery({}, description="exceptions per stage, by its name")
 
-    def of(self, stage: str) -> ComputeSettings:
-        """These settings with the exceptions of `stage` applied."""
+    def of(self, stage: str, effective_batch_size: int | None = None) -> ComputeSettings:
+        """These settings with the exceptions of `stage` applied.
+
+        effective_batch_size  of a training: its per-device batch is lowered to the largest that divides it, which
+                              changes no result. Where num_processes does not divide it, no batch does: all stays
+        """
         exceptions = self.stages.get(stage)
-        if exceptions is None:
-            return self
-        return self.model_copy(update=exceptions.model_dump(exclude_none=True))
+        own = self if exceptions is None else self.model_copy(update=exceptions.model_dump(exclude_none=True))
+        if effective_batch_size is None:
+            return own
+        size = largest_batch(own.per_device_train_batch_size, effective_batch_size, own.num_processes)
+        if size in (None, own.per_device_train_batch_size):
+            return own
+        return own.model_copy(update={"per_device_train_batch_size": size})

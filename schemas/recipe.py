@@ -6,7 +6,6 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery, science
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.contamination import ContaminationSettings
@@ -70,10 +69,13 @@ class Recipe(StrictModel):
                 problems.append(f"{block}: needs data.{needs}; add it or remove the {block} block")
             if start is not None and getattr(self, start) is None:
                 problems.append(f"{block}: starts from the model of {start}; add a block {start}")
-            try:
-                accumulation_steps(settings.effective_batch_size, self.compute.of(block))
-            except ValueError as error:
-                problems.append(f"{block}: {error}")
+            size, num_processes = settings.effective_batch_size, self.compute.of(block).num_processes
+            if size % num_processes:
+                allowed = [number for number in range(1, size + 1) if size % number == 0]
+                problems.append(
+                    f"{block}: effective_batch_size {size} is not a multiple of num_processes {num_processes}; "
+                    f"num_processes must be one of {allowed}"
+                )
         if self.evaluation and self.evaluation.sampled and self.data.verified_eval is None:
             problems.append("evaluation.sampled: needs data.verified_eval")
         if self.world is None:
@@ -91,6 +93,19 @@ class Recipe(StrictModel):
         """Settings of the trainings by their block."""
         blocks = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: block for name, block in blocks.items() if isinstance(block, TrainingSettings)}
+
+    def lowered_batches(self) -> list[str]:
+        """A sentence for every training whose per-device batch is lowered to one that divides the effective batch."""
+        sentences = []
+        for block, settings in self.trainings.items():
+            asked = self.compute.of(block).per_device_train_batch_size
+            used = self.compute.of(block, settings.effective_batch_size).per_device_train_batch_size
+            if used != asked:
+                sentences.append(
+                    f"{block}: per_device_train_batch_size {asked} does not divide effective_batch_size "
+                    f"{settings.effective_batch_size}: lowered to {used}, which changes no result"
+                )
+        return sentences
 
     def data_sources(self) -> list[DataSource]:
         """Every data source that the recipe names: training, held-out, audit, benchmarks, evaluation files."""

@@ -13,7 +13,7 @@ from smoltulu.schemas.artifact import KEY_PATTERN, STAGE_PATTERN
 from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.evaluation import Measurement, ScoreKind
 
-Outcome = Literal["Completed", "Cached", "Resumed", "Failed", "Not run"]
+Outcome = Literal["Completed", "Cached", "Resumed", "Failed", "Cancelled", "Not run"]
 StageName = Annotated[str, Field(pattern=STAGE_PATTERN)]
 Key = Annotated[str, Field(pattern=KEY_PATTERN)]
 

@@ -135,6 +135,9 @@ def run_audit(data: Sequence[str], settings: AuditSettings, out: Console) -> lis
     try:
         made = run_graph(graph, store, progress_log())
         state = "Completed"
+    except KeyboardInterrupt:
+        state = "Cancelled"
+        raise
     finally:
         end_run(store, record, state, {name: reference.outcome for name, reference in made.items()})
     results = []

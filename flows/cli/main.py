@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -116,8 +117,8 @@ def init(
         except FileExistsError:
             output.fail(f"{file} exists already, and is left as it is; name another file")
     output.echo(f"wrote     {file}")
-    output.echo(f"look      smoltulu plan {file}")
-    output.echo(f"run       smoltulu run smoltulu/full -p recipe={file}")
+    output.echo(f"look      smoltulu plan {shlex.quote(str(file))}")
+    output.echo(f"run       smoltulu run smoltulu/full -p {shlex.quote(f'recipe={file}')}")
 
 
 @app.command()
@@ -129,16 +130,17 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
 ) -> None:
     """Show per stage what a run would do (cached, resumes or runs), why, and its cost. Needs no server."""
-    from smoltulu.flows.cli.plan import make_plan, run_parameters, show
+    from smoltulu.flows.cli.plan import make_plan, plan_arguments, run_parameters, show
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.recipe import parse_overrides, whole_path
 
+    arguments = plan_arguments(recipe, override or [])
     with output.failures():
         recipe = whole_path(recipe)
         os.chdir(PROJECT)  # a flow runs there, and relative paths of overrides start there
         overrides = parse_overrides(override or [])
         planned = make_plan(recipe, overrides, until, refresh or [])
-    show(planned, as_json, run_parameters(recipe, overrides))
+    show(planned, as_json, run_parameters(recipe, overrides), arguments)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from smoltulu.artifacts import readable
 from smoltulu.flows.cli.output import console, print_json, table
 from smoltulu.flows.planning.plan import Plan, PlanRow, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
-from smoltulu.flows.recipe import load_recipe
+from smoltulu.flows.recipe import check_evaluation, load_recipe
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.tasks.data.sources import HubUnreachable
 from smoltulu.tasks.engine.stores import open_store
@@ -38,6 +38,7 @@ _NUM_NAMED = 4
 def make_plan(recipe: str, overrides: dict[str, object], until: str | None, refresh: list[str]) -> Plan:
     """The plan of a recipe in its own store. ValueError or OSError for what the user has to fix."""
     checked = load_recipe(recipe, overrides)
+    check_evaluation(checked)
     return plan(checked, until, refresh, open_store(checked.compute, checked=False))
 
 
@@ -47,8 +48,13 @@ def run_parameters(recipe: str, overrides: Mapping[str, object]) -> str:
     return " ".join(f"-p {shlex.quote(text)}" for text in given)
 
 
-def show(planned: Plan, as_json: bool, parameters: str = "") -> None:
-    """Print a plan. `parameters`: as for `summary`."""
+def plan_arguments(recipe: str, overrides: Sequence[str]) -> str:
+    """Recipe and overrides of a command line of ours, as they were given."""
+    return shlex.join([recipe, *(text for override in overrides for text in ("-o", override))])
+
+
+def show(planned: Plan, as_json: bool, parameters: str = "", arguments: str = "") -> None:
+    """Print a plan. `parameters`, `arguments`: as for `summary`."""
     if as_json:
         print_json(as_dict(planned))
         return
@@ -68,8 +74,8 @@ def show(planned: Plan, as_json: bool, parameters: str = "") -> None:
     out.print(stages)
     if any(row.preflight for row in planned.rows):
         out.print(_preflights(planned))
-    for line in summary(planned, parameters):
-        out.print(line)
+    for line in summary(planned, parameters, arguments):
+        out.print(line, soft_wrap=True)  # a command that is broken into lines cannot be copied
 
 
 def _preflights(planned: Plan) -> Table:
@@ -106,10 +112,11 @@ def _made_with(figures: PreflightFigures) -> str:
     return ", ".join(parts)
 
 
-def summary(planned: Plan, parameters: str = "") -> list[str]:
+def summary(planned: Plan, parameters: str = "", arguments: str = "") -> list[str]:
     """The lines below the table: counts, totals, and what is uncertain.
 
     parameters  see `run_parameters`; without it the recipe is given by its name
+    arguments   of `smoltulu plan`, as they were given; without them the recipe is given by its name
     """
     counts = Counter(str(row.status) for row in planned.rows)
     lines = [", ".join(f"{counts[status]} {status}" for status in _COLOURS if counts[status])]
@@ -118,8 +125,8 @@ def summary(planned: Plan, parameters: str = "") -> list[str]:
     preflights = [row for row in planned.rows if STAGES[row.stage].makes(PreflightOutputs)]
     if any(row.reason.endswith("; adopt") for row in planned.rows):
         lines.append(
-            "adopt: rows were stored in other files before. `smoltulu adopt`, with this recipe, makes them again, "
-            "compares, and takes over what was made from the same ones"
+            f"adopt: rows were stored in other files before. `smoltulu adopt {arguments or planned.recipe}` makes them "
+            "again, compares, and takes over what was made from the same ones"
         )
     if missing := [row.node for row in preflights if row.status != "cached"]:
         lines.append(

@@ -26,8 +26,9 @@ from smoltulu.schemas.common import first_problem
 from smoltulu.schemas.run import RunRecord
 from smoltulu.tasks.report.text import local_minute
 
-_STATE_COLOURS = {"Completed": "green", "Running": "cyan", "Failed": "red", "Crashed": "red", "Crashed?": "red"}
-_OUTCOME_COLOURS = {"Completed": "green", "Cached": "green", "Resumed": "yellow", "Failed": "red"}
+_COLOURS = {"Completed": "green", "Failed": "red", "Cancelled": "yellow"}
+_STATE_COLOURS = {**_COLOURS, "Running": "cyan", "Crashed": "red", "Crashed?": "red"}
+_OUTCOME_COLOURS = {**_COLOURS, "Cached": "green", "Resumed": "yellow"}
 _NUM_FILES_SHOWN = 20
 _NUM_DESCENDANTS_SHOWN = 40
 _NUM_SCORES_SHOWN = 4

@@ -14,6 +14,7 @@ from smoltulu.schemas.artifact import ArtifactReference, InputRecord, Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSource
+from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, source_digest
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.stage import Stage
@@ -132,6 +133,11 @@ class NodeGraph:
         """Artifact key of every node."""
         return {name: self.key(name) for name in self.nodes}
 
+    def compute_of(self, node: Node) -> ComputeSettings:
+        """How a node is run, with a per-device batch that divides its effective batch."""
+        size = node.config.effective_batch_size if isinstance(node.config, TrainingSettings) else None
+        return self.compute.of(node.stage.name, size)
+
     def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
         """The job of a node, with the paths of its inputs: ready to run."""
         node = self.nodes[name]
@@ -148,7 +154,7 @@ class NodeGraph:
             node=name,
             stage=node.stage,
             config=node.config,
-            compute=self.compute.of(node.stage.name),
+            compute=self.compute_of(node),
             spec=self.spec(name),
             inputs=node.stage.inputs.model_validate({**node.literals, **node.filled(path)}),
             input_records=records,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import os
 import shlex
@@ -10,12 +11,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
+import time
 import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
@@ -27,7 +31,8 @@ from smoltulu.artifacts.files import exposed
 from smoltulu.flows.machine import machine, prefect_api, processes
 from smoltulu.flows.machine.places import store_root
 from smoltulu.recipes import CHECKOUT, CONSTRAINTS
-from smoltulu.tasks.engine.environment import as_tested, installed_versions, pinned_version
+from smoltulu.tasks.engine.environment import as_tested, cpu_name, installed_versions, pinned_version
+from smoltulu.tasks.process import num_cores
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -37,6 +42,7 @@ MIN_FREE_DISK_GB = 1.0
 FULL_RECIPE_DISK_GB = 60.0  # weights, optimizer state and two checkpoints of a 1.7B model, per training stage in turn
 MIN_MEMORY_GB = 4.0  # what the recipe `tiny` needs
 HUB_SECONDS = 1.5
+MAX_CLOCK_SECONDS = 60
 _HUB_ADVICE = "needed only for recipes that name Hub models or data"
 #: Dependencies of a dependency. A wrong version breaks Prefect without an error (see pyproject.toml).
 CAPPED = ("fastapi", "sqlalchemy")
@@ -64,8 +70,8 @@ def examine(home: Path, fix: bool = False) -> list[Check]:
     asking = threading.Thread(target=lambda: hub.append(_hub()), daemon=True)
     asking.start()
     version = ".".join(map(str, sys.version_info[:3]))
-    checks = [Check("Python", "ok", f"{version}, {sys.prefix}"), *_packages(), _gpu(), _disk(), _memory(), _token()]
-    checks += _folders(home)
+    checks = [Check("Python", "ok", f"{version}, {sys.prefix}"), *_packages(), _gpu(), _cpu(), _disk(), _clock()]
+    checks += [_memory(), _token(), *_writable(home), *_folders(home)]
     checks += examine_prefect(home, api_url(home), fix)
     asking.join(HUB_SECONDS)
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -140,13 +146,60 @@ def _missing_for_triton() -> str | None:
     return None if header.exists() else f"{header} (python3-dev)"
 
 
+def _cpu() -> Check:
+    return Check("CPU", "ok", f"{cpu_name()}, {num_cores()} cores; on another CPU the same recipe gives other scores")
+
+
+def _obstacle(folder: Path) -> str | None:
+    """Why nothing could be written and locked in a folder, which need not exist yet; None if it could. It is tried."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        return f"{there} is a {'link that leads nowhere' if there.is_symlink() else 'file'}, no folder"
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".smoltulu-doctor-") as file, open(file.name, "rb") as other:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            return f"{there} keeps no locks (flock): two runs would write one artifact"
+    except OSError as error:
+        return f"{there} cannot be written or locked: {error.strerror}"
+
+
+def _writable(home: Path) -> Iterator[Check]:
+    """Folders that runs write into besides the store."""
+    from huggingface_hub.constants import HF_HOME
+
+    for name, folder, variable in (("home", home, "SMOLTULU_HOME"), ("cache", Path(HF_HOME), "HF_HOME")):
+        if (obstacle := _obstacle(folder)) is not None:
+            yield Check(name, "fail", obstacle, f"change that, or set {variable}")
+        else:
+            yield Check(name, "ok", str(folder))
+
+
+def _clock() -> Check:
+    """Whether the store's file system has this machine's time: gc asks what was used lately, by the times of files."""
+    root = store_root()
+    there = next((path for path in (root, *root.parents) if path.is_dir()), root)
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            ahead = os.fstat(file.fileno()).st_mtime - time.time()
+    except OSError:
+        return Check("clock", "warn", f"the time in {there} is not known", "")
+    if abs(ahead) > MAX_CLOCK_SECONDS:
+        said = f"files in {there} get a time {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
+        return Check("clock", "warn", said, "set the clocks (NTP): gc goes by the times of files")
+    return Check("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S %z"))
+
+
 def _disk() -> Check:
     root = store_root()
+    if (obstacle := _obstacle(root)) is not None:
+        return Check("disk", "fail", f"store {root}: {obstacle}", "change that, or name another store (SMOLTULU_STORE)")
     existing = next(folder for folder in (root, *root.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     detail = f"{readable.size(free)} free in {root}"
-    if not os.access(existing, os.W_OK):
-        return Check("disk", "fail", f"{existing} cannot be written", "change its owner, or SMOLTULU_STORE")
     if free < MIN_FREE_DISK_GB * 1e9:
         return Check("disk", "fail", detail, "no stage starts like this: free some, or move the store (SMOLTULU_STORE)")
     if free < FULL_RECIPE_DISK_GB * 1e9:
@@ -191,11 +244,19 @@ def _hub() -> Check:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return Check("Hub", "ok", "not asked: HF_HUB_OFFLINE is set")
     try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # an answer, too
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_SECONDS) as answer:
+            date = answer.headers.get("Date")
+    except urllib.error.HTTPError as error:  # an answer, too
+        date = error.headers.get("Date")
     except (OSError, ValueError) as error:
         return Check("Hub", "warn", f"{address} cannot be reached: {getattr(error, 'reason', error)}", _HUB_ADVICE)
+    ahead = 0.0
+    with contextlib.suppress(ValueError, TypeError):
+        ahead = parsedate_to_datetime(date).timestamp() - time.time()
+    if abs(ahead) > MAX_CLOCK_SECONDS:
+        side = "ahead of" if ahead > 0 else "behind"
+        said = f"{address} answers; its clock is {abs(ahead):.0f} s {side} this machine's"
+        return Check("Hub", "warn", said, "set this machine's clock (NTP): signatures of shared stores hang on it")
     return Check("Hub", "ok", f"{address} answers")
 
 
@@ -299,6 +360,7 @@ def _stuck(url: str, fix: bool) -> Check:
 
         for run in stuck:
             server.set_flow_run_state(run.id, Crashed(message="smoltulu doctor: its process is gone"), force=True)
+        prefect_api.close_task_runs(server)
     return Check("stuck runs", "ok", f"set to Crashed: {listed}")
 
 

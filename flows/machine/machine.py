@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import psutil
@@ -35,6 +36,7 @@ from smoltulu.recipes import CHECKOUT, PREFECT_TOML, PREFECT_YAML
 MARK = "SMOLTULU_MACHINE"
 SERVER_READY_SECONDS = 120  # measured 6 to 8 s on two cores with a new database; slow disks take much longer
 WORKER_ONLINE_SECONDS = 60
+PORT_SECONDS = 15  # a killed server's threads may hold its port a little longer than its process lives
 STOP_SECONDS = 15  # between SIGTERM and SIGKILL
 
 Say = Callable[[str], None]
@@ -88,6 +90,22 @@ def prefect_yaml() -> str:
             r"entrypoint: (\S+)\.py:", lambda found: f"entrypoint: smoltulu.{found[1].replace('/', '.')}.", text
         )
     return text
+
+
+def keep_pauses(text: str, pauses: Mapping[tuple[str, str], tuple[bool, set[str]]]) -> str:
+    """`prefect.yaml` with the deployments and schedules paused that somebody paused: deploying would activate them."""
+    import yaml
+
+    listed = yaml.safe_load(text)
+    for deployment in listed["deployments"]:
+        function = prefect_api.function_of(deployment["entrypoint"])
+        paused, slugs = pauses.get((function, deployment["name"]), (False, set()))
+        if paused:
+            deployment["paused"] = True
+        for schedule in deployment.get("schedules", ()):
+            if schedule.get("slug") in slugs:
+                schedule["active"] = False
+    return yaml.safe_dump(listed, sort_keys=False)
 
 
 def _settings(table: dict[str, Any], prefix: str = "PREFECT") -> dict[str, str]:
@@ -187,10 +205,9 @@ def up(home: Path, port: int | None = None, limit: int | None = None, say: Say =
             if server:
                 say(f"server    already runs on port {server.port} (process {server.pid})")
             else:
-                # A worker or a run without its server would only disturb.
-                _stop(home, ("worker", "server"), say)
+                port = _port_of_what_lives(home, port, say) or prefect_api.DEFAULT_PORT
                 started.append("server")
-                server = _start_server(home, port or prefect_api.DEFAULT_PORT, say)
+                server = _start_server(home, port, say)
             url = prefect_api.url_of(server.port)
 
             if prefect_api.online_workers(url) is None:
@@ -198,7 +215,7 @@ def up(home: Path, port: int | None = None, limit: int | None = None, say: Say =
                 say(f"pool      {prefect_api.POOL} made")
             say("deploy    registering what prefect.yaml lists ...")
             listed = home / "prefect.yaml"
-            listed.write_text(prefect_yaml())
+            listed.write_text(keep_pauses(prefect_yaml(), prefect_api.pauses(url)))
             call_prefect(home, url, "--no-prompt", "deploy", "--all", "--prefect-file", str(listed))
             say(f"deploy    {', '.join(name for name, _ in prefect_api.deployments(url))}")
 
@@ -207,6 +224,8 @@ def up(home: Path, port: int | None = None, limit: int | None = None, say: Say =
                 raise MachineError(
                     f"the worker already runs with limit {worker.limit}, not {limit}: run `smoltulu down` first"
                 )
+            with prefect_api.client(url) as client:
+                prefect_api.close_task_runs(client)
             if worker:
                 say(f"worker    already runs (process {worker.pid})")
             else:
@@ -222,6 +241,33 @@ def up(home: Path, port: int | None = None, limit: int | None = None, say: Say =
                 _stop(home, tuple(started), say)
             raise
     return Machine(url, tuple(started))
+
+
+def _port_of_what_lives(home: Path, port: int | None, say: Say) -> int | None:
+    """The port on which a worker and its runs, whose server is gone, wait for it; else `port`.
+
+    A living training is worth days. It goes on without its server, and reports to the next one on the same port.
+    """
+    worker = running(home, "worker")
+    # Not from the server's record, which goes when a new one does not start.
+    environments = [environment_of(process) or {} for process in (worker.processes() if worker else [])]
+    known = urlsplit(environments[0].get("PREFECT_API_URL", "")).port if environments else None
+    if known is None:
+        # Without a worker nobody could see or stop a run.
+        _stop(home, ("worker", "server"), say)
+        return port
+    num_runs = len({flow_run_of(process) for process in processes_with(MARK, str(home))} - {""})
+    left = f"its worker and {num_runs} run{'s' if num_runs != 1 else ''}"
+    if port not in (None, known):
+        raise MachineError(
+            f"the server is gone, and {left} wait for one on port {known}, not {port}: leave out --port, or run "
+            "`smoltulu down` first"
+        )
+    say(f"server    is gone; {left} go on with a new one")
+    deadline = time.monotonic() + PORT_SECONDS
+    while not prefect_api.port_is_free(known) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return known
 
 
 def _start(home: Path, name: str, url: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -349,3 +395,4 @@ def _close_runs(url: str, runs: set[str]) -> None:
             state = server.read_flow_run(UUID(run)).state
             if state is not None and not state.is_final():
                 server.set_flow_run_state(UUID(run), Crashed(message="stopped by `smoltulu down`"), force=True)
+        prefect_api.close_task_runs(server)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import urllib.request
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 POOL = "smoltulu"
 DEFAULT_PORT = 4200
+FLOWS = ("smoltulu", "smoltulu-eval", "smoltulu-audit")
 
 
 def url_of(port: int) -> str:
@@ -126,3 +129,52 @@ def cancel_missed(url: str, before: datetime) -> int:
         for run in missed:
             server.set_flow_run_state(run.id, Cancelled(message="its time passed while no worker was up"), force=True)
     return len(missed)
+
+
+def close_task_runs(server: SyncPrefectClient, flow_run_id: UUID | str | None = None) -> int:
+    """Set the unfinished task runs of killed and cancelled runs of ours to that state; returns how many.
+
+    A process that is killed cannot report the end of its tasks: they would stay Running or Pending for ever.
+
+    flow_run_id  a run that begins another attempt: those that it has are of an earlier one
+    """
+    from prefect.client.schemas import filters
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Cancelled, Crashed
+
+    def of_type(one: str, *types: StateType) -> Any:
+        kind, of = getattr(filters, f"{one}FilterState"), getattr(filters, f"{one}FilterStateType")
+        return getattr(filters, f"{one}Filter")(state=kind(type=of(any_=list(types))))
+
+    going = of_type("TaskRun", StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED)
+    ours = filters.FlowFilter(name=filters.FlowFilterName(any_=list(FLOWS)))
+    left = []
+    # Completed and failed runs report their tasks themselves, a little later than their own end.
+    for kind, made in ((StateType.CRASHED, Crashed), (StateType.CANCELLED, Cancelled)):
+        ended = of_type("FlowRun", kind)
+        left += [
+            (run, made) for run in server.read_task_runs(flow_filter=ours, flow_run_filter=ended, task_run_filter=going)
+        ]
+    if flow_run_id is not None:
+        this = filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[UUID(str(flow_run_id))]))
+        left += [(run, Crashed) for run in server.read_task_runs(flow_run_filter=this, task_run_filter=going)]
+    for run, made in left:
+        server.set_task_run_state(run.id, made(message="its process was killed"), force=True)
+    return len(left)
+
+
+def function_of(entrypoint: str) -> str:
+    """The flow's function. A checkout names it by its file, an installed package by its module: one deployment."""
+    return re.split(r"[:.]", entrypoint)[-1]
+
+
+def pauses(url: str) -> dict[tuple[str, str], tuple[bool, set[str]]]:
+    """(function, name) -> whether somebody paused a registered deployment, and slugs of its paused schedules."""
+    with client(url) as server:
+        return {
+            (function_of(deployment.entrypoint or ""), deployment.name): (
+                deployment.paused,
+                {schedule.slug or "" for schedule in deployment.schedules if not schedule.active},
+            )
+            for deployment in server.read_deployments()
+        }

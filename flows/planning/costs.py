@@ -188,7 +188,7 @@ class Costs:
         self._facts[node.name] = _Facts(num_parameters=size)
         all_steps = num_steps or settings.budget.num_steps(rows.num_rows, rows.num_tokens)
         left = None if all_steps is None else max(all_steps - step, 0)
-        compute = self.graph.recipe.compute.of(node.stage.name)
+        compute = self.graph.compute_of(node)
         dataset = self.graph.spec(node.name).inputs["dataset"]
         assert isinstance(dataset, str)
 

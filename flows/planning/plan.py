@@ -128,7 +128,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         else:
             row = replace(row, estimate=costs.estimate(name, row.step or 0, row.num_steps))
         rows.append(replace(row, preflight=_figures(graph, name, preflights)))
-    notes = (*unreachable, *_check_new_base_model(graph, rows))
+    notes = (*recipe.lowered_batches(), *unreachable, *_check_new_base_model(graph, rows))
     errors = {reference: error for reference, error in graph.commits.items() if isinstance(error, ValueError)}
     unresolved = (Unresolved(ref, needed, errors[ref]) for ref, needed in graph.unresolved.items())
     sums = _totals(graph, rows)
@@ -159,7 +159,7 @@ def _figures(graph: Graph, name: str, preflights: Mapping[str, Mapping[str, Any]
         return None
     config = graph.nodes[source].config
     assert isinstance(config, PreflightConfig)
-    compute = graph.recipe.compute.of(node.stage.name)
+    compute = graph.compute_of(node)
     return preflight_figures(source, config, preflights[source], node.config, compute)
 
 
@@ -182,7 +182,7 @@ def _row(
 ) -> tuple[PlanRow, Found | Missing]:
     """Status of a node and its reason. `digests`: content of the cached upstream nodes."""
     node, spec = graph.nodes[name], graph.spec(name)
-    bindings, compute = node.bindings(), graph.compute.of(node.stage.name)
+    bindings, compute = node.bindings(), graph.compute_of(node)
     waits_for = sorted({binding.node for binding in bindings.values() if binding.node not in digests})
     row: dict[str, Any] = {
         "node": name,
@@ -273,9 +273,19 @@ def _difference(name: str, old: object, new: object, node: str | None) -> str:
         last = field.rpartition(".")[2]
         which = f"input {last}" if last == node else f"input {last} ({node})"
         return f"{which} is new" if old is None else f"{which} is another artifact"
-    if section == "externals" and old is not None and new is not None:
-        return f"{field} has another content"
+    if section == "externals":
+        what = _external(field)
+        return f"{what} is new" if old is None else f"it read {what}" if new is None else f"{what} has another content"
     return f"{'stage version' if name == 'version' else field}: {_short(old)} -> {_short(new)}"
+
+
+def _external(name: str) -> str:
+    """What an external of a spec stands for, in words."""
+    task, _, number = name.rpartition("data.")
+    if number.isdigit():
+        return f"the data of {task.rstrip('.')}" if task else "your data" if number == "0" else f"your data ({name})"
+    words = {"base_model": "the folder of the base model", "lm_eval_tasks": "the definitions of the evaluation tasks"}
+    return words.get(name, name.replace("_", " "))
 
 
 def _short(value: object) -> str:

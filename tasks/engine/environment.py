@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from smoltulu.recipes import CHECKOUT, CONSTRAINTS
@@ -33,9 +34,20 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
+        "cpu": cpu_name(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def cpu_name() -> str:
+    """The processor's name, else its architecture. The same recipe gives other scores on another one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] else platform.machine()
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
@@ -64,7 +76,7 @@ def _constraints() -> dict[str, str]:
 
 
 def drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Package versions, Python and code of ours that differ between two environments: name old -> new.
+    """Package versions, Python, processor and code of ours that differ between two environments: name old -> new.
 
     A package that only one of them has is no drift: what was made did not need it.
     """
@@ -72,6 +84,8 @@ def drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     changed = [f"{name} {old} -> {after[name]}" for name, old in before.items() if after.get(name) not in (None, old)]
     if then.get("python") not in (None, now.get("python")):
         changed.append(f"python {then['python']} -> {now.get('python')}")
+    if (cpu := then.get("cpu")) and now.get("cpu") and cpu != now["cpu"]:
+        changed.append(f"cpu {cpu} -> {now['cpu']}")
     old, new = then.get("git_commit"), now.get("git_commit")
     if old and new and old != new:
         changed.append(f"code {str(old)[:12]} -> {str(new)[:12]}")

@@ -43,6 +43,8 @@ DISK_ADVICE = {
 #: Seconds that a stage gets to write a checkpoint when it is asked to stop.
 _STOP_SECONDS = 8.0
 
+#: Seconds that a stage gets for its last step and checkpoint when its time is over: nobody waits for it.
+_LAST_STEP_SECONDS = 900.0
 #: Processes of stages, each with the GPU that it may use (CUDA_VISIBLE_DEVICES).
 _running: dict[subprocess.Popen, str] = {}
 _running_lock = threading.Lock()
@@ -63,7 +65,8 @@ def run_child(job: Job, work: Path, output: Path, log: Log) -> None:
     compute = _that_fits(job, work)
     if setting is not None and compute != job.compute:
         log.info("%s: begins with %s %d, which fitted into memory before", job.node, setting, getattr(compute, setting))
-    while (message := _run_once(job, compute, work, output, log)) is not None:
+    deadline = None if compute.max_hours is None else time.monotonic() + 3600 * compute.max_hours
+    while (message := _run_once(job, compute, work, output, log, deadline)) is not None:
         if setting is None:
             raise ValueError(f"{job.node}: out of memory. It said: {message}")
         size: int = getattr(compute, setting)
@@ -93,7 +96,9 @@ def _that_fits(job: Job, work: Path) -> ComputeSettings:
     return job.compute
 
 
-def _run_once(job: Job, compute: ComputeSettings, work: Path, output: Path, log: Log) -> str | None:
+def _run_once(
+    job: Job, compute: ComputeSettings, work: Path, output: Path, log: Log, deadline: float | None
+) -> str | None:
     """Run the stage; what was said where it ran out of memory, else None. Other ends without a result are raised."""
     for name in (ERROR_FILE, OUT_OF_MEMORY_FILE):
         (work / name).unlink(missing_ok=True)
@@ -140,10 +145,12 @@ def _run_once(job: Job, compute: ComputeSettings, work: Path, output: Path, log:
                 env=environment,
             )
             _running[process] = environment.get("CUDA_VISIBLE_DEVICES", "")
+        limit = _TimeLimit(process, deadline)
         try:
             listen(process, messages, on_message, on_output)
             code = process.wait()
         finally:
+            limit.end()
             if process.poll() is None:
                 process.kill()
                 process.wait()
@@ -155,6 +162,11 @@ def _run_once(job: Job, compute: ComputeSettings, work: Path, output: Path, log:
             raise ValueError(f"{job.node}: {message}")
         if (message := _message(work / OUT_OF_MEMORY_FILE)) is not None:
             return message
+    if code != 0 and limit.is_over:
+        raise StageFailed(
+            f"{job.node}: was stopped, as compute.max_hours ({compute.max_hours:g}) is over. Run again to go on from "
+            "its last checkpoint"
+        )
     if code != 0:
         if code in (-signal.SIGTERM, STOPPED):
             raise StageFailed(f"{job.node}: was stopped. Run again to go on from its last checkpoint")
@@ -167,6 +179,28 @@ def _run_once(job: Job, compute: ComputeSettings, work: Path, output: Path, log:
             f"Whole log: {work / 'log.txt'}; its end:\n" + "\n".join(tail)
         )
     return None
+
+
+class _TimeLimit:
+    """Asks a stage to stop when its time is over, as a cancellation does; ends it where it does not."""
+
+    def __init__(self, process: subprocess.Popen[bytes], deadline: float | None) -> None:
+        self.is_over = False
+        self._process, self._ended = process, threading.Event()
+        if deadline is not None:
+            threading.Thread(target=self._wait, args=(deadline,), name="max-hours", daemon=True).start()
+
+    def end(self) -> None:
+        """The stage has ended: its time counts no longer."""
+        self._ended.set()
+
+    def _wait(self, deadline: float) -> None:
+        if self._ended.wait(max(0.0, deadline - time.monotonic())):
+            return
+        self.is_over = True
+        self._process.terminate()
+        if not self._ended.wait(_LAST_STEP_SECONDS):
+            self._process.kill()
 
 
 def _message(file: Path) -> str | None:

@@ -19,6 +19,7 @@ from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask, Score
 from smoltulu.tasks.data.sources import read_rows
+from smoltulu.tasks.evaluation.names import file_problems
 from smoltulu.tasks.models.tokens import added_tokens, check_prompts
 
 if TYPE_CHECKING:
@@ -119,15 +120,9 @@ def check_tasks(tasks: tuple[EvaluationTask, ...]) -> TaskManager:
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
         raise ValueError(f"evaluation task {name!r} is neither in recipes/lm_eval/ nor in {harness_name()}; {hint}")
-    for task in tasks:
-        if task.name in shipped.all_tasks and not task.files:
-            raise ValueError(f"evaluation task {task.name!r} reads local files: give evaluation.tasks[...].files")
-        for split, source in task.files.items():
-            if source.repository is not None:
-                raise ValueError(
-                    f"evaluation task {task.name!r}, split {split!r}: files are local (path) or generated; "
-                    f"got the repository {source.repository!r}. Leave files out to use the task's own Hub dataset"
-                )
+    problem = next((problem for task in tasks for problem in file_problems(task, shipped.all_tasks)), None)
+    if problem is not None:
+        raise ValueError(problem)
     return manager
 
 

@@ -60,7 +60,7 @@ def dry_run(
     import pyarrow as pa
     import torch
 
-    compute = context.compute.of(subject.name)
+    compute = context.compute.of(subject.name, training.effective_batch_size)
     device = device_of(compute)
     size = asked = compute.per_device_train_batch_size
     are_prompts = training.row_rules().kind == "prompts"

@@ -46,7 +46,7 @@ def run_preflight(
     subject = stages.get(config.subject)
     training = subject and subject.config.model_validate(config.training_settings)
     assert training is None or isinstance(training, TrainingSettings)
-    compute = context.compute.of(config.subject)
+    compute = context.compute.of(config.subject, training.effective_batch_size if training else None)
     check_model_folder(Path(inputs.model))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     probe = TokenizerProbe.of(tokenizer, Path(inputs.model))

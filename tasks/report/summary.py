@@ -25,18 +25,19 @@ def stage_runs(
     made: Sequence[tuple[ArtifactReference, Manifest]],
     failed: Mapping[str, str],
     seconds: Mapping[str, float],
+    cancelled: bool = False,
 ) -> tuple[StageRun, ...]:
     """One entry per planned (node, stage), in that order: made, failed with its error, or not run.
 
     `seconds` is node -> time spent in this run. A node without an entry counts the duration in its manifest, or 0 if
-    cached: that duration belongs to the run that made it.
+    cached: that duration belongs to the run that made it. What ended in a cancelled run was cancelled.
     """
     by_node = {reference.node: (reference, manifest) for reference, manifest in made}
-    runs = []
+    runs, outcome = [], "Cancelled" if cancelled else "Failed"
     for node, stage in planned:
         run = StageRun(node=node, stage=stage, outcome="Not run", seconds=seconds.get(node, 0.0))
         if node in failed:
-            run = run.model_copy(update={"outcome": "Failed", "error": _storable(failed[node])})
+            run = run.model_copy(update={"outcome": outcome, "error": _storable(failed[node])})
         elif node in by_node:
             reference, manifest = by_node[node]
             own = 0.0 if reference.outcome == "Cached" else manifest.duration_seconds
@@ -85,7 +86,7 @@ def summarise(
     """
     return RunSummary(
         error=None if error is None else _storable(error),
-        stages=stage_runs(planned, made, failed or {}, seconds or {}),
+        stages=stage_runs(planned, made, failed or {}, seconds or {}, facts.get("state") == "Cancelled"),
         scores=collect_scores(made),
         **facts,
     )

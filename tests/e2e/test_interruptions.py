@@ -18,6 +18,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from smoltulu.artifacts.checkpoints import newest_checkpoint
 from smoltulu.flows.machine import machine, prefect_api
+from smoltulu.schemas.run import RunRecord
 from tests.faults.sandbox import Sandbox
 from tests.small_tiny import LENIENT_GATE
 
@@ -83,6 +84,12 @@ class Place:
         assert state is not None
         return str(state.name)
 
+    def record(self, run: UUID) -> RunRecord:
+        """Record of a run in the store."""
+        files = (self.store / "runs").glob("*.json")
+        records = [RunRecord.model_validate_json(file.read_text()) for file in files]
+        return next(record for record in records if record.flow_run_id == str(run))
+
     def stage_states(self, run: UUID) -> dict[str, str]:
         """State names of the newest task run of each stage."""
         with prefect_api.client(self.url) as client:
@@ -127,6 +134,15 @@ def test_cancel_ends_the_training_with_a_checkpoint_within_ten_seconds(place: Pl
     # No checkpoint was due before step 1000: this one was made for the cancellation, at the last step that was done.
     assert newest is not None and newest[0] == sandbox.last_step("sft") >= 3
     wait_for(lambda: place.state(run) == "Cancelled", "the state Cancelled")
+    # Record, report and Prefect's tasks say it too.
+    wait_for(lambda: place.record(run).state != "Running", "the end in the record", 30)
+    record = place.record(run)
+    assert (record.state, record.outcomes["sft"], record.outcomes["world"]) == ("Cancelled", "Cancelled", "Completed")
+    summary = json.loads(Path(record.report_path).with_name("summary.json").read_text())
+    assert (summary["state"], summary["error"]) == ("Cancelled", "cancelled")
+    assert {stage["node"]: stage["outcome"] for stage in summary["stages"]}["sft"] == "Cancelled"
+    wait_for(lambda: place.stage_states(run).get("sft") == "Cancelled", "the state of the task", 30)
+    assert not {"Running", "Pending"} & set(place.stage_states(run).values())
 
 
 def test_retry_of_a_failed_run_takes_what_is_finished_and_resumes_what_was_interrupted(place: Place) -> None:
@@ -163,3 +179,42 @@ def test_sigkill_of_the_worker_leaves_no_training_and_the_next_run_goes_on(place
     wait_for(lambda: place.state(again) == "Completed", "the state Completed")
     assert place.stage_states(again)["sft"] == "Resumed"
     assert sandbox.manifest("sft").resumed_from_steps[-1] >= 10
+    # The killed attempt's task runs do not stay Running.
+    wait_for(lambda: not {"Running", "Pending"} & set(place.stage_states(run).values()), "the end of its task runs", 30)
+
+
+def test_sigkill_of_the_server_leaves_the_training_alone_and_up_goes_on_with_it(place: Place) -> None:
+    sandbox = place.sandbox(seed=4, **{"sft.max_steps": 400})
+    run = place.start(sandbox)
+    flow, child = training(sandbox, step=3)
+    server, worker = (machine.running(place.home, name) for name in ("server", "worker"))
+    assert server is not None and worker is not None
+    os.kill(server.pid, signal.SIGKILL)
+    wait_for(lambda: machine.running(place.home, "server") is None, "the end of the server", 10)
+    step = sandbox.last_step("sft")
+    with pytest.raises(machine.MachineError, match=f"on port {server.port}, not .*`smoltulu down` first"):
+        machine.up(place.home, prefect_api.free_port())
+
+    said: list[str] = []
+    running = machine.up(place.home, say=said.append)
+    assert (running.url, running.started) == (place.url, ("server",)), said
+    assert machine.running(place.home, "worker") == worker
+    assert flow.is_running() and child.is_running() and sandbox.last_step("sft") >= step
+    wait_for(lambda: place.state(run) == "Completed", "the state Completed")
+    manifest = sandbox.manifest("sft")
+    assert manifest.resumed_from_steps == () and place.record(run).state == "Completed"
+
+
+def test_a_killed_flow_leaves_no_task_run_running_after_the_next_attempt(place: Place) -> None:
+    sandbox = place.sandbox(seed=5)
+    run = place.start(sandbox)
+    flow, child = training(sandbox, step=3)
+    flow.kill()
+    psutil.wait_procs([flow, child], timeout=15)
+    wait_for(lambda: place.state(run) == "Crashed", "the state Crashed", 60)
+    assert place.stage_states(run)["sft"] == "Running"  # a killed process reports nothing
+    with prefect_api.client(place.url) as client:
+        assert prefect_api.close_task_runs(client) >= 1
+    assert place.stage_states(run)["sft"] == "Crashed"
+    with prefect_api.client(place.url) as client:
+        assert prefect_api.close_task_runs(client) == 0

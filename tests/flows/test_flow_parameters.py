@@ -6,8 +6,14 @@ from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 
+from smoltulu.flows.audit import audit_data
+from smoltulu.flows.evaluation import nightly_evaluation
 from smoltulu.flows.pipeline import smoltulu
+from smoltulu.flows.recipe import check_stage_names, load_recipe, preset_names, recipe_stages, stage_descriptions
+from smoltulu.recipes import PREFECT_YAML
+from smoltulu.tasks.stages import STAGES
 
 SCHEMA: dict[str, Any] = smoltulu.parameters.model_dump()
 
@@ -20,12 +26,48 @@ def accepts(**parameters: Any) -> bool:
 
 def test_the_form_describes_every_parameter_and_every_field() -> None:
     assert list(SCHEMA["properties"]) == ["recipe", "overrides", "until", "refresh"]
-    assert all(field.get("description") or field.get("title") for field in SCHEMA["properties"].values())
+    assert all(field["description"] for field in SCHEMA["properties"].values())
+    for flow in (nightly_evaluation, audit_data):
+        assert all(field["description"] for field in flow.parameters.model_dump()["properties"].values())
     definitions = SCHEMA["definitions"]
     assert {"Recipe", "ExtendingRecipe", "DPOSettings", "ComputeSettings"} <= definitions.keys()
     learning_rate = definitions["DPOSettings"]["properties"]["learning_rate"]
     assert learning_rate["exclusiveMinimum"] == 0 and learning_rate["exclusiveMaximum"] == 1
     assert definitions["DPOSettings"]["properties"]["loss_type"]["enum"][:2] == ["sigmoid_norm", "sigmoid"]
+
+
+def test_presets_and_stages_are_select_boxes_with_descriptions() -> None:
+    fields = SCHEMA["properties"]
+    preset, path, *_ = fields["recipe"]["anyOf"]
+    assert preset["enum"] == preset_names() and "enum" not in path
+    stages = fields["refresh"]["items"]["enum"]
+    assert fields["until"]["anyOf"][0]["enum"] == stages
+    assert set(recipe_stages(load_recipe("tiny"))) <= set(stages) <= STAGES.keys()
+    for name in preset_names():
+        assert f"- `{name}`: {load_recipe(name).description}" in fields["recipe"]["description"]
+    for name, purpose in stage_descriptions().items():
+        assert purpose and f"- `{name}`: {purpose}" in fields["until"]["description"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"recipe": 7}, "recipe: give a preset's name, the path of a YAML file, or an object; given: 7"),
+        ({"recipe": {"name": "x"}}, "base_model: is missing; add it"),
+        ({"overrides": [1]}, "overrides: give an object"),
+        ({"until": 3}, "until: give the name of a stage; given: 3"),
+        ({"until": "rlhf"}, "until: no stage is called 'rlhf'"),
+        ({"refresh": "sft"}, "refresh: give a list of stages"),
+    ],
+)
+def test_wrong_parameters_get_a_message_of_ours(parameters: dict[str, Any], message: str) -> None:
+    """Prefect does not check them (prefect.yaml): `... is not valid under any of the given schemas` helps nobody."""
+    given = {"recipe": "tiny", "overrides": {}, "until": None, "refresh": [], **parameters}
+    with pytest.raises(ValueError) as caught:
+        check_stage_names(load_recipe(given["recipe"], given["overrides"]), given["until"], given["refresh"])
+    assert message in str(caught.value)
+    listed = yaml.safe_load(PREFECT_YAML.read_text())["deployments"]
+    assert all(one["enforce_parameter_schema"] is False for one in listed)
 
 
 @pytest.mark.parametrize(
@@ -44,5 +86,5 @@ def test_what_the_readme_writes_is_let_through(parameters: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     "parameters", [{"recipe": 7}, {"refresh": "sft"}, {"overrides": [1]}, {"recipe": {"name": "x"}}]
 )
-def test_wrong_types_are_refused_before_a_run_is_made(parameters: dict[str, Any]) -> None:
+def test_wrong_types_are_refused_by_the_form(parameters: dict[str, Any]) -> None:
     assert not accepts(**parameters)

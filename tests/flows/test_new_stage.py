@@ -100,8 +100,10 @@ def job(folder: Path, model: Path, settings: dict[str, Any], **compute: Any) -> 
 
 
 def test_its_batch_must_divide_and_its_rows_must_be_there() -> None:
-    with pytest.raises(RecipeError, match=r"sft2: effective_batch_size 8 is not a multiple of .* 3 x num_processes 1"):
-        recipe(**{"compute.stages.sft2": {"per_device_train_batch_size": 3}})
+    (lowered,) = recipe(**{"compute.stages.sft2": {"per_device_train_batch_size": 3}}).lowered_batches()
+    assert lowered.startswith("sft2: per_device_train_batch_size 3 does not divide") and "lowered to 2" in lowered
+    with pytest.raises(RecipeError, match=r"sft2: effective_batch_size 8 is not a multiple of num_processes 3"):
+        recipe(**{"compute.stages.sft2": {"num_processes": 3}})
     with pytest.raises(RecipeError, match=r"sft2: needs data\.sft; add it or remove the sft2 block"):
         recipe(**{"data.sft": None})
 
@@ -198,7 +200,8 @@ def test_the_dry_run_is_its_own(tmp_path: Path, model: Path) -> None:
         StageContext(tmp_path / "out", tmp_path / "work", compute, lambda *args, **kwargs: None),
     )
     assert isinstance(outputs, PreflightOutputs) and outputs.disk_bytes is not None and outputs.dry_run is not None
-    assert (outputs.dry_run.subject, outputs.dry_run.per_device_train_batch_size) == ("sft2", 3)
+    # The largest batch that the training would use: of 8 rows, at most 3 at a time.
+    assert (outputs.dry_run.subject, outputs.dry_run.per_device_train_batch_size) == ("sft2", 2)
     assert "Preflight of SFT 2" in (tmp_path / "out" / "logs" / "report.html").read_text()
 
 

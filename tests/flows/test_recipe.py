@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import RecipeError, check_stage_names, load_recipe, preset_names, whole_path
 from smoltulu.recipes import CHAT_TEMPLATES, PRESETS
 from smoltulu.schemas.common import role_of, scientific
@@ -116,15 +117,31 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
     }
 
 
-def test_micro_batches_that_do_not_divide_are_said_before_anything_runs() -> None:
+def test_a_per_device_batch_that_does_not_divide_is_lowered() -> None:
+    """Gradient accumulation is derived from it: it changes no result, so it is no reason to refuse a recipe."""
+    asked = load_recipe("smoltulu-1130", {"compute.per_device_train_batch_size": 8, "compute.stages": {}})
+    assert asked.lowered_batches() == [
+        f"{block}: per_device_train_batch_size 8 does not divide effective_batch_size {effective}: "
+        f"lowered to {size}, which changes no result"
+        for block, effective, size in (("reward_model", 4, 4), ("dpo", 12, 6))
+    ]
+    graph = Graph(asked, unresolved="keep", resolve=lambda reference: "0" * 40)
+    sizes = {name: graph.compute_of(node).per_device_train_batch_size for name, node in graph.nodes.items()}
+    assert (sizes["sft"], sizes["dpo"], sizes["reward-model"]) == (8, 6, 4)
+    for name, node in graph.nodes.items():
+        if node.stage.is_training:
+            assert node.config.effective_batch_size % sizes[name] == 0  # type: ignore[attr-defined]
+    assert load_recipe("tiny").lowered_batches() == []
+
+
+def test_processes_that_do_not_divide_are_refused_before_anything_runs() -> None:
     """Of every training: the first would run for days before the second is asked."""
     with pytest.raises(RecipeError) as caught:
-        load_recipe("smoltulu-1130", {"compute.per_device_train_batch_size": 8, "compute.stages": {}})
-    assert "dpo: effective_batch_size 12 is not a multiple of per_device_train_batch_size 8 x" in str(caught.value)
-    assert "reward_model: effective_batch_size 4" in str(caught.value) and "sft: effective" not in str(caught.value)
-    exception = {"compute.stages": {"dpo": {"per_device_train_batch_size": 5}}}
-    with pytest.raises(RecipeError, match=r"dpo: effective_batch_size 32 .* must be one of \[1, 2, 4, 8, 16, 32\]"):
-        load_recipe("tiny", exception)
+        load_recipe("smoltulu-1130", {"compute.num_processes": 8, "compute.stages": {}})
+    said = str(caught.value)
+    assert "dpo: effective_batch_size 12 is not a multiple of num_processes 8" in said
+    assert "one of [1, 2, 3, 4, 6, 12]" in said
+    assert "reward_model: effective_batch_size 4" in said and "sft: effective" not in said
 
 
 def test_one_error_lists_every_problem_with_its_path() -> None:

@@ -99,6 +99,19 @@ def test_smaller_batch(size: int, effective_batch_size: int, num_processes: int,
     assert smaller_batch(size, effective_batch_size, num_processes) == expected
 
 
+@given(st.integers(1, 99), st.integers(1, 300), st.integers(1, 9))
+def test_the_batch_of_a_training_is_the_largest_that_divides(asked: int, effective: int, num_processes: int) -> None:
+    compute = ComputeSettings(per_device_train_batch_size=asked, num_processes=num_processes)
+    size = compute.of("sft", effective).per_device_train_batch_size
+    fitting = [n for n in range(1, asked + 1) if effective % (n * num_processes) == 0]
+    if not fitting:
+        assert effective % num_processes and size == asked
+    else:
+        assert size == max(fitting)
+        used = compute.of("sft", effective)
+        assert accumulation_steps(effective, used) * size * num_processes == effective
+
+
 def test_budget_of_each_training_and_whether_a_larger_one_can_go_on_from_it() -> None:
     wsd = {"kind": "wsd", "decay_ratio": 0.5}
     sft = SFTSettings(learning_rate=1e-3, effective_batch_size=8, max_length=64, num_train_epochs=2, lora={"r": 4})

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
+import logging
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,7 +22,8 @@ from typer.testing import CliRunner
 from smoltulu.flows.cli import demo
 from smoltulu.flows.cli.main import app
 from smoltulu.flows.cli.output import console
-from smoltulu.flows.logs import shield
+from smoltulu.flows.cli.plan import plan_arguments
+from smoltulu.flows.logs import PlainFormatter, _once, shield
 from smoltulu.flows.machine import doctor, machine, places, prefect_api
 from smoltulu.flows.recipe import parse_overrides
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
@@ -85,6 +90,29 @@ def test_plan_of_a_file_says_how_to_run_its_preflight(tmp_path: Path) -> None:
     ), done.stdout + done.stderr
 
 
+def test_hints_of_a_plan_are_commands_that_can_be_copied(tmp_path: Path) -> None:
+    """In one line however narrow the output is, with the recipe and the overrides as they were given."""
+    (tmp_path / "my recipe.yaml").write_text("extends: tiny\nname: mine\n")
+    overrides = ["-o", "dpo.learning_rate=5e-7", "-o", f"description={'a long text ' * 20}"]
+    command = [sys.executable, "-m", "smoltulu.flows.cli.main", "plan", "my recipe.yaml", *overrides]
+    environment = {**os.environ, "SMOLTULU_STORE": str(tmp_path / "store"), "COLUMNS": "80"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("preflight not run yet")]
+    words = shlex.split(line.split("`")[1])
+    given = dict(words[at + 1].split("=", 1) for at, word in enumerate(words) if word == "-p")
+    assert words[:4] == ["prefect", "deployment", "run", "smoltulu/full"]
+    assert given["recipe"] == str(tmp_path / "my recipe.yaml") and given["until"] == "preflight"
+    assert json.loads(given["overrides"]) == parse_overrides(overrides[1::2])
+    # `adopt` is a command of ours, which is called in the same folder.
+    assert shlex.split(plan_arguments("my recipe.yaml", overrides[1::2])) == ["my recipe.yaml", *overrides]
+
+
+def test_init_says_how_to_run_a_file_whose_name_has_a_blank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, ["init", "my recipe.yaml"]).output
+    assert "smoltulu plan 'my recipe.yaml'" in said and "-p 'recipe=my recipe.yaml'" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -145,6 +173,58 @@ def test_doctor_without_a_server(tmp_path: Path) -> None:
     assert "torch" not in _imported("-c", "from smoltulu.flows.machine import doctor; list(doctor._packages())")
 
 
+def test_doctor_tries_store_home_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file where the store should be was "ok": the disk of its folder has room."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "file/store", "link"):
+        monkeypatch.setenv("SMOLTULU_STORE", str(tmp_path / name))
+        found = doctor._disk()
+        assert found.status == "fail" and str(tmp_path / name.partition("/")[0]) in found.detail, name
+        assert "no folder" in found.detail and "SMOLTULU_STORE" in found.advice
+    monkeypatch.setenv("SMOLTULU_STORE", str(tmp_path / "store"))
+    assert doctor._disk().status in ("ok", "warn")
+    home, cache = doctor._writable(tmp_path / "file" / "home")
+    assert (home.name, home.status, cache.name) == ("home", "fail", "cache")
+    assert doctor._clock().status == "ok" and next(doctor._writable(tmp_path / "home")).status == "ok"
+    assert not (tmp_path / "home").exists() and not (tmp_path / "store").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.EROFS, "Read-only"), (errno.EACCES, "Permission denied")])
+def test_doctor_sees_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+) -> None:
+    def refuse(**arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
+    assert said in (doctor._obstacle(tmp_path) or "")
+
+
+def test_doctor_sees_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of NFS: `flock` fails without a lock server, and excludes nobody with the option local_lock."""
+
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(doctor.fcntl, "flock", no_locks)
+    assert "No locks available" in (doctor._obstacle(tmp_path) or "")
+    monkeypatch.setattr(doctor.fcntl, "flock", lambda *arguments: None)
+    assert "keeps no locks (flock)" in (doctor._obstacle(tmp_path) or "")
+    monkeypatch.undo()
+    assert doctor._obstacle(tmp_path) is None
+
+
+def test_doctor_compares_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOLTULU_STORE", str(tmp_path))
+    now = time.time()
+    monkeypatch.setattr(doctor.time, "time", lambda: now + 600)
+    behind = doctor._clock()
+    assert behind.status == "warn" and "600 s behind this machine's" in behind.detail
+    assert doctor._cpu().detail.endswith("on another CPU the same recipe gives other scores")
+
+
 def test_doctor_names_packages_that_are_not_as_required(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["fastapi==0.1", "sqlalchemy[asyncio]>=2.0,<2.1", "no-such-package>1"]
     monkeypatch.setattr(doctor, "requirements", lambda: wanted)
@@ -201,6 +281,38 @@ def test_log_lines_survive_prefects_watch() -> None:
     with pytest.raises(MarkupError):
         shown(message)
     assert shown(shield(message)).replace("\u200b", "").rstrip().endswith(message)
+
+
+def _logged(error: Exception, *messages: str) -> list[str]:
+    """What Prefect's log shows of messages that all carry one exception."""
+    shown: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(handler.format(record))  # type: ignore[method-assign]
+    handler.setFormatter(PlainFormatter(shielded=True))
+    handler.addFilter(_once)
+    logger = logging.Logger("a run")
+    logger.addHandler(handler)
+    try:
+        raise error
+    except Exception as caught:
+        for message in messages:
+            logger.exception(message, caught)
+    return shown
+
+
+def test_what_the_user_has_to_fix_is_logged_once_and_without_a_traceback() -> None:
+    prefects = ("Encountered exception during execution: %r", "Engine execution exited with unexpected exception: %s")
+    assert _logged(ValueError("recipe x has 2 problems:\n  a\n  b"), *prefects) == [
+        "recipe x has 2 problems:\n  a\n  b"
+    ]
+    retried = "Task run failed with exception: %r - Retry 1/2 will start 10 second(s) from now"
+    assert _logged(OSError("no answer"), retried) == ["no answer - Retry 1/2 will start 10 second(s) from now"]
+    # What nobody expected keeps its traceback, each time.
+    unexpected = _logged(KeyError("x"), *prefects)
+    assert len(unexpected) == 2 and all("Traceback" in text for text in unexpected)
+    state = "Finished in state Failed('Flow run encountered an exception: ValueError: recipe x')"
+    record = logging.makeLogRecord({"msg": state, "args": ()})
+    assert PlainFormatter(shielded=True).format(record) == "Finished in state Failed"
 
 
 def _score(subject: str, value: float, kind: str = "language_model") -> RunScore:

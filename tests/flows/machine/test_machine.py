@@ -152,6 +152,32 @@ def test_scheduled_runs_that_were_missed_are_cancelled(box: Box) -> None:
     assert states == {"Scheduled"}
 
 
+def test_up_never_activates_what_somebody_paused(box: Box) -> None:
+    """Of a deployment its schedule, and of another the whole: deploying sets both as the file says."""
+
+    def paused() -> dict[str, tuple[bool, list[bool]]]:
+        with prefect_api.client(box.url) as server:
+            found = server.read_deployments()
+        return {one.name: (one.paused, [not schedule.active for schedule in one.schedules]) for one in found}
+
+    assert paused()["nightly"] == (False, [False])
+    with prefect_api.client(box.url) as server:
+        named = {one.name: one for one in server.read_deployments()}
+        (schedule,) = named["nightly"].schedules
+        server._client.patch(
+            f"/deployments/{named['nightly'].id}/schedules/{schedule.id}", json={"active": False}
+        ).raise_for_status()
+        server._client.post(f"/deployments/{named['data'].id}/pause_deployment").raise_for_status()
+    before = paused()
+    assert before["nightly"] == (False, [True]) and before["data"][0]
+    again = box.cli("up")
+    assert again.returncode == 0, again.stdout
+    assert paused() == before
+    with prefect_api.client(box.url) as server:
+        server._client.patch(f"/deployments/{named['nightly'].id}/schedules/{schedule.id}", json={"active": True})
+    assert box.cli("up").returncode == 0 and paused()["nightly"] == (False, [False])
+
+
 def test_up_again_changes_nothing(box: Box) -> None:
     before = [machine.running(box.home, name) for name in ("server", "worker")]
     again = box.cli("up")
@@ -193,6 +219,21 @@ def test_run_waits_for_the_end_and_shows_the_log(box: Box) -> None:
     failed = box.cli("run", "probe/one", "-p", "what=fail")
     assert failed.returncode == 1
     assert "no such [\u200b/recipe]" in failed.stdout and "finished in state 'Failed'" in failed.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('recipe={"extends": "tiny", "dpo": {"beta": -1}}', "dpo.beta: Input should be greater than 0; given: -1"),
+        ('recipe={"name": "mine"}', "base_model: is missing; add it"),
+        ("until=rlhf", "until: no stage is called 'rlhf'"),
+    ],
+)
+def test_a_wrong_recipe_is_one_message_without_traceback(box: Box, given: str, message: str) -> None:
+    done = box.cli("run", "smoltulu/tiny", "-p", given)
+    assert done.returncode == 1
+    assert done.stdout.count(message) == 1 and "Traceback" not in done.stdout, done.stdout
+    assert len(done.stdout.splitlines()) < 30, done.stdout
 
 
 def test_run_says_what_is_missing(box: Box, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from smoltulu.artifacts.checkpoints import mark_complete
@@ -34,7 +36,7 @@ from smoltulu.flows.planning.costs import (
     estimated_tokens,
     totals,
 )
-from smoltulu.flows.planning.plan import Plan, PlanRow, plan
+from smoltulu.flows.planning.plan import NearestArtifact, Plan, PlanRow, explain, plan
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import InputRecord, Manifest
 from smoltulu.schemas.budget import tokens_of_steps
@@ -206,6 +208,45 @@ def test_plan_of_1130_beside_a_finished_1207_explains_the_difference(with_1207: 
     sft = rows["sft"].nearest
     assert sft is not None and sft.key == keys["sft"]
     assert sft.changes == {"config.learning_rate": (3.1e-6, 9e-5), "config.effective_batch_size": (32, 8)}
+
+
+def test_plan_says_in_words_that_data_is_new_or_changed(tmp_path: Path) -> None:
+    """It said `input  (None) is new, : {} -> none`: the empty inputs and externals of the nearest artifact."""
+    file, store = tmp_path / "rows.jsonl", Store(tmp_path / "store")
+    row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    file.write_text(row)
+    finish_all(store, Graph(load_recipe("tiny"), "sft"))
+
+    def reason() -> str:
+        own = load_recipe("tiny", {"data.sft.sources": [{"path": str(file), "format": "messages"}]})
+        graph = Graph(own, "sft")
+        said = make(graph, store)["dataset-sft"].reason
+        finish_all(store, graph)
+        return said.partition(") in ")[2]
+
+    assert reason() == "data.sources.0.generated: sft.jsonl -> none, your data is new, it had an input world besides"
+    file.write_text(row * 2)
+    assert reason() == "your data has another content"
+    # And the other way round: what has no inputs is compared with what has some.
+    changes = {"config.x": (1, 2)} | differences({"inputs": {}}, {"inputs": {"world": "k"}})
+    near = NearestArtifact("k" * 64, "", changes)
+    said = explain(near, {"inputs.world": "world"}, set())
+    assert said == f"differs from the nearest ({'k' * 12}) in x: 1 -> 2, input world is new"
+
+
+NAMES = st.sampled_from(["inputs", "externals", "a", "b"])
+VALUES = st.recursive(st.integers(0, 2), lambda values: st.dictionaries(NAMES, values, max_size=2))
+SPECS = st.dictionaries(NAMES, VALUES, min_size=1)
+
+
+@given(SPECS, SPECS)
+def test_differences_name_a_field_and_its_value_never_an_empty_container_beside_its_fields(
+    old: dict[str, Any], new: dict[str, Any]
+) -> None:
+    changes = differences(old, new)
+    assert (changes == {}) == (old == new)
+    for name, values in changes.items():
+        assert "{}" not in values or not any(other.startswith(f"{name}.") for other in changes)
 
 
 def test_plan_estimates_1130_from_1207(with_1207: Store) -> None:

@@ -29,6 +29,7 @@ from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetStageConfig, Da
 from smoltulu.schemas.training import GateSettings, SFTSettings, TrainingInputs
 from smoltulu.schemas.world import WorldConfig
 from smoltulu.tasks.data.sources import source_digest
+from smoltulu.tasks.engine import launch
 from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.engine.launch import StageFailed, _message
 from smoltulu.tasks.engine.messages import PIPE_FILE
@@ -180,6 +181,36 @@ def test_killed_parent_takes_its_child_along_and_the_next_run_resumes_to_the_sam
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_max_hours_ends_a_training_with_a_checkpoint_that_the_next_run_goes_on_from(
+    sft_world: Path, tmp_path: Path
+) -> None:
+    """No checkpoint was due: this one was made because the time was over."""
+    job, store = sft_job(sft_world), Store(tmp_path)
+    compute = job.compute.model_copy(update={"save_steps": 100_000, "max_hours": 25 / 3600})
+    config = job.config.model_copy(update={"max_steps": 100_000})
+    asked = dataclasses.replace(job, compute=compute, config=config)
+    with pytest.raises(StageFailed, match=r"sft: was stopped, as compute.max_hours \(0.00694444\) is over. Run again"):
+        run_stage(asked, store, LOG)
+    (work,) = tmp_path.glob("sft/*/work")
+    newest = newest_checkpoint(work / "checkpoints", full=True)
+    assert newest is not None and 0 < newest[0] < 100_000
+
+
+def test_a_stage_that_ignores_the_end_of_its_time_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_LAST_STEP_SECONDS", 0.2)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"on\n"
+        limit = launch._TimeLimit(process, time.monotonic() + 0.2)
+        assert process.wait(10) == -signal.SIGKILL and limit.is_over
+    with subprocess.Popen(["true"]) as process:
+        limit = launch._TimeLimit(process, time.monotonic() + 0.3)
+        process.wait()
+        limit.end()
+        time.sleep(0.5)
+        assert not limit.is_over
+
+
 def test_killed_child_is_a_clear_failure_that_names_the_log(sft_world: Path, tmp_path: Path) -> None:
     parent = start_sft(sft_world, tmp_path)
     child = wait_for_checkpoint(tmp_path, parent)
@@ -212,6 +243,10 @@ def test_drift_by_hand() -> None:
     assert drift(before, after) == ["torch 2.12 -> 2.13", "python 3.11.7 -> 3.12.1"]
     assert drift({**before, "git_commit": "a" * 40}, after)[-1] == "code aaaaaaaaaaaa -> bbbbbbbbbbbb"
     assert drift({}, after) == []
+    # The same recipe gives other scores on another processor. Older manifests do not name theirs.
+    assert drift({"cpu": "A"}, {"cpu": "B"}) == ["cpu A -> B"]
+    assert drift({"cpu": "A"}, {"cpu": "A"}) == drift({}, {"cpu": "B"}) == []
+    assert environment()["cpu"]
 
 
 @pytest.mark.parametrize(

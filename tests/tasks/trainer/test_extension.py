@@ -29,6 +29,7 @@ from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.trainer.extension import begin_with, find_source_run
 from smoltulu.tasks.trainer.schedules import extension_step, learning_rate_factor, same_past
+from tests.example_outputs import example_outputs
 from tests.golden_keys import made_up_commit
 from tests.small_runs import conversations, pairs, stage_arguments
 from tests.tasks.trainer.test_schedules import schedules
@@ -371,9 +372,11 @@ def finish(store: Store, graph: Graph, name: str, checkpoint_step: int = 0) -> s
             checkpoint.mkdir(parents=True)
             (checkpoint / "trainer_state.json").write_text("{}")
             mark_complete(checkpoint)
-        num_steps = getattr(node.config, "max_steps", None) or 0
+        num_steps = getattr(node.config, "max_steps", None)
+        known = {} if num_steps is None else {"num_steps": num_steps}
+        outputs = example_outputs(node.stage, known, output)
         manifest = Manifest(
-            key=folder.name, spec=spec, digest="", inputs=inputs, outputs={"num_steps": num_steps}, metrics={},
+            key=folder.name, spec=spec, digest="", inputs=inputs, outputs=outputs, metrics={},
             files={}, environment={}, node=name, started_at="2026-11-01T10:00:00+00:00",
             finished_at="2026-11-01T12:34:56+00:00", duration_seconds=1.0,
         )  # fmt: skip
