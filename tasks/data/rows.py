@@ -7,6 +7,7 @@ reader holds one in memory, and a shard of the contamination scan begins at one.
 from __future__ import annotations
 
 import json
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate, pairwise, zip_longest
@@ -43,10 +44,20 @@ def rows_schema(kind: DatasetKind) -> pa.Schema:
     """Columns of a rows file."""
     import pyarrow as pa
 
-    text = pa.string()
-    message = pa.struct([pa.field("role", text, nullable=False), pa.field("content", text, nullable=False)])
-    turns = pa.list_(pa.field("element", message, nullable=False))
-    return pa.schema([pa.field(name, turns if name in TURNS else text, nullable=False) for name in COLUMNS[kind]])
+    types = {name: _turns() if name in TURNS else pa.string() for name in COLUMNS[kind]}
+    return pa.schema([pa.field(name, kind_of, nullable=False) for name, kind_of in types.items()])
+
+
+def _message() -> pa.StructType:
+    import pyarrow as pa
+
+    return pa.struct([pa.field(name, pa.string(), nullable=False) for name in ("role", "content")])
+
+
+def _turns() -> pa.ListType:
+    import pyarrow as pa
+
+    return pa.list_(pa.field("element", _message(), nullable=False))
 
 
 class RowsWriter:
@@ -73,7 +84,8 @@ class RowsWriter:
         import pyarrow as pa
 
         if self._waiting:
-            self._writer.write_table(pa.Table.from_pylist(self._waiting, schema=self._schema))
+            arrays = [_array([row[name] for row in self._waiting], name in TURNS) for name in self._columns]
+            self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         self._waiting, self._num_characters = [], 0
 
     def __enter__(self) -> RowsWriter:
@@ -83,6 +95,32 @@ class RowsWriter:
         if failed is None:
             self._end_group()
         self._writer.close()
+
+
+def _array(values: list[Any], is_turns: bool) -> pa.Array:
+    """A column of texts, or of lists of messages.
+
+    Made from its buffers: `pyarrow.array` imports pandas, which takes as long as the rows of a small data set.
+    """
+    import pyarrow as pa
+
+    if is_turns:
+        turns = [turn for value in values for turn in value]
+        struct = pa.StructArray.from_arrays(
+            [_array([turn[name] for turn in turns], is_turns=False) for name in ("role", "content")],
+            fields=list(_message()),
+        )
+        offsets = pa.Array.from_buffers(pa.int32(), len(values) + 1, [None, _offsets(map(len, values))])
+        return pa.ListArray.from_arrays(offsets, struct, type=_turns())
+    encoded = [value.encode() for value in values]
+    buffers = [None, _offsets(map(len, encoded)), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(values), buffers)
+
+
+def _offsets(lengths: Iterable[int]) -> pa.Buffer:
+    import pyarrow as pa
+
+    return pa.py_buffer(array("i", accumulate(lengths, initial=0)))
 
 
 def open_rows(file: Path) -> parquet.ParquetFile:
