@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from smoltulu.artifacts.store import Store
 from smoltulu.flows.endings import Interruption, close_earlier_attempts
-from smoltulu.flows.forms import described
+from smoltulu.flows.forms import described, with_form
 from smoltulu.flows.graphs.audit_graph import INDEX, AuditGraph
 from smoltulu.flows.logs import shield_run_logs
 from smoltulu.flows.runs import begin_run, end_run
@@ -58,6 +58,7 @@ def scan(shard: Shard, index: str, folder: str, settings: AuditSettings) -> Shar
     return scan_shard(Path(index), shard, Path(folder), roles=settings.roles, match_threshold=settings.match_threshold)
 
 
+@with_form
 @flow(
     name="smoltulu-audit",
     task_runner=ThreadPoolTaskRunner(max_workers=4),  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from prefect.states import Completed
 
 from smoltulu.flows.endings import Interruption, close_earlier_attempts
 from smoltulu.flows.follow_worker import follow_worker
-from smoltulu.flows.forms import described
+from smoltulu.flows.forms import described, with_form
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import RunFailed, shield_run_logs
 from smoltulu.flows.pipeline import Overrides, RecipeParameter
@@ -87,6 +87,7 @@ def compare(node: str, last: dict[str, dict[str, float]], tonight: dict[str, dic
     return sorted(comparisons, key=lambda comparison: comparison.task)
 
 
+@with_form
 @flow(name="smoltulu-eval", persist_result=False, validate_parameters=False)
 @described
 def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Overrides = {}) -> Any:  # noqa: B006

@@ -23,7 +23,7 @@ from smoltulu.artifacts.files import private_folder
 from smoltulu.artifacts.store import Found, Store, read_manifest
 from smoltulu.flows.endings import Interruption, close_earlier_attempts
 from smoltulu.flows.follow_worker import follow_worker
-from smoltulu.flows.forms import choice, described, listed
+from smoltulu.flows.forms import choice, described, listed, with_form
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import RunFailed, shield_run_logs
 from smoltulu.flows.recipe import (
@@ -68,6 +68,7 @@ Refresh = Annotated[
 ]
 
 
+@with_form
 @flow(
     name="smoltulu",
     task_runner=ThreadPoolTaskRunner(),  # type: ignore[arg-type]

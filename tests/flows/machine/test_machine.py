@@ -124,6 +124,10 @@ def test_up_registers_what_prefect_yaml_lists_and_prints_what_to_do(box: Box) ->
     assert doctor.pollers(box.home, box.url, prefect_api.POOL)
     # Not the default port, so a plain `prefect` in the checkout needs to be told.
     assert f"export PREFECT_API_URL={box.url}" in box.first
+    # The form has every field of a recipe, though no flow that is imported makes its schema.
+    with prefect_api.client(box.url) as server:
+        form = server.read_deployment_by_name("smoltulu/full").parameter_openapi_schema
+    assert form is not None and "DPOSettings" in form["definitions"]
 
 
 def test_the_nightly_deployment_gets_scheduled_runs(box: Box) -> None:
