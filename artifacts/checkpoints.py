@@ -14,7 +14,15 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from smoltulu.artifacts.files import link_or_copy, read_plain, remove_tree, sync, sync_tree, write_atomically
+from smoltulu.artifacts.files import (
+    READ_ERRORS,
+    link_or_copy,
+    read_plain,
+    remove_tree,
+    sync,
+    sync_tree,
+    write_atomically,
+)
 from smoltulu.artifacts.keys import file_fault, folder_records
 from smoltulu.schemas.artifact import FileRecords
 from smoltulu.schemas.common import StrictModel
@@ -65,23 +73,29 @@ def newest_checkpoint(folder: Path, full: bool = False) -> tuple[int, Path] | No
 
 
 def torn_checkpoints(folder: Path, full: bool = False) -> list[tuple[int, Path, str]]:
-    """Step, folder and fault of every checkpoint that does not count, newest first. `full`: as for `fault`."""
-    found = ((step, path, fault(path, full)) for step, path in _checkpoints(folder))
+    """Step, folder and fault of every checkpoint that does not count, newest first. `full`: as for `fault`.
+
+    OSError where one cannot be read: it may be whole, and what does not count is removed.
+    """
+    found = ((step, path, fault(path, full, strict=True)) for step, path in _checkpoints(folder))
     return sorted(((step, path, reason) for step, path, reason in found if reason is not None), reverse=True)
 
 
-def fault(folder: Path, full: bool = False) -> str | None:
+def fault(folder: Path, full: bool = False, strict: bool = False) -> str | None:
     """What is wrong with a checkpoint (or another folder that was marked), or None where it is whole.
 
     full    read and hash every byte, instead of looking at sizes
+    strict  OSError where the disk does not let it be read, which is no fault of the checkpoint
     """
     try:
         files = _marker(folder).files
     except FileNotFoundError:
         return "it was not written to its end"
     except (OSError, ValidationError) as error:
+        if strict and isinstance(error, OSError) and error.errno in READ_ERRORS:
+            raise
         return f"its completion marker is unreadable ({type(error).__name__})"
-    faults = (file_fault(folder, name, record, full) for name, record in files.items())
+    faults = (file_fault(folder, name, record, full, strict) for name, record in files.items())
     return next((found for found in faults if found is not None), None)
 
 

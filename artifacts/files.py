@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 TRASH_PREFIX = ".trash-"
 #: Manifests, specs and records are small; what is larger than this is none, and is not read into memory.
 MAX_RECORD_BYTES = 64 << 20
+#: Of a disk or network that does not answer, and of rights: they say nothing of what lies there.
+READ_ERRORS = (errno.EIO, errno.ESTALE, errno.EINTR, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 
 
 def open_plain(path: Path | str, flags: int = os.O_RDONLY) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from smoltulu.artifacts.files import READ_ERRORS
 from smoltulu.schemas.artifact import FileRecord, Manifest, Spec
 from smoltulu.schemas.common import printable
 
@@ -73,8 +74,11 @@ def file_digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def file_fault(folder: Path, name: str, record: FileRecord, full: bool = False) -> str | None:
-    """What is wrong with a file against its record; None where nothing is. `full`: its bytes too, not only its size."""
+def file_fault(folder: Path, name: str, record: FileRecord, full: bool = False, strict: bool = False) -> str | None:
+    """What is wrong with a file against its record; None where nothing is. `full`: its bytes too, not only its size.
+
+    strict  OSError where it cannot be read now
+    """
     path, name = folder / name, printable(name)
     try:
         found = path.stat()
@@ -87,6 +91,8 @@ def file_fault(folder: Path, name: str, record: FileRecord, full: bool = False) 
     except (FileNotFoundError, NotADirectoryError):
         return f"{name} is gone"
     except OSError as error:
+        if strict and error.errno in READ_ERRORS:
+            raise
         return f"{name} cannot be read ({error.strerror or error})"
     return None
 

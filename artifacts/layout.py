@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smoltulu.artifacts.files import open_plain, read_plain
-from smoltulu.artifacts.manifests import Ref, read_json
+from smoltulu.artifacts.manifests import Ref, parse_json
 
 SPEC, LOCK, WRITER, CURRENT, MANIFEST = "spec.json", "lock", "writer", "current", "manifest.json"
 WORK, PULL, ASIDE_PREFIX, REASON = "work", "pull", "damaged-", "reason.txt"
@@ -122,10 +122,13 @@ def made_for(folder: Path) -> str | None:
 
 
 def made_from(folder: Path) -> dict[str, str] | None:
-    """Binding -> content digest of the inputs that a key's work is made from; None where it does not say so."""
+    """Binding -> content digest of the inputs that a key's work is made from; None where it does not say so.
+
+    OSError as `made_for`.
+    """
     try:
-        found = read_json(folder / WORK / MADE_FROM)
-    except ValueError:
+        found = parse_json(read_plain(folder / WORK / MADE_FROM))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
     return {str(name): str(digest) for name, digest in found.items()}
 

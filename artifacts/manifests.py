@@ -43,12 +43,19 @@ class InputRef(NamedTuple):
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. ValueError says in a few words why there is none."""
     try:
-        # Unlike json.loads this refuses what is nested too deeply for its readers, and text that cannot be printed.
-        value = from_json(read_plain(path), allow_inf_nan=False)
+        data = read_plain(path)
     except FileNotFoundError:
         raise ValueError("is gone") from None
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
+    return parse_json(data)
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A JSON object from its bytes. ValueError as `read_json`."""
+    try:
+        # Unlike json.loads this refuses what is nested too deeply for its readers, and text that cannot be printed.
+        value = from_json(data, allow_inf_nan=False)
     except ValueError:
         raise ValueError("is no JSON") from None
     if not isinstance(value, dict):

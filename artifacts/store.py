@@ -18,7 +18,15 @@ from pydantic import BaseModel, Field, ValidationError
 
 from smoltulu.artifacts import layout
 from smoltulu.artifacts.checkpoints import newest_checkpoint
-from smoltulu.artifacts.files import make_folder, read_plain, remove_tree, sync, sync_tree, write_atomically
+from smoltulu.artifacts.files import (
+    READ_ERRORS,
+    make_folder,
+    read_plain,
+    remove_tree,
+    sync,
+    sync_tree,
+    write_atomically,
+)
 from smoltulu.artifacts.keys import (
     artifact_key,
     canonical_json,
@@ -97,15 +105,18 @@ class Store:
             return Missing(f"{name}: {error}")
         except OSError as error:
             # What may not be read now is not damaged: it is left where it is.
-            damaged = None if error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE) else name
+            damaged = None if error.errno in READ_ERRORS else name
             return Missing(f"{name} has an unreadable manifest: it {error.strerror}", damaged)
         except ValueError as error:
             return Missing(f"{name} has an unreadable manifest: {error}", damaged=name)
         if manifest.key != folder.name:
             return Missing(f"{name} was written for another key", damaged=name)
-        faults = (file_fault(generation, file, record) for file, record in manifest.files.items())
-        if (fault := next((found for found in faults if found is not None), None)) is not None:
-            return Missing(fault, damaged=name)
+        faults = (file_fault(generation, file, record, strict=True) for file, record in manifest.files.items())
+        try:
+            if (fault := next((found for found in faults if found is not None), None)) is not None:
+                return Missing(fault, damaged=name)
+        except OSError as error:
+            return Missing(f"{name} cannot be read: {error.strerror}")
         if (binding := stale_input(manifest, input_digests or {})) is not None:
             return Missing(f"stale: its input {binding} was made again with another content")
         return Found(manifest, generation)

@@ -39,6 +39,9 @@ DISK_ADVICE = {
     errno.EROFS: "the store is read-only; name a writable one in compute.store",
     errno.EACCES: "the store may not be written; name a writable one in compute.store",
     errno.EPERM: "the store may not be written; name a writable one in compute.store",
+    errno.EIO: "the disk could not be read or written; look at its health",
+    errno.ESTALE: "the file system was gone for a moment; see that it is mounted",
+    errno.EINTR: "the call was interrupted",
 }
 #: Seconds that a stage gets to write a checkpoint when it is asked to stop.
 _STOP_SECONDS = 8.0

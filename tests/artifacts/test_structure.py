@@ -15,14 +15,14 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, fault, newest_checkpoint, torn_checkpoints
+from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, fault, mark_complete, newest_checkpoint, torn_checkpoints
 from smoltulu.artifacts.keys import with_checksum
 from smoltulu.artifacts.layout import look
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.nearest import SpecIndex, read_generation
 from smoltulu.artifacts.shared.lease import Ending, _who
-from smoltulu.artifacts.shared.objects import open_objects
-from smoltulu.artifacts.shared.remote import Remote, RemoteArtifact, RemoteError, RemoteMissing
+from smoltulu.artifacts.shared.objects import RemoteError, open_objects
+from smoltulu.artifacts.shared.remote import Remote, RemoteArtifact
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.artifacts.upkeep.catalogue import Catalogue, state_of
 from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
@@ -77,7 +77,7 @@ def look_everywhere(store: HandStore, root: Path) -> None:
             assert real.verify(found) == [] and found.manifest.key == ref.key
         else:
             assert one_line(found.reason)
-        real.unfinished(manifest.spec)
+        real.unfinished(manifest.spec, {})
         for near in index.ranked({**manifest.spec.model_dump(), "version": 77}):
             read_generation(near.folder)
     catalogue = Catalogue(root)
@@ -88,10 +88,9 @@ def look_everywhere(store: HandStore, root: Path) -> None:
         ancestors(catalogue, catalogue.known(ref))
         descendants(catalogue, ref)
         newest_checkpoint(root / ref.stage / ref.key / "work" / "checkpoints", full=True)
-    findings: list[Finding] = []
     plan_gc(catalogue, Rules())
-    verified = verify_artifacts(catalogue, catalogue.refs, report_only=False, told=findings.append)
-    assert verified == findings and {finding.ref for finding in findings} >= set(store.manifests)
+    findings = list(verify_artifacts(catalogue, catalogue.refs, report_only=False))
+    assert {finding.ref for finding in findings} >= set(store.manifests)
     verify_tags(catalogue)
     assert all(one_line(text) for text in catalogue.notes)
     remove(plan_gc(Catalogue(root), Rules(keep_days=0, keep_runs=0)), root)
@@ -192,7 +191,7 @@ def test_an_artifact_is_made_all_the_same_or_it_is_said_why_not(kind: str, what:
         with store.producer(wanted, lambda whom: None) as held:
             if isinstance(found, Missing) and found.damaged:
                 store.quarantine(held, found.damaged, found.reason)
-            output = store.open_work(held) / "output"
+            output = store.open_work(held, {}) / "output"
             output.mkdir(exist_ok=True)
             (output / "model.txt").write_text("again")
             made_again = store.commit(wanted, output, lambda files, digest: before.manifest.model_copy(
@@ -206,7 +205,7 @@ def test_an_artifact_is_made_all_the_same_or_it_is_said_why_not(kind: str, what:
 
 def verify(store: Store) -> list[Finding]:
     catalogue = Catalogue(store.root)
-    return verify_artifacts(catalogue, catalogue.refs, report_only=True, told=lambda finding: None)
+    return list(verify_artifacts(catalogue, catalogue.refs, report_only=True))
 
 
 def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
@@ -268,12 +267,13 @@ def test_what_cannot_be_read_now_is_neither_damaged_nor_empty(tmp_path: Path, mo
     store = Store(tmp_path)
     made = commit(store, spec())
     with store.producer(spec(), lambda whom: None) as folder:
-        work = store.open_work(folder)
+        work = store.open_work(folder, {})
         (work / "checkpoints" / "checkpoint-1").mkdir()
         true_open, true_scan = os.open, os.scandir
+        failing_names = ["work/generation", "manifest.json"]
 
         def failing(path: Any, *arguments: Any, **named: Any) -> int:
-            if str(path).endswith(("work/generation", "manifest.json")):
+            if str(path).endswith(tuple(failing_names)):
                 raise OSError(5, "Input/output error", str(path))
             return true_open(path, *arguments, **named)
 
@@ -283,15 +283,17 @@ def test_what_cannot_be_read_now_is_neither_damaged_nor_empty(tmp_path: Path, mo
         monkeypatch.setattr(os, "open", failing)
         missing = store.find(spec())
         assert isinstance(missing, Missing) and missing.damaged is None and "Input/output error" in missing.reason
-        assert store.unfinished(spec()) is None
-        with pytest.raises(OSError, match="Input/output error"):
-            store.open_work(folder)
+        assert store.unfinished(spec(), {}) is None
+        for name in ("work/generation", "work/inputs.json"):
+            failing_names[:] = [name]
+            with pytest.raises(OSError, match="Input/output error"):
+                store.open_work(folder, {})
         monkeypatch.setattr(os, "open", true_open)
         monkeypatch.setattr(os, "scandir", failing_scan)
         with pytest.raises(OSError, match="Input/output error"):
-            store.open_work(folder)
+            store.open_work(folder, {})
         monkeypatch.setattr(os, "scandir", true_scan)
-        assert (store.open_work(folder) / "checkpoints" / "checkpoint-1").is_dir()
+        assert (store.open_work(folder, {}) / "checkpoints" / "checkpoint-1").is_dir()
     assert store.find(spec()) == made
 
 
@@ -352,7 +354,7 @@ def test_records_that_are_no_files_are_passed_over(what: str, tmp_path: Path, ma
     if what == "folder":
         with pytest.raises(ValueError, match="is a folder; move it away"):
             set_tag(catalogue, "best", sft)
-        with pytest.raises(ValueError, match="is no tag"):
+        with pytest.raises(ValueError, match="no tag 'best'"):
             remove_tag(catalogue, "best")
 
 
@@ -435,7 +437,7 @@ def look_at_shared(remote: Remote, key: str, tmp_path: Path) -> None:
         remote.pull(found, tmp_path / "pulled")
         assert Store(tmp_path).verify(Found(found.manifest, tmp_path / "pulled")) == []
     else:
-        assert isinstance(found, RemoteMissing) and one_line(found.reason)
+        assert isinstance(found, Missing) and one_line(found.reason)
     told: list[str] = []
     try:
         with remote.lease("sft", key, told.append) as lease:
@@ -488,8 +490,29 @@ def test_a_pointer_without_end_is_not_read_into_memory(tmp_path: Path, monkeypat
     monkeypatch.setattr(
         type(objects), "get", lambda self, name, patience=60.0: (reads.append(name), true_get(self, name, patience))[1]
     )
-    assert remote.find("sft", key) == RemoteMissing("its pointer is damaged or was written by a newer smoltulu")
+    assert remote.find("sft", key) == Missing("its pointer is damaged or was written by a newer smoltulu")
     assert reads == []
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks which are torn removes them."""
+    folder = tmp_path / "checkpoint-7"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "weights").write_text("weights")
+    mark_complete(folder)
+    true_open = os.open
+
+    def failing(path: Any, *arguments: Any, **named: Any) -> int:
+        if str(path).endswith(CHECKPOINT_MARKER):
+            raise OSError(5, "Input/output error", str(path))
+        return true_open(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", failing)
+    assert newest_checkpoint(tmp_path) is None
+    with pytest.raises(OSError, match="Input/output error"):
+        torn_checkpoints(tmp_path)
+    monkeypatch.setattr(os, "open", true_open)
+    assert torn_checkpoints(tmp_path) == [] and newest_checkpoint(tmp_path) == (7, folder)
 
 
 def test_checkpoint_markers_and_names(tmp_path: Path) -> None:

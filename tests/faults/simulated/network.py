@@ -29,7 +29,7 @@ class Server:
     def client(self, url: str) -> RemoteObjects:
         """What a process holds of it."""
         objects = RemoteObjects(url, "s3")
-        objects.__dict__["_opened"] = (_Client(self), "")
+        objects.__dict__["_files"] = _Client(self)
         return objects
 
     def request(self, what: str, action: Callable[[], Any]) -> Any:

@@ -129,7 +129,7 @@ class Schedule:
     def object(self, name: str) -> bytes:
         """Bytes of an object of the shared store, without asking; empty where there is none."""
         if self.server:
-            return self.server.objects.get(f"/sft/{KEY}/{name}", b"")
+            return self.server.objects.get(f"sft/{KEY}/{name}", b"")
         path = self.world.home / "server" / "shared" / "sft" / KEY / name
         return path.read_bytes() if path.exists() else b""
 
@@ -153,13 +153,10 @@ class Schedule:
                     return
                 if isinstance(found, Missing) and found.damaged:
                     store.quarantine(folder, found.damaged, found.reason)
-                with store.turn(SPEC, {}, "sft", log, refresh) as turn:  # type: ignore[arg-type]
-                    if turn.found is not None:
-                        self.committed(machine, turn.found)
-                        return
-                    made = self.make(store, folder, machine)
-                    self.seen.sharing[here().process] = made.manifest.digest
-                    turn.share(made)
+                make = partial(self.make, store, folder, machine)
+                taken, is_made = store.make_once(SPEC, {}, "sft", log, refresh, make)
+                if not is_made:
+                    self.committed(machine, taken)
         except (OSError, ValueError) as error:
             # A clear message, with which a run ends; the next one goes on.
             self.seen.told.append(f"{type(error).__name__}: {error}")
@@ -173,7 +170,7 @@ class Schedule:
             seen.problems.append("two processes make one artifact")
         seen.making[machine.name] = here().process
         try:
-            work = store.open_work(folder)
+            work = store.open_work(folder, {})
             checkpoints = work / "checkpoints"
             newest = newest_checkpoint(checkpoints, full=True)
             for _, path, _ in torn_checkpoints(checkpoints, full=True):
@@ -209,6 +206,7 @@ class Schedule:
 
             made = store.commit(SPEC, output, draft)
             self.committed(machine, made)
+            seen.sharing[here().process] = made.manifest.digest
             return made
         finally:
             if not here().process.is_dead:
