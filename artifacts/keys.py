@@ -14,7 +14,6 @@ from blake3 import blake3
 
 from smoltulu.artifacts.files import READ_ERRORS
 from smoltulu.schemas.artifact import FileRecord, Manifest, Spec
-from smoltulu.schemas.common import printable
 
 #: Folder of an artifact for what a stage logs.
 LOGS_FOLDER = "logs"
@@ -79,6 +78,9 @@ def file_fault(folder: Path, name: str, record: FileRecord, full: bool = False, 
 
     strict  OSError where it cannot be read now
     """
+    # Here, so that keys alone need no pydantic.
+    from smoltulu.schemas.common import printable
+
     path, name = folder / name, printable(name)
     try:
         found = path.stat()

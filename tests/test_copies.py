@@ -62,6 +62,7 @@ def test_the_process_of_a_stage_holds_no_second_copy(tmp_path: Path) -> None:
         "work": str(work),
         "parent_pid": os.getpid(),
         "num_ranks": 1,
+        "externals": {},
     }
     (work / "job.json").write_text(json.dumps(job))
     code = """if True:

@@ -101,7 +101,7 @@ def test_a_loss_that_the_training_changes_is_changed_in_the_dry_run(
     assert after.grad_norm == pytest.approx(3 * before.grad_norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 4])
 def test_rlvr_trains_on_given_rollouts_as_long_as_allowed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:

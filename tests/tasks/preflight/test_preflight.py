@@ -338,7 +338,7 @@ def training_of(subject: str, **changes: Any) -> dict[str, Any]:
 def test_dry_run_of_every_stage(model: Path, tmp_path: Path, subject: str, packing: bool) -> None:
     compute = {
         "packing": packing, "activation_checkpointing": not packing, "per_device_train_batch_size": 1,
-        "stages": {subject: StageCompute(per_device_train_batch_size=3)},
+        "stages": {subject: StageCompute(per_device_train_batch_size=2)},
     }  # fmt: skip
     options = {"compute": compute} | training_of(subject)
     with_run = fly(tmp_path / "a", model, rows_for(subject, 12), checks={"dry_run": True}, **options)
@@ -346,15 +346,15 @@ def test_dry_run_of_every_stage(model: Path, tmp_path: Path, subject: str, packi
     run = with_run.outputs.dry_run
     assert run is not None and not with_run.error
     assert (run.subject, run.device, run.precision) == (subject, "cpu", "float32")
-    assert (run.per_device_train_batch_size, run.asked_batch_size) == (3, 3)
+    assert (run.per_device_train_batch_size, run.asked_batch_size) == (2, 2)
     assert run.packing == (packing and subject != "rlvr") and run.activation_checkpointing != packing
     assert run.seconds > 0 and run.peak_memory_bytes >= 0
     assert with_run.outputs.disk_bytes is not None and "Disk of the training" in with_run.page
     if subject == "sft":
         lengths = sorted(len(row["input_ids"]) for row in with_run.rows)
-        assert run.num_tokens == sum(lengths[-3:])
+        assert run.num_tokens == sum(lengths[-2:])
     if subject == "rlvr":
-        assert run.num_tokens == 3 * (with_run.outputs.longest + 20)
+        assert run.num_tokens == 2 * (with_run.outputs.longest + 20)
     assert sorted(path.name for path in (tmp_path / "a" / "work").iterdir()) == ["parts"]
     # It changes no row and no key.
     assert without.outputs == with_run.outputs.model_copy(update={"dry_run": None})
@@ -509,7 +509,7 @@ def test_out_of_memory_halves_the_batch_until_it_fits(
         return loss
 
     monkeypatch.setattr(transformers.Trainer, "training_step", training_step)
-    config: dict[str, Any] = training_of("sft") | {
+    config: dict[str, Any] = training_of("sft", effective_batch_size=8) | {
         "compute": {"per_device_train_batch_size": 8},
         "checks": {"dry_run": True},
     }

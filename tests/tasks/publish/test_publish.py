@@ -13,7 +13,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from smoltulu.artifacts.keys import file_digest, folder_records
+from smoltulu.artifacts.keys import file_digest, folder_records, with_checksum
 from smoltulu.schemas.artifact import FileRecord, InputRecord, Manifest, Spec
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.evaluation import EvaluationOutputs, Score
@@ -54,7 +54,7 @@ def _manifest(stage: str, key: str, digest: str, inputs: dict, outputs: dict, fi
 
 def _write(folder: Path, manifest: Manifest) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    (folder / "manifest.json").write_text(with_checksum(manifest).model_dump_json())
     return folder
 
 
