@@ -232,7 +232,7 @@ def _put(world: dict, place: str, text: str) -> None:
             manifest["environment"]["packages"][text] = "1"
         else:
             manifest["outputs"]["scores"][0]["details"] = {"note": text}
-        file.write_text(json.dumps(manifest))
+        _write(file.parent, Manifest.model_validate(manifest))
         return
     if place == "weights":
         from safetensors.torch import load_file, save_file
@@ -247,7 +247,7 @@ def _put(world: dict, place: str, text: str) -> None:
         file.write_text(f"{{# {text} #}}{file.read_text()}")
     manifest = json.loads((model.parent / "manifest.json").read_text())
     manifest["files"][f"model/{file.name}"] = {"size": file.stat().st_size, "blake3": file_digest(file)}
-    (model.parent / "manifest.json").write_text(json.dumps(manifest))
+    _write(model.parent, Manifest.model_validate(manifest))
 
 
 def test_a_local_folder_in_a_file_of_the_model_stops_the_publication(world: dict) -> None:
@@ -282,7 +282,7 @@ def test_an_evaluation_of_another_making_is_refused(world: dict) -> None:
     file = world["store"] / "evaluation-dpo" / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["inputs"]["model"]["digest"] = "another"
-    file.write_text(json.dumps(manifest))
+    _write(file.parent, Manifest.model_validate(manifest))
     with pytest.raises(ValueError, match="another making"):
         _publish(world)
 
