@@ -116,13 +116,12 @@ def sync(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name: a hard link where the file system has them, else a copy that is on disk."""
+    """Give a file a second name: a hard link where the file system has them, else a copy. Not synced."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-        sync(target)
 
 
 def sync_tree(folder: Path, names: Iterable[str]) -> None:

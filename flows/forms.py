@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from inspect import Signature, getdoc, signature
+from inspect import getdoc, signature
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import Field
@@ -11,7 +11,6 @@ from pydantic.fields import FieldInfo
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 FlowType = TypeVar("FlowType", bound=Any)
-_SIGNATURES: dict[str, Signature] = {}
 
 
 def choice(names: Iterable[str], **others: Any) -> Any:
@@ -37,12 +36,12 @@ def described(function: Function) -> Function:
             if isinstance(field, FieldInfo) and field.description:
                 lines.append(f"    {name}: " + field.description.replace("\n", "\n        "))
     function.__doc__ = "\n".join(lines)
-    _SIGNATURES[function.__qualname__] = signature(function, eval_str=True)
+    function.__dict__["form"] = signature(function, eval_str=True)
     function.__annotations__ = {}
     return function
 
 
 def with_form(flow: FlowType) -> FlowType:
     """Give a flow the types of its parameters: `prefect deploy` makes its form from the flow's signature."""
-    flow.__signature__ = _SIGNATURES[flow.fn.__qualname__]
+    flow.__signature__ = flow.fn.form
     return flow

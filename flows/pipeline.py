@@ -140,12 +140,10 @@ def smoltulu(
     @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=[10, 60])
     def push(published: ArtifactReference) -> str:
         assert checked.publish is not None
-        folder, files = (
-            PublishOutputs.model_validate(published.outputs).folder,
-            read_manifest(Path(published.path)).files,
-        )
-        listed = {name.removeprefix(f"{folder}/"): one for name, one in files.items() if name.startswith(f"{folder}/")}
-        return push_model(Path(published.path) / folder, listed, checked.publish, token).reason
+        folder = PublishOutputs.model_validate(published.outputs).folder
+        files = read_manifest(Path(published.path)).files
+        own = {name.removeprefix(f"{folder}/"): one for name, one in files.items() if name.startswith(f"{folder}/")}
+        return push_model(Path(published.path) / folder, own, checked.publish, token).reason
 
     futures: dict[str, PrefectFuture[Any]] = {}  # node -> ArtifactReference
     error: BaseException | None = None

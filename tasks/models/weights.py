@@ -134,26 +134,6 @@ def _count(config: Mapping[str, Any], *names: str) -> int | None:
 # ------------------------------------------------------------------------------------------------- tensor by tensor
 
 
-def load_problems(
-    info: Mapping[str, Any], new_tensors: str | None = None, head_is_left_out: bool = False
-) -> Iterator[str]:
-    """What `from_pretrained` reports as `output_loading_info`, in words.
-
-    new_tensors       beginning of the names that may be missing, because they are drawn anew
-    head_is_left_out  a language model becomes a classifier: tensors that this has no use for are no fault
-    """
-    missing = sorted(name for name in info["missing_keys"] if not (new_tensors and name.startswith(new_tensors)))
-    unexpected = [] if head_is_left_out else sorted(info["unexpected_keys"])
-    others = sorted(f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"])
-    if missing:
-        yield f"{len(missing):,} tensors are missing ({shown(missing)})"
-    if unexpected:
-        yield f"{len(unexpected):,} are unexpected ({shown(unexpected)})"
-    if others:
-        yield f"{len(others):,} have another shape ({shown(others)})"
-    yield from map(str, info["error_msgs"])
-
-
 def load_whole(kind: str, folder: Path, *, new_head: bool = False, **options: Any) -> PreTrainedModel:
     """`from_pretrained` of a transformers auto class, but a tensor that does not fit is an error, not a random number.
 
