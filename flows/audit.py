@@ -23,6 +23,7 @@ from smoltulu.flows.endings import Interruption, close_earlier_attempts
 from smoltulu.flows.forms import described, with_form
 from smoltulu.flows.graphs.audit_graph import INDEX, AuditGraph
 from smoltulu.flows.logs import shield_run_logs
+from smoltulu.flows.recipe import check_secrets
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
@@ -102,6 +103,8 @@ def _checked(data: Any, settings: Any) -> tuple[list[str], AuditSettings]:
     """The flow's parameters. Prefect does not check them: its message would not say what to do."""
     if not isinstance(data, list) or not all(isinstance(one, str) for one in data):
         raise ValueError(f'data: give a list of files, folders or Hub data sets, e.g. ["rows.jsonl"]; given: {data!r}')
+    if isinstance(settings, dict):
+        check_secrets(settings, "audit's result")
     try:
         return data, AuditSettings.model_validate(settings)
     except ValidationError as error:

@@ -19,7 +19,7 @@ from smoltulu.flows.forms import described, with_form
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import RunFailed, shield_run_logs
 from smoltulu.flows.pipeline import Overrides, RecipeParameter
-from smoltulu.flows.recipe import load_recipe
+from smoltulu.flows.recipe import check_evaluation, load_recipe
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs
@@ -100,6 +100,7 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
     close_earlier_attempts()
     log = get_run_logger()
     checked = load_recipe(recipe, overrides)
+    check_evaluation(checked)
     graph = Graph(checked)
     store = open_store(checked.compute)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

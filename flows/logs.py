@@ -10,6 +10,7 @@ is said once, by its message. The whole traceback stays in the worker's log.
 
 from __future__ import annotations
 
+import linecache
 import logging
 import re
 from typing import TextIO
@@ -83,7 +84,17 @@ def _once(record: logging.LogRecord) -> bool:
 
 def _said(record: logging.LogRecord) -> BaseException | None:
     error = record.exc_info[1] if record.exc_info else None
-    return error if isinstance(error, _SAID) else None
+    return error if isinstance(error, _SAID) and _is_raised(error) else None
+
+
+def _is_raised(error: BaseException) -> bool:
+    """Whether somebody wrote this error's text: Python's own, such as that of a failed unpacking, is our fault."""
+    if isinstance(error, OSError) or (last := error.__traceback__) is None:
+        return True
+    while last.tb_next is not None:
+        last = last.tb_next
+    line = linecache.getline(last.tb_frame.f_code.co_filename, last.tb_lineno)
+    return not line or line.lstrip().startswith("raise ")
 
 
 def shield_run_logs() -> None:

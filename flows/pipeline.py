@@ -94,13 +94,13 @@ def smoltulu(
     check_stage_names(checked, until, refresh)
     check_evaluation(checked)
     token = os.environ.get("HF_TOKEN")
-    if checked.publish is not None:
-        note = check_push_access(checked.publish, token, checked.base_model.repository)
-        if note is not None:
-            log.warning(note)
     for lowered in checked.lowered_batches():
         log.warning(lowered)
     graph = Graph(checked, until)
+    if checked.publish is not None and any(node.stage.makes(PublishOutputs) for node in graph.nodes.values()):
+        note = check_push_access(checked.publish, token, checked.base_model.repository)
+        if note is not None:
+            log.warning(note)
     store = open_store(checked.compute)
     log.info("recipe %s: %d steps, store %s", checked.name, len(graph.nodes), store.root)
 
@@ -108,6 +108,7 @@ def smoltulu(
     interruption = Interruption()
     seconds: dict[str, float] = {}
     failures: dict[str, str] = {}
+    stopped: set[str] = set()
     made: dict[str, ArtifactReference] = {}
 
     @task(cache_policy=NO_CACHE, persist_result=False)
@@ -119,8 +120,9 @@ def smoltulu(
             reference = made[node] = run_stage(job, store, task_log)
         except Exception as error:
             failures[node] = str(error)
-            if (stopped := interruption.state_of_stage(error)) is not None:
-                return stopped
+            if (ending := interruption.state_of_stage(error)) is not None:
+                stopped.add(node)
+                return ending
             raise
         finally:
             seconds[node] = time.monotonic() - began
@@ -177,8 +179,9 @@ def smoltulu(
         if error is None:
             state = "Failed" if failures else "Completed"
         finished = [made[name] for name in graph.nodes if name in made]
-        failed = dict.fromkeys(failures, "Cancelled" if state == "Cancelled" else "Failed")
-        outcomes = {reference.node: reference.outcome for reference in finished} | failed
+        outcomes = {reference.node: reference.outcome for reference in finished} | dict.fromkeys(failures, "Failed")
+        if state == "Cancelled":  # a stage that had failed before has failed
+            outcomes |= dict.fromkeys(stopped, "Cancelled")
         # Written before the report and again after it: an error in the report must not leave the run "Running".
         run = end_run(store, record, state, outcomes)
         page = _report(graph, store, run, finished, failures, seconds, error, pushed)
@@ -213,7 +216,7 @@ def _report(
     summary = summarise(
         planned=list(run.stages.items()),
         made=pairs,
-        failed=failures,
+        failed={node: (run.outcomes[node], text) for node, text in failures.items()},
         seconds=seconds,
         error="cancelled" if run.state == "Cancelled" else said,
         pushed=pushed,

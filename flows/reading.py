@@ -110,10 +110,12 @@ def within_bounds(values: Any) -> None:
             for name in value:
                 _check_name(name)
             pending += [(item, depth + 1) for item in value.values()]
-        elif isinstance(value, (list, tuple, set)):
+        elif isinstance(value, (list, tuple)):
             pending += [(item, depth + 1) for item in value]
-        elif isinstance(value, (str, bytes)) and len(value) > MAX_TEXT:
-            raise Unreadable(f"a text has {len(value):,} characters, at most {MAX_TEXT:,}: {shortened(value, 40)}")
+        elif isinstance(value, (set, bytes)):
+            raise Unreadable(f"a {type(value).__name__} is no value of a recipe; write a list, or a text")
+        elif isinstance(value, str):
+            _check_text(value)
         elif isinstance(value, int) and abs(value) >= 10**_MAX_DIGITS:
             raise Unreadable(f"a number has more than {_MAX_DIGITS} digits")
 
@@ -123,9 +125,17 @@ def _check_size(size: int) -> None:
         raise Unreadable(f"it is longer than {MAX_BYTES:,} bytes")
 
 
+def _check_text(text: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise Unreadable(f"a text has {len(text):,} characters, at most {MAX_TEXT:,}: {shortened(text, 40)}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise Unreadable(f"a text holds half a character (a lone surrogate): {text[:40]!a}")
+
+
 def _check_name(name: object) -> None:
     if not isinstance(name, str):
         raise Unreadable(f"{shortened(name)} is no name of a field; put it in quotes")
+    _check_text(name)
     if len(name) > MAX_NAME:
         raise Unreadable(f"a field's name has {len(name):,} characters, at most {MAX_NAME}: {shortened(name, 40)}")
 

@@ -72,9 +72,10 @@ def load_recipe(
         _check_bounds(given, "the inline recipe")
         values = _extend(given, "the inline recipe", Path.cwd())
     _check_bounds(overrides or {}, "overrides")
+    _check_overlap(overrides or {})
     for dotted, value in (overrides or {}).items():
         values = _override(values, dotted, value)
-    _check_secrets(values)
+    check_secrets(values)
     try:
         checked = Recipe.model_validate(values)
     except ValidationError as error:
@@ -92,23 +93,40 @@ def _check_bounds(values: Any, what: str) -> None:
         raise RecipeError(f"{what}: {error}") from None
 
 
-def _check_secrets(values: dict[str, Any]) -> None:
-    """Refuse a recipe that holds a secret: recipes are recorded, reported and published."""
+def check_secrets(values: dict[str, Any], what_it_is: str = "recipe") -> None:
+    """Refuse a recipe, or settings, that hold a secret: they are recorded, reported and published."""
     known = known_secrets()
     for field, text in _texts(values, ""):
         if (what := next((what for _, what in secrets_in(text, known)), None)) is not None:
             raise RecipeError(
-                f"{field}: {what} is in it. A recipe is recorded and published and holds no secrets: take it out, "
-                "credentials come from the environment; if the recipe was shared, replace the secret"
+                f"{field}: {what} is in it. A {what_it_is} is recorded and published and holds no secrets: take it "
+                f"out, credentials come from the environment; if the {what_it_is} was shared, replace the secret"
             )
 
 
+def _check_overlap(overrides: Iterable[str]) -> None:
+    """Refuse two overrides of which one sets what the other is in: which of them counted would hang on their order."""
+    paths = {
+        dotted: tuple(str(int(part)) if part.isdecimal() else part for part in dotted.split("."))
+        for dotted in overrides
+    }
+    begun: dict[tuple[str, ...], str] = {}  # beginning of a path -> an override that it is the beginning of
+    for dotted, path in sorted(paths.items(), key=lambda one: -len(one[1])):
+        if (other := begun.get(path)) is not None:
+            raise RecipeError(f"overrides: {shortened(other)} and {shortened(dotted)} set the same field; keep one")
+        begun |= {path[:length]: dotted for length in range(1, len(path) + 1)}
+
+
 def _texts(value: Any, field: str) -> Iterator[tuple[str, str]]:
-    """Every text of nested values with its dotted field."""
+    """Every text of nested values, names of fields too, with the dotted field that it is in."""
     if isinstance(value, str):
         yield field, value
-    elif isinstance(value, (dict, list, tuple)):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _texts(item, f"{field}.{number}".lstrip("."))
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield f"{field or 'recipe'}, the name of a field", name
             yield from _texts(item, f"{field}.{name}".lstrip("."))
 
 
@@ -135,7 +153,8 @@ def check_parameter(text: str) -> None:
 
     Prefect reads them itself, and keeps the last of two. `text`: an argument of `prefect deployment run`.
     """
-    if (match := re.fullmatch(r"(?:--params?=)?(?:(recipe|overrides)=)?(\{.*)", text, re.DOTALL)) is None:
+    match = re.fullmatch(r"(?:-p|--params?=)?\s*(?:(recipe|overrides)=)?\s*(\{.*)", text, re.DOTALL)
+    if match is None:
         return
     try:
         read_json(match[2])
@@ -216,7 +235,7 @@ def whole_path(recipe: str) -> str:
 
 
 def _is_path(name_or_path: str) -> bool:
-    if name_or_path.startswith(("{", '"')):  # JSON, as Prefect's -p takes it
+    if name_or_path.lstrip().startswith(("{", '"')):  # JSON, as Prefect's -p takes it
         return False
     parts = [len(part.encode(errors="replace")) for part in name_or_path.split("/")]
     if max(parts) > _MAX_PART_BYTES or sum(parts) + len(parts) > _MAX_PATH_BYTES:

@@ -8,8 +8,10 @@ from pydantic import Field, field_validator
 
 from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, machinery, science
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
+#: As huggingface_hub has it (utils/_validators.py): a letter, digit or _ at both ends of owner and name.
+_REPOSITORY = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+#: What no name of a branch holds (git-check-ref-format).
+_NO_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^/|/$|\.$|^@$|^-|(^|/)\.|\.lock(/|$)")
 
 
 class PublishSettings(StrictModel):
@@ -33,7 +35,7 @@ class PublishSettings(StrictModel):
     def _is_a_repository(cls, name: str | None) -> str | None:
         if name is None:
             return name
-        odd = "--" in name or ".." in name or any(part.endswith((".git", ".")) for part in name.split("/"))
+        odd = "--" in name or ".." in name or name.endswith(".git")
         if odd or not _REPOSITORY.fullmatch(name):
             raise ValueError(
                 "is not a Hub repository: write owner/name with letters, digits, '-', '_' and '.', "
@@ -44,7 +46,7 @@ class PublishSettings(StrictModel):
     @field_validator("branch")
     @classmethod
     def _is_a_branch(cls, name: str) -> str:
-        if ".." in name or name.endswith((".lock", ".")) or len(name) > 200 or not _BRANCH.fullmatch(name):
+        if not name or _NO_BRANCH.search(name):
             raise ValueError("is not the name of a branch: write letters, digits, '-', '_', '.' and '/', e.g. main")
         return name
 

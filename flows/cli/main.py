@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -75,8 +76,13 @@ def run(
     with output.failures():
         for text in context.args:
             check_parameter(text)
+        names = [match[1] for text in context.args if (match := re.match(r"(?:-p|--param=)?([a-z]+)=", text))]
+        if doubles := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"{', '.join(doubles)}: given more than once, and Prefect keeps the last; keep one of them"
+            )
         arguments = [
-            f"{before}recipe={whole_path(recipe)}" if equals and before in ("", "--param=") else text
+            f"{before}recipe={whole_path(recipe)}" if equals and before in ("", "-p", "--param=") else text
             for text in context.args
             for before, equals, recipe in [text.partition("recipe=")]
         ]

@@ -112,7 +112,9 @@ def push_model(
 
 
 def _is_stale(name: str, records: Mapping[str, FileRecord]) -> bool:
-    return name not in records and any(fnmatch(name, pattern) for pattern in _LOADED)
+    # A loader reads the top folder and these two; other folders are the user's.
+    is_read = "/" not in name or name.startswith(("additional_chat_templates/", "custom_generate/"))
+    return name not in records and is_read and any(fnmatch(name, pattern) for pattern in _LOADED)
 
 
 def _check_files(folder: Path, records: Mapping[str, FileRecord]) -> None:

@@ -23,21 +23,21 @@ Outputs = TypeVar("Outputs", bound=BaseModel)
 def stage_runs(
     planned: Sequence[tuple[str, str]],
     made: Sequence[tuple[ArtifactReference, Manifest]],
-    failed: Mapping[str, str],
+    failed: Mapping[str, tuple[str, str]],
     seconds: Mapping[str, float],
-    cancelled: bool = False,
 ) -> tuple[StageRun, ...]:
     """One entry per planned (node, stage), in that order: made, failed with its error, or not run.
 
     `seconds` is node -> time spent in this run. A node without an entry counts the duration in its manifest, or 0 if
-    cached: that duration belongs to the run that made it. What ended in a cancelled run was cancelled.
+    cached: that duration belongs to the run that made it. `failed` is node -> (Failed or Cancelled, error).
     """
     by_node = {reference.node: (reference, manifest) for reference, manifest in made}
-    runs, outcome = [], "Cancelled" if cancelled else "Failed"
+    runs = []
     for node, stage in planned:
         run = StageRun(node=node, stage=stage, outcome="Not run", seconds=seconds.get(node, 0.0))
         if node in failed:
-            run = run.model_copy(update={"outcome": outcome, "error": _storable(failed[node])})
+            outcome, error = failed[node]
+            run = run.model_copy(update={"outcome": outcome, "error": _storable(error)})
         elif node in by_node:
             reference, manifest = by_node[node]
             own = 0.0 if reference.outcome == "Cached" else manifest.duration_seconds
@@ -71,7 +71,7 @@ def summarise(
     *,
     planned: Sequence[tuple[str, str]],
     made: Sequence[tuple[ArtifactReference, Manifest]],
-    failed: Mapping[str, str] | None = None,
+    failed: Mapping[str, tuple[str, str]] | None = None,
     seconds: Mapping[str, float] | None = None,
     error: str | None = None,
     **facts: Any,
@@ -80,13 +80,13 @@ def summarise(
 
     planned   (node, stage) in the order of the graph
     made      every finished node, cached or new
-    failed    node -> error
+    failed    node -> (Failed or Cancelled, error)
     seconds   node -> seconds spent in this run
     facts     the other fields of `RunSummary`
     """
     return RunSummary(
         error=None if error is None else _storable(error),
-        stages=stage_runs(planned, made, failed or {}, seconds or {}, facts.get("state") == "Cancelled"),
+        stages=stage_runs(planned, made, failed or {}, seconds or {}),
         scores=collect_scores(made),
         **facts,
     )

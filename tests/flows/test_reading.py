@@ -267,10 +267,20 @@ def test_inline_recipes_are_read_before_prefect_reads_them() -> None:
     for text in ('{"recipe": "a", "recipe": "b"}', '--params={"recipe": "a", "recipe": "b"}'):
         with pytest.raises(RecipeError, match="parameters: `recipe` is given twice"):
             check_parameter(text)
+    for text in ('overrides= {"a": 1, "a": 2}', '-poverrides={"a": 1, "a": 2}', 'recipe=\n{"a": 1, "a": 2}'):
+        with pytest.raises(RecipeError, match="`a` is given twice"):
+            check_parameter(text)
     with pytest.raises(RecipeError, match="recipe: line 1, column 2"):
         check_parameter("recipe={broken")
     for text in ("recipe=tiny", "recipe=a{b}.yaml", "-p", "--param", 'recipe={"extends": "tiny"}', "until=dpo"):
         check_parameter(text)
+
+
+@pytest.mark.parametrize("value", [b"binary", {"a", "b"}, "caf\ud83d", {"caf\ud83d": 1}])
+def test_values_that_no_report_could_hold_are_refused(value: Any) -> None:
+    """A lone surrogate was found by the report, after every training; bytes hid a token from the look for secrets."""
+    with pytest.raises(RecipeError, match=r"no value of a recipe|half a character"):
+        load_recipe("tiny", {"description": value})
 
 
 def test_a_secret_in_a_recipe_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,9 +291,11 @@ def test_a_secret_in_a_recipe_is_said_before_anything_runs(monkeypatch: pytest.M
         ("description", f"key {'f00d' * 10}"),
         ("compute.remote", "s3://key:hunter2-hidden@bucket/x"),
         ("data.sft.sources.0.fields", {"messages": "ghp_" + "a1" * 20}),
+        ("data.sft.sources.0.fields", {"ghp_" + "a1" * 20: "messages"}),
+        ("recipe", {"hf_abcdefghijklmnopqrst": 1}),
     ):
         with pytest.raises(RecipeError, match=r"is in it\. A recipe is recorded and published") as caught:
-            load_recipe("tiny", {field: text})
+            load_recipe("tiny", text if field == "recipe" else {field: text})  # type: ignore[arg-type]
         assert str(caught.value).startswith(field)
         assert not any(secret in str(caught.value) for secret in ("hf_abc", "f00d", "hidden", "ghp_"))
 

@@ -313,3 +313,17 @@ def test_a_file_without_suffix_is_a_recipe_and_json_is_no_path(tmp_path: Path, m
     Path("mine").write_text("extends: tiny\n")
     assert load_recipe("mine").name == "mine" and whole_path("mine") == str(tmp_path / "mine")
     assert whole_path('"dir/mine.yaml"') == '"dir/mine.yaml"' and whole_path("tiny") == "tiny"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"compute.num_threads": 9, "compute": {"num_threads": 3}},
+        {"compute": {"num_threads": 3}, "compute.num_threads": 9},
+        {"data.sft.sources.0.limit": 9, "data.sft.sources.00.limit": 3},
+    ],
+)
+def test_overrides_of_which_one_would_undo_the_other_are_refused(overrides: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="set the same field; keep one"):
+        load_recipe("tiny", overrides)
+    load_recipe("tiny", {"compute.num_threads": 2, "compute.num_processes": 1, "sft.seed": 1})

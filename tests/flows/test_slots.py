@@ -43,6 +43,7 @@ def test_only_what_has_a_slot_is_running_in_prefect(
         if job.node in ("dataset-rlvr", "preflight-sft", "evaluation-sft"):
             time.sleep(1.5)  # Prefect learns of states by events
             shown.append(unfinished())
+            assert job.node in shown[-1]
         with lock:
             active.discard(job.node)
         if job.node == "reward-model":

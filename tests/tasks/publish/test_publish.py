@@ -331,14 +331,16 @@ def test_without_repository_or_token_it_stays_local_and_says_why(published: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["name", "a/b/c", "me/na me", "me/", "me/x--y", "me/x.git", "../x", "me.git/x", "mé/x", "me/x\n"]
+    "name", ["name", "a/b/c", "me/na me", "me/", "me/x--y", "me/x.git", "../x", "me/x-", "-me/x", "mé/x", "me/x\n"]
 )
 def test_a_bad_repository_name_is_refused_before_anything(name: str) -> None:
     with pytest.raises(ValidationError, match="owner/name"):
         _settings(repository=name)
 
 
-@pytest.mark.parametrize("name", ["", "-x", "a..b", "a b", "a.lock", "/a", "a/", "refs@{0}", "a" * 201])
+@pytest.mark.parametrize(
+    "name", ["", "-x", "a..b", "a b", "a.lock", "a.lock/b", "/a", "a/", "a/.b", "@", "refs@{0}", "a" * 201]
+)
 def test_a_bad_branch_is_refused_before_anything(name: str) -> None:
     with pytest.raises(ValidationError, match="branch"):
         _settings(branch=name)
@@ -446,7 +448,7 @@ def test_a_card_that_the_hub_refuses_is_refused_at_the_start(hub: HubDouble, pub
 def test_what_would_be_loaded_beside_the_new_weights_goes_and_notes_stay(hub: HubDouble, published: Path) -> None:
     stale = ["adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "modeling_x.py", "vocab.json",
              "model.safetensors.index.json", "additional_chat_templates/tools.jinja"]  # fmt: skip
-    kept = ["LICENSE", "NOTES.md", "figures/loss.png", "eval/results.json"]
+    kept = ["LICENSE", "NOTES.md", "figures/loss.png", "eval/results.json", "gguf/x.gguf", "demo/app.py", "runs/x.bin"]
     hub.add("model", REPOSITORY, dict.fromkeys([*stale, *kept], b"old"), private=True)
     assert push_model(published, _settings(), hub.token).pushed
     repository = hub.repositories["model", REPOSITORY]

@@ -201,7 +201,7 @@ def sample_run(folder: Path, label: str = "sft.jsonl", made: int | None = None) 
         finished_at="2026-11-21T07:06:12+00:00",
         planned=[(node, stage_of(node)) for node in PARENTS],
         made=pairs,
-        failed={stopped: error} if stopped and error else {},
+        failed={stopped: ("Failed", error)} if stopped and error else {},
         seconds={stopped: 12.0} if stopped else {},
         error=error,
         published=None if stopped else str(folder / "publish" / "model"),
