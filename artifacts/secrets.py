@@ -14,8 +14,9 @@ from pathlib import Path
 
 #: In names as variables have them: HF_TOKEN, AWS_SECRET_ACCESS_KEY, AZURE_STORAGE_CONNECTION_STRING, WANDB_API_KEY.
 _SECRET_NAME = re.compile(
-    r"SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|TOKEN(?!IZ|S)|(?:API|ACCESS|PRIVATE|ACCOUNT)_?KEY|CONN\w*_?STR"
-    r"|(?:^|_)(?:AUTH|PASS|PAT|SAS|DSN|JWT|COOKIE|BEARER|SIGNATURE)(?:_|$)|(?:^|_)KEY$"
+    r"SECRET(?!AR)|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(?:API|ACCESS|PRIVATE|ACCOUNT)_?KEY|CONN\w*_?STR"
+    r"|TOKEN(?!IZ|IS|S|_(?:COUNT|SHARD|BUDGET|LENGTH|DIR|FILE|PATH))|(?:ACCESS|API|AUTH|REFRESH)_TOKENS$"
+    r"|(?:^|_)(?:PAT|SAS|DSN|JWT|COOKIE|BEARER|SIGNATURE)(?:_|$)|(?:^|_)(?:AUTH|AUTH_STRING|KEYS?|PW|(?:SSH|DB)?PASS)$|_PWD$"
 )
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 # All patterns are linear, or bounded: the texts are untrusted, and a tokenizer has megabytes.

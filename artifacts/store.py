@@ -56,6 +56,7 @@ class Found:
 
 #: Makes an artifact.
 Make = Callable[[], Found]
+Refusal = Callable[[Manifest], str | None]
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class Missing:
 class Store:
     """Artifacts under one local folder. Errors: OSError where the folder cannot be written."""
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, refusal: Refusal = lambda manifest: None) -> None:
+        """`refusal` says why an artifact whose manifest is sound does not count all the same; None: it counts."""
         self.root = Path(root).absolute()
+        self.refusal = refusal
 
     def folder(self, spec: Spec) -> Path:
         """Folder of everything about one key."""
@@ -117,6 +120,8 @@ class Store:
                 return Missing(fault, damaged=name)
         except OSError as error:
             return Missing(f"{name} cannot be read: {error.strerror}")
+        if (refused := self.refusal(manifest)) is not None:
+            return Missing(f"{name}: {refused}", damaged=name)
         if (binding := stale_input(manifest, input_digests or {})) is not None:
             return Missing(f"stale: its input {binding} was made again with another content")
         return Found(manifest, generation)
@@ -127,10 +132,15 @@ class Store:
             os.utime(found.folder.parent / layout.CURRENT)
 
     def verify(self, found: Found) -> list[str]:
-        """What is wrong with an artifact's bytes, a sentence each: every file is read and hashed."""
+        """What is wrong with an artifact's bytes, a sentence each: every file is read and hashed.
+
+        OSError where the disk does not let one be read, which is no fault of the artifact.
+        """
         files = found.manifest.files
         with ThreadPoolExecutor(4) as pool:
-            faults = list(pool.map(lambda name: file_fault(found.folder, name, files[name], full=True), files))
+            faults = list(
+                pool.map(lambda name: file_fault(found.folder, name, files[name], full=True, strict=True), files)
+            )
         present = {
             path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*") if not path.is_dir()
         } - {layout.MANIFEST}

@@ -110,4 +110,7 @@ def artifact_paths(outputs: BaseModel) -> Iterator[tuple[str, str]]:
     for name, field in type(outputs).model_fields.items():
         marks = [*field.metadata, *(mark for part in get_args(field.annotation) for mark in get_args(part))]
         if _InArtifact() in marks and (value := getattr(outputs, name)) is not None:
-            yield name, value
+            several = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else [value]
+            )
+            yield from ((name, one) for one in several)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ValidationError
 
 from smoltulu.schemas.artifact import Manifest
-from smoltulu.schemas.common import artifact_paths
+from smoltulu.schemas.common import artifact_paths, first_problem
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.training import TrainingSettings
 
@@ -129,9 +129,7 @@ class Stage:
         try:
             outputs = self.outputs.model_validate(manifest.outputs)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"its outputs are refused: {where[:80]}: {first['msg']}") from None
+            raise ValueError(f"its outputs are refused: {first_problem(error)}") from None
         for field_name, path in artifact_paths(outputs):
             if path not in manifest.files and not any(name.startswith(f"{path}/") for name in manifest.files):
                 raise ValueError(f"its outputs are refused: {field_name}: no file of it is called {path!r}")

@@ -16,7 +16,7 @@ from smoltulu.artifacts.keys import artifact_key
 from smoltulu.artifacts.layout import PULL
 from smoltulu.artifacts.shared.lease import Lease, LeaseLost
 from smoltulu.artifacts.shared.remote import DamagedArtifact, Remote, RemoteArtifact, RemoteError
-from smoltulu.artifacts.store import WAITING, Found, Log, Make, Store, stale_input
+from smoltulu.artifacts.store import WAITING, Found, Log, Make, Refusal, Store, stale_input
 from smoltulu.schemas.artifact import Manifest, Spec
 
 _REPORT_SECONDS = 5.0
@@ -25,13 +25,9 @@ _REPORT_SECONDS = 5.0
 class SharedStore(Store):
     """A local store, and the shared one under a URL that it takes from and gives to."""
 
-    def __init__(
-        self, root: Path | str, remote: Remote, refusal: Callable[[Manifest], str | None] = lambda manifest: None
-    ) -> None:
-        """`refusal` says why an artifact whose manifest is sound is not taken all the same; None: it is taken."""
-        super().__init__(root)
+    def __init__(self, root: Path | str, remote: Remote, refusal: Refusal = lambda manifest: None) -> None:
+        super().__init__(root, refusal)
         self.remote = remote
-        self.refusal = refusal
 
     def published(self, spec: Spec, input_digests: Mapping[str, str]) -> Manifest | None:
         shared = self.remote.find(spec.stage, artifact_key(spec))

@@ -29,8 +29,8 @@ EXCLUSIVE_PROTOCOLS = {
     **dict.fromkeys(("gs", "gcs"), "gcsfs"),
     **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
 }
-#: What fsspec speaks in the clear. S3's own server is the environment's to name (AWS_ENDPOINT_URL).
-_UNENCRYPTED = ("http", "ftp", "webhdfs", "jupyter", "jlab")
+#: What fsspec speaks encrypted only. S3's own server is the environment's to name (AWS_ENDPOINT_URL).
+_ENCRYPTED = ("https", "sftp", "ssh", "hf", *EXCLUSIVE_PROTOCOLS)
 _TEMPORARY = ".tmp-"
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 Result = TypeVar("Result")
@@ -101,10 +101,11 @@ def open_objects(url: str, allow_http: bool = False) -> Objects:
         )
     if not parts.netloc:
         raise RemoteError(f"{url} names no bucket; write {protocol}://bucket/path")
-    if protocol in _UNENCRYPTED and not allow_http and not _is_this_machine(parts.hostname or ""):
+    if protocol not in _ENCRYPTED and not allow_http and not _is_this_machine(parts.hostname or ""):
         raise RemoteError(
-            f"{without_secrets(url)} is not encrypted: whoever is on the way can read and replace what comes from it. "
-            f"Use https://, s3:// or a folder, or set compute.allow_http: true where you trust the network"
+            f"{without_secrets(url)} is not encrypted, as far as we know: whoever is on the way can read and replace "
+            "what comes from it. Use https://, s3:// or a folder, or set compute.allow_http: true where you trust the "
+            "network"
         )
     return RemoteObjects(url.rstrip("/"), protocol)
 

@@ -22,7 +22,7 @@ from typing import TypeVar
 from blake3 import blake3
 
 from smoltulu.artifacts import readable
-from smoltulu.artifacts.files import remove_tree, sync_tree
+from smoltulu.artifacts.files import MAX_RECORD_BYTES, remove_tree, sync_tree
 from smoltulu.artifacts.keys import file_fault
 from smoltulu.artifacts.layout import MANIFEST
 from smoltulu.artifacts.shared import lease as leases
@@ -32,7 +32,6 @@ from smoltulu.artifacts.shared.objects import EXCLUSIVE_PROTOCOLS, RemoteError, 
 from smoltulu.artifacts.store import Missing, parse_manifest
 from smoltulu.schemas.artifact import FileRecord
 
-_MAX_MANIFEST_BYTES = 64 << 20
 Report = Callable[[int, int], None]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -253,7 +252,7 @@ class Remote:
         name = f"{_folder(stage, key)}/manifests/{ending.manifest}.json"
         if name not in there:
             return Missing("its manifest is gone")
-        if there[name] > _MAX_MANIFEST_BYTES:
+        if there[name] > MAX_RECORD_BYTES:
             return Missing(f"its manifest has {there[name]:,} bytes, more than any real one")
         data = self._objects.get(name)
         if blake3(data).hexdigest() != ending.manifest:

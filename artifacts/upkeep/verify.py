@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from smoltulu.artifacts.files import READ_ERRORS
 from smoltulu.artifacts.keys import artifact_key, records_digest
 from smoltulu.artifacts.layout import CURRENT, TAGS, KeyFolder, number_of
 from smoltulu.artifacts.locks import hold_if_idle
@@ -26,7 +27,7 @@ _EFFECTIVE = os.access in os.supports_effective_ids
 class Finding:
     """What the check of one generation, pointer or tag gave.
 
-    status  ok, damaged, unreadable (permissions: neither sound nor damaged as far as we can see), other version
+    status  ok, damaged, unreadable (rights, or a disk that fails for a moment), other version
     faults  a sentence each
     aside   what became of a damaged one: where it was set aside, or why it was not
     """
@@ -71,11 +72,11 @@ def _check_generation(folder: KeyFolder, name: str) -> Finding:
         manifest = read_manifest(path)
     except FileNotFoundError:
         return Finding(folder.ref, name, "damaged", ("it has no manifest",))
-    except PermissionError as error:
-        return Finding(folder.ref, name, "unreadable", (f"its manifest cannot be read ({error.strerror})",))
     except ManifestVersionError as error:
         return Finding(folder.ref, name, "other version", (str(error),))
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in READ_ERRORS:
+            return Finding(folder.ref, name, "unreadable", (f"its manifest cannot be read ({error.strerror})",))
         what = f"it {error.strerror}" if isinstance(error, OSError) else str(error)
         return Finding(folder.ref, name, "damaged", (f"its manifest is unreadable: {what}",))
     closed = [
@@ -88,7 +89,9 @@ def _check_generation(folder: KeyFolder, name: str) -> Finding:
     try:
         faults = [*_manifest_faults(folder, manifest), *Store(folder.path.parent.parent).verify(Found(manifest, path))]
     except (OSError, ValueError) as error:  # whatever one of them is, the others are looked at too
-        return Finding(folder.ref, name, "damaged", (f"it cannot be checked: {printable(str(error))}",))
+        # What may not be read now is not damaged: it is left where it is.
+        status = "unreadable" if isinstance(error, OSError) and error.errno in READ_ERRORS else "damaged"
+        return Finding(folder.ref, name, status, (f"it cannot be checked: {printable(str(error))}",))
     size = sum(record.size for record in manifest.files.values())
     return Finding(folder.ref, name, "damaged" if faults else "ok", tuple(faults), size)
 

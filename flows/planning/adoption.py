@@ -22,7 +22,6 @@ from smoltulu.schemas.artifact import ArtifactReference, Spec
 from smoltulu.tasks.data.rows import same_rows
 from smoltulu.tasks.engine.adopt import adopt_artifact
 from smoltulu.tasks.engine.runner import reference_to, run_stage
-from smoltulu.tasks.engine.stores import find
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def adopt(graph: NodeGraph, store: Store, log: Log) -> list[Outcome]:
             outcomes.append(Outcome(name, "left", f"waits for {', '.join(missing)}"))
             continue
         job = graph.job(name, references)
-        found = find(store, job.stage, job.spec, job.input_digests)
+        found = store.find(job.spec, job.input_digests)
         if isinstance(found, Found):
             references[name] = reference_to(found, name, "Cached")
             outcomes.append(Outcome(name, "cached", "is there"))
@@ -112,7 +111,7 @@ def _other_input(
         if made_from.digest == now.digest:
             continue
         stage = graph.nodes[binding.node].stage
-        upstream = find(store, stage, before[binding.node], {}) if binding.node in before else None
+        upstream = store.find(before[binding.node]) if binding.node in before else None
         if (
             # The reader of a whole folder (the lineage of a publication) uses more than its rows.
             binding.output is None
@@ -120,7 +119,7 @@ def _other_input(
             or not isinstance(upstream, Found)
             or upstream.manifest.digest != made_from.digest
             or not same_rows(
-                upstream.folder / upstream.manifest.outputs[binding.output],
+                upstream.folder / getattr(stage.outputs_of(upstream.manifest), binding.output),
                 Path(now.path) / now.outputs[binding.output],
             )
         ):

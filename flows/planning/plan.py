@@ -26,7 +26,6 @@ from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.sources import Reference, expand_path, is_commit, resolve_commit
 from smoltulu.tasks.engine.environment import drift, environment
-from smoltulu.tasks.engine.stores import find
 from smoltulu.tasks.models.weights import check_architecture_apart
 from smoltulu.tasks.report.text import local_minute
 from smoltulu.tasks.trainer.extension import find_source_run
@@ -192,7 +191,7 @@ def _row(
         "status": "runs",
     }
     known = {dotted: digests[binding.node] for dotted, binding in bindings.items() if binding.node in digests}
-    found = find(store, node.stage, spec, known)
+    found = store.find(spec, known)
     refreshed = node.stage.name in refresh
     checkpoint = store.unfinished(spec, known)
     if isinstance(found, Found) and not waits_for and not refreshed:

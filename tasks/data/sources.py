@@ -63,11 +63,13 @@ def expand_text(text: str) -> str:
         ValueError: a variable without a default is unset, a `${` is not of these forms, or a secret would be in it.
     """
 
+    shown = repr(without_secrets(text))
+
     def value(match: re.Match[str]) -> str:
         name, default = match.groups()
         if is_secret_name(name):
             raise ValueError(
-                f"path {text!r}: {name} is the name of a secret, which is never put into a path or URL; credentials "
+                f"path {shown}: {name} is the name of a secret, which is never put into a path or URL; credentials "
                 "are read from the environment where they are needed. Where it is none, give the variable another name"
             )
         found = os.environ.get(name)
@@ -75,16 +77,16 @@ def expand_text(text: str) -> str:
             return found
         if default is None:
             raise ValueError(
-                f"path {text!r}: the environment variable {name} is not set; set it or write ${{{name}:-default}}"
+                f"path {shown}: the environment variable {name} is not set; set it or write ${{{name}:-default}}"
             )
         return default
 
     expanded = _VARIABLE.sub(value, text)
     if "${" in expanded:
-        raise ValueError(f"path {text!r}: write variables as ${{NAME}} or ${{NAME:-default}}")
+        raise ValueError(f"path {shown}: write variables as ${{NAME}} or ${{NAME:-default}}")
     if (secret := find_secret(expanded)) is not None:
         raise ValueError(
-            f"path {without_secrets(text)!r}: {secret} would be in it; a path or URL holds no secrets, credentials are "
+            f"path {shown}: {secret} would be in it; a path or URL holds no secrets, credentials are "
             "read from the environment where they are needed"
         )
     return expanded
@@ -160,8 +162,8 @@ def _unchanged(rows: Iterator[Any], source: DataSource, files: list[Path], diges
             return
     names = ", ".join(file.name for file in files[:3]) + (" …" if len(files) > 3 else "")
     raise ValueError(
-        f"data source {source.label}: {names} changed while the run went on, so its rows are not those that the key "
-        "stands for; leave it alone while a run reads it, and run again"
+        f"data source {source.label}: {names} changed while the run went on (a new name, link or mode counts too), so "
+        "its rows may not be those that the key stands for; leave it alone while a run reads it, and run again"
     )
 
 

@@ -32,7 +32,7 @@ _TRAINING_ADVICE = (
 _EVALUATION_ADVICE = "; take a machine with more memory. What is finished is kept"
 #: File of `work`: compute as asked for, and with the batch that fits into memory.
 _FITS_FILE = "fits.json"
-_LOG_TAIL_LINES = 25
+_LOG_TAIL_LINES, _LOG_TAIL_CHARACTERS = 25, 2_000
 DISK_ADVICE = {
     errno.ENOSPC: "the disk is full; free some space (`smoltulu gc` shows what may go)",
     errno.EDQUOT: "the quota is used up; free some space (`smoltulu gc` shows what may go)",
@@ -123,10 +123,10 @@ def _run_once(
     progress = Progress(job.node, log)
 
     def on_output(line: bytes) -> None:
-        text = log_text(line.decode(errors="replace").replace("\r", "\n").rstrip())
+        text = log_text(line.decode(errors="replace").rstrip())
         log_file.write(f"{text}\n".encode())
         log_file.flush()
-        tail.append(text)
+        tail.append(text[:_LOG_TAIL_CHARACTERS])
 
     def on_message(message: dict) -> None:
         if message["kind"] == "progress":
@@ -165,7 +165,8 @@ def _run_once(
             raise ValueError(f"{job.node}: {message}")
         if (message := _message(work / OUT_OF_MEMORY_FILE)) is not None:
             return message
-    if code != 0 and limit.is_over:
+    # A crash that came after it shows its log; torchrun's own status does not tell one from the other.
+    if limit.is_over and (code in (STOPPED, -signal.SIGTERM, -signal.SIGKILL) or (code != 0 and num_ranks > 1)):
         raise StageFailed(
             f"{job.node}: was stopped, as compute.max_hours ({compute.max_hours:g}) is over. Run again to go on from "
             "its last checkpoint"

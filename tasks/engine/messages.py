@@ -8,9 +8,11 @@ with another one (POSIX, `write`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import re
 import select
 import selectors
 import subprocess
@@ -26,6 +28,7 @@ _SAFE_CHARACTERS = (_ATOMIC_BYTES - 200) // 6
 #: A line of output longer than this is taken in pieces.
 _LINE_BYTES = 1 << 20
 _READ_BYTES = 1 << 16
+_LINE_END = re.compile(rb"\r?\n|\r(?!$)")
 _POLL_SECONDS = 0.2
 
 
@@ -34,13 +37,21 @@ class Sender:
 
     def __init__(self, work: Path) -> None:
         try:
-            self._descriptor = os.open(work / PIPE_FILE, os.O_WRONLY)
-        except FileNotFoundError:
+            # Without waiting for a listener: the pipe of a flow that was killed has none.
+            self._descriptor = os.open(work / PIPE_FILE, os.O_WRONLY | os.O_NONBLOCK)
+            os.set_blocking(self._descriptor, True)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENXIO):
+                raise
             self._descriptor = sys.stdout.fileno()
 
     def progress(self, step: int, num_steps: int, **metrics: float) -> None:
-        """Say that `step` of `num_steps` is done."""
-        self._write(_encoded(kind="progress", step=step, num_steps=num_steps, metrics=metrics))
+        """Say that `step` of `num_steps` is done, with as many of the metrics as fit into one write."""
+        while (
+            len(message := _encoded(kind="progress", step=step, num_steps=num_steps, metrics=metrics)) > _ATOMIC_BYTES
+        ):
+            metrics.popitem()
+        self._write(message)
 
     def log(self, level: str, text: str) -> None:
         """Say something to the user; a text that does not fit into one write becomes several."""
@@ -126,7 +137,8 @@ class _Lines:
         self.handed, self.rest = handed, b""
 
     def add(self, data: bytes) -> None:
-        *whole, self.rest = (self.rest + data).split(b"\n")
+        # A progress bar is a line for every state that it was in; JSON writes no bare carriage return.
+        *whole, self.rest = _LINE_END.split(self.rest + data)
         for line in whole:
             self.handed(line)
         if len(self.rest) > _LINE_BYTES:

@@ -22,7 +22,6 @@ from smoltulu.schemas.artifact import ArtifactReference, FileRecord, Manifest
 from smoltulu.schemas.training import TrainingInputs, TrainingSettings
 from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.engine.launch import DISK_ADVICE, StageFailed, run_child
-from smoltulu.tasks.engine.stores import find
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext
@@ -36,7 +35,7 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
     Raises ValueError for what the user must fix (bad data, bad model, disk full), StageFailed for a crash.
     """
     digests = job.input_digests
-    found = find(store, job.stage, job.spec, digests)
+    found = store.find(job.spec, digests)
     if isinstance(found, Found) and not job.refresh:
         cached = _cached(found, job)
         store.touch(found)
@@ -45,7 +44,7 @@ def run_stage(job: Job, store: Store, log: Log) -> ArtifactReference:
     before = found
     try:
         with store.producer(job.spec, partial(log.info, WAITING, job.node)) as folder:
-            found = find(store, job.stage, job.spec, digests)
+            found = store.find(job.spec, digests)
             # Another producer may have made it while we waited; a refresh is content with what was made meanwhile.
             if isinstance(found, Found) and (not job.refresh or found != before):
                 return _cached(found, job)
@@ -95,7 +94,7 @@ def _make(job: Job, store: Store, folder: Path, log: Log) -> Found:
     outputs = job.stage.outputs.model_validate(result["outputs"])
 
     def draft(files: dict[str, FileRecord], digest: str) -> Manifest:
-        return Manifest(
+        manifest = Manifest(
             key=folder.name,
             spec=job.spec,
             digest=digest,
@@ -112,6 +111,8 @@ def _make(job: Job, store: Store, folder: Path, log: Log) -> Found:
             resumed_from_steps=tuple(result["resumed_from_steps"]),
             extends=extended(work),
         )
+        job.stage.outputs_of(manifest)  # else it would be refused at every hit, and made again for ever
+        return manifest
 
     return store.commit(job.spec, output, draft)
 
@@ -141,10 +142,18 @@ def _begin_with_stored(job: Job, store: Store, work: Path, log: Log) -> None:
 def _check_inputs(job: Job, store: Store) -> None:
     """Read every byte that the stage is made from: weights that went bad would corrupt, unseen, all that follows."""
     refs = {Ref(record.stage, record.key) for record in job.input_records.values()}
-    damaged = []
+    damaged, unreadable = [], []
     for finding in verify_artifacts(Catalogue(store.root), sorted(refs), report_only=False):
+        what = f"{finding.ref.stage}/{finding.ref.key[:12]}: {'; '.join(finding.faults)}"
         if finding.status == "damaged":
-            damaged.append(f"{finding.ref.stage}/{finding.ref.key[:12]}: {'; '.join(finding.faults)} ({finding.aside})")
+            damaged.append(f"{what} ({finding.aside})")
+        elif finding.status == "unreadable":
+            unreadable.append(what)
+    if unreadable:
+        raise StageFailed(
+            f"{job.node}: what it is made from cannot be read: {'. '.join(unreadable)}. Nothing was set aside; look at "
+            "the disk and the rights, and run again"
+        )
     if damaged:
         raise StageFailed(
             f"{job.node}: what it is made from was damaged on disk: {'. '.join(damaged)}. Run again to have that made "

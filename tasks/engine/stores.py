@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from smoltulu.artifacts.store import Found, Missing, Store
-from smoltulu.schemas.artifact import Manifest, Spec
+from smoltulu.artifacts.store import Store
+from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.data.sources import expand_path, expand_text
-from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
 
 
@@ -19,7 +16,7 @@ def open_store(compute: ComputeSettings, checked: bool = True) -> Store:
     """
     root = expand_path(compute.store)
     if compute.remote is None:
-        return Store(root)
+        return Store(root, _refusal)
     from smoltulu.artifacts.shared.door import Remote, SharedStore
 
     store = SharedStore(root, Remote(expand_text(compute.remote), allow_http=compute.allow_http), _refusal)
@@ -28,21 +25,12 @@ def open_store(compute: ComputeSettings, checked: bool = True) -> Store:
     return store
 
 
-def find(store: Store, stage: Stage, spec: Spec, input_digests: Mapping[str, str]) -> Found | Missing:
-    """The artifact of a spec as `Store.find`; one whose outputs are not the stage's own counts as damaged."""
-    found = store.find(spec, dict(input_digests))
-    if isinstance(found, Found):
-        try:
-            stage.outputs_of(found.manifest)
-        except ValueError as error:
-            return Missing(f"{found.folder.name}: {error}", damaged=found.folder.name)
-    return found
-
-
 def _refusal(manifest: Manifest) -> str | None:
-    """Why an artifact of the shared store is not taken."""
+    """Why an artifact does not count: its outputs are not its stage's."""
+    stage = STAGES.get(manifest.spec.stage)
     try:
-        STAGES[manifest.spec.stage].outputs_of(manifest)
+        if stage is not None and stage.version == manifest.spec.version:
+            stage.outputs_of(manifest)
     except ValueError as error:
         return str(error)
     return None

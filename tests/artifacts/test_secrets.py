@@ -13,6 +13,11 @@ from hypothesis import strategies as st
 from smoltulu.artifacts.secrets import find_secret, is_secret_name, known_secrets, without_secrets
 
 SECRET_NAMES = [
+    "MYSQL_PWD",
+    "SSHPASS",
+    "ACCESS_TOKENS",
+    "ENCRYPTION_KEYS",
+    "LDAP_PW",
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
     "hf_token",
@@ -45,6 +50,12 @@ SECRET_NAMES = [
     "SESSION_COOKIE",
 ]
 PLAIN_NAMES = [
+    "TOKENISED_DATA",
+    "TOKEN_COUNTS",
+    "SECOND_PASS_DATA",
+    "SECRETARY_DATA",
+    "PASS_AT_K",
+    "AUTH_ROOT",
     "HOME",
     "PWD",
     "OLDPWD",

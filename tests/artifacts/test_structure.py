@@ -15,6 +15,7 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from smoltulu.artifacts import keys as keys_module
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, fault, mark_complete, newest_checkpoint, torn_checkpoints
 from smoltulu.artifacts.keys import with_checksum
 from smoltulu.artifacts.layout import look
@@ -24,6 +25,7 @@ from smoltulu.artifacts.shared.lease import Ending, _who
 from smoltulu.artifacts.shared.objects import RemoteError, open_objects
 from smoltulu.artifacts.shared.remote import Remote, RemoteArtifact
 from smoltulu.artifacts.store import Found, Missing, Store
+from smoltulu.artifacts.upkeep import verify as verify_module
 from smoltulu.artifacts.upkeep.catalogue import Catalogue, state_of
 from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
 from smoltulu.artifacts.upkeep.lineage import ancestors, descendants
@@ -294,6 +296,13 @@ def test_what_cannot_be_read_now_is_neither_damaged_nor_empty(tmp_path: Path, mo
             store.open_work(folder, {})
         monkeypatch.setattr(os, "scandir", true_scan)
         assert (store.open_work(folder, {}) / "checkpoints" / "checkpoint-1").is_dir()
+    # Nor where every byte is read: before a stage begins, and by `verify`.
+    (file,) = made.manifest.files
+    for name, module in (("read_manifest", verify_module), ("file_digest", keys_module)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error", str(path))))
+            (finding,) = verify_artifacts(Catalogue(tmp_path), Catalogue(tmp_path).refs, report_only=False)
+        assert finding.status == "unreadable" and "Input/output error" in finding.faults[0], file
     assert store.find(spec()) == made
 
 

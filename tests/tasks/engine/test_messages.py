@@ -103,3 +103,22 @@ def test_a_long_record_arrives_whole_in_pieces_that_are_atomic(tmp_path: Path, c
     lines = data.splitlines()
     assert len(lines) > 1 and all(len(line) < 4096 for line in lines)
     assert "".join(json.loads(line)["text"] for line in lines) == text.encode(errors="replace").decode()
+
+
+def test_every_state_of_a_progress_bar_is_a_line(tmp_path: Path) -> None:
+    _, output = said(tmp_path, r"print(''.join(f'\r{n} of 3' for n in (1, 2, 3)), end='\r\n'); print('done')")
+    assert [line for line in output if line] == [b"1 of 3", b"2 of 3", b"3 of 3", b"done"]
+
+
+def test_progress_with_more_metrics_than_fit_is_told_with_those_that_do(tmp_path: Path) -> None:
+    with pipe(tmp_path) as descriptor:
+        Sender(tmp_path).progress(1, 2, loss=0.5, **{f"{'metric' * 6}_{number}": 1.0 for number in range(200)})
+        (line,) = os.read(descriptor, 1 << 16).splitlines()
+    assert len(line) < 4096 and json.loads(line)["metrics"]["loss"] == 0.5
+
+
+def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A flow that was killed leaves its pipe behind."""
+    os.mkfifo(tmp_path / PIPE_FILE)
+    Sender(tmp_path).log("INFO", "hello")
+    assert json.loads(capfd.readouterr().out)["text"] == "hello"

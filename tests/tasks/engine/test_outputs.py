@@ -17,7 +17,7 @@ from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.common import artifact_paths
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.runner import run_stage
-from smoltulu.tasks.engine.stores import find, open_store
+from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.stages import STAGES
 from tests.tasks.engine.test_runner import COMPUTE, world_job
 
@@ -49,10 +49,10 @@ def rewrite(folder: Path, outputs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_outputs_are_set_aside_and_made_again(tmp_path: Path, bad: str) -> None:
     """`outputs.folder: /home/x/.ssh` was "Cached", and the push uploaded the keys; `{}` was a bare KeyError."""
-    store = Store(tmp_path)
+    store = open_store(ComputeSettings(store=str(tmp_path)))
     made = run_stage(JOB, store, LOG)
     rewrite(Path(made.path), BAD[bad])
-    found = find(store, JOB.stage, JOB.spec, {})
+    found = store.find(JOB.spec, {})
     assert isinstance(found, Missing) and found.damaged == "gen-0001" and "its outputs are refused" in found.reason
     again = run_stage(JOB, store, LOG)
     assert (again.outcome, Path(again.path).name, again.digest) == ("Completed", "gen-0002", made.digest)
@@ -96,3 +96,17 @@ def test_a_reference_carries_the_outputs_that_were_checked(tmp_path: Path) -> No
     assert JOB.stage.outputs_of(read_manifest(Path(made.path))).model_dump(mode="json") == made.outputs
     with pytest.raises(ValueError, match="its outputs are refused"):
         dataclasses.replace(JOB.stage, outputs=STAGES["sft"].outputs).outputs_of(read_manifest(Path(made.path)))
+
+
+def test_a_stage_that_names_what_it_did_not_write_fails_and_leaves_nothing(tmp_path: Path) -> None:
+    """Committed, it would be refused at every hit and made again for ever."""
+
+    def forgets(config: Any, inputs: Any, context: Any) -> Any:
+        outputs, metrics = JOB.stage.function(config, inputs, context)
+        (context.folder / outputs.sft).unlink()
+        return outputs, metrics
+
+    job = dataclasses.replace(JOB, stage=dataclasses.replace(JOB.stage, function=forgets))
+    with pytest.raises(ValueError, match=r"its outputs are refused: sft: no file of it is called 'sft\.jsonl'"):
+        run_stage(job, Store(tmp_path), LOG)
+    assert not list(tmp_path.rglob("gen-*"))
