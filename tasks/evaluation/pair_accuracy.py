@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.tasks.evaluation.sampling import OnBatch, longest_first, mean_and_stderr, padded
-from smoltulu.tasks.models.tokens import conversations, prompt_ids
+from smoltulu.tasks.models.tokens import pairs as encoded
 from smoltulu.tasks.models.weights import load_whole
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ def rank_pairs(rewards: Sequence[float]) -> PairAccuracy:
 
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Mapping[str, Any]], max_length: int
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]], max_length: int
 ) -> tuple[list[str], list[EncodedText]]:
-    """Encode the pairs {"id", "prompt", "chosen", "rejected"} (lists of messages) that are not too long.
+    """Encode, as DPO does, the pairs {"id", "prompt", "chosen", "rejected"} (lists of messages) that are not too long.
 
     Returns:
         their ids, and their texts: chosen, rejected, chosen, …
@@ -90,11 +90,11 @@ def encode_pairs(
     """
     ids: list[str] = []
     texts: list[EncodedText] = []
-    for pair in pairs:
-        sides = [_encode(tokenizer, pair["prompt"], pair[side]) for side in ("chosen", "rejected")]
-        if max(len(side.ids) for side in sides) <= max_length:
-            ids.append(str(pair["id"]))
-            texts += sides
+    for row, pair in zip(pairs, encoded(tokenizer, pairs, "last"), strict=True):
+        if pair.length <= max_length:
+            ids.append(str(row["id"]))
+            for side, mask in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask)):
+                texts.append(EncodedText((*pair.prompt_ids, *side), len(pair.prompt_ids), tuple(mask)))
     if not ids:
         raise ValueError(
             f"all {len(pairs)} held-out pairs are longer than {max_length} tokens; raise evaluation.max_length "
@@ -103,14 +103,6 @@ def encode_pairs(
     if num_too_long := len(pairs) - len(ids):
         logger.warning("%s of %s held-out pairs left out: longer than max_length", num_too_long, len(pairs))
     return ids, texts
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], completion: list[dict]) -> EncodedText:
-    (whole,) = conversations(tokenizer, [prompt + completion])
-    # As TRL's DPO trainer splits: the completion is what comes after the prompt's number of tokens.
-    num_prompt = len(prompt_ids(tokenizer, [prompt])[0])
-    assert 0 < num_prompt < len(whole.input_ids), (num_prompt, len(whole.input_ids))
-    return EncodedText(tuple(whole.input_ids), num_prompt, tuple(whole.mask[num_prompt:]))
 
 
 def load_reward_model(folder: Path) -> PreTrainedModel:

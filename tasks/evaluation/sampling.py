@@ -133,6 +133,7 @@ def generate(
     )
     jobs = [(index, sample) for index in range(len(prompts)) for sample in range(num_samples)]
     completions: dict[tuple[int, int], Completion] = {}
+    eos_ids = set(stop_token_ids(tokenizer))
     for places in longest_first([len(prompts[index]) for index, _ in jobs], batch_size):
         batch = [jobs[place] for place in places]
         written = _generate_batch(
@@ -141,7 +142,7 @@ def generate(
             torch.stack([draws[index, sample] for index, sample in batch]) if temperature > 0 else None,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            eos_ids=_eos_ids(model, tokenizer),
+            eos_ids=eos_ids,
             pad_id=tokenizer.pad_token_id,
         )
         texts = tokenizer.batch_decode([ids for ids, _ in written], skip_special_tokens=True)
@@ -182,12 +183,6 @@ def verified_accuracy(
         )
     value, stderr = mean_and_stderr([record["mean"] for record in records])
     return VerifiedAccuracy(value, stderr, tuple(records), len(rows) - len(records))
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a completion: eos, the template's end of turn, and those of the generation config."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return set(stop_token_ids(tokenizer)) | set(configured if isinstance(configured, list) else [configured]) - {None}
 
 
 def _generate_batch(

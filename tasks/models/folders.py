@@ -126,6 +126,8 @@ def load_tokenizer(folder: Path, chat_template: str, pad_token: str | None = Non
         tokenizer.pad_token = pad_token
     tokenizer.chat_template = chat_template
     stops = stop_token_ids(tokenizer)
+    if pad_token is not None and tokenizer.pad_token_id in stops:
+        raise ValueError(f"base_model.pad_token {pad_token!r} ends an answer, so it cannot be padding; choose another")
     if tokenizer.pad_token is None or tokenizer.pad_token_id in stops:
         tokenizer.add_special_tokens({"pad_token": SPARE_PAD_TOKEN})
     assert tokenizer.pad_token_id not in stops
@@ -164,15 +166,16 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def switch_dropout_off(model: PreTrainedModel) -> None:
-    """Set every dropout rate to 0: of modules, and those that attention layers keep as numbers of their own."""
+    """Set every dropout rate to 0: of modules, numbers that layers keep, and those that they read from their config."""
     from torch.nn.modules.dropout import _DropoutNd
 
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        for holder in (module, getattr(module, "config", None)):
+            if holder is not None:
+                for name in [name for name, value in vars(holder).items() if "drop" in name and type(value) is float]:
+                    setattr(holder, name, 0.0)
 
 
 def load_language_model(folder: Path) -> PreTrainedModel:

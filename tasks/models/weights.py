@@ -34,6 +34,8 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
+#: What old checkpoints hold and models compute: causal masks (some of them with -inf), rotary frequencies, positions.
+_COMPUTED = re.compile(r"(?:^|\.)(?:masked_bias|causal_mask|inv_freq|position_ids)$|(?:attn|attention)\.bias$")
 _SHOWN_ERROR = 300
 _MOST = 10**9  # a larger number is none of layers, tokens or sizes
 #: Begins the last line of the check in a process of its own, where the weights are wrong.
@@ -165,15 +167,15 @@ def load_whole(kind: str, folder: Path, *, new_head: bool = False, **options: An
         raise ValueError(
             f"model folder {folder}: the weights are not those of {type(model).__name__} as config.json describes it: "
             + "; ".join(problems)
-            + ". transformers would fill in random numbers. Give the config.json and the weights of one model"
+            + ". transformers fills what is missing with random numbers, and drops what it does not know. Give the "
+            "config.json and the weights of one model"
         )
     return loaded
 
 
 def _load_problems(info: Mapping[str, Any], new_head: bool) -> Iterator[str]:
     missing = sorted(name for name in info["missing_keys"] if not (new_head and name.startswith("score.")))
-    # Rotary frequencies, which old checkpoints hold, are computed.
-    unexpected = sorted(name for name in info["unexpected_keys"] if not new_head and not name.endswith(".inv_freq"))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not new_head and not _COMPUTED.search(name))
     others = sorted(f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"])
     if missing:
         yield f"{len(missing):,} tensors are missing ({shown(missing)})"
@@ -200,7 +202,11 @@ def check_architecture_apart(folder: Path) -> str | None:
         why the folder could not be checked; None where it was.
     """
     done = subprocess.run(
-        [sys.executable, "-m", __name__, str(folder)], capture_output=True, text=True, errors="replace", check=False
+        [sys.executable, "-P", "-m", __name__, str(folder)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
     )
     lines = done.stdout.splitlines()
     if done.returncode and lines and lines[-1].startswith(_FAULT):
@@ -225,7 +231,7 @@ def check_values(folder: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
                 files[name] = file
-                if not torch.isfinite(tensors.get_tensor(name)).all():
+                if not _COMPUTED.search(name) and not torch.isfinite(tensors.get_tensor(name)).all():
                     problems.append(name)
     if problems:
         raise ValueError(

@@ -380,7 +380,18 @@ def test_state_of_an_installed_package_lies_where_it_was_brought_up(tmp_path: Pa
     assert places.PROJECT == ROOT and places.store_root().is_relative_to(ROOT)
 
 
-def test_run_hands_prefect_the_whole_path_of_a_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "handed"),
+    [
+        (["-p", "recipe=mine.yaml"], ["-p", "recipe={here}/mine.yaml"]),
+        (["--param=recipe=x/y"], ["--param=recipe={here}/x/y"]),
+        (["-p", "recipe=tiny"], ["-p", "recipe=tiny"]),
+        (["-p", 'overrides={"a": "recipe=b/c"}'], ["-p", 'overrides={"a": "recipe=b/c"}']),
+    ],
+)
+def test_run_hands_prefect_the_whole_path_of_a_recipe(
+    given: list[str], handed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The flow runs in another folder than the one in which the command is called."""
     called: list[list[str]] = []
     monkeypatch.setattr(doctor, "reachable", lambda url: True)
@@ -388,11 +399,9 @@ def test_run_hands_prefect_the_whole_path_of_a_recipe(monkeypatch: pytest.Monkey
     monkeypatch.setattr(prefect_api, "deployments", lambda url: [("smoltulu/full", "smoltulu")])
     monkeypatch.setattr(os, "execve", lambda program, command, environment: called.append(command))
     monkeypatch.chdir(tmp_path)
-    given = ["-p", "recipe=mine.yaml", "--param=recipe=x/y", "-p", "recipe=tiny", "-p", 'overrides={"a": "recipe=b/c"}']
-    assert CliRunner().invoke(app, ["run", "smoltulu/full", *given]).exit_code == 0
-    assert called[0][-len(given) :] == [
-        "-p", f"recipe={tmp_path}/mine.yaml", f"--param=recipe={tmp_path}/x/y", "-p", "recipe=tiny", *given[-2:]
-    ]  # fmt: skip
+    outcome = CliRunner().invoke(app, ["run", "smoltulu/full", *given])
+    assert outcome.exit_code == 0, outcome.output
+    assert called[0][-len(given) :] == [word.replace("{here}", str(tmp_path)) for word in handed]
 
 
 def test_doctor_says_what_kernels_are_compiled_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,10 @@ def test_bfloat16_on_a_device_without_it(
         trainer_of(stage, tmp_path / "refused", base, rows, {"precision": "bfloat16"}, precision_fallback=False)
 
 
-def test_processes_that_load_rows_change_nothing(base: Path, tmp_path: Path) -> None:
+def test_processes_that_load_rows_change_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A flow that ran in this process leaves hooks with which every forked child ends with status 1
+    # (prefect/_internal/concurrency/services.py). Trainings have a process of their own, without Prefect.
+    monkeypatch.setattr(threading, "_threading_atexits", [])
     settings = {"num_train_epochs": 2, "effective_batch_size": 4}
     alone, helped = (
         run("sft", tmp_path / str(workers), base, CONVERSATIONS[:8], settings, dataloader_num_workers=workers)
