@@ -27,6 +27,7 @@ PROBE = [
     {"role": "user", "content": "probe question"},
     {"role": "assistant", "content": "probe answer"},
 ]
+_MORE = [{"role": "user", "content": "more to ask"}, {"role": "assistant", "content": "more to say"}]
 _BOS, _EOS = "<bos>", "<eos>"  # stand for the tokenizer's
 _MARKER = re.compile(r"\{%[-+]?\s*generation\b")  # the word alone is in every add_generation_prompt
 _TRAINED = re.compile("<train>|</train>")
@@ -64,7 +65,9 @@ def load_chat_template(
                 f"{OWN!r}, the base model's: {error}"
             ) from None
     check_chat_template(text, name_or_path)
-    return _with_bos(text, name_or_path, add_bos_token)
+    if add_bos_token is None:
+        return text
+    return _with_bos(text, name_or_path, add_bos_token, _BOS if name_or_path in shipped else _bos_of(read))
 
 
 def _own_template(read: Callable[[str], str | None]) -> str:
@@ -134,17 +137,14 @@ def _renderings(text: str, **options: Any) -> Iterator[str | None]:
 
 
 def check_chat_template(text: str, name: str) -> None:
-    """Render a probe conversation; see `load_chat_template` for what is refused."""
+    """Render conversations of the shapes that rows have; see `load_chat_template` for what is refused."""
     given = f"chat_template {name!r}"
     try:
         probe, whole = _rendered_probe(text)
-        asked = _render(text, probe[:-1])
-        prompt = _render(text, probe[:-1], add_generation_prompt=True)
+        _render(text, probe[:-1], add_generation_prompt=True)
     except _DoesNotRender as error:
         raise ValueError(f"{given} does not render: {error}") from None
-    lost = [turn["content"] for turn in probe if turn["content"] not in whole]
-    if lost:
-        raise ValueError(f"{given} loses text: {lost} is not in what it renders")
+    _refuse_lost_text(given, probe, whole)
     if list(_renderings(text, day="another day")) != list(_renderings(text)):
         raise ValueError(
             f"{given} writes today's date (strftime_now): the same conversation would be other tokens tomorrow. Copy "
@@ -161,51 +161,103 @@ def check_chat_template(text: str, name: str) -> None:
             f"{given} has no generation markers: wrap the assistant's content and the end of its turn in "
             f"{{% generation %}} … {{% endgeneration %}}{advice}"
         )
-    marked = _render(text, probe, show_trained=True)
-    begin = marked.find("<train>")  # before the first mark the two texts are the same
-    trained = _TRAINED.sub("", marked[begin : marked.rfind("</train>")])
-    answer = probe[-1]["content"]
-    end_of_turn = trained.rpartition(answer)[2].strip()
-    if answer in trained and not end_of_turn:
-        if whole.rpartition(answer)[2].strip():
+    for conversation in (PROBE, PROBE[1:], [*PROBE, *_MORE], [*PROBE[1:], *_MORE]):
+        places = [place for place, turn in enumerate(conversation) if turn["role"] == "assistant"]
+        try:
+            marked = _render(text, conversation, show_trained=True)
+            asked = [_render(text, conversation[:place]) for place in places]
+            prompts = [_render(text, conversation[:place], add_generation_prompt=True) for place in places]
+        except _DoesNotRender:
+            continue  # the preflight counts such rows
+        _refuse_lost_text(given, conversation, marked)
+        _check_answers(given, conversation, marked, list(zip(asked, prompts, strict=True)))
+
+
+def _refuse_lost_text(given: str, conversation: list[dict[str, str]], whole: str) -> None:
+    lost = [turn["content"] for turn in conversation if turn["content"] not in whole]
+    if lost:
+        raise ValueError(f"{given} loses text: {lost} is not in what it renders")
+
+
+def _check_answers(given: str, conversation: list[dict[str, str]], marked: str, prompts: list[tuple[str, str]]) -> None:
+    """Refuse a template that trains on other text of a conversation than each answer and the end of its turn.
+
+    Args:
+        marked: the conversation's text, with <train> and </train> around what the template marks.
+        prompts: for each answer, the text of what comes before it without and with the generation prompt.
+    """
+    whole = _TRAINED.sub("", marked)
+    edges, length = [], 0  # where the template's marks begin and end in `whole`
+    for piece in _TRAINED.split(marked)[:-1]:
+        length += len(piece)
+        edges.append(length)
+    spans = list(zip(edges[::2], edges[1::2], strict=True))
+    questions = [turn["content"] for turn in conversation if turn["role"] == "user"]
+    answers = [turn["content"] for turn in conversation if turn["role"] == "assistant"]
+    starts = [whole.find(question) + len(question) for question in questions]
+    ends = [*(whole.find(question) for question in questions[1:]), len(whole)]
+    for answer, (asked, prompt), start, end in zip(answers, prompts, starts, ends, strict=True):
+        mine = [span for span in spans if start <= span[0] < end]
+        begin = mine[0][0] if mine else end
+        trained = whole[begin : mine[-1][1]] if mine else ""
+        if answer in trained and not trained.rpartition(answer)[2].strip():
+            if whole[:end].rpartition(answer)[2].strip():
+                raise ValueError(
+                    f"{given} trains on other text than the assistant's content and the end of its turn: put the eos "
+                    "inside {% generation %} … {% endgeneration %}, or the token that ends a turn; without it there, a "
+                    "model never learns to stop"
+                )
             raise ValueError(
-                f"{given} trains on other text than the assistant's content and the end of its turn: put the eos inside"
-                " {% generation %} … {% endgeneration %}, or the token that ends a turn; without it there, a model "
-                "never learns to stop"
+                f"{given} does not close an assistant turn with eos_token, or with a token that ends a turn: a model "
+                "would never stop"
             )
-        raise ValueError(
-            f"{given} does not close an assistant turn with eos_token, or with a token that ends a turn: a model would "
-            "never stop"
-        )
-    if not whole.startswith(prompt):
-        raise ValueError(
-            f"{given}: the generation prompt {prompt[-40:]!r} is not how the conversation goes on "
-            f"({whole[: len(prompt)][-40:]!r}); training and generation would see different text"
-        )
-    # What stands between the header and an answer, such as empty <think> tags, may be both prompted and trained.
-    header = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, prompt, strict=False)))
-    is_header_trained = begin < len(prompt) and not prompt[header:begin].strip()
-    if answer not in trained or is_header_trained or whole[len(prompt) : begin].strip():
-        raise ValueError(
-            f"{given} trains on other text than what follows the generation prompt {prompt[-40:]!r}: begin the "
-            "{% generation %} block there, with the content and not with the header of its turn"
-        )
+        goes_on = whole.startswith(prompt)
+        if not goes_on and answer == answers[-1]:  # earlier answers may have lost what was prompted, such as thoughts
+            raise ValueError(
+                f"{given}: the generation prompt {prompt[-40:]!r} is not how the conversation goes on "
+                f"({whole[: len(prompt)][-40:]!r}); training and generation would see different text"
+            )
+        # What stands between the header and an answer, such as empty <think> tags, may be both prompted and trained.
+        header = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, prompt, strict=False)))
+        is_header_trained = begin < len(prompt) and not prompt[header:begin].strip()
+        if answer not in trained or (goes_on and (is_header_trained or whole[len(prompt) : begin].strip())):
+            raise _trains_on_other_text(given, prompt)
+    if any(not any(start <= begin < end for start, end in zip(starts, ends, strict=True)) for begin, _ in spans):
+        raise _trains_on_other_text(given, prompts[-1][1])
 
 
-def _with_bos(text: str, name: str, add_bos_token: bool | None) -> str:
-    """A template whose conversations begin with one bos, or with none."""
-    _, whole = _rendered_probe(text)
-    if add_bos_token is None or add_bos_token == whole.startswith(_BOS):
+def _trains_on_other_text(given: str, prompt: str) -> ValueError:
+    return ValueError(
+        f"{given} trains on other text than what follows the generation prompt {prompt[-40:]!r}: begin the "
+        "{% generation %} block there, with the content and not with the header of its turn"
+    )
+
+
+def _with_bos(text: str, name: str, add_bos_token: bool, bos: str) -> str:
+    """A template whose conversations begin with one bos, or none. `bos`: the tokenizer's, for it may stand as text."""
+    rendered = [whole for whole in _renderings(text, bos=bos) if whole is not None]
+    if all(whole.startswith(bos) == add_bos_token for whole in rendered):
         return text
-    bos = "{{ bos_token or raise_exception('add_bos_token is true, and the tokenizer has no bos token') }}"
+    written = "{{ bos_token or raise_exception('add_bos_token is true, and the tokenizer has no bos token') }}"
     # A line of its own after a block: what `trim_blocks` takes away is not the template's.
-    changed = bos + text if add_bos_token else "{% set bos_token = '' %}\n" + text
-    if _rendered_probe(changed)[1].count(_BOS) != int(add_bos_token):
+    changed = written + text if add_bos_token else "{% set bos_token = '' %}\n" + text
+    counts = {whole.count(bos) for whole in _renderings(changed, bos=bos) if whole is not None}
+    if counts != {int(add_bos_token)}:
         raise ValueError(
             f"add_bos_token is {str(add_bos_token).lower()}, and chat_template {name!r} writes bos in other places as "
-            "well; copy it to a file, write bos there where you want it, and leave add_bos_token out"
+            "well, or as text; copy it to a file, write bos there where you want it, and leave add_bos_token out"
         )
     return changed
+
+
+def _bos_of(read: Callable[[str], str | None]) -> str:
+    """The tokenizer's bos, as its files say; a stand-in where they say none."""
+    try:
+        found = json.loads(read("tokenizer_config.json") or "{}").get("bos_token")
+        found = found["content"] if isinstance(found, dict) else found
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return _BOS  # made here, or faulty: the base model's own check says so
+    return found if isinstance(found, str) and found else _BOS
 
 
 def _rendered_probe(text: str) -> tuple[list[dict[str, str]], str]:
@@ -226,6 +278,7 @@ def _render(
     add_generation_prompt: bool = False,
     show_trained: bool = False,
     day: str = "a day",
+    bos: str = _BOS,
 ) -> str:
     """As transformers renders (sandboxed, trimmed blocks, `generation` blocks), without importing it.
 
@@ -233,7 +286,7 @@ def _render(
     """
     import jinja2
 
-    tokens = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokens = {"bos_token": bos, "eos_token": _EOS, "pad_token": "<pad>", "unk_token": "<unk>"}
     given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     faults = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
     try:

@@ -11,7 +11,7 @@ from smoltulu.tasks.models.tokens import stop_token_ids, tokenisation
 from smoltulu.tasks.models.weights import header_problems, load_whole
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from smoltulu.schemas.compute import ComputeSettings
 
@@ -165,17 +165,32 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None
         generation.bos_token_id = tokenizer.bos_token_id
 
 
+class _WithoutDropout:
+    """A model's config as it is at any time, but for dropout rates: they are 0. The config that is saved keeps them."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") and not name.startswith("_attn"):  # copying and pickling ask before there is a config
+            raise AttributeError(name)
+        value = getattr(self._config, name)
+        return 0.0 if "drop" in name and type(value) is float else value
+
+
 def switch_dropout_off(model: PreTrainedModel) -> None:
     """Set every dropout rate to 0: of modules, numbers that layers keep, and those that they read from their config."""
     from torch.nn.modules.dropout import _DropoutNd
+    from transformers import PreTrainedModel
 
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
-        for holder in (module, getattr(module, "config", None)):
-            if holder is not None:
-                for name in [name for name, value in vars(holder).items() if "drop" in name and type(value) is float]:
-                    setattr(holder, name, 0.0)
+        for name, value in vars(module).items():
+            if "drop" in name and type(value) is float:
+                setattr(module, name, 0.0)
+        if not isinstance(module, PreTrainedModel) and hasattr(module, "config"):
+            module.config = _WithoutDropout(module.config)
 
 
 def load_language_model(folder: Path) -> PreTrainedModel:

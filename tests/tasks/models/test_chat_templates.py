@@ -152,6 +152,49 @@ def test_what_does_not_do_is_refused_with_what_to_do(text: str, message: str) ->
         own(text)
 
 
+PLAIN = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content + eos_token }}"
+    "{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("part", "instead", "message"),
+    [
+        (
+            "{{ m.content + eos_token }}{% endgeneration %}",
+            "{{ m.content + (eos_token if loop.last else '') }}{% endgeneration %}{{ '' if loop.last else eos_token }}",
+            "or the token that ends a turn",
+        ),
+        ("+ eos_token", "+ (eos_token if loop.last else '')", "or the token that ends a turn"),
+        (
+            "A: {% generation %}",
+            "{% if loop.index < 4 %}A: {% endif %}{% generation %}{% if loop.index >= 4 %}A: {% endif %}",
+            "and not with the header of its turn",
+        ),
+        (
+            "{{ m.role }}: {{ m.content }}",
+            "{{ m.role }}: {% if loop.index < 3 %}{{ m.content }}{% else %}{% generation %}{{ m.content }}"
+            "{% endgeneration %}{% endif %}",
+            "trains on other text",
+        ),
+        (
+            "add_generation_prompt %}A: ",
+            "add_generation_prompt %}A: {% if messages[0].role == 'user' %}Sure{% endif %}",
+            "is not how the conversation goes on",
+        ),
+        ("{{ m.content }}", "{% if loop.index < 3 %}{{ m.content }}{% endif %}", "loses text"),
+    ],
+)
+def test_what_shows_in_a_second_answer_or_without_a_system_turn_is_refused_too(
+    part: str, instead: str, message: str
+) -> None:
+    assert own(PLAIN) == PLAIN and part in PLAIN
+    with pytest.raises(ValueError, match=message):
+        own(PLAIN.replace(part, instead))
+
+
 def test_a_template_without_generation_prompt_of_its_own_does() -> None:
     """As Mistral's: the answer follows the question's closing bracket."""
     text = (
@@ -278,6 +321,23 @@ def test_a_bos_in_other_places_is_not_decided_here(tmp_path: Path) -> None:
     load_chat_template(str(file))
     with pytest.raises(ValueError, match=r"add_bos_token is true, and chat_template .* writes bos in other places"):
         load_chat_template(str(file), add_bos_token=True)
+
+
+@pytest.mark.parametrize("bos", ["<s>", {"content": "<s>", "lstrip": False}])
+def test_a_bos_that_stands_as_text_is_one(bos: Any) -> None:
+    files = {"chat_template.jinja": "<s>" + PLAIN, "tokenizer_config.json": json.dumps({"bos_token": bos})}
+    assert load_chat_template("own", files.get, True) == "<s>" + PLAIN
+    with pytest.raises(ValueError, match=r"add_bos_token is false.* or as text"):
+        load_chat_template("own", files.get, False)
+    files["tokenizer_config.json"] = json.dumps({"bos_token": "<other>"})
+    assert load_chat_template("own", files.get, False) == "<s>" + PLAIN
+
+
+def test_a_bos_that_only_some_conversations_have_is_decided_for_all() -> None:
+    some = "{{ bos_token if messages[0].role == 'system' else '' }}" + PLAIN
+    assert load_chat_template("own", {"chat_template.jinja": some}.get, False) != some
+    with pytest.raises(ValueError, match=r"add_bos_token is true.* writes bos in other places"):
+        load_chat_template("own", {"chat_template.jinja": some}.get, True)
 
 
 def test_a_bos_changes_the_keys_and_its_absence_does_not() -> None:

@@ -18,10 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CodeGenConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTBigCodeConfig,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     MistralConfig,
     MixtralConfig,
@@ -252,11 +256,24 @@ SMALL: dict[str, Any] = {
     "vocab_size": 160, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0, "head_dim": 16,
 }  # fmt: skip
+OLD_BUFFERS = {
+    "gpt2": "transformer.h.0.attn.bias",
+    "gpt_neo": "transformer.h.0.attn.attention.masked_bias",
+    "gptj": "transformer.h.0.attn.masked_bias",
+    "codegen": "transformer.h.0.attn.causal_mask",
+    "gpt_bigcode": "transformer.h.0.attn.bias",
+    "gpt_neox": "gpt_neox.layers.0.attention.masked_bias",
+}
 ARCHITECTURES: list[PreTrainedConfig] = [
     MistralConfig(**SMALL), Qwen2Config(**SMALL, tie_word_embeddings=True), Qwen3Config(**SMALL), Gemma2Config(**SMALL),
     Gemma3TextConfig(**SMALL), Olmo2Config(**SMALL), Phi3Config(**SMALL),
     MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1),
     GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+    GPTBigCodeConfig(vocab_size=160, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+    GPTNeoConfig(vocab_size=160, hidden_size=32, num_layers=2, num_heads=2, max_position_embeddings=64,
+                 attention_types=[[["global", "local"], 1]]),
+    GPTJConfig(vocab_size=160, n_embd=32, n_layer=2, n_head=2, n_positions=64, rotary_dim=8),
+    CodeGenConfig(vocab_size=160, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=8),
     GPTNeoXConfig(**SMALL | {"tie_word_embeddings": False}),
     BloomConfig(vocab_size=160, hidden_size=32, n_layer=2, n_head=2),
     FalconConfig(vocab_size=160, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
@@ -275,13 +292,12 @@ def test_no_right_model_is_refused(copy: Path, config: PreTrainedConfig) -> None
     check_model_folder(copy)
     check_values(copy)
     assert load_language_model(copy).dtype == torch.float32
-    # What checkpoints of older versions hold besides.
-    buffers = {"gpt2": "transformer.h.0.attn.bias", "gpt_neox": "gpt_neox.layers.0.attention.masked_bias"}
-    buffer = buffers.get(config.model_type, "model.layers.0.self_attn.rotary_emb.inv_freq")
-    if config.model_type not in ("bloom", "falcon", "opt"):
-        shard = next(copy.glob("*-00001-of-*.safetensors"))
-        save_file(load_file(shard) | {buffer: torch.ones(1)}, shard, {"format": "pt"})
-        check_values(copy)
+    # What checkpoints of older versions hold besides; -1e4 of a mask is -inf in some of those in half precision.
+    buffer = OLD_BUFFERS.get(config.model_type, "model.layers.0.self_attn.rotary_emb.inv_freq")
+    shard = next(copy.glob("*-00001-of-*.safetensors"))
+    save_file(load_file(shard) | {buffer: torch.full((1,), float("-inf"))}, shard, {"format": "pt"})
+    check_values(copy)
+    load_language_model(copy)
     if config.tie_word_embeddings:
         for file in copy.glob("model*.safetensors*"):
             file.unlink()

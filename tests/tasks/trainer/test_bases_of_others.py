@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
+    PersimmonConfig,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -111,6 +114,9 @@ ALL_DROPOUT = {
     "bloom": BloomConfig(vocab_size=NUM_TOKENS, hidden_size=32, n_layer=2, n_head=2, hidden_dropout=0.5,
                          attention_dropout=0.5),
     "opt": small(OPTConfig, ffn_dim=64, word_embed_proj_dim=32, attention_dropout=0.5, dropout=0.5),
+    # These read a rate from their config in every forward.
+    "falcon": small(FalconConfig, attention_dropout=0.5, hidden_dropout=0.5),
+    "persimmon": small(PersimmonConfig, intermediate_size=64, attention_dropout=0.5, hidden_dropout=0.5),
 }  # fmt: skip
 
 
@@ -124,8 +130,11 @@ def test_all_dropout_is_switched_off(name: str) -> None:
     model = AutoModelForCausalLM.from_config(ALL_DROPOUT[name])
     expected = outputs(model.eval())
     assert not torch.equal(outputs(model.train()), expected)
+    switch_dropout_off(copy.deepcopy(model))
     switch_dropout_off(model)
-    assert torch.equal(outputs(model), expected)
+    assert torch.equal(outputs(copy.deepcopy(model)), expected)
+    rates = {name: value for name, value in ALL_DROPOUT[name].to_dict().items() if "drop" in name}
+    assert {name: getattr(model.config, name) for name in rates} == rates, "the config that is saved lost its rates"
 
 
 @pytest.mark.parametrize("packing", [True, False])
