@@ -26,14 +26,16 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 PEERS = PROJECT / "benchmarks" / "store_peers"
 
-#: Seven stages of `tiny`, cut down: world, two data sets, base model, SFT, reward model, DPO.
+#: Seven stages of `tiny`, cut down: world, three data sets, base model, preflight, SFT.
 SEVEN_STAGES = """
 extends: tiny
 name: seven
 world: {num_sft: 64, num_preference: 64, num_pretrain: 64, num_rlvr: 16, planted_sft: 1, planted_preference: 1,
   planted_rlvr: 1, num_eval_arithmetic: 10, num_eval_instructions: 10, num_eval_verified: 10, num_preference_eval: 10}
-data: {rlvr: null, preference_eval: null, verified_eval: null}
+data: {preference_eval: null, verified_eval: null}
 contamination: null
+reward_model: null
+dpo: null
 rlvr: null
 evaluation: null
 publish: null
@@ -67,10 +69,13 @@ def shown(values: list[float]) -> str:
 
 def cached_flow(folder: Path, repeats: int) -> None:
     sys.path.insert(0, str(PROJECT))
+    from smoltulu.flows.graphs.recipe_graph import Graph
     from smoltulu.flows.machine import machine, prefect_api
+    from smoltulu.flows.recipe import load_recipe
 
     recipe = folder / "seven.yaml"
     recipe.write_text(SEVEN_STAGES)
+    assert len(Graph(load_recipe(str(recipe))).nodes) == 7, "as many as the plain flow has tasks"
     home = folder / "home"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
