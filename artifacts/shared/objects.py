@@ -66,8 +66,8 @@ class Objects(Protocol):
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects; what cannot be removed stays, for it only costs space."""
 
-    def sweep(self, prefix: str) -> None:
-        """Remove what killed writers left half-written below `prefix`; nothing where objects appear whole."""
+    def settle(self, prefix: str) -> None:
+        """Have what `list` names from here on last, and remove what killed writers left half-written below `prefix`."""
         return None
 
     def prepare(self) -> None:
@@ -138,9 +138,8 @@ class FolderObjects:
             return file.read()
 
     def put(self, name: str, data: bytes, patience: float = 60.0) -> None:
-        temporary = self._temporary(name, data)
-        temporary.replace(self.root / name)
-        sync(temporary.parent)
+        self._temporary(name, data).replace(self.root / name)
+        self._keep(self.root / name)
 
     def create(self, name: str, data: bytes, patience: float = 60.0) -> bool:
         temporary = self._temporary(name, data)
@@ -149,7 +148,8 @@ class FolderObjects:
             os.link(temporary, self.root / name)
         except FileExistsError:
             # On NFS the answer to a link that worked can be lost and the link tried again.
-            return self.get(name) == data
+            if self.get(name) != data:
+                return False
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
@@ -159,7 +159,7 @@ class FolderObjects:
             ) from None
         finally:
             temporary.unlink(missing_ok=True)
-        sync(temporary.parent)
+        self._keep(self.root / name)
         return True
 
     def delete(self, names: Iterable[str]) -> None:
@@ -167,14 +167,26 @@ class FolderObjects:
             with contextlib.suppress(OSError):
                 (self.root / name).unlink()
 
-    def sweep(self, prefix: str) -> None:
-        for path in (self.root / prefix).rglob(f"{_TEMPORARY}*"):
-            path.unlink(missing_ok=True)
+    def settle(self, prefix: str) -> None:
+        for folder, _, names in os.walk(self.root / prefix, onerror=_unless_gone):
+            for name in names:
+                if name.startswith(_TEMPORARY):
+                    Path(folder, name).unlink(missing_ok=True)
+            # Who made a name may have been killed before it was on disk, and nobody would upload it again.
+            with contextlib.suppress(FileNotFoundError):
+                sync(Path(folder))
 
     def prepare(self) -> None:
         # Only the last folder: where a disk is not mounted, the folders above are missing, and must stay so.
         self.root.mkdir(exist_ok=True, mode=0o770)
         sync(self.root.parent)
+
+    @staticmethod
+    def _keep(path: Path) -> None:
+        """Have a new name last, and see that it is there: a server that lost power before the sync has lost it."""
+        sync(path.parent)
+        if not path.exists():
+            raise OSError(errno.ESTALE, f"{path} is gone, just written: its server was restarted")
 
     def _temporary(self, name: str, data: bytes) -> Path:
         folder = (self.root / name).parent

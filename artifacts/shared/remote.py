@@ -172,11 +172,11 @@ class Remote:
         manifest_bytes = (folder / MANIFEST).read_bytes()
         manifest = parse_manifest(manifest_bytes)
         assert lease.folder == _folder(manifest.spec.stage, manifest.key)
-        there = self._ask(lambda: self._objects.list(lease.folder))
         found = self.find(manifest.spec.stage, manifest.key)
         if isinstance(found, RemoteArtifact) and found.manifest_bytes == manifest_bytes:
             return False
-        self._ask(lambda: self._objects.sweep(lease.folder))
+        self._ask(lambda: self._objects.settle(lease.folder))
+        there = self._ask(lambda: self._objects.list(lease.folder))
         prefix = f"{lease.folder}/damaged/"
         marks = {name.removeprefix(prefix): name for name, size in there.items() if name.startswith(prefix) and size}
         paths = {record.blake3: (folder / name, record) for name, record in manifest.files.items()}

@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltulu.artifacts.keys import artifact_key, canonical_json, folder_records, records_digest, with_checksum
+from smoltulu.artifacts.shared import objects as shared_objects
 from smoltulu.artifacts.shared.format import parts_of, unfit_file_names
 from smoltulu.artifacts.shared.lease import Ending, LeaseLost, _who
 from smoltulu.artifacts.shared.objects import RemoteError, open_objects
@@ -700,6 +701,38 @@ def test_a_folder_that_is_not_mounted_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(RemoteError, match="there is no such bucket or folder"):
         remote(str(tmp_path / "not-mounted/store")).check()
     assert not (tmp_path / "not-mounted").exists()
+
+
+@pytest.mark.parametrize("call", ["put", "create"])
+def test_a_name_that_its_server_lost_before_it_was_on_disk_is_not_taken_for_written(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart of a file server between the rename and the sync: the sync then succeeds, of a folder without it."""
+    (tmp_path / "shared").mkdir()
+    objects, true_sync = open_objects(str(tmp_path / "shared")), shared_objects.sync
+
+    def restarted(path: Path) -> None:
+        for lost in path.glob("manifest"):
+            lost.unlink()
+        true_sync(path)
+
+    monkeypatch.setattr(shared_objects, "sync", restarted)
+    with pytest.raises(OSError, match="its server was restarted"):
+        getattr(objects, call)("x/manifest", b"1")
+
+
+def test_what_a_killed_push_left_is_on_disk_before_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not uploaded again, so nobody else would sync its name."""
+    (tmp_path / "shared").mkdir()
+    shared, made, synced = remote(str(tmp_path / "shared")), generation(tmp_path / "gen", FILES), []
+    push(shared, made)
+    for ending in (tmp_path / "shared" / "sft" / KEY / "turns").glob("*.end"):
+        ending.unlink()
+    true_sync = shared_objects.sync
+    monkeypatch.setattr(shared_objects, "sync", lambda path: (synced.append(path), true_sync(path)))
+    push(shared, made)
+    names = [path.name for path in synced]
+    assert "files" in names and names.index("files") < names.index("manifests"), names
 
 
 def test_a_folder_leaves_no_debris(tmp_path: Path) -> None:
