@@ -270,8 +270,8 @@ def _port_of_what_lives(home: Path, port: int | None, say: Say) -> int | None:
     return known
 
 
-def _start(home: Path, name: str, url: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a Prefect command in the background, in a session of its own so that Ctrl-C here does not reach it."""
+def _start(home: Path, name: str, url: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start a command of Prefect in the background, in a session of its own so that Ctrl-C here does not reach it."""
     logs = home / "logs"
     logs.mkdir(exist_ok=True)
     path = logs / f"{name}.log"
@@ -279,7 +279,7 @@ def _start(home: Path, name: str, url: str, *arguments: str) -> subprocess.Popen
         path.replace(logs / f"{name}.previous.log")
     with path.open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "prefect", *arguments],
+            [sys.executable, "-m", module, *arguments],
             cwd=PROJECT,
             env=child_environment(home, url),
             stdin=subprocess.DEVNULL,
@@ -296,7 +296,7 @@ def _start_server(home: Path, port: int, say: Say) -> Record:
             "`smoltulu up --port N`"
         )
     url, log = prefect_api.url_of(port), home / "logs" / "server.log"
-    child = _start(home, "server", url, "server", "start", "--host", "127.0.0.1", "--port", str(port))
+    child = _start(home, "server", url, "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
     record = Record(child.pid, port=port)
     write_atomically(home / "server.json", json.dumps(asdict(record)))
     say(f"server    starting on port {port} (process {child.pid}; a new database takes some seconds) ...")
@@ -310,8 +310,9 @@ def _start_server(home: Path, port: int, say: Say) -> Record:
 def _start_worker(home: Path, url: str, limit: int, say: Say) -> None:
     name, log = f"{prefect_api.POOL}-{uuid4().hex[:8]}", home / "logs" / "worker.log"
     child = _start(
-        home, "worker", url, "worker", "start", "--pool", prefect_api.POOL, "--limit", str(limit), "--name", name
-    )
+        home, "worker", url, "smoltulu.flows.machine.worker", "worker", "start",
+        "--pool", prefect_api.POOL, "--limit", str(limit), "--name", name,
+    )  # fmt: skip
     write_atomically(home / "worker.json", json.dumps(asdict(Record(child.pid, name=name, limit=limit))))
     say(f"worker    starting (process {child.pid}, {limit} run{'s' if limit > 1 else ''} at a time) ...")
     seconds = _wait(

@@ -13,6 +13,7 @@ Compare ALICE (https://www.usenix.org/conference/osdi14/technical-sessions/prese
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import shutil
@@ -32,7 +33,7 @@ class File:
     def now(self) -> bytes:
         """Its present bytes; of one without a name left, those that it had."""
         for folder, name in self.names:
-            return (folder.path() / name).read_bytes()
+            return _bytes(folder.path() / name)
         return self.last
 
 
@@ -80,7 +81,7 @@ class Disk:
                     inner.above = (folder, entry.name)
                     folder.entries[entry.name] = inner
                 else:
-                    file = File(safe=Path(entry.path).read_bytes())
+                    file = File(safe=_bytes(Path(entry.path)))
                     file.names.add((folder, entry.name))
                     folder.entries[entry.name] = file
             return folder
@@ -135,7 +136,7 @@ class Disk:
         """A name is about to go: its bytes may have to come back."""
         what = self._at(path)[2]
         if isinstance(what, File):
-            what.last = path.read_bytes()
+            what.last = _bytes(path)
 
     def synced(self, path: Path) -> None:
         what = self.top if path == self.root else self._at(path)[2]
@@ -186,6 +187,12 @@ class Disk:
         shutil.rmtree(self.root)
         ruins.rename(self.root)
         self._read_anew()
+
+
+def _bytes(path: Path) -> bytes:
+    """Read without a call of the process that is looked at: in the middle of a sync nothing may come between."""
+    with io.FileIO(path) as file:
+        return file.readall()
 
 
 def _left_of(file: File, rng: random.Random) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -14,10 +15,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
+import httpx
 import psutil
 import pytest
+from prefect.workers import base
 
 from smoltulu.flows.machine import doctor, machine, places, prefect_api, processes
+from smoltulu.flows.machine.worker import patient
 
 PROBE = """
 import sys, subprocess
@@ -299,6 +303,33 @@ def test_a_power_cut_is_diagnosed_and_fixed(box: Box) -> None:
     assert state() == "Crashed"
     up = box.cli("up")
     assert up.returncode == 0 and "polls the pool" in up.stdout, up.stdout
+
+
+def test_a_worker_asks_on_where_prefects_own_gives_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prefect's loop ends after 12 polls without an answer. That of `up`'s worker begins anew."""
+    num_polls = 0
+
+    async def poll() -> None:
+        nonlocal num_polls
+        num_polls += 1
+        if num_polls == 30:
+            raise KeyError("this test ends it")
+        raise httpx.ConnectError("refused")
+
+    def nothing(*said: object) -> None: ...
+
+    given = {"workload": poll, "interval": 0.001, "backoff": 4, "printer": nothing}
+    with pytest.raises(RuntimeError, match="error threshold"):
+        asyncio.run(base.critical_service_loop(**given))
+    assert num_polls == 12
+    with pytest.raises(KeyError, match="this test ends it"):
+        asyncio.run(patient(base.critical_service_loop)(**given))
+    assert num_polls == 30 and "`smoltulu up` starts a new one" in capsys.readouterr().out
+
+
+def test_the_worker_is_the_patient_one(box: Box) -> None:
+    worker = machine.running(box.home, "worker")
+    assert worker is not None and "smoltulu.flows.machine.worker" in worker.processes()[0].cmdline()
 
 
 def test_down_stops_runs_which_report_their_end_and_nothing_else(box: Box) -> None:
