@@ -47,7 +47,7 @@ def _description(preset: Path) -> str:
     """Read as far as the description only: every run begins with this, and the whole of all presets takes 0.05 s."""
     events = yaml.parse(preset.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     texts = (event.value for event in events if isinstance(event, yaml.ScalarEvent))
-    return next(text for key, text in pairwise(texts) if key == "description")
+    return next((text for key, text in pairwise(texts) if key == "description"), "")
 
 
 def stage_descriptions() -> dict[str, str]:

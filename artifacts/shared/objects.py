@@ -185,8 +185,10 @@ class FolderObjects:
     def _keep(path: Path) -> None:
         """Have a new name last, and see that it is there: a server that lost power before the sync has lost it."""
         sync(path.parent)
-        if not path.exists():
-            raise OSError(errno.ESTALE, f"{path} is gone, just written: its server was restarted")
+        try:
+            os.close(open_plain(path))  # `stat` may be answered from the client's cache
+        except FileNotFoundError:
+            raise OSError(errno.ESTALE, f"{path} is gone, just written: its server was restarted") from None
 
     def _temporary(self, name: str, data: bytes) -> Path:
         folder = (self.root / name).parent

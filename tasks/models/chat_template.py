@@ -186,22 +186,30 @@ def _check_answers(given: str, conversation: list[dict[str, str]], marked: str, 
         marked: the conversation's text, with <train> and </train> around what the template marks.
         prompts: for each answer, the text of what comes before it without and with the generation prompt.
     """
-    whole = _TRAINED.sub("", marked)
-    edges, length = [], 0  # where the template's marks begin and end in `whole`
-    for piece in _TRAINED.split(marked)[:-1]:
-        length += len(piece)
-        edges.append(length)
-    spans = list(zip(edges[::2], edges[1::2], strict=True))
-    questions = [turn["content"] for turn in conversation if turn["role"] == "user"]
-    answers = [turn["content"] for turn in conversation if turn["role"] == "assistant"]
-    starts = [whole.find(question) + len(question) for question in questions]
-    ends = [*(whole.find(question) for question in questions[1:]), len(whole)]
-    for answer, (asked, prompt), start, end in zip(answers, prompts, starts, ends, strict=True):
-        mine = [span for span in spans if start <= span[0] < end]
-        begin = mine[0][0] if mine else end
-        trained = whole[begin : mine[-1][1]] if mine else ""
-        if answer in trained and not trained.rpartition(answer)[2].strip():
-            if whole[:end].rpartition(answer)[2].strip():
+    whole, is_trained = "", []  # is_trained: of each character
+    for number, piece in enumerate(_TRAINED.split(marked)):
+        whole += piece
+        is_trained += [number % 2 == 1] * len(piece)
+    places, place = [], 0  # where each turn's content begins and ends
+    for turn in conversation:
+        begin = max(whole.find(turn["content"], place), 0)
+        place = begin + len(turn["content"])
+        places.append((begin, place))
+    answers = [number for number, turn in enumerate(conversation) if turn["role"] == "assistant"]
+    ends_of_turns = []
+    for number, (asked, prompt) in zip(answers, prompts, strict=True):
+        begin, end = places[number]
+        is_last = number == answers[-1]
+        start, stop = places[number - 1][1], len(whole) if is_last else places[number + 1][0]
+        if not any(is_trained[start:stop]) and any(is_trained):
+            raise ValueError(
+                f"{given} marks one of several answers only: put {{% generation %}} … {{% endgeneration %}} around "
+                "every answer and the end of its turn"
+            )
+        end_of_turn = "".join(whole[at] for at in takewhile(lambda at: is_trained[at], range(end, stop))).strip()
+        ends_of_turns.append(end_of_turn)
+        if all(is_trained[begin:end]) and not end_of_turn:
+            if whole[end:stop].strip():
                 raise ValueError(
                     f"{given} trains on other text than the assistant's content and the end of its turn: put the eos "
                     "inside {% generation %} … {% endgeneration %}, or the token that ends a turn; without it there, a "
@@ -211,19 +219,28 @@ def _check_answers(given: str, conversation: list[dict[str, str]], marked: str, 
                 f"{given} does not close an assistant turn with eos_token, or with a token that ends a turn: a model "
                 "would never stop"
             )
-        goes_on = whole.startswith(prompt)
-        if not goes_on and answer == answers[-1]:  # earlier answers may have lost what was prompted, such as thoughts
+        # Where the text before the answer ends, and up to where the conversation goes on as it was prompted.
+        header, shared = _num_shared(asked, prompt), _num_shared(whole, prompt)
+        if is_last and shared < len(prompt):
             raise ValueError(
                 f"{given}: the generation prompt {prompt[-40:]!r} is not how the conversation goes on "
                 f"({whole[: len(prompt)][-40:]!r}); training and generation would see different text"
             )
+        first = next((at for at in range(start, stop) if is_trained[at]), stop)
         # What stands between the header and an answer, such as empty <think> tags, may be both prompted and trained.
-        header = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, prompt, strict=False)))
-        is_header_trained = begin < len(prompt) and not prompt[header:begin].strip()
-        if answer not in trained or (goes_on and (is_header_trained or whole[len(prompt) : begin].strip())):
+        # Earlier answers may have lost it, but not the header.
+        is_header_trained = first < shared and not prompt[header:first].strip()
+        is_other_header = bool(prompt[header:].strip()) and not prompt[header:shared].strip()
+        if not all(is_trained[begin:end]) or is_header_trained or is_other_header or whole[shared:first].strip():
             raise _trains_on_other_text(given, prompt)
-    if any(not any(start <= begin < end for start, end in zip(starts, ends, strict=True)) for begin, _ in spans):
+    others = [places[number] for number in range(len(conversation)) if number not in answers]
+    if any(any(is_trained[begin:end]) for begin, end in others) or not all(map(end_of_turn.startswith, ends_of_turns)):
         raise _trains_on_other_text(given, prompts[-1][1])
+
+
+def _num_shared(first: str, second: str) -> int:
+    """Characters with which both begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _trains_on_other_text(given: str, prompt: str) -> ValueError:
@@ -235,14 +252,18 @@ def _trains_on_other_text(given: str, prompt: str) -> ValueError:
 
 def _with_bos(text: str, name: str, add_bos_token: bool, bos: str) -> str:
     """A template whose conversations begin with one bos, or none. `bos`: the tokenizer's, for it may stand as text."""
-    rendered = [whole for whole in _renderings(text, bos=bos) if whole is not None]
-    if all(whole.startswith(bos) == add_bos_token for whole in rendered):
+    rendered = [whole for whole in _renderings(text) if whole is not None]
+    # A text that every turn begins with is no bos, though a tokenizer may call it so (SmolLM2's <|im_start|>).
+    is_text = bos != _BOS and all(whole.startswith(bos) and whole.count(bos) == 1 for whole in rendered)
+    if all((whole.startswith((_BOS, bos) if add_bos_token else _BOS)) == add_bos_token for whole in rendered) and (
+        add_bos_token or not is_text
+    ):
         return text
     written = "{{ bos_token or raise_exception('add_bos_token is true, and the tokenizer has no bos token') }}"
     # A line of its own after a block: what `trim_blocks` takes away is not the template's.
     changed = written + text if add_bos_token else "{% set bos_token = '' %}\n" + text
-    counts = {whole.count(bos) for whole in _renderings(changed, bos=bos) if whole is not None}
-    if counts != {int(add_bos_token)}:
+    counts = {whole.count(_BOS) for whole in _renderings(changed) if whole is not None}
+    if counts != {int(add_bos_token)} or is_text:
         raise ValueError(
             f"add_bos_token is {str(add_bos_token).lower()}, and chat_template {name!r} writes bos in other places as "
             "well, or as text; copy it to a file, write bos there where you want it, and leave add_bos_token out"
@@ -278,7 +299,6 @@ def _render(
     add_generation_prompt: bool = False,
     show_trained: bool = False,
     day: str = "a day",
-    bos: str = _BOS,
 ) -> str:
     """As transformers renders (sandboxed, trimmed blocks, `generation` blocks), without importing it.
 
@@ -286,7 +306,7 @@ def _render(
     """
     import jinja2
 
-    tokens = {"bos_token": bos, "eos_token": _EOS, "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokens = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": "<pad>", "unk_token": "<unk>"}
     given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     faults = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
     try:

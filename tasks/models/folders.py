@@ -172,7 +172,7 @@ class _WithoutDropout:
         self._config = config
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") and not name.startswith("_attn"):  # copying and pickling ask before there is a config
+        if name == "_config" or name.startswith("__"):  # copying and pickling ask before there is a config
             raise AttributeError(name)
         value = getattr(self._config, name)
         return 0.0 if "drop" in name and type(value) is float else value

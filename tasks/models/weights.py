@@ -35,7 +35,7 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in)\
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 #: What old checkpoints hold and models compute: causal masks (some of them with -inf), rotary frequencies, positions.
-_COMPUTED = re.compile(r"(?:^|\.)(?:masked_bias|causal_mask|inv_freq|position_ids)$|(?:attn|attention)\.bias$")
+_COMPUTED = re.compile(r"(?:^|\.)(?:masked_bias|causal_mask|inv_freq|position_ids|(?:attn|attention)\.bias)$")
 _SHOWN_ERROR = 300
 _MOST = 10**9  # a larger number is none of layers, tokens or sizes
 #: Begins the last line of the check in a process of its own, where the weights are wrong.

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from prefect.workers import base
 
-from smoltulu.flows.machine import doctor, machine, places, prefect_api, processes
+from smoltulu.flows.machine import doctor, machine, places, prefect_api, processes, worker
 from smoltulu.flows.machine.worker import patient
 
 PROBE = """
@@ -305,7 +305,9 @@ def test_a_power_cut_is_diagnosed_and_fixed(box: Box) -> None:
     assert up.returncode == 0 and "polls the pool" in up.stdout, up.stdout
 
 
-def test_a_worker_asks_on_where_prefects_own_gives_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_asks_on_where_prefects_own_gives_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Prefect's loop ends after 12 polls without an answer. That of `up`'s worker begins anew."""
     num_polls = 0
 
@@ -316,20 +318,32 @@ def test_a_worker_asks_on_where_prefects_own_gives_up(capsys: pytest.CaptureFixt
             raise KeyError("this test ends it")
         raise httpx.ConnectError("refused")
 
-    def nothing(*said: object) -> None: ...
-
-    given = {"workload": poll, "interval": 0.001, "backoff": 4, "printer": nothing}
+    given = {"workload": poll, "interval": 0.001, "backoff": 4}
     with pytest.raises(RuntimeError, match="error threshold"):
         asyncio.run(base.critical_service_loop(**given))
     assert num_polls == 12
     with pytest.raises(KeyError, match="this test ends it"):
         asyncio.run(patient(base.critical_service_loop)(**given))
-    assert num_polls == 30 and "`smoltulu up` starts a new one" in capsys.readouterr().out
+    said = capsys.readouterr().out.rpartition("`smoltulu up` starts a new one")[0].splitlines()
+    assert num_polls == 30 and "httpx.ConnectError: refused" in said
+    # Where the folder of its `up` is gone, nobody waits for it.
+    monkeypatch.setenv(machine.MARK, str(tmp_path / "gone"))
+    num_polls = 0
+    with pytest.raises(RuntimeError, match="error threshold"):
+        asyncio.run(patient(base.critical_service_loop)(**given))
+
+
+def test_the_patient_loop_stands_in_for_prefects(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_loop, called = base.critical_service_loop, []
+    monkeypatch.setattr(base, "critical_service_loop", true_loop)
+    monkeypatch.setattr(worker, "app", lambda: called.append(base.critical_service_loop))
+    worker.main()
+    assert [loop.__wrapped__ for loop in called] == [true_loop]
 
 
 def test_the_worker_is_the_patient_one(box: Box) -> None:
-    worker = machine.running(box.home, "worker")
-    assert worker is not None and "smoltulu.flows.machine.worker" in worker.processes()[0].cmdline()
+    running = machine.running(box.home, "worker")
+    assert running is not None and "smoltulu.flows.machine.worker" in running.processes()[0].cmdline()
 
 
 def test_down_stops_runs_which_report_their_end_and_nothing_else(box: Box) -> None:

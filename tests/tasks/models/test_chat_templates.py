@@ -180,6 +180,35 @@ PLAIN = (
             "trains on other text",
         ),
         (
+            "{{ m.role }}: {{ m.content }}\n",
+            "{% if loop.index > 2 %}{% generation %}{{ m.role }}: {{ m.content }}\n{% endgeneration %}"
+            "{% else %}{{ m.role }}: {{ m.content }}\n{% endif %}",
+            "trains on other text",
+        ),
+        (
+            "{{ m.role }}: {{ m.content }}",
+            "{% if loop.index > 2 %}{% generation %}{{ m.role }}: {% endgeneration %}{% else %}{{ m.role }}: "
+            "{% endif %}{{ m.content }}",
+            "trains on other text",
+        ),
+        (
+            "{{ m.content + eos_token }}{% endgeneration %}",
+            "{{ m.content }}{% endgeneration %}{{ eos_token }}{% generation %}\n{% endgeneration %}",
+            "or the token that ends a turn",
+        ),
+        (
+            "{{ m.content + eos_token }}{% endgeneration %}",
+            "{% endgeneration %}{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}",
+            "trains on other text",
+        ),
+        ("A: {% generation %}", "{{ 'A: ' if loop.last else 'B: ' }}{% generation %}", "trains on other text"),
+        (
+            "{% generation %}{{ m.content + eos_token }}{% endgeneration %}",
+            "{% if loop.last %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}"
+            "{{ eos_token }}{% endif %}",
+            "marks one of several answers only",
+        ),
+        (
             "add_generation_prompt %}A: ",
             "add_generation_prompt %}A: {% if messages[0].role == 'user' %}Sure{% endif %}",
             "is not how the conversation goes on",
@@ -331,6 +360,28 @@ def test_a_bos_that_stands_as_text_is_one(bos: Any) -> None:
         load_chat_template("own", files.get, False)
     files["tokenizer_config.json"] = json.dumps({"bos_token": "<other>"})
     assert load_chat_template("own", files.get, False) == "<s>" + PLAIN
+
+
+@pytest.mark.parametrize("decision", [True, False])
+def test_a_bos_that_opens_every_turn_is_none(decision: bool) -> None:
+    """SmolLM2's tokenizer says so of <|im_start|>."""
+    files = {"chat_template.jinja": CHATML, "tokenizer_config.json": json.dumps({"bos_token": "<|im_start|>"})}
+    assert load_chat_template("own", files.get, decision) == CHATML
+
+
+def test_earlier_answers_may_have_lost_thoughts_but_not_their_header() -> None:
+    """As Qwen3 renders: empty thoughts are prompted, and only the last answer keeps them."""
+    qwen = (
+        PLAIN.replace("A: {% generation %}", "A: {% if loop.last %}<think></think>{% endif %}{% generation %}")
+        .replace("add_generation_prompt %}A: ", "add_generation_prompt %}A: <think></think>")
+    )  # fmt: skip
+    assert own(qwen) == qwen
+    with pytest.raises(ValueError, match="not with the header of its turn"):
+        own(
+            qwen.replace("A: {% if loop.last", "{% if loop.last %}A: {% endif %}{% if loop.last").replace(
+                "{% generation %}", "{% generation %}{% if not loop.last %}A: {% endif %}"
+            )
+        )
 
 
 def test_a_bos_that_only_some_conversations_have_is_decided_for_all() -> None:

@@ -264,11 +264,12 @@ OLD_BUFFERS = {
     "gpt_bigcode": "transformer.h.0.attn.bias",
     "gpt_neox": "gpt_neox.layers.0.attention.masked_bias",
 }
+OLD_GPT2 = GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=2, n_positions=64)
 ARCHITECTURES: list[PreTrainedConfig] = [
     MistralConfig(**SMALL), Qwen2Config(**SMALL, tie_word_embeddings=True), Qwen3Config(**SMALL), Gemma2Config(**SMALL),
     Gemma3TextConfig(**SMALL), Olmo2Config(**SMALL), Phi3Config(**SMALL),
     MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1),
-    GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+    OLD_GPT2,
     GPTBigCodeConfig(vocab_size=160, n_embd=32, n_layer=2, n_head=2, n_positions=64),
     GPTNeoConfig(vocab_size=160, hidden_size=32, num_layers=2, num_heads=2, max_position_embeddings=64,
                  attention_types=[[["global", "local"], 1]]),
@@ -332,6 +333,17 @@ def test_corrupt_values_are_found(copy: Path, value: float, dtype: torch.dtype) 
     change(copy, corrupt)
     check_architecture(copy)
     with pytest.raises(ValueError, match=r"infinite values in 1 tensors \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
+        check_values(copy)
+
+
+def test_a_trained_bias_is_no_mask(copy: Path) -> None:
+    """GPT-2's `attn.bias` is a mask that models compute, its `attn.c_attn.bias` is trained."""
+    (copy / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_config(OLD_GPT2).save_pretrained(copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["transformer.h.1.attn.c_attn.bias"][3] = float("nan")
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"infinite values in 1 tensors \(transformer\.h\.1\.attn\.c_attn\.bias\)"):
         check_values(copy)
 
 
