@@ -158,7 +158,9 @@ class Graph(NodeGraph):
     def _base_model(self, sft_rows: str | None) -> str | None:
         config = self.recipe.base_model
         inputs: dict[str, Binding] = {}
-        externals = {}
+        # What ends an answer, and so cannot be padding, is what the template writes.
+        parts = self._template if config.pad_token is not None else {"literals": {}, "externals": {}}
+        externals = dict(parts["externals"])
         if config.scratch is not None:
             if self.recipe.world is not None:
                 inputs["world"] = Binding("world")
@@ -172,7 +174,9 @@ class Graph(NodeGraph):
             assert config.repository is not None
             revision = self._commit(Reference("model", config.repository, config.revision))
             config = config.model_copy(update={"revision": revision})
-        return self._add("base-model", STAGES["base_model"], config, inputs=inputs, externals=externals)
+        return self._add(
+            "base-model", STAGES["base_model"], config, inputs=inputs, literals=parts["literals"], externals=externals
+        )
 
     def _read_base_model(self, name: str) -> str | None:
         """Text of a file of the base model, for its own chat template; None where it has no such file."""
