@@ -21,14 +21,8 @@ from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.data.sources import (
-    Reference,
-    SourceUnavailable,
-    expand_path,
-    hub_text,
-    resolve_commit,
-    resolve_commits,
-)
+from smoltulu.tasks.data.hub import Reference, SourceUnavailable, hub_text, resolve_commit, resolve_commits
+from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.evaluation.lm_eval import definitions_digest
 from smoltulu.tasks.models.chat_template import load_chat_template
 from smoltulu.tasks.models.folders import check_model_folder
@@ -50,7 +44,7 @@ class Graph(NodeGraph):
         """Resolve all references from outside the store, and add the nodes up to stage `until`.
 
         unresolved  keep, for a plan: a revision that cannot be resolved stays as written (`self.unresolved`)
-        resolve     returns the commit of a Hub reference, see `tasks.data.sources.resolve_commit`
+        resolve     returns the commit of a Hub reference, see `tasks.data.hub.resolve_commit`
 
         Raises ValueError for a missing file or folder, a template that does not render, a malformed name, and (unless
         `unresolved` is keep) for a revision that cannot be resolved.
