@@ -15,7 +15,12 @@ TRASH_PREFIX = ".trash-"
 #: Manifests, specs and records are small; what is larger than this is none, and is not read into memory.
 MAX_RECORD_BYTES = 64 << 20
 #: Of a disk or network that does not answer, and of rights: they say nothing of what lies there.
-READ_ERRORS = (errno.EIO, errno.ESTALE, errno.EINTR, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
+READ_ERRORS = (
+    *(errno.EIO, errno.EREMOTEIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN),  # a disk, and what lies on it
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.ENODEV),  # a network
+    *(errno.EACCES, errno.EPERM),
+    *(errno.EINTR, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM),  # this process, or this machine
+)
 
 
 def open_plain(path: Path | str, flags: int = os.O_RDONLY) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
@@ -12,7 +13,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from smoltulu.artifacts.files import READ_ERRORS
+from smoltulu.artifacts.files import READ_ERRORS, open_plain
 from smoltulu.schemas.artifact import FileRecord, Manifest, Spec
 
 #: Folder of an artifact for what a stage logs.
@@ -23,6 +24,8 @@ CHECKPOINT_FOLDER = "checkpoint"
 NO_CONTENT = (LOGS_FOLDER, CHECKPOINT_FOLDER)
 
 _PARALLEL_BYTES = 1 << 20
+#: As fast as a mapped file (1.5 GiB/s on two cores, either way); 16 MiB at a time leave the caches: half as fast.
+_READ_BYTES = 4 << 20
 _NUM_FILES_AT_ONCE = 4
 
 
@@ -67,9 +70,19 @@ def text_digest(text: str) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """BLAKE3 (64 hex digits) of a file's bytes: memory-mapped, on several threads where it is large."""
-    hasher = blake3(max_threads=blake3.AUTO if path.stat().st_size > _PARALLEL_BYTES else 1)
-    hasher.update_mmap(path)
+    """BLAKE3 (64 hex digits) of a file's bytes, on several threads where it is large. OSError where it cannot be read.
+
+    Read, not memory-mapped: a bad sector of a mapped file, or its end where it is cut meanwhile, kills the process.
+    """
+    with open(open_plain(path), "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        hasher = blake3(max_threads=blake3.AUTO if size > _PARALLEL_BYTES else 1)
+        buffer = memoryview(bytearray(min(size, _READ_BYTES) or 1))
+        try:
+            while num_bytes := file.readinto(buffer):
+                hasher.update(buffer[:num_bytes])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a read does not say of which file
     return hasher.hexdigest()
 
 

@@ -27,6 +27,7 @@ from smoltulu.flows.recipe import check_secrets
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
+from smoltulu.schemas.common import problems_of
 from smoltulu.schemas.contamination import ContaminationOutputs, Shard, ShardResult
 from smoltulu.schemas.languages import LanguageOutputs
 from smoltulu.tasks.data.benchmarks import load_registry
@@ -108,8 +109,8 @@ def _checked(data: Any, settings: Any) -> tuple[list[str], AuditSettings]:
     try:
         return data, AuditSettings.model_validate(settings)
     except ValidationError as error:
-        problems = (f"  settings.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise ValueError("the settings of the audit are wrong:\n" + "\n".join(problems)) from None
+        problems = "\n".join(f"  settings.{problem}" for problem in problems_of(error))
+        raise ValueError(f"the settings of the audit are wrong:\n{problems}") from None
 
 
 def _make_all(graph: AuditGraph, store: Store, made: dict[str, ArtifactReference]) -> None:

@@ -18,10 +18,17 @@ class StrictModel(BaseModel):
 
 
 def first_problem(error: ValidationError) -> str:
-    """Where a record departs from its contract, and how, in one short line."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part)[:80] for part in first["loc"][:8])
-    return printable((f"{where}: " if where else "") + first["msg"][:200])
+    """Where a record first departs from its contract, and how, in one short line."""
+    return problems_of(error)[0]
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """Every place where a record departs from its contract, and how, each in one short line."""
+    found = []
+    for problem in error.errors(include_url=False, include_input=False, include_context=False):
+        where = ".".join(str(part)[:80] for part in problem["loc"][:8])
+        found.append(printable((f"{where}: " if where else "") + problem["msg"][:200]))
+    return found
 
 
 def printable(text: str) -> str:

@@ -27,8 +27,9 @@ class ModelSource(StrictModel):
     scratch: BaseModelConfig | None = science(None, description="architecture and pre-training of a model made here")
     pad_token: str | None = science(
         None,
-        description="pad token where the tokenizer has none or has eos; must exist in the vocabulary; "
-        "none given: `<pad>` is added",
+        max_length=MAX_NAME,
+        description="written into the tokenizer; a special token of the vocabulary that ends no answer. None given: "
+        "the base's own, or `<pad>` is added where that is missing or ends an answer",
     )
 
     @model_validator(mode="after")
@@ -44,6 +45,7 @@ class BaseModelInputs(StrictModel):
 
     world: str | None = Field(None)
     dataset: str | None = Field(None)
+    chat_template: str = Field("", description="text of the Jinja template, where a pad token is given")
 
 
 class ModelOutputs(StrictModel):

@@ -23,7 +23,8 @@ from unittest import mock
 from smoltulu.artifacts.nearest import differences, flat
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import load_recipe, preset_names
-from smoltulu.tasks.data.sources import Reference, expand_path
+from smoltulu.tasks.data.hub import Reference
+from smoltulu.tasks.data.sources import expand_path
 
 FILE = Path(__file__).with_suffix(".json")
 

@@ -139,3 +139,13 @@ def test_paths_that_documents_and_code_name_exist() -> None:
         and not path.startswith(("artifacts/store", "artifacts/reports"))
     }
     assert not gone
+
+
+def test_what_pydantic_found_is_worded_in_one_place() -> None:
+    """By `schemas.common.problems_of`, in short plain lines. Recipes have words of their own, with what is allowed."""
+    words = {
+        path.relative_to(ROOT).as_posix()
+        for path in MODULES.values()
+        if re.search(r"""['"]msg['"]""", path.read_text())
+    }
+    assert words == {"schemas/common.py", "flows/recipe.py"}

@@ -176,10 +176,9 @@ class Catalogue:
 
     def scores(self, ref: Ref) -> list[dict[str, Any]]:
         """Scores of a model from the evaluations of it, with `kind`; of an evaluation its own. Needs `consumers`."""
-        if ref.stage == "evaluation":
-            return scores_of(self.known(ref))
-        consumers = (consumer for consumer in self.consumers.get(ref.key, []) if consumer.stage == "evaluation")
-        manifests = (self.known(consumer) for consumer in consumers)
+        if own := scores_of(self.known(ref)):
+            return own
+        manifests = (self.known(consumer) for consumer in self.consumers.get(ref.key, []))
         of_it = (manifest for manifest in manifests if dig(manifest, "spec", "inputs", "model") == ref.key)
         return [score for manifest in of_it for score in scores_of(manifest)]
 

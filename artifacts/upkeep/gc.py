@@ -31,14 +31,14 @@ _DAY = 86_400.0
 class Rules:
     """What is kept besides tagged, running and locked artifacts. ValueError for a negative number.
 
-    keep_days       days since an artifact was last used, or since unfinished work last changed
-    keep_runs       newest runs whose artifacts stay
-    keep_published  keep what the `publish` stage made, and its lineage
+    keep_days    days since an artifact was last used, or since unfinished work last changed
+    keep_runs    newest runs whose artifacts stay
+    keep_stages  stages whose finished artifacts stay, and their lineage: those that publish
     """
 
     keep_days: float = 30.0
     keep_runs: int = 5
-    keep_published: bool = True
+    keep_stages: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.keep_days < 0 or self.keep_runs < 0:
@@ -130,9 +130,8 @@ class _Planner:
         for name, tag in sorted(self.catalogue.tags().items()):
             self._keep([Ref(tag.stage, tag.key)], f"tag {name}")
             self.in_kept_run.add(Ref(tag.stage, tag.key))
-        if self.rules.keep_published:
-            published = [ref for ref, folder in self.folders.items() if ref.stage == "publish" and folder.newest]
-            self._keep(published, "published")
+        published = [ref for ref, folder in self.folders.items() if ref.stage in self.rules.keep_stages]
+        self._keep([ref for ref in published if self.folders[ref].newest], "published")
         for run in runs[: self.rules.keep_runs]:
             self._keep_run(run, f"one of the newest {self.rules.keep_runs} runs")
         for ref, folder in self.folders.items():

@@ -90,8 +90,10 @@ def _check_generation(folder: KeyFolder, name: str) -> Finding:
         faults = [*_manifest_faults(folder, manifest), *Store(folder.path.parent.parent).verify(Found(manifest, path))]
     except (OSError, ValueError) as error:  # whatever one of them is, the others are looked at too
         # What may not be read now is not damaged: it is left where it is.
-        status = "unreadable" if isinstance(error, OSError) and error.errno in READ_ERRORS else "damaged"
-        return Finding(folder.ref, name, status, (f"it cannot be checked: {printable(str(error))}",))
+        if isinstance(error, OSError) and error.errno in READ_ERRORS:
+            where = printable(os.path.relpath(error.filename, path)) if error.filename else "a file of it"
+            return Finding(folder.ref, name, "unreadable", (f"{where} could not be read ({error.strerror})",))
+        return Finding(folder.ref, name, "damaged", (f"it cannot be checked: {printable(str(error))}",))
     size = sum(record.size for record in manifest.files.values())
     return Finding(folder.ref, name, "damaged" if faults else "ok", tuple(faults), size)
 

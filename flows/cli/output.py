@@ -91,8 +91,10 @@ def fail(error: object) -> NoReturn:
     """Print one clear message and exit with code 1."""
     from pydantic import ValidationError
 
+    from smoltulu.schemas.common import problems_of
+
     if isinstance(error, ValidationError):
-        error = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        error = "; ".join(problems_of(error))
     elif isinstance(error, OSError) and error.filename:
         error = f"{error.strerror}: {error.filename}"
     text = clean(error)

@@ -15,7 +15,7 @@ from smoltulu.flows.planning.plan import Plan, PlanRow, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
 from smoltulu.flows.recipe import check_evaluation, load_recipe
 from smoltulu.schemas.preflight import PreflightOutputs
-from smoltulu.tasks.data.sources import HubUnreachable
+from smoltulu.tasks.data.hub import HubUnreachable
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.stages import STAGES
 

@@ -140,9 +140,12 @@ def gc(
     """Show what can be removed from the store, and why the rest stays; with --yes, remove it."""
     from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
     from smoltulu.artifacts.upkeep.removal import remove
+    from smoltulu.schemas.publish import PublishOutputs
+    from smoltulu.tasks.stages import STAGES
 
     catalogue = _open(store)
-    plan = plan_gc(catalogue, Rules(keep_days, keep_runs, keep_published))
+    publishing = frozenset(name for name, stage in STAGES.items() if stage.makes(PublishOutputs))
+    plan = plan_gc(catalogue, Rules(keep_days, keep_runs, publishing if keep_published else frozenset()))
     out = console(quiet=as_json)
     _print_plan(out, plan, every)
     outcome = remove(plan, catalogue.root) if yes else None

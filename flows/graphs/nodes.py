@@ -15,7 +15,8 @@ from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.data.sources import Reference, source_digest
+from smoltulu.tasks.data.hub import Reference
+from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.stage import Stage
 

@@ -21,14 +21,8 @@ from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.data.sources import (
-    Reference,
-    SourceUnavailable,
-    expand_path,
-    hub_text,
-    resolve_commit,
-    resolve_commits,
-)
+from smoltulu.tasks.data.hub import Reference, SourceUnavailable, hub_text, resolve_commit, resolve_commits
+from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.evaluation.lm_eval import definitions_digest
 from smoltulu.tasks.models.chat_template import load_chat_template
 from smoltulu.tasks.models.folders import check_model_folder
@@ -50,7 +44,7 @@ class Graph(NodeGraph):
         """Resolve all references from outside the store, and add the nodes up to stage `until`.
 
         unresolved  keep, for a plan: a revision that cannot be resolved stays as written (`self.unresolved`)
-        resolve     returns the commit of a Hub reference, see `tasks.data.sources.resolve_commit`
+        resolve     returns the commit of a Hub reference, see `tasks.data.hub.resolve_commit`
 
         Raises ValueError for a missing file or folder, a template that does not render, a malformed name, and (unless
         `unresolved` is keep) for a revision that cannot be resolved.
@@ -158,7 +152,9 @@ class Graph(NodeGraph):
     def _base_model(self, sft_rows: str | None) -> str | None:
         config = self.recipe.base_model
         inputs: dict[str, Binding] = {}
-        externals = {}
+        # What ends an answer, and so cannot be padding, is what the template writes.
+        parts = self._template if config.pad_token is not None else {"literals": {}, "externals": {}}
+        externals = dict(parts["externals"])
         if config.scratch is not None:
             if self.recipe.world is not None:
                 inputs["world"] = Binding("world")
@@ -172,7 +168,9 @@ class Graph(NodeGraph):
             assert config.repository is not None
             revision = self._commit(Reference("model", config.repository, config.revision))
             config = config.model_copy(update={"revision": revision})
-        return self._add("base-model", STAGES["base_model"], config, inputs=inputs, externals=externals)
+        return self._add(
+            "base-model", STAGES["base_model"], config, inputs=inputs, literals=parts["literals"], externals=externals
+        )
 
     def _read_base_model(self, name: str) -> str | None:
         """Text of a file of the base model, for its own chat template; None where it has no such file."""

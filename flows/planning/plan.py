@@ -24,7 +24,8 @@ from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.data.sources import Reference, expand_path, is_commit, resolve_commit
+from smoltulu.tasks.data.hub import Reference, is_commit, resolve_commit
+from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.models.weights import check_architecture_apart
 from smoltulu.tasks.report.text import local_minute

@@ -8,7 +8,8 @@ from typing import Any
 
 from smoltulu.schemas.contamination import Benchmark, BenchmarkIndexConfig, BenchmarkIndexInputs, BenchmarkIndexOutputs
 from smoltulu.tasks.contamination.queries import LoadedBenchmark, Query
-from smoltulu.tasks.data.sources import SourceUnavailable, read_rows
+from smoltulu.tasks.data.hub import SourceUnavailable
+from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")

@@ -21,7 +21,7 @@ from pathlib import Path
 from smoltulu.artifacts.files import write_atomically
 from smoltulu.artifacts.layout import WRITER
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.tasks.engine.messages import Sender, ToFlow
+from smoltulu.tasks.engine.messages import PIPE_VARIABLE, Sender, ToFlow
 from smoltulu.tasks.process import die_with_parent, is_out_of_memory
 from smoltulu.tasks.stage import STOPPED, Report, Stage, StageContext, StageStopped
 
@@ -60,7 +60,7 @@ def main(job_file: str) -> int:
     # Shared by all ranks and kept until exit; launchers do not pass descriptors on, so each process takes it itself.
     writer = open(Path(job["work"]).parent / WRITER, "a+")  # noqa: SIM115
     fcntl.flock(writer.fileno(), fcntl.LOCK_SH)
-    sender = Sender(Path(job["work"]))
+    sender = Sender(os.environ.get(PIPE_VARIABLE))
     logger = logging.getLogger("smoltulu")
     logger.setLevel(logging.INFO)
     logger.addHandler(ToFlow(sender))

@@ -20,7 +20,7 @@ from smoltulu.artifacts.store import Log
 from smoltulu.schemas.budget import smaller_batch
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.child import ERROR_FILE, OUT_OF_MEMORY_FILE
-from smoltulu.tasks.engine.messages import listen, pipe
+from smoltulu.tasks.engine.messages import PIPE_VARIABLE, listen, pipe
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import STOPPED
@@ -136,7 +136,7 @@ def _run_once(
             log.log(logging.getLevelName(level), "%s: %s", job.node, text)
             log_file.write(f"{level}: {text}\n".encode(errors="replace"))
 
-    with (work / "log.txt").open("ab") as log_file, pipe(work) as messages:
+    with (work / "log.txt").open("ab") as log_file, pipe() as (messages, path):
         # This thread starts the child and waits for it: the child dies with the thread that started it.
         with _running_lock:
             environment = _child_environment(compute, num_ranks)
@@ -145,7 +145,7 @@ def _run_once(
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment,
+                env=environment | {PIPE_VARIABLE: path},
             )
             _running[process] = environment.get("CUDA_VISIBLE_DEVICES", "")
         limit = _TimeLimit(process, deadline)

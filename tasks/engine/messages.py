@@ -1,27 +1,26 @@
-"""Messages of a stage's processes to the flow that started them: a named pipe, one atomic write each.
+"""Messages of a stage's processes to the flow that started them: a pipe, one atomic write each.
 
-Standard output belongs to the libraries, and several processes write into it at once. The pipe has a name, because
-torchrun does not pass descriptors on: every rank opens it by itself. A write of at most PIPE_BUF bytes is never mixed
-with another one (POSIX, `write`).
+Standard output belongs to the libraries, and several processes write into it at once. torchrun passes no descriptors
+on: every rank opens the flow's own by its name in /proc. So no file system needs to have named pipes, and a flow that
+is killed leaves nothing behind. A write of at most PIPE_BUF bytes is never mixed with another one (POSIX, `write`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import re
 import select
 import selectors
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-#: Name of the pipe in `work`.
-PIPE_FILE = "messages"
+#: Variable of a stage's environment: where to open the pipe.
+PIPE_VARIABLE = "SMOLTULU_MESSAGES"
 _ATOMIC_BYTES = select.PIPE_BUF
 #: Characters that fit into one write however they are encoded: a control character takes six bytes.
 _SAFE_CHARACTERS = (_ATOMIC_BYTES - 200) // 6
@@ -35,15 +34,13 @@ _POLL_SECONDS = 0.2
 class Sender:
     """The end of a stage's process. Where nobody listens (a job that is run by hand), messages are printed."""
 
-    def __init__(self, work: Path) -> None:
-        try:
-            # Without waiting for a listener: the pipe of a flow that was killed has none.
-            self._descriptor = os.open(work / PIPE_FILE, os.O_WRONLY | os.O_NONBLOCK)
-            os.set_blocking(self._descriptor, True)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENXIO):
-                raise
-            self._descriptor = sys.stdout.fileno()
+    def __init__(self, path: str | None) -> None:
+        self._descriptor = sys.stdout.fileno()
+        with contextlib.suppress(OSError):  # the flow was killed, or a system does not let its pipe be opened
+            # No file, and nothing to wait for: another process may have got the number of one that was killed.
+            if path is not None and stat.S_ISFIFO(os.stat(path).st_mode):
+                self._descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+                os.set_blocking(self._descriptor, True)
 
     def progress(self, step: int, num_steps: int, **metrics: float) -> None:
         """Say that `step` of `num_steps` is done, with as many of the metrics as fit into one write."""
@@ -79,18 +76,16 @@ class ToFlow(logging.Handler):
 
 
 @contextlib.contextmanager
-def pipe(work: Path) -> Iterator[int]:
-    """A new pipe in `work`; the descriptor that its messages are read from."""
-    path = work / PIPE_FILE
-    path.unlink(missing_ok=True)
-    os.mkfifo(path, 0o600)
-    # Open for both directions, it never ends: processes open and close it as they come and go.
-    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+def pipe() -> Iterator[tuple[int, str]]:
+    """A new pipe: the descriptor that its messages are read from, and the path that other processes open."""
+    # Both ends stay open here, so that it never ends: processes open and close it as they come and go.
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
     try:
-        yield descriptor
+        yield reading, f"/proc/{os.getpid()}/fd/{writing}"
     finally:
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
+        os.close(reading)
+        os.close(writing)
 
 
 def listen(

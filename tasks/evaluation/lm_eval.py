@@ -6,7 +6,6 @@ the task says 0. It never uses lm-eval's request and answer caches: their keys n
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -19,7 +18,7 @@ from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask, Score
 from smoltulu.tasks.data.sources import read_rows
-from smoltulu.tasks.evaluation.names import file_problems
+from smoltulu.tasks.evaluation.names import file_problems, unknown_task
 from smoltulu.tasks.models.tokens import added_tokens, check_prompts
 
 if TYPE_CHECKING:
@@ -112,17 +111,14 @@ def wrap(
 
 
 def check_tasks(tasks: tuple[EvaluationTask, ...]) -> TaskManager:
-    """The smallest index that has all `tasks`. ValueError: an unknown name (with the nearest), or no files given."""
+    """The smallest index that has all `tasks`. ValueError: unknown names (with the nearest), or no files given."""
     shipped = task_manager(stock=False)
     wanted = {task.name for task in tasks}
     manager = shipped if wanted <= set(shipped.all_tasks) else task_manager(stock=True)
-    for name in sorted(wanted - set(manager.all_tasks)):
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
-        raise ValueError(f"evaluation task {name!r} is neither in recipes/lm_eval/ nor in {harness_name()}; {hint}")
-    problem = next((problem for task in tasks for problem in file_problems(task, shipped.all_tasks)), None)
-    if problem is not None:
-        raise ValueError(problem)
+    unknown = (unknown_task(name, manager.all_tasks, harness_name()) for name in wanted - set(manager.all_tasks))
+    of_files = (problem for task in tasks for problem in file_problems(task, shipped.all_tasks))
+    if problems := [*sorted(unknown), *of_files]:
+        raise ValueError("\n".join(problems))
     return manager
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,8 +71,7 @@ def check_names(tasks: tuple[EvaluationTask, ...]) -> None:
 
 def _problems(task: EvaluationTask, known: Mapping[str, Known]) -> Iterator[str]:
     if task.name not in known:
-        hint = _nearest(task.name, known) or "`lm-eval ls tasks` lists them all"
-        yield f"evaluation task {task.name!r} is neither in recipes/lm_eval/ nor in lm-eval; {hint}"
+        yield unknown_task(task.name, known)
         return
     metrics, without_examples = known[task.name]
     if metrics is not None and task.metric not in metrics:
@@ -84,6 +83,12 @@ def _problems(task: EvaluationTask, known: Mapping[str, Known]) -> Iterator[str]
             f"evaluation task {task.name!r} is defined without examples (num_fewshot 0); "
             f"remove num_fewshot: {task.num_fewshot}"
         )
+
+
+def unknown_task(name: str, known: Iterable[str], harness: str = "lm-eval") -> str:
+    """What is said of a task that is not among those that are `known`."""
+    hint = _nearest(name, known) or "`lm-eval ls tasks` lists them all"
+    return f"evaluation task {name!r} is neither in recipes/lm_eval/ nor in {harness}; {hint}"
 
 
 def file_problems(task: EvaluationTask, own: Container[str]) -> Iterator[str]:
@@ -98,7 +103,7 @@ def file_problems(task: EvaluationTask, own: Container[str]) -> Iterator[str]:
             )
 
 
-def _nearest(name: str, names: Any) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=3)
     return f"did you mean {' or '.join(near)}?" if near else ""
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.tasks.models.sizes import shown
 from smoltulu.tasks.models.tokens import stop_token_ids, tokenisation
 from smoltulu.tasks.models.weights import header_problems, load_whole
 
@@ -19,6 +20,8 @@ logger = logging.getLogger("smoltulu")
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+#: Files that name the pad token; the second one where it is there, for programs older than the first.
+_PAD_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 SPARE_PAD_TOKEN = "<pad>"
 GENERATION_CONFIG = "generation_config.json"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -107,7 +110,7 @@ def use_bfloat16(precision: str, compute: ComputeSettings) -> bool:
     return False
 
 
-def load_tokenizer(folder: Path, chat_template: str, pad_token: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, chat_template: str) -> PreTrainedTokenizerBase:
     """Tokenizer of a model folder with the recipe's template and a pad token that ends no answer.
 
     pad = eos would hide the closing eos from the loss and make the reward model pool the wrong token. A token that ends
@@ -118,16 +121,8 @@ def load_tokenizer(folder: Path, chat_template: str, pad_token: str | None = Non
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if tokenizer.eos_token is None:
         raise ValueError(f"tokenizer of {folder} has no eos token: a model could never learn to stop; set eos_token")
-    if pad_token is not None:
-        if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
-            raise ValueError(
-                f"base_model.pad_token {pad_token!r} is not in the vocabulary; choose a token that is, or none"
-            )
-        tokenizer.pad_token = pad_token
     tokenizer.chat_template = chat_template
     stops = stop_token_ids(tokenizer)
-    if pad_token is not None and tokenizer.pad_token_id in stops:
-        raise ValueError(f"base_model.pad_token {pad_token!r} ends an answer, so it cannot be padding; choose another")
     if tokenizer.pad_token is None or tokenizer.pad_token_id in stops:
         tokenizer.add_special_tokens({"pad_token": SPARE_PAD_TOKEN})
     assert tokenizer.pad_token_id not in stops
@@ -135,6 +130,41 @@ def load_tokenizer(folder: Path, chat_template: str, pad_token: str | None = Non
     if names := [token.content for token in ordinary if not token.special]:
         tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
     return tokenizer
+
+
+def set_pad_token(folder: Path, pad_token: str, chat_template: str) -> None:
+    """Write the pad token of a recipe into the tokenizer's files, so that everyone who loads the model has it.
+
+    Raises:
+        ValueError: it is no special token of the vocabulary, or it ends an answer.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(folder, chat_template)
+    stops = stop_token_ids(tokenizer)
+    # The tokenizer as it is: what `load_tokenizer` adds is in no vocabulary of the base.
+    base = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    special = {token.content: number for number, token in base.added_tokens_decoder.items() if token.special}
+    if special.get(pad_token) in (None, *stops):
+        if pad_token in special:
+            why = "ends an answer: as padding it would never be learned"
+        elif pad_token in base.get_vocab():
+            why = "is a token of ordinary text, which answers hold"
+        else:
+            why = "is not in the vocabulary"
+        allowed = [token for token, number in sorted(special.items()) if number not in stops]
+        raise ValueError(
+            f"base_model.pad_token {pad_token!r} {why}. "
+            + (f"Allowed are the special tokens {shown(allowed, 20)}" if allowed else "There is no other special token")
+            + f". Name one, or none: then {SPARE_PAD_TOKEN} is added where the base has no pad token of its own"
+        )
+    for name in _PAD_TOKEN_FILES:
+        if (folder / name).is_file() or name == _PAD_TOKEN_FILES[0]:
+            said = _read_config(folder / name) if (folder / name).is_file() else {}
+            (folder / name).write_text(json.dumps(said | {"pad_token": pad_token}, indent=2, ensure_ascii=False))
+    written = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    if written.pad_token_id != special[pad_token] or written.get_vocab() != base.get_vocab():
+        raise RuntimeError(f"the tokenizer has pad token {written.pad_token!r} after {pad_token!r} was written into it")
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

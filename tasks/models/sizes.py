@@ -69,20 +69,29 @@ def weight_files(folder: Path) -> list[Path]:
             + (f", only {', '.join(others[:3])}, which no index names" if others else "")
             + "; save the model with model.save_pretrained"
         )
-    try:
-        named = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of shards ({error}); save the model again") from None
-    absent = sorted(name for name in named if Path(name).name != name or not (folder / name).is_file())
-    if absent or not named:
-        listed = f"names files that are not in the folder: {shown(absent)}" if absent else "names no file"
-        raise ValueError(f"{index} {listed}; copy the model again")
-    if whole.exists() and named != {WEIGHTS}:
+    named = named_shards(index)
+    absent = [name for name in named if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(f"{index} names files that are not in the folder: {shown(absent)}; copy the model again")
+    if whole.exists() and named != [WEIGHTS]:
         raise ValueError(
-            f"{folder} holds {WEIGHTS}, and an index that names {shown(sorted(named))}: programs differ in which they "
+            f"{folder} holds {WEIGHTS}, and an index that names {shown(named)}: programs differ in which they "
             "load; remove what is not the model"
         )
-    return [folder / name for name in sorted(named)]
+    return [folder / name for name in named]
+
+
+def named_shards(index: Path) -> list[str]:
+    """Names of the files that an index of shards names. ValueError where it is none, or names what lies elsewhere."""
+    try:
+        named = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of shards ({error}); save the model again") from None
+    if not named:
+        raise ValueError(f"{index} names no file; copy the model again")
+    if elsewhere := [name for name in named if Path(name).name != name]:
+        raise ValueError(f"{index} names files that are not in the folder: {shown(elsewhere)}; copy the model again")
+    return named
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:

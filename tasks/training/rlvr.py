@@ -115,16 +115,38 @@ def reference_loaded_as_policy(tokenizer: PreTrainedTokenizerBase) -> Iterator[N
 def _trainer_class() -> type:
     """GRPOTrainer whose order of prompts depends on the epoch alone: TRL's order starts anew at a resume.
 
-    Its metrics do not depend on the micro-batches. In bfloat16 it also generates with half the memory.
+    Its losses and metrics do not depend on the micro-batches. In bfloat16 it also generates with half the memory.
     """
     import torch
     from trl import GRPOTrainer
 
     class EpochOrderTrainer(GRPOTrainer):
+        #: Whether the loss is the mean over the tokens of an optimizer step, however many steps share their rollouts.
+        is_mean_of_step = False
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             #: Tokens of the completions of each micro-batch since the last log.
             self._num_written: list[torch.Tensor] = []
+
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            before = self._buffered_inputs
+            inputs = super()._prepare_inputs(generation_batch)
+            if self.is_mean_of_step and self._buffered_inputs is not before:
+                self._count_tokens_of_steps(self._buffered_inputs)
+            return inputs
+
+        def _count_tokens_of_steps(self, batches: list[dict[str, Any]]) -> None:
+            """Have each micro-batch divided by the tokens of its own optimizer step, over all processes.
+
+            TRL's loss "dapo" divides by `num_items_in_batch`, the tokens of all rollouts of a generation, and by the
+            number of steps that share them.
+            """
+            counts = torch.stack([batch["completion_mask"].sum() for batch in batches]).float()
+            a_step = self.args.gradient_accumulation_steps
+            totals = self.accelerator.reduce(counts, "sum").view(-1, a_step).sum(dim=1)
+            for place, batch in enumerate(batches):
+                batch["num_items_in_batch"] = totals[place // a_step] * (len(batches) / a_step)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             self._num_written.append(inputs["completion_mask"].sum())
@@ -191,12 +213,14 @@ def build(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -
                 temperature=config.temperature,
                 beta=config.beta,
                 epsilon=config.epsilon,
-                loss_type=config.loss_type,
+                # TRL's "bnpo" is the mean over a micro-batch, and would change with its size.
+                loss_type="dapo" if config.loss_type == "bnpo" else config.loss_type,
                 scale_rewards=config.scale_rewards,
             ),
             train_dataset=rows,
             processing_class=tokenizer,
         )
+    trainer.is_mean_of_step = config.loss_type == "bnpo"
     check_prompts(tokenizer, "TRL's GRPOTrainer", lambda prompts: trainer._tokenize_prompts(prompts)[0])
     assert set(trainer.eos_token_ids) == set(stop_token_ids(tokenizer)), trainer.eos_token_ids
     return trainer

@@ -1,15 +1,20 @@
-"""Folders that hold rows and models: closed to other users of the machine, and said where they are not."""
+"""Reading files; folders that hold rows and models are closed to other users of the machine, and said where not."""
 
 from __future__ import annotations
 
 import os
+import random
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from smoltulu.artifacts.files import exposed, private_folder
+from smoltulu.artifacts.keys import file_digest
 from smoltulu.artifacts.shared.objects import open_objects
 from smoltulu.artifacts.store import Store
 from smoltulu.schemas.artifact import Spec
@@ -59,3 +64,30 @@ def test_what_others_may_do_is_said() -> None:
         above.chmod(0o700)
         assert exposed(folder) is None, "nobody gets there"
         assert exposed(above / "missing") is None
+
+
+def test_a_file_that_is_cut_while_it_is_read_does_not_end_the_process(tmp_path: Path) -> None:
+    """A mapped one did: the kernel sends SIGBUS for what lies behind the end by then."""
+    code = """
+import pathlib, sys, threading, time
+from smoltulu.artifacts.keys import file_digest
+file = pathlib.Path(sys.argv[1])
+for _ in range(5):
+    with file.open("wb") as opened:
+        opened.truncate(1 << 30)
+    reader = threading.Thread(target=file_digest, args=(file,))
+    reader.start()
+    time.sleep(0.05)
+    with file.open("r+b") as opened:
+        opened.truncate(1 << 20)
+    reader.join()
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], capture_output=True, timeout=300)
+    assert run.returncode == 0, run
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, (4 << 20) - 1, 4 << 20, (4 << 20) + 1, (9 << 20) + 7])
+def test_a_digest_is_that_of_the_whole_file(tmp_path: Path, num_bytes: int) -> None:
+    data = random.Random(num_bytes).randbytes(num_bytes)
+    (tmp_path / "file").write_bytes(data)
+    assert file_digest(tmp_path / "file") == blake3(data).hexdigest()

@@ -167,7 +167,7 @@ def decisions_by_name(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(path for top in ("flows", "tasks") for path in (ROOT / top).rglob("*.py")),
+    "path", sorted(path for top in ("flows", "tasks", "artifacts") for path in (ROOT / top).rglob("*.py")),
     ids=lambda path: str(path.relative_to(ROOT)),
 )  # fmt: skip
 def test_no_file_decides_by_a_stages_name(path: Path) -> None:

@@ -24,7 +24,7 @@ from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from tests.hand_store import HandStore, pipeline
 
 #: Only tags, running runs and locks protect.
-STRICT = Rules(keep_days=30, keep_runs=0, keep_published=False)
+STRICT = Rules(keep_days=30, keep_runs=0)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_exactly_the_closure_of_the_tags_stays(experiment: tuple[list[list[int]]
 def test_publications_and_what_they_were_made_from_stay(store: HandStore) -> None:
     made = pipeline(store)
     loose = store.make("sft", "loose", {"model": made["base-model"]})
-    plan = collect(store, Rules(keep_runs=0))
+    plan = collect(store, Rules(keep_runs=0, keep_stages=frozenset({"publish"})))
     # The evaluation of SFT is no input of the publication.
     assert store.finished() == set(made.values()) - {made["evaluation-sft"]}
     assert {removal.ref for removal in plan.removals} == {loose, made["evaluation-sft"]}
@@ -136,7 +136,7 @@ def test_the_newest_runs_stay(store: HandStore) -> None:
     old, new = store.make("sft", "old"), store.make("sft", "new")
     store.run("one", {"sft": old}, started_at="2026-09-01T08:00:00+00:00")
     store.run("two", {"sft": new}, started_at="2026-10-01T08:00:00+00:00", state="Failed")
-    collect(store, Rules(keep_runs=1, keep_published=False))
+    collect(store, Rules(keep_runs=1))
     assert store.finished() == {new}
 
 

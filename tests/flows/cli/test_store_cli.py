@@ -190,6 +190,16 @@ def test_verify(store: HandStore) -> None:
     assert made["sft"] not in store.finished() and "6 ok" in call(store, "verify").output
 
 
+def test_what_the_disk_does_not_let_be_read_is_said_and_left(store: HandStore) -> None:
+    made = store.make("sft", "sft", files={"weights/data.bin": ""})
+    file = store.folder(made) / "gen-0001" / "weights" / "data.bin"
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # a plain file of no bytes, the first of which gives EIO
+    output = words(call(store, "verify", code=1).output)
+    assert "gen-0001: weights/data.bin could not be read (Input/output error) 1 unreadable" in output
+    assert made in store.finished()
+
+
 def test_verify_a_run(store: HandStore) -> None:
     made = pipeline(store)
     store.run("first", {"sft": made["sft"], "dpo": made["dpo"]})

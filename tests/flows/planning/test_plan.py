@@ -41,7 +41,7 @@ from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import InputRecord, Manifest
 from smoltulu.schemas.budget import tokens_of_steps
 from smoltulu.schemas.preflight import DryRun, LengthReport, PreflightOutputs
-from smoltulu.tasks.data.sources import HubUnreachable, Reference, SourceUnavailable, resolve_commits
+from smoltulu.tasks.data.hub import HubUnreachable, Reference, SourceUnavailable, resolve_commits
 from smoltulu.tasks.engine.environment import environment
 from smoltulu.tasks.report.text import local_minute
 from tests.example_outputs import example_outputs

@@ -15,14 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from smoltulu.schemas.data import DataSource
-from smoltulu.tasks.data.sources import (
-    SourceUnavailable,
-    expand_path,
-    expand_text,
-    read_rows,
-    resolve_revision,
-    source_digest,
-)
+from smoltulu.tasks.data.hub import SourceUnavailable
+from smoltulu.tasks.data.sources import expand_path, expand_text, read_rows, resolve_revision, source_digest
 from tests import ROOT
 
 ROWS = [{"text": "one, \u00e9"}, {"text": 'two "quoted"\nlines'}, {"text": "\u4e09"}]

@@ -32,7 +32,7 @@ from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.engine import launch
 from smoltulu.tasks.engine.environment import drift, environment
 from smoltulu.tasks.engine.launch import StageFailed, _message
-from smoltulu.tasks.engine.messages import PIPE_FILE
+from smoltulu.tasks.engine.messages import PIPE_VARIABLE
 from smoltulu.tasks.engine.runner import Job, _warn_of_drift, run_stage
 from smoltulu.tasks.stages import STAGES
 from tests.small_runs import training_inputs
@@ -283,7 +283,7 @@ def test_what_a_stage_process_says_reaches_no_terminal_as_a_command(
     (tmp_path / "sitecustomize.py").write_text(
         f"import os, sys\nif 'smoltulu.tasks.engine.child' in ' '.join(sys.orig_argv):\n"
         f"    print({said!r}, flush=True)\n"
-        f"    with open(os.path.dirname(sys.orig_argv[-1]) + '/{PIPE_FILE}', 'w') as pipe:\n"
+        f"    with open(os.environ['{PIPE_VARIABLE}'], 'w') as pipe:\n"
         f"        pipe.write({message!r} + chr(10))\n"
         "    os._exit(7)\n"
     )

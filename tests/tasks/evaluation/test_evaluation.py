@@ -18,7 +18,8 @@ from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationOutputs, EvaluationStageConfig, EvaluationTask
 from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.evaluation import lm_eval as lm_eval_tasks
-from smoltulu.tasks.evaluation.lm_eval import check_tasks
+from smoltulu.tasks.evaluation.lm_eval import check_tasks, harness_name, task_manager
+from smoltulu.tasks.evaluation.names import unknown_task
 from smoltulu.tasks.evaluation.sampling import (
     Completion,
     encode_prompts,
@@ -215,6 +216,15 @@ def _run(
 
 def _source(path: str, **more: Any) -> dict[str, Any]:
     return {"path": path, "format": "text", **more}
+
+
+def test_the_stage_says_of_unknown_tasks_what_the_plan_says() -> None:
+    tasks = tuple(EvaluationTask(name=name, metric="acc,none") for name in ("tiny_arithmetics", "no_such_task"))
+    with pytest.raises(ValueError, match="'tiny_arithmetics' is neither") as of_stage:
+        check_tasks(tasks)
+    expected = {unknown_task(task.name, task_manager(stock=True).all_tasks, harness_name()) for task in tasks}
+    assert set(str(of_stage.value).splitlines()) == expected
+    assert unknown_task("ab", ["abc"]).endswith("nor in lm-eval; did you mean abc?")
 
 
 def test_an_evaluation_file_that_changed_since_the_key_was_made_is_refused(tmp_path: Path) -> None:

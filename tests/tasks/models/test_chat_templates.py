@@ -294,7 +294,7 @@ def test_own_of_a_hub_model_is_read_at_its_commit(tmp_path: Path, monkeypatch: p
     import huggingface_hub.constants
     import huggingface_hub.file_download as download
 
-    from smoltulu.tasks.data.sources import Reference, SourceUnavailable, hub_text
+    from smoltulu.tasks.data.hub import Reference, SourceUnavailable, hub_text
 
     with HubDouble() as hub:
         first = hub.add("model", "someone/model", {"chat_template.jinja": ORIGINALS["smollm2"].encode()})

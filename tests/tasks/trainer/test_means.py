@@ -77,11 +77,13 @@ def test_dpo(base: Path, tmp_path: Path) -> None:
     )
 
 
-def test_rlvr(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("loss_type", "steps_per_generation"), [("dapo", 1), ("bnpo", 1), ("bnpo", 2)])
+def test_rlvr(base: Path, tmp_path: Path, loss_type: str, steps_per_generation: int) -> None:
     """Answers of several lengths; the second pass over them is no longer on the policy, and clips."""
     settings = RLVRSettings(
-        learning_rate=3e-3, effective_batch_size=8, num_generations=4, num_steps=2, num_iterations=2, beta=0.05,
-        epsilon=0.02, max_prompt_length=100, max_completion_length=10, precision="float32", gate={"num_prompts": 0},
+        learning_rate=3e-3, effective_batch_size=8, num_generations=4, num_steps=2 * steps_per_generation,
+        steps_per_generation=steps_per_generation, num_iterations=2, beta=0.05, epsilon=0.02, loss_type=loss_type,
+        max_prompt_length=100, max_completion_length=10, precision="float32", gate={"num_prompts": 0},
     )  # fmt: skip
     rows: list[dict[str, Any]] = [
         {"id": f"0:{i}", "prompt": [turn("user", f"What is {i}?")], "verifier": "constraint",
