@@ -276,6 +276,26 @@ def test_damaged_generations_go_when_they_are_old(store: HandStore) -> None:
     assert {removal.kind for removal in plan.removals} == {"damaged"}
 
 
+def test_a_key_goes_at_once_with_what_was_set_aside_of_it(store: HandStore) -> None:
+    """The pointer, which says whether a key was used since the plan, must not go before what was set aside."""
+    sft = store.make("sft", "sft", content="first")
+    Store(store.root).quarantine(store.folder(sft), "gen-0001", "bad")
+    store.make("sft", "sft", content="second")
+    store.age(sft, 40)
+    collect(store)
+    assert {path.name for path in store.folder(sft).iterdir()} <= {"lock", "writer"}
+
+
+def test_the_trash_of_a_kill_does_not_count_as_what_could_not_be_removed(store: HandStore) -> None:
+    sft = store.make("sft", "sft")
+    store.tag("best", sft)
+    store.checkpoint(sft)
+    (store.folder(sft) / "work" / "generation").write_text("gen-0001")
+    (store.folder(sft) / ".trash-work-1-1").mkdir()
+    outcome = remove(plan_gc(store.catalogue, STRICT), store.root)
+    assert outcome.skipped == [] and {one.kind for one in outcome.removed} == {"stale work", "leftover"}
+
+
 def test_temporary_files_go(store: HandStore) -> None:
     sft = store.make("sft", "sft")
     store.tag("best", sft)
