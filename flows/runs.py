@@ -62,7 +62,7 @@ def _claim(store: Store, record: RunRecord) -> bool:
     """Write the record of a run that begins; False where another run has this name. A retried run keeps its own."""
     file = _file(store, record)
     make_folder(file.parent, store.root)
-    draft = file.with_name(f".{uuid4().hex}")
+    draft = file.with_name(f".begun.{uuid4().int}")  # gc knows names of this form as temporary
     write_atomically(draft, record.model_dump_json(indent=1))
     try:
         os.link(draft, file)  # refuses a file that is there, also where two begin at once
