@@ -147,6 +147,12 @@ class _Planner:
             elif self._is_resumable(folder) and self._changed(folder) > self.horizon:
                 self._keep([ref], f"unfinished work of the last {self.rules.keep_days:g} days")
 
+        # The next night compares with what one compared with that told no verdict.
+        for key, name in self.catalogue.untold().items():
+            evaluation = self.by_key.get(key)
+            if evaluation in self.kept and name in self.generations[evaluation]:
+                self.kept_generations[evaluation].add(name)
+
     def _keep_run(self, run: RunRecord, reason: str, every_generation: bool = False) -> None:
         refs = [Ref(run.stages[node], key) for node, key in run.keys.items() if node in run.stages]
         self._keep(refs, reason, every_generation)

@@ -239,6 +239,22 @@ def test_generations_that_nothing_was_made_from_go(store: HandStore) -> None:
     assert [(removal.kind, removal.names) for removal in plan.removals] == [("old generation", ("gen-0002",))]
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_what_a_night_without_a_verdict_compared_with_stays(store: HandStore, is_told: bool) -> None:
+    night = store.make("evaluation", "night", content="first")
+    store.make("evaluation", "night", content="second")
+    store.tag("night", night)
+    store.run("before", {"night": night}, started_at="2026-10-01T03:00:00+00:00", compared_with={"night": "gen-0001"})
+    if is_told:
+        store.run("night", {"night": night}, started_at="2026-10-02T03:00:00+00:00", compared_with={})
+    # A run that is no night says nothing of it.
+    store.run("later", {"night": night}, started_at="2026-10-03T03:00:00+00:00")
+    assert store.catalogue.untold() == ({} if is_told else {night.key: "gen-0001"})
+    collect(store)
+    left = sorted(path.name for path in store.folder(night).glob("gen-*"))
+    assert left == (["gen-0002"] if is_told else ["gen-0001", "gen-0002"])
+
+
 def test_unfinished_work_goes_only_when_it_is_old(store: HandStore) -> None:
     base = store.make("base_model", "base")
     young = store.begin("sft", "young", {"model": base})
