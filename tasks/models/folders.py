@@ -21,6 +21,8 @@ _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 SPARE_PAD_TOKEN = "<pad>"
 GENERATION_CONFIG = "generation_config.json"
+#: What transformers saves with a tokenizer of how it was loaded: the bytes of a model would depend on HF_HUB_OFFLINE.
+_HOW_LOADED = ("is_local", "local_files_only")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -116,6 +118,8 @@ def load_tokenizer(folder: Path, chat_template: str, pad_token: str | None = Non
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    for name in _HOW_LOADED:
+        tokenizer.init_kwargs.pop(name, None)
     if tokenizer.eos_token is None:
         raise ValueError(f"tokenizer of {folder} has no eos token: a model could never learn to stop; set eos_token")
     if pad_token is not None:
