@@ -11,6 +11,7 @@ downloading, with the statuses and headers of the real one. `requests` logs (met
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -131,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Answer(404, {"error": f"the double has no {self.command} {self.url_path}"})
             except Answer as answer:
                 self.hub.on_request(told, True)
-                self._send(answer)
+                with contextlib.suppress(ConnectionError):  # the client may have been killed
+                    self._send(answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 

@@ -45,12 +45,17 @@ REQUESTS = (
 _VERDICT = re.compile(r"(\S+ \S+): ([\d.]+) -> ([\d.]+), (same|within noise|drop|gain) \(p")
 _NIGHTS: dict[Path, commands.Unbroken] = {}
 _ONE_NIGHT = threading.Lock()
+_ONE_START = threading.Lock()
 
 
 def server(home: Path) -> dict[str, str]:
     """The environment of clients of a server that runs in `home`."""
-    port = None if machine.running(home, "server") else prefect_api.free_port()
-    url = machine.up(home, port, say=lambda text: None).url
+    with _ONE_START:
+        if machine.running(home, "server") is None:
+            machine.up(home, prefect_api.free_port(), say=lambda text: None)
+        running = machine.running(home, "server")
+    assert running is not None
+    url = prefect_api.url_of(running.port)
     known = machine.child_environment(home, url)
     kept = {name: value for name, value in known.items() if name.startswith("PREFECT_") or name.lower() == "no_proxy"}
     return {**kept, "COLUMNS": "250"}
@@ -224,10 +229,10 @@ def _last_night(sandbox: Sandbox, baseline: Sandbox) -> None:
 def killed_server(sandbox: Sandbox, baseline: Sandbox, home: Path, node: str, step: int, seconds: float) -> Result:
     """Kill the server while a training is at `step`; `smoltulu up` follows after a while, and the training went on."""
     sandbox.copy_from(baseline, without=node)
-    server(home)
+    url = server(home)["PREFECT_API_URL"]
+    machine.up(home, say=lambda text: None)  # the worker too
     running = machine.running(home, "server")
     assert running is not None
-    url = prefect_api.url_of(running.port)
     overrides = {**sandbox.overrides, "compute.store": str(sandbox.root)}
     said = machine.call_prefect(
         home, url, "deployment", "run", "smoltulu/tiny", "-p", f"overrides={json.dumps(overrides)}"

@@ -53,33 +53,42 @@ def tried(baseline: Sandbox, tmp_path: Path, kind: Any, **arguments: Any) -> Res
     return one.result
 
 
-@pytest.mark.parametrize("share", [0.3, 0.8])
-def test_a_killed_gc_loses_nothing_that_is_needed_and_the_next_one_ends_it(
-    baseline: Sandbox, tmp_path: Path, share: float
-) -> None:
-    tried(baseline, tmp_path, operations.killed_gc, node=NODE, moment=Moment("parent", share))
+def test_a_killed_gc_loses_nothing_that_is_needed_and_the_next_one_ends_it(baseline: Sandbox, tmp_path: Path) -> None:
+    tried(baseline, tmp_path, operations.killed_gc, node=NODE, moment=Moment("parent", 0.5), is_remade=False)
 
 
-def test_after_a_killed_verify_only_what_is_damaged_is_made_again(baseline: Sandbox, tmp_path: Path) -> None:
-    nodes, rng = ("dataset-sft", NODE), random.Random(0)
-    tried(baseline, tmp_path, operations.killed_verify, nodes=nodes, rng=rng, moment=Moment("parent", 0.6))
+def test_after_a_killed_verify_the_next_one_ends_it(baseline: Sandbox, tmp_path: Path) -> None:
+    arguments = {"nodes": ("dataset-sft", NODE), "rng": random.Random(0), "is_remade": False}
+    tried(baseline, tmp_path, operations.killed_verify, moment=Moment("parent", 0.6), **arguments)
 
 
-@pytest.mark.parametrize("how", ["set", "move", "remove"])
-def test_a_killed_tag_names_the_old_or_the_new(baseline: Sandbox, tmp_path: Path, how: str) -> None:
-    moment = Moment("parent", 0.5)
-    tried(baseline, tmp_path, operations.killed_tag, how=how, node=NODE, other="base-model", moment=moment)
+def test_a_killed_tag_names_the_old_or_the_new(baseline: Sandbox, tmp_path: Path) -> None:
+    arguments = {"how": "move", "node": NODE, "other": "sft"}
+    tried(baseline, tmp_path, operations.killed_tag, moment=Moment("parent", 0.5), **arguments)
 
 
 def test_an_audit_after_a_killed_one_says_the_same(baseline: Sandbox, tmp_path: Path) -> None:
     tried(baseline, tmp_path, operations.killed_audit, moment=Moment("child", 0.5))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [(operations.killed_gc, {"node": NODE}), (operations.killed_verify, {"nodes": (NODE,), "rng": random.Random(0)})],
+)
+def test_after_a_kill_the_recipe_makes_what_is_gone_and_no_more(
+    baseline: Sandbox, tmp_path: Path, kind: Any, arguments: dict[str, Any]
+) -> None:
+    tried(baseline, tmp_path, kind, moment=Moment("parent", 0.7), **arguments)
+
+
+@pytest.mark.slow
 def test_a_push_after_a_killed_one_is_whole_and_one_commit(baseline: Sandbox, tmp_path: Path, home: Path) -> None:
     arguments = {"moment": "/commit/", "is_answered": True, "is_new": False}
     tried(baseline, tmp_path, served.killed_push, home=home, **arguments)
 
 
+@pytest.mark.slow
 def test_the_drop_that_a_killed_night_measured_is_told_by_the_next(
     baseline: Sandbox, tmp_path: Path, home: Path
 ) -> None:
