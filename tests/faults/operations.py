@@ -186,7 +186,7 @@ def _named(sandbox: Sandbox, result: Result) -> Ref | None:
 # Audit
 
 
-def killed_audit(sandbox: Sandbox, baseline: Sandbox, moment: Moment) -> Result:
+def killed_audit(sandbox: Sandbox, baseline: Sandbox, moment: Moment, detector: str = "auto") -> Result:
     """Kill an audit of a data set, audit again; another store was never interrupted."""
     folder = sandbox.home / "data"
     _write_audited(folder)
@@ -196,7 +196,7 @@ def killed_audit(sandbox: Sandbox, baseline: Sandbox, moment: Moment) -> Result:
 
     def command(of: Sandbox) -> list[str]:
         benchmarks = [text for name in ("gsm8k", "piqa") for text in ("-b", f"{name}={folder / name}.jsonl:text")]
-        audit = ["audit", str(folder / "train.jsonl"), *benchmarks, "--detector", "auto", "--threads", "1", "--json"]
+        audit = ["audit", str(folder / "train.jsonl"), *benchmarks, "--detector", detector, "--threads", "1", "--json"]
         return command_of(of, *audit)
 
     whole = unbroken(other, command(other), other.home)
