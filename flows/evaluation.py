@@ -13,6 +13,8 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
+from smoltulu.artifacts.store import Found, read_manifest
+from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.flows.endings import Interruption, close_earlier_attempts
 from smoltulu.flows.follow_worker import follow_worker
 from smoltulu.flows.forms import described, with_form
@@ -133,19 +135,38 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         log.warning("recipe %s has no finished model in %s: nothing to evaluate", checked.name, store.root)
         return Completed(name="Skipped", message="no finished model")
 
-    record = begin_run(store, f"{checked.name}-nightly-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
+    last, compared_with = _last_night(evaluations, finished, Catalogue(store.root), log)
+    name = f"{checked.name}-nightly-{runtime.flow_run.name}"
+    record = begin_run(store, name, graph, str(runtime.flow_run.id), compared_with)
     outcomes: dict[str, str] = {}
     comparisons: list[Comparison] = []
     state, futures = "Completed", []
     try:
         for name in evaluations:
-            last = finished.get(name)
             futures.append(measure.with_options(name="evaluation", task_run_name=name).submit(name))
             outcomes[name] = "Failed"
             tonight = futures[-1].result()
             outcomes[name] = tonight.outcome
-            if last is not None:
-                comparisons += compare(name, document_scores(last), document_scores(tonight))
+            if name in last:
+                comparisons += compare(name, document_scores(last[name]), document_scores(tonight))
+        rows = [
+            {
+                "model": comparison.node.removeprefix("evaluation-"),
+                "task": comparison.task,
+                "last": f"{comparison.last:.4f}",
+                "tonight": f"{comparison.tonight:.4f}",
+                "documents": str(comparison.num_documents),
+                "p (paired)": f"{comparison.p_value:.3g}",
+                "verdict": comparison.verdict(len(comparisons)),
+            }
+            for comparison in comparisons
+        ]
+        for row in rows:
+            log.info("%(model)s %(task)s: %(last)s -> %(tonight)s, %(verdict)s (p %(p (paired))s)", row)
+        key = artifact_key(f"{checked.name}-nightly")
+        create_table_artifact(key=key, table=rows, description="last night and tonight")
+        # From here on the verdict is told: the next night compares with this one.
+        record = record.model_copy(update={"compared_with": {}})
     except BaseException as error:
         state = interruption.stop(error, futures)
         if state == "Cancelled":
@@ -153,22 +174,33 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         raise
     finally:
         end_run(store, record, state, outcomes)
-    rows = [
-        {
-            "model": comparison.node.removeprefix("evaluation-"),
-            "task": comparison.task,
-            "last": f"{comparison.last:.4f}",
-            "tonight": f"{comparison.tonight:.4f}",
-            "documents": str(comparison.num_documents),
-            "p (paired)": f"{comparison.p_value:.3g}",
-            "verdict": comparison.verdict(len(comparisons)),
-        }
-        for comparison in comparisons
-    ]
-    create_table_artifact(key=artifact_key(f"{checked.name}-nightly"), table=rows, description="last night and tonight")
-    for row in rows:
-        log.info("%(model)s %(task)s: %(last)s -> %(tonight)s, %(verdict)s (p %(p (paired))s)", row)
     drops = [row for row in rows if row["verdict"] == "drop"]
     if drops:
         raise RunFailed("dropped beyond noise: " + ", ".join(f"{row['model']} {row['task']}" for row in drops))
     return Completed(name="Completed", message=f"{len(evaluations)} evaluations, no real drop")
+
+
+def _last_night(
+    evaluations: list[str], finished: dict[str, ArtifactReference], catalogue: Catalogue, log: Any
+) -> tuple[dict[str, ArtifactReference], dict[str, str]]:
+    """What tonight's scores are compared with, and its generations: the newest, or what an untold night compared with.
+
+    A night that was killed, or failed, has measured some of its models. Their newest scores are its own, not those of
+    the last night that told a verdict.
+    """
+    last = {name: finished[name] for name in evaluations if name in finished}
+    earlier = catalogue.untold()
+    for name, newest in last.items():
+        folder, generation = Path(newest.path).parent, earlier.get(newest.key)
+        if generation in (None, Path(newest.path).name):
+            continue
+        try:
+            last[name] = reference_to(Found(read_manifest(folder / generation), folder / generation), name, "Cached")
+            log.info(
+                "%s: the night before told no verdict; compared with %s, as that night would have been",
+                name,
+                generation,
+            )
+        except (OSError, ValueError) as error:
+            log.warning("%s: the night before told no verdict, and what it compared with is gone: %s", name, error)
+    return last, {name: Path(reference.path).name for name, reference in last.items()}

@@ -24,7 +24,9 @@ def _plain(run_name: str) -> str:
     return plain.encode()[:_MAX_NAME_BYTES].decode(errors="ignore") or "run"
 
 
-def begin_run(store: Store, run_name: str, graph: NodeGraph, flow_run_id: str) -> RunRecord:
+def begin_run(
+    store: Store, run_name: str, graph: NodeGraph, flow_run_id: str, compared_with: dict[str, str] | None = None
+) -> RunRecord:
     """Record the start of a run, with the keys of all artifacts that it may use: gc keeps them while it runs.
 
     Another run of this name keeps its record and report: this one then gets the beginning of its id behind its name.
@@ -41,6 +43,7 @@ def begin_run(store: Store, run_name: str, graph: NodeGraph, flow_run_id: str) -
         pid=os.getpid(),
         stages={name: node.stage.name for name, node in graph.nodes.items()},
         keys=graph.keys(),
+        compared_with=compared_with,
     )
     for longer in (name, f"{name}-{identity[:8]}", f"{name}-{identity}"):
         record = record.model_copy(update={"run_name": longer})
@@ -62,7 +65,7 @@ def _claim(store: Store, record: RunRecord) -> bool:
     """Write the record of a run that begins; False where another run has this name. A retried run keeps its own."""
     file = _file(store, record)
     make_folder(file.parent, store.root)
-    draft = file.with_name(f".{uuid4().hex}")
+    draft = file.with_name(f".begun.{uuid4().int}")  # gc knows names of this form as temporary
     write_atomically(draft, record.model_dump_json(indent=1))
     try:
         os.link(draft, file)  # refuses a file that is there, also where two begin at once

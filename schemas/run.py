@@ -71,6 +71,10 @@ class RunRecord(StrictModel):
     keys: dict[str, Key] = Field(description="node -> artifact key, every planned node, from the start")
     outcomes: dict[str, str] = Field({}, description="node -> outcome; empty at the start")
     report_path: str = Field("", description="the HTML report; empty until it is written")
+    compared_with: dict[str, str] | None = Field(
+        None,
+        description="of a night: node -> generation that its scores are compared with; empty once the verdict was told",
+    )
 
 
 class TagRecord(StrictModel):

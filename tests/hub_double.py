@@ -11,6 +11,7 @@ downloading, with the statuses and headers of the real one. `requests` logs (met
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -77,6 +78,8 @@ class HubDouble:
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.RLock()
+        #: Told of "METHOD /path" before a request is handled, and (True) when it was, before the answer goes.
+        self.on_request: Callable[[str, bool], None] = lambda request, is_done: None
         self._faults: list[tuple[str, str, list[int]]] = []
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -119,14 +122,18 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         with self.hub.lock:
             self.hub.requests.append((self.command, self.url_path))
+            told = f"{self.command} {self.url_path}"
             try:
+                self.hub.on_request(told, False)
                 status = self.hub.fault(self.command, self.url_path)
                 if status is not None:
                     raise Answer(status, {"error": f"fault {status}"})
                 self._route(body)
                 raise Answer(404, {"error": f"the double has no {self.command} {self.url_path}"})
             except Answer as answer:
-                self._send(answer)
+                self.hub.on_request(told, True)
+                with contextlib.suppress(ConnectionError):  # the client may have been killed
+                    self._send(answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 

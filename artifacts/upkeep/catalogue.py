@@ -189,6 +189,18 @@ class Catalogue:
         found = [run for path in self._records(layout.RUNS) if (run := self.run(path.stem)) is not None]
         return sorted(found, key=lambda run: (run.started_at, run.run_name), reverse=True)
 
+    def untold(self) -> dict[str, str]:
+        """Key -> generation that the newest night compared with, where that night ended before it told its verdict.
+
+        What it measured is the newest generation by now. Who compared with that would never tell what the night found.
+        """
+        newest: dict[str, str] = {}
+        for run in self.runs():
+            if run.compared_with is not None:
+                for node, key in run.keys.items():
+                    newest.setdefault(key, run.compared_with.get(node, ""))
+        return {key: generation for key, generation in newest.items() if generation}
+
     def run(self, name: str) -> RunRecord | None:
         """A run by its name; None where there is none that can be read."""
         path = layout.record_path(self.root, layout.RUNS, name)

@@ -104,6 +104,7 @@ class _Planner:
         self._mark()
         plan = Plan(kept=self.kept)
         artifacts: dict[Ref, Removal] = {}
+        damaged: list[Removal] = []
         for ref, folder in self.folders.items():
             if ref in self.kept:
                 plan.kept_bytes[ref] = sum(self.generations[ref][name].num_bytes for name in self.kept_generations[ref])
@@ -113,8 +114,9 @@ class _Planner:
                 plan.removals += self._parts(folder, plan)
             elif (removal := self._whole_key(folder)) is not None:
                 artifacts[ref] = removal
-            plan.removals += self._damaged(folder)
-        plan.removals = [*self._consumers_first(artifacts), *plan.removals, *self._top_level()]
+            damaged += self._damaged(folder)
+        # What was set aside goes before its key, whose pointer says at removal that nothing changed since.
+        plan.removals = [*damaged, *self._consumers_first(artifacts), *plan.removals, *self._top_level()]
         return plan
 
     # Mark
@@ -143,6 +145,12 @@ class _Planner:
                 self._keep([ref], f"used in the last {self.rules.keep_days:g} days")
             elif self._is_resumable(folder) and self._changed(folder) > self.horizon:
                 self._keep([ref], f"unfinished work of the last {self.rules.keep_days:g} days")
+
+        # The next night compares with what one compared with that told no verdict.
+        for key, name in self.catalogue.untold().items():
+            evaluation = self.by_key.get(key)
+            if evaluation in self.kept and name in self.generations[evaluation]:
+                self.kept_generations[evaluation].add(name)
 
     def _keep_run(self, run: RunRecord, reason: str, every_generation: bool = False) -> None:
         refs = [Ref(run.stages[node], key) for node, key in run.keys.items() if node in run.stages]
@@ -200,8 +208,8 @@ class _Planner:
     # Sweep
 
     def _whole_key(self, folder: KeyFolder) -> Removal | None:
-        """Everything of a key that nothing needs, but what was set aside lately."""
-        aside = {*folder.damaged, *folder.headless}
+        """Everything of a key that nothing needs, but what was set aside."""
+        aside = {*folder.damaged, *folder.headless} - set(self._old_aside(folder))
         names = [*folder.whole, *folder.begun, *folder.leftovers]
         if not names and (aside or _mtime(folder.path) > self.horizon):
             return None  # only what was set aside lately, or just begun
@@ -239,9 +247,12 @@ class _Planner:
         return removals
 
     def _damaged(self, folder: KeyFolder) -> list[Removal]:
-        old = [name for name in (*folder.damaged, *folder.headless) if _mtime(folder.path / name) <= self.horizon]
+        old = self._old_aside(folder)
         reason = f"set aside more than {self.rules.keep_days:g} days ago"
         return [self._removal(folder, old, "damaged", reason)] if old else []
+
+    def _old_aside(self, folder: KeyFolder) -> list[str]:
+        return [name for name in (*folder.damaged, *folder.headless) if _mtime(folder.path / name) <= self.horizon]
 
     def _top_level(self) -> list[Removal]:
         """Temporary files beside the artifacts; those of the last day may be in use, as no lock covers them."""

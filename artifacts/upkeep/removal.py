@@ -72,6 +72,7 @@ def _remove_one(root: Path, removal: Removal) -> str | None:
 
 
 def _remove_names(folder: Path, removal: Removal) -> str | None:
+    before = set(os.listdir(folder))  # with the trash of somebody who was killed: that goes as a leftover
     for name in removal.names:
         path = folder / name
         if path.is_symlink():
@@ -81,5 +82,5 @@ def _remove_names(folder: Path, removal: Removal) -> str | None:
         else:
             path.unlink(missing_ok=True)
     prefixes = tuple(f"{TRASH_PREFIX}{name}-" for name in removal.names)
-    left = [name for name in os.listdir(folder) if name.startswith(prefixes)]
+    left = [name for name in os.listdir(folder) if name.startswith(prefixes) and name not in before]
     return f"{left[0]} could not be removed wholly" if left else None

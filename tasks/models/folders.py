@@ -24,6 +24,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _PAD_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 SPARE_PAD_TOKEN = "<pad>"
 GENERATION_CONFIG = "generation_config.json"
+#: What transformers saves with a tokenizer of how it was loaded: the bytes of a model would depend on HF_HUB_OFFLINE.
+_HOW_LOADED = ("is_local", "local_files_only")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -119,6 +121,8 @@ def load_tokenizer(folder: Path, chat_template: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    for name in _HOW_LOADED:
+        tokenizer.init_kwargs.pop(name, None)
     if tokenizer.eos_token is None:
         raise ValueError(f"tokenizer of {folder} has no eos token: a model could never learn to stop; set eos_token")
     tokenizer.chat_template = chat_template

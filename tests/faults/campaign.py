@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smoltulu.flows.machine import machine
-from tests.faults import shared
+from tests.faults import served, shared
 from tests.faults.draw import Draw, Fault
 from tests.faults.kills import Result
 from tests.faults.sandbox import SHRUNKEN, Sandbox
@@ -145,6 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
             ThreadPoolExecutor(1) as prefect,
         ):
             pools = {"SIGKILL of the Prefect worker": prefect, **dict.fromkeys(_WAITING_KINDS, waiting)}
+            pools |= dict.fromkeys(served.KINDS, prefect)
             futures: list[Future[None]] = [pools.get(fault.kind, busy).submit(one, fault) for fault in faults]
             for future in futures:
                 future.result()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 
 from smoltulu.artifacts.store import Store
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
+from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
+from smoltulu.artifacts.upkeep.removal import remove
 from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.compute import ComputeSettings
@@ -34,6 +39,19 @@ def test_two_runs_of_one_name_have_two_records(tmp_path: Path) -> None:
     assert begin_run(store, "tiny-night", GRAPH, IDS[1]).run_name == "tiny-night-4567abcd"
     # Without a server there is no id, so nothing says that it is the same run.
     assert len({begin_run(store, "audit", GRAPH, "").run_name for _ in range(3)}) == 3
+
+
+@pytest.mark.parametrize("event", ["os.rename", "os.link", "os.remove"])
+def test_what_a_kill_at_the_beginning_leaves_is_removed_by_gc(tmp_path: Path, event: str) -> None:
+    if (child := os.fork()) == 0:
+        sys.addaudithook(lambda name, arguments: os.kill(os.getpid(), signal.SIGKILL) if name == event else None)
+        begin_run(Store(tmp_path), "tiny-night", GRAPH, IDS[0])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    for path in (tmp_path / "runs").iterdir():
+        os.utime(path, (0, 0))
+    remove(plan_gc(Catalogue(tmp_path), Rules()), tmp_path)
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_record_that_cannot_be_read_is_left_alone(tmp_path: Path) -> None:

@@ -239,6 +239,22 @@ def test_generations_that_nothing_was_made_from_go(store: HandStore) -> None:
     assert [(removal.kind, removal.names) for removal in plan.removals] == [("old generation", ("gen-0002",))]
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_what_a_night_without_a_verdict_compared_with_stays(store: HandStore, is_told: bool) -> None:
+    night = store.make("evaluation", "night", content="first")
+    store.make("evaluation", "night", content="second")
+    store.tag("night", night)
+    store.run("before", {"night": night}, started_at="2026-10-01T03:00:00+00:00", compared_with={"night": "gen-0001"})
+    if is_told:
+        store.run("night", {"night": night}, started_at="2026-10-02T03:00:00+00:00", compared_with={})
+    # A run that is no night says nothing of it.
+    store.run("later", {"night": night}, started_at="2026-10-03T03:00:00+00:00")
+    assert store.catalogue.untold() == ({} if is_told else {night.key: "gen-0001"})
+    collect(store)
+    left = sorted(path.name for path in store.folder(night).glob("gen-*"))
+    assert left == (["gen-0002"] if is_told else ["gen-0001", "gen-0002"])
+
+
 def test_unfinished_work_goes_only_when_it_is_old(store: HandStore) -> None:
     base = store.make("base_model", "base")
     young = store.begin("sft", "young", {"model": base})
@@ -274,6 +290,26 @@ def test_damaged_generations_go_when_they_are_old(store: HandStore) -> None:
     plan = collect(store)
     assert not list(store.folder(sft).glob("damaged-*")) and len(list(store.folder(dpo).glob("damaged-*"))) == 1
     assert {removal.kind for removal in plan.removals} == {"damaged"}
+
+
+def test_a_key_goes_at_once_with_what_was_set_aside_of_it(store: HandStore) -> None:
+    """The pointer, which says whether a key was used since the plan, must not go before what was set aside."""
+    sft = store.make("sft", "sft", content="first")
+    Store(store.root).quarantine(store.folder(sft), "gen-0001", "bad")
+    store.make("sft", "sft", content="second")
+    store.age(sft, 40)
+    collect(store)
+    assert {path.name for path in store.folder(sft).iterdir()} <= {"lock", "writer"}
+
+
+def test_the_trash_of_a_kill_does_not_count_as_what_could_not_be_removed(store: HandStore) -> None:
+    sft = store.make("sft", "sft")
+    store.tag("best", sft)
+    store.checkpoint(sft)
+    (store.folder(sft) / "work" / "generation").write_text("gen-0001")
+    (store.folder(sft) / ".trash-work-1-1").mkdir()
+    outcome = remove(plan_gc(store.catalogue, STRICT), store.root)
+    assert outcome.skipped == [] and {one.kind for one in outcome.removed} == {"stale work", "leftover"}
 
 
 def test_temporary_files_go(store: HandStore) -> None:

@@ -2,11 +2,12 @@
 
 Python imports `sitecustomize` at its start from PYTHONPATH, so nothing in the code under test knows of this. The
 environment variable SMOLTULU_FAULT holds JSON:
-  role      parent (flows.local) or child (tasks.engine.child): the process that this is for
+  role      parent (a recipe, a command, a flow) or child (tasks.engine.child): the process that this is for
   record    file that every event is appended to, as "role <tab> event <tab> path"
   under     only events on a path below this folder count ...
   part      ... and of this part of it, see `part_of`; left out: of any
   nth       the event (from 1) at which to kill
+  tally     file that gets a byte per event: all processes of the role count together; left out: each for itself
   delay     seconds from the event to the kill: it then hits the write that the event announced, or what follows it
   both      kill the other one of parent and child too, first
   shift     seconds by which this process's wall clock is wrong
@@ -21,7 +22,12 @@ import threading
 import time
 from typing import Any
 
-_ROLES = {"smoltulu.tasks.engine.child": "child", "smoltulu.flows.local": "parent"}
+_ROLES = {
+    "smoltulu.tasks.engine.child": "child",
+    "smoltulu.flows.local": "parent",
+    "smoltulu.flows.cli.main": "parent",
+    "tests.faults.served": "parent",
+}
 _PATHS = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1, "os.utime": 1, "os.link": 2, "shutil.rmtree": 1}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -88,13 +94,20 @@ class Killer:
             return
         if self.fault.get("part", (part := part_of(path[len(under) :]))) != part:
             return
-        self.num_events += 1
+        self.num_events = self._count()
         if self.num_events != self.fault["nth"]:
             return
         if delay := self.fault.get("delay", 0.0):
             threading.Thread(target=lambda: (time.sleep(delay), self._kill()), daemon=True).start()
         else:
             self._kill()
+
+    def _count(self) -> int:
+        if "tally" not in self.fault:
+            return self.num_events + 1
+        with open(self.fault["tally"], "ab") as file:
+            file.write(b".")
+            return file.tell()
 
     def _kill(self) -> None:
         if self.fault.get("both"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from smoltulu.schemas.training import Overlong
+from smoltulu.tasks.models.folders import load_tokenizer
 from smoltulu.tasks.models.tokens import (
     IGNORED,
     Conversation,
@@ -282,3 +284,11 @@ def test_the_completions_of_a_pair_are_cut_or_it_is_dropped(
 def test_nothing_in_nothing_out() -> None:
     assert conversations(TOKENIZER, []) == [] and pairs(TOKENIZER, [], "last") == []
     assert TOKENIZER.chat_template == TULU_TEMPLATE
+
+
+def test_a_saved_tokenizer_does_not_say_how_it_was_loaded(tmp_path: Path) -> None:
+    """The same model had other bytes, and so another digest, with HF_HUB_OFFLINE than without."""
+    TOKENIZER.save_pretrained(str(tmp_path / "base"))
+    load_tokenizer(tmp_path / "base", TULU_TEMPLATE).save_pretrained(str(tmp_path / "made"))
+    saved = json.loads((tmp_path / "made" / "tokenizer_config.json").read_text())
+    assert saved.keys() & {"local_files_only", "is_local", "name_or_path"} == set()
