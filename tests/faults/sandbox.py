@@ -126,6 +126,8 @@ class Run:
 
 
 _OUTCOMES = ("cached", "completed", "resumed")
+#: Words in the names of metrics that are not computed.
+_MEASURED = ("second", "memory", "step_time")
 
 
 @dataclass
@@ -266,7 +268,7 @@ class Sandbox:
                 wrong.append(f"{node}: {mine.reason}")
                 continue
             wrong += [f"{node}: {fault}" for fault in self.store.verify(mine)]
-            files = _differing_files(mine.folder, theirs.folder)
+            files = differing_files(mine.folder, theirs.folder)
             fields = _differing_fields(mine.manifest, theirs.manifest)
             if node == "publish":
                 # Its lineage, which is compared by content, tells when and how long each artifact was made.
@@ -290,7 +292,7 @@ def _events(file: Path, prefix: str) -> list[Event]:
     return found
 
 
-def _differing_files(mine: Path, theirs: Path) -> list[str]:
+def differing_files(mine: Path, theirs: Path) -> list[str]:
     def names(folder: Path) -> set[str]:
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         return {name for name in files if name in _TOLD or not (name == MANIFEST or name.startswith(f"{LOGS_FOLDER}/"))}
@@ -302,8 +304,8 @@ def _differing_files(mine: Path, theirs: Path) -> list[str]:
 
 
 def computed(values: dict[str, Any]) -> dict[str, Any]:
-    """Metrics without what is measured: speed and memory."""
-    return {name: value for name, value in values.items() if "second" not in name and "memory" not in name}
+    """Metrics without what is measured: time, speed and memory."""
+    return {name: value for name, value in values.items() if not any(word in name for word in _MEASURED)}
 
 
 def _history(file: Path) -> list[dict[str, Any]]:
