@@ -152,8 +152,8 @@ class Campaign:
             tried = Tried(fault, Result(problems=[f"no unbroken run to compare with: {traceback.format_exc()}"]), 0.0)
         else:
             tried = attempt(fault, baseline, self.home, keep)
-        # What was interrupted with the campaign says nothing; it is tried again.
-        if not self.is_over.is_set():
+        # What was interrupted with the campaign says nothing, and is tried again. Ctrl-C may reach a run before us.
+        if not (self.is_over.wait(1.0) if tried.is_wrong else self.is_over.is_set()):
             self.results.add(tried)
             self.tried.append(tried)
             print(tried.line(), flush=True)
@@ -174,10 +174,14 @@ class Campaign:
                     future.result()
             except BaseException:
                 self.is_over.set()
-                for process in psutil.Process().children(recursive=True):
-                    with contextlib.suppress(psutil.Error):
-                        process.kill()
+                _end_runs()
                 raise
+
+
+def _end_runs() -> None:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _interrupted(*_: object) -> None:
@@ -227,6 +231,7 @@ def _campaign(given: argparse.Namespace, size: str, home: Path, faults: list[Fau
         campaign = Campaign(Baselines(home, baseline), home, results)
         campaign.run(left, given.jobs, keep=bool(given.only))
     except KeyboardInterrupt:
+        _end_runs()
         print(f"\ninterrupted; the same command goes on (in {home})")
         return 130
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import fnmatch
 import functools
 import json
 import os
@@ -19,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from smoltulu.artifacts.keys import LOGS_FOLDER
+from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
+from smoltulu.artifacts.keys import CHECKPOINT_FOLDER, LOGS_FOLDER
 from smoltulu.artifacts.layout import MANIFEST
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.flows.graphs.recipe_graph import Graph
@@ -224,8 +226,10 @@ class Sandbox:
     def take(self, other: Sandbox) -> None:
         """Copy what another sandbox has of this one's recipe: upstream nodes that recipes share have the same key."""
         for node in self.graph.nodes:
-            if isinstance(other.found(node), Found) and not self.folder(node).exists():
-                shutil.copytree(other.folder(node), self.folder(node))
+            if node not in other.graph.nodes or self.folder(node).exists():
+                continue
+            if (theirs := other.folder(node)).name == self.folder(node).name:
+                shutil.copytree(theirs, self.folder(node))
 
     def processes(self) -> list[psutil.Process]:
         """Stage processes of this store, of whatever parent."""
@@ -295,11 +299,12 @@ def _events(file: Path, prefix: str) -> list[Event]:
 def differing_files(mine: Path, theirs: Path) -> list[str]:
     def names(folder: Path) -> set[str]:
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        return {name for name in files if name in _TOLD or not (name == MANIFEST or name.startswith(f"{LOGS_FOLDER}/"))}
+        return {name for name in files if _told(name) or not (name == MANIFEST or name.startswith(f"{LOGS_FOLDER}/"))}
 
     both = names(mine) & names(theirs)
-    _, differing, unreadable = filecmp.cmpfiles(mine, theirs, sorted(both - _TOLD.keys()), shallow=False)
-    told = [name for name, read in _TOLD.items() if name in both and read(mine / name) != read(theirs / name)]
+    readers = {name: read for name in sorted(both) if (read := _told(name))}
+    _, differing, unreadable = filecmp.cmpfiles(mine, theirs, sorted(both - readers.keys()), shallow=False)
+    told = [name for name, read in readers.items() if read(mine / name) != read(theirs / name)]
     return [*differing, *told, *unreadable, *sorted(names(mine) ^ names(theirs))]
 
 
@@ -322,11 +327,29 @@ def _lineage(file: Path) -> list[dict[str, Any]]:
     return [{**record, "metrics": computed(record["metrics"])} for record in records]
 
 
-#: Files that tell how an artifact was made, with what of them does not differ from run to run.
-_TOLD: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+def _trainer_state(file: Path) -> dict[str, Any]:
+    """What the trainer keeps in a checkpoint, history included."""
+    state = json.loads(file.read_text())
+    return {**state, "log_history": [computed(row) for row in state["log_history"]]}
+
+
+def _marker(file: Path) -> dict[str, Any]:
+    """Files of a checkpoint, without the digest of the one that holds the history."""
+    marker = json.loads(file.read_text())
+    return {**marker, "files": {**marker["files"], "trainer_state.json": None}}
+
+
+#: Files that tell how an artifact was made, by their pattern, with what of them does not differ from run to run.
+_TOLD: dict[str, Callable[[Path], Any]] = {
     f"{LOGS_FOLDER}/history.jsonl": _history,
     "model/lineage.json": _lineage,
+    f"{CHECKPOINT_FOLDER}/*/trainer_state.json": _trainer_state,
+    f"{CHECKPOINT_FOLDER}/*/{CHECKPOINT_MARKER}": _marker,
 }
+
+
+def _told(name: str) -> Callable[[Path], Any] | None:
+    return next((read for pattern, read in _TOLD.items() if fnmatch.fnmatch(name, pattern)), None)
 
 
 def _differing_fields(mine: Manifest, theirs: Manifest) -> list[str]:
