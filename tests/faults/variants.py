@@ -23,7 +23,7 @@ _WIDE = {
     "sft.effective_batch_size": 64,
     "sft.max_steps": 6,
     "compute.stages.sft.save_steps": 2,
-    "compute.stages.preflight.per_device_train_batch_size": 8,
+    "preflight.dry_run": False,
 }
 _BLOCKS = ("sft", "reward_model", "dpo", "rlvr", "evaluation", "publish")
 
