@@ -89,7 +89,7 @@ def flipped_input(sandbox: Sandbox, baseline: Sandbox, node: str, below: str, rn
     # The first run set the damaged one aside, this one makes it and what stands on it.
     code, run = sandbox.run()
     remade = {name for name, outcome in run.outcomes().items() if outcome != "cached"}
-    if code or remade != {node, below}:
+    if code or remade != {node, *sandbox.left_out}:
         result.problems.append(f"made again: {sorted(remade)}, status {code}")
     result.problems += sandbox.differences(baseline)
     return result

@@ -257,7 +257,8 @@ def finish(sandbox: Sandbox, baseline: Sandbox, node: str, result: Result, done:
         result.problems.append(f"the next run failed: {run.text[-600:]}")
         return result
     outcomes = run.outcomes()
-    remade = [name for name, outcome in outcomes.items() if outcome != "cached" and name != node]
+    wanted = {node, *sandbox.left_out}
+    remade = [name for name, outcome in outcomes.items() if outcome != "cached" and name not in wanted]
     if remade:
         result.problems.append(f"made again without need: {', '.join(remade)}")
     if outcomes.get(node) != "cached":

@@ -144,6 +144,8 @@ class Sandbox:
     #: what is wrong in every run, see killer/sitecustomize.py
     always: dict[str, Any] = field(default_factory=dict)
     num_runs: int = 0
+    #: nodes whose artifacts are to be made
+    left_out: set[str] = field(default_factory=set)
 
     @property
     def root(self) -> Path:
@@ -163,7 +165,7 @@ class Sandbox:
 
     def at(self, home: Path, logs: Path | None = None) -> Sandbox:
         """Another one of the same recipe."""
-        return replace(self, home=home, logs=logs, environment=dict(self.environment), num_runs=0)
+        return replace(self, home=home, logs=logs, environment=dict(self.environment), num_runs=0, left_out=set())
 
     def events(self, node: str) -> list[Event]:
         """File-system events below a node's folder, as an unbroken run here recorded them in `events.txt`."""
@@ -215,12 +217,18 @@ class Sandbox:
         return run.wait(), run
 
     def copy_from(self, baseline: Sandbox, *, without: str | None = None) -> None:
-        """Begin with what the baseline made, the artifact of one node left out."""
-        left_out = baseline.folder(without) if without else None
+        """Begin with what the baseline made, the artifact of one node left out.
+
+        Without that of a training the publication is left out too: its card and lineage tell of the training.
+        """
+        self.left_out = {without} if without else set()
+        if without in TRAINERS and "publish" in baseline.graph.nodes:
+            self.left_out.add("publish")
+        left_out = [baseline.folder(node) for node in self.left_out]
         shutil.copytree(
             baseline.root,
             self.root,
-            ignore=lambda folder, names: [name for name in names if Path(folder, name) == left_out],
+            ignore=lambda folder, names: [name for name in names if Path(folder, name) in left_out],
         )
 
     def take(self, other: Sandbox) -> None:
