@@ -55,7 +55,8 @@ test-all: ## the tests, slow ones too
 test-gpu: setup ## the tests that need a GPU
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -m gpu $(ARGS)
 
-faults: setup ## the fault campaign: power cuts in virtual time; processes killed, full disks, flipped bytes; 25 minutes
+# Stopped or killed, it goes on: results lie in the user's cache, by seed, size and code.
+faults: setup ## the fault campaign: power cuts in virtual time; processes killed, full disks, flipped bytes; half an hour
 	$(BIN)/python -m tests.faults.simulated
 	$(BIN)/python -m tests.faults $(ARGS)
 

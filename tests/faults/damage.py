@@ -21,6 +21,8 @@ from tests.faults.kills import Result, Victim, Watch, finish
 from tests.faults.sandbox import Sandbox
 
 DAY = 86_400.0
+#: A tmpfs with less room than this is full: files take whole pages.
+_FULL = 8192
 #: What an interrupted training leaves behind, by a pattern below the node's folder.
 WORK_FILES = (
     "work/checkpoints/checkpoint-*/model.safetensors",
@@ -87,7 +89,7 @@ def flipped_input(sandbox: Sandbox, baseline: Sandbox, node: str, below: str, rn
     # The first run set the damaged one aside, this one makes it and what stands on it.
     code, run = sandbox.run()
     remade = {name for name, outcome in run.outcomes().items() if outcome != "cached"}
-    if code or remade != {node, below}:
+    if code or remade != {node, *sandbox.left_out}:
         result.problems.append(f"made again: {sorted(remade)}, status {code}")
     result.problems += sandbox.differences(baseline)
     return result
@@ -187,7 +189,7 @@ def full_disk(sandbox: Sandbox, baseline: Sandbox, node: str, share: float) -> R
     with _tmpfs(sandbox.home / "disk", used + (1 << 20)) as mount:
         if mount is None:
             return Result(skipped="mounting a tmpfs needs root")
-        tight = Sandbox(mount, sandbox.overrides, logs=sandbox.home)
+        tight = sandbox.at(mount, logs=sandbox.home)
         tight.copy_from(baseline, without=node)
         used = _num_blocks(tight.root) * 4096
         _remount(mount, f"size={used + int(needed * share) + 65_536}")
@@ -202,12 +204,53 @@ def full_disk(sandbox: Sandbox, baseline: Sandbox, node: str, share: float) -> R
         return finish(tight, baseline, node, result)
 
 
+def killed_on_a_full_disk(
+    sandbox: Sandbox, baseline: Sandbox, node: str, victim: str, step: int, share: float
+) -> Result:
+    """From a step on there is room for `share` of what the artifact needs; who fills it is killed there and then."""
+    needed = _num_blocks(baseline.folder(node)) * 4096
+    # Enough for what a training asks for before it begins.
+    with _tmpfs(sandbox.home / "disk", 256 << 20) as mount:
+        if mount is None:
+            return Result(skipped="mounting a tmpfs needs root")
+        tight = sandbox.at(mount, logs=sandbox.home)
+        tight.copy_from(baseline, without=node)
+        run = tight.start()
+        watch = Watch(tight, run, node)
+        result = Result(limit=tight.save_steps(node))
+        if watch.until(lambda: watch.child is not None and tight.last_step(node) >= step):
+            _shrink(mount, int(needed * share))
+            while run.process.poll() is None and shutil.disk_usage(mount).free > _FULL:
+                time.sleep(0.001)
+            watch.look()
+            result.num_kills = int(Victim(victim).kill(run, watch.child))
+            result.at = f"{shutil.disk_usage(mount).free} bytes free"
+        watch.end()
+        result.is_missed = not result.num_kills
+        if run.process.returncode == 0:
+            result.problems.append("the disk was full, and the run says nothing")
+        result.num_orphans = tight.num_orphans()
+        _remount(mount, "size=256M")
+        # A full disk may cost a checkpoint: the one that did not fit.
+        result.limit *= 2
+        return finish(tight, baseline, node, result, watch.last_step)
+
+
+def _shrink(mount: Path, room: int) -> None:
+    """Leave `room` bytes on a tmpfs that is written to meanwhile."""
+    for more in range(0, 8 << 20, 65_536):
+        size = shutil.disk_usage(mount).used + room + more
+        if subprocess.run(["mount", "-o", f"remount,size={size}", str(mount)], capture_output=True).returncode == 0:
+            return
+    raise AssertionError(f"{mount} cannot be made smaller")
+
+
 def read_only(sandbox: Sandbox, baseline: Sandbox, node: str) -> Result:
     """A read-only store serves what is finished, says clearly what it cannot make, and is as good as before."""
     with _tmpfs(sandbox.home / "disk", 256 << 20) as mount:
         if mount is None:
             return Result(skipped="mounting a tmpfs needs root")
-        store = Sandbox(mount / "here", sandbox.overrides, logs=sandbox.home)
+        store = sandbox.at(mount / "here", logs=sandbox.home)
         store.copy_from(baseline)
         result = Result()
         _remount(mount, "ro")

@@ -1,10 +1,14 @@
-"""Faults that end processes with SIGKILL: at random instants, at exact file-system events, several times in a row."""
+"""Faults that end processes with SIGKILL: at random instants, at exact file-system events, several times in a row.
+
+When is drawn as a share: of a stage's time, of its events. What that is on this machine, the unbroken run says.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import time
@@ -15,10 +19,12 @@ from typing import Any
 import psutil
 
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
-from tests.faults.sandbox import RUN_SECONDS, TRAINERS, Run, Sandbox
+from tests.faults.sandbox import TRAINERS, Event, Run, Sandbox, limits
 
 _POLL_SECONDS = 0.005
 _TOO_SHORT_SECONDS = 0.02
+#: How a run says that the process of a stage was killed; torchrun ends with a status of its own.
+_TOLD = ("was killed by signal 9", "its process ended with status")
 
 
 @dataclass
@@ -28,6 +34,7 @@ class Result:
     num_kills   processes groups that were ended with SIGKILL; 0 for other faults, or where the run was over before
     lost_steps  optimizer steps that were done twice, at most over the kills of this fault; `limit` one interval
     problems    what is wrong: results, recovery, messages
+    at          when exactly it happened, where a share was drawn
     """
 
     num_kills: int = 0
@@ -37,28 +44,40 @@ class Result:
     problems: list[str] = field(default_factory=list)
     is_missed: bool = False
     skipped: str = ""
+    at: str = ""
+
+
+#: Tries a fault in a sandbox, given the unbroken run.
+Attempt = Callable[[Sandbox, Sandbox], Result]
 
 
 @dataclass(frozen=True)
 class Victim:
-    """Who is killed in a run: the process of the recipe, the process of its stage, or both."""
+    """Who is hit in a run: the process of the recipe, the process of its stage, both, or the last rank of its stage."""
 
     name: str
 
     def kill(self, run: Run, child: psutil.Process | None) -> bool:
         """Whether somebody was still there to be killed."""
+        return bool(self.send(signal.SIGKILL, run, child))
+
+    def send(self, number: signal.Signals, run: Run, child: psutil.Process | None) -> list[int]:
+        """Send a signal; the processes that were still there to get it."""
         targets = []
         if self.name in ("child", "both") and child is not None:
             targets.append(child.pid)
+        if self.name == "rank" and child is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                targets += [process.pid for process in child.children()][-1:]
         if self.name in ("parent", "both"):
             targets.append(run.process.pid)
-        hit = False
+        hit = []
         for pid in targets:
             # A zombie, or one that ended this instant, is nobody.
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                 if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                    os.kill(pid, signal.SIGKILL)
-                    hit = True
+                    os.kill(pid, number)
+                    hit.append(pid)
         return hit
 
 
@@ -76,7 +95,7 @@ class Watch:
         if self.child is None:
             self._find_child()
         self.last_step = max(self.last_step, self.sandbox.last_step(self.node))
-        if time.monotonic() - self.run.popen_time > RUN_SECONDS:
+        if time.monotonic() - self.run.popen_time > limits.run:
             self.run.process.kill()
             raise AssertionError(f"the run did not end; {self.run.output}")
         return self.run.process.poll() is None
@@ -105,6 +124,14 @@ class Watch:
                     self.child, self.began = process, time.monotonic()
         except (OSError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
             return
+
+
+def at_a_share(sandbox: Sandbox, baseline: Sandbox, node: str, victim: str, share: float) -> Result:
+    """Kill after a share of the time that the stage took in the unbroken run."""
+    seconds = share * baseline.manifest(node).duration_seconds
+    result = at_an_instant(sandbox, baseline, node, victim, seconds)
+    result.at = f"{seconds:.2f} s after its start"
+    return result
 
 
 def at_an_instant(sandbox: Sandbox, baseline: Sandbox, node: str, victim: str, seconds: float) -> Result:
@@ -138,6 +165,38 @@ def at_steps(sandbox: Sandbox, baseline: Sandbox, node: str, victim: str, steps:
         return kill
 
     return kill_and_compare(sandbox, baseline, node, [at(step) for step in steps])
+
+
+def at_drawn_event(sandbox: Sandbox, baseline: Sandbox, node: str, of: str, seed: str) -> Result:
+    """Kill at an event that the seed draws from those of an unbroken run.
+
+    of  commit, checkpoint, begin (before the stage's process), rank, or any
+    """
+    rng = random.Random(seed)
+    event = rng.choice(_of(of, baseline.events(node), rng))
+    delay = rng.choice((0.0, 0.0, rng.random() * 0.02))
+    fault = {"role": event.role, "part": event.part, "nth": event.nth, "delay": delay, "both": rng.random() < 0.3}
+    result = at_event(sandbox, baseline, node, fault)
+    who = f"{event.role} and the other" if fault["both"] else event.role
+    result.at = f"{who}, event {event.nth} on {event.part} + {delay * 1000:.1f} ms"
+    return result
+
+
+def _of(of: str, events: list[Event], rng: random.Random) -> list[Event]:
+    """The events that a kill may come at."""
+    if of == "checkpoint":
+        return [event for event in events if event.part == "/work/checkpoints" and event.role == "child"]
+    if of == "rank":
+        return [event for event in events if event.role == "rank"]
+    parents = [event for event in events if event.role == "parent" and not event.part.startswith("/work/l")]
+    commit = next(i for i, event in enumerate(parents) if event.part.startswith("/work/output/"))
+    if of == "commit":
+        return parents[commit:]
+    if of == "begin":
+        return parents[:commit]
+    # Each part as often as another: most events are on checkpoints.
+    part = rng.choice(sorted({(event.role, event.part) for event in events}))
+    return [event for event in events if (event.role, event.part) == part]
 
 
 def at_event(sandbox: Sandbox, baseline: Sandbox, node: str, fault: dict[str, Any]) -> Result:
@@ -186,7 +245,7 @@ def kill_and_compare(
             break
         result.num_kills += 1
         done = max(done, watch.last_step)
-        if run.process.returncode > 0 and "was killed by signal 9" not in run.text:
+        if run.process.returncode > 0 and not any(text in run.text for text in _TOLD):
             result.problems.append(f"the failure is not told: {run.text[-300:]}")
     return finish(sandbox, baseline, node, result, done)
 
@@ -198,7 +257,8 @@ def finish(sandbox: Sandbox, baseline: Sandbox, node: str, result: Result, done:
         result.problems.append(f"the next run failed: {run.text[-600:]}")
         return result
     outcomes = run.outcomes()
-    remade = [name for name, outcome in outcomes.items() if outcome != "cached" and name != node]
+    wanted = {node, *sandbox.left_out}
+    remade = [name for name, outcome in outcomes.items() if outcome != "cached" and name not in wanted]
     if remade:
         result.problems.append(f"made again without need: {', '.join(remade)}")
     if outcomes.get(node) != "cached":

@@ -3,35 +3,62 @@
 from __future__ import annotations
 
 import filecmp
+import fnmatch
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from smoltulu.artifacts.keys import LOGS_FOLDER
+from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
+from smoltulu.artifacts.keys import CHECKPOINT_FOLDER, LOGS_FOLDER
 from smoltulu.artifacts.layout import MANIFEST
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import Manifest
 from tests import ROOT
+from tests.faults.killer.sitecustomize import part_of
 from tests.small_tiny import SMALL_TINY
 
 PROJECT = ROOT
 KILLER = Path(__file__).resolve().parent / "killer"
 TRAINERS = ("sft", "reward-model", "dpo", "rlvr")
-#: A run is given up after this: on a busy machine a stage takes many times its usual seconds.
-RUN_SECONDS = 600.0
-#: A process that should die with another one has this long to be gone.
-ORPHAN_SECONDS = 15.0
+
+
+@dataclass
+class Limits:
+    """How long to wait, in units of what this machine takes: on a slow or busy one nothing is a fault for being late.
+
+    run     until a run is given up
+    orphan  until a process that should die with another one is gone
+    flow    until a flow run that lost its worker is over
+    """
+
+    run: float = 600.0
+    orphan: float = 15.0
+    flow: float = 60.0
+
+    def measure(self, seconds: float, num_stages: int) -> None:
+        """Raise the limits to multiples of an unbroken run's time, and of its time per stage."""
+        stage = seconds / num_stages
+        self.run = max(self.run, 10 * seconds)
+        self.orphan = max(self.orphan, 3 * stage)
+        self.flow = max(self.flow, 10 * stage)
+
+
+#: Of this process: `campaign.make_baseline` measures.
+limits = Limits()
 
 #: `tiny` with every stage as it is, but so small that each takes seconds; trainers write three to six checkpoints.
 SHRUNKEN: dict[str, Any] = {
@@ -65,6 +92,15 @@ UP_TO_SFT: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Event:
+    """A file-system event of an unbroken run: who, below which part of its folder, and the how-manieth there."""
+
+    role: str
+    part: str
+    nth: int
+
+
 @dataclass
 class Run:
     """One `flows.local` process, running or over."""
@@ -80,7 +116,7 @@ class Run:
     def wait(self) -> int:
         """Exit status. AssertionError where it does not end."""
         try:
-            return self.process.wait(RUN_SECONDS)
+            return self.process.wait(limits.run)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise AssertionError(f"the run did not end; {self.output}") from None
@@ -92,6 +128,8 @@ class Run:
 
 
 _OUTCOMES = ("cached", "completed", "resumed")
+#: Words in the names of metrics that are not computed.
+_MEASURED = ("second", "memory", "step_time")
 
 
 @dataclass
@@ -103,7 +141,11 @@ class Sandbox:
     logs: Path | None = None
     #: what runs have in their environment besides this process's
     environment: dict[str, str] = field(default_factory=dict)
+    #: what is wrong in every run, see killer/sitecustomize.py
+    always: dict[str, Any] = field(default_factory=dict)
     num_runs: int = 0
+    #: nodes whose artifacts are to be made
+    left_out: set[str] = field(default_factory=set)
 
     @property
     def root(self) -> Path:
@@ -119,7 +161,15 @@ class Sandbox:
 
     def beside(self, name: str) -> Sandbox:
         """Another one of the same recipe, in a folder of this one."""
-        return Sandbox(self.home / name, self.overrides, environment=dict(self.environment))
+        return self.at(self.home / name)
+
+    def at(self, home: Path, logs: Path | None = None) -> Sandbox:
+        """Another one of the same recipe."""
+        return replace(self, home=home, logs=logs, environment=dict(self.environment), num_runs=0, left_out=set())
+
+    def events(self, node: str) -> list[Event]:
+        """File-system events below a node's folder, as an unbroken run here recorded them in `events.txt`."""
+        return _events(self.home / "events.txt", f"{self.folder(node)}/")
 
     def folder(self, node: str) -> Path:
         """Folder of a node's key."""
@@ -144,7 +194,7 @@ class Sandbox:
             **os.environ,
             "SMOLTULU_STORE": str(self.root),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(KILLER), os.environ.get("PYTHONPATH")])),
-            "SMOLTULU_FAULT": json.dumps(fault or {}),
+            "SMOLTULU_FAULT": json.dumps({**self.always, **(fault or {})}),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             **self.environment,
@@ -167,13 +217,27 @@ class Sandbox:
         return run.wait(), run
 
     def copy_from(self, baseline: Sandbox, *, without: str | None = None) -> None:
-        """Begin with what the baseline made, the artifact of one node left out."""
-        left_out = baseline.folder(without) if without else None
+        """Begin with what the baseline made, the artifact of one node left out.
+
+        Without that of a training the publication is left out too: its card and lineage tell of the training.
+        """
+        self.left_out = {without} if without else set()
+        if without in TRAINERS and "publish" in baseline.graph.nodes:
+            self.left_out.add("publish")
+        left_out = [baseline.folder(node) for node in self.left_out]
         shutil.copytree(
             baseline.root,
             self.root,
-            ignore=lambda folder, names: [name for name in names if Path(folder, name) == left_out],
+            ignore=lambda folder, names: [name for name in names if Path(folder, name) in left_out],
         )
+
+    def take(self, other: Sandbox) -> None:
+        """Copy what another sandbox has of this one's recipe: upstream nodes that recipes share have the same key."""
+        for node in self.graph.nodes:
+            if node not in other.graph.nodes or self.folder(node).exists():
+                continue
+            if (theirs := other.folder(node)).name == self.folder(node).name:
+                shutil.copytree(theirs, self.folder(node))
 
     def processes(self) -> list[psutil.Process]:
         """Stage processes of this store, of whatever parent."""
@@ -185,8 +249,8 @@ class Sandbox:
         return [process for process in found if process.info["status"] != psutil.STATUS_ZOMBIE]
 
     def num_orphans(self) -> int:
-        """Stage processes that outlive their parent by more than ORPHAN_SECONDS; they are ended then."""
-        _, alive = psutil.wait_procs(self.processes(), timeout=ORPHAN_SECONDS)
+        """Stage processes that outlive their parent by more than `limits.orphan` seconds; they are ended then."""
+        _, alive = psutil.wait_procs(self.processes(), timeout=limits.orphan)
         for process in alive:
             process.kill()
         return len(alive)
@@ -216,32 +280,90 @@ class Sandbox:
                 wrong.append(f"{node}: {mine.reason}")
                 continue
             wrong += [f"{node}: {fault}" for fault in self.store.verify(mine)]
-            files = _differing_files(mine.folder, theirs.folder)
+            files = differing_files(mine.folder, theirs.folder)
             fields = _differing_fields(mine.manifest, theirs.manifest)
             if node == "publish":
-                # Its card and lineage tell when and how long each artifact was made.
-                files = [name for name in files if name not in ("model/README.md", "model/lineage.json")]
+                # Its lineage, which is compared by content, tells when and how long each artifact was made.
                 fields = [name for name in fields if name != "digest"]
             wrong += [f"{node}: {name} differs" for name in files]
             wrong += [f"{node}: {name} of the manifest differs" for name in fields]
         return wrong
 
 
-def _differing_files(mine: Path, theirs: Path) -> list[str]:
+@functools.cache
+def _events(file: Path, prefix: str) -> list[Event]:
+    """Their part without what differs from run to run (ids, times)."""
+    counts: Counter[tuple[str, str]] = Counter()
+    found = []
+    for line in file.read_text().splitlines():
+        role, _, path = line.split("\t")
+        if path.startswith(prefix):
+            part = part_of(path[len(prefix) - 1 :])
+            counts[role, part] += 1
+            found.append(Event(role, part, counts[role, part]))
+    return found
+
+
+def differing_files(mine: Path, theirs: Path) -> list[str]:
     def names(folder: Path) -> set[str]:
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        return {name for name in files if name != MANIFEST and not name.startswith(f"{LOGS_FOLDER}/")}
+        return {name for name in files if _told(name) or not (name == MANIFEST or name.startswith(f"{LOGS_FOLDER}/"))}
 
     both = names(mine) & names(theirs)
-    _, differing, unreadable = filecmp.cmpfiles(mine, theirs, sorted(both), shallow=False)
-    return [*differing, *unreadable, *sorted(names(mine) ^ names(theirs))]
+    readers = {name: read for name in sorted(both) if (read := _told(name))}
+    _, differing, unreadable = filecmp.cmpfiles(mine, theirs, sorted(both - readers.keys()), shallow=False)
+    told = [name for name, read in readers.items() if read(mine / name) != read(theirs / name)]
+    return [*differing, *told, *unreadable, *sorted(names(mine) ^ names(theirs))]
+
+
+def computed(values: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without what is measured: time, speed and memory."""
+    return {name: value for name, value in values.items() if not any(word in name for word in _MEASURED)}
+
+
+def _history(file: Path) -> list[dict[str, Any]]:
+    """Every logged step."""
+    return [computed(json.loads(line)) for line in file.read_text().splitlines()]
+
+
+def _lineage(file: Path) -> list[dict[str, Any]]:
+    """Every artifact that a published model was made from, without when, how long and in how many attempts."""
+    made = ("finished_at", "duration_seconds", "resumed_from_steps")
+    records = [
+        {name: value for name, value in record.items() if name not in made} for record in json.loads(file.read_text())
+    ]
+    return [{**record, "metrics": computed(record["metrics"])} for record in records]
+
+
+def _trainer_state(file: Path) -> dict[str, Any]:
+    """What the trainer keeps in a checkpoint, history included."""
+    state = json.loads(file.read_text())
+    return {**state, "log_history": [computed(row) for row in state["log_history"]]}
+
+
+def _marker(file: Path) -> dict[str, Any]:
+    """Files of a checkpoint, without the digest of the one that holds the history."""
+    marker = json.loads(file.read_text())
+    return {**marker, "files": {**marker["files"], "trainer_state.json": None}}
+
+
+#: Files that tell how an artifact was made, by their pattern, with what of them does not differ from run to run.
+_TOLD: dict[str, Callable[[Path], Any]] = {
+    f"{LOGS_FOLDER}/history.jsonl": _history,
+    "model/lineage.json": _lineage,
+    f"{CHECKPOINT_FOLDER}/*/trainer_state.json": _trainer_state,
+    f"{CHECKPOINT_FOLDER}/*/{CHECKPOINT_MARKER}": _marker,
+}
+
+
+def _told(name: str) -> Callable[[Path], Any] | None:
+    return next((read for pattern, read in _TOLD.items() if fnmatch.fnmatch(name, pattern)), None)
 
 
 def _differing_fields(mine: Manifest, theirs: Manifest) -> list[str]:
     def content(manifest: Manifest) -> dict[str, Any]:
         values = manifest.model_dump(include={"key", "spec", "digest", "inputs", "outputs", "metrics"})
-        # Speed and memory are measured, not computed.
-        values["metrics"] = {n: v for n, v in values["metrics"].items() if "second" not in n and "memory" not in n}
+        values["metrics"] = computed(values["metrics"])
         dry_run = values["outputs"].get("dry_run") or {}
         for name in ("seconds", "peak_memory_bytes"):
             dry_run.pop(name, None)

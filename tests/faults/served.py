@@ -28,7 +28,7 @@ from smoltulu.schemas.run import RunRecord
 from smoltulu.tasks.engine.runner import reference_to
 from tests.faults import commands
 from tests.faults.kills import Result, finish
-from tests.faults.sandbox import RUN_SECONDS, Run, Sandbox
+from tests.faults.sandbox import Run, Sandbox, limits
 from tests.hub_double import HubDouble, Repository
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def killed_server(sandbox: Sandbox, baseline: Sandbox, home: Path, node: str, st
         home, url, "deployment", "run", "smoltulu/tiny", "-p", f"overrides={json.dumps(overrides)}"
     )
     flow_run = UUID(re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", said)[0])  # type: ignore[index]
-    deadline = time.monotonic() + RUN_SECONDS
+    deadline = time.monotonic() + limits.run
     while sandbox.last_step(node) < step or not sandbox.processes():
         assert time.monotonic() < deadline, "the flow run did not reach its training"
         time.sleep(0.01)

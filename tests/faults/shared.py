@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections import Counter
 from pathlib import Path
 
 from smoltulu.artifacts.shared.remote import Remote, RemoteArtifact
@@ -17,28 +16,29 @@ from tests.faults.sandbox import Run, Sandbox
 OBJECTS = ("files/*", "manifests/*", "turns/*.end")
 
 
-def seed(baseline: Sandbox) -> Counter[str]:
-    """Put everything of the baseline into a shared folder beside it; file-system events of each node's upload."""
-    folder, record = baseline.home / "shared", baseline.home / "upload-events.txt"
-    code, run = baseline.run({"record": str(record)}, **{"compute.remote": str(folder)})
+def seed(baseline: Sandbox) -> None:
+    """Put everything of the baseline into a shared folder beside it; its file-system events are recorded."""
+    record = {"record": str(baseline.home / "upload-events.txt")}
+    code, run = baseline.run(record, **{"compute.remote": str(baseline.home / "shared")})
     assert code == 0, run.text
-    lines = [line.split("\t") for line in record.read_text().splitlines()]
-    return Counter(
-        {
-            node: sum(path.startswith(f"{_key_folder(folder, baseline, node)}/") for *_, path in lines)
-            for node in baseline.graph.nodes
-        }
-    )
 
 
-def killed_upload(sandbox: Sandbox, baseline: Sandbox, node: str, nth: int, delay: float) -> Result:
-    """Kill at the nth file-system event of an upload to a folder, upload again, take everything on another machine."""
+def _num_upload_events(baseline: Sandbox, node: str) -> int:
+    """File-system events of a node's upload."""
+    prefix = f"{key_folder(baseline.home / 'shared', baseline, node)}/"
+    lines = (baseline.home / "upload-events.txt").read_text().splitlines()
+    return sum(line.split("\t")[-1].startswith(prefix) for line in lines)
+
+
+def killed_upload(sandbox: Sandbox, baseline: Sandbox, node: str, share: float, delay: float) -> Result:
+    """Kill at a file-system event of an upload to a folder, upload again, take everything on another machine."""
+    nth = 1 + int(share * _num_upload_events(baseline, node))
     sandbox.copy_from(baseline)
     shared = _copy_shared(sandbox, baseline, without=node)
-    under = str(_key_folder(shared, sandbox, node))
+    under = str(key_folder(shared, sandbox, node))
     fault = {"role": "parent", "under": under, "nth": nth, "delay": delay}
     code, _ = sandbox.run(fault, **{"compute.remote": str(shared)})
-    result = Result(num_kills=int(code != 0), is_missed=code == 0, num_orphans=sandbox.num_orphans())
+    result = Result(num_kills=int(code != 0), is_missed=code == 0, num_orphans=sandbox.num_orphans(), at=f"event {nth}")
     result.problems += _half_artifact(sandbox, str(shared), node)
     return _shared_again(sandbox, baseline, str(shared), result)
 
@@ -64,13 +64,15 @@ def killed_upload_to_s3(sandbox: Sandbox, baseline: Sandbox, num_parts: int) -> 
         return _shared_again(sandbox, baseline, f"s3://{bucket}/store", result)
 
 
-def killed_download(sandbox: Sandbox, baseline: Sandbox, node: str, nth: int, delay: float) -> Result:
-    """Kill at the nth file-system event while an artifact is taken from the shared store, then take it."""
+def killed_download(sandbox: Sandbox, baseline: Sandbox, node: str, share: float) -> Result:
+    """Kill at a file-system event while an artifact is taken from the shared store, then take it."""
+    # Lock, spec and the pull's own folder, then the files.
+    nth = 8 + int(share * (1 + 2 * len(baseline.manifest(node).files)))
     sandbox.copy_from(baseline, without=node)
     remote = {"compute.remote": str(baseline.home / "shared")}
-    fault = {"role": "parent", "under": str(sandbox.folder(node)), "nth": nth, "delay": delay}
+    fault = {"role": "parent", "under": str(sandbox.folder(node)), "nth": nth}
     code, _ = sandbox.run(fault, **remote)
-    result = Result(num_kills=int(code != 0), is_missed=code == 0)
+    result = Result(num_kills=int(code != 0), is_missed=code == 0, at=f"event {nth}")
     result = finish(sandbox, baseline, "", result, **remote)
     return result
 
@@ -78,7 +80,7 @@ def killed_download(sandbox: Sandbox, baseline: Sandbox, node: str, nth: int, de
 def flipped_object(sandbox: Sandbox, baseline: Sandbox, node: str, pattern: str, rng: random.Random) -> Result:
     """A byte of the shared store: another machine notices, makes the artifact itself and fixes the shared one."""
     shared = _copy_shared(sandbox, baseline)
-    folder = _key_folder(shared, sandbox, node)
+    folder = key_folder(shared, sandbox, node)
     flip(rng.choice(sorted(path for path in folder.glob(pattern) if path.stat().st_size)), rng)
     result = finish(sandbox, baseline, node, Result(), **{"compute.remote": str(shared)})
     return _nothing_made(sandbox.beside("third"), baseline, str(shared), result)
@@ -117,12 +119,12 @@ def _kill(run: Run) -> bool:
 
 def _copy_shared(sandbox: Sandbox, baseline: Sandbox, without: str | None = None) -> Path:
     target, source = sandbox.home / "shared", baseline.home / "shared"
-    left_out = _key_folder(source, baseline, without) if without else None
+    left_out = key_folder(source, baseline, without) if without else None
     shutil.copytree(
         source, target, ignore=lambda folder, names: [name for name in names if Path(folder, name) == left_out]
     )
     return target
 
 
-def _key_folder(shared: Path, sandbox: Sandbox, node: str) -> Path:
+def key_folder(shared: Path, sandbox: Sandbox, node: str) -> Path:
     return shared / sandbox.graph.nodes[node].stage.name / sandbox.folder(node).name

@@ -12,7 +12,7 @@ import psutil
 
 from smoltulu.flows.machine import machine, prefect_api
 from tests.faults.kills import Result, finish
-from tests.faults.sandbox import RUN_SECONDS, Sandbox
+from tests.faults.sandbox import Sandbox, limits
 
 
 def killed_worker(sandbox: Sandbox, baseline: Sandbox, home: Path, node: str, step: int) -> Result:
@@ -22,7 +22,7 @@ def killed_worker(sandbox: Sandbox, baseline: Sandbox, home: Path, node: str, st
     url = machine.up(home, port, say=lambda text: None).url
     overrides = {**sandbox.overrides, "compute.store": str(sandbox.root)}
     machine.call_prefect(home, url, "deployment", "run", "smoltulu/tiny", "-p", f"overrides={json.dumps(overrides)}")
-    deadline = time.monotonic() + RUN_SECONDS
+    deadline = time.monotonic() + limits.run
     while sandbox.last_step(node) < step or not sandbox.processes():
         assert time.monotonic() < deadline, "the flow run did not reach its training"
         time.sleep(0.01)
@@ -33,6 +33,6 @@ def killed_worker(sandbox: Sandbox, baseline: Sandbox, home: Path, node: str, st
     os.kill(worker.pid, signal.SIGKILL)
     result = Result(num_kills=1, limit=sandbox.save_steps(node), num_orphans=sandbox.num_orphans())
     done = max(done, sandbox.last_step(node))
-    _, alive = psutil.wait_procs([flow], timeout=60)
+    _, alive = psutil.wait_procs([flow], timeout=limits.flow)
     result.num_orphans += len(alive)
     return finish(sandbox, baseline, node, result, done)

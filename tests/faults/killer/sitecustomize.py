@@ -2,7 +2,7 @@
 
 Python imports `sitecustomize` at its start from PYTHONPATH, so nothing in the code under test knows of this. The
 environment variable SMOLTULU_FAULT holds JSON:
-  role      parent (a recipe, a command, a flow) or child (tasks.engine.child): the process that this is for
+  role      parent (a recipe, a command, a flow), child (tasks.engine.child) or rank (a further process of a training)
   record    file that every event is appended to, as "role <tab> event <tab> path"
   under     only events on a path below this folder count ...
   part      ... and of this part of it, see `part_of`; left out: of any
@@ -11,6 +11,7 @@ environment variable SMOLTULU_FAULT holds JSON:
   delay     seconds from the event to the kill: it then hits the write that the event announced, or what follows it
   both      kill the other one of parent and child too, first
   shift     seconds by which this process's wall clock is wrong
+  stage     the stage whose processes have less address space, `memory` bytes
 """
 
 import json
@@ -136,11 +137,24 @@ def shift_clock(seconds: float) -> None:
     datetime.datetime = ShiftedDatetime  # type: ignore[misc]
 
 
+def limit_memory(stage: str, num_bytes: int) -> None:
+    """Where this is a process of `stage`, have allocations beyond `num_bytes` of address space fail."""
+    import resource
+
+    with open(sys.orig_argv[-1]) as file:
+        if json.load(file)["stage"] == stage:
+            resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+
+
 def _install() -> None:
     fault = json.loads(os.environ.get("SMOLTULU_FAULT") or "{}")
     role = next((role for module, role in _ROLES.items() if module in sys.orig_argv), None)
     if not fault or role is None:
         return
+    if role == "child" and os.environ.get("RANK", "0") != "0":
+        role = "rank"
+    if role == "child" and "memory" in fault:
+        limit_memory(fault["stage"], fault["memory"])
     if "shift" in fault and fault["role"] in (role, "both"):
         shift_clock(fault["shift"])
     if "record" in fault or "nth" in fault:
