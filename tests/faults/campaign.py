@@ -185,6 +185,7 @@ def _end_runs() -> None:
 
 
 def _interrupted(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice; the ending must not be interrupted
     raise KeyboardInterrupt
 
 

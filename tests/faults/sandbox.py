@@ -284,7 +284,7 @@ class Sandbox:
             fields = _differing_fields(mine.manifest, theirs.manifest)
             if node == "publish":
                 # Its lineage, which is compared by content, tells when and how long each artifact was made.
-                fields = [name for name in fields if name != "digest"]
+                fields = [name for name in fields if name not in ("digest", "metrics")]  # its only metric: its size
             wrong += [f"{node}: {name} differs" for name in files]
             wrong += [f"{node}: {name} of the manifest differs" for name in fields]
         return wrong
@@ -327,8 +327,8 @@ def _history(file: Path) -> list[dict[str, Any]]:
 
 
 def _lineage(file: Path) -> list[dict[str, Any]]:
-    """Every artifact that a published model was made from, without when, how long and in how many attempts."""
-    made = ("finished_at", "duration_seconds", "resumed_from_steps")
+    """Every artifact that a published model was made from, without when, where and in how many attempts."""
+    made = ("finished_at", "duration_seconds", "resumed_from_steps", "environment")
     records = [
         {name: value for name, value in record.items() if name not in made} for record in json.loads(file.read_text())
     ]

@@ -154,7 +154,7 @@ def test_what_is_told_of_a_run_counts_as_what_is_made(baseline: Sandbox, tmp_pat
     assert differing_files(mine, theirs) == ["model/lineage.json"], "the baseline has none"
     history.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[-1]]))
     assert differing_files(mine, theirs) == ["logs/history.jsonl", "model/lineage.json"]
-    slower = [{**lineage[0], "finished_at": "later", "duration_seconds": 2.0}]
+    slower = [{**lineage[0], "finished_at": "later", "duration_seconds": 2.0, "environment": {"git_commit": "c"}}]
     (tmp_path / "other" / "model" / "lineage.json").write_text(json.dumps(slower))
     assert "model/lineage.json" not in differing_files(mine, tmp_path / "other")
     (tmp_path / "other" / "model" / "lineage.json").write_text(json.dumps([{**slower[0], "digest": "b"}]))
