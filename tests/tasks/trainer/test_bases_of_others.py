@@ -115,8 +115,8 @@ ALL_DROPOUT = {
     "bloom": BloomConfig(vocab_size=NUM_TOKENS, hidden_size=32, n_layer=2, n_head=2, hidden_dropout=0.5,
                          attention_dropout=0.5),
     "opt": small(OPTConfig, ffn_dim=64, word_embed_proj_dim=32, attention_dropout=0.5, dropout=0.5),
-    "mixtral": small(MixtralConfig, intermediate_size=64, attention_dropout=0.5, num_local_experts=2,
-                     num_experts_per_tok=1),
+    "mixtral": small(MixtralConfig, intermediate_size=64, attention_dropout=0.5, num_key_value_heads=2,
+                     num_local_experts=2, num_experts_per_tok=1),
     # These read a rate from their config in every forward.
     "falcon": small(FalconConfig, attention_dropout=0.5, hidden_dropout=0.5),
     "persimmon": small(PersimmonConfig, intermediate_size=64, attention_dropout=0.5, hidden_dropout=0.5),
