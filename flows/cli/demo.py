@@ -90,18 +90,7 @@ def _watch(home: Path, url: str, name: str) -> int:
     environment = machine.child_environment(home, url)
     if not sys.stdout.isatty():
         environment["COLUMNS"] = str(WIDTH)  # else Prefect folds the log at 80
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "prefect",
-        "deployment",
-        "run",
-        DEPLOYMENT,
-        "--watch",
-        "--flow-run-name",
-        name,
-    ]
+    command = [sys.executable, "-m", "prefect", "deployment", "run", DEPLOYMENT, "--watch", "--flow-run-name", name]
     with subprocess.Popen(
         command, cwd=places.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as watching:

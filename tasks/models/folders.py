@@ -215,7 +215,7 @@ class _WithoutDropout:
 def switch_dropout_off(model: PreTrainedModel) -> None:
     """Set every dropout rate to 0: of modules, numbers that layers keep, and those that they read from their config."""
     from torch.nn.modules.dropout import _DropoutNd
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     for module in model.modules():
         if isinstance(module, _DropoutNd):
@@ -223,7 +223,7 @@ def switch_dropout_off(model: PreTrainedModel) -> None:
         for name, value in vars(module).items():
             if "drop" in name and type(value) is float:
                 setattr(module, name, 0.0)
-        if not isinstance(module, PreTrainedModel) and hasattr(module, "config"):
+        if not isinstance(module, PreTrainedModel) and isinstance(getattr(module, "config", None), PreTrainedConfig):
             module.config = _WithoutDropout(module.config)
 
 
