@@ -382,11 +382,15 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Itera
     for part in location:
         if isinstance(part, int):
             continue
-        # In a union that `kind` discriminates, the location names the kind.
-        of_kind = [one for one in found if "kind" in one.model_fields and one.model_fields["kind"].default == part]
+        # In a union, the location names the value of the field that discriminates.
+        of_kind = [one for one in found if part in _discriminators(one)]
         fields = [one.model_fields[part] for one in found if part in one.model_fields]
         found = of_kind or [inner for field in fields for inner in _models_in(field.annotation)]
     yield from (found[0].model_fields if found else ())
+
+
+def _discriminators(model: type[BaseModel]) -> list[Any]:
+    return [model.model_fields[name].default for name in ("kind", "algorithm") if name in model.model_fields]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -14,10 +14,10 @@ from smoltulu.schemas.evaluation import EvaluationSettings
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.preflight import PreflightSettings
 from smoltulu.schemas.publish import PublishSettings
+from smoltulu.schemas.rlvr import AnyRLVRSettings, RLVRSettings
 from smoltulu.schemas.training import (
     DPOSettings,
     RewardModelSettings,
-    RLVRSettings,
     RowKind,
     SFTSettings,
     TrainingSettings,
@@ -55,7 +55,7 @@ class Recipe(StrictModel):
     sft: SFTSettings | None = science(None, title="SFT")
     reward_model: RewardModelSettings | None = science(None)
     dpo: DPOSettings | None = science(None, title="DPO")
-    rlvr: RLVRSettings | None = science(None, title="RLVR")
+    rlvr: AnyRLVRSettings | None = science(None, title="RLVR")
     evaluation: EvaluationSettings | None = science(None)
     publish: PublishSettings | None = science(None)
     compute: ComputeSettings = machinery(ComputeSettings())
@@ -76,6 +76,11 @@ class Recipe(StrictModel):
                     f"{block}: effective_batch_size {size} is not a multiple of num_processes {num_processes}; "
                     f"num_processes must be one of {allowed}"
                 )
+        if isinstance(self.rlvr, RLVRSettings) and self.rlvr.needs_reward_model and self.reward_model is None:
+            problems.append(
+                "rlvr: starts its critic from the reward model, or adds its score; add a block reward_model, or set "
+                "critic.initial to policy and reward_model_weight to 0"
+            )
         if self.evaluation and self.evaluation.sampled and self.data.verified_eval is None:
             problems.append("evaluation.sampled: needs data.verified_eval")
         if self.world is None:

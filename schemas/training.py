@@ -1,4 +1,7 @@
-"""Settings of the four training stages. Every default names its source; `ours` where no source gives one."""
+"""Settings of the training stages (RLVR's: rlvr.py).
+
+Every default names its source; `ours` where no source gives one.
+"""
 
 from __future__ import annotations
 
@@ -208,42 +211,6 @@ class DPOSettings(SupervisedSettings):
         return RowRules(
             kind="pairs", max_length=self.max_length, overlong=self.overlong, trained_turns=self.trained_turns
         )
-
-
-class RLVRSettings(TrainingSettings):
-    """GRPO over verifiable rewards; starts from DPO."""
-
-    algorithm: Literal["grpo"] = science("grpo")
-    num_steps: int = science(ge=1, description="optimizer steps")
-    num_generations: int = science(8, ge=2, description="rollouts per prompt")
-    num_iterations: int = science(1, ge=1, description="optimizer passes over each rollout batch")
-    steps_per_generation: int = science(1, ge=1, description="optimizer steps that share one generation batch")
-    max_prompt_length: int = science(ge=8, description="tokens; longer prompts are dropped before training")
-    max_completion_length: int = science(ge=1, description="tokens")
-    temperature: float = science(1.0, gt=0)
-    beta: float = science(0.0, ge=0, description="KL coefficient against the starting model; 0: no reference model")
-    epsilon: float = science(0.2, gt=0, lt=1, description="clip range of the policy ratio")
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = science("dapo")
-    scale_rewards: Literal["group", "batch", "none"] = science("group")
-    reward_correct: float = science(1.0, gt=0, description="reward of a verified completion; 10 in Tulu 3")
-    non_stop_reward: float | None = science(None, description="reward of a completion without eos; None: as verified")
-    gate: GateSettings = machinery(GateSettings())
-
-    @property
-    def budget(self) -> Budget:
-        return Budget(self.effective_batch_size, max_steps=self.num_steps)
-
-    @model_validator(mode="after")
-    def _groups_divide(self) -> Self:
-        if self.effective_batch_size % self.num_generations:
-            raise ValueError(
-                f"effective_batch_size {self.effective_batch_size} is not a multiple of num_generations "
-                f"{self.num_generations}: a step must hold whole groups"
-            )
-        return self
-
-    def row_rules(self) -> RowRules:
-        return RowRules(kind="prompts", max_length=self.max_prompt_length, overlong="drop")
 
 
 #: Rows of `data.sft`, `data.preference` and `data.rlvr`, in this order.

@@ -5,7 +5,9 @@ The flow and `smoltulu plan` read the same graph. Keys need no run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -20,6 +22,7 @@ from smoltulu.schemas.preflight import PreflightConfig, PreflightSettings
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
+from smoltulu.schemas.rlvr import PPOSettings
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.hub import Reference, SourceUnavailable, hub_text, resolve_commit, resolve_commits
 from smoltulu.tasks.data.sources import expand_path
@@ -87,14 +90,18 @@ class Graph(NodeGraph):
             self._preflight(block, base, rows[settings.row_rules().kind])
         sft = self._train("sft", base)
         self._evaluate(sft, "language_model")
+        reward_model = None
         if recipe.reward_model and recipe.reward_model.start_from == "sft":
-            self._evaluate(self._train("reward_model", sft), "reward_model")
-        dpo = self._train("dpo", sft, reference_logps=self._reference_logps(sft))
+            reward_model = self._train("reward_model", sft)
+            self._evaluate(reward_model, "reward_model")
+        logps = self._reference_logps(sft)
+        dpo = self._train("dpo", sft, {"reference_logps": Binding(logps, "file") if logps else None})
         self._evaluate(dpo, "language_model")
         self._evaluate(dpo, "implicit_reward", reference_model=sft)
         if recipe.reward_model and recipe.reward_model.start_from == "dpo":
-            self._evaluate(self._train("reward_model", dpo), "reward_model")
-        rlvr = self._train("rlvr", dpo or sft)
+            reward_model = self._train("reward_model", dpo)
+            self._evaluate(reward_model, "reward_model")
+        rlvr = self._rlvr(dpo or sft, reward_model)
         self._evaluate(rlvr, "language_model")
         self._publish(rlvr or dpo or sft or base)
 
@@ -221,21 +228,43 @@ class Graph(NodeGraph):
             **self._template,
         )
 
-    def _train(self, block: str, start: str | None, **others: str | None) -> str | None:
-        """A training on the rows of its preflight. `others`: further inputs, each the file of a node."""
+    def _train(
+        self,
+        block: str,
+        start: str | None,
+        others: Mapping[str, Binding | None] = MappingProxyType({}),
+        folders: Mapping[str, Path] = MappingProxyType({}),
+    ) -> str | None:
+        """A training on the rows of its preflight. `others`: further inputs; `folders`: those outside the store."""
         settings, rows = getattr(self.recipe, block), _preflight_of(block)
         if settings is None or start is None or rows not in self.nodes or None in others.values():
             return None
-        inputs = {"model": Binding(start, "folder"), "dataset": Binding(rows, "file")}
-        inputs |= {name: Binding(node, "file") for name, node in others.items() if node is not None}
+        inputs = {"model": Binding(start, "folder"), "dataset": Binding(rows, "file"), **others}
+        literals = {name: str(folder) for name, folder in folders.items()}
+        digests = {name: folder_digest(folder) for name, folder in folders.items()}
         return self._add(
             block.replace("_", "-"),
             STAGES[block],
             settings,
             inputs=inputs,
-            **self._template,
+            literals=self._template["literals"] | literals,
+            externals=self._template["externals"] | digests,
             after=tuple(name for name, node in self.nodes.items() if node.stage.name == "preflight"),
         )
+
+    def _rlvr(self, start: str | None, reward_model: str | None) -> str | None:
+        """RLVR, with the reward model or an earlier run's critic where its settings ask for one."""
+        settings = self.recipe.rlvr
+        if settings is None:
+            return None
+        others: dict[str, Binding | None] = {}
+        if settings.needs_reward_model:
+            others["reward_model"] = Binding(reward_model, "folder") if reward_model else None
+        folders = {}
+        if isinstance(settings, PPOSettings) and settings.critic.path is not None:
+            folders["critic"] = expand_path(settings.critic.path)
+            check_model_folder(folders["critic"])
+        return self._train("rlvr", start, others, folders)
 
     def _evaluate(self, subject: str | None, kind: str, reference_model: str | None = None) -> None:
         """Evaluate a model: a language model on the tasks and on sampled answers, any other on preference pairs."""

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PreflightInputs
-from smoltulu.schemas.training import RLVRSettings, TrainingInputs, TrainingSettings
+from smoltulu.schemas.rlvr import RLVRSettings
+from smoltulu.schemas.training import TrainingInputs, TrainingSettings
 from smoltulu.tasks.data.rows import stored_rows, turns_of
 from smoltulu.tasks.models.folders import device_of, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import prompt_ids

@@ -9,7 +9,7 @@ from typing import Any
 
 from smoltulu.artifacts import readable
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.training import RLVRSettings
+from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.tasks.models.sizes import model_size
 
 
@@ -28,15 +28,10 @@ def rollout_bytes(settings: RLVRSettings, model: Path, longest: int, compute: Co
     held = (4 if settings.beta > 0 else 3) * weights + (weights // 2 if bfloat16 else 0)
     try:
         architecture = json.loads((model / "config.json").read_text())
-        num_rollouts = -(-_num_rollouts(settings) // compute.num_processes)
+        num_rollouts = -(-settings.num_rollouts // compute.num_processes)
         return held + kv_bytes(architecture, num_rollouts, longest, 2 if bfloat16 else 4)
     except (KeyError, TypeError):  # not a decoder with attention in every layer
         return held
-
-
-def _num_rollouts(settings: RLVRSettings) -> int:
-    """Rollouts that are generated at once, by all processes together."""
-    return settings.effective_batch_size * settings.steps_per_generation
 
 
 def require_memory(needed: int, settings: RLVRSettings, longest: int) -> None:
@@ -46,7 +41,7 @@ def require_memory(needed: int, settings: RLVRSettings, longest: int) -> None:
     there = torch.cuda.get_device_properties(0).total_memory
     if needed > there:
         raise ValueError(
-            f"rlvr: {_num_rollouts(settings):,} rollouts of up to {longest:,} tokens, the model, its optimizer "
+            f"rlvr: {settings.num_rollouts:,} rollouts of up to {longest:,} tokens, the model, its optimizer "
             f"and the reference need {readable.size(needed)}, and this GPU has {readable.size(there)}; lower "
             "max_completion_length or steps_per_generation, raise compute.num_processes, or take a larger device "
             "(preflight.dry_run: false skips this check, not the failure)"

@@ -18,7 +18,8 @@ from smoltulu.schemas.budget import (
     tokens_of_steps,
 )
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.training import DPOSettings, RLVRSettings, SFTSettings
+from smoltulu.schemas.rlvr import GRPOSettings
+from smoltulu.schemas.training import DPOSettings, SFTSettings
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_budget_of_each_training_and_whether_a_larger_one_can_go_on_from_it() ->
     wsd = {"kind": "wsd", "decay_ratio": 0.5}
     sft = SFTSettings(learning_rate=1e-3, effective_batch_size=8, max_length=64, num_train_epochs=2, lora={"r": 4})
     dpo = DPOSettings(learning_rate=1e-3, effective_batch_size=4, max_length=64, max_tokens=99, schedule=wsd)
-    rlvr = RLVRSettings(
+    rlvr = GRPOSettings(
         learning_rate=1e-3, effective_batch_size=16, num_steps=5, steps_per_generation=3, max_prompt_length=64,
         max_completion_length=32, beta=0.1, schedule=wsd,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from smoltulu.recipes import CHAT_TEMPLATES
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationStageConfig
 from smoltulu.schemas.preflight import PreflightOutputs
-from smoltulu.schemas.training import RLVRSettings
+from smoltulu.schemas.rlvr import GRPOSettings
 from smoltulu.tasks.evaluation import lm_eval, pair_accuracy
 from smoltulu.tasks.evaluation.sampling import encode_prompts, generate
 from smoltulu.tasks.evaluation.stage import evaluate
@@ -29,8 +29,8 @@ from smoltulu.tasks.models.tokens import PROBES, check_prompts, conversations, p
 from smoltulu.tasks.preflight.rows import TokenizerProbe
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.gate import prompt_of
-from smoltulu.tasks.training.rlvr import build as build_rlvr
-from smoltulu.tasks.training.rlvr import reward_function
+from smoltulu.tasks.training.grpo import build as build_rlvr
+from smoltulu.tasks.training.rewards import reward_function
 from tests import small_runs
 from tests.families import FAMILIES, build_family
 from tests.small_runs import stage_arguments, training_inputs, turn
@@ -47,7 +47,7 @@ KINDS = [
     ("gemma", "tulu"), ("gemma", "own"), ("adds eos", "chatml"), ("adds eos", "tulu"), ("adds both", "zephyr"),
     ("turns are ordinary tokens", "chatml"),
 ]  # fmt: skip
-RLVR = RLVRSettings(
+RLVR = GRPOSettings(
     learning_rate=1e-3, effective_batch_size=2, num_generations=2, num_steps=1, max_prompt_length=99,
     max_completion_length=6, precision="float32", gate={"num_prompts": 0},
 )  # fmt: skip

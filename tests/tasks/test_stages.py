@@ -15,7 +15,8 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DatasetKind
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.recipe import Recipe
-from smoltulu.schemas.training import RLVRSettings, RowRules, SFTSettings, TrainingInputs, TrainingSettings
+from smoltulu.schemas.rlvr import GRPOSettings
+from smoltulu.schemas.training import RowRules, SFTSettings, TrainingInputs, TrainingSettings
 from smoltulu.tasks.report.text import title
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
@@ -28,8 +29,9 @@ LENGTHS = {"max_length": 64, "max_prompt_length": 64, "max_completion_length": 8
 
 def settings_of(stage: Stage) -> TrainingSettings:
     """The settings of a training with nothing given that has a default."""
-    given = SMALLEST | {name: value for name, value in LENGTHS.items() if name in stage.config.model_fields}
-    settings = stage.config(**given)
+    fields = (GRPOSettings if stage.name == "rlvr" else stage.config).model_fields
+    given = SMALLEST | {name: value for name, value in LENGTHS.items() if name in fields}
+    settings = stage.config.model_validate(given)
     assert isinstance(settings, TrainingSettings)
     return settings
 
@@ -95,7 +97,7 @@ def test_titles() -> None:
 
 def test_rows_of_a_training_as_its_settings_have_them() -> None:
     rlvr, sft = settings_of(STAGES["rlvr"]), settings_of(STAGES["sft"])
-    assert isinstance(rlvr, RLVRSettings) and isinstance(sft, SFTSettings)
+    assert isinstance(rlvr, GRPOSettings) and isinstance(sft, SFTSettings)
     assert rlvr.model_copy(update={"max_prompt_length": 99}).row_rules() == RowRules(
         kind="prompts", max_length=99, overlong="drop"
     )

@@ -11,7 +11,7 @@ import pytest
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationStageConfig
-from smoltulu.schemas.training import RLVRSettings
+from smoltulu.schemas.rlvr import GRPOSettings
 from smoltulu.tasks.evaluation.stage import evaluate
 from smoltulu.tasks.models.folders import check_model_folder, load_language_model
 from smoltulu.tasks.stage import StageContext
@@ -124,7 +124,7 @@ def test_scores_are_those_without_it(folders: dict[str, Path], tmp_path: Path) -
 
 def rollouts(model: Path, folder: Path) -> list[dict[str, float]]:
     """The history of two steps of RLVR, each of which samples anew."""
-    settings = RLVRSettings(
+    settings = GRPOSettings(
         learning_rate=1e-2, effective_batch_size=8, num_generations=4, num_steps=2, max_prompt_length=100,
         max_completion_length=12, precision="float32", beta=0.05,
         gate={"num_prompts": 2, "max_new_tokens": 8, "min_stopped_share": 0},

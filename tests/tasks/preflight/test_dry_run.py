@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import smoltulu.tasks.training.dpo
+import smoltulu.tasks.training.grpo
 import smoltulu.tasks.training.reward_batch
-import smoltulu.tasks.training.rlvr
 import smoltulu.tasks.training.sft
 from smoltulu.tasks.preflight import dry_run
 from tests import small_runs
@@ -93,7 +93,7 @@ def test_a_loss_that_the_training_changes_is_changed_in_the_dry_run(
         batch = smoltulu.tasks.training.reward_batch
         monkeypatch.setattr(batch, "PairTrainer", with_other_loss(batch.PairTrainer))
     else:
-        module = getattr(smoltulu.tasks.training, subject)
+        module = getattr(smoltulu.tasks.training, "grpo" if subject == "rlvr" else subject)
         own = module._trainer_class()
         monkeypatch.setattr(module, "_trainer_class", lambda: with_other_loss(own))
     _, after = flown(monkeypatch, tmp_path / "after", model, subject, rows)
@@ -109,7 +109,7 @@ def test_rlvr_trains_on_given_rollouts_as_long_as_allowed(
     from transformers import GenerationMixin
 
     seen: list[tuple[int, ...]] = []
-    own = smoltulu.tasks.training.rlvr._trainer_class()
+    own = smoltulu.tasks.training.grpo._trainer_class()
 
     class Watched(own):  # type: ignore[misc, valid-type]
         def _compute_loss(self, model: Any, inputs: Any) -> Any:
@@ -117,7 +117,7 @@ def test_rlvr_trains_on_given_rollouts_as_long_as_allowed(
             assert "ref_per_token_logps" in inputs and bool(inputs["completion_mask"].all())
             return super()._compute_loss(model, inputs)
 
-    monkeypatch.setattr(smoltulu.tasks.training.rlvr, "_trainer_class", lambda: Watched)
+    monkeypatch.setattr(smoltulu.tasks.training.grpo, "_trainer_class", lambda: Watched)
     monkeypatch.setattr(GenerationMixin, "generate", lambda *args, **kwargs: pytest.fail("generated"))
     rows = rows_for("rlvr", 5)
     rows[3]["prompt"][0]["content"] += " Think." * 9

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.training import RLVRSettings
+from smoltulu.schemas.rlvr import GRPOSettings
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.training.rlvr import train_rlvr
@@ -80,7 +80,7 @@ def test_dpo(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("loss_type", "steps_per_generation"), [("dapo", 1), ("bnpo", 1), ("bnpo", 2)])
 def test_rlvr(base: Path, tmp_path: Path, loss_type: str, steps_per_generation: int) -> None:
     """Answers of several lengths; the second pass over them is no longer on the policy, and clips."""
-    settings = RLVRSettings(
+    settings = GRPOSettings(
         learning_rate=3e-3, effective_batch_size=8, num_generations=4, num_steps=2 * steps_per_generation,
         steps_per_generation=steps_per_generation, num_iterations=2, beta=0.05, epsilon=0.02, loss_type=loss_type,
         max_prompt_length=100, max_completion_length=10, precision="float32", gate={"num_prompts": 0},

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSource
-from smoltulu.schemas.training import DPOSettings, RLVRSettings
+from smoltulu.schemas.rlvr import GRPOSettings
+from smoltulu.schemas.training import DPOSettings
 from smoltulu.tasks.data.formats import MalformedRow, adapt
 from smoltulu.tasks.models.chat_template import check_chat_template
 from smoltulu.tasks.models.folders import load_language_model, load_tokenizer, save_model
@@ -368,6 +369,6 @@ def test_open_instruct_1530_numbers_are_compared_as_numbers() -> None:
 
 def test_grpo_groups_must_fill_a_step() -> None:
     with pytest.raises(ValidationError, match="12 is not a multiple of num_generations 8"):
-        RLVRSettings(
+        GRPOSettings(
             learning_rate=1e-6, effective_batch_size=12, num_steps=1, max_prompt_length=64, max_completion_length=8
         )

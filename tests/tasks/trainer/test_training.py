@@ -19,11 +19,11 @@ from transformers.cache_utils import DynamicLayer
 import smoltulu.tasks.engine.launch
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, newest_checkpoint
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.rlvr import GRPOSettings
 from smoltulu.schemas.training import (
     DPOSettings,
     GateSettings,
     RewardModelSettings,
-    RLVRSettings,
     SFTSettings,
     TrainingInputs,
 )
@@ -31,9 +31,10 @@ from smoltulu.tasks.engine.launch import _child_environment
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.loop import _check_num_gpus, prepare_torch
 from smoltulu.tasks.training.dpo import train_dpo
+from smoltulu.tasks.training.grpo import build as build_rlvr
 from smoltulu.tasks.training.reward_model import train_reward_model
-from smoltulu.tasks.training.rlvr import build as build_rlvr
-from smoltulu.tasks.training.rlvr import reward_function, rollout_reward, train_rlvr
+from smoltulu.tasks.training.rewards import reward_function, rollout_reward
+from smoltulu.tasks.training.rlvr import train_rlvr
 from smoltulu.tasks.training.sft import train_sft
 from tests.small_runs import training_inputs
 from tests.tiny_model import build_tiny_model
@@ -49,7 +50,7 @@ STAGES: dict[str, tuple[Callable, Any, str]] = {
     "dpo": (train_dpo, DPOSettings(**SUPERVISED, **NO_GATE), "pairs.jsonl"),
     "rlvr": (
         train_rlvr,
-        RLVRSettings(learning_rate=1e-3, effective_batch_size=8, num_generations=4, num_steps=6, max_prompt_length=100,
+        GRPOSettings(learning_rate=1e-3, effective_batch_size=8, num_generations=4, num_steps=6, max_prompt_length=100,
                      max_completion_length=6, precision="float32", num_iterations=2, beta=0.05, **NO_GATE),
         "prompts.jsonl",
     ),
@@ -232,7 +233,7 @@ def test_rollouts_are_generated_as_before_with_half_the_cache(
     for name in ("ours", "as TRL does it"):
         dtypes.append(set())
         models.append(run("rlvr", world, tmp_path / name)[2])
-        monkeypatch.setattr("smoltulu.tasks.training.rlvr.caches_as_attended", contextlib.nullcontext)
+        monkeypatch.setattr("smoltulu.tasks.training.grpo.caches_as_attended", contextlib.nullcontext)
     assert dtypes == [{torch.bfloat16}, {torch.float32}] and DynamicLayer.update is update
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 

@@ -1,0 +1,232 @@
+"""Settings of RLVR, one model an algorithm. Every default names its source; `ours` where no source gives one.
+
+A recipe's block is read as the settings of the algorithm that it names, so an option of another one is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, model_validator
+
+from smoltulu.schemas.budget import Budget
+from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery, science
+from smoltulu.schemas.training import GateSettings, RowRules, TrainingInputs, TrainingSettings
+
+Algorithm = Literal["ppo", "grpo", "rloo"]
+
+
+class RLVRSettings(TrainingSettings):
+    """What every algorithm has: rollouts of the DPO model (SFT where there is none), paid by verifiers.
+
+    `RLVRSettings.model_validate` gives the settings of the algorithm that the values name.
+    """
+
+    algorithm: Algorithm = science()
+    max_prompt_length: int = science(ge=8, description="tokens; longer prompts are dropped before training")
+    max_completion_length: int = science(ge=1, description="tokens")
+    temperature: float = science(1.0, gt=0, description="of the rollouts, and of the update's log-probabilities")
+    beta: float = science(ge=0, description="KL coefficient against the starting model")
+    epsilon: float = science(0.2, gt=0, lt=1, description="clip range of the policy ratio")
+    reward_correct: float = science(gt=0, description="reward of a verified completion; 10 in Tulu 3")
+    non_stop_reward: float | None = science(description="reward of a completion without eos; none: as verified")
+    reward_model_weight: float = science(
+        0.0, absent=0.0, ge=0, description="this times the reward model's score is added; 0: verifiers alone (Tulu 3)"
+    )
+    gate: GateSettings = machinery(GateSettings())
+
+    @classmethod
+    def model_validate(cls, obj: Any, **kwargs: Any) -> Self:
+        """The settings of the algorithm that `obj` names."""
+        if cls is not RLVRSettings:
+            return super().model_validate(obj, **kwargs)
+        settings: Self = _ANY.validate_python(obj, **kwargs)
+        return settings
+
+    @property
+    def num_rollouts(self) -> int:
+        """Rollouts that are generated at once, by all processes together."""
+        raise NotImplementedError
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether it reads the recipe's reward model."""
+        return self.reward_model_weight > 0
+
+    def row_rules(self) -> RowRules:
+        return RowRules(kind="prompts", max_length=self.max_prompt_length, overlong="drop")
+
+    @model_validator(mode="after")
+    def _stopping_pays(self) -> Self:
+        if self.non_stop_reward is not None and self.non_stop_reward >= self.reward_correct:
+            raise ValueError(
+                f"non_stop_reward {self.non_stop_reward:g} is not below reward_correct {self.reward_correct:g}: a "
+                "completion that never ends would be paid as well as a right answer; lower it (Tulu 3: -10 and 10)"
+            )
+        return self
+
+
+class _GroupSettings(RLVRSettings):
+    """Algorithms whose baseline is the other rollouts of a prompt; the loop is TRL's."""
+
+    num_steps: int = science(ge=1, description="optimizer steps")
+    num_generations: int = science(8, ge=2, description="rollouts per prompt")
+    num_iterations: int = science(1, ge=1, description="optimizer passes over each rollout batch")
+    steps_per_generation: int = science(1, ge=1, description="optimizer steps that share one generation batch")
+    reward_correct: float = science(1.0, gt=0, description="reward of a verified completion; 10 in Tulu 3")
+    non_stop_reward: float | None = science(None, description="reward of a completion without eos; None: as verified")
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.effective_batch_size, max_steps=self.num_steps)
+
+    @property
+    def num_rollouts(self) -> int:
+        return self.effective_batch_size * self.steps_per_generation
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> Self:
+        if self.effective_batch_size % self.num_generations:
+            raise ValueError(
+                f"effective_batch_size {self.effective_batch_size} is not a multiple of num_generations "
+                f"{self.num_generations}: a step must hold whole groups"
+            )
+        return self
+
+
+class GRPOSettings(_GroupSettings):
+    """Advantage: reward less the mean of its group (arXiv 2402.03300); Tulu 3.1."""
+
+    algorithm: Literal["grpo"] = science("grpo")
+    beta: float = science(0.0, ge=0, description="KL coefficient against the starting model; 0: no reference model")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = science("dapo")
+    scale_rewards: Literal["group", "batch", "none"] = science("group")
+
+
+class RLOOSettings(_GroupSettings):
+    """Advantage: reward less the mean of the others of its group (arXiv 2402.14740), the KL term in the reward."""
+
+    algorithm: Literal["rloo"] = science("rloo")
+    beta: float = science(0.05, ge=0, description="KL coefficient in the reward; TRL; 0: no reference model")
+    normalize_advantages: bool = science(False, description="TRL")
+
+
+class CriticSettings(StrictModel):
+    """The value model of PPO: one score a token, with an optimizer of its own."""
+
+    initial: Literal["reward_model", "policy", "path"] = science(
+        "reward_model",
+        description="reward_model: the paper; policy: the starting model with a new head; path: of an earlier run",
+    )
+    path: str | None = machinery(
+        None, max_length=MAX_PATH, description="folder `critic` of an earlier run's artifact; keyed by content"
+    )
+    learning_rate: float | None = science(None, gt=0, lt=1, description="none: the policy's (Tulu 3)")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = science(None, description="none: the policy's")
+    warmup_ratio: float | None = science(None, ge=0, lt=1, description="of the learning rate; none: the policy's")
+    gae_lambda: float | None = science(
+        None, ge=0, le=1, description="of the returns that it learns; none: the policy's; 1: VC-PPO (arXiv 2503.01491)"
+    )
+    warmup_steps: int = science(
+        0, ge=0, description="optimizer steps of the critic alone, before the policy moves; 0: the paper"
+    )
+    value_clip: float = science(0.2, gt=0, description="clip range of the values around those of the rollout; Tulu 3")
+    value_coefficient: float = science(0.1, gt=0, description="of the value loss; Tulu 3")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.initial == "path") != (self.path is not None):
+            raise ValueError(
+                f"critic.initial {self.initial} with critic.path {self.path!r}: give a path with initial "
+                "path, and none with reward_model or policy"
+            )
+        return self
+
+
+class PPOSettings(RLVRSettings):
+    """PPO with a critic, and the KL term in the rewards (arXiv 1707.06347, 1909.08593); SmolTulu, Tulu 3.
+
+    One rollout batch has `effective_batch_size * num_minibatches` episodes.
+    """
+
+    algorithm: Literal["ppo"] = science("ppo")
+    num_episodes: int = science(ge=1, description="rollouts of the whole run, those of the critic's warm-up included")
+    num_samples_per_prompt: int = science(1, ge=1, description="rollouts per prompt in a rollout batch; 1: Tulu 3")
+    num_minibatches: int = science(1, ge=1, description="optimizer steps for one pass over a rollout batch; 1: Tulu 3")
+    num_ppo_epochs: int = science(4, ge=1, description="passes over each rollout batch; 4: Tulu 3")
+    beta: float = science(0.05, ge=0, description="KL coefficient in the token rewards; 0.05: Tulu 3")
+    gamma: float = science(1.0, gt=0, le=1, description="discount; 1: Tulu 3")
+    gae_lambda: float = science(0.95, ge=0, le=1, description="of the advantages; 0.95: Tulu 3")
+    whiten_advantages: bool = science(True, description="Tulu 3")
+    reward_correct: float = science(10.0, gt=0, description="reward of a verified completion; 10: Tulu 3")
+    non_stop_reward: float | None = science(
+        -10.0, description="replaces the reward of a completion without eos; -10: Tulu 3; none: as verified"
+    )
+    critic: CriticSettings = science(CriticSettings())
+
+    @property
+    def num_rollouts(self) -> int:
+        return self.effective_batch_size * self.num_minibatches
+
+    @property
+    def num_steps_per_rollout(self) -> int:
+        """Optimizer steps on one rollout batch."""
+        return self.num_minibatches * self.num_ppo_epochs
+
+    @property
+    def budget(self) -> Budget:
+        num_steps = self.num_episodes // self.num_rollouts * self.num_steps_per_rollout
+        return Budget(self.effective_batch_size, max_steps=num_steps)
+
+    @property
+    def needs_reward_model(self) -> bool:
+        return super().needs_reward_model or self.critic.initial == "reward_model"
+
+    @model_validator(mode="after")
+    def _episodes_divide(self) -> Self:
+        size = self.num_rollouts
+        if self.num_episodes % size:
+            below, above = self.num_episodes // size * size, -(-self.num_episodes // size) * size
+            raise ValueError(
+                f"num_episodes {self.num_episodes:,} is not a multiple of the rollout batch {size:,} "
+                f"(effective_batch_size {self.effective_batch_size} x num_minibatches {self.num_minibatches}); give "
+                + (f"{below:,} or {above:,}" if below else f"{above:,}")
+            )
+        if size % self.num_samples_per_prompt:
+            raise ValueError(
+                f"the rollout batch {size:,} is not a multiple of num_samples_per_prompt "
+                f"{self.num_samples_per_prompt}: it must hold all samples of a prompt"
+            )
+        num_steps = self.budget.max_steps
+        assert num_steps is not None
+        if self.critic.warmup_steps >= num_steps:
+            raise ValueError(
+                f"critic.warmup_steps {self.critic.warmup_steps:,} leaves the policy none of the run's {num_steps:,} "
+                "optimizer steps; lower it, or raise num_episodes"
+            )
+        return self
+
+
+def _algorithm_of(values: Any) -> Any:
+    """The algorithm that values name; a recipe that names none means GRPO, which once was the only one."""
+    if isinstance(values, BaseModel):
+        return getattr(values, "algorithm", None)
+    return values.get("algorithm", "grpo") if isinstance(values, dict) else None
+
+
+AnyRLVRSettings = Annotated[
+    Annotated[PPOSettings, Tag("ppo")] | Annotated[GRPOSettings, Tag("grpo")] | Annotated[RLOOSettings, Tag("rloo")],
+    Discriminator(
+        _algorithm_of,
+        custom_error_type="algorithm",
+        custom_error_message="rlvr is a mapping of names to values, with algorithm: one of ppo, grpo, rloo",
+    ),
+]
+_ANY: TypeAdapter[Any] = TypeAdapter(AnyRLVRSettings)
+
+
+class RLVRInputs(TrainingInputs):
+    """Those of RLVR."""
+
+    reward_model: str | None = Field(None, description="folder of the reward model, where the settings need it")
+    critic: str | None = Field(None, description="folder of an earlier run's critic (critic.initial: path)")
