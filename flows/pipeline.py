@@ -19,7 +19,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from smoltulu.artifacts import readable
-from smoltulu.artifacts.files import private_folder
+from smoltulu.artifacts.files import private_folder, write_atomically
 from smoltulu.artifacts.store import Found, Store, read_manifest
 from smoltulu.flows.endings import Interruption, close_earlier_attempts
 from smoltulu.flows.follow_worker import follow_worker
@@ -225,7 +225,7 @@ def _report(
         report_path=str(folder / "report.html"),
         **run.model_dump(include={"run_name", "recipe", "state", "started_at", "finished_at"}),
     )
-    (folder / "summary.json").write_text(summary.model_dump_json(indent=1), encoding="utf-8")
+    write_atomically(folder / "summary.json", summary.model_dump_json(indent=1))
     recipe_yaml = yaml.dump(
         graph.recipe.model_dump(mode="json"),
         Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper),
@@ -238,8 +238,8 @@ def _report(
         {reference.node: Path(reference.path) for reference, _ in pairs},
         recipe_yaml,
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
-    (reports / "latest").write_text(run.run_name)
+    write_atomically(folder / "report.html", page)
+    write_atomically(reports / "latest", run.run_name)
     num_cached = sum(reference.outcome == "Cached" for reference in made)
     if num_cached < len(graph.nodes):  # else the page of the run that made them is still complete
         create_markdown_artifact(key=artifact_key(f"{graph.recipe.name}-run"), markdown=markdown(summary))

@@ -83,6 +83,11 @@ class Recipe(StrictModel):
             )
         if self.evaluation and self.evaluation.sampled and self.data.verified_eval is None:
             problems.append("evaluation.sampled: needs data.verified_eval")
+        if self.publish and self.sft is None and self.base_model.scratch:
+            problems.append(
+                "publish: would publish the base model that is made here (base_model.scratch), which has no chat "
+                "template; add a block sft, or remove publish"
+            )
         if self.world is None:
             problems += [
                 f"data source {source.generated!r}: generated data needs a world block"

@@ -170,6 +170,11 @@ def test_one_error_lists_every_problem_with_its_path() -> None:
         ({"extends": "smoltulu-1207"}, {}, "which itself extends smoltulu-1130"),
         ({"extends": "tiny", "world": None}, {}, "generated data needs a world block"),
         ({"extends": "tiny", "sft": None}, {}, "dpo: starts from the model of sft; add a block sft"),
+        (
+            {"extends": "tiny", **dict.fromkeys(("sft", "reward_model", "dpo", "rlvr"))},
+            {},
+            "publish: would publish the base",
+        ),
         ("tiny", {"compute.stages.stf": {}}, "compute.stages: no stage is called 'stf' (did you mean 'sft'?)"),
         ({"extends": "tiny", "rlvr": {"num_generations": 7}}, {}, "256 is not a multiple of num_generations 7"),
     ],
