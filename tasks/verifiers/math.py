@@ -42,7 +42,7 @@ def grade_text(completion: str, ground_truth: str) -> Verdict | None:
 def grade_paper_text(completion: str, ground_truth: str) -> Verdict | None:
     """Tulu's textual rule backtracks: a worker applies it. Here only the ground truth is looked at."""
     alternatives(ground_truth)
-    return None if completion else wrong("there is no text")
+    return None
 
 
 @lru_cache(maxsize=20_000)

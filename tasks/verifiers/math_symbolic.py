@@ -18,6 +18,8 @@ from smoltulu.tasks.verifiers.verdict import Verdict, quoted, right, wrong
 
 _DIGITS = 50
 _TOLERANCE = 1e-30
+# Where so much is equal, the difference is looked at with this many digits.
+_MORE_DIGITS = 1_000
 _MAX_CHARACTERS, _MAX_DEPTH = 300, 20
 _NUM_POINTS = 3
 _DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
@@ -65,7 +67,7 @@ def _equal(given: Leaf, expected: Leaf) -> bool:
     pairs = [pair for pair in zip(_values(given.text), _values(expected.text), strict=True) if None not in pair]
     if len(pairs) < 2:  # an infinity, an undefined function f(x): only the same tree is equal
         return bool(one == other)
-    return all(_close(a, b) for a, b in pairs)
+    return all(_close(a, b) for a, b in pairs) and _difference_vanishes(one, other)
 
 
 def _proportional(ours: Values, theirs: Values) -> bool:
@@ -75,7 +77,22 @@ def _proportional(ours: Values, theirs: Values) -> bool:
 
 
 def _close(a: Any, b: Any) -> bool:
-    return bool(abs(a - b) <= _TOLERANCE * max(1, abs(a), abs(b)))
+    """Relative; a value of 0 may be a sum that cancels, and leaves a trace."""
+    return bool(abs(a - b) <= _TOLERANCE * max(abs(a), abs(b)) or (0 in (a, b) and abs(a - b) <= _TOLERANCE))
+
+
+def _difference_vanishes(one: Any, other: Any) -> bool:
+    """`2^{2005}` and `2^{2005}+\\sqrt2` have the same first 600 digits; rational numbers are compared exactly."""
+    import sympy
+
+    numbers = {symbol: _number(str(symbol), 0) for symbol in one.free_symbols | other.free_symbols}
+    one, other = one.subs(numbers), other.subs(numbers)
+    if one.is_Rational and other.is_Rational:
+        return bool(one == other)
+    difference, size = (one - other).evalf(5, maxn=_MORE_DIGITS), max(abs(one.evalf(5)), abs(other.evalf(5)))
+    # What cancels leaves a trace of the last digits; between 0 and such a trace nothing is relative.
+    trace = sympy.Rational(1, 10 ** (_MORE_DIGITS * 9 // 10))
+    return bool(abs(difference) <= trace * size or abs(difference) <= trace)
 
 
 @lru_cache(maxsize=5_000)
@@ -116,6 +133,7 @@ def _number(variable: str, point: int) -> Any:
 @lru_cache(maxsize=5_000)
 def _expression(text: str) -> Any:
     """What math-verify reads; None where that is no expression. Decimals become fractions: nothing is rounded."""
+    import sympy
     from math_verify import LatexExtractionConfig, parse
 
     if len(text) > _MAX_CHARACTERS or _depth(text) > _MAX_DEPTH:
@@ -124,7 +142,10 @@ def _expression(text: str) -> Any:
         lambda match: f"{{\\frac{{{int(match.group(1) + match.group(2))}}}{{{10 ** len(match.group(2))}}}}}", text
     )
     found = parse(f"${exact}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-    return found[0].doit() if found and hasattr(found[0], "doit") else None
+    if not found or not isinstance(found[0], sympy.Basic):
+        return None
+    # It takes the imaginary unit for a variable.
+    return found[0].subs({symbol: sympy.I for symbol in found[0].free_symbols if str(symbol) == "i"}).doit()
 
 
 def _depth(text: str) -> int:

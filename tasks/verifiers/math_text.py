@@ -20,7 +20,7 @@ _FRACTIONS = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _TEXTS = re.compile(
     r"\\(?:mbox|hbox|textrm|textbf|textit|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|operatorname)\s*(?=\{)"
 )
-_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!;:]|,\s*\\!)(?=[0-9]{3}(?![0-9]))")
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!;:]|,\s*\\!)(?=[0-9]{3}(?![0-9]))")
 _SPACES = re.compile(r"\\[,;: !]|~|\\q?quad(?![a-zA-Z])|\\hspace\{[^{}]*\}")
 _DEGREES = re.compile(
     r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])|\\deg(?![a-zA-Z])|\^\{\\text\{o\}\}"
@@ -48,10 +48,10 @@ def plain(text: str) -> str:
     text = _COMMAND.sub(lambda match: _WORDS.get(match.group(), match.group()), text)
     text = _DEGREES.sub(r" \\degree ", text)
     text = _AND.sub(" , ", _SPACES.sub(" ", text))
-    return _without_ends(" ".join(text.split()))
+    return without_ends(" ".join(text.split()))
 
 
-def _without_ends(text: str) -> str:
+def without_ends(text: str) -> str:
     """Without the punctuation of the sentence around it: the full stop of `5.`, not the point of `.5`."""
     text = text.strip()
     while text and text[-1] in _ENDS and not text.endswith(("\\,", "\\;", "\\:")):

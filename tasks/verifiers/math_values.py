@@ -13,7 +13,15 @@ from fractions import Fraction
 from typing import Literal
 
 from smoltulu.tasks.verifiers.math_numbers import rational, unit_name
-from smoltulu.tasks.verifiers.math_text import DEGREE, DOLLAR, PERCENT, braces_close, canonical_expression, plain
+from smoltulu.tasks.verifiers.math_text import (
+    DEGREE,
+    DOLLAR,
+    PERCENT,
+    braces_close,
+    canonical_expression,
+    plain,
+    without_ends,
+)
 from smoltulu.tasks.verifiers.truths import BadTruth
 
 _MAX_DEPTH = 20
@@ -21,18 +29,16 @@ _MAX_PARTS = 200
 
 _OPEN, _CLOSE = ("(", "[", "\\{", "{", "\\langle"), (")", "]", "\\}", "}", "\\rangle")
 _PIECE = re.compile(r"\\(?:left|right)?[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
-_TRUE_THOUSANDS = re.compile(r"(?<![0-9,.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+# Three digits after a comma, and what may stand before it: one to three digits, or more that were joined before.
+_GROUP, _HEAD = re.compile(r"[0-9]{3}(?![0-9])"), re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:\0[0-9]{3})*\Z")
 _NAME = re.compile(
     r"(?:\\?[a-zA-Z]+|\\text\s*\{[^{}]*\})(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?'*(?:\s*\([a-z](?:,\s*[a-z])*\))?"
 )
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _BASED = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?(?:\\text\s*\{)?\s*([0-9]+)\s*\}*")
-_TRAILING_TEXT = re.compile(
-    r"(.*[0-9)}\]a-zA-Z¤])\s*\\text\s*\{\s*([^{}]*?)\s*\}\s*(\^\s*\{?\s*[23]\s*\}?)?", re.DOTALL
-)
-_TRAILING_WORDS = re.compile(
-    r"(.*[0-9)}])\s*?(?<!\\)\b((?:(?:square|sq|cubic|cu)\.? )?[a-zA-Z]+)\.?(\s*\^\s*\{?\s*[23]\s*\}?)?"
-)
+_POWER = r"(\s*\^\s*\{?\s*[23]\s*\}?)?"
+_TRAILING_TEXT = re.compile(r"(.*[0-9.)}\]a-zA-Z¤])\s*\\text\s*\{\s*([^{}]*?)\s*\}" + _POWER, re.DOTALL)
+_TRAILING_WORDS = re.compile(r"(.*[0-9.)}])\s*((?:(?:square|sq|cubic|cu)\.? )?[a-zA-Z]+)\.?" + _POWER)
 _RELATION = re.compile(r"(<|>|\\le|\\ge)(?![a-zA-Z])")
 _ONLY_TEXT = re.compile(r"(?:\\text\s*\{([^{}]*)\}\s*)+")
 
@@ -93,8 +99,8 @@ def _node(text: str, depth: int) -> Node:
         raise BadTruth("brackets are nested too deeply")
     text = _unwrapped(text.strip())
     if depth == 0:
-        text = _without_thousands(text)
-    parts = _split(text, (",", ";"))
+        text = _without_unit_of_all(text)
+    parts = _list_parts(text, in_brackets=False)
     if len(parts) > _MAX_PARTS:
         raise BadTruth(f"there are more than {_MAX_PARTS} parts")
     if len(parts) > 1:
@@ -108,7 +114,7 @@ def _node(text: str, depth: int) -> Node:
 def _unwrapped(text: str) -> str:
     r"""Without braces and `\text`-like commands around all of it, as long as there are any."""
     while text.startswith("{") and _closes(text) == len(text) and len(text) > 1:
-        text = text[1:-1].strip()
+        text = without_ends(text[1:-1])
     if (match := re.fullmatch(r"\\text\s*\{(\(?[^{}a-zA-Z]*[0-9][^{}a-zA-Z]*\)?)\}", text)) is not None:
         text = match.group(1).strip()  # \text{5}, not words
     return text
@@ -142,8 +148,8 @@ def _equation(text: str, sides: list[str], depth: int) -> Node:
     values = sides[1:] if name is not None else sides
     nodes = [_node(side, depth + 1) for side in values]
     whole = Leaf("equation", canonical_expression(text))
-    if name is not None and len(nodes) == 1:
-        return Named(name, nodes[0])
+    if name is not None and (len(nodes) == 1 or (len(nodes) == 2 and _name(values[0]) == name)):
+        return Named(name, nodes[-1])
     # A chain, as x = 2 + 3 = 5, has the value of its last part if all are equal; else it is an equation, or false.
     if all(isinstance(node, Leaf) and node.kind == "number" for node in nodes):
         if len({node.text for node in nodes if isinstance(node, Leaf)}) > 1:
@@ -203,7 +209,7 @@ def _bracketed(text: str, depth: int) -> Node | None:
     inner = text[len(opening) : -len(closing)].strip()
     if not inner:
         return Group(_brackets(opening, closing), ())
-    parts = _split(inner, (",", ";"))
+    parts = _list_parts(inner, in_brackets=True)
     if len(parts) == 1 and opening == "(" and closing == ")":
         return _node(inner, depth + 1)
     nodes = tuple(_node(part, depth + 1) for part in parts if part.strip())
@@ -283,11 +289,34 @@ def _without_unit(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _without_thousands(text: str) -> str:
-    """`1,234` as `1234`, outside of brackets: in `(1,234)` the comma parts two numbers."""
-    if "," not in text or any(mark in text for mark in ("(", "[", "\\{", "\\langle")):
+def _without_unit_of_all(text: str) -> str:
+    r"""Without the unit of a tuple, matrix or word: `(9, 11)\text{ cm}`. Of one value it is kept, to be compared."""
+    if (match := re.fullmatch(r"(.*[)\]}|])\s*(?:\\text\s*\{([^{}]*)\}|%|\\degree)" + _POWER, text, re.DOTALL)) is None:
         return text
-    return _TRUE_THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
+    rest, words = match.group(1).strip(), match.group(2)
+    is_one_value = not _ONLY_TEXT.fullmatch(rest) and not _BASED.fullmatch(rest) and not rest.endswith("]")
+    if is_one_value and _closes(rest) != len(rest) and "\\end{" not in rest and "\\cup" not in rest:
+        return text
+    return rest if words is None or unit_name(words) is not None else text
+
+
+def _list_parts(text: str, in_brackets: bool) -> list[str]:
+    """Parts of a list. Commas that group thousands part nothing: `1,234` is one number, `1,23` and `(1,234)` are two.
+
+    Either all commas without a space group thousands, or none does; in brackets only beside commas with a space.
+    """
+    parts = _split(text, (",", ";"))
+    if in_brackets and not any(part.startswith(" ") for part in parts[1:]):
+        return parts
+    joined = [parts[0]]
+    for part in parts[1:]:
+        if part.startswith(" ") or not part:
+            joined.append(part)
+        elif _GROUP.match(part) and _HEAD.search(joined[-1]):
+            joined[-1] += "\0" + part
+        else:
+            return parts
+    return [part.replace("\0", "") for part in joined]
 
 
 def _pieces(text: str) -> list[str]:
