@@ -1,7 +1,7 @@
-r"""Two expressions that are spelled differently: read by math-verify, compared by value. Runs in workers only.
+r"""Two expressions that are spelled differently: read by math-verify's parser, compared by value. Runs in workers only.
 
-math-verify's own comparison rounds to six digits (`0.333333` = 1/3), drops units and takes `5=12` for 12; so only its
-reading is used. Values are compared to 30 digits, with numbers put in for the variables.
+math-verify's own comparison rounds to six digits (`0.333333` = 1/3), drops units, takes `5=12` for 12 and `A` for `a`;
+so only its parser is used. Values are compared to 30 digits, with numbers put in for the variables.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _MORE_DIGITS = 1_000
 _MAX_CHARACTERS, _MAX_DEPTH = 300, 20
 _NUM_POINTS = 3
 _DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
+_DROPPED = re.compile(r"'|\\prime|\\ldots|\\phantom|[0-9.] [0-9.]|\.[0-9]*\.|:|\?")
 
 #: Values of an expression at the points; None where it has none there (a pole, an unknown function).
 Values = tuple[Any, ...]
@@ -132,20 +133,31 @@ def _number(variable: str, point: int) -> Any:
 
 @lru_cache(maxsize=5_000)
 def _expression(text: str) -> Any:
-    """What math-verify reads; None where that is no expression. Decimals become fractions: nothing is rounded."""
-    import sympy
-    from math_verify import LatexExtractionConfig, parse
+    """What math-verify's parser reads; None where that is no expression.
 
-    if len(text) > _MAX_CHARACTERS or _depth(text) > _MAX_DEPTH:
+    Decimals become fractions, so that nothing is rounded. Letters keep their case. What the parser would drop without
+    a word (primes, dots, spaces between digits) makes a text that is no expression.
+    """
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+
+    if len(text) > _MAX_CHARACTERS or _depth(text) > _MAX_DEPTH or _DROPPED.search(text):
         return None
     exact = _DECIMAL.sub(
         lambda match: f"{{\\frac{{{int(match.group(1) + match.group(2))}}}{{{10 ** len(match.group(2))}}}}}", text
     )
-    found = parse(f"${exact}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-    if not found or not isinstance(found[0], sympy.Basic):
+    try:
+        found = latex2sympy(
+            exact, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False)
+        )
+    except MemoryError:
+        raise
+    except Exception:  # it raises whatever it comes to
         return None
-    # It takes the imaginary unit for a variable.
-    return found[0].subs({symbol: sympy.I for symbol in found[0].free_symbols if str(symbol) == "i"}).doit()
+    if not isinstance(found, sympy.Basic):
+        return None
+    # It takes the imaginary unit for a variable where it is alone.
+    return found.subs({symbol: sympy.I for symbol in found.free_symbols if str(symbol) == "i"}).doit()
 
 
 def _depth(text: str) -> int:

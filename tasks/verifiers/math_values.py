@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
-from smoltulu.tasks.verifiers.math_numbers import rational, unit_name
+from smoltulu.tasks.verifiers.math_numbers import SCALES, rational, unit_name
 from smoltulu.tasks.verifiers.math_text import (
     DEGREE,
     DOLLAR,
@@ -38,7 +38,8 @@ _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\
 _BASED = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?(?:\\text\s*\{)?\s*([0-9]+)\s*\}*")
 _POWER = r"(\s*\^\s*\{?\s*[23]\s*\}?)?"
 _TRAILING_TEXT = re.compile(r"(.*[0-9.)}\]a-zA-Z¤])\s*\\text\s*\{\s*([^{}]*?)\s*\}" + _POWER, re.DOTALL)
-_TRAILING_WORDS = re.compile(r"(.*[0-9.)}])\s*((?:(?:square|sq|cubic|cu)\.? )?[a-zA-Z]+)\.?" + _POWER)
+_TRAILING_WORDS = re.compile(r"(.*[0-9.)}])\s*((?:(?:square|sq|cubic|cu)\.? )?(?<![a-zA-Z\\])[a-zA-Z]+)\.?" + _POWER)
+_SCALE = re.compile(r"(.*[0-9.)}¤])\s*(\\text\s*\{)?\s*(" + "|".join(SCALES) + r")s?(?![a-zA-Z])(.*)", re.DOTALL)
 _RELATION = re.compile(r"(<|>|\\le|\\ge)(?![a-zA-Z])")
 _ONLY_TEXT = re.compile(r"(?:\\text\s*\{([^{}]*)\}\s*)+")
 
@@ -252,10 +253,12 @@ def _leaf(text: str) -> Leaf:
         text = letter.group(1)
     if (based := _BASED.fullmatch(text)) is not None:
         return Leaf("based", f"{based.group(1).upper().lstrip('0') or '0'}_{based.group(2)}")
-    text, unit = _without_unit(text)
+    text, unit = _without_unit(_with_scale(text))
     if text == "\\emptyset":
         return Leaf("words", "\\emptyset")
     canonical = canonical_expression(text)
+    if ":" in canonical:  # a ratio or a time of day: no value that others could have
+        return Leaf("words", canonical)
     value = rational(canonical)
     if value is not None:
         return Leaf("number", str(value), unit, value)
@@ -275,16 +278,27 @@ def _words(text: str) -> str | None:
     return text.lower() if len(text) > 1 else None
 
 
+def _with_scale(text: str) -> str:
+    """`5 million dollars` as `(5)*1000000 dollars`."""
+    if (match := _SCALE.fullmatch(text)) is None:
+        return text
+    number, in_text, word, rest = match.groups()
+    rest = rest.strip()
+    return f"({number.strip()})*{SCALES[word]} " + (f"\\text{{{rest}" if in_text and rest != "}" else rest.strip("}"))
+
+
 def _without_unit(text: str) -> tuple[str, str]:
     """A value and the one name of its unit; `` where it has none, or none that measures."""
     for mark, name in ((DOLLAR, "dollar"), (PERCENT, "percent"), (DEGREE, "degree")):
         if mark in text:
             rest = text.replace(mark, " ", 1).strip()
             return (rest, name) if rest and mark not in rest else (text, "")
-    for pattern, known_only in ((_TRAILING_TEXT, False), (_TRAILING_WORDS, True)):
+    for pattern, in_text in ((_TRAILING_TEXT, True), (_TRAILING_WORDS, False)):
         if (match := pattern.fullmatch(text)) is not None:
-            unit = unit_name(match.group(2) + (match.group(3) or ""))
-            if unit is not None or not known_only:
+            words = match.group(2)
+            unit = unit_name(words + (match.group(3) or ""))
+            # `5 apples` are 5; 5a and 5\text{x} may be products.
+            if unit is not None or len(words) >= (2 if in_text else 4):
                 return match.group(1).strip(), unit or ""
     return text, ""
 
