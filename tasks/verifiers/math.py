@@ -8,7 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from smoltulu.tasks.verifiers.answers import final_answer, last_boxed
-from smoltulu.tasks.verifiers.math_values import Leaf, Node, compare, read
+from smoltulu.tasks.verifiers.math_compare import compare
+from smoltulu.tasks.verifiers.math_values import Leaf, Node, read
 from smoltulu.tasks.verifiers.truths import BadTruth, alternatives
 from smoltulu.tasks.verifiers.verdict import Verdict, quoted, right, wrong
 

@@ -13,7 +13,8 @@ from typing import Any
 from zlib import crc32
 
 from smoltulu.tasks.verifiers.math import expected_answers
-from smoltulu.tasks.verifiers.math_values import Group, Leaf, Node, compare, read
+from smoltulu.tasks.verifiers.math_compare import compare
+from smoltulu.tasks.verifiers.math_values import Group, Leaf, Node, read
 from smoltulu.tasks.verifiers.verdict import Verdict, quoted, right, wrong
 
 _DIGITS = 50
