@@ -34,6 +34,12 @@ def final_answer(text: str) -> str | None:
     return bare if bare and len(bare) <= _MAX_BARE_CHARACTERS and "\n" not in bare else None
 
 
+def is_marked(text: str, answer: str) -> bool:
+    """Whether a text says which formula is its answer: by a box or Minerva's sentence, or it is nothing else."""
+    marks = ("\\boxed", "\\fbox", _MINERVA)
+    return any(mark in text for mark in marks) or text.strip(" \n.$\\()[]") == answer.strip(" \n.$\\()[]")
+
+
 def last_boxed(text: str) -> str | None:
     r"""Contents of the last `\boxed{…}`, whose braces may nest, or of `\boxed 7`; None where the brace never closes."""
     boxes = [match.end() for match in _BOX.finditer(text)]

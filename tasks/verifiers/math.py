@@ -5,16 +5,20 @@ Exact: two answers are equal if and only if they have the same value. Numbers ar
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
-from smoltulu.tasks.verifiers.answers import final_answer, last_boxed
+from smoltulu.tasks.verifiers.answers import final_answer, is_marked, last_boxed
 from smoltulu.tasks.verifiers.math_compare import compare
+from smoltulu.tasks.verifiers.math_text import canonical_expression, plain
 from smoltulu.tasks.verifiers.math_values import Leaf, Node, read
 from smoltulu.tasks.verifiers.truths import BadTruth, alternatives
 from smoltulu.tasks.verifiers.verdict import Verdict, quoted, right, wrong
 
 __all__ = ["MAX_ANSWER_CHARACTERS", "expected_answers", "final_answer", "grade_paper_text", "grade_text"]
 
+#: What has a value that is not written there.
+_TO_WORK_OUT = re.compile(r"\\(?:frac|div|times|cdot|binom|sqrt)(?![a-zA-Z])|[/*^!+]|[0-9a-z)}] *-")
 #: Longer answers are equal to a ground truth only as text.
 MAX_ANSWER_CHARACTERS = 1_000
 
@@ -35,6 +39,11 @@ def grade_text(completion: str, ground_truth: str) -> Verdict | None:
     except BadTruth as error:
         return wrong(f"the answer cannot be read: {error}")
     equal = [compare(given, node, _undecided) for _, node in expected]
+    if not is_marked(completion, answer) and (None in equal or _TO_WORK_OUT.search(plain(answer))):
+        # A text that repeats its question ends in the formula that was to be worked out, whose value is the answer's.
+        if _spelling(answer) not in [_spelling(text) for text, _ in expected]:
+            return wrong(f"{quoted(answer)} is no marked answer, and is not spelled as {wanted}")
+        return right(f"{quoted(answer)} is {wanted}")
     if True in equal:
         return right(f"{quoted(answer)} equals {wanted}")
     return None if None in equal else wrong(f"{quoted(answer)} is not {wanted}")
@@ -61,6 +70,10 @@ def expected_answers(ground_truth: str) -> tuple[tuple[str, Node], ...]:
             raise BadTruth(f"the answer is longer than {MAX_ANSWER_CHARACTERS:,} characters")
         found.append((text, read(text)))
     return tuple(found)
+
+
+def _spelling(answer: str) -> str:
+    return canonical_expression(plain(answer).rpartition("=")[2].strip())
 
 
 def _undecided(given: Leaf, expected: Leaf) -> bool | None:

@@ -363,3 +363,23 @@ def test_a_unit_counts_where_both_have_one(a: Fraction, b: Fraction, one: str, o
     assert quick(first, rng.choice(spellings(a))) is True
     assert quick(first, rng.choice(spellings(b))) is (a == b)
     assert quick(first, second) is (a == b and one == other)
+
+
+@pytest.mark.parametrize(
+    ("completion", "truth", "is_right"),
+    [
+        (r"Compute $\dbinom{22}{19}$.", "1540", False),
+        (r"Simplify $\frac{6}{4}$.", r"\frac{3}{2}", False),
+        ("Find $3+4$.", "7", False),
+        ("Find $9-2$.", "7", False),
+        ("$3+4$", "7", True),
+        (r"\boxed{3+4}", "7", True),
+        (r"The answer is $\frac32$.", r"\dfrac{3}{2}", True),
+        (r"so $x=-\frac{1}{2}$", r"-\frac12", True),
+        ("It is $0.5$", r"\frac12", True),
+        ("It is $(-1, -2)$", "(-1,-2)", True),
+    ],
+)
+def test_a_question_that_is_repeated_is_no_answer(completion: str, truth: str, is_right: bool) -> None:
+    """Without a mark the last formula may be the one to work out: it counts as it is spelled, not by its value."""
+    assert grade("math", completion, truth).outcome == ("right" if is_right else "wrong")
