@@ -49,7 +49,15 @@ class DataSource(StrictModel):
     generated: str | None = science(None, max_length=MAX_NAME, description="file of the `world` stage, e.g. sft.jsonl")
     format: RowFormat = science(description="how a row is read, see docs/data.md")
     fields: dict[str, str] = science({}, description="our field name -> column name, where they differ")
-    verifier: str | None = science(None, description="rlvr only: verifier for every row, where rows name none")
+    verifier: str | None = science(
+        None, description="rlvr only: verifier for every row, where rows name none, e.g. gsm8k or math@paper"
+    )
+    verifiers: dict[str, str] | None = science(
+        None,
+        absent=None,
+        description="rlvr only: name in the rows -> the verifier that grades them, where another one than that of the "
+        "same name is meant, e.g. {gsm8k: gsm8k_strict, ifeval: ifeval@paper}; case does not count",
+    )
     limit: int | None = science(None, ge=1, description="first rows only")
 
     @model_validator(mode="after")

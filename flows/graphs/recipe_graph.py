@@ -31,6 +31,7 @@ from smoltulu.tasks.models.chat_template import load_chat_template
 from smoltulu.tasks.models.folders import check_model_folder
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
+from smoltulu.tasks.verifiers import VERIFIERS_VERSION
 
 
 class Graph(NodeGraph):
@@ -119,6 +120,8 @@ class Graph(NodeGraph):
         if data is None:
             return None
         pinned, externals = self._pin_all(data.sources)
+        if kind == "rlvr":  # which rows are malformed, and what a verdict on the others means
+            externals["verifiers"] = VERIFIERS_VERSION
         config = DatasetStageConfig(kind=kind, data=data.model_copy(update={"sources": pinned}))
         return self._add(
             f"dataset-{name}", STAGES["dataset"], config, inputs=self._world_if_generated(pinned), externals=externals

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from smoltulu.schemas.data import DatasetKind, DataSource
-from smoltulu.tasks.verifiers import VERIFIERS, verify
+from smoltulu.tasks.verifiers import canonical_name, fault_of_truth
 
 Message = dict[str, str]
 
@@ -53,11 +53,18 @@ def check_source(source: DataSource, kind: DatasetKind) -> None:
             f"data source {source.label!r}: format {source.format!r} has no field {', '.join(unknown)}; `fields` maps "
             f"our names ({', '.join(FORMAT_FIELDS[source.format])}) to the columns of the data"
         )
-    if source.verifier is not None and source.verifier.lower() not in VERIFIERS:
+    if kind != "rlvr" and (source.verifier is not None or source.verifiers is not None):
         raise ValueError(
-            f"data source {source.label!r}: unknown verifier {source.verifier!r}; allowed are "
-            f"{', '.join(sorted(VERIFIERS))}"
+            f"data source {source.label!r}: it gives {kind} rows, which no verifier grades; remove `verifier` and "
+            "`verifiers`, or give the source to data.rlvr"
         )
+    for name in (*([source.verifier] if source.verifier is not None else []), *(source.verifiers or {}).values()):
+        try:
+            canonical_name(name)
+        except ValueError as error:
+            raise ValueError(f"data source {source.label!r}: {error}") from error
+    if len({name.lower() for name in source.verifiers or {}}) < len(source.verifiers or {}):
+        raise ValueError(f"data source {source.label!r}: `verifiers` names one twice; case does not count")
 
 
 def adapt(row: Any, source: DataSource) -> dict[str, Any]:
@@ -130,28 +137,40 @@ def _rlvr(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
         raise MalformedRow("no messages, prompt or question")
     prompt = _conversation(_as_turns(_get(row, source, name), name, "user"), name, last="user")
 
-    verifier = row.get(source.fields.get("verifier", "verifier"))
-    if verifier is None or verifier == "":
-        verifier = source.verifier
-    if verifier is None:
-        raise MalformedRow("no verifier")
-    verifier = _text(verifier, "verifier").lower()
-    if verifier not in VERIFIERS:
-        raise MalformedRow(f"unknown verifier {verifier[:40]!r}")
-
+    verifier = _verifier(row.get(source.fields.get("verifier", "verifier")), source)
     truth = row.get(source.fields.get("ground_truth", "ground_truth"))
     if truth is None or truth == "":
         raise MalformedRow("no ground truth")
-    if not isinstance(truth, str):
-        try:
-            truth = json.dumps(truth, ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise MalformedRow(f"field 'ground_truth' is {_kind(truth)} without a JSON form") from error
-    truth = _text(truth, "ground_truth")
-    # A verifier answers None where the ground truth, not the completion, is at fault.
-    if verify(verifier, "", truth) is None:
-        raise MalformedRow(f"ground truth that {verifier} cannot grade")
+    truth = _text(_truth_as_text(truth), "ground_truth")
+    if (fault := fault_of_truth(verifier, truth)) is not None:
+        raise MalformedRow(f"ground truth that {verifier} cannot grade: {fault}")
     return {"prompt": prompt, "verifier": verifier, "ground_truth": truth}
+
+
+def _verifier(named: Any, source: DataSource) -> str:
+    """The verifier of a row in its one spelling: what the row names, by way of `verifiers`; else the source's."""
+    if named is None or named == "":
+        if source.verifier is None:
+            raise MalformedRow("no verifier")
+        return canonical_name(source.verifier)
+    name = _text(named, "verifier").strip().lower()
+    name = {theirs.lower(): ours for theirs, ours in (source.verifiers or {}).items()}.get(name, name)
+    try:
+        return canonical_name(name)
+    except ValueError as error:
+        raise MalformedRow(f"unknown verifier {name[:40]!r}") from error
+
+
+def _truth_as_text(truth: Any) -> str:
+    """A number as it is written; a list as JSON of texts, of which any is right; an object as JSON."""
+    if isinstance(truth, str):
+        return truth
+    try:
+        if isinstance(truth, list):  # [18, 19] as text would be an interval
+            truth = [json.dumps(item, allow_nan=False) if isinstance(item, (int, float)) else item for item in truth]
+        return json.dumps(truth, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MalformedRow(f"field 'ground_truth' is {_kind(truth)} without a JSON form") from error
 
 
 def _plain_text(row: dict[str, Any], source: DataSource) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
-from smoltulu.tasks.verifiers import verify
+from smoltulu.tasks.verifiers import Graders
 
 if TYPE_CHECKING:
     import torch
@@ -165,15 +166,22 @@ def verified_accuracy(
 ) -> VerifiedAccuracy:
     """Score completions of rlvr rows ({"id", "verifier", "ground_truth"}) with their verifiers.
 
-    A row whose ground truth cannot be graded is left out and counted.
+    A row with a sample that could not be graded is left out and counted.
 
     Raises:
         ValueError: no row can be graded.
     """
+    jobs = [
+        (row["verifier"], sample.text, row["ground_truth"])
+        for row, samples in zip(rows, completions, strict=True)
+        for sample in samples
+    ]
+    with Graders() as graders:
+        verdicts = iter(graders.grade_all(jobs))
     records: list[dict[str, Any]] = []
     for row, samples in zip(rows, completions, strict=True):
-        verdicts = [verify(row["verifier"], sample.text, row["ground_truth"]) for sample in samples]
-        scores = [verdict for verdict in verdicts if verdict is not None]
+        ours = list(islice(verdicts, len(samples)))
+        scores = [verdict.score for verdict in ours if verdict.score is not None]
         if len(scores) == len(samples):
             records.append(
                 {
@@ -182,6 +190,7 @@ def verified_accuracy(
                     "mean": sum(scores) / len(scores),
                     "num_stopped": sum(sample.stopped for sample in samples),
                     "completion": samples[0].text,  # of the first sample, for a reader
+                    "reason": ours[0].reason,
                 }
             )
     if not records:

@@ -1,51 +1,66 @@
-"""Competition mathematics: the final expression of an answer (MATH)."""
+r"""Competition mathematics (MATH): text first, in this process; symbolically, in a worker, only where that cannot tell.
+
+Exact: two answers are equal if and only if they have the same value. Numbers are compared as rationals, never rounded.
+"""
 
 from __future__ import annotations
 
-import re
+from functools import lru_cache
 
-from smoltulu.tasks.verifiers.numbers import number
+from smoltulu.tasks.verifiers.answers import final_answer, last_boxed
+from smoltulu.tasks.verifiers.math_values import Leaf, Node, compare, read
+from smoltulu.tasks.verifiers.truths import BadTruth, alternatives
+from smoltulu.tasks.verifiers.verdict import Verdict, quoted, right, wrong
+
+__all__ = ["MAX_ANSWER_CHARACTERS", "expected_answers", "final_answer", "grade_paper_text", "grade_text"]
+
+#: Longer answers are equal to a ground truth only as text.
+MAX_ANSWER_CHARACTERS = 1_000
 
 
-def verify_math(completion: str, ground_truth: str) -> float | None:
-    r"""Equality of the final expression: the last `\boxed{}`, else the text between the last two `$`.
+def grade_text(completion: str, ground_truth: str) -> Verdict | None:
+    """Right or wrong where the text says so; None where two expressions are spelled differently."""
+    expected = expected_answers(ground_truth)
+    answer = final_answer(completion)
+    if answer is None:
+        return wrong("no final answer is stated")
+    wanted = " or ".join(quoted(text) for text, _ in expected[:3])
+    if any(answer == text for text, _ in expected):
+        return right(f"{quoted(answer)} is {wanted}")
+    if len(answer) > MAX_ANSWER_CHARACTERS:
+        return wrong(f"the answer is longer than {MAX_ANSWER_CHARACTERS:,} characters")
+    try:
+        given = read(answer)
+    except BadTruth as error:
+        return wrong(f"the answer cannot be read: {error}")
+    equal = [compare(given, node, _undecided) for _, node in expected]
+    if True in equal:
+        return right(f"{quoted(answer)} equals {wanted}")
+    return None if None in equal else wrong(f"{quoted(answer)} is not {wanted}")
 
-    What it lacks: no symbolic equivalence (`1/2` against `\frac{1}{2}` or `0.5` against `\frac12` is wrong, `x+1`
-    against `1+x` too) and no units; numbers are compared by value. It errs on the strict side: a right answer may
-    score 0, a wrong one does not score 1.
+
+def grade_paper_text(completion: str, ground_truth: str) -> Verdict | None:
+    """Tulu's textual rule backtracks: a worker applies it. Here only the ground truth is looked at."""
+    alternatives(ground_truth)
+    return None if completion else wrong("there is no text")
+
+
+@lru_cache(maxsize=20_000)
+def expected_answers(ground_truth: str) -> tuple[tuple[str, Node], ...]:
+    r"""The right answers, as text and as structure; of a worked solution what stands in its last `\boxed{}`.
+
+    Raises:
+        BadTruth: an answer that cannot be read.
     """
-    expected = _normalised_math(_final_expression(ground_truth) or ground_truth)
-    if not expected:
-        return None
-    given = _final_expression(completion)
-    if given is None:
-        return 0.0
-    normalised = _normalised_math(given)
-    if normalised == expected:
-        return 1.0
-    first, second = number(normalised), number(expected)
-    return float(first is not None and first == second)
+    found = []
+    for text in alternatives(ground_truth):
+        if "\\boxed" in text or "\\fbox" in text:
+            text = (last_boxed(text) or "").strip()
+        if len(text) > MAX_ANSWER_CHARACTERS:
+            raise BadTruth(f"the answer is longer than {MAX_ANSWER_CHARACTERS:,} characters")
+        found.append((text, read(text)))
+    return tuple(found)
 
 
-def _final_expression(text: str) -> str | None:
-    r"""Contents of the last `\boxed{...}` (braces may nest), else the text between the last two `$`; else None."""
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth, begin = 0, start + len("\\boxed")
-        for position in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[begin + 1 : position]
-        return None  # the brace never closes: a truncated answer
-    pieces = text.split("$")
-    return pieces[-2] if len(pieces) >= 3 and pieces[-2].strip() else None
-
-
-def _normalised_math(text: str) -> str:
-    """Drop what never changes a value: spacing commands, \\left and \\right, display fractions, outer punctuation."""
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    for mark in ("\\!", "\\,", "\\;", "\\ ", "\\$", "$", "\\%", "%", "^{\\circ}", "^\\circ"):
-        text = text.replace(mark, "")
-    text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)  # not \\rightarrow
-    text = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"\s+", "", text).strip(".").replace("{,}", "")
+def _undecided(given: Leaf, expected: Leaf) -> bool | None:
+    return None

@@ -1,0 +1,428 @@
+r"""The structure of an answer: a number, words, an expression; a list, set, tuple, interval, union, matrix of these.
+
+Two structures are compared part by part (`compare`); only two expressions that are spelled differently need a worker.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal
+
+from smoltulu.tasks.verifiers.math_numbers import rational, unit_name
+from smoltulu.tasks.verifiers.math_text import DEGREE, DOLLAR, PERCENT, braces_close, canonical_expression, plain
+from smoltulu.tasks.verifiers.truths import BadTruth
+
+_MAX_DEPTH = 20
+_MAX_PARTS = 200
+
+_OPEN, _CLOSE = ("(", "[", "\\{", "{", "\\langle"), (")", "]", "\\}", "}", "\\rangle")
+_PIECE = re.compile(r"\\(?:left|right)?[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
+_TRUE_THOUSANDS = re.compile(r"(?<![0-9,.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+_NAME = re.compile(
+    r"(?:\\?[a-zA-Z]+|\\text\s*\{[^{}]*\})(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?'*(?:\s*\([a-z](?:,\s*[a-z])*\))?"
+)
+_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_BASED = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?(?:\\text\s*\{)?\s*([0-9]+)\s*\}*")
+_TRAILING_TEXT = re.compile(
+    r"(.*[0-9)}\]a-zA-Z¤])\s*\\text\s*\{\s*([^{}]*?)\s*\}\s*(\^\s*\{?\s*[23]\s*\}?)?", re.DOTALL
+)
+_TRAILING_WORDS = re.compile(
+    r"(.*[0-9)}])\s*?(?<!\\)\b((?:(?:square|sq|cubic|cu)\.? )?[a-zA-Z]+)\.?(\s*\^\s*\{?\s*[23]\s*\}?)?"
+)
+_RELATION = re.compile(r"(<|>|\\le|\\ge)(?![a-zA-Z])")
+_ONLY_TEXT = re.compile(r"(?:\\text\s*\{([^{}]*)\}\s*)+")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One part of an answer. `text` is canonical; of a number it is its value.
+
+    number, based (`12_8`) and words are equal if and only if their texts are; an expression may have other spellings.
+    """
+
+    kind: Literal["number", "based", "words", "expression", "equation"]
+    text: str
+    unit: str = ""
+    value: Fraction | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parts in brackets: `kind` names the brackets, a matrix with its shape, a list or set without order, a union."""
+
+    kind: str
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Named:
+    """`x = 5`, `x \\in [1, 2]`, `x < 3`: what the name stands for."""
+
+    name: str
+    node: Node
+
+
+Node = Leaf | Group | Named
+#: Groups whose parts have no order.
+_UNORDERED = ("list", "set", "union")
+
+#: Whether two expressions are equal; None where that is not known here.
+Decide = Callable[[Leaf, Leaf], bool | None]
+
+
+def read(answer: str) -> Node:
+    """The structure of an answer as it was written.
+
+    Raises:
+        BadTruth: no answer, or braces that do not close, or too much of it; whosesoever answer it is.
+    """
+    text = plain(answer)
+    if not text:
+        raise BadTruth("there is no answer")
+    if not braces_close(text):
+        raise BadTruth("the braces do not close")
+    return _node(text, 0)
+
+
+def _node(text: str, depth: int) -> Node:
+    if depth > _MAX_DEPTH:
+        raise BadTruth("brackets are nested too deeply")
+    text = _unwrapped(text.strip())
+    if depth == 0:
+        text = _without_thousands(text)
+    parts = _split(text, (",", ";"))
+    if len(parts) > _MAX_PARTS:
+        raise BadTruth(f"there are more than {_MAX_PARTS} parts")
+    if len(parts) > 1:
+        return _list([part for part in parts if part.strip()], depth)
+    text = parts[0].strip()
+    return (
+        _named(text, depth) or _union(text, depth) or _bracketed(text, depth) or _plus_minus(text, depth) or _leaf(text)
+    )
+
+
+def _unwrapped(text: str) -> str:
+    r"""Without braces and `\text`-like commands around all of it, as long as there are any."""
+    while text.startswith("{") and _closes(text) == len(text) and len(text) > 1:
+        text = text[1:-1].strip()
+    if (match := re.fullmatch(r"\\text\s*\{(\(?[^{}a-zA-Z]*[0-9][^{}a-zA-Z]*\)?)\}", text)) is not None:
+        text = match.group(1).strip()  # \text{5}, not words
+    return text
+
+
+def _list(parts: list[str], depth: int) -> Node:
+    """`x = 1, x = 2` is a list of values with one name; so is `x = 1, 2`."""
+    nodes = [_node(part, depth + 1) for part in parts]
+    if not nodes:
+        raise BadTruth("there is no answer")
+    names = {node.name for node in nodes if isinstance(node, Named)}
+    if len(names) == 1 and isinstance(nodes[0], Named):
+        values = tuple(node.node if isinstance(node, Named) else node for node in nodes)
+        return Named(nodes[0].name, Group("list", values))
+    return nodes[0] if len(nodes) == 1 else Group("list", tuple(nodes))
+
+
+def _named(text: str, depth: int) -> Node | None:
+    r"""`x = 5`, `x \in …`, `1 < x < 2`, and equations; None for what is no relation."""
+    member = _split(text, ("\\in",))
+    if len(member) == 2 and _NAME.fullmatch(member[0].strip()):
+        return Named(_name(member[0]), _node(member[1], depth + 1))
+    sides = [side.strip() for side in _split(text, ("=",))]
+    if len(sides) > 1:
+        return _equation(text, sides, depth) if all(sides) else None
+    return _inequality(text, depth)
+
+
+def _equation(text: str, sides: list[str], depth: int) -> Node:
+    name = _name(sides[0]) if _NAME.fullmatch(sides[0]) and rational(sides[0]) is None else None
+    values = sides[1:] if name is not None else sides
+    nodes = [_node(side, depth + 1) for side in values]
+    whole = Leaf("equation", canonical_expression(text))
+    if name is not None and len(nodes) == 1:
+        return Named(name, nodes[0])
+    # A chain, as x = 2 + 3 = 5, has the value of its last part if all are equal; else it is an equation, or false.
+    if all(isinstance(node, Leaf) and node.kind == "number" for node in nodes):
+        if len({node.text for node in nodes if isinstance(node, Leaf)}) > 1:
+            return Leaf("words", canonical_expression(text))
+        return Named(name, nodes[-1]) if name is not None else nodes[-1]
+    return whole
+
+
+def _inequality(text: str, depth: int) -> Node | None:
+    r"""`a < x \le b` and `x > a` are intervals."""
+    pieces = _RELATION.split(text)
+    if len(pieces) not in (3, 5) or not all(piece.strip() for piece in pieces):
+        return None
+    sides, relations = [piece.strip() for piece in pieces[::2]], pieces[1::2]
+    if len(sides) == 2:
+        if not _NAME.fullmatch(sides[0]):  # a < x: turned round
+            sides, relations = sides[::-1], [_TURNED[relations[0]]]
+        infinity = Leaf("expression", "\\infty") if relations[0] in (">", "\\ge") else Leaf("expression", "-\\infty")
+        if not _NAME.fullmatch(sides[0]):
+            return None
+        bound = _node(sides[1], depth + 1)
+        closed = "\\" in relations[0]
+        parts: tuple[Node, ...] = (bound, infinity)
+        ends = ("[" if closed else "(") + ")"
+        if relations[0] in ("<", "\\le"):
+            parts, ends = (infinity, bound), "(" + ("]" if closed else ")")
+        return Named(_name(sides[0]), Group(ends, parts))
+    if {relations[0][-1], relations[1][-1]} & {"<"} and {relations[0], relations[1]} & {">", "\\ge"}:
+        return None
+    if relations[0] in (">", "\\ge"):
+        sides, relations = sides[::-1], [_TURNED[relations[1]], _TURNED[relations[0]]]
+    if not set(relations) <= {"<", "\\le"} or not _NAME.fullmatch(sides[1]):
+        return None
+    ends = ("[" if relations[0] == "\\le" else "(") + ("]" if relations[1] == "\\le" else ")")
+    return Named(_name(sides[1]), Group(ends, (_node(sides[0], depth + 1), _node(sides[2], depth + 1))))
+
+
+_TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+
+
+def _name(text: str) -> str:
+    return re.sub(r"\s+|\\text|[{}]", "", text)
+
+
+def _union(text: str, depth: int) -> Node | None:
+    parts = _split(text, ("\\cup",))
+    return Group("union", tuple(_node(part, depth + 1) for part in parts)) if len(parts) > 1 else None
+
+
+def _bracketed(text: str, depth: int) -> Node | None:
+    if (matrix := _MATRIX.fullmatch(text)) is not None and "\\begin" not in matrix.group(2):
+        return _matrix("determinant" if matrix.group(1)[0] == "v" else "matrix", matrix.group(2), depth)
+    opening = next((mark for mark in _OPEN if mark != "{" and text.startswith(mark)), None)
+    closing = next((mark for mark in _CLOSE if mark != "}" and text.endswith(mark)), None)
+    if opening is None or closing is None or _closes(text) != len(text):
+        return None
+    inner = text[len(opening) : -len(closing)].strip()
+    if not inner:
+        return Group(_brackets(opening, closing), ())
+    parts = _split(inner, (",", ";"))
+    if len(parts) == 1 and opening == "(" and closing == ")":
+        return _node(inner, depth + 1)
+    nodes = tuple(_node(part, depth + 1) for part in parts if part.strip())
+    return Group(_brackets(opening, closing), nodes)
+
+
+def _brackets(opening: str, closing: str) -> str:
+    return "set" if (opening, closing) == ("\\{", "\\}") else opening.removeprefix("\\") + closing.removeprefix("\\")
+
+
+def _matrix(kind: str, body: str, depth: int) -> Node:
+    rows = [row for row in body.split("\\\\") if row.strip()]
+    cells = [[cell.strip() for cell in row.split("&")] for row in rows]
+    if not cells or len({len(row) for row in cells}) != 1 or not all(all(row) for row in cells):
+        return Leaf("words", canonical_expression(body))
+    if len(cells) * len(cells[0]) > _MAX_PARTS:
+        raise BadTruth(f"there are more than {_MAX_PARTS} parts")
+    parts = tuple(_node(cell, depth + 1) for row in cells for cell in row)
+    return Group(f"{kind} {len(cells)}x{len(cells[0])}", parts)
+
+
+def _plus_minus(text: str, depth: int) -> Node | None:
+    r"""`1 \pm \sqrt2` is two values; with several signs all are plus, or all minus."""
+    if not re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
+        return None
+    signs = ({"\\pm": "+", "\\mp": "-"}, {"\\pm": "-", "\\mp": "+"})
+    both = []
+    for sign in signs:
+        one = text
+        for mark, meaning in sign.items():
+            one = re.sub(re.escape(mark) + r"(?![a-zA-Z])", meaning, one)
+        both.append(one)
+    return Group("list", tuple(_node(one.strip().removeprefix("+"), depth + 1) for one in both))
+
+
+def _leaf(text: str) -> Leaf:
+    if (words := _words(text)) is not None:
+        return Leaf("words", words)
+    if (letter := re.fullmatch(r"\\text\s*\{\s*\(?([a-zA-Z])[).]*\s*\}", text)) is not None:
+        text = letter.group(1)
+    if (based := _BASED.fullmatch(text)) is not None:
+        return Leaf("based", f"{based.group(1).upper().lstrip('0') or '0'}_{based.group(2)}")
+    text, unit = _without_unit(text)
+    if text == "\\emptyset":
+        return Leaf("words", "\\emptyset")
+    canonical = canonical_expression(text)
+    value = rational(canonical)
+    if value is not None:
+        return Leaf("number", str(value), unit, value)
+    return Leaf("expression", canonical, unit)
+
+
+def _words(text: str) -> str | None:
+    r"""Words, in small letters: `\text{Evelyn}`, `Evelyn`, `(B)`; None for anything with a value.
+
+    One letter alone may be a variable: it stays as it is.
+    """
+    if (match := _ONLY_TEXT.fullmatch(text)) is not None:
+        text = " ".join(re.findall(r"\{([^{}]*)\}", match.group()))
+    elif not re.fullmatch(r"[a-zA-Z]{4,}(?:[ '-][a-zA-Z]+)*", text):
+        return None
+    text = " ".join(re.sub(r"[().,]", " ", text).split())
+    return text.lower() if len(text) > 1 else None
+
+
+def _without_unit(text: str) -> tuple[str, str]:
+    """A value and the one name of its unit; `` where it has none, or none that measures."""
+    for mark, name in ((DOLLAR, "dollar"), (PERCENT, "percent"), (DEGREE, "degree")):
+        if mark in text:
+            rest = text.replace(mark, " ", 1).strip()
+            return (rest, name) if rest and mark not in rest else (text, "")
+    for pattern, known_only in ((_TRAILING_TEXT, False), (_TRAILING_WORDS, True)):
+        if (match := pattern.fullmatch(text)) is not None:
+            unit = unit_name(match.group(2) + (match.group(3) or ""))
+            if unit is not None or not known_only:
+                return match.group(1).strip(), unit or ""
+    return text, ""
+
+
+def _without_thousands(text: str) -> str:
+    """`1,234` as `1234`, outside of brackets: in `(1,234)` the comma parts two numbers."""
+    if "," not in text or any(mark in text for mark in ("(", "[", "\\{", "\\langle")):
+        return text
+    return _TRUE_THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
+
+
+def _pieces(text: str) -> list[str]:
+    return _PIECE.findall(text)
+
+
+def _split(text: str, separators: tuple[str, ...]) -> list[str]:
+    r"""Parts between separators outside of all brackets. Brackets of any kind close each other: intervals mix them.
+
+    What stands between `\begin` and `\end` is within brackets, too.
+    """
+    parts: list[str] = []
+    current: list[str] = []
+    depth = 0
+    for piece in _pieces(text):
+        if piece in _OPEN or piece == "\\begin":
+            depth += 1
+        elif piece in _CLOSE or piece == "\\end":
+            depth -= 1
+        if depth == 0 and piece in separators:
+            parts.append("".join(current))
+            current = []
+        else:
+            current.append(piece)
+    return [*parts, "".join(current)]
+
+
+def _closes(text: str) -> int:
+    """Where the bracket that opens the text closes: the position after it, or 0."""
+    depth, place = 0, 0
+    for piece in _pieces(text):
+        place += len(piece)
+        depth += (piece in _OPEN) - (piece in _CLOSE)
+        if depth == 0:
+            return place
+    return 0
+
+
+def compare(given: Node, expected: Node, decide: Decide) -> bool | None:
+    """Whether two answers are equal; None where `decide` does not know."""
+    if isinstance(given, Named) and isinstance(expected, Named):
+        if given.name != expected.name:
+            return False
+        return compare(given.node, expected.node, decide)
+    # An equation without a name on its left says the same in another way; any other name is just a name.
+    for one, other in ((given, expected), (expected, given)):
+        if isinstance(one, Named) and isinstance(other, Leaf) and other.kind == "equation":
+            if isinstance(one.node, Leaf):
+                return decide(Leaf("equation", f"{one.name}={one.node.text}"), other)
+            return False
+    given = given.node if isinstance(given, Named) else given
+    expected = expected.node if isinstance(expected, Named) else expected
+    if isinstance(given, Named) or isinstance(expected, Named):
+        return False
+    if isinstance(given, Leaf) and isinstance(expected, Leaf):
+        return _compare_leaves(given, expected, decide)
+    if not isinstance(given, Group) or not isinstance(expected, Group):
+        return False
+    return _compare_groups(given, expected, decide)
+
+
+def _compare_groups(given: Group, expected: Group, decide: Decide) -> bool | None:
+    kinds = {given.kind, expected.kind}
+    if len(kinds) > 1 and kinds != {"list", "set"}:
+        return False
+    if len(given.parts) != len(expected.parts):
+        return False
+    if given.kind not in _UNORDERED:
+        return _all(compare(one, other, decide) for one, other in zip(given.parts, expected.parts, strict=True))
+    left, right = Counter(map(_key, given.parts)), Counter(map(_key, expected.parts))
+    if left == right:
+        return True
+    # What has the same spelling on both sides is paired; the others are tried against each other.
+    ours = _without(given.parts, right)
+    theirs = _without(expected.parts, left)
+    return _match(ours, theirs, decide)
+
+
+def _match(ours: list[Node], theirs: list[Node], decide: Decide) -> bool | None:
+    known: bool | None = True
+    for one in ours:
+        found: bool | None = False
+        for place, other in enumerate(theirs):
+            equal = compare(one, other, decide)
+            if equal:
+                found = True
+                del theirs[place]
+                break
+            if equal is None:
+                found = None
+        if found is False:
+            return False
+        known = None if found is None else known
+    return known
+
+
+def _without(parts: tuple[Node, ...], others: Counter[Node]) -> list[Node]:
+    """Parts that have no partner of the same spelling among `others`."""
+    left = Counter(others)
+    unpaired = []
+    for part in parts:
+        if left[_key(part)] > 0:
+            left[_key(part)] -= 1
+        else:
+            unpaired.append(part)
+    return unpaired
+
+
+def _key(node: Node) -> Node:
+    return replace(node, unit="") if isinstance(node, Leaf) else node
+
+
+def _compare_leaves(given: Leaf, expected: Leaf, decide: Decide) -> bool | None:
+    if given.unit and expected.unit and given.unit != expected.unit:
+        return False
+    if given.text == expected.text and (given.kind == expected.kind or "words" in (given.kind, expected.kind)):
+        return True
+    if "words" in (given.kind, expected.kind):
+        return _letters(given) == _letters(expected)
+    if given.kind != expected.kind and not {given.kind, expected.kind} <= {"number", "expression"}:
+        return False
+    if given.kind in ("number", "based") and expected.kind == given.kind:
+        return False
+    return decide(given, expected)
+
+
+def _letters(leaf: Leaf) -> str:
+    return re.sub(r"[\s{}\\]", "", leaf.text).lower()
+
+
+def _all(verdicts: object) -> bool | None:
+    """False where any is, else None where any is."""
+    known: bool | None = True
+    for verdict in verdicts:  # type: ignore[attr-defined]
+        if verdict is False:
+            return False
+        known = None if verdict is None else known
+    return known
