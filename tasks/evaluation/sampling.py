@@ -121,25 +121,17 @@ def generate(
     num_samples: int = 1,
     temperature: float = 1.0,
     seed: int = 0,
-    seeds: Sequence[int] | None = None,
     on_batch: OnBatch = lambda num_done, num_texts: None,
 ) -> list[list[Completion]]:
     """`num_samples` completions of every prompt (token ids); temperature 0 is greedy.
 
     Prompts of similar length share a batch, and rows that reached eos leave it.
-
-    seeds  one per prompt, in place of `seed`: what a prompt is answered then does not depend on the other prompts
     """
     import torch
 
-    def draws_of(number: int, *shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=torch.Generator().manual_seed(number), dtype=torch.float32)
-
-    if seeds is None:
-        draws = draws_of(seed, len(prompts), num_samples, max_new_tokens)
-    else:
-        assert len(seeds) == len(prompts)
-        draws = torch.stack([draws_of(number, num_samples, max_new_tokens) for number in seeds])
+    draws = torch.rand(
+        (len(prompts), num_samples, max_new_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float32
+    )
     jobs = [(index, sample) for index in range(len(prompts)) for sample in range(num_samples)]
     completions: dict[tuple[int, int], Completion] = {}
     eos_ids = set(stop_token_ids(tokenizer))
