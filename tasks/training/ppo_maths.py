@@ -1,6 +1,6 @@
 """PPO's mathematics on ragged responses, padded on the right. Pure: tensors in, tensors out, no model.
 
-The rules are those of Tulu 3 (open-instruct `ppo_vllm_thread_ray_gtrl.py` at 26b7325), but for two, both told where they
+The rules are those of Tulu 3 (open-instruct `ppo_vllm_thread_ray_gtrl.py` at 26b7325), but for two, told where they
 are: the token that gets the score, and what losses are averaged over. Shapes: (B, T) is (episodes, response tokens),
 (N,) the N response tokens of all episodes, one after another.
 """
@@ -51,8 +51,8 @@ def gae(
 ) -> torch.Tensor:
     """Generalised advantage estimates (arXiv 1506.02438, equation 16), (B, T), 0 outside of the responses.
 
-    delta_t = r_t + gamma V_(t+1) - V_t and A_t = delta_t + gamma lambda A_(t+1). V_t is the value before token t. Behind
-    the last token there is nothing: V and A are 0 there, also where the response was cut at its longest (Tulu 3).
+    delta_t = r_t + gamma V_(t+1) - V_t and A_t = delta_t + gamma lambda A_(t+1). V_t is the value before token t.
+    Behind the last token both are 0, also where the response was cut at its longest (Tulu 3).
     """
     advantages = torch.zeros_like(rewards)
     following = rewards.new_zeros(len(rewards))
