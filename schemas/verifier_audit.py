@@ -11,12 +11,18 @@ from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, machine
 #: Prompts by the share of samples that were right: none, some, all; ungraded where none could be graded.
 Pool = Literal["never", "sometimes", "always", "ungraded"]
 Finding = Literal[
-    "gold_wrong", "could_not_grade", "shuffled_right", "violation_right", "hack_right", "hack_allowed", "versions_differ"
+    "gold_wrong",
+    "could_not_grade",
+    "shuffled_right",
+    "violation_right",
+    "hack_right",
+    "hack_allowed",
+    "versions_differ",
 ]
 
 
 class VerifierAuditSettings(StrictModel):
-    """How much is tried, and what stops the run. Thresholds change no result: they are machinery. All values are ours."""
+    """How much is tried, and what stops the run. Thresholds change no result: they are machinery. Values are ours."""
 
     num_shuffled: int = science(
         2000, ge=0, le=1_000_000, description="gold answers of other rows that are tried, per verifier and source"
@@ -75,7 +81,7 @@ class FunctionCoverage(StrictModel):
 
 
 class HackCount(StrictModel):
-    """A hack on the rows that it was tried on. `num_allowed`: right because it names the gold answer, or by the rule."""
+    """A hack on its rows. `num_allowed`: right because it names the gold answer, or because the rule asks no more."""
 
     num_rows: int = Field(0, ge=0)
     num_right: int = Field(0, ge=0)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from smoltulu.schemas.verifier_audit import Example, Finding, GroupAudit, HackCount, VerifierAuditSettings
-from smoltulu.tasks.verifier_audit.answers import family_of
 from smoltulu.tasks.verifier_audit.probes import GroupProbes, Probe, probes_of
 from smoltulu.tasks.verifiers.names import VERSIONS
 from smoltulu.tasks.verifiers.verdict import Verdict
@@ -94,9 +93,7 @@ def _grade(verifier: str, probes: Sequence[Probe], grade: Grade) -> list[Graded]
     names = [verifier, other] if (other := other_version(verifier)) else [verifier]
     asked = list(dict.fromkeys((name, p.completion, p.ground_truth) for p in probes for name in names))
     said = dict(zip(asked, grade(asked), strict=True))
-    return [
-        Graded(p, *(said[name, p.completion, p.ground_truth] for name in names)) for p in probes
-    ]
+    return [Graded(p, *(said[name, p.completion, p.ground_truth] for name in names)) for p in probes]
 
 
 def _count(

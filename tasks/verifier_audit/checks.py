@@ -11,6 +11,9 @@ from smoltulu.schemas.verifier_audit import Example, Finding, GroupAudit, Verifi
 from smoltulu.tasks.verifier_audit.answers import family_of
 from smoltulu.tasks.verifier_audit.chance import binomial_limit
 
+#: Characters of a text in an error message.
+_MAX_SHOWN = 160
+
 Status = Literal["ok", "noticed", "fails"]
 
 
@@ -27,13 +30,21 @@ class Check:
     advice: str = ""
 
     def __str__(self) -> str:
-        """The check as part of an error message: with the rows, what was tried on them, and what to do."""
-        shown = "; ".join(
-            f"row {one.row}: {one.completion!r} for the truth {one.ground_truth!r} scores {one.outcome} ({one.reason})"
-            for one in self.examples
-        )
+        """The check as part of an error message: with the rows, what was tried on the first of them, and what to do."""
         limit = f"; allowed: {self.threshold}" if self.threshold != "none" else ""
-        return f"{self.group}: {self.found}{limit}" + (f". {shown}" if shown else "") + f". What to do: {self.advice}"
+        shown = ""
+        if self.examples:
+            one = self.examples[0]
+            rows = ", ".join(dict.fromkeys(example.row for example in self.examples))
+            shown = (
+                f" (rows {rows}). Row {one.row}: {_cut(one.completion)!r} for the truth {_cut(one.ground_truth)!r} scores "
+                f"{one.outcome}: {one.reason}"
+            )
+        return f"{self.group}: {self.found}{limit}{shown}. What to do: {self.advice}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]} … {text[-_MAX_SHOWN // 2 :]}"
 
 
 def problems(groups: Iterable[GroupAudit], settings: VerifierAuditSettings) -> list[str]:
@@ -61,11 +72,11 @@ def is_known(group: GroupAudit, settings: VerifierAuditSettings) -> bool:
 def _checks(group: GroupAudit, settings: VerifierAuditSettings) -> Iterator[Check]:
     fails: Status = "noticed" if is_known(group, settings) else "fails"
 
-    def check(name: str, bad: bool, found: str, threshold: str, finding: Finding, advice: str, probe: str = "") -> Check:
-        examples = tuple(
-            one for one in group.examples if one.finding == finding and (not probe or one.probe == probe)
-        )
-        return Check(group.title, name, fails if bad else "ok", found, threshold, examples, advice)
+    def check(
+        name: str, bad: bool, found: str, threshold: str, finding: Finding, advice: str, probe: str = ""
+    ) -> Check:
+        examples = tuple(one for one in group.examples if one.finding == finding and (not probe or one.probe == probe))
+        return Check(group.title, name, fails if bad else "ok", found, limit, examples, advice)
 
     ungradable = group.num_ungradable / max(group.num_rows, 1)
     yield check(
@@ -86,8 +97,8 @@ def _checks(group: GroupAudit, settings: VerifierAuditSettings) -> Iterator[Chec
             f"{readable.percent(group.chance_share or 0.0)} of the pairs of gold answers coincide",
             f"{limit:,} ({settings.chance_level:g} is the chance of more, verifier_audit.chance_level)",
             "shuffled_right",
-            "the verifier takes wrong answers for right: a policy learns that within hours. Use another version, or see "
-            "whether the truths are what it compares with",
+            "the verifier takes wrong answers for right, and a policy learns that within hours: use another version, "
+            "or see whether the truths are what it compares with",
         )
     if group.num_violations:
         share = group.num_violations_right / group.num_violations
@@ -128,8 +139,8 @@ def _gold(group: GroupAudit, settings: VerifierAuditSettings, check) -> Check:  
     found: Check = check(
         "Gold answers score right",
         share < settings.min_gold_share,
-        f"{group.num_gold_right:,} of {group.num_gold:,} gold answers ({readable.percent(share)}), written as the prompts "
-        "ask, score right",
+        f"{group.num_gold_right:,} of {group.num_gold:,} gold answers ({readable.percent(share)}), written as the "
+        "prompts ask, score right",
         f"verifier_audit.min_gold_share {settings.min_gold_share:g}",
         "gold_wrong",
         f"the verifier {family_of(group.verifier)} does not read what the prompts ask for: name the one that does "

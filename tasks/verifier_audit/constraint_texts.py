@@ -1,12 +1,12 @@
 """Texts whose worth is known, for one constraint: one that keeps it, one that breaks it, and its known hacks.
 
-They are made from the arguments of the constraint alone, by no code of the verifiers. Where a function's arguments allow
-no such text, or one that would be longer than a book, there is none, and the audit says so.
+They are made from the arguments of the constraint alone, by no code of the verifiers. Where a function's arguments
+allow no such text, or one that would be longer than a book, there is none, and the audit says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,9 @@ def _keyword_frequency(word: str, N: int) -> Texts:
 
 
 def _forbidden_words(forbidden_words: list[str]) -> Texts:
-    return Texts(_without(forbidden_words), f"An answer with {forbidden_words[0]} in it.", {"a full stop": (".", False)})
+    return Texts(
+        _without(forbidden_words), f"An answer with {forbidden_words[0]} in it.", {"a full stop": (".", False)}
+    )
 
 
 def _letter_frequency(letter: str, N: int) -> Texts:
@@ -112,7 +114,11 @@ def _counted(unit: str, mark: str, N: int, quantifier: str, tolerance: int) -> T
     right = {"at least": N, "around": N, "at most": N}[quantifier]
     wrong = {"at least": N - 1, "around": N + 2 * tolerance + 1, "at most": N + 1}[quantifier]
     keeps = mark.join([unit] * max(right, 1)) if right or quantifier == "at least" else None
-    return Texts(keeps, mark.join([unit] * wrong) if wrong >= 0 else None, {"a full stop": (".", quantifier == "at least" and N > 1)})
+    return Texts(
+        keeps,
+        mark.join([unit] * wrong) if wrong >= 0 else None,
+        {"a full stop": (".", quantifier == "at least" and N > 1)},
+    )
 
 
 def _paragraphs(N: int, first_word: str, i: int) -> Texts:
@@ -194,7 +200,10 @@ def _highlighted_sections(N: int) -> Texts:
     return Texts(
         "\n".join(["An answer.", *parts]),
         "\n".join(["An answer.", *parts[:-1]]) if N else None,
-        {"a flood of asterisks": (f"An answer. {'***' * (2 * N)}", N > 0), "empty marks": ("An answer. " + "** " * N, N > 0)},
+        {
+            "a flood of asterisks": (f"An answer. {'***' * (2 * N)}", N > 0),
+            "empty marks": ("An answer. " + "** " * N, N > 0),
+        },
     )
 
 
@@ -202,15 +211,11 @@ def _sections(N: int, section_splitter: str) -> Texts:
     if not 0 < N < _MAX_COUNT:
         return Texts()
     parts = [f"{section_splitter} {number}\nAn answer." for number in range(1, N + 2)]
-    return Texts(
-        "\n".join(parts[:N]), "\n".join(parts), {"empty sections": ("\n".join([section_splitter] * N), True)}
-    )
+    return Texts("\n".join(parts[:N]), "\n".join(parts), {"empty sections": ("\n".join([section_splitter] * N), True)})
 
 
 def _json_format() -> Texts:
-    return Texts(
-        '{"answer": "here"}', "An answer.", {"a bare number": ("1", True), "an empty object": ("{}", False)}
-    )
+    return Texts('{"answer": "here"}', "An answer.", {"a bare number": ("1", True), "an empty object": ("{}", False)})
 
 
 def _repeat_prompt(original_prompt: str) -> Texts:
@@ -235,11 +240,15 @@ def _two_responses() -> Texts:
 
 
 def _upper_case() -> Texts:
-    return Texts("AN ANSWER IS HERE.", "AN ANSWER is HERE.", {"no letter": ("1 2 3.", True), "one letter": ("A", False)})
+    return Texts(
+        "AN ANSWER IS HERE.", "AN ANSWER is HERE.", {"no letter": ("1 2 3.", True), "one letter": ("A", False)}
+    )
 
 
 def _lower_case() -> Texts:
-    return Texts("an answer is here.", "an answer IS here.", {"no letter": ("1 2 3.", True), "one letter": ("a", False)})
+    return Texts(
+        "an answer is here.", "an answer IS here.", {"no letter": ("1 2 3.", True), "one letter": ("a", False)}
+    )
 
 
 def _end(end_phrase: str) -> Texts:

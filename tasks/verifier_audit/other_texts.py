@@ -16,7 +16,9 @@ def world_texts(kind: str, arguments: dict[str, Any], mention: list[str]) -> Tex
     if kind == "ends_with":
         return Texts(f"the {said} {text}", f"{text} the {said} 0", {"the end and nothing else": (text, bool(mention))})
     if kind == "starts_with":
-        return Texts(f"{text} the {said}", f"0 the {said} {text}", {"the start and nothing else": (text, bool(mention))})
+        return Texts(
+            f"{text} the {said}", f"0 the {said} {text}", {"the start and nothing else": (text, bool(mention))}
+        )
     if kind == "word_count":
         num_more = count - len(said.split())
         keeps = " ".join([said, *["now"] * num_more]).strip() if num_more >= 0 and count else None

@@ -2,8 +2,8 @@
 
 A prompt that is never or always right teaches nothing to an algorithm whose baseline is the other rollouts of a prompt.
 Samples are drawn as the run draws its rollouts: same temperature, length, verifiers. Prompts go by length and in parts:
-a killed stage resumes after its last whole part. The seed of a prompt is made of its id, so that neither parts nor other
-prompts change what it is answered.
+a killed stage resumes after its last whole part. Random numbers belong to a prompt and a sample, so neither parts nor
+other prompts change what a prompt is answered.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from smoltulu.artifacts.keys import canonical_json, folder_digest, text_digest
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.verifier_audit import PassRatesConfig, PassRatesInputs, PassRatesOutputs, Pool, PoolCounts
 from smoltulu.tasks.data.rows import rows_digest, stored_rows
-from smoltulu.tasks.evaluation.sampling import Completion, generate
+from smoltulu.tasks.evaluation.sampling import Completion
 from smoltulu.tasks.models.folders import (
     check_model_folder,
     device_of,
@@ -32,13 +32,15 @@ from smoltulu.tasks.models.folders import (
     stop_ids,
     use_bfloat16,
 )
-from smoltulu.tasks.models.tokens import prompt_ids
+from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.loop import prepare_torch
+from smoltulu.tasks.training.rollouts import Request, Rollout, transformers_backend
 from smoltulu.tasks.verifiers import VERIFIERS_VERSION, Graders, Verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
 
 #: Prompts of a part. Not the batch size, which may differ after a resume.
 PART_PROMPTS = 128
@@ -78,13 +80,15 @@ def measure_pass_rates(
         for number in range(processes.process_index, len(parts), processes.num_processes):
             place = folder / f"{number:06d}"
             if fault(place, full=True) is not None:
-                answer = answer or _sampler(config, inputs, context, rows, prompts, str(processes.device))
+                answer = answer or _sampler(config, inputs, context, prompts, str(processes.device))
                 members = [rows[member] for member in parts[number]]
                 _write_part(place, rates(members, answer(parts[number]), graders.grade_all, config.must_stop))
             context.report(min((number + 1) * PART_PROMPTS, len(order)), len(order))
     processes.wait_for_everyone()
     measured = [
-        line for number in range(len(parts)) for line in parquet.read_table(folder / f"{number:06d}" / _PART_FILE).to_pylist()
+        line
+        for number in range(len(parts))
+        for line in parquet.read_table(folder / f"{number:06d}" / _PART_FILE).to_pylist()
     ]
     places = {row["id"]: place for place, row in enumerate(rows)}
     measured.sort(key=lambda line: places[line["id"]])
@@ -116,7 +120,6 @@ def _sampler(
     config: PassRatesConfig,
     inputs: PassRatesInputs,
     context: StageContext,
-    rows: Sequence[Mapping[str, Any]],
     prompts: Mapping[int, list[int]],
     device: str,
 ) -> Answer:
@@ -139,20 +142,27 @@ def _sampler(
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     model.to(device).eval()
+    write = transformers_backend(
+        model,
+        seed=_seed_of(config.settings.seed, "samples"),
+        max_new_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        stop_ids=stop_token_ids(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        batch_size=context.compute.per_device_eval_batch_size,
+    )
 
     def answer(members: Sequence[int]) -> list[list[Completion]]:
-        return generate(
-            model,
-            tokenizer,
-            [prompts[number] for number in members],
-            max_new_tokens=config.max_completion_length,
-            batch_size=context.compute.per_device_eval_batch_size,
-            num_samples=config.settings.num_samples,
-            temperature=config.temperature,
-            seeds=[_seed_of(config.settings.seed, str(rows[number]["id"])) for number in members],
-        )
+        samples = range(config.settings.num_samples)
+        written = iter(write([Request(prompts[number], 0, number, sample) for number in members for sample in samples]))
+        return [[_completion(tokenizer, next(written)) for _ in samples] for _ in members]
 
     return answer
+
+
+def _completion(tokenizer: PreTrainedTokenizerBase, written: Rollout) -> Completion:
+    ids = written.ids[:-1] if written.stopped else written.ids
+    return Completion(tokenizer.decode(ids, skip_special_tokens=True), written.stopped)
 
 
 def rates(

@@ -188,7 +188,9 @@ def _text_probes(
             made.probes += _probes_of_texts(function, row, texts, with_hacks=id(row) in drawn)
     for first, second in pairs_of_rows(len(kept), settings.num_shuffled, shuffled):
         row, (other, text) = kept[second][0], kept[first]
-        made.probes.append(Probe("shuffled", f"text of row {other['id']}", str(row["id"]), text, row["ground_truth"], True))
+        made.probes.append(
+            Probe("shuffled", f"text of row {other['id']}", str(row["id"]), text, row["ground_truth"], True)
+        )
     return made
 
 

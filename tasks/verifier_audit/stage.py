@@ -20,6 +20,9 @@ from smoltulu.tasks.verifier_audit.checks import problems
 from smoltulu.tasks.verifier_audit.report import html_report, json_report
 from smoltulu.tasks.verifiers import VERIFIERS_VERSION, Graders, canonical_name
 
+#: Failed checks of which an error message tells; the report has all.
+_NUM_SAID = 8
+
 logger = logging.getLogger("smoltulu")
 
 
@@ -59,7 +62,8 @@ def audit_with(
     with (folder / outputs.findings_file).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
     if found:
-        raise ValueError("; ".join(found) + f". The whole report: {report}")
+        more = f"; and {len(found) - _NUM_SAID:,} more" if len(found) > _NUM_SAID else ""
+        raise ValueError("; ".join(found[:_NUM_SAID]) + more + f". The whole report: {report}")
     (folder / outputs.file).write_text(outputs.model_dump_json(indent=1) + "\n", encoding="utf-8")
     context.report(len(groups), len(groups))
     num_gold = sum(group.num_gold for group in groups)
