@@ -37,8 +37,8 @@ class Check:
             one = self.examples[0]
             rows = ", ".join(dict.fromkeys(example.row for example in self.examples))
             shown = (
-                f" (rows {rows}). Row {one.row}: {_cut(one.completion)!r} for the truth {_cut(one.ground_truth)!r} scores "
-                f"{one.outcome}: {one.reason}"
+                f" (rows {rows}). Row {one.row}: {_cut(one.completion)!r} for the truth {_cut(one.ground_truth)!r} "
+                f"scores {one.outcome}: {one.reason}"
             )
         return f"{self.group}: {self.found}{limit}{shown}. What to do: {self.advice}"
 
@@ -76,7 +76,7 @@ def _checks(group: GroupAudit, settings: VerifierAuditSettings) -> Iterator[Chec
         name: str, bad: bool, found: str, threshold: str, finding: Finding, advice: str, probe: str = ""
     ) -> Check:
         examples = tuple(one for one in group.examples if one.finding == finding and (not probe or one.probe == probe))
-        return Check(group.title, name, fails if bad else "ok", found, limit, examples, advice)
+        return Check(group.title, name, fails if bad else "ok", found, threshold, examples, advice)
 
     ungradable = group.num_ungradable / max(group.num_rows, 1)
     yield check(

@@ -219,10 +219,10 @@ def _json_format() -> Texts:
 
 
 def _repeat_prompt(original_prompt: str) -> Texts:
-    other = "An answer without it."
+    others = ("An answer without it.", "No.")
     return Texts(
         f"{original_prompt}\n\nAn answer.",
-        other if not other.startswith(original_prompt) else None,
+        next(other for other in others if not other.lower().startswith(original_prompt.lower())),
         {"the request and nothing else": (original_prompt, True)},
     )
 

@@ -41,10 +41,11 @@ def test_every_stage_of_tiny_is_there() -> None:
         "dataset-preference-eval", "dataset-verified-eval",
         "base-model", "evaluation-base-model",
         "preflight-sft", "preflight-reward-model", "preflight-dpo", "preflight-rlvr",
+        "verifier-audit",
         "sft", "evaluation-sft",
         "reward-model", "evaluation-reward-model",
         "reference-logps", "dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward",
-        "rlvr", "evaluation-rlvr",
+        "pass-rates", "rlvr", "evaluation-rlvr",
         "publish",
     ]  # fmt: skip
 
