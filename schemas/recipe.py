@@ -84,11 +84,6 @@ class Recipe(StrictModel):
                 "rlvr: starts its critic from the reward model, or adds its score; add a block reward_model, or set "
                 "critic.initial to policy and reward_model_weight to 0"
             )
-        problems += [
-            f"{block}: tries the verifiers and prompts of RLVR, and there is no block rlvr; add it, or remove {block}"
-            for block in ("verifier_audit", "pass_rates")
-            if getattr(self, block) is not None and self.rlvr is None
-        ]
         if self.rlvr is not None and self.rlvr.leave_out and self.pass_rates is None:
             problems.append(
                 f"rlvr.leave_out: {', '.join(self.rlvr.leave_out)} is known once pass rates are measured; add a block "
@@ -125,9 +120,15 @@ class Recipe(StrictModel):
                 )
         return sentences
 
-    def unaudited_verifiers(self) -> list[str]:
-        """A sentence where RLVR trusts verifiers that nobody tried."""
-        if self.rlvr is None or self.verifier_audit is not None:
+    def audit_notes(self) -> list[str]:
+        """A sentence where RLVR trusts verifiers that nobody tried, or where there is no RLVR to try them for."""
+        if self.rlvr is None:
+            return [
+                f"{block}: is about the prompts of RLVR, and there is no block rlvr: it does nothing"
+                for block in ("verifier_audit", "pass_rates")
+                if getattr(self, block) is not None
+            ]
+        if self.verifier_audit is not None:
             return []
         return [
             "rlvr: nothing audits its verifiers before they are trusted, and a policy learns whatever they pay; a "

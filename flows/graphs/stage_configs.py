@@ -28,10 +28,9 @@ def audit_config(recipe: Recipe) -> VerifierAuditConfig | None:
 
 
 def pass_rates_config(recipe: Recipe) -> PassRatesConfig | None:
-    """As RLVR will draw and pay its rollouts; None where the recipe asks for no pass rates."""
-    if recipe.pass_rates is None:
+    """As RLVR will draw and pay its rollouts; None where the recipe asks for no pass rates, or for no RLVR."""
+    if recipe.pass_rates is None or recipe.rlvr is None:
         return None
-    assert recipe.rlvr is not None
     return PassRatesConfig(
         settings=recipe.pass_rates,
         temperature=recipe.rlvr.temperature,

@@ -130,7 +130,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         rows.append(replace(row, preflight=_figures(graph, name, preflights)))
     notes = (
         *recipe.lowered_batches(),
-        *recipe.unaudited_verifiers(),
+        *recipe.audit_notes(),
         *unreachable,
         *_check_new_base_model(graph, rows),
     )
