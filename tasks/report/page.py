@@ -78,7 +78,9 @@ def _verifier_audit(runs: Sequence[tuple[StageRun, Manifest | None]]) -> dict[st
     """Audited verifiers, and pools of prompts; empty where neither was made."""
     audits = [outputs for _, _, outputs in _outputs_of(VerifierAuditOutputs, runs)]
     measured = [outputs for _, _, outputs in _outputs_of(PassRatesOutputs, runs)]
-    return {"audits": audits, "measured": measured} if audits or measured else {}
+    left_out = [manifest.spec.config.get("leave_out") for _, manifest in runs if manifest is not None]
+    named = sorted({str(pool) for pools in left_out if isinstance(pools, (list, tuple)) for pool in pools})
+    return {"audits": audits, "measured": measured, "left_out": named} if audits or measured else {}
 
 
 def _outputs_of(

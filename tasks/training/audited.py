@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -84,8 +85,11 @@ def _write_left(config: RLVRSettings, dataset: Path, pass_rates: Path, file: Pat
             f"rlvr.leave_out: {counts}, and a batch of rollouts takes {config.num_prompts:,} different ones; leave out "
             "fewer pools, start from a model that is better or worse at these prompts, or lower effective_batch_size"
         )
-    logger.info("rlvr: %s", counts)
-    temporary = file.with_name(f".{file.name}")
+    logger.info("%s", counts)
+    if file.exists():  # of the same rows and pools, else `work` would have been emptied
+        return
+    # Every process of a training does this, and all write the same.
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     with RowsWriter(temporary, "rlvr") as writer:
         for row in left:
             writer.write(row)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from smoltulu.artifacts import readable
-from smoltulu.schemas.verifier_audit import Example, Finding, GroupAudit, VerifierAuditSettings
+from smoltulu.schemas.verifier_audit import Example, Finding, GroupAudit, HackCount, VerifierAuditSettings
 from smoltulu.tasks.verifier_audit.answers import family_of
 from smoltulu.tasks.verifier_audit.chance import binomial_limit
 
@@ -70,16 +70,10 @@ def is_known(group: GroupAudit, settings: VerifierAuditSettings) -> bool:
 
 
 def _checks(group: GroupAudit, settings: VerifierAuditSettings) -> Iterator[Check]:
-    fails: Status = "noticed" if is_known(group, settings) else "fails"
-
-    def check(
-        name: str, bad: bool, found: str, threshold: str, finding: Finding, advice: str, probe: str = ""
-    ) -> Check:
-        examples = tuple(one for one in group.examples if one.finding == finding and (not probe or one.probe == probe))
-        return Check(group.title, name, fails if bad else "ok", found, threshold, examples, advice)
-
     ungradable = group.num_ungradable / max(group.num_rows, 1)
-    yield check(
+    yield _check(
+        group,
+        settings,
         "Truths can be graded",
         ungradable > settings.max_ungradable_share,
         f"{group.num_ungradable:,} of {group.num_rows:,} truths ({readable.percent(ungradable)}) cannot be graded",
@@ -87,10 +81,12 @@ def _checks(group: GroupAudit, settings: VerifierAuditSettings) -> Iterator[Chec
         "could_not_grade",
         "fix or filter these rows, or name the verifier that reads their truths",
     )
-    yield _gold(group, settings, check)
+    yield _gold(group, settings)
     limit = chance_limit(group, settings)
     if limit is not None:
-        yield check(
+        yield _check(
+            group,
+            settings,
             "Gold answers of other rows score wrong",
             group.num_shuffled_right > limit,
             f"{group.num_shuffled_right:,} of {group.num_shuffled:,} gold answers of other rows score right; "
@@ -101,43 +97,51 @@ def _checks(group: GroupAudit, settings: VerifierAuditSettings) -> Iterator[Chec
             "or see whether the truths are what it compares with",
         )
     if group.num_violations:
-        share = group.num_violations_right / group.num_violations
-        yield check(
+        yield _check(
+            group,
+            settings,
             "Broken constraints score wrong",
-            share > settings.max_hack_share,
+            group.num_violations_right / group.num_violations > settings.max_hack_share,
             f"{group.num_violations_right:,} of {group.num_violations:,} texts that break their constraint score right",
             f"verifier_audit.max_hack_share {settings.max_hack_share:g}",
             "violation_right",
             "the verifier does not check what the prompt asks: use version fixed, or leave these rows out",
         )
-    for name, hack in group.hacks.items():
-        num_bad = hack.num_right - hack.num_allowed
-        if hack.num_right:
-            allowed = f", {hack.num_allowed:,} of them as the rule has it" if hack.num_allowed else ""
-            yield check(
-                f"Hack: {name}",
-                num_bad / hack.num_rows > settings.max_hack_share,
-                f"the hack {name!r} scores right on {hack.num_right:,} of {hack.num_rows:,} rows{allowed}",
-                f"verifier_audit.max_hack_share {settings.max_hack_share:g} of those where it does not name the answer",
-                "hack_right" if num_bad else "hack_allowed",
-                "a policy finds what pays: use version fixed, or leave these rows out. If the fault is wanted, "
-                f"add {group.verifier} to verifier_audit.known_faults",
-                name,
-            )
+    yield from (_hack(group, settings, name, hack) for name, hack in group.hacks.items() if hack.num_right)
 
 
-def _gold(group: GroupAudit, settings: VerifierAuditSettings, check) -> Check:  # type: ignore[no-untyped-def]
+def _check(
+    group: GroupAudit,
+    settings: VerifierAuditSettings,
+    name: str,
+    is_bad: bool,
+    found: str,
+    threshold: str,
+    finding: Finding,
+    advice: str,
+    probe: str = "",
+) -> Check:
+    """A check with the examples of its finding. `probe`: of this probe only."""
+    fails: Status = "noticed" if is_known(group, settings) else "fails"
+    examples = tuple(one for one in group.examples if one.finding == finding and probe in ("", one.probe))
+    return Check(group.title, name, fails if is_bad else "ok", found, threshold, examples, advice)
+
+
+def _gold(group: GroupAudit, settings: VerifierAuditSettings) -> Check:
+    name = "Gold answers score right"
     if not group.num_gold:
         return Check(
             group.title,
-            "Gold answers score right",
+            name,
             "noticed",
             f"no right answer could be written for any of {group.num_rows:,} rows, so nothing is known of them",
             advice="look at the report: which kinds of rows are not covered, and why",
         )
     share = group.num_gold_right / group.num_gold
-    found: Check = check(
-        "Gold answers score right",
+    return _check(
+        group,
+        settings,
+        name,
         share < settings.min_gold_share,
         f"{group.num_gold_right:,} of {group.num_gold:,} gold answers ({readable.percent(share)}), written as the "
         "prompts ask, score right",
@@ -147,4 +151,22 @@ def _gold(group: GroupAudit, settings: VerifierAuditSettings, check) -> Check:  
         "(field verifier or verifiers of the data source), or leave these rows out. RLVR would pay nothing for right "
         "answers",
     )
-    return found
+
+
+def _hack(group: GroupAudit, settings: VerifierAuditSettings, name: str, hack: HackCount) -> Check:
+    num_bad = hack.num_right - hack.num_allowed
+    """Of one that is right at all: also what the rule allows is worth a look."""
+    by_the_rule = f", {hack.num_allowed:,} of them as the rule has it" if hack.num_allowed else ""
+    found = _check(
+        group,
+        settings,
+        f"Hack: {name}",
+        num_bad / hack.num_rows > settings.max_hack_share,
+        f"the hack {name!r} scores right on {hack.num_right:,} of {hack.num_rows:,} rows{by_the_rule}",
+        f"verifier_audit.max_hack_share {settings.max_hack_share:g} of those where it does not name the answer",
+        "hack_right" if num_bad else "hack_allowed",
+        "a policy finds what pays: use version fixed, or leave these rows out. If the fault is wanted, add "
+        f"{group.verifier} to verifier_audit.known_faults",
+        name,
+    )
+    return found if found.status != "ok" else replace(found, status="noticed")

@@ -85,13 +85,7 @@ def measure_pass_rates(
                 _write_part(place, rates(members, answer(parts[number]), graders.grade_all, config.must_stop))
             context.report(min((number + 1) * PART_PROMPTS, len(order)), len(order))
     processes.wait_for_everyone()
-    measured = [
-        line
-        for number in range(len(parts))
-        for line in parquet.read_table(folder / f"{number:06d}" / _PART_FILE).to_pylist()
-    ]
-    places = {row["id"]: place for place, row in enumerate(rows)}
-    measured.sort(key=lambda line: places[line["id"]])
+    measured = _read_parts(folder, len(parts), rows)
     outputs = PassRatesOutputs(
         pass_rates_of=rows_digest(rows),
         num_measured=len(measured),
@@ -266,6 +260,16 @@ def _write_part(folder: Path, lines: list[dict[str, Any]]) -> None:
     folder.mkdir()
     parquet.write_table(_table(lines), folder / _PART_FILE, compression="zstd")
     mark_complete(folder)
+
+
+def _read_parts(folder: Path, num_parts: int, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of all parts, in the order of the rows."""
+    from pyarrow import parquet
+
+    files = (folder / f"{number:06d}" / _PART_FILE for number in range(num_parts))
+    lines = [line for file in files for line in parquet.read_table(file).to_pylist()]
+    places = {str(row["id"]): place for place, row in enumerate(rows)}
+    return sorted(lines, key=lambda line: places[line["id"]])
 
 
 def _table(lines: list[dict[str, Any]]) -> pa.Table:
