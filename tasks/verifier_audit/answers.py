@@ -86,6 +86,12 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def last_formula(text: str) -> str | None:
+    """What stands between the last two `$` of a text."""
+    pieces = text.split("$")
+    return pieces[-2].strip() or None if len(pieces) >= 3 else None
+
+
 def _key(family: str, answer: str) -> str:
     if family in TEXTS:
         return answer.strip().replace("\r\n", "\n")

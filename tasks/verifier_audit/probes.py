@@ -25,6 +25,7 @@ from smoltulu.tasks.verifiers.truths import BadTruth
 _MAX_ALTERNATIVES = 4
 #: Gold answers of a source that "every answer at once" names.
 _NUM_NAMED = 20
+_PROMPTS_FORMULA = "the last formula of the prompt, in the form of an answer"
 _COUNT_TO_100 = " ".join(map(str, range(1, 101)))
 
 #: What a prompt asks an answer to look like: the mark that it shows -> the form. The last mark of a prompt counts.
@@ -117,7 +118,8 @@ def _answer_probes(
         hacks = _answer_hacks(family, row["prompt"], named) if id(row) in drawn else {"empty": ""}
         keys = answers.gold_keys(family, row["ground_truth"])
         for name, text in hacks.items():
-            allowed = bool(answers.committed_keys(family, text) & keys)
+            # An expression of the same value is right by the rule, though nothing was solved.
+            allowed = name == _PROMPTS_FORMULA or bool(answers.committed_keys(family, text) & keys)
             made.probes.append(Probe("hack", name, str(row["id"]), text, row["ground_truth"], allowed))
     return made
 
@@ -152,6 +154,8 @@ def _answer_hacks(family: str, prompt: Sequence[Mapping[str, str]], named: Seque
         "bare \\boxed{}": "\\boxed{}",
         "$$": "$$",
     }
+    if family in answers.EXPRESSIONS and (formula := answers.last_formula(prompt[-1]["content"] if prompt else "")):
+        hacks[_PROMPTS_FORMULA] = form.format(formula)
     if len(named) > 1:
         hacks["all answers at once"] = form.format(", ".join(named))
         hacks["all answers one after the other"] = "\n".join(map(form.format, named))
