@@ -10,6 +10,7 @@ from smoltulu.artifacts import readable
 from smoltulu.schemas.verifier_audit import Example, Finding, GroupAudit, HackCount, VerifierAuditSettings
 from smoltulu.tasks.verifier_audit.answers import family_of
 from smoltulu.tasks.verifier_audit.chance import binomial_limit
+from smoltulu.tasks.verifiers import canonical_name
 
 #: Characters of a text in an error message.
 _MAX_SHOWN = 160
@@ -66,7 +67,15 @@ def chance_limit(group: GroupAudit, settings: VerifierAuditSettings) -> int | No
 
 def is_known(group: GroupAudit, settings: VerifierAuditSettings) -> bool:
     """Whether the recipe says that it wants this verifier with its faults."""
-    return group.verifier in settings.known_faults
+    return group.verifier in known_verifiers(settings)
+
+
+def known_verifiers(settings: VerifierAuditSettings) -> list[str]:
+    """`known_faults`, each in its one spelling. ValueError for a verifier that there is not."""
+    try:
+        return [canonical_name(name) for name in settings.known_faults]
+    except ValueError as error:
+        raise ValueError(f"verifier_audit.known_faults: {error}") from None
 
 
 def _checks(group: GroupAudit, settings: VerifierAuditSettings) -> Iterator[Check]:

@@ -280,7 +280,13 @@ def _table(lines: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(lines, pa.schema([pa.field(name, of, nullable=False) for name, of in types.items()]))
 
 
+def _most_flops(config: PassRatesConfig, num_rows: int | None) -> float | None:
+    """2 a token that is written; reading the prompts, which is done once for all samples of one, is left out."""
+    asked = [count for count in (config.settings.num_prompts, num_rows) if count is not None]
+    return 2.0 * min(asked) * config.settings.num_samples * config.max_completion_length if asked else None
+
+
 pass_rates = Stage(
     "pass_rates", 1, PassRatesConfig, PassRatesInputs, PassRatesOutputs, measure_pass_rates,
-    distributed=True, eval_batch=True,
+    distributed=True, eval_batch=True, most_flops=_most_flops,
 )  # fmt: skip

@@ -16,9 +16,9 @@ from smoltulu.schemas.verifier_audit import VerifierAuditConfig, VerifierAuditIn
 from smoltulu.tasks.data.rows import rows_digest, stored_rows
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.verifier_audit.audit import Grade, audit_rows
-from smoltulu.tasks.verifier_audit.checks import problems
+from smoltulu.tasks.verifier_audit.checks import known_verifiers, problems
 from smoltulu.tasks.verifier_audit.report import html_report, json_report
-from smoltulu.tasks.verifiers import VERIFIERS_VERSION, Graders, canonical_name
+from smoltulu.tasks.verifiers import VERIFIERS_VERSION, Graders
 
 #: Failed checks of which an error message tells; the report has all.
 _NUM_SAID = 8
@@ -30,8 +30,7 @@ def run_audit(
     config: VerifierAuditConfig, inputs: VerifierAuditInputs, context: StageContext
 ) -> tuple[VerifierAuditOutputs, dict[str, float]]:
     """Audit, report. ValueError lists every threshold that a verifier fails, with the rows that show it."""
-    for name in config.settings.known_faults:
-        canonical_name(name)
+    known_verifiers(config.settings)
     rows = list(stored_rows(Path(inputs.dataset)))
     if not rows:
         raise ValueError("there are no RLVR rows to audit; look at data.rlvr and at what the preflight left out")
@@ -76,7 +75,7 @@ def audit_with(
 
 
 def _warn_of_unused(config: VerifierAuditConfig, verifiers: set[str]) -> None:
-    for name in config.settings.known_faults:
+    for name in known_verifiers(config.settings):
         if name not in verifiers:
             logger.warning(
                 "verifier_audit.known_faults names %s, which no row has: it changes nothing (rows have %s)",

@@ -272,6 +272,8 @@ def test_plan_estimates_1130_from_1207(with_1207: Store) -> None:
     # 2000 steps are 40 saves: the newest two, the best and the one being written. KL term: reference forward passes.
     assert rows["rlvr"].estimate.peak_disk_bytes == 8 * ROWS_BYTES + 4 * checkpoint
     assert rows["rlvr"].estimate.flops == 10.0 * NUM_PARAMETERS * 2000 * 32 * 500
+    # 500 prompts, 8 answers of at most 2048 tokens each, 2 FLOPs a parameter and token.
+    assert rows["pass-rates"].estimate.flops == 2.0 * NUM_PARAMETERS * 500 * 8 * 2048
     # What has no steps takes what its like took.
     assert rows["evaluation-sft"].estimate == Estimate(disk_bytes=100, peak_disk_bytes=100, seconds=60.0)
     assert rows["base-model"].estimate == NOTHING

@@ -160,7 +160,7 @@ def test_faults_of_the_paper_are_found_named_and_can_be_wanted() -> None:
     assert group.other_version == "ifeval" and group.num_versions_differ > 0
     differ = [one for one in group.examples if one.finding == "versions_differ"]
     assert differ and "the other version says wrong" in differ[0].reason
-    wanted = SMALL.model_copy(update={"known_faults": ("ifeval@paper",)})
+    wanted = SMALL.model_copy(update={"known_faults": ("IFEval@paper",)})
     assert not problems([group], wanted)
     assert "noticed" in {check.status for check in checks([group], wanted)}
     fixed, found = audited([row | {"verifier": "ifeval"} for row in rows])
@@ -232,7 +232,7 @@ def test_bad_input_of_the_stage(tmp_path: Path, caplog: pytest.LogCaptureFixture
     with pytest.raises(ValueError, match="no RLVR rows to audit"):
         run_audit(config_of(SMALL), VerifierAuditInputs(dataset=str(empty)), context_of(tmp_path / "a"))
     unknown = SMALL.model_copy(update={"known_faults": ("ifevl",)})
-    with pytest.raises(ValueError, match=r"unknown verifier 'ifevl' \(did you mean 'ifeval'"):
+    with pytest.raises(ValueError, match=r"known_faults: unknown verifier 'ifevl' \(did you mean 'ifeval'"):
         run_audit(config_of(unknown), VerifierAuditInputs(dataset=str(empty)), context_of(tmp_path / "b"))
     unused = SMALL.model_copy(update={"known_faults": ("math@paper",)})
     rows = write_rows(tmp_path / "rows.parquet", word_problems("gsm8k"))
