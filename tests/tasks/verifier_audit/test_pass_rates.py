@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ import pytest
 from pyarrow import parquet
 
 import smoltulu.tasks.verifier_audit.pass_rates as stage
+from smoltulu.schemas.artifact import Spec
+from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.verifier_audit import PassRatesConfig, PassRatesInputs, PassRatesSettings, PoolCounts
+from smoltulu.tasks.engine.launch import run_child
 from smoltulu.tasks.evaluation.sampling import Completion
+from smoltulu.tasks.job import Job
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.verifier_audit.pass_rates import draw, measure_pass_rates, pool_counts, pool_of, rates
 from smoltulu.tasks.verifiers import grade_all
 from tests.rows_file import write_rows
@@ -178,3 +184,20 @@ def test_bad_input(tmp_path: Path, model: Path) -> None:
         ValueError, match=r"an answer up to 12 \(rlvr.max_completion_length\), but the model has 256 pos"
     ):
         measure(tmp_path / "long", model, long)
+
+
+def test_two_processes_write_the_same_file(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "PART_PROMPTS", 128)  # what a process of its own has
+    rows = prompts(140)
+    _, _, lines = measure(tmp_path / "one", model, rows)
+    compute = ComputeSettings(device="cpu", num_threads=1, per_device_eval_batch_size=8, num_processes=2)
+    inputs = PassRatesInputs(
+        model=str(model), dataset=str(tmp_path / "one" / "rows.parquet"), chat_template=TULU_TEMPLATE
+    )
+    spec = Spec(stage="pass_rates", version=1, config=scientific(config()), inputs={}, externals={})
+    (tmp_path / "two" / "output").mkdir(parents=True)
+    job = Job("pass-rates", STAGES["pass_rates"], config(), compute, spec, inputs)
+    run_child(job, tmp_path / "two", tmp_path / "two" / "output", logging.getLogger("test"))
+    assert parquet.read_table(tmp_path / "two" / "output" / "pass_rates.parquet").to_pylist() == lines
+    parts = [folder.name for folder in (tmp_path / "two" / "parts").iterdir() if folder.is_dir()]
+    assert sorted(parts) == ["000000", "000001"]
