@@ -167,7 +167,9 @@ def _truth_as_text(truth: Any) -> str:
         return truth
     try:
         if isinstance(truth, list):  # [18, 19] as text would be an interval
-            truth = [json.dumps(item, allow_nan=False) if isinstance(item, (int, float)) else item for item in truth]
+            if any(isinstance(item, bool) or not isinstance(item, (str, int, float)) for item in truth):
+                raise MalformedRow("a list of right answers holds what is neither text nor a number")
+            truth = [item if isinstance(item, str) else json.dumps(item, allow_nan=False) for item in truth]
         return json.dumps(truth, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise MalformedRow(f"field 'ground_truth' is {_kind(truth)} without a JSON form") from error

@@ -63,10 +63,10 @@ def committed_keys(family: str, completion: str) -> frozenset[str]:
     if family in TEXTS:
         return frozenset({_key(family, completion)})
     if family in NUMBERS:
-        tail = completion if family == "gsm8k" else completion.rpartition("####")[2] if "####" in completion else ""
-        found = _NUMBER.findall(tail)
-        ends = {found[-1], found[0] if family == "gsm8k_strict" else found[-1]} if found else set()
-        values = {_value(number) for number in ends} - {""}
+        # The number behind the mark may be the first there or the last; without the strict rule, the last of all counts.
+        marked = _NUMBER.findall(completion.rpartition("####")[2]) if "####" in completion else []
+        last = _NUMBER.findall(completion)[-1:] if family == "gsm8k" else []
+        values = {_value(number) for number in (*marked[:1], *marked[-1:], *last)}
         # A sign before it may be a minus or a hyphen.
         return frozenset(values | {_negated(value) for value in values})
     formulas = [piece for piece in completion.split("$") if piece.strip()]

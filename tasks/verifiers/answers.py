@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
-_MINERVA = "The final answer is"
+_MINERVA = "Final Answer: The final answer is"
 _MINERVA_END = ". I hope it is correct"
 _CLOSING = {"\\(": "\\)", "\\[": "\\]"}
 #: A text without any mark is an answer only if it is as short as one.

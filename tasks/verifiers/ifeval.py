@@ -42,7 +42,7 @@ def grade_paper(completion: str, ground_truth: str) -> Verdict | None:
     name, arguments = read_constraint(ground_truth, strict=False)
     if name == "validate_response_language":
         return None
-    text = completion.strip().rpartition(_PAPER_HEADER)[2].strip()
+    text = completion.rpartition(_PAPER_HEADER)[2].strip()
     if ifeval_paper.FUNCTIONS[name](text, **arguments):
         return right(f"{name} of the paper accepts it")
     return wrong(f"{name} of the paper refuses it")

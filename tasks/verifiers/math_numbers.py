@@ -186,6 +186,8 @@ _UNITS = {
     # Words that name what is counted, not a measure.
     "": "unit way time integer digit point people student square cube pixel step edge number more",
 }  # fmt: skip
+#: Words that multiply.
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _NAMES = {spelling: name for name, spellings in _UNITS.items() for spelling in spellings.split()}
 
 

@@ -34,7 +34,7 @@ class _Unchanged(Exception):
 
 def grade_paper(completion: str, ground_truth: str) -> Verdict:
     expected = alternatives(ground_truth)
-    text = completion.strip().rpartition(_HEADER)[2].strip()
+    text = completion.rpartition(_HEADER)[2].strip()
     for answer in candidates(text):
         if any(is_equivalent(answer, wanted) for wanted in expected):
             return right(f"{quoted(answer)} is {' or '.join(map(quoted, expected[:3]))}, as text")
@@ -92,7 +92,8 @@ def normalised(answer: str) -> str:
         answer = answer.replace(before, after)
     for piece in _REMOVED:
         answer = answer.replace(piece, "")
-    answer = re.sub(r"(.*?)(\$)(.*?)(\$)(.*)", "$\\3$", answer)
+    # What stands between the first two `$` of a line; the original's expression backtracks.
+    answer = "\n".join(f"${line.split('$')[1]}$" if line.count("$") > 1 else line for line in answer.split("\n"))
     for command in ("text", "textbf", "overline"):
         answer = re.sub(r"(\\" + command + r"\{)(.*?)(\})", "\\2", answer)
     answer = re.sub(r"(\\boxed\{)(.*)(\})", "\\2", answer)

@@ -1,7 +1,7 @@
-r"""Two expressions that are spelled differently: read by math-verify, compared by value. Runs in workers only.
+r"""Two expressions that are spelled differently: read by math-verify's parser, compared by value. Runs in workers only.
 
-math-verify's own comparison rounds to six digits (`0.333333` = 1/3), drops units and takes `5=12` for 12; so only its
-reading is used. Values are compared to 30 digits, with numbers put in for the variables.
+math-verify's own comparison rounds to six digits (`0.333333` = 1/3), drops units, takes `5=12` for 12 and `A` for `a`;
+so only its parser is used. Values are compared to 30 digits, with numbers put in for the variables.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from typing import Any
 from zlib import crc32
 
 from smoltulu.tasks.verifiers.math import expected_answers
-from smoltulu.tasks.verifiers.math_values import Group, Leaf, Node, compare, read
+from smoltulu.tasks.verifiers.math_compare import compare
+from smoltulu.tasks.verifiers.math_values import Group, Leaf, Node, read
 from smoltulu.tasks.verifiers.verdict import Verdict, quoted, right, wrong
 
 _DIGITS = 50
 _TOLERANCE = 1e-30
+# Where so much is equal, the difference is looked at with this many digits.
+_MORE_DIGITS = 1_000
 _MAX_CHARACTERS, _MAX_DEPTH = 300, 20
 _NUM_POINTS = 3
 _DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
+_DROPPED = re.compile(r"'|\\prime|\\ldots|\\phantom|[0-9.] [0-9.]|\.[0-9]*\.|:|\?")
 
 #: Values of an expression at the points; None where it has none there (a pole, an unknown function).
 Values = tuple[Any, ...]
@@ -65,7 +69,7 @@ def _equal(given: Leaf, expected: Leaf) -> bool:
     pairs = [pair for pair in zip(_values(given.text), _values(expected.text), strict=True) if None not in pair]
     if len(pairs) < 2:  # an infinity, an undefined function f(x): only the same tree is equal
         return bool(one == other)
-    return all(_close(a, b) for a, b in pairs)
+    return all(_close(a, b) for a, b in pairs) and _difference_vanishes(one, other)
 
 
 def _proportional(ours: Values, theirs: Values) -> bool:
@@ -75,7 +79,22 @@ def _proportional(ours: Values, theirs: Values) -> bool:
 
 
 def _close(a: Any, b: Any) -> bool:
-    return bool(abs(a - b) <= _TOLERANCE * max(1, abs(a), abs(b)))
+    """Relative; a value of 0 may be a sum that cancels, and leaves a trace."""
+    return bool(abs(a - b) <= _TOLERANCE * max(abs(a), abs(b)) or (0 in (a, b) and abs(a - b) <= _TOLERANCE))
+
+
+def _difference_vanishes(one: Any, other: Any) -> bool:
+    """`2^{2005}` and `2^{2005}+\\sqrt2` have the same first 600 digits; rational numbers are compared exactly."""
+    import sympy
+
+    numbers = {symbol: _number(str(symbol), 0) for symbol in one.free_symbols | other.free_symbols}
+    one, other = one.subs(numbers), other.subs(numbers)
+    if one.is_Rational and other.is_Rational:
+        return bool(one == other)
+    difference, size = (one - other).evalf(5, maxn=_MORE_DIGITS), max(abs(one.evalf(5)), abs(other.evalf(5)))
+    # What cancels leaves a trace of the last digits; between 0 and such a trace nothing is relative.
+    trace = sympy.Rational(1, 10 ** (_MORE_DIGITS * 9 // 10))
+    return bool(abs(difference) <= trace * size or abs(difference) <= trace)
 
 
 @lru_cache(maxsize=5_000)
@@ -115,16 +134,31 @@ def _number(variable: str, point: int) -> Any:
 
 @lru_cache(maxsize=5_000)
 def _expression(text: str) -> Any:
-    """What math-verify reads; None where that is no expression. Decimals become fractions: nothing is rounded."""
-    from math_verify import LatexExtractionConfig, parse
+    """What math-verify's parser reads; None where that is no expression.
 
-    if len(text) > _MAX_CHARACTERS or _depth(text) > _MAX_DEPTH:
+    Decimals become fractions, so that nothing is rounded. Letters keep their case. What the parser would drop without
+    a word (primes, dots, spaces between digits) makes a text that is no expression.
+    """
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+
+    if len(text) > _MAX_CHARACTERS or _depth(text) > _MAX_DEPTH or _DROPPED.search(text):
         return None
     exact = _DECIMAL.sub(
         lambda match: f"{{\\frac{{{int(match.group(1) + match.group(2))}}}{{{10 ** len(match.group(2))}}}}}", text
     )
-    found = parse(f"${exact}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-    return found[0].doit() if found and hasattr(found[0], "doit") else None
+    try:
+        found = latex2sympy(
+            exact, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False)
+        )
+    except MemoryError:
+        raise
+    except Exception:  # it raises whatever it comes to
+        return None
+    if not isinstance(found, sympy.Basic):
+        return None
+    # It takes the imaginary unit for a variable where it is alone.
+    return found.subs({symbol: sympy.I for symbol in found.free_symbols if str(symbol) == "i"}).doit()
 
 
 def _depth(text: str) -> int:

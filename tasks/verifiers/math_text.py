@@ -20,11 +20,18 @@ _FRACTIONS = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _TEXTS = re.compile(
     r"\\(?:mbox|hbox|textrm|textbf|textit|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|operatorname)\s*(?=\{)"
 )
-_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!;:]|,\s*\\!)(?=[0-9]{3}(?![0-9]))")
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!;:]|,\s*\\!)(?=[0-9]{3}(?![0-9]))")
 _SPACES = re.compile(r"\\[,;: !]|~|\\q?quad(?![a-zA-Z])|\\hspace\{[^{}]*\}")
 _DEGREES = re.compile(
     r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])|\\deg(?![a-zA-Z])|\^\{\\text\{o\}\}"
 )
+_ORDINAL = re.compile(
+    r"(?<=[0-9])\s*(?:\^\s*\{\s*\\text\s*\{(?:st|nd|rd|th)\}\s*\}|\^?\\text\s*\{\s*(?:st|nd|rd|th)\s*\}"
+    r"|\^\s*\{\s*(?:st|nd|rd|th)\s*\}|(?:st|nd|rd|th)(?![a-zA-Z]))"
+)
+# What people write without LaTeX: sin(x), sqrt(3), 5E3.
+_FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|pi)(?![a-zA-Z])")
+_SCIENTIFIC = re.compile(r"(?<=[0-9])E([+-]?[0-9]+)(?![0-9a-zA-Z]|\s*_)")
 _AND = re.compile(r"\\text\s*\{[\s,]*(?:and|or)[\s,]*\}|(?<=[\s,}])(?:and|or)(?=[\s\\$])")
 _WORDS = {
     "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le", "\\geq": "\\ge", "\\neq": "\\ne", "\\lt": "<",
@@ -46,12 +53,14 @@ def plain(text: str) -> str:
     text = _FRACTIONS.sub(r"\\frac", _STYLES.sub("", _SIZES.sub("", text)))
     text = _TEXTS.sub(r"\\text", text)
     text = _COMMAND.sub(lambda match: _WORDS.get(match.group(), match.group()), text)
+    text = _ORDINAL.sub("", text)
+    text = _SCIENTIFIC.sub(r"\\times10^{\1}", _FUNCTIONS.sub(r"\\\1", text))
     text = _DEGREES.sub(r" \\degree ", text)
     text = _AND.sub(" , ", _SPACES.sub(" ", text))
-    return _without_ends(" ".join(text.split()))
+    return without_ends(" ".join(text.split()))
 
 
-def _without_ends(text: str) -> str:
+def without_ends(text: str) -> str:
     """Without the punctuation of the sentence around it: the full stop of `5.`, not the point of `.5`."""
     text = text.strip()
     while text and text[-1] in _ENDS and not text.endswith(("\\,", "\\;", "\\:")):
@@ -96,6 +105,9 @@ def _argument(text: str, place: int) -> tuple[str, int]:
     if text[place : place + 1] == "{":
         end = matching(text, place)
         return text[place + 1 : end], end + 1
+    if text[place : place + 1] == "(":  # sqrt(3), as in programs
+        end = matching(text, place, "(", ")")
+        return text[place + 1 : end], end + 1
     if command := re.match(r"\\[a-zA-Z]+", text[place:]):
         name = command.group()
         place += len(name)
@@ -109,15 +121,15 @@ def _argument(text: str, place: int) -> tuple[str, int]:
     return text[place : place + 1], place + 1
 
 
-def matching(text: str, start: int) -> int:
-    """Where the group that opens at `start` closes; the end of the text if nowhere. Groups are `{}` only."""
+def matching(text: str, start: int, opening: str = "{", closing: str = "}") -> int:
+    """Where the group that opens at `start` closes; the end of the text if nowhere."""
     depth, place = 0, start
     while place < len(text):
         mark = text[place]
         if mark == "\\":
             place += 2
             continue
-        depth += {"{": 1, "}": -1}.get(mark, 0)
+        depth += (mark == opening) - (mark == closing)
         if depth == 0:
             return place
         place += 1

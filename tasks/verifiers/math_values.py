@@ -1,19 +1,25 @@
 r"""The structure of an answer: a number, words, an expression; a list, set, tuple, interval, union, matrix of these.
 
-Two structures are compared part by part (`compare`); only two expressions that are spelled differently need a worker.
+`math_compare.py` compares two of them; only two expressions that are spelled differently need a worker.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from smoltulu.tasks.verifiers.math_numbers import rational, unit_name
-from smoltulu.tasks.verifiers.math_text import DEGREE, DOLLAR, PERCENT, braces_close, canonical_expression, plain
+from smoltulu.tasks.verifiers.math_numbers import SCALES, rational, unit_name
+from smoltulu.tasks.verifiers.math_text import (
+    DEGREE,
+    DOLLAR,
+    PERCENT,
+    braces_close,
+    canonical_expression,
+    plain,
+    without_ends,
+)
 from smoltulu.tasks.verifiers.truths import BadTruth
 
 _MAX_DEPTH = 20
@@ -21,18 +27,19 @@ _MAX_PARTS = 200
 
 _OPEN, _CLOSE = ("(", "[", "\\{", "{", "\\langle"), (")", "]", "\\}", "}", "\\rangle")
 _PIECE = re.compile(r"\\(?:left|right)?[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
-_TRUE_THOUSANDS = re.compile(r"(?<![0-9,.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+# Three digits after a comma, and what may stand before it: one to three digits, or more that were joined before.
+_GROUP, _HEAD = re.compile(r"[0-9]{3}(?![0-9])"), re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:\0[0-9]{3})*\Z")
 _NAME = re.compile(
     r"(?:\\?[a-zA-Z]+|\\text\s*\{[^{}]*\})(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?'*(?:\s*\([a-z](?:,\s*[a-z])*\))?"
 )
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _BASED = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?(?:\\text\s*\{)?\s*([0-9]+)\s*\}*")
-_TRAILING_TEXT = re.compile(
-    r"(.*[0-9)}\]a-zA-Z¤])\s*\\text\s*\{\s*([^{}]*?)\s*\}\s*(\^\s*\{?\s*[23]\s*\}?)?", re.DOTALL
-)
-_TRAILING_WORDS = re.compile(
-    r"(.*[0-9)}])\s*?(?<!\\)\b((?:(?:square|sq|cubic|cu)\.? )?[a-zA-Z]+)\.?(\s*\^\s*\{?\s*[23]\s*\}?)?"
-)
+# Units that no product of variables is taken for.
+_SAFE_UNITS = ("mm", "cm", "km", "kg", "mph", "degrees", "percent", "dollars", "cents")
+_POWER = r"(\s*\^\s*\{?\s*[23]\s*\}?)?"
+_TRAILING_TEXT = re.compile(r"(.*[0-9.)}\]a-zA-Z¤])\s*\\text\s*\{\s*([^{}]*?)\s*\}" + _POWER, re.DOTALL)
+_TRAILING_WORDS = re.compile(r"(.*[0-9.)}])\s*((?:(?:square|sq|cubic|cu)\.? )?(?<![a-zA-Z\\])[a-zA-Z]+)\.?" + _POWER)
+_SCALE = re.compile(r"(.*[0-9.)}¤])\s*(\\text\s*\{)?\s*(" + "|".join(SCALES) + r")s?(?![a-zA-Z])(.*)", re.DOTALL)
 _RELATION = re.compile(r"(<|>|\\le|\\ge)(?![a-zA-Z])")
 _ONLY_TEXT = re.compile(r"(?:\\text\s*\{([^{}]*)\}\s*)+")
 
@@ -67,11 +74,6 @@ class Named:
 
 
 Node = Leaf | Group | Named
-#: Groups whose parts have no order.
-_UNORDERED = ("list", "set", "union")
-
-#: Whether two expressions are equal; None where that is not known here.
-Decide = Callable[[Leaf, Leaf], bool | None]
 
 
 def read(answer: str) -> Node:
@@ -93,8 +95,8 @@ def _node(text: str, depth: int) -> Node:
         raise BadTruth("brackets are nested too deeply")
     text = _unwrapped(text.strip())
     if depth == 0:
-        text = _without_thousands(text)
-    parts = _split(text, (",", ";"))
+        text = _without_unit_of_all(text)
+    parts = _list_parts(text, in_brackets=False)
     if len(parts) > _MAX_PARTS:
         raise BadTruth(f"there are more than {_MAX_PARTS} parts")
     if len(parts) > 1:
@@ -108,7 +110,7 @@ def _node(text: str, depth: int) -> Node:
 def _unwrapped(text: str) -> str:
     r"""Without braces and `\text`-like commands around all of it, as long as there are any."""
     while text.startswith("{") and _closes(text) == len(text) and len(text) > 1:
-        text = text[1:-1].strip()
+        text = without_ends(text[1:-1])
     if (match := re.fullmatch(r"\\text\s*\{(\(?[^{}a-zA-Z]*[0-9][^{}a-zA-Z]*\)?)\}", text)) is not None:
         text = match.group(1).strip()  # \text{5}, not words
     return text
@@ -142,8 +144,8 @@ def _equation(text: str, sides: list[str], depth: int) -> Node:
     values = sides[1:] if name is not None else sides
     nodes = [_node(side, depth + 1) for side in values]
     whole = Leaf("equation", canonical_expression(text))
-    if name is not None and len(nodes) == 1:
-        return Named(name, nodes[0])
+    if name is not None and (len(nodes) == 1 or (len(nodes) == 2 and _name(values[0]) == name)):
+        return Named(name, nodes[-1])
     # A chain, as x = 2 + 3 = 5, has the value of its last part if all are equal; else it is an equation, or false.
     if all(isinstance(node, Leaf) and node.kind == "number" for node in nodes):
         if len({node.text for node in nodes if isinstance(node, Leaf)}) > 1:
@@ -203,7 +205,7 @@ def _bracketed(text: str, depth: int) -> Node | None:
     inner = text[len(opening) : -len(closing)].strip()
     if not inner:
         return Group(_brackets(opening, closing), ())
-    parts = _split(inner, (",", ";"))
+    parts = _list_parts(inner, in_brackets=True)
     if len(parts) == 1 and opening == "(" and closing == ")":
         return _node(inner, depth + 1)
     nodes = tuple(_node(part, depth + 1) for part in parts if part.strip())
@@ -246,10 +248,12 @@ def _leaf(text: str) -> Leaf:
         text = letter.group(1)
     if (based := _BASED.fullmatch(text)) is not None:
         return Leaf("based", f"{based.group(1).upper().lstrip('0') or '0'}_{based.group(2)}")
-    text, unit = _without_unit(text)
+    text, unit = _without_unit(_with_scale(text))
     if text == "\\emptyset":
         return Leaf("words", "\\emptyset")
     canonical = canonical_expression(text)
+    if ":" in canonical:  # a ratio or a time of day: no value that others could have
+        return Leaf("words", canonical)
     value = rational(canonical)
     if value is not None:
         return Leaf("number", str(value), unit, value)
@@ -269,25 +273,62 @@ def _words(text: str) -> str | None:
     return text.lower() if len(text) > 1 else None
 
 
+def _with_scale(text: str) -> str:
+    """`5 million dollars` as `(5)*1000000 dollars`."""
+    if (match := _SCALE.fullmatch(text)) is None:
+        return text
+    number, in_text, word, rest = match.groups()
+    rest = rest.strip()
+    return f"({number.strip()})*{SCALES[word]} " + (f"\\text{{{rest}" if in_text and rest != "}" else rest.strip("}"))
+
+
 def _without_unit(text: str) -> tuple[str, str]:
     """A value and the one name of its unit; `` where it has none, or none that measures."""
     for mark, name in ((DOLLAR, "dollar"), (PERCENT, "percent"), (DEGREE, "degree")):
         if mark in text:
             rest = text.replace(mark, " ", 1).strip()
             return (rest, name) if rest and mark not in rest else (text, "")
-    for pattern, known_only in ((_TRAILING_TEXT, False), (_TRAILING_WORDS, True)):
+    for pattern, in_text in ((_TRAILING_TEXT, True), (_TRAILING_WORDS, False)):
         if (match := pattern.fullmatch(text)) is not None:
-            unit = unit_name(match.group(2) + (match.group(3) or ""))
-            if unit is not None or not known_only:
+            words = match.group(2)
+            unit = unit_name(words + (match.group(3) or ""))
+            if in_text and (unit is not None or len(words) > 1):
+                return match.group(1).strip(), unit or ""
+            # `5 apples` are 5. Without a space 5cm is a length, but 3s^2 and 2ab are products.
+            is_apart = text[match.start(2) - 1] == " "
+            if (is_apart and len(words) > (1 if unit is not None else 3)) or words in _SAFE_UNITS:
                 return match.group(1).strip(), unit or ""
     return text, ""
 
 
-def _without_thousands(text: str) -> str:
-    """`1,234` as `1234`, outside of brackets: in `(1,234)` the comma parts two numbers."""
-    if "," not in text or any(mark in text for mark in ("(", "[", "\\{", "\\langle")):
+def _without_unit_of_all(text: str) -> str:
+    r"""Without the unit of a tuple, matrix or word: `(9, 11)\text{ cm}`. Of one value it is kept, to be compared."""
+    if (match := re.fullmatch(r"(.*[)\]}|])\s*(?:\\text\s*\{([^{}]*)\}|%|\\degree)" + _POWER, text, re.DOTALL)) is None:
         return text
-    return _TRUE_THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
+    rest, words = match.group(1).strip(), match.group(2)
+    is_one_value = not _ONLY_TEXT.fullmatch(rest) and not _BASED.fullmatch(rest) and not rest.endswith("]")
+    if is_one_value and _closes(rest) != len(rest) and "\\end{" not in rest and "\\cup" not in rest:
+        return text
+    return rest if words is None or unit_name(words) is not None else text
+
+
+def _list_parts(text: str, in_brackets: bool) -> list[str]:
+    """Parts of a list. Commas that group thousands part nothing: `1,234` is one number, `1,23` and `(1,234)` are two.
+
+    Either all commas without a space group thousands, or none does; in brackets only beside commas with a space.
+    """
+    parts = _split(text, (",", ";"))
+    if in_brackets and not any(part.startswith(" ") for part in parts[1:]):
+        return parts
+    joined = [parts[0]]
+    for part in parts[1:]:
+        if part.startswith(" ") or not part:
+            joined.append(part)
+        elif _GROUP.match(part) and _HEAD.search(joined[-1]):
+            joined[-1] += "\0" + part
+        else:
+            return parts
+    return [part.replace("\0", "") for part in joined]
 
 
 def _pieces(text: str) -> list[str]:
@@ -324,105 +365,3 @@ def _closes(text: str) -> int:
         if depth == 0:
             return place
     return 0
-
-
-def compare(given: Node, expected: Node, decide: Decide) -> bool | None:
-    """Whether two answers are equal; None where `decide` does not know."""
-    if isinstance(given, Named) and isinstance(expected, Named):
-        if given.name != expected.name:
-            return False
-        return compare(given.node, expected.node, decide)
-    # An equation without a name on its left says the same in another way; any other name is just a name.
-    for one, other in ((given, expected), (expected, given)):
-        if isinstance(one, Named) and isinstance(other, Leaf) and other.kind == "equation":
-            if isinstance(one.node, Leaf):
-                return decide(Leaf("equation", f"{one.name}={one.node.text}"), other)
-            return False
-    given = given.node if isinstance(given, Named) else given
-    expected = expected.node if isinstance(expected, Named) else expected
-    if isinstance(given, Named) or isinstance(expected, Named):
-        return False
-    if isinstance(given, Leaf) and isinstance(expected, Leaf):
-        return _compare_leaves(given, expected, decide)
-    if not isinstance(given, Group) or not isinstance(expected, Group):
-        return False
-    return _compare_groups(given, expected, decide)
-
-
-def _compare_groups(given: Group, expected: Group, decide: Decide) -> bool | None:
-    kinds = {given.kind, expected.kind}
-    if len(kinds) > 1 and kinds != {"list", "set"}:
-        return False
-    if len(given.parts) != len(expected.parts):
-        return False
-    if given.kind not in _UNORDERED:
-        return _all(compare(one, other, decide) for one, other in zip(given.parts, expected.parts, strict=True))
-    left, right = Counter(map(_key, given.parts)), Counter(map(_key, expected.parts))
-    if left == right:
-        return True
-    # What has the same spelling on both sides is paired; the others are tried against each other.
-    ours = _without(given.parts, right)
-    theirs = _without(expected.parts, left)
-    return _match(ours, theirs, decide)
-
-
-def _match(ours: list[Node], theirs: list[Node], decide: Decide) -> bool | None:
-    known: bool | None = True
-    for one in ours:
-        found: bool | None = False
-        for place, other in enumerate(theirs):
-            equal = compare(one, other, decide)
-            if equal:
-                found = True
-                del theirs[place]
-                break
-            if equal is None:
-                found = None
-        if found is False:
-            return False
-        known = None if found is None else known
-    return known
-
-
-def _without(parts: tuple[Node, ...], others: Counter[Node]) -> list[Node]:
-    """Parts that have no partner of the same spelling among `others`."""
-    left = Counter(others)
-    unpaired = []
-    for part in parts:
-        if left[_key(part)] > 0:
-            left[_key(part)] -= 1
-        else:
-            unpaired.append(part)
-    return unpaired
-
-
-def _key(node: Node) -> Node:
-    return replace(node, unit="") if isinstance(node, Leaf) else node
-
-
-def _compare_leaves(given: Leaf, expected: Leaf, decide: Decide) -> bool | None:
-    if given.unit and expected.unit and given.unit != expected.unit:
-        return False
-    if given.text == expected.text and (given.kind == expected.kind or "words" in (given.kind, expected.kind)):
-        return True
-    if "words" in (given.kind, expected.kind):
-        return _letters(given) == _letters(expected)
-    if given.kind != expected.kind and not {given.kind, expected.kind} <= {"number", "expression"}:
-        return False
-    if given.kind in ("number", "based") and expected.kind == given.kind:
-        return False
-    return decide(given, expected)
-
-
-def _letters(leaf: Leaf) -> str:
-    return re.sub(r"[\s{}\\]", "", leaf.text).lower()
-
-
-def _all(verdicts: object) -> bool | None:
-    """False where any is, else None where any is."""
-    known: bool | None = True
-    for verdict in verdicts:  # type: ignore[attr-defined]
-        if verdict is False:
-            return False
-        known = None if verdict is None else known
-    return known

@@ -54,7 +54,7 @@ def json_object(ground_truth: str) -> dict[str, Any]:
                 raise BadTruth("the ground truth is no JSON object") from error
     if not isinstance(value, dict):
         raise BadTruth("the ground truth is no JSON object")
-    return value
+    return dict(value)  # what the caller holds is never changed
 
 
 def whole_number(value: Any, least: int | None = 0) -> int:

@@ -104,6 +104,23 @@ def test_a_field_changes_its_own_stage_and_what_depends_on_it(overrides: dict[st
     assert changed(overrides) == expected
 
 
+def test_other_verdicts_change_rows_of_rlvr_and_what_is_made_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Graph(load_recipe("tiny")).keys()
+    monkeypatch.setattr("smoltulu.flows.graphs.recipe_graph.VERIFIERS_VERSION", "next")
+    after = Graph(load_recipe("tiny")).keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert {"dataset-rlvr", "dataset-verified-eval", "preflight-rlvr", "rlvr"} <= changed
+    assert not changed & {
+        "dataset-sft",
+        "dataset-preference",
+        "base-model",
+        "preflight-sft",
+        "sft",
+        "reward-model",
+        "dpo",
+    }
+
+
 def test_until_stops_after_a_stage_and_still_evaluates_its_models() -> None:
     names = set(keys(until="dpo"))
     assert {"dpo", "evaluation-dpo", "evaluation-reward-model"} <= names

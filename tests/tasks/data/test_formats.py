@@ -94,6 +94,28 @@ GSM8K = {"prompt": [Q], "verifier": "gsm8k", "ground_truth": "7"}
             source("rlvr"),
             {"prompt": [Q], "verifier": "constraint", "ground_truth": '{"kind": "word_count", "count": 3}'},
         ),
+        # a source says which verifier a name in its rows means
+        (
+            {"prompt": "q", "verifier": "GSM8K", "ground_truth": "7"},
+            source("rlvr", verifiers={"gsm8k": "gsm8k_strict"}),
+            {**GSM8K, "verifier": "gsm8k_strict"},
+        ),
+        (
+            {"prompt": "q", "verifier": "math", "ground_truth": "7"},
+            source("rlvr", verifiers={"Math": "math@paper"}),
+            {"prompt": [Q], "verifier": "math@paper", "ground_truth": "7"},
+        ),
+        # any of a list is right; [7, 8] as text would be an interval
+        (
+            {"prompt": "q", "verifier": "math", "ground_truth": [7, "x+1"]},
+            source("rlvr"),
+            {"prompt": [Q], "verifier": "math", "ground_truth": '["7", "x+1"]'},
+        ),
+        (
+            {"prompt": "q", "verifier": "ifeval", "ground_truth": {"func_name": "validate_title", "N": None}},
+            source("rlvr"),
+            {"prompt": [Q], "verifier": "ifeval", "ground_truth": '{"func_name": "validate_title", "N": null}'},
+        ),
         # the row's verifier goes before the source's
         (
             {"prompt": "q", "verifier": "math", "ground_truth": "7"},
@@ -150,7 +172,14 @@ def test_normalised(row, given, expected):
         ({"verifier": "gsm8k", "ground_truth": "1"}, source("rlvr"), "no messages, prompt or question"),
         ({"prompt": [Q, A], "verifier": "gsm8k", "ground_truth": "1"}, source("rlvr"), "does not end with the user's"),
         ({"prompt": "q", "ground_truth": "1"}, source("rlvr"), "no verifier"),
-        ({"prompt": "q", "verifier": "ifeval", "ground_truth": "1"}, source("rlvr"), "unknown verifier 'ifeval'"),
+        ({"prompt": "q", "verifier": "ifevl", "ground_truth": "1"}, source("rlvr"), "unknown verifier 'ifevl'"),
+        (
+            {"prompt": "q", "verifier": "ifeval", "ground_truth": {"func_name": "validate_titel"}},
+            source("rlvr"),
+            r"ifeval cannot grade: unknown func_name 'validate_titel' \(did you mean 'validate_title'\?\)",
+        ),
+        ({"prompt": "q", "verifier": "math", "ground_truth": []}, source("rlvr"), "list of right answers is empty"),
+        ({"prompt": "q", "verifier": "math", "ground_truth": [None]}, source("rlvr"), "holds what is neither text"),
         ({"prompt": "q", "verifier": "gsm8k"}, source("rlvr"), "no ground truth"),
         ({"prompt": "q", "verifier": "gsm8k", "ground_truth": ""}, source("rlvr"), "no ground truth"),
         ({"prompt": "q", "verifier": "gsm8k", "ground_truth": "many"}, source("rlvr"), "gsm8k cannot grade"),
@@ -168,8 +197,18 @@ def test_sources_that_cannot_fit_are_refused_before_reading():
         check_source(source("rlvr"), "sft")
     with pytest.raises(ValueError, match="has no field respone"):
         check_source(source("prompt_completion", {"respone": "completion"}), "sft")
-    with pytest.raises(ValueError, match="unknown verifier 'gsm'; allowed are constraint, gsm8k, math"):
+    unknown = r"'unused.jsonl': unknown verifier 'gsm' \(did you mean 'gsm8k'\?\); known are gsm8k, gsm8k_strict, math"
+    with pytest.raises(ValueError, match=unknown):
         check_source(source("rlvr", verifier="gsm"), "rlvr")
+    with pytest.raises(ValueError, match=unknown):
+        check_source(source("rlvr", verifiers={"gsm8k": "gsm"}), "rlvr")
+    with pytest.raises(ValueError, match="'math' has no version 'tulu'; there is math@fixed, math@paper"):
+        check_source(source("rlvr", verifier="math@tulu"), "rlvr")
+    with pytest.raises(ValueError, match="names one twice"):
+        check_source(source("rlvr", verifiers={"MATH": "math", "math": "math@paper"}), "rlvr")
+    with pytest.raises(ValueError, match="gives sft rows, which no verifier grades"):
+        check_source(source("messages", verifier="gsm8k"), "sft")
+    check_source(source("rlvr", verifier="math@paper", verifiers={"gsm8k": "GSM8K_strict"}), "rlvr")
 
 
 # Rows that look like data often enough to get past the first checks, with anything JSON can hold in between.

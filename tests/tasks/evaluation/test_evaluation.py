@@ -171,6 +171,7 @@ def test_verified_accuracy_is_clustered_by_prompt_and_leaves_ungradable_rows_out
     rows = [row("a", "3"), row("b", "4"), row("c", "no number")]
     measured = verified_accuracy(rows, [wrote("#### 3", "#### 3"), wrote("#### 4", "#### 5"), wrote("#### 1", "")])
     assert (measured.value, measured.num_ungradable) == (0.75, 1)
+    assert [record["reason"] for record in measured.records] == [f"number after #### {n} equals {n}" for n in (3, 4)]
     assert measured.stderr == pytest.approx(math.sqrt(0.125 / 2))  # prompt means 1 and 0.5: variance 0.125
     with pytest.raises(ValueError, match="none of the 1"):
         verified_accuracy(rows[2:], [wrote("#### 1")])

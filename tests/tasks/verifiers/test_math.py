@@ -1,0 +1,365 @@
+r"""MATH, `fixed`: distinct values are never equal, and equal spellings always are."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smoltulu.tasks.verifiers import Graders, fault_of_truth
+from smoltulu.tasks.verifiers.math import grade_text
+
+
+@pytest.fixture(scope="module")
+def graders() -> Iterator[Graders]:
+    with Graders(1) as graders:
+        yield graders
+
+
+def quick(answer: str, ground_truth: str) -> bool | None:
+    """What the text says, without a worker."""
+    verdict = grade_text(rf"so \boxed{{{answer}}}.", ground_truth)
+    return None if verdict is None else verdict.outcome == "right"
+
+
+@pytest.mark.parametrize(
+    ("answer", "ground_truth", "equal"),
+    [
+        (r"\frac{1}{2}", r"\frac{1}{2}", True),
+        (r"\dfrac{1}{2}", r"\boxed{\frac{1}{2}}", True),
+        (r"\frac12", r"\frac{1}{2}", True),
+        (r"\frac1{72}", r"\frac{1}{72}", True),
+        ("1/2", r"\frac12", True),
+        ("-1/2", r"-\frac{1}{2}", True),
+        (r"\frac{-1}{2}", r"-\frac12", True),
+        ("0.5", ".5", True),
+        ("5", ".5", False),
+        ("14", ".14", False),
+        ("1,000", "1000", True),
+        (r"1{,}000", "1000", True),
+        (r"1\,000", "1,000", True),
+        ("4.0", "4", True),
+        ("5.", "5", True),
+        ("12", "1,2", False),
+        ("1 2", "12", None),
+        ("-21", "-2,1", False),
+        ("1,23", "123", False),
+        ("0,123", "123", False),
+        ("2,1", "1,2", True),
+        ("1,1,2", "1,2", False),
+        (r"\{1, 2\}", "2,1", True),
+        ("(1,2)", "(2,1)", False),
+        ("(1, 2)", r"\left(1,2\right)", True),
+        ("(1,234)", "1234", False),
+        ("(1,2)", "[1,2]", False),
+        ("[1,2)", "[1,2]", False),
+        (r"(-\infty,2)", "x<2", True),
+        (r"x \le 2", r"(-\infty,2]", True),
+        (r"x \le 2", r"(-\infty,2)", False),
+        (r"1 < x \le 3", "(1,3]", True),
+        (r"x \in [1,2]", "[1,2]", True),
+        (r"(2,3]\cup(-\infty,1)", r"(-\infty,1)\cup(2,3]", True),
+        (r"(-\infty,1)\cup(2,3)", r"(-\infty,1)\cup(2,3]", False),
+        ("x = 5", "5", True),
+        ("x=5", "x = 5", True),
+        ("y=5", "x=5", False),
+        ("x=1, x=2", "1,2", True),
+        ("5=12", "12", False),
+        ("2+3=5", "5", True),
+        (r"5\text{ cm}", "5", True),
+        ("5 cm", r"5\,\mathrm{cm}", True),
+        (r"5 \text{ centimeters}", r"5\text{ cm}", True),
+        (r"5\text{ cm}", r"5\text{ m}", False),
+        (r"5\text{ cm}^2", r"5\text{ square centimeters}", True),
+        (r"5\text{ cm}^2", r"5\text{ cm}", False),
+        (r"6\text{ cm}", "5", False),
+        (r"(3,4)\text{ cm}", "(3,4)", True),
+        (r"\$5", "5", True),
+        ("5 dollars", r"\$5", True),
+        ("5 cents", r"\$5", False),
+        (r"50\%", "50", True),
+        (r"50\%", "0.5", False),
+        (r"90^\circ", "90", True),
+        (r"90^{\circ}", r"90\text{ degrees}", True),
+        ("12_8", "12", False),
+        ("12_{8}", "12_8", True),
+        ("12_8", "12_9", False),
+        (r"12_{\text{8}}", "12_8", True),
+        (r"\sqrt3", r"\sqrt{3}", True),
+        (r"\sqrt{16}", "4", True),
+        (r"3\frac12", "3.5", True),
+        ("3 1/2", r"\frac72", True),
+        (r"0.\overline{3}", r"\frac13", True),
+        ("0.333333", r"\frac13", False),
+        ("0.33", r"\frac13", False),
+        (r"2 \times 10^3", "2000", True),
+        ("1+11", "12", True),
+        (r"\text{(B)}", "B", True),
+        ("(B)", r"\textbf{(B)}", True),
+        (r"\text{B}", "A", None),
+        ("Evelyn", r"\text{evelyn}", True),
+        (r"\text{Evelyn}", r"\text{Briana}", False),
+        (r"1 \pm \sqrt2", r"1-\sqrt2, 1+\sqrt2", True),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}", True),
+        (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", False),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", False),
+        (r"3, 5, \text{ and } 7", "7,5,3", True),
+        ("-5", "−5", True),
+        (r"\left\{ 1 \right\}", "1", False),
+        (r"5\text{ million}", "5000000", True),
+        (r"5\text{ million}", "5", False),
+        (r"\$5 million", r"\$5,000,000", True),
+        (r"5^{\text{th}}", "5", True),
+        ("5th", r"5^\text{th}", True),
+        ("5 apples", r"5\text{ apples}", True),
+        (r"5\text{x}", "5", None),
+        ("3s^2", "3", None),
+        ("5 m", "5", None),
+        (r"5\text{ m}", "5", True),
+        ("5cm", "5", True),
+        (r"3s^2\text{ cm}", "3s^2", True),
+        ("2ab", "2", None),
+        ("2:3", "2", False),
+        ("2:3", "2:5", False),
+        ("5E3", "5000", True),
+        ("sqrt(3)", r"\sqrt3", True),
+        (r"\emptyset", r"\varnothing", True),
+        ("x+y", "x+y=1", False),
+        ("1,234, 5", "1234, 5", True),
+        ("1,234,5", "1,234, 5", False),
+        ("(1,250, 0)", "(1250, 0)", True),
+        ("((1,234), 5)", "(1234, 5)", False),
+        ("10,000,000", "10000000", True),
+        ("1000,234", "1000234", False),
+        ("٣", "3", None),
+    ],
+)  # fmt: skip
+def test_what_the_text_says(answer: str, ground_truth: str, equal: bool | None) -> None:
+    assert quick(answer, ground_truth) is equal
+
+
+@pytest.mark.parametrize(
+    ("answer", "ground_truth", "equal"),
+    [
+        ("1+x", "x+1", True),
+        ("(x+1)^2", "x^2+2x+1", True),
+        ("(x+1)^2", "x^2+2x+2", False),
+        ("0.5x", r"\frac{x}{2}", True),
+        (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt3}", True),
+        (r"(\sqrt2+\sqrt3)^2", r"5+2\sqrt6", True),
+        (r"\sqrt{x^2}", "x", False),
+        ("x+y", "2x", False),
+        ("y", "x", False),
+        (r"2\pi", "6.283185307179586", False),
+        (r"\frac{1+i}{2}", r"\frac12+\frac i2", True),
+        ("i^2", "-1", True),
+        ("y = 2x+3", "2x - y + 3 = 0", True),
+        ("2x+2y=2", "x+y=1", True),
+        ("x+y=1", "x+y=2", False),
+        ("٣", "3", False),
+        ("A", "a", False),
+        ("X", "x", False),
+        (r"\Delta", r"\delta", False),
+        ("f'(x)", "f(x)", False),
+        ("5'", "5", False),
+        (r"5\text{x}", "5", False),
+        ("3s^2", "3", False),
+        ("5 m", "5", False),
+        (r"0.333\ldots", "0.333", False),
+        ("1.5.2", "1", False),
+        ("10 000", "0", False),
+        ("sin(x)", r"\sin x", True),
+        ("2^{2005}+1", "2^{2005}", False),
+        (r"2^{2005}+\sqrt2", "2^{2005}", False),
+        (r"\frac{2}{2004!}", r"\frac{1}{2004!}", False),
+        (r"(x, \frac{2x}{4})", r"(x, \frac{x}{2})", True),
+        (r"\{y, x+1\}", "1+x, y", True),
+        (r"\binom52", "10", True),
+        ("5!", "120", True),
+        ("1 2", "12", False),
+        (r"(1, \sqrt{8})", r"(1, 2\sqrt2)", True),
+        (r"(\sqrt8, 1)", r"(1, 2\sqrt2)", False),
+    ],
+)
+def test_what_values_say(graders: Graders, answer: str, ground_truth: str, equal: bool) -> None:
+    assert quick(answer, ground_truth) is None
+    assert graders.grade("math", rf"\boxed{{{answer}}}", ground_truth).score == float(equal)
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        (r"\boxed{3} no, \boxed{4}", 1.0),
+        (r"\boxed{4} no, \boxed{3}", 0.0),
+        ("Final Answer: The final answer is $4$. I hope it is correct.", 1.0),
+        (r"Final Answer: The final answer is $\boxed{4}$. I hope it is correct.", 1.0),
+        (r"\boxed{4} Final Answer: The final answer is 5. I hope it is correct.", 0.0),
+        ("the value is $5$ or $ 4 $", 1.0),
+        ("the value is $$4$$", 1.0),
+        (r"the value is \( 4 \)", 1.0),
+        (r"the value is \[ 4 \]", 1.0),
+        (r"\boxed 4", 1.0),
+        (r"\fbox{4}", 1.0),
+        (r"\boxed{\text{so } 4}", 0.0),
+        ("4", 1.0),
+        (r"\boxed{4", 0.0),  # cut off
+        (r"\boxed{}", 0.0),
+        ("", 0.0),
+        ("$$", 0.0),
+        ("It is 4, I think.\nYes.", 0.0),  # nothing marks it
+    ],
+)
+def test_where_the_answer_stands(graders: Graders, completion: str, score: float) -> None:
+    assert graders.grade("math", completion, "4").score == score
+
+
+@pytest.mark.parametrize(
+    ("truth", "fault"),
+    [
+        ("", "empty"),
+        ("{", "braces do not close"),
+        (r"\boxed{4", "no answer|is empty"),
+        ("[]", "empty"),
+        ('["4", " "]', "empty"),
+        ("$$", "no answer"),
+        ("1" * 2_000, "longer than"),
+        ("(" * 500, None),
+        ("(" * 50 + "1" + ")" * 50, "nested too deeply"),
+        ('["4", "5"]', None),
+        ("[1,2]", None),
+    ],
+)
+def test_ground_truths_that_cannot_be_graded(truth: str, fault: str | None) -> None:
+    found = fault_of_truth("math", truth)
+    assert (found is None) == (fault is None), found
+    if fault is not None and found is not None:
+        assert any(part in found for part in fault.split("|"))
+
+
+def test_any_of_a_list_is_right() -> None:
+    assert quick("5", r'["4", "5"]') is True
+    assert quick("6", r'["4", "5"]') is False
+    assert quick(r"\frac12", r'["\\frac{1}{2}"]') is True
+    assert quick("[1,2]", "[1,2]") is True
+    assert quick("1", "[1,2]") is False
+
+
+# Properties: values are drawn, and spelled in every way that is known; the spellings decide nothing.
+
+rationals = st.fractions(min_value=-10_000, max_value=10_000, max_denominator=400)
+
+
+def spellings(value: Fraction) -> list[str]:
+    sign, size = ("-" if value < 0 else ""), abs(value)
+    above, below = size.numerator, size.denominator
+    found = [f"{sign}\\frac{{{above}}}{{{below}}}", f"{sign}\\dfrac{{{above}}}{{{below}}}", f"{sign}{above}/{below}",
+             f"\\frac{{{sign}{above}}}{{{below}}}", f"{sign}\\tfrac{{{3 * above}}}{{{3 * below}}}"]  # fmt: skip
+    if above < 10 and below < 10:
+        found.append(f"{sign}\\frac{above}{below}")
+    if below == 1:
+        found += [f"{sign}{above}", f"{sign}{above:,}", f"{sign}{above}.0", f"{sign}{above}.", f"{sign}0{above}"]
+    decimals = next((n for n in range(7) if 10**n % below == 0), None)
+    if decimals:
+        digits = str(above * 10**decimals // below).zfill(decimals + 1)
+        found += [
+            f"{sign}{digits[:-decimals]}.{digits[-decimals:]}",
+            f"{sign}{digits[:-decimals]}.{digits[-decimals:]}00",
+        ]
+        if size < 1:
+            found.append(f"{sign}.{digits[-decimals:]}")
+    if above > below > 1:
+        found.append(f"{sign}{above // below}\\frac{{{above % below}}}{{{below}}}")
+    return found
+
+
+def dress(text: str, rng: random.Random) -> str:
+    """What never changes a value."""
+    return rng.choice([
+        text, f"${text}$", f" {text} ", f"{{{text}}}", f"\\displaystyle {text}", f"{text}.", f"x = {text}",
+        f"{text}\\text{{ cm}}", f"{text}\\,\\mathrm{{cm}}", f"{text}\\!", f"\\,{text}",
+    ])  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(rationals, rationals, st.randoms(use_true_random=False))
+def test_numbers_are_equal_exactly_if_their_values_are(a: Fraction, b: Fraction, rng: random.Random) -> None:
+    assert quick(dress(rng.choice(spellings(a)), rng), rng.choice(spellings(a))) is True
+    assert quick(dress(rng.choice(spellings(a)), rng), rng.choice(spellings(b))) is (a == b)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(rationals, min_size=1, max_size=4),
+    st.lists(rationals, min_size=1, max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_lists_are_equal_exactly_if_they_hold_the_same(
+    a: list[Fraction], b: list[Fraction], rng: random.Random
+) -> None:
+    def spelled(values: list[Fraction], brackets: tuple[str, str]) -> str:
+        # A space after the comma: `1,234` would be one number.
+        return brackets[0] + ", ".join(rng.choice(spellings(value)) for value in values) + brackets[1]
+
+    shuffled = rng.sample(a, len(a))
+    plain, as_set, in_order, closed = ("", ""), (r"\{", r"\}"), ("(", ")"), ("[", "]")
+    assert quick(spelled(shuffled, plain), spelled(a, plain)) is True
+    assert quick(spelled(a, plain), spelled(b, plain)) is (sorted(a) == sorted(b))
+    if len(a) > 1:
+        assert quick(spelled(shuffled, as_set), spelled(a, plain)) is True
+        assert quick(spelled(a, in_order), spelled(a, in_order)) is True
+        assert quick(spelled(shuffled, in_order), spelled(a, in_order)) is (shuffled == a)
+        assert quick(spelled(a, in_order), spelled(a, closed)) is False
+        assert quick(spelled(a, plain), spelled(a[:1], plain)) is False
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rationals,
+    rationals,
+    st.sampled_from(["()", "[]", "(]", "[)"]),
+    st.sampled_from(["()", "[]", "(]", "[)"]),
+    st.randoms(use_true_random=False),
+)
+def test_intervals_are_equal_exactly_if_ends_and_brackets_are(
+    a: Fraction, b: Fraction, one: str, other: str, rng: random.Random
+) -> None:
+    def interval(brackets: str) -> str:
+        left, right = rng.choice(spellings(a)), rng.choice(spellings(b))
+        relations = ["<" if mark in "()" else rng.choice([r"\le", r"\leq", "≤"]) for mark in brackets]
+        return rng.choice([
+            f"{brackets[0]}{left}, {right}{brackets[1]}",
+            f"\\left{brackets[0]}{left},\\, {right}\\right{brackets[1]}",
+            f"x \\in {brackets[0]}{left}, {right}{brackets[1]}",
+            f"{left} {relations[0]} x {relations[1]} {right}",
+        ])  # fmt: skip
+
+    assert quick(interval(one), interval(one)) is True
+    assert quick(interval(one), interval(other)) is (one == other)
+
+
+_UNITS = {
+    "cm": ["\\text{ cm}", "\\mathrm{cm}", " cm", "\\text{ centimeters}"],
+    "kg": ["\\text{ kg}", " kg", "\\,\\text{kilograms}"],
+    "cm^2": ["\\text{ cm}^2", "\\text{ square cm}"],
+    "degree": ["^\\circ", "^{\\circ}", "\\text{ degrees}"],
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rationals,
+    rationals,
+    st.sampled_from(sorted(_UNITS)),
+    st.sampled_from(sorted(_UNITS)),
+    st.randoms(use_true_random=False),
+)
+def test_a_unit_counts_where_both_have_one(a: Fraction, b: Fraction, one: str, other: str, rng: random.Random) -> None:
+    first = rng.choice(spellings(a)).rstrip(".") + rng.choice(_UNITS[one])
+    second = rng.choice(spellings(b)).rstrip(".") + rng.choice(_UNITS[other])
+    assert quick(first, rng.choice(spellings(a))) is True
+    assert quick(first, rng.choice(spellings(b))) is (a == b)
+    assert quick(first, second) is (a == b and one == other)
