@@ -63,7 +63,7 @@ def committed_keys(family: str, completion: str) -> frozenset[str]:
     if family in TEXTS:
         return frozenset({_key(family, completion)})
     if family in NUMBERS:
-        # The number behind the mark may be the first there or the last; without the strict rule, the last of all counts.
+        # Behind the mark the first number may count, or the last; without the strict rule also the last of all.
         marked = _NUMBER.findall(completion.rpartition("####")[2]) if "####" in completion else []
         last = _NUMBER.findall(completion)[-1:] if family == "gsm8k" else []
         values = {_value(number) for number in (*marked[:1], *marked[-1:], *last)}

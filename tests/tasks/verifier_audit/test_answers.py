@@ -34,7 +34,8 @@ def test_alternatives_are_a_list_of_texts_only() -> None:
 @pytest.mark.parametrize(
     ("family", "text", "keys"),
     [
-        ("gsm8k", "first 3, then 4.", {"4", "-4"}), ("gsm8k", "none", set()), ("gsm8k", "#### 3 or 4", {"3", "-3", "4", "-4"}),
+        ("gsm8k", "first 3, then 4.", {"4", "-4"}), ("gsm8k", "none", set()),
+        ("gsm8k", "#### 3 or 4", {"3", "-3", "4", "-4"}),
         ("gsm8k", "#### 3\nIn 4 days.", {"3", "-3", "4", "-4"}),
         ("gsm8k_strict", "4", set()), ("gsm8k_strict", "#### 1 2 3", {"1", "-1", "3", "-3"}),
         ("gsm8k_strict", "#### 1\n#### 2", {"2", "-2"}),
