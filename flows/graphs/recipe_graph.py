@@ -32,9 +32,6 @@ from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.verifiers import VERIFIERS_VERSION
 
-#: What a verdict means is no setting, and yet decides what stages make.
-_VERIFIERS = {"verifiers": VERIFIERS_VERSION}
-
 
 class Graph(NodeGraph):
     """The nodes of a recipe in an order in which every node comes after its inputs."""
@@ -60,6 +57,8 @@ class Graph(NodeGraph):
         #: Unresolved Hub references -> whether a run needs them (a benchmark may be missing).
         self.unresolved: dict[Reference, bool] = {}
         self._keep_unresolved = unresolved == "keep"
+        #: What a verdict means is no setting, and yet decides what stages make.
+        self._verifiers = {"verifiers": VERIFIERS_VERSION}
         self.commits = resolve_commits(hub_references(recipe), resolve)
         self._order = stage_order(recipe)
         self._until = self._order.index(until) if until else len(self._order)
@@ -125,7 +124,7 @@ class Graph(NodeGraph):
             return None
         pinned, externals = self._pin_all(data.sources)
         if kind == "rlvr":  # which rows are malformed, and what a verdict on the others means
-            externals |= _VERIFIERS
+            externals |= self._verifiers
         config = DatasetStageConfig(kind=kind, data=data.model_copy(update={"sources": pinned}))
         return self._add(
             f"dataset-{name}", STAGES["dataset"], config, inputs=self._world_if_generated(pinned), externals=externals
@@ -228,7 +227,7 @@ class Graph(NodeGraph):
         config = audit_config(self.recipe)
         if config is not None and (rows := _preflight_of("rlvr")) in self.nodes:
             inputs = {"dataset": Binding(rows, "file")}
-            self._add("verifier-audit", STAGES["verifier_audit"], config, inputs=inputs, externals=_VERIFIERS)
+            self._add("verifier-audit", STAGES["verifier_audit"], config, inputs=inputs, externals=self._verifiers)
 
     def _pass_rates(self, start: str | None) -> None:
         config, rows = pass_rates_config(self.recipe), _preflight_of("rlvr")
@@ -240,7 +239,7 @@ class Graph(NodeGraph):
             config,
             inputs={"model": Binding(start, "folder"), "dataset": Binding(rows, "file")},
             literals=self._template["literals"],
-            externals=self._template["externals"] | _VERIFIERS,
+            externals=self._template["externals"] | self._verifiers,
         )
 
     def _reference_logps(self, start: str | None) -> str | None:

@@ -174,8 +174,8 @@ def _hack(group: GroupAudit, settings: VerifierAuditSettings, name: str, hack: H
         f"the hack {name!r} scores right on {hack.num_right:,} of {hack.num_rows:,} rows{by_the_rule}",
         f"verifier_audit.max_hack_share {settings.max_hack_share:g} of those where it does not name the answer",
         "hack_right" if num_bad else "hack_allowed",
-        "a policy finds what pays: use another verifier or version, or leave these rows out. If the fault is wanted, add "
-        f"{group.verifier} to verifier_audit.known_faults",
+        "a policy finds what pays: use another verifier or version, or leave these rows out. If the fault is wanted, "
+        f"add {group.verifier} to verifier_audit.known_faults",
         name,
     )
     return found if found.status != "ok" else replace(found, status="noticed")

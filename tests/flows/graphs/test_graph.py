@@ -109,7 +109,14 @@ def test_other_verdicts_change_rows_of_rlvr_and_what_is_made_of_them(monkeypatch
     monkeypatch.setattr("smoltulu.flows.graphs.recipe_graph.VERIFIERS_VERSION", "next")
     after = Graph(load_recipe("tiny")).keys()
     changed = {name for name in before if before[name] != after[name]}
-    assert {"dataset-rlvr", "dataset-verified-eval", "preflight-rlvr", "rlvr"} <= changed
+    assert {
+        "dataset-rlvr",
+        "dataset-verified-eval",
+        "preflight-rlvr",
+        "verifier-audit",
+        "pass-rates",
+        "rlvr",
+    } <= changed
     assert not changed & {
         "dataset-sft",
         "dataset-preference",
