@@ -94,8 +94,8 @@ def smoltulu(
     check_stage_names(checked, until, refresh)
     check_evaluation(checked)
     token = os.environ.get("HF_TOKEN")
-    for lowered in checked.lowered_batches():
-        log.warning(lowered)
+    for sentence in (*checked.lowered_batches(), *checked.audit_notes()):
+        log.warning(sentence)
     graph = Graph(checked, until)
     if checked.publish is not None and any(node.stage.makes(PublishOutputs) for node in graph.nodes.values()):
         note = check_push_access(checked.publish, token, checked.base_model.repository)

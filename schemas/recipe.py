@@ -22,6 +22,7 @@ from smoltulu.schemas.training import (
     SFTSettings,
     TrainingSettings,
 )
+from smoltulu.schemas.verifier_audit import PassRatesSettings, VerifierAuditSettings
 from smoltulu.schemas.world import WorldConfig
 
 #: Which set of `data` has the rows of a training.
@@ -52,9 +53,11 @@ class Recipe(StrictModel):
     data: DataSettings = science()
     contamination: ContaminationSettings | None = science(None)
     preflight: PreflightSettings = machinery(PreflightSettings())
+    verifier_audit: VerifierAuditSettings | None = science(None)
     sft: SFTSettings | None = science(None, title="SFT")
     reward_model: RewardModelSettings | None = science(None)
     dpo: DPOSettings | None = science(None, title="DPO")
+    pass_rates: PassRatesSettings | None = science(None)
     rlvr: AnyRLVRSettings | None = science(None, title="RLVR")
     evaluation: EvaluationSettings | None = science(None)
     publish: PublishSettings | None = science(None)
@@ -80,6 +83,11 @@ class Recipe(StrictModel):
             problems.append(
                 "rlvr: starts its critic from the reward model, or adds its score; add a block reward_model, or set "
                 "critic.initial to policy and reward_model_weight to 0"
+            )
+        if self.rlvr is not None and self.rlvr.leave_out and self.pass_rates is None:
+            problems.append(
+                f"rlvr.leave_out: {', '.join(self.rlvr.leave_out)} is known once pass rates are measured; add a block "
+                "pass_rates ({} will do), or remove leave_out"
             )
         if self.evaluation and self.evaluation.sampled and self.data.verified_eval is None:
             problems.append("evaluation.sampled: needs data.verified_eval")
@@ -116,6 +124,21 @@ class Recipe(StrictModel):
                     f"{settings.effective_batch_size}: lowered to {used}, which changes no result"
                 )
         return sentences
+
+    def audit_notes(self) -> list[str]:
+        """A sentence where RLVR trusts verifiers that nobody tried, or where there is no RLVR to try them for."""
+        if self.rlvr is None:
+            return [
+                f"{block}: is about the prompts of RLVR, and there is no block rlvr: it does nothing"
+                for block in ("verifier_audit", "pass_rates")
+                if getattr(self, block) is not None
+            ]
+        if self.verifier_audit is not None:
+            return []
+        return [
+            "rlvr: nothing audits its verifiers before they are trusted, and a policy learns whatever they pay; a "
+            "block verifier_audit ({} will do) tries them in minutes, before SFT. It enters the key of RLVR"
+        ]
 
     def data_sources(self) -> list[DataSource]:
         """Every data source that the recipe names: training, held-out, audit, benchmarks, evaluation files."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
 from smoltulu.schemas.budget import Budget
 from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery, science
@@ -33,7 +33,18 @@ class RLVRSettings(TrainingSettings):
     reward_model_weight: float = science(
         0.0, absent=0.0, ge=0, description="this times the reward model's score is added; 0: verifiers alone (Tulu 3)"
     )
+    leave_out: tuple[Literal["never", "always"], ...] | None = science(
+        None,
+        absent=None,
+        description="prompts that are not trained on, by how often the starting model is right (stage pass_rates)",
+    )
     gate: GateSettings = machinery(GateSettings())
+
+    @field_validator("leave_out")
+    @classmethod
+    def _one_spelling(cls, pools: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Order and repetition mean nothing, so they must not change the key."""
+        return tuple(sorted(set(pools))) if pools else None
 
     @classmethod
     def model_validate(cls, obj: Any, **kwargs: Any) -> Self:
@@ -46,6 +57,11 @@ class RLVRSettings(TrainingSettings):
     @property
     def num_rollouts(self) -> int:
         """Rollouts that are generated at once, by all processes together."""
+        raise NotImplementedError
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that rollouts are generated for at once: no two are the same row."""
         raise NotImplementedError
 
     @property
@@ -83,6 +99,10 @@ class _GroupSettings(RLVRSettings):
     @property
     def num_rollouts(self) -> int:
         return self.effective_batch_size * self.steps_per_generation
+
+    @property
+    def num_prompts(self) -> int:
+        return self.num_rollouts // self.num_generations
 
     @model_validator(mode="after")
     def _groups_divide(self) -> Self:
@@ -169,6 +189,10 @@ class PPOSettings(RLVRSettings):
         return self.effective_batch_size * self.num_minibatches
 
     @property
+    def num_prompts(self) -> int:
+        return self.num_rollouts // self.num_samples_per_prompt
+
+    @property
     def num_steps_per_rollout(self) -> int:
         """Optimizer steps on one rollout batch."""
         return self.num_minibatches * self.num_ppo_epochs
@@ -230,3 +254,5 @@ class RLVRInputs(TrainingInputs):
 
     reward_model: str | None = Field(None, description="folder of the reward model, where the settings need it")
     critic: str | None = Field(None, description="folder of an earlier run's critic (critic.initial: path)")
+    audit: str | None = Field(None, description="audit.json of the verifier audit, where the recipe asks for one")
+    pass_rates: str | None = Field(None, description="pass_rates.parquet, where prompts are left out by it")

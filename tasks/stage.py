@@ -77,6 +77,8 @@ class Stage:
     memory_advice      what to change when not even the smallest batch fits into memory
     flops(config)      FLOPs of a training per parameter and token: 2 forward, 4 backward (Kaplan et al., arXiv
                        2001.08361, section 2.1). Attention's own share, which grows with row length, is left out
+    most_flops(config, num_rows)  FLOPs per parameter of a stage that is no training and has a model write, if every
+                       answer is as long as allowed. num_rows: of its input `dataset`; None: unknown
     keeps_rows         passes on nearly all rows of its input `dataset`
     grows_with_model   takes longer the larger its input `model` is
     copies_model       its cost depends on the size of its input `model` only
@@ -98,6 +100,7 @@ class Stage:
     eval_batch: bool = False
     memory_advice: str | None = None
     flops: Callable[[Any], float] = lambda config: 6.0
+    most_flops: Callable[[Any, int | None], float | None] | None = None
     keeps_rows: bool = False
     grows_with_model: bool = True
     copies_model: bool = False

@@ -16,6 +16,8 @@ from smoltulu.tasks.training.reference_logps import reference_logps
 from smoltulu.tasks.training.reward_model import reward_model
 from smoltulu.tasks.training.rlvr import rlvr
 from smoltulu.tasks.training.sft import sft
+from smoltulu.tasks.verifier_audit.pass_rates import pass_rates
+from smoltulu.tasks.verifier_audit.stage import verifier_audit
 from smoltulu.tasks.world.stage import world
 
 STAGES: dict[str, Stage] = {}
@@ -29,10 +31,12 @@ STAGES |= {
         languages,
         base_model,
         preflight_of(STAGES),  # read when it runs
+        verifier_audit,
         sft,
         reward_model,
         reference_logps,
         dpo,
+        pass_rates,
         rlvr,
         evaluation,
         publish,

@@ -15,6 +15,7 @@ from smoltulu.flows.planning.plan import Plan, PlanRow, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
 from smoltulu.flows.recipe import check_evaluation, load_recipe
 from smoltulu.schemas.preflight import PreflightOutputs
+from smoltulu.schemas.verifier_audit import VerifierAuditOutputs
 from smoltulu.tasks.data.hub import HubUnreachable
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.stages import STAGES
@@ -128,11 +129,17 @@ def summary(planned: Plan, parameters: str = "", arguments: str = "") -> list[st
             f"adopt: rows were stored in other files before. `smoltulu adopt {arguments or planned.recipe}` makes them "
             "again, compares, and takes over what was made from the same ones"
         )
+    audits = [row for row in planned.rows if STAGES[row.stage].makes(VerifierAuditOutputs)]
     if missing := [row.node for row in preflights if row.status != "cached"]:
         lines.append(
             f"preflight not run yet: {', '.join(missing)}; `prefect deployment run smoltulu/full "
             f"{parameters or f'-p recipe={planned.recipe}'} -p until=preflight` makes it in minutes, before any "
             "training"
+        )
+    elif missing := [row.node for row in audits if row.status != "cached"]:
+        lines.append(
+            f"verifiers not audited yet: `prefect deployment run smoltulu/full "
+            f"{parameters or f'-p recipe={planned.recipe}'} -p until={missing[0].replace('-', '_')}` does it in minutes"
         )
     drifted: dict[str, list[str]] = {}
     for row in planned.rows:

@@ -134,6 +134,14 @@ class NodeGraph:
         """Artifact key of every node."""
         return {name: self.key(name) for name in self.nodes}
 
+    def ancestors(self, name: str) -> list[str]:
+        """A node and everything that it is made from, in graph order."""
+        wanted = {name}
+        for candidate in reversed(self.nodes):
+            if candidate in wanted:
+                wanted |= {binding.node for binding in self.nodes[candidate].bindings().values()}
+        return [candidate for candidate in self.nodes if candidate in wanted]
+
     def compute_of(self, node: Node) -> ComputeSettings:
         """How a node is run, with a per-device batch that divides its effective batch."""
         size = node.config.effective_batch_size if isinstance(node.config, TrainingSettings) else None

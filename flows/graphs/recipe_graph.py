@@ -14,16 +14,15 @@ from pydantic import BaseModel
 
 from smoltulu.artifacts.keys import folder_digest, text_digest
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph, hub_reference, local_digests
+from smoltulu.flows.graphs.stage_configs import audit_config, hub_references, pass_rates_config, preflight_config
 from smoltulu.flows.recipe import stage_order
 from smoltulu.recipes import CHAT_TEMPLATES, LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from smoltulu.schemas.evaluation import EvaluationStageConfig, EvaluationTask
-from smoltulu.schemas.preflight import PreflightConfig, PreflightSettings
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.rlvr import PPOSettings
-from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.hub import Reference, SourceUnavailable, hub_text, resolve_commit, resolve_commits
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.evaluation.lm_eval import definitions_digest
@@ -58,7 +57,9 @@ class Graph(NodeGraph):
         #: Unresolved Hub references -> whether a run needs them (a benchmark may be missing).
         self.unresolved: dict[Reference, bool] = {}
         self._keep_unresolved = unresolved == "keep"
-        self.commits = resolve_commits(_hub_references(recipe), resolve)
+        #: What a verdict means is no setting, and yet decides what stages make.
+        self._verifiers = {"verifiers": VERIFIERS_VERSION}
+        self.commits = resolve_commits(hub_references(recipe), resolve)
         self._order = stage_order(recipe)
         self._until = self._order.index(until) if until else len(self._order)
         template = load_chat_template(recipe.chat_template, self._read_base_model, recipe.add_bos_token)
@@ -89,6 +90,7 @@ class Graph(NodeGraph):
         rows = {"conversations": sft_rows, "pairs": preference_rows, "prompts": rlvr_rows}
         for block, settings in recipe.trainings.items():
             self._preflight(block, base, rows[settings.row_rules().kind])
+        self._verifier_audit()
         sft = self._train("sft", base)
         self._evaluate(sft, "language_model")
         reward_model = None
@@ -102,6 +104,7 @@ class Graph(NodeGraph):
         if recipe.reward_model and recipe.reward_model.start_from == "dpo":
             reward_model = self._train("reward_model", dpo)
             self._evaluate(reward_model, "reward_model")
+        self._pass_rates(dpo or sft)
         rlvr = self._rlvr(dpo or sft, reward_model)
         self._evaluate(rlvr, "language_model")
         self._publish(rlvr or dpo or sft or base)
@@ -121,7 +124,7 @@ class Graph(NodeGraph):
             return None
         pinned, externals = self._pin_all(data.sources)
         if kind == "rlvr":  # which rows are malformed, and what a verdict on the others means
-            externals["verifiers"] = VERIFIERS_VERSION
+            externals |= self._verifiers
         config = DatasetStageConfig(kind=kind, data=data.model_copy(update={"sources": pinned}))
         return self._add(
             f"dataset-{name}", STAGES["dataset"], config, inputs=self._world_if_generated(pinned), externals=externals
@@ -208,8 +211,8 @@ class Graph(NodeGraph):
 
     def _preflight(self, block: str, base: str | None, rows: str | None) -> None:
         """Tokenised rows of a training stage. All preflights run before SFT: bad rows of DPO are reported early."""
-        first = self._order.index("reference_logps" if block == "dpo" else block)
-        if base is None or rows is None or self._order.index("preflight") < self._until < first:
+        first = self._order.index({"dpo": "reference_logps", "rlvr": "pass_rates"}.get(block, block))
+        if base is None or rows is None or self._order.index("verifier_audit") < self._until < first:
             return
         self._add(
             _preflight_of(block),
@@ -217,6 +220,26 @@ class Graph(NodeGraph):
             preflight_config(block, self.recipe.trainings[block], self.recipe.preflight),
             inputs={"model": Binding(base, "folder"), "dataset": Binding(rows, "file")},
             **self._template,
+        )
+
+    def _verifier_audit(self) -> None:
+        """Of the rows that RLVR will see; made before SFT, as the preflights are."""
+        config = audit_config(self.recipe)
+        if config is not None and (rows := _preflight_of("rlvr")) in self.nodes:
+            inputs = {"dataset": Binding(rows, "file")}
+            self._add("verifier-audit", STAGES["verifier_audit"], config, inputs=inputs, externals=self._verifiers)
+
+    def _pass_rates(self, start: str | None) -> None:
+        config, rows = pass_rates_config(self.recipe), _preflight_of("rlvr")
+        if config is None or start is None or rows not in self.nodes:
+            return
+        self._add(
+            "pass-rates",
+            STAGES["pass_rates"],
+            config,
+            inputs={"model": Binding(start, "folder"), "dataset": Binding(rows, "file")},
+            literals=self._template["literals"],
+            externals=self._template["externals"] | self._verifiers,
         )
 
     def _reference_logps(self, start: str | None) -> str | None:
@@ -252,7 +275,7 @@ class Graph(NodeGraph):
             inputs=inputs,
             literals=self._template["literals"] | literals,
             externals=self._template["externals"] | digests,
-            after=tuple(name for name, node in self.nodes.items() if node.stage.name == "preflight"),
+            after=tuple(n for n, node in self.nodes.items() if node.stage.name in ("preflight", "verifier_audit")),
         )
 
     def _rlvr(self, start: str | None, reward_model: str | None) -> str | None:
@@ -263,6 +286,10 @@ class Graph(NodeGraph):
         others: dict[str, Binding | None] = {}
         if settings.needs_reward_model:
             others["reward_model"] = Binding(reward_model, "folder") if reward_model else None
+        if self.recipe.verifier_audit is not None:
+            others["audit"] = Binding("verifier-audit", "file")
+        if settings.leave_out:
+            others["pass_rates"] = Binding("pass-rates", "file")
         folders = {}
         if isinstance(settings, PPOSettings) and settings.critic.path is not None:
             folders["critic"] = expand_path(settings.critic.path)
@@ -318,7 +345,7 @@ class Graph(NodeGraph):
     def _publish(self, subject: str | None) -> None:
         if self.recipe.publish is None or subject is None:
             return
-        lineage = self._ancestors(subject)
+        lineage = self.ancestors(subject)
         evaluations = {
             name: Binding(name)
             for name, node in self.nodes.items()
@@ -336,14 +363,6 @@ class Graph(NodeGraph):
             "lineage": {name: Binding(name) for name in lineage},
         }
         self._add("publish", STAGES["publish"], config, inputs=inputs)
-
-    def _ancestors(self, name: str) -> list[str]:
-        """A node and everything that it is made from, in graph order."""
-        wanted = {name}
-        for candidate in reversed(self.nodes):
-            if candidate in wanted:
-                wanted |= {binding.node for binding in self.nodes[candidate].bindings().values()}
-        return [candidate for candidate in self.nodes if candidate in wanted]
 
     def _pin_all(
         self, sources: Iterable[DataSource], may_be_missing: bool = False
@@ -375,20 +394,3 @@ class Graph(NodeGraph):
 
 def _preflight_of(block: str) -> str:
     return f"preflight-{block.replace('_', '-')}"
-
-
-def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSettings) -> PreflightConfig:
-    """The settings that decide the rows of a training stage. The others are there for the dry run, in no key."""
-    return PreflightConfig(
-        **settings.row_rules().model_dump(),
-        subject=block,
-        training_settings=settings.model_dump(mode="json"),
-        settings=checks,
-    )
-
-
-def _hub_references(recipe: Recipe) -> list[Reference]:
-    """All Hub references of a recipe. Data come first: the first error of this order is reported."""
-    references = [hub_reference(source) for source in recipe.data_sources() if source.repository is not None]
-    model = recipe.base_model
-    return references + ([Reference("model", model.repository, model.revision)] if model.repository else [])

@@ -164,9 +164,10 @@ class Costs:
         if isinstance(node.config, TrainingSettings):
             return self._training(node, step, num_steps)
         twin = self._twin(name)
+        flops = self._most_flops(node)
         if twin is None:
             self._facts[name] = self._upstream(node, "dataset") if node.stage.keeps_rows else _Facts()
-            return Estimate()
+            return Estimate(flops=flops)
         sizes = _file_bytes(twin)
         facts = _facts_of(twin.get("outputs", {}), sizes)
         self._facts[name] = facts
@@ -178,7 +179,15 @@ class Costs:
             seconds = None if seconds is None or ratio is None else seconds * ratio
             if node.stage.copies_model:
                 num_bytes = None if ratio is None else round(total * ratio)
-        return Estimate(disk_bytes=num_bytes, peak_disk_bytes=num_bytes, seconds=seconds)
+        return Estimate(flops=flops, disk_bytes=num_bytes, peak_disk_bytes=num_bytes, seconds=seconds)
+
+    def _most_flops(self, node: Node) -> float | None:
+        """Of a stage that has its input model write; None where it does not, or where no size is known."""
+        if node.stage.most_flops is None:
+            return None
+        size = self._upstream(node, "model").num_parameters
+        per_parameter = node.stage.most_flops(node.config, self._upstream(node, "dataset").num_rows)
+        return None if size is None or per_parameter is None else size * per_parameter
 
     def _training(self, node: Node, step: int, num_steps: int | None) -> Estimate:
         settings = node.config

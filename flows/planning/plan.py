@@ -128,7 +128,12 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         else:
             row = replace(row, estimate=costs.estimate(name, row.step or 0, row.num_steps))
         rows.append(replace(row, preflight=_figures(graph, name, preflights)))
-    notes = (*recipe.lowered_batches(), *unreachable, *_check_new_base_model(graph, rows))
+    notes = (
+        *recipe.lowered_batches(),
+        *recipe.audit_notes(),
+        *unreachable,
+        *_check_new_base_model(graph, rows),
+    )
     errors = {reference: error for reference, error in graph.commits.items() if isinstance(error, ValueError)}
     unresolved = (Unresolved(ref, needed, errors[ref]) for ref, needed in graph.unresolved.items())
     sums = _totals(graph, rows)

@@ -6,6 +6,7 @@ reader holds one in memory, and a shard of the contamination scan begins at one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from bisect import bisect_right
@@ -14,6 +15,7 @@ from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.artifacts.keys import canonical_json
 from smoltulu.schemas.data import DatasetKind
 
 if TYPE_CHECKING:
@@ -176,6 +178,12 @@ def rows_at(file: Path, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
             assert rows is not None
             (found[number],) = rows.slice(number - starts[group], 1).to_pylist()
     return found
+
+
+def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One digest of rows, whatever their order and however their file was written."""
+    lines = sorted(hashlib.sha256(canonical_json(dict(row)).encode()).digest() for row in rows)
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def same_rows(lines: Path, file: Path) -> bool:

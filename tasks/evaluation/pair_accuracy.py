@@ -11,12 +11,11 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.tasks.evaluation.sampling import OnBatch, longest_first, mean_and_stderr, padded
+from smoltulu.tasks.evaluation.sampling import mean_and_stderr
+from smoltulu.tasks.models.decoding import OnBatch, longest_first, padded
 from smoltulu.tasks.models.tokens import pairs as encoded
-from smoltulu.tasks.models.weights import load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,23 +102,6 @@ def encode_pairs(
     if num_too_long := len(pairs) - len(ids):
         logger.warning("%s of %s held-out pairs left out: longer than max_length", num_too_long, len(pairs))
     return ids, texts
-
-
-def load_reward_model(folder: Path) -> PreTrainedModel:
-    """A sequence-classification model with one score, in float32. ValueError if the folder holds something else."""
-    import torch
-    from transformers import AutoConfig
-
-    architectures = AutoConfig.from_pretrained(str(folder)).architectures or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise ValueError(
-            f"{folder.name} holds {', '.join(architectures) or 'an unnamed architecture'}, not a reward model "
-            "(…ForSequenceClassification): its score head would be random"
-        )
-    model = load_whole("AutoModelForSequenceClassification", folder, dtype=torch.float32)
-    if model.config.num_labels != 1:
-        raise ValueError(f"a reward model gives one score; this one has num_labels {model.config.num_labels}")
-    return model
 
 
 def reward_scores(

@@ -22,6 +22,7 @@ from smoltulu.schemas.evaluation import (
 from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.evaluation import lm_eval as harness
 from smoltulu.tasks.evaluation import pair_accuracy, sampling
+from smoltulu.tasks.models.classifiers import load_reward_model
 from smoltulu.tasks.models.folders import (
     check_model_folder,
     device_of,
@@ -288,7 +289,7 @@ def _load(
     import torch
 
     tokenizer = load_tokenizer(Path(folder), inputs.chat_template)
-    model = pair_accuracy.load_reward_model(Path(folder)) if reward_model else load_language_model(Path(folder))
+    model = load_reward_model(Path(folder)) if reward_model else load_language_model(Path(folder))
     fit_embeddings(model, tokenizer)  # a pad token that was added here needs a row; it is never attended to
     stop_ids(model, tokenizer)
     if use_bfloat16(settings.precision, context.compute):

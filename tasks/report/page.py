@@ -17,6 +17,7 @@ from smoltulu.schemas.data import DatasetOutputs
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import Outcome, RunSummary, StageRun
+from smoltulu.schemas.verifier_audit import PassRatesOutputs, VerifierAuditOutputs
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.charts import Point, parse_history
 from smoltulu.tasks.report.render import render
@@ -57,6 +58,7 @@ def html_report(
         ("contamination", "Contamination", _outputs_of(ContaminationOutputs, runs)),
         ("data", "Data", [dataset for dataset in datasets if dataset[2].sources]),
         ("preflight", "Preflight", [(name, preflight_figures(outputs)) for name, _, outputs in preflights]),
+        ("verifier_audit", "Verifier audit", _verifier_audit(runs)),
         ("lineage", "Lineage", _lineage(manifests) if manifests else None),
         ("details", "Details", [(run, manifest) for run, manifest in runs if manifest]),
         ("recipe", "Recipe", recipe_yaml),
@@ -70,6 +72,15 @@ def html_report(
         # The section of scores also says that there are none.
         sections=[section for section in sections if section[2] or section[0] == "scores"],
     )
+
+
+def _verifier_audit(runs: Sequence[tuple[StageRun, Manifest | None]]) -> dict[str, Any]:
+    """Audited verifiers, and pools of prompts; empty where neither was made."""
+    audits = [outputs for _, _, outputs in _outputs_of(VerifierAuditOutputs, runs)]
+    measured = [outputs for _, _, outputs in _outputs_of(PassRatesOutputs, runs)]
+    left_out = [manifest.spec.config.get("leave_out") for _, manifest in runs if manifest is not None]
+    named = sorted({str(pool) for pools in left_out if isinstance(pools, (list, tuple)) for pool in pools})
+    return {"audits": audits, "measured": measured, "left_out": named} if audits or measured else {}
 
 
 def _outputs_of(

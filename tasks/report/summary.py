@@ -14,6 +14,7 @@ from smoltulu.schemas.contamination import ContaminationOutputs
 from smoltulu.schemas.evaluation import EvaluationOutputs, Measurement
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
+from smoltulu.schemas.verifier_audit import PassRatesOutputs, VerifierAuditOutputs
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.render import render
 
@@ -188,6 +189,13 @@ def stage_table(reference: ArtifactReference, outputs_model: type[BaseModel]) ->
                 rows.append((f"found of {benchmark.name}", not_checked or found))
         case PreflightOutputs() as outputs:
             rows += preflight_figures(outputs).items()
+        case VerifierAuditOutputs(groups=groups):
+            for group in groups:
+                rows.append((f"gold right: {group.title}", f"{group.num_gold_right:,} of {group.num_gold:,}"))
+        case PassRatesOutputs(counts=counts):
+            for pools in counts:
+                found = ", ".join(f"{pool} {count:,}" for pool, count in pools.pools.items())
+                rows.append((f"pools: {pools.verifier}, {pools.label or pools.source}", found))
     rows += [(name, text.number(value)) for name, value in sorted(reference.metrics.items())]
     return [{"metric": name, "value": value} for name, value in rows]
 

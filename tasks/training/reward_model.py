@@ -7,40 +7,17 @@ epoch, Adam epsilon 1e-5. TRL's own default head (std 0.02) is not Tulu's. Batch
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RewardModelSettings, TrainingInputs
-from smoltulu.tasks.models.folders import check_model_folder
-from smoltulu.tasks.models.weights import check_architecture, load_whole
+from smoltulu.tasks.models.classifiers import keep_in_float32, load_classifier
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.even_rows import even_out
 from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, Trainer
-
-
-def _load_classifier(folder: Path) -> PreTrainedModel:
-    """A classifier with one score, from a language model. Its head is new; `build` draws the weights."""
-    import torch
-
-    check_model_folder(folder)
-    check_architecture(folder)  # of the language model: of a classifier its output head is left over
-    return load_whole("AutoModelForSequenceClassification", folder, new_head=True, num_labels=1, dtype=torch.float32)
-
-
-def _keep_in_float32(head: torch.nn.Linear) -> None:
-    """Take the score head out of bfloat16 autocast, which would round a score between 2 and 4 to a multiple of 1/64."""
-    import torch
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight)
-
-    head.forward = forward
+    from transformers import Trainer
 
 
 def build(config: RewardModelSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
@@ -51,9 +28,9 @@ def build(config: RewardModelSettings, inputs: TrainingInputs, context: StageCon
 
     from smoltulu.tasks.training.reward_batch import COLUMNS, PairCollator, PairTrainer
 
-    model, tokenizer = load_model(config, inputs, context.compute.packing, _load_classifier, dropout=False)
+    model, tokenizer = load_model(config, inputs, context.compute.packing, load_classifier, dropout=False)
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
-    _keep_in_float32(model.score)
+    keep_in_float32(model.score)
     rows = load_rows(inputs.dataset, context, list(COLUMNS))
     trainer = PairTrainer(
         model=model,

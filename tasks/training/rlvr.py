@@ -16,6 +16,7 @@ from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.loop import finish
 from smoltulu.tasks.training import grpo
+from smoltulu.tasks.training.audited import rows_to_train
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -32,6 +33,7 @@ def train_rlvr(
     config: RLVRSettings, inputs: RLVRInputs, context: StageContext
 ) -> tuple[ModelOutputs, dict[str, float]]:
     """Train on prompts whose answers can be verified."""
+    inputs = rows_to_train(config, inputs, context)
     if isinstance(config, GRPOSettings):
         trainer = grpo.build(config, inputs, context)
         num_steps = grpo.run(trainer, config, context)

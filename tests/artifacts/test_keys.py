@@ -283,7 +283,7 @@ def test_canonical_keys_every_field_of_the_training_stages_counts() -> None:
             else:
                 # Fields with one choice, blocks that are not set, and what goes with another loss only: nothing else
                 # can be said there by a plain value (the keys of schedules are in test_schedules.py).
-                alone = [("rlvr", "algorithm"), ("dpo", "label_smoothing")]
+                alone = [("rlvr", "algorithm"), ("rlvr", "leave_out"), ("dpo", "label_smoothing")]
                 assert path in alone or path[1] in ("schedule", "lora"), path
 
 

@@ -18,6 +18,7 @@ from smoltulu.schemas.data import DatasetStageConfig
 from smoltulu.schemas.evaluation import EvaluationStageConfig
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
+from smoltulu.schemas.verifier_audit import PassRatesConfig, VerifierAuditConfig
 
 
 def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -87,7 +88,14 @@ def all_fields(model: type[BaseModel], seen: set[type[BaseModel]]) -> dict[str, 
 def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
     seen: set[type[BaseModel]] = set()
     roles: dict[str, str] = {}
-    for model in (Recipe, DatasetStageConfig, ContaminationStageConfig, EvaluationStageConfig, PublishStageConfig):
+    configs = (
+        ContaminationStageConfig,
+        EvaluationStageConfig,
+        PublishStageConfig,
+        VerifierAuditConfig,
+        PassRatesConfig,
+    )
+    for model in (Recipe, DatasetStageConfig, *configs):
         roles.update(all_fields(model, seen))
     machinery = {name for name, role in roles.items() if role == "machinery"}
     compute = {name for name in roles if name.startswith(("ComputeSettings.", "StageCompute."))}
@@ -117,6 +125,13 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         "PublishSettings.branch",
         "PublishSettings.private",
         "PublishStageConfig.recipe",
+        "VerifierAuditSettings.min_gold_share",
+        "VerifierAuditSettings.max_ungradable_share",
+        "VerifierAuditSettings.max_hack_share",
+        "VerifierAuditSettings.chance_level",
+        "VerifierAuditSettings.known_faults",
+        "VerifierAuditConfig.source_labels",
+        "PassRatesConfig.source_labels",
     }
 
 

@@ -65,11 +65,11 @@ def test_what_the_stages_say_of_themselves() -> None:
     def which(trait: str) -> list[str]:
         return [name for name, stage in STAGES.items() if getattr(stage, trait)]
 
-    assert which("distributed") == ["reference_logps"]
-    assert which("eval_batch") == ["reference_logps", "evaluation"]
+    assert which("distributed") == ["reference_logps", "pass_rates"]
+    assert which("eval_batch") == ["reference_logps", "pass_rates", "evaluation"]
     assert which("keeps_rows") == ["contamination", "preflight"]
     assert which("copies_model") == ["publish"]
-    assert set(STAGES) - set(which("grows_with_model")) == {"preflight"}
+    assert set(STAGES) - set(which("grows_with_model")) == {"preflight", "verifier_audit"}
     blocks = {name: stage.block for name, stage in STAGES.items() if stage.block}
     assert blocks == {
         "dataset": "data", "benchmark_index": "contamination", "preflight": "trainings", "reference_logps": "dpo",

@@ -18,7 +18,10 @@ from smoltulu.recipes import CHAT_TEMPLATES
 from smoltulu.tasks.models.chat_template import check_chat_template, load_chat_template
 from tests import ROOT
 
-DPO_AND_AFTER = {"dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward", "rlvr", "evaluation-rlvr", "publish"}
+DPO_AND_AFTER = {
+    "dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward", "pass-rates", "rlvr", "evaluation-rlvr", "publish",
+}  # fmt: skip
+AUDIT_AND_AFTER = {"verifier-audit", "rlvr", "evaluation-rlvr", "publish"}
 
 
 def keys(overrides: dict[str, Any] | None = None, until: str | None = None) -> dict[str, str]:
@@ -41,10 +44,11 @@ def test_every_stage_of_tiny_is_there() -> None:
         "dataset-preference-eval", "dataset-verified-eval",
         "base-model", "evaluation-base-model",
         "preflight-sft", "preflight-reward-model", "preflight-dpo", "preflight-rlvr",
+        "verifier-audit",
         "sft", "evaluation-sft",
         "reward-model", "evaluation-reward-model",
         "reference-logps", "dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward",
-        "rlvr", "evaluation-rlvr",
+        "pass-rates", "rlvr", "evaluation-rlvr",
         "publish",
     ]  # fmt: skip
 
@@ -79,7 +83,7 @@ def test_machinery_changes_no_key(overrides: dict[str, Any]) -> None:
         ),
         (
             {"data.rlvr.max_malformed_share": 0.5},
-            {"dataset-rlvr", "contamination-rlvr", "preflight-rlvr", "rlvr", "evaluation-rlvr", "publish"},
+            {"dataset-rlvr", "contamination-rlvr", "preflight-rlvr", *AUDIT_AND_AFTER, "pass-rates"},
         ),
         # A sweep of DPO's settings shares the tokens and the reference, whatever its learning rate, loss or batch.
         (
@@ -88,6 +92,12 @@ def test_machinery_changes_no_key(overrides: dict[str, Any]) -> None:
         ),
         ({"dpo.trained_turns": "all"}, {"preflight-dpo", "reference-logps", *DPO_AND_AFTER}),
         ({"preflight.max_overlong_share": 0.5, "sft.gate.num_prompts": 0}, set()),
+        # Thresholds of the audit change nothing, what it tries does. Pass rates are about prompts, not about training.
+        ({"verifier_audit.min_gold_share": 0.5, "verifier_audit.known_faults": ["math@paper"]}, set()),
+        ({"verifier_audit.num_shuffled": 100}, AUDIT_AND_AFTER),
+        ({"pass_rates.num_samples": 2}, {"pass-rates"}),
+        ({"rlvr.temperature": 0.9}, {"pass-rates", "rlvr", "evaluation-rlvr", "publish"}),
+        ({"rlvr.leave_out": ["never"]}, {"rlvr", "evaluation-rlvr", "publish"}),
     ],
 )
 def test_a_field_changes_its_own_stage_and_what_depends_on_it(overrides: dict[str, Any], expected: set[str]) -> None:
@@ -99,7 +109,14 @@ def test_other_verdicts_change_rows_of_rlvr_and_what_is_made_of_them(monkeypatch
     monkeypatch.setattr("smoltulu.flows.graphs.recipe_graph.VERIFIERS_VERSION", "next")
     after = Graph(load_recipe("tiny")).keys()
     changed = {name for name in before if before[name] != after[name]}
-    assert {"dataset-rlvr", "dataset-verified-eval", "preflight-rlvr", "rlvr"} <= changed
+    assert {
+        "dataset-rlvr",
+        "dataset-verified-eval",
+        "preflight-rlvr",
+        "verifier-audit",
+        "pass-rates",
+        "rlvr",
+    } <= changed
     assert not changed & {
         "dataset-sft",
         "dataset-preference",
@@ -125,13 +142,41 @@ def test_every_preflight_comes_before_the_first_training() -> None:
     graph = Graph(load_recipe("tiny"))
     preflights = {name for name in graph.nodes if name.startswith("preflight-")}
     assert preflights == {"preflight-sft", "preflight-reward-model", "preflight-dpo", "preflight-rlvr"}
-    assert set(graph.nodes["sft"].after) == preflights == set(graph.nodes["rlvr"].after)
+    before = preflights | {"verifier-audit"}
+    assert set(graph.nodes["sft"].after) == before == set(graph.nodes["rlvr"].after)
+    assert preflights < set(Graph(load_recipe("tiny"), until="verifier_audit").nodes) >= {"verifier-audit"}
+    assert "pass-rates" in Graph(load_recipe("tiny"), until="pass_rates").nodes
     alone = Graph(load_recipe("tiny"), until="preflight").nodes
     assert preflights < set(alone) and not {"sft", "evaluation-sft", "reference-logps"} & set(alone)
     reference = set(Graph(load_recipe("tiny"), until="reference_logps").nodes)
     assert {"sft", "preflight-dpo", "reference-logps"} <= reference and not {"dpo", "preflight-rlvr"} & reference
     # Who stops after SFT is not kept waiting for the rows of DPO.
     assert {name for name in keys(until="sft") if name.startswith("preflight")} == {"preflight-sft"}
+
+
+def test_a_recipe_without_an_audit_keeps_its_keys_and_says_so() -> None:
+    """The keys of nodes that others share do not know of it; RLVR's has no input of it."""
+    none = {"verifier_audit": None, "pass_rates": None}
+    graph, recipe = Graph(load_recipe("tiny", none)), load_recipe("tiny", none)
+    assert set(graph.nodes["rlvr"].inputs) == {"model", "dataset"} and "verifier-audit" not in graph.nodes
+    assert {name: key for name, key in keys().items() if key != graph.keys().get(name)}.keys() == {
+        *AUDIT_AND_AFTER, "pass-rates",
+    }  # fmt: skip
+    (note,) = recipe.audit_notes()
+    assert "nothing audits its verifiers" in note and "{} will do" in note
+    assert load_recipe("tiny").audit_notes() == []
+    left = load_recipe("tiny", {"rlvr": None})
+    assert [note.partition(":")[0] for note in left.audit_notes()] == ["verifier_audit", "pass_rates"]
+    assert not {"verifier-audit", "pass-rates"} & Graph(left).nodes.keys()
+
+
+def test_rlvr_takes_the_audit_and_pass_rates_only_where_prompts_are_left_out() -> None:
+    audit, rates = Binding("verifier-audit", "file"), Binding("pass-rates", "file")
+    assert Graph(load_recipe("tiny")).nodes["rlvr"].inputs["audit"] == audit
+    assert "pass_rates" not in Graph(load_recipe("tiny")).nodes["rlvr"].inputs
+    assert Graph(load_recipe("tiny", {"rlvr.leave_out": ["always"]})).nodes["rlvr"].inputs["pass_rates"] == rates
+    with pytest.raises(ValueError, match=r"rlvr\.leave_out: always is known once pass rates are measured; add a block"):
+        load_recipe("tiny", {"rlvr.leave_out": ["always"], "pass_rates": None})
 
 
 def test_the_reward_model_starts_where_the_recipe_says() -> None:

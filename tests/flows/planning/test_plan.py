@@ -178,7 +178,7 @@ def test_plan_of_1130_on_an_empty_store(tmp_path: Path) -> None:
 
 def test_plan_of_1130_beside_a_finished_1207_explains_the_difference(with_1207: Store) -> None:
     rows = make(graph_of("smoltulu-1130"), with_1207)
-    data = ("dataset", "benchmark", "contamination", "preflight")
+    data = ("dataset", "benchmark", "contamination", "preflight", "verifier-audit")
     kept = {"base-model", "evaluation-base-model"} | {name for name in rows if name.startswith(data)}
     assert {name for name, row in rows.items() if row.status == "cached"} == kept
     assert rows["base-model"].reason == f"made {local_minute('2026-11-01T12:34:56+00:00')}"
@@ -200,6 +200,7 @@ def test_plan_of_1130_beside_a_finished_1207_explains_the_difference(with_1207: 
         "evaluation-dpo": "input model (dpo) is another artifact",
         "evaluation-dpo-implicit-reward": "input model (dpo) is another artifact, "
         "input reference_model (sft) is another artifact",
+        "pass-rates": "input model (dpo) is another artifact",
         "rlvr": "input model (dpo) is another artifact",
         "evaluation-rlvr": "input model (rlvr) is another artifact",
         "publish": "recipe_name: smoltulu-1207 -> smoltulu-1130, input model (rlvr) is another artifact, "
@@ -271,12 +272,14 @@ def test_plan_estimates_1130_from_1207(with_1207: Store) -> None:
     # 2000 steps are 40 saves: the newest two, the best and the one being written. KL term: reference forward passes.
     assert rows["rlvr"].estimate.peak_disk_bytes == 8 * ROWS_BYTES + 4 * checkpoint
     assert rows["rlvr"].estimate.flops == 10.0 * NUM_PARAMETERS * 2000 * 32 * 500
+    # 500 prompts, 8 answers of at most 2048 tokens each, 2 FLOPs a parameter and token.
+    assert rows["pass-rates"].estimate.flops == 2.0 * NUM_PARAMETERS * 500 * 8 * 2048
     # What has no steps takes what its like took.
     assert rows["evaluation-sft"].estimate == Estimate(disk_bytes=100, peak_disk_bytes=100, seconds=60.0)
     assert rows["base-model"].estimate == NOTHING
     assert planned.totals["num_steps"] == (250 + 250 + 84 + 2000, 0)
     # What stays, and on top what the greediest stage (RLVR; one at a time) has besides.
-    stays = 4 * 4 * NUM_PARAMETERS + 7 * ROWS_BYTES
+    stays = 4 * 4 * NUM_PARAMETERS + 8 * ROWS_BYTES
     extra = 8 * ROWS_BYTES + 4 * checkpoint - 4 * NUM_PARAMETERS
     assert planned.totals["peak_disk_bytes"] == (stays + extra, 0)
 

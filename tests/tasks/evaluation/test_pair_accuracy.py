@@ -15,10 +15,10 @@ from smoltulu.tasks.evaluation.pair_accuracy import (
     completion_logps,
     encode_pairs,
     implicit_reward_accuracy,
-    load_reward_model,
     rank_pairs,
     reward_scores,
 )
+from smoltulu.tasks.models.classifiers import load_reward_model
 from tests.tiny_model import EOS, build_tiny_model, build_tokenizer
 
 PAIRS = [

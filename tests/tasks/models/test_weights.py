@@ -40,11 +40,10 @@ from transformers import (
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.models import BaseModelInputs, ModelSource
 from smoltulu.tasks.base_model.stage import provide_base_model
-from smoltulu.tasks.evaluation.pair_accuracy import load_reward_model
+from smoltulu.tasks.models.classifiers import load_classifier, load_reward_model
 from smoltulu.tasks.models.folders import check_model_folder, load_language_model
 from smoltulu.tasks.models.weights import check_architecture, check_values
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.training.reward_model import _load_classifier
 from tests.small_runs import conversations, run
 from tests.tiny_model import build_tiny_model
 
@@ -249,7 +248,7 @@ def test_tensors_are_those_of_the_architecture(copy: Path, fault: str) -> None:
     with pytest.raises(ValueError, match=said):
         load_language_model(copy)
     with pytest.raises(ValueError, match=said):
-        _load_classifier(copy)
+        load_classifier(copy)
 
 
 SMALL: dict[str, Any] = {
@@ -311,7 +310,7 @@ def test_a_reward_model_is_made_from_a_language_model_with_a_head_of_its_own_and
     copy: Path, tmp_path: Path
 ) -> None:
     change(copy, lambda tensors: tensors | {"lm_head.weight": torch.ones(400, 32)}, tie_word_embeddings=False)
-    model = _load_classifier(copy)
+    model = load_classifier(copy)
     assert model.score.weight.shape == (1, 32)
     reward_model = build_tiny_model(tmp_path / "reward", num_labels=1)
     assert load_reward_model(reward_model).score.weight.shape == (1, 32)

@@ -32,6 +32,7 @@ PARENTS = {
     "dataset-verified-eval": ["world"],
     "base-model": ["world"],
     "evaluation-base-model": ["base-model", "world", "dataset-verified-eval"],
+    "verifier-audit": ["contamination-rlvr"],
     "sft": ["base-model", "contamination-sft"],
     "evaluation-sft": ["sft", "world", "dataset-verified-eval"],
     "reward-model": ["sft", "contamination-preference"],
@@ -39,7 +40,8 @@ PARENTS = {
     "dpo": ["sft", "contamination-preference"],
     "evaluation-dpo": ["dpo", "world", "dataset-verified-eval"],
     "evaluation-dpo-implicit-reward": ["dpo", "sft", "dataset-preference-eval"],
-    "rlvr": ["dpo", "contamination-rlvr"],
+    "pass-rates": ["dpo", "contamination-rlvr"],
+    "rlvr": ["dpo", "contamination-rlvr", "verifier-audit", "pass-rates"],
     "evaluation-rlvr": ["rlvr", "world", "dataset-verified-eval"],
     "publish": ["rlvr", "evaluation-base-model", "evaluation-sft", "evaluation-dpo", "evaluation-rlvr"],
 }
@@ -111,6 +113,20 @@ def _outputs(node: str, label: str) -> dict[str, Any]:
             _score("verified_eval", "sampled_accuracy", value * 0.7, 4000, harness="smoltulu 0.1.0", num_fewshot=None),
         ]
         return {"subject": subject, "scores": scores}
+    if stage == "verifier_audit":
+        hack = {"num_rows": 200, "num_right": 12, "num_allowed": 5}
+        group = {
+            "verifier": "gsm8k_strict", "source": "0", "label": label, "num_rows": 7473, "num_gold": 7473,
+            "num_gold_right": 7466, "num_shuffled": 2000, "num_shuffled_right": 24, "chance_share": 0.0099,
+            "hacks": {f"bare {label}": hack}, "num_ungradable": 3,
+        }  # fmt: skip
+        fixed = {"rows_digest": "ab" * 32, "verifiers_version": "2", "num_rows": 7473, "num_probes": 18_000}
+        return {**fixed, "groups": [group]}
+    if stage == "pass_rates":
+        pools = {"never": 300, "sometimes": 150, "always": 50, "ungraded": 0}
+        counts = [{"verifier": "gsm8k_strict", "source": "0", "label": label, "num_prompts": 500, "pools": pools,
+                   "mean_pass_rate": 0.234}]  # fmt: skip
+        return {"pass_rates_of": "ab" * 32, "num_measured": 500, "num_samples": 8, "counts": counts}
     if stage in ("base_model", "sft", "reward_model", "dpo", "rlvr"):
         return {"folder": "model", "num_parameters": 1_070_464, "num_steps": 625, "history_file": "history.jsonl"}
     return {"folder": "model", "note": label}
@@ -152,6 +168,8 @@ def sample_run(folder: Path, label: str = "sft.jsonl", made: int | None = None) 
         if stage == "evaluation":
             kind = "reward_model" if node.endswith("reward-model") else "language_model"
             config = {"kind": "implicit_reward" if node.endswith("implicit-reward") else kind}
+        if stage == "rlvr":
+            config["leave_out"] = ["always", "never"]
         if stage == "contamination":
             config = {"settings": {"mode": "full", "policy": "remove"}}
         folders[node] = folder / node
@@ -433,3 +451,14 @@ def test_lineage_leaves_out_implied_lines_and_keeps_order() -> None:
     rows, edges = layered({"a": set(), "b": {"a"}, "c": {"b"}, "e": {"a", "c"}})
     assert [sorted(name for name in row if "\0" not in name) for row in rows] == [["a"], ["b"], ["c"], ["e"]]
     assert len(edges) == 6, "a-b, b-c, c-e, and a-e through two place-holders"
+
+
+def test_audit_and_pass_rates(tmp_path: Path) -> None:
+    page = html_report(*sample_run(tmp_path))
+    section = page.partition('<section id="verifier_audit">')[2].partition("</section>")[0]
+    told = " ".join(re.sub(r"<[^>]+>", " ", section).split())
+    assert "gsm8k_strict sft.jsonl 7,473 3 ungradable 99.91 % 1.20 % n = 2,000 0.99 % – 7 of 200 –" in told
+    assert "500 300 60.00 % 150 30.00 % 50 10.00 % 0 0 % 23.40 %" in told
+    assert "8 samples a prompt" in told and "RLVR leaves out the prompts that are always or never right" in told
+    none = html_report(*sample_run(tmp_path / "early", made=list(PARENTS).index("verifier-audit")))
+    assert "verifier_audit" not in none

@@ -1,0 +1,53 @@
+"""What a graph reads off a recipe: configs that are made of the settings of other stages, and references. Pure."""
+
+from __future__ import annotations
+
+from smoltulu.flows.graphs.nodes import hub_reference
+from smoltulu.schemas.preflight import PreflightConfig, PreflightSettings
+from smoltulu.schemas.recipe import Recipe
+from smoltulu.schemas.training import TrainingSettings
+from smoltulu.schemas.verifier_audit import PassRatesConfig, VerifierAuditConfig
+from smoltulu.tasks.data.hub import Reference
+
+
+def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSettings) -> PreflightConfig:
+    """The settings that decide the rows of a training stage. The others are there for the dry run, in no key."""
+    return PreflightConfig(
+        **settings.row_rules().model_dump(),
+        subject=block,
+        training_settings=settings.model_dump(mode="json"),
+        settings=checks,
+    )
+
+
+def audit_config(recipe: Recipe) -> VerifierAuditConfig | None:
+    """None where the recipe asks for no audit."""
+    if recipe.verifier_audit is None:
+        return None
+    return VerifierAuditConfig(settings=recipe.verifier_audit, source_labels=_labels(recipe))
+
+
+def pass_rates_config(recipe: Recipe) -> PassRatesConfig | None:
+    """As RLVR will draw and pay its rollouts; None where the recipe asks for no pass rates, or for no RLVR."""
+    if recipe.pass_rates is None or recipe.rlvr is None:
+        return None
+    return PassRatesConfig(
+        settings=recipe.pass_rates,
+        temperature=recipe.rlvr.temperature,
+        max_completion_length=recipe.rlvr.max_completion_length,
+        must_stop=recipe.rlvr.non_stop_reward is not None,
+        precision=recipe.rlvr.precision,
+        source_labels=_labels(recipe),
+    )
+
+
+def _labels(recipe: Recipe) -> tuple[str, ...]:
+    assert recipe.data.rlvr is not None
+    return tuple(source.label for source in recipe.data.rlvr.sources)
+
+
+def hub_references(recipe: Recipe) -> list[Reference]:
+    """All Hub references of a recipe. Data come first: the first error of this order is reported."""
+    references = [hub_reference(source) for source in recipe.data_sources() if source.repository is not None]
+    model = recipe.base_model
+    return references + ([Reference("model", model.repository, model.revision)] if model.repository else [])

@@ -1,0 +1,93 @@
+"""Models that give one score: reward models and critics. A causal language model whose output head is a score head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
+from smoltulu.tasks.models.tokens import tokenisation
+from smoltulu.tasks.models.weights import check_architecture, load_whole
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CLASSIFIER = "ForSequenceClassification"
+#: Labels of a classifier whose config names none; transformers.
+_DEFAULT_NUM_LABELS = 2
+
+
+def load_classifier(folder: Path) -> PreTrainedModel:
+    """A classifier with one score, in float32, from a language model. Its head is new: the caller draws its weights."""
+    import torch
+
+    check_model_folder(folder)
+    check_architecture(folder)  # of the language model: of a classifier its output head is left over
+    return load_whole("AutoModelForSequenceClassification", folder, new_head=True, num_labels=1, dtype=torch.float32)
+
+
+def load_reward_model(folder: Path) -> PreTrainedModel:
+    """A sequence-classification model with one score, in float32. ValueError if the folder holds something else."""
+    import torch
+
+    check_one_score(folder)
+    return load_whole("AutoModelForSequenceClassification", folder, dtype=torch.float32)
+
+
+def check_one_score(folder: Path) -> None:
+    """ValueError where config.json does not describe a classifier with one score. Loads nothing."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    architectures = config.get("architectures") or []
+    if not any(str(name).endswith(_CLASSIFIER) for name in architectures):
+        raise ValueError(
+            f"{folder.name} holds {', '.join(map(str, architectures)) or 'an unnamed architecture'}, not a reward "
+            f"model (…{_CLASSIFIER}): its score head would be random"
+        )
+    labels = config.get("id2label")
+    num_labels = len(labels) if isinstance(labels, dict) else config.get("num_labels", _DEFAULT_NUM_LABELS)
+    if num_labels != 1:
+        raise ValueError(f"a reward model gives one score; this one has num_labels {num_labels}")
+
+
+def check_same_tokens(folder: Path, who: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError where the model in `folder`, called `who`, reads other tokens than `tokenizer` writes.
+
+    Reads no weights. The vocabularies must be the same, and so must be what both make of a few conversations, which
+    is the template.
+    """
+    from transformers import AutoTokenizer
+
+    assert isinstance(tokenizer.chat_template, str)
+    own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    theirs, ours = load_tokenizer(folder, tokenizer.chat_template).get_vocab(), tokenizer.get_vocab()
+    if theirs != ours:
+        odd = sorted(dict(theirs.items() ^ ours.items()))
+        raise ValueError(
+            f"{who} {folder.name} has another vocabulary ({len(theirs):,} tokens) than the policy ({len(ours):,}); "
+            f"they differ in {len(odd):,}, e.g. {odd[:3]}. Its scores of the policy's tokens would mean nothing: "
+            "give one that was trained from the same base model"
+        )
+    rows = json.loads((folder / "config.json").read_text()).get("vocab_size")
+    if isinstance(rows, int) and rows < len(tokenizer):
+        raise ValueError(
+            f"{who} {folder.name} has embeddings for {rows:,} tokens and the policy's tokenizer {len(tokenizer):,}: "
+            "save it again with the tokenizer that it was trained with"
+        )
+    if own.chat_template is not None and tokenisation(own) != tokenisation(tokenizer):
+        raise ValueError(
+            f"{who} {folder.name} was trained with another chat template: it makes other tokens of the same "
+            "conversation; give one of this recipe's chat_template, or train it again"
+        )
+
+
+def keep_in_float32(head: torch.nn.Linear) -> None:
+    """Take the score head out of bfloat16 autocast, which would round a score between 2 and 4 to a multiple of 1/64."""
+    import torch
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight)
+
+    head.forward = forward
