@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoltulu.tasks.verifiers import Graders, fault_of_truth
+from smoltulu.tasks.verifiers import Graders, fault_of_truth, grade
 from smoltulu.tasks.verifiers.math import grade_text
 
 
