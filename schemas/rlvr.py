@@ -163,6 +163,9 @@ class PPOSettings(RLVRSettings):
         -10.0, description="replaces the reward of a completion without eos; -10: Tulu 3; none: as verified"
     )
     critic: CriticSettings = science(CriticSettings())
+    rollout_batch_size: int | None = machinery(
+        None, ge=1, description="rollouts that a process writes at once; none: all of a rollout batch"
+    )
 
     @property
     def num_rollouts(self) -> int:
@@ -203,6 +206,20 @@ class PPOSettings(RLVRSettings):
             raise ValueError(
                 f"critic.warmup_steps {self.critic.warmup_steps:,} leaves the policy none of the run's {num_steps:,} "
                 "optimizer steps; lower it, or raise num_episodes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> Self:
+        """The policy's schedule counts the steps behind the critic's warm-up; a schedule of both must fit both."""
+        num_steps, critic = self.budget.max_steps, self.critic
+        assert num_steps is not None
+        if self.schedule is not None and critic.warmup_steps:
+            self.schedule.check(num_steps - critic.warmup_steps)
+        if critic.lr_scheduler_type == "constant" and critic.warmup_ratio:
+            raise ValueError(
+                f"critic.lr_scheduler_type constant has no warm-up, and would ignore critic.warmup_ratio "
+                f"{critic.warmup_ratio}; set it to 0, or take linear or cosine"
             )
         return self
 

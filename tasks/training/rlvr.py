@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from smoltulu.schemas.models import ModelOutputs
-from smoltulu.schemas.rlvr import GRPOSettings, RLVRInputs, RLVRSettings
+from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings, RLVRInputs, RLVRSettings
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.loop import finish
-from smoltulu.tasks.training import grpo
+from smoltulu.tasks.training import grpo, ppo
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -25,7 +25,9 @@ def build_without_generation(config: RLVRSettings, inputs: TrainingInputs, conte
     """The trainer for a dry run. It generates nothing: every rollout of a step is given, as long as allowed."""
     if isinstance(config, GRPOSettings):
         return grpo.build_without_generation(config, inputs, context)
-    raise ValueError(f"rlvr.algorithm {config.algorithm} is not there yet; set it to grpo")
+    if isinstance(config, PPOSettings):
+        return ppo.build_without_generation(config, inputs, context)
+    raise ValueError(f"rlvr.algorithm {config.algorithm} is not there yet; set it to grpo or ppo")
 
 
 def train_rlvr(
@@ -36,11 +38,15 @@ def train_rlvr(
         trainer = grpo.build(config, inputs, context)
         num_steps = grpo.run(trainer, config, context)
         return finish(trainer, context, num_steps, grpo.SHOWN, config.gate)
-    raise ValueError(f"rlvr.algorithm {config.algorithm} is not there yet; set it to grpo")
+    if isinstance(config, PPOSettings):
+        return ppo.run(config, inputs, context)
+    raise ValueError(f"rlvr.algorithm {config.algorithm} is not there yet; set it to grpo or ppo")
 
 
 def flops_per_token(config: RLVRSettings) -> float:
     """A parameter: 2 to write a rollout, 2 for the reference where there is a KL term, 6 for each pass over it."""
+    if isinstance(config, PPOSettings):
+        return ppo.flops_per_token(config)
     assert isinstance(config, GRPOSettings)
     return 2 + (2 if config.beta > 0 else 0) + 6 * config.num_iterations
 
