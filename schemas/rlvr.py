@@ -84,6 +84,10 @@ class _GroupSettings(RLVRSettings):
     def num_rollouts(self) -> int:
         return self.effective_batch_size * self.steps_per_generation
 
+    @property
+    def num_passes(self) -> int:
+        return self.num_iterations
+
     @model_validator(mode="after")
     def _groups_divide(self) -> Self:
         if self.effective_batch_size % self.num_generations:
@@ -170,6 +174,14 @@ class PPOSettings(RLVRSettings):
     @property
     def num_rollouts(self) -> int:
         return self.effective_batch_size * self.num_minibatches
+
+    @property
+    def num_passes(self) -> int:
+        return self.num_ppo_epochs
+
+    @property
+    def trains_critic(self) -> bool:
+        return True
 
     @property
     def num_steps_per_rollout(self) -> int:
