@@ -56,8 +56,7 @@ def load_critic(config: PPOSettings, inputs: RLVRInputs, tokenizer: PreTrainedTo
         model = load_classifier(Path(inputs.model))
         torch.nn.init.zeros_(model.score.weight)
     else:
-        given = inputs.reward_model if initial == "reward_model" else inputs.critic
-        who = "reward model" if initial == "reward_model" else "critic"
+        given, who = (inputs.critic, "critic") if initial == "path" else (inputs.reward_model, "reward model")
         model = load_reward_model(checked_folder(given, who, f"critic.initial {initial}", tokenizer))
     return prepared(model, tokenizer)
 

@@ -326,6 +326,7 @@ class PPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds means since the last log: over all tokens trained on, whatever the micro-batches, and over steps."""
         if "loss" in logs:
+            logs["num_tokens"] = int(self.state.num_input_tokens_seen)
             for name, sums in sorted(self._of_tokens.items()):
                 total, count = self.accelerator.reduce(sums, "sum").tolist()
                 logs[name] = total / max(count, 1)

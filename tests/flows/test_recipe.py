@@ -106,6 +106,7 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         "PPOSettings.gate",
         "GRPOSettings.gate",
         "RLOOSettings.gate",
+        "PPOSettings.rollout_batch_size",
         "CriticSettings.path",
         "GateSettings.num_prompts",
         "GateSettings.max_new_tokens",

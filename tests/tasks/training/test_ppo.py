@@ -15,11 +15,15 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
 from smoltulu.schemas.rlvr import PPOSettings, RLVRInputs
 from smoltulu.tasks.models.folders import load_tokenizer
+from smoltulu.tasks.models.sizes import model_size
+from smoltulu.tasks.preflight.rollout_memory import num_at_once, num_models_held
 from smoltulu.tasks.stage import StageStopped
+from smoltulu.tasks.trainer.disk import checkpoint_bytes, disk_of_training, model_bytes, training_bytes
 from smoltulu.tasks.training import ppo, ppo_trainer
 from smoltulu.tasks.training.critic import load_critic
 from smoltulu.tasks.training.ppo_batch import Episode, collate, token_logps, token_values
@@ -359,6 +363,56 @@ def test_the_reward_models_score_is_added_where_no_penalty_stands(inputs: RLVRIn
         expected = 10 + 0.5 * (hidden @ model.score.weight[0]).item()
     assert ended.verdict == "right" and ended.reward == pytest.approx(expected, abs=1e-5) and abs(expected - 10) > 1e-3
     assert (cut.verdict, cut.reward) == ("no_eos", -10.0)
+
+
+# ------------------------------------------------------------------------------------------------- bfloat16, and disk
+
+
+def test_bfloat16_as_on_a_gpu(inputs: RLVRInputs, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast over float32 weights; keys and values in bfloat16; values and scores in float32."""
+    monkeypatch.setattr("smoltulu.tasks.trainer.loop.use_bfloat16", lambda precision, compute: True)
+    cached: set[torch.dtype] = set()
+    real = DynamicLayer.update
+
+    def update(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        made = real(layer, *args, **kwargs)
+        cached.update(one.dtype for one in made)
+        return made
+
+    monkeypatch.setattr(DynamicLayer, "update", update)
+    made = run(inputs, tmp_path, {"reward_model_weight": 0.1}, activation_checkpointing=True)
+    assert cached == {torch.bfloat16}
+    first = made.log("history")[0]
+    # Generation rounds otherwise than the forward pass of the update, which is why that is what ratios start from.
+    assert 1e-5 < first["sampling_difference"] < 0.1 and first["ratio"] == pytest.approx(1, abs=0.02)
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    for trained, exact, before in (
+        (made.policy, whole.policy, start(inputs)),
+        (made.critic, whole.critic, start(inputs, "reward_model")),
+    ):
+        assert {value.dtype for value in trained.values()} == {torch.float32} and differing(trained, exact)
+        assert all((value - before[name]).abs().max() < 0.1 for name, value in trained.items())
+
+
+def test_disk_is_that_of_two_models(inputs: RLVRInputs, whole: Run) -> None:
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    policy, out = model_size(Path(inputs.model)), whole.folder / "out"
+    one = checkpoint_bytes(policy)
+    assert size(whole.folder / "work" / "checkpoints" / "checkpoint-12") == pytest.approx(2 * one, rel=0.1)
+    assert size(out / "model") + size(out / "critic") == pytest.approx(2 * model_bytes(policy), rel=0.05)
+    assert training_bytes(policy, 0, 3, has_critic=True) == 4 * 2 * one
+    settings = PPOSettings.model_validate(SETTINGS)
+    compute = context(whole.folder).compute
+    assert disk_of_training(settings, Path(inputs.model), Path(inputs.dataset), compute) > 8 * one
+    # In memory: policy and critic with two moments each, and the reference; and the reward model where it counts.
+    assert num_models_held(settings) == 7
+    counted = {"beta": 0, "reward_model_weight": 1, "rollout_batch_size": 3, "effective_batch_size": 8}
+    other = PPOSettings.model_validate(SETTINGS | counted | {"num_episodes": 16})
+    assert num_models_held(other) == 7 and num_at_once(other, compute) == 3
+    assert num_at_once(settings, compute) == 8
+    assert num_at_once(other, compute.model_copy(update={"num_processes": 8})) == 2
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
