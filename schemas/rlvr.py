@@ -11,7 +11,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, model_va
 
 from smoltulu.schemas.budget import Budget
 from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery, science
-from smoltulu.schemas.training import GateSettings, RowRules, TrainingInputs, TrainingSettings
+from smoltulu.schemas.training import GateSettings, LoraSettings, RowRules, TrainingInputs, TrainingSettings
 
 Algorithm = Literal["ppo", "grpo", "rloo"]
 
@@ -136,6 +136,9 @@ class CriticSettings(StrictModel):
     )
     value_clip: float = science(0.2, gt=0, description="clip range of the values around those of the rollout; Tulu 3")
     value_coefficient: float = science(0.1, gt=0, description="of the value loss; Tulu 3")
+    offload_optimizer: bool = machinery(
+        False, description="keep Adam's moments of the critic, and move its weights, in CPU memory; slower"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -167,6 +170,9 @@ class PPOSettings(RLVRSettings):
         -10.0, description="replaces the reward of a completion without eos; -10: Tulu 3; none: as verified"
     )
     critic: CriticSettings = science(CriticSettings())
+    lora: LoraSettings | None = science(
+        None, absent=None, description="of the policy; the reference is then the policy without it; none: Tulu 3"
+    )
     rollout_batch_size: int | None = machinery(
         None, ge=1, description="rollouts that a process writes at once; none: all of a rollout batch"
     )

@@ -35,10 +35,15 @@ def rollout_bytes(settings: RLVRSettings, model: Path, longest: int, compute: Co
 def num_models_held(settings: RLVRSettings) -> int:
     """How often the weights are in memory during generation: a model that is trained with Adam's moments counts three.
 
-    The policy; the reference, where there is a KL term; PPO's critic; the reward model, where its score counts.
+    The policy; the reference, where there is a KL term; PPO's critic; the reward model, where its score counts. With
+    LoRA the policy has no moments worth counting, and is the reference too.
     """
-    reference, reward_model = settings.beta > 0, settings.reward_model_weight > 0
-    return 3 + reference + 3 * settings.trains_critic + reward_model
+    held = 3 + (settings.beta > 0) + (settings.reward_model_weight > 0)
+    if isinstance(settings, PPOSettings):
+        if settings.lora is not None:
+            held = 1 + (settings.reward_model_weight > 0)
+        held += 1 if settings.critic.offload_optimizer else 3
+    return held
 
 
 def num_at_once(settings: RLVRSettings, compute: ComputeSettings) -> int:

@@ -76,6 +76,8 @@ class Critic:
     def __init__(self, model: PreTrainedModel, settings: PPOSettings) -> None:
         self.model = model
         self.settings = settings
+        #: With its optimizer offloaded: each weight and its copy in CPU memory, which is what the optimizer moves.
+        self._on_cpu: list[tuple[Any, Any]] = []
 
     def begin(self, trainer: Trainer, num_steps: int, num_tokens: Callable[[], int]) -> None:
         """Make optimizer and schedule for a training of so many steps, as the trainer makes the policy's.
@@ -86,6 +88,9 @@ class Critic:
         optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, self.model)
         decayed = set(trainer.get_decay_parameter_names(self.model))
         named = list(self.model.named_parameters())
+        if self.settings.critic.offload_optimizer:
+            self._on_cpu = [(one, one.detach().cpu().clone()) for _, one in named]
+            named = [(name, copy) for (name, _), (_, copy) in zip(named, self._on_cpu, strict=True)]
         groups = [
             {"params": [one for name, one in named if name in decayed], "weight_decay": trainer.args.weight_decay},
             {"params": [one for name, one in named if name not in decayed], "weight_decay": 0.0},
@@ -116,7 +121,14 @@ class Critic:
 
     def step(self) -> None:
         """Move the weights, then the schedule."""
+        import torch
+
+        for weight, copy in self._on_cpu:
+            copy.grad = None if weight.grad is None else weight.grad.cpu()
         self.optimizer.step()
+        with torch.no_grad():
+            for weight, copy in self._on_cpu:
+                weight.copy_(copy)
         self.scheduler.step()
 
     def save(self, folder: Path) -> None:

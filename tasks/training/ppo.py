@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
-from smoltulu.schemas.rlvr import CriticSettings, PPOSettings, RLVRInputs
+from smoltulu.schemas.rlvr import PPOSettings, RLVRInputs
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.models.classifiers import load_classifier, load_reward_model
 from smoltulu.tasks.models.folders import (
@@ -21,6 +21,7 @@ from smoltulu.tasks.models.folders import (
     save_model,
     switch_dropout_off,
 )
+from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import conversations, stop_token_ids
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.gate import check_saved
@@ -84,7 +85,7 @@ def build_without_generation(config: PPOSettings, inputs: TrainingInputs, contex
             "num_minibatches": 1,
             "num_ppo_epochs": 1,
             "num_episodes": 2 * size,
-            "critic": CriticSettings(initial="policy"),
+            "critic": config.critic.model_copy(update={"initial": "policy", "path": None, "warmup_steps": 0}),
         }
     )
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
@@ -121,7 +122,11 @@ def _assembled(
         return model
 
     policy, tokenizer = load_model(config, inputs, packing=False, dropout=False)
-    reference = fused(_reference(inputs, tokenizer)) if config.beta > 0 else None
+    policy, reference = fused(policy), None
+    if config.lora:
+        policy = with_adapter(policy, config.lora)
+    elif config.beta > 0:
+        reference = fused(_reference(inputs, tokenizer))
     arguments = trainer_arguments(config, context)
     del arguments["trust_remote_code"]  # TRL's own; `load_language_model` runs none
     # A checkpoint within a rollout batch would lose the rollouts, so save only at the end of one.
@@ -140,7 +145,7 @@ def _assembled(
         autocast=lambda: trainer.accelerator.autocast(),
     )
     trainer = PPOTrainer(
-        model=fused(policy),
+        model=policy,
         args=TrainingArguments(**arguments, max_steps=num_steps, remove_unused_columns=False),
         train_dataset=rows,
         processing_class=tokenizer,

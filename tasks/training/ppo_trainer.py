@@ -51,7 +51,7 @@ Scorer = Callable[[Sequence[Episode]], list[Score]]
 class PPOTrainer(Trainer):
     """See the top of this module. `model` is the policy, with TRL's fused head at the temperature of the rollouts.
 
-    reference  the model of the KL term; None: no such term
+    reference  the model of the KL term; None: the policy without its LoRA adapter, or no such term (beta 0)
     backend    writes rollouts with the policy as it is
     """
 
@@ -201,6 +201,9 @@ class PPOTrainer(Trainer):
         compute("logps", lambda batch: token_logps(self.model, batch)[0])
         if self.reference is not None:
             compute("reference_logps", lambda batch: token_logps(self.reference, batch)[0])
+        elif self.settings.beta > 0:
+            with self.model.disable_adapter():
+                compute("reference_logps", lambda batch: token_logps(self.model, batch)[0])
         compute("values", lambda batch: token_values(self.critic.model, batch))
 
     def _set_targets(self, episodes: list[Episode]) -> None:
@@ -217,7 +220,7 @@ class PPOTrainer(Trainer):
             rows = [one[name] for one in graded]  # type: ignore[literal-required]
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).double()
 
-        kl = kl_estimate(grid("logps"), grid("reference_logps")) if self.reference is not None else None
+        kl = kl_estimate(grid("logps"), grid("reference_logps")) if settings.beta > 0 else None
         scores = torch.tensor([one["score"].reward for one in graded], dtype=torch.float64)
         values = grid("values")
         made = targets(

@@ -53,7 +53,8 @@ def flops_per_token(config: RLVRSettings) -> float:
 
 rlvr = Stage(
     "rlvr", 2, RLVRSettings, RLVRInputs, ModelOutputs, train_rlvr, gate_failures, build_without_generation,
-    memory_advice=". All rollouts of a step are generated at once, whatever it is: lower max_completion_length, raise "
-    "compute.num_processes, or take a device with more memory. The checkpoints are kept",
+    memory_advice=". All rollouts of a step are generated at once, whatever it is (PPO: rollout_batch_size of them): "
+    "lower max_completion_length, raise compute.num_processes, or take a device with more memory. The checkpoints are "
+    "kept",
     flops=flops_per_token,
 )  # fmt: skip

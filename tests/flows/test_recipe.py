@@ -108,6 +108,7 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         "RLOOSettings.gate",
         "PPOSettings.rollout_batch_size",
         "CriticSettings.path",
+        "CriticSettings.offload_optimizer",
         "GateSettings.num_prompts",
         "GateSettings.max_new_tokens",
         "GateSettings.min_stopped_share",

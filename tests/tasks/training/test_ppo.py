@@ -170,6 +170,26 @@ def test_sigterm_stops_at_the_border_of_a_rollout_batch(inputs: RLVRInputs, whol
     assert differing(whole.policy, resumed.policy) == differing(whole.critic, resumed.critic) == []
 
 
+@pytest.mark.parametrize("broken", ["policy", "critic"])
+def test_a_loss_that_is_nan_in_either_network_ends_the_training_with_its_prompts(
+    inputs: RLVRInputs, tmp_path: Path, broken: str
+) -> None:
+    real = ppo_trainer.PPOTrainer._look
+
+    def look(trainer: Any, episodes: list[Any]) -> None:
+        real(trainer, episodes)
+        if trainer.state.global_step == 8:
+            model = trainer.model if broken == "policy" else trainer.critic.model
+            with torch.no_grad():
+                next(model.parameters())[5:].fill_(torch.nan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_trainer.PPOTrainer, "_look", look)
+        with pytest.raises(ValueError, match=r"loss is nan at step 9; .*Its rows: row \d+ 'What is \d+ plus"):
+            run(inputs, tmp_path)
+    assert (tmp_path / "work" / "checkpoints" / "checkpoint-8" / "critic" / "model.safetensors").is_file()
+
+
 def test_checkpoints_lie_between_rollout_batches_only(inputs: RLVRInputs, tmp_path: Path) -> None:
     assert trainer_of(inputs, tmp_path, {}, save_steps=5).args.save_steps == 8
 
@@ -330,6 +350,17 @@ def test_two_optimizers_and_two_clips(inputs: RLVRInputs, tmp_path: Path) -> Non
     assert norms[1][0] == pytest.approx(70 * norms[0][0], rel=1e-4) and norms[0][0] > 0.05
 
 
+def test_a_critic_whose_optimizer_is_in_cpu_memory_is_the_same(inputs: RLVRInputs, whole: Run, tmp_path: Path) -> None:
+    settings = {"critic": {"offload_optimizer": True}}
+    made = run(inputs, tmp_path / "whole", settings)
+    assert differing(whole.policy, made.policy) == differing(whole.critic, made.critic) == []
+    shutil.copytree(made.folder / "work", tmp_path / "again" / "work")
+    (tmp_path / "again" / "work" / "checkpoints" / "checkpoint-12" / CHECKPOINT_MARKER).unlink()
+    again = run(inputs, tmp_path / "again", settings)
+    assert differing(whole.critic, again.critic) == []
+    assert num_models_held(PPOSettings.model_validate(SETTINGS | settings)) == 5
+
+
 def test_a_critic_from_the_policy_says_zero(inputs: RLVRInputs, tmp_path: Path) -> None:
     trainer = trainer_of(inputs, tmp_path, {"critic": {"initial": "policy"}, "beta": 0.0})
     assert not trainer.critic.model.score.weight.any() and trainer.reference is None
@@ -363,6 +394,41 @@ def test_the_reward_models_score_is_added_where_no_penalty_stands(inputs: RLVRIn
         expected = 10 + 0.5 * (hidden @ model.score.weight[0]).item()
     assert ended.verdict == "right" and ended.reward == pytest.approx(expected, abs=1e-5) and abs(expected - 10) > 1e-3
     assert (cut.verdict, cut.reward) == ("no_eos", -10.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def test_a_lora_policy_without_its_adapter_is_the_reference(inputs: RLVRInputs, tmp_path: Path) -> None:
+    """Trained, merged, and gone on with from a checkpoint bit for bit; the KL term is that of a reference apart."""
+    settings = {"lora": {"r": 4, "lora_alpha": 64.0}, "learning_rate": 5e-3}
+    made = run(inputs, tmp_path / "whole", settings)
+    before, history = start(inputs), made.log("history")
+    assert history[0]["kl"] == 0 and history[-1]["kl"] > 1e-4
+    assert 0 < len(differing(before, made.policy)) < len(before)
+    assert (tmp_path / "whole" / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+    trainer = trainer_of(inputs, tmp_path / "apart", settings)
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    episodes = trainer._roll_out(0)
+    apart = ppo._reference(inputs, trainer.processing_class)
+    for one in episodes:
+        ids, begin = torch.tensor([one["prompt_ids"] + one["ids"]]), len(one["prompt_ids"]) - 1
+        with torch.no_grad():
+            rows = torch.log_softmax(apart(ids).logits[0, begin:-1], -1)
+        expected = rows.gather(1, ids[0, begin + 1 :, None])[:, 0]
+        torch.testing.assert_close(one["reference_logps"], expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(one["logps"], expected, atol=1e-3)
+
+    shutil.copytree(made.folder / "work", tmp_path / "again" / "work")
+    (tmp_path / "again" / "work" / "checkpoints" / "checkpoint-12" / CHECKPOINT_MARKER).unlink()
+    again = run(inputs, tmp_path / "again", settings)
+    assert (tmp_path / "again" / "work" / "resumed.jsonl").read_text() == "8\n"
+    assert differing(made.policy, again.policy) == differing(made.critic, again.critic) == []
+    assert num_models_held(PPOSettings.model_validate(SETTINGS | settings)) == 4
 
 
 # ------------------------------------------------------------------------------------------------- bfloat16, and disk
