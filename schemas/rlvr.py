@@ -11,7 +11,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, field_va
 
 from smoltulu.schemas.budget import Budget
 from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery, science
-from smoltulu.schemas.training import GateSettings, RowRules, TrainingInputs, TrainingSettings
+from smoltulu.schemas.training import GateSettings, LoraSettings, RowRules, TrainingInputs, TrainingSettings
 
 Algorithm = Literal["ppo", "grpo", "rloo"]
 
@@ -104,6 +104,10 @@ class _GroupSettings(RLVRSettings):
     def num_prompts(self) -> int:
         return self.num_rollouts // self.num_generations
 
+    @property
+    def num_passes(self) -> int:
+        return self.num_iterations
+
     @model_validator(mode="after")
     def _groups_divide(self) -> Self:
         if self.effective_batch_size % self.num_generations:
@@ -152,6 +156,9 @@ class CriticSettings(StrictModel):
     )
     value_clip: float = science(0.2, gt=0, description="clip range of the values around those of the rollout; Tulu 3")
     value_coefficient: float = science(0.1, gt=0, description="of the value loss; Tulu 3")
+    offload_optimizer: bool = machinery(
+        False, description="keep Adam's moments of the critic, and move its weights, in CPU memory; slower"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -183,6 +190,12 @@ class PPOSettings(RLVRSettings):
         -10.0, description="replaces the reward of a completion without eos; -10: Tulu 3; none: as verified"
     )
     critic: CriticSettings = science(CriticSettings())
+    lora: LoraSettings | None = science(
+        None, absent=None, description="of the policy; the reference is then the policy without it; none: Tulu 3"
+    )
+    rollout_batch_size: int | None = machinery(
+        None, ge=1, description="rollouts that a process writes at once; none: all of a rollout batch"
+    )
 
     @property
     def num_rollouts(self) -> int:
@@ -191,6 +204,14 @@ class PPOSettings(RLVRSettings):
     @property
     def num_prompts(self) -> int:
         return self.num_rollouts // self.num_samples_per_prompt
+
+    @property
+    def num_passes(self) -> int:
+        return self.num_ppo_epochs
+
+    @property
+    def trains_critic(self) -> bool:
+        return True
 
     @property
     def num_steps_per_rollout(self) -> int:
@@ -227,6 +248,20 @@ class PPOSettings(RLVRSettings):
             raise ValueError(
                 f"critic.warmup_steps {self.critic.warmup_steps:,} leaves the policy none of the run's {num_steps:,} "
                 "optimizer steps; lower it, or raise num_episodes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> Self:
+        """The policy's schedule counts the steps behind the critic's warm-up; a schedule of both must fit both."""
+        num_steps, critic = self.budget.max_steps, self.critic
+        assert num_steps is not None
+        if self.schedule is not None and critic.warmup_steps:
+            self.schedule.check(num_steps - critic.warmup_steps)
+        if critic.lr_scheduler_type == "constant" and critic.warmup_ratio:
+            raise ValueError(
+                f"critic.lr_scheduler_type constant has no warm-up, and would ignore critic.warmup_ratio "
+                f"{critic.warmup_ratio}; set it to 0, or take linear or cosine"
             )
         return self
 

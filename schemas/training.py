@@ -89,6 +89,16 @@ class TrainingSettings(StrictModel):
         """Whether it has a checkpoint that a training with a larger budget could go on from."""
         return False
 
+    @property
+    def num_passes(self) -> int:
+        """Optimizer passes over each row that it reads, or rollout that it writes."""
+        return 1
+
+    @property
+    def trains_critic(self) -> bool:
+        """Whether a second model, of the size of the first, is trained, kept in checkpoints and in the artifact."""
+        return False
+
 
 class LoraSettings(StrictModel):
     """Low-rank adapters (arXiv 2106.09685) on all linear layers but the output head; merged at the end."""

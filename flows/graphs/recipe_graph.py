@@ -27,6 +27,7 @@ from smoltulu.tasks.data.hub import Reference, SourceUnavailable, hub_text, reso
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.evaluation.lm_eval import definitions_digest
 from smoltulu.tasks.models.chat_template import load_chat_template
+from smoltulu.tasks.models.classifiers import check_one_score
 from smoltulu.tasks.models.folders import check_model_folder
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
@@ -294,6 +295,7 @@ class Graph(NodeGraph):
         if isinstance(settings, PPOSettings) and settings.critic.path is not None:
             folders["critic"] = expand_path(settings.critic.path)
             check_model_folder(folders["critic"])
+            check_one_score(folders["critic"])
         return self._train("rlvr", start, others, folders)
 
     def _evaluate(self, subject: str | None, kind: str, reference_model: str | None = None) -> None:

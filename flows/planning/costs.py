@@ -57,6 +57,7 @@ class Cost:
 
     num_timed_steps  optimizer steps in `seconds`: those after the last resume
     dataset          key of the rows
+    num_passes       optimizer passes over each row or rollout
     """
 
     num_steps: int
@@ -69,14 +70,20 @@ class Cost:
     num_processes: int
     dataset: str = ""
     max_length: int = 0
+    num_passes: int = 1
 
 
-def estimated_tokens(num_steps: int, effective_batch_size: int, similar: Cost | None) -> int | None:
-    """Tokens of `num_steps` steps, with the mean tokens per row of a similar stage."""
+def estimated_tokens(
+    num_steps: int, effective_batch_size: int, similar: Cost | None, num_passes: int = 1
+) -> int | None:
+    """Tokens of `num_steps` steps, with the mean tokens per row of a similar stage.
+
+    num_passes  optimizer passes over each row, whose tokens count once
+    """
     if similar is None or not similar.num_tokens or not similar.num_steps:
         return None
-    per_row = similar.num_tokens / (similar.num_steps * similar.effective_batch_size)
-    return round(per_row * num_steps * effective_batch_size)
+    per_row = similar.num_tokens * similar.num_passes / (similar.num_steps * similar.effective_batch_size)
+    return round(per_row * num_steps * effective_batch_size / num_passes)
 
 
 def closest(costs: Iterable[Cost], num_parameters: int | None, device: str, dataset: str = "") -> Cost | None:
@@ -215,7 +222,7 @@ class Costs:
                 tokens = tokens_of_steps(all_steps, rows.num_rows, rows.num_tokens, batch) - seen
             else:
                 max_length = _max_length(settings.model_dump())
-                tokens = estimated_tokens(left, batch, closest_rows(costs, dataset, max_length))
+                tokens = estimated_tokens(left, batch, closest_rows(costs, dataset, max_length), settings.num_passes)
             similar = closest(costs, size, device, dataset)
             seconds = estimated_seconds(left, batch, size, compute.num_processes, similar)
         if size is not None and tokens is not None:
@@ -226,8 +233,8 @@ class Costs:
                 kept = min(kept, -(-all_steps // compute.save_steps))
             known = rows.num_tokens is not None and trains_on_its_rows
             cache = (rows.num_tokens or 0) * BYTES_PER_TOKEN if known else rows.rows_bytes * TEXT_FACTOR
-            peak = training_bytes(ModelSize(size), cache, kept, adapter)
-        disk = None if size is None else model_bytes(ModelSize(size))
+            peak = training_bytes(ModelSize(size), cache, kept, adapter, settings.trains_critic)
+        disk = None if size is None else model_bytes(ModelSize(size)) * (1 + settings.trains_critic)
         if disk is not None and settings.is_extendable and compute.keep_extension_checkpoint:
             disk += checkpoint_bytes(adapter or ModelSize(size or 0))
         return Estimate(left, tokens, flops, disk, peak, seconds)
@@ -300,6 +307,7 @@ def cost_of(manifest: Mapping[str, Any]) -> Cost | None:
             num_processes=int(compute["num_processes"]),
             dataset=str(spec["inputs"]["dataset"]),
             max_length=_max_length(spec["config"]),
+            num_passes=int(spec["config"].get("num_ppo_epochs") or spec["config"].get("num_iterations") or 1),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from smoltulu.artifacts import readable
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.rlvr import RLVRSettings
+from smoltulu.schemas.rlvr import PPOSettings, RLVRSettings
 from smoltulu.tasks.models.sizes import model_size
 
 
@@ -24,14 +24,33 @@ def kv_bytes(config: Mapping[str, Any], num_sequences: int, num_tokens: int, byt
 def rollout_bytes(settings: RLVRSettings, model: Path, longest: int, compute: ComputeSettings, bfloat16: bool) -> int:
     """Bytes needed while rollouts of the longest length are generated."""
     weights = 4 * model_size(model).num_parameters
-    # Adam's moments and the reference model stay in memory, and autocast keeps a copy of the weights.
-    held = (4 if settings.beta > 0 else 3) * weights + (weights // 2 if bfloat16 else 0)
+    held = num_models_held(settings) * weights + (weights // 2 if bfloat16 else 0)  # autocast keeps a copy
     try:
         architecture = json.loads((model / "config.json").read_text())
-        num_rollouts = -(-settings.num_rollouts // compute.num_processes)
-        return held + kv_bytes(architecture, num_rollouts, longest, 2 if bfloat16 else 4)
+        return held + kv_bytes(architecture, num_at_once(settings, compute), longest, 2 if bfloat16 else 4)
     except (KeyError, TypeError):  # not a decoder with attention in every layer
         return held
+
+
+def num_models_held(settings: RLVRSettings) -> int:
+    """How often the weights are in memory during generation: a model that is trained with Adam's moments counts three.
+
+    The policy; the reference, where there is a KL term; PPO's critic; the reward model, where its score counts. With
+    LoRA the policy has no moments worth counting, and is the reference too.
+    """
+    held = 3 + (settings.beta > 0) + (settings.reward_model_weight > 0)
+    if isinstance(settings, PPOSettings):
+        if settings.lora is not None:
+            held = 1 + (settings.reward_model_weight > 0)
+        held += 1 if settings.critic.offload_optimizer else 3
+    return held
+
+
+def num_at_once(settings: RLVRSettings, compute: ComputeSettings) -> int:
+    """Rollouts that one process generates at once."""
+    own = -(-settings.num_rollouts // compute.num_processes)
+    limit = settings.rollout_batch_size if isinstance(settings, PPOSettings) else None
+    return min(own, limit or own)
 
 
 def require_memory(needed: int, settings: RLVRSettings, longest: int) -> None:
@@ -40,9 +59,10 @@ def require_memory(needed: int, settings: RLVRSettings, longest: int) -> None:
 
     there = torch.cuda.get_device_properties(0).total_memory
     if needed > there:
+        cut = "rollout_batch_size" if isinstance(settings, PPOSettings) else "steps_per_generation"
         raise ValueError(
-            f"rlvr: {settings.num_rollouts:,} rollouts of up to {longest:,} tokens, the model, its optimizer "
-            f"and the reference need {readable.size(needed)}, and this GPU has {readable.size(there)}; lower "
-            "max_completion_length or steps_per_generation, raise compute.num_processes, or take a larger device "
+            f"rlvr: {settings.num_rollouts:,} rollouts of up to {longest:,} tokens, the models and their optimizers "
+            f"need {readable.size(needed)}, and this GPU has {readable.size(there)}; lower "
+            f"max_completion_length or {cut}, raise compute.num_processes, or take a larger device "
             "(preflight.dry_run: false skips this check, not the failure)"
         )

@@ -27,6 +27,8 @@ from smoltulu.tasks.report.summary import Outputs, outputs_of, preflight_figures
 FIRST_CURVES = (
     "loss",
     "reward",
+    "explained_variance",
+    "value_loss",
     "accuracy",
     "margin",
     "rewards/accuracies_normalised",

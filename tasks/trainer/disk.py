@@ -9,7 +9,8 @@ A checkpoint holds, for N parameters (weights are float32 in both precisions, se
 
 At its peak `work/` holds the kept checkpoints, the one being written (old ones are removed only after the new one is
 whole) and the Arrow copy of the rows. At the end the finished model (4 N) is written instead of a checkpoint. With
-LoRA a checkpoint holds the adapter's N parameters, and the finished model lies beside the adapter.
+LoRA a checkpoint holds the adapter's N parameters, and the finished model lies beside the adapter. PPO's critic is a
+second model of N parameters: in every checkpoint with its own moments, and beside the finished model.
 """
 
 from __future__ import annotations
@@ -65,16 +66,21 @@ def cache_bytes(rows: Path) -> int:
 
 
 def training_bytes(
-    size: ModelSize, rows_cache_bytes: int, num_checkpoints: int, adapter: ModelSize | None = None
+    size: ModelSize,
+    rows_cache_bytes: int,
+    num_checkpoints: int,
+    adapter: ModelSize | None = None,
+    has_critic: bool = False,
 ) -> int:
     """The most bytes that a training stage has on disk at any time. `size`: of the model that it starts from.
 
     rows_cache_bytes  Arrow copy of its rows, see `cache_bytes`
     num_checkpoints   kept beside the one being written, see `num_checkpoints_kept`
     adapter           where only an adapter is trained
+    has_critic        where a critic of the same size is trained beside it
     """
-    checkpoint = checkpoint_bytes(adapter or size)
-    at_the_end = model_bytes(size) + (model_bytes(adapter) if adapter else 0)
+    checkpoint = checkpoint_bytes(adapter or size) + (checkpoint_bytes(size) if has_critic else 0)
+    at_the_end = model_bytes(size) * (1 + has_critic) + (model_bytes(adapter) if adapter else 0)
     return rows_cache_bytes + num_checkpoints * checkpoint + max(checkpoint, at_the_end)
 
 
@@ -82,4 +88,5 @@ def disk_of_training(settings: TrainingSettings, model: Path, rows: Path, comput
     """`training_bytes` from the model's folder and the rows file: what a preflight says and what a start checks."""
     size, lora = model_size(model), getattr(settings, "lora", None)
     adapter = adapter_size(size, lora.r) if lora else None
-    return training_bytes(size, cache_bytes(rows), num_checkpoints_kept(compute, settings.is_extendable), adapter)
+    kept = num_checkpoints_kept(compute, settings.is_extendable)
+    return training_bytes(size, cache_bytes(rows), kept, adapter, settings.trains_critic)

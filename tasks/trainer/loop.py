@@ -276,12 +276,13 @@ def train(
     schedule: ScheduleSettings | None,
     loss_rule: LossRule = LossRule(),  # noqa: B008 - frozen
     cycle: int = 1,
+    keeps_for_extension: bool = True,
 ) -> int:
     """Train from the newest complete checkpoint, or from the start. Returns the number of optimizer steps in all.
 
     Copies the history of logged metrics into the artifact. A `schedule` replaces the trainer's own. `cycle`: see
-    `callbacks`. ValueError where the schedule does not fit into the number of steps, or where a guard
-    (`tasks.trainer.guards`) ends the training.
+    `callbacks`. `keeps_for_extension`: whether a longer training could go on from here. ValueError where the schedule
+    does not fit into the number of steps, or where a guard (`tasks.trainer.guards`) ends the training.
     """
     for callback in callbacks(context, cycle):
         trainer.add_callback(callback)
@@ -305,7 +306,8 @@ def train(
     if schedule is not None:
         _follow(schedule, trainer)
         # GRPO can resume only between two generations; tasks/trainer/extension.py does not look for such a step.
-        if context.compute.keep_extension_checkpoint and not hasattr(trainer.args, "num_generations"):
+        keeps = keeps_for_extension and context.compute.keep_extension_checkpoint
+        if keeps and not hasattr(trainer.args, "num_generations"):
             trainer.add_callback(keep_checkpoint(schedule, context))
     num_warmup_steps = schedule.num_warmup_steps if schedule else trainer.args.get_warmup_steps
     # Last, so that it knows whether a checkpoint will be written.

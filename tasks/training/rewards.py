@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.tasks.verifiers import verify
@@ -45,3 +46,28 @@ def reward_function(config: RLVRSettings, eos_token_id: int | list[int]) -> Call
         ]
 
     return verifiable_reward
+
+
+#: What became of a rollout. Of one that is not graded there is no reward: it is in no loss, and counted.
+Verdict = Literal["right", "wrong", "no_eos", "could_not_grade"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Reward of one rollout (None: could not be graded), what it was given for, and why in words."""
+
+    reward: float | None
+    verdict: Verdict
+    reason: str = ""
+
+
+def score_rollout(config: RLVRSettings, verifier: str, ground_truth: str, text: str, stopped: bool) -> Score:
+    """Reward and verdict of one rollout. `text`: what the model wrote, without the token that ended it."""
+    verdict = verify(verifier, text, ground_truth)
+    reward = rollout_reward(verdict, stopped, config.reward_correct, config.non_stop_reward)
+    if reward is None:
+        return Score(None, "could_not_grade", f"{verifier} cannot read the ground truth")
+    if not stopped and config.non_stop_reward is not None:
+        return Score(reward, "no_eos", f"no end within {config.max_completion_length:,} tokens")
+    return Score(reward, "right" if verdict else "wrong", f"{verifier}: {verdict:g}")

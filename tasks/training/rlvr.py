@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from smoltulu.schemas.models import ModelOutputs
-from smoltulu.schemas.rlvr import GRPOSettings, RLVRInputs, RLVRSettings
+from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings, RLVRInputs, RLVRSettings
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.loop import finish
-from smoltulu.tasks.training import grpo
+from smoltulu.tasks.training import grpo, ppo
 from smoltulu.tasks.training.audited import rows_to_train
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ def build_without_generation(config: RLVRSettings, inputs: TrainingInputs, conte
     """The trainer for a dry run. It generates nothing: every rollout of a step is given, as long as allowed."""
     if isinstance(config, GRPOSettings):
         return grpo.build_without_generation(config, inputs, context)
-    raise ValueError(f"rlvr.algorithm {config.algorithm} is not there yet; set it to grpo")
+    if isinstance(config, PPOSettings):
+        return ppo.build_without_generation(config, inputs, context)
+    raise ValueError(f"rlvr.algorithm {config.algorithm} is not there yet; set it to grpo or ppo")
 
 
 def train_rlvr(
@@ -38,18 +40,23 @@ def train_rlvr(
         trainer = grpo.build(config, inputs, context)
         num_steps = grpo.run(trainer, config, context)
         return finish(trainer, context, num_steps, grpo.SHOWN, config.gate)
-    raise ValueError(f"rlvr.algorithm {config.algorithm} is not there yet; set it to grpo")
+    if isinstance(config, PPOSettings):
+        return ppo.run(config, inputs, context)
+    raise ValueError(f"rlvr.algorithm {config.algorithm} is not there yet; set it to grpo or ppo")
 
 
 def flops_per_token(config: RLVRSettings) -> float:
     """A parameter: 2 to write a rollout, 2 for the reference where there is a KL term, 6 for each pass over it."""
+    if isinstance(config, PPOSettings):
+        return ppo.flops_per_token(config)
     assert isinstance(config, GRPOSettings)
     return 2 + (2 if config.beta > 0 else 0) + 6 * config.num_iterations
 
 
 rlvr = Stage(
     "rlvr", 2, RLVRSettings, RLVRInputs, ModelOutputs, train_rlvr, gate_failures, build_without_generation,
-    memory_advice=". All rollouts of a step are generated at once, whatever it is: lower max_completion_length, raise "
-    "compute.num_processes, or take a device with more memory. The checkpoints are kept",
+    memory_advice=". All rollouts of a step are generated at once, whatever it is (PPO: rollout_batch_size of them): "
+    "lower max_completion_length, raise compute.num_processes, or take a device with more memory. The checkpoints are "
+    "kept",
     flops=flops_per_token,
 )  # fmt: skip

@@ -17,6 +17,7 @@ from smoltulu.flows.recipe import load_recipe
 from smoltulu.recipes import CHAT_TEMPLATES
 from smoltulu.tasks.models.chat_template import check_chat_template, load_chat_template
 from tests import ROOT
+from tests.tiny_model import build_tiny_model
 
 DPO_AND_AFTER = {
     "dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward", "pass-rates", "rlvr", "evaluation-rlvr", "publish",
@@ -189,6 +190,44 @@ def test_the_reward_model_starts_where_the_recipe_says() -> None:
     assert {"dpo", "reward-model"} <= set(Graph(load_recipe("tiny", until), until="reward_model").nodes)
     with pytest.raises(ValueError, match="reward_model: starts from the model of dpo; add a block dpo"):
         load_recipe({"extends": "tiny", "dpo": None, "reward_model": {"start_from": "dpo"}})
+
+
+PPO: dict[str, Any] = {
+    "algorithm": "ppo", "learning_rate": 1e-6, "effective_batch_size": 8, "num_episodes": 64, "max_prompt_length": 64,
+    "max_completion_length": 32, "precision": "float32",
+}  # fmt: skip
+
+
+def test_ppo_takes_the_reward_model_or_an_earlier_critic(tmp_path: Path) -> None:
+    def rlvr(**changes: Any) -> Any:
+        graph = Graph(load_recipe("tiny", {"rlvr": PPO | changes}))
+        return graph.nodes["rlvr"], graph.key("rlvr")
+
+    node, key = rlvr()
+    assert node.inputs["reward_model"] == Binding("reward-model", "folder") and node.inputs["model"].node == "dpo"
+    assert rlvr(rollout_batch_size=3)[1] == key != rlvr(critic={"warmup_steps": 1})[1]
+    node, _ = rlvr(critic={"initial": "policy"})
+    assert "reward_model" not in node.inputs
+    node, _ = rlvr(critic={"initial": "policy"}, reward_model_weight=0.5)
+    assert node.inputs["reward_model"] == Binding("reward-model", "folder")
+    # By content, wherever it lies; refused where it is no critic, before anything runs.
+    own = {"initial": "path", "path": str(build_tiny_model(tmp_path / "critic", num_labels=1))}
+    node, key = rlvr(critic=own)
+    assert "reward_model" not in node.inputs and node.literals["critic"] == own["path"]
+    moved = build_tiny_model(tmp_path / "moved", num_labels=1)
+    assert rlvr(critic={"initial": "path", "path": str(moved)})[1] == key
+    (moved / "README.md").write_text("another content")
+    assert rlvr(critic={"initial": "path", "path": str(moved)})[1] != key
+    with pytest.raises(ValueError, match="holds LlamaForCausalLM, not a reward model"):
+        rlvr(critic={"initial": "path", "path": str(build_tiny_model(tmp_path / "policy"))})
+    with pytest.raises(ValueError, match=r"starts its critic from the reward model.*add a block reward_model"):
+        load_recipe("tiny", {"rlvr": PPO, "reward_model": None})
+
+
+def test_a_plan_counts_ppos_steps_episodes_and_second_model(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny", {"rlvr": PPO})
+    rows = {row.node: row for row in plan(recipe, None, [], Store(tmp_path / "store")).rows}
+    assert rows["rlvr"].estimate.num_steps == 64 // 8 * 4
 
 
 def test_keys_are_the_same_in_another_process(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -651,6 +652,9 @@ def test_estimates_by_hand() -> None:
     # 40,000 tokens in 100 steps of 4 rows: 100 a row; 10 steps of 8 rows.
     assert estimated_tokens(10, 8, SEEN) == 8000
     assert estimated_tokens(10, 8, None) is None
+    # Four passes over every rollout: a fourth of the rollouts in as many steps.
+    assert estimated_tokens(10, 8, SEEN, num_passes=4) == 2000
+    assert estimated_tokens(10, 8, replace(SEEN, num_passes=2)) == 16000
     # 4 s a step (timed since the resume); twice the batch, three times the model, two processes.
     assert estimated_seconds(10, 8, 3000, 2, SEEN) == pytest.approx(10 * 4 * 2 * 3 / 2)
     assert estimated_seconds(10, 8, None, 1, SEEN) is None and estimated_seconds(10, 8, 3000, 1, None) is None

@@ -129,6 +129,36 @@ def test_rlvr_trains_on_given_rollouts_as_long_as_allowed(
     assert step.num_tokens == max(size, 2) * (flight.outputs.longest + 17)
 
 
+@pytest.mark.parametrize(("beta", "weight"), [(0.05, 0.0), (0.0, 0.5)])
+def test_ppo_trains_policy_and_critic_on_given_rollouts(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beta: float, weight: float
+) -> None:
+    """All that a step holds is there: critic, both optimizers, reference or reward model; nothing is generated."""
+    from smoltulu.tasks.models import decoding
+    from smoltulu.tasks.training.ppo_trainer import PPOTrainer
+
+    monkeypatch.setattr(decoding, "write", lambda *args, **kwargs: pytest.fail("generated"))
+    seen: list[tuple[int, int]] = []
+    real = PPOTrainer.training_step
+
+    def training_step(trainer: Any, model: Any, inputs: Any, *args: Any) -> Any:
+        assert [len(one["ids"]) for one in inputs] == [17, 17] and inputs[0]["score"].verdict == "no_eos"
+        assert (trainer.reference is not None) == (beta > 0)
+        seen.append((len(trainer.optimizer.state), len(trainer.critic.optimizer.state)))
+        return real(trainer, model, inputs, *args)
+
+    monkeypatch.setattr(PPOTrainer, "training_step", training_step)
+    settings = {
+        "algorithm": "ppo", "beta": beta, "reward_model_weight": weight, "max_completion_length": 17,
+        "num_episodes": 64, "num_minibatches": 4,
+        "critic": {"warmup_steps": 3},
+    }  # fmt: skip
+    flight, step = flown(monkeypatch, tmp_path, model, "rlvr", rows_for("rlvr", 2), None, **settings)
+    assert seen == [(0, 0), (20, 21)]  # the first step makes both optimizers, the second has them
+    assert step.num_tokens == 2 * (flight.outputs.longest + 17)
+    assert flight.outputs.dry_run is not None and flight.outputs.dry_run.generation_bytes > 0
+
+
 @pytest.mark.parametrize("subject", list(KINDS))
 def test_a_base_model_without_embeddings_of_some_tokens_is_tried_as_sft_will_make_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subject: str

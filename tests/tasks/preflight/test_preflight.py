@@ -326,7 +326,8 @@ def training_of(subject: str, **changes: Any) -> dict[str, Any]:
     """What the config of a preflight says of the training that it is for."""
     settings = {"learning_rate": 1e-3, "effective_batch_size": 4, "precision": "float32"}
     if subject == "rlvr":
-        settings |= {"num_steps": 9, "num_generations": 4, "max_prompt_length": 128, "max_completion_length": 20}
+        settings |= {"max_prompt_length": 128, "max_completion_length": 20}
+        settings |= {} if changes.get("algorithm") == "ppo" else {"num_steps": 9, "num_generations": 4}
     else:
         settings |= {"max_length": 128}
     made = STAGES[subject].config.model_validate(settings | changes)

@@ -1,0 +1,258 @@
+"""PPO with a critic from the reward model, as SmolTulu and Tulu 3 used it (docs/stages/rlvr.md).
+
+Mathematics: ppo_maths.py; rollouts: rollouts.py; the loop: ppo_trainer.py; the critic: critic.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smoltulu.schemas.models import ModelOutputs
+from smoltulu.schemas.rlvr import PPOSettings, RLVRInputs
+from smoltulu.schemas.training import TrainingInputs
+from smoltulu.tasks.models.classifiers import load_classifier, load_reward_model
+from smoltulu.tasks.models.folders import (
+    fit_embeddings,
+    load_language_model,
+    load_tokenizer,
+    save_model,
+    switch_dropout_off,
+)
+from smoltulu.tasks.models.lora import with_adapter
+from smoltulu.tasks.models.tokens import conversations, stop_token_ids
+from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.gate import check_saved
+from smoltulu.tasks.trainer.guards import LossRule
+from smoltulu.tasks.trainer.loop import finish, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.training.critic import CRITIC_FOLDER, Critic, checked_folder, load_critic, prepared
+from smoltulu.tasks.training.rewards import Score, score_rollout
+from smoltulu.tasks.training.rollout_log import RolloutLog
+from smoltulu.tasks.training.rollouts import Request, Rollout, transformers_backend
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from smoltulu.tasks.training.ppo_batch import Episode
+    from smoltulu.tasks.training.ppo_trainer import PPOTrainer, Scorer
+
+#: What the stage reports of its last steps.
+SHOWN = (
+    "reward", "verified/right", "kl", "entropy", "explained_variance", "value_loss", "policy_clip_share",
+    "completions/mean_length", "completions/clipped_ratio", "tokens_per_second",
+)  # fmt: skip
+
+
+def build(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> PPOTrainer:
+    """The trainer. Rows: {"prompt": messages, "verifier", "ground_truth"}.
+
+    ValueError where the reward model or critic cannot be used, or there are fewer prompts than a rollout batch needs.
+    """
+    prepare_torch(context)
+    rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
+    num_prompts = config.num_rollouts // config.num_samples_per_prompt
+    if len(rows) < num_prompts:
+        raise ValueError(
+            f"rlvr: a rollout batch takes {num_prompts:,} prompts ({config.num_rollouts:,} rollouts, "
+            f"{config.num_samples_per_prompt} per prompt), and there are {len(rows):,}; lower effective_batch_size or "
+            "num_minibatches, raise num_samples_per_prompt, or add prompts"
+        )
+    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+    # Refused before any weights are loaded.
+    if config.reward_model_weight > 0:
+        checked_folder(inputs.reward_model, "reward model", "reward_model_weight above 0", tokenizer)
+    critic = load_critic(config, inputs, tokenizer)
+    reward_model = None
+    if config.reward_model_weight > 0:
+        assert inputs.reward_model is not None
+        reward_model = prepared(load_reward_model(Path(inputs.reward_model)), tokenizer)
+    return _assembled(config, inputs, context, rows, critic, reward_model)
+
+
+def build_without_generation(config: PPOSettings, inputs: TrainingInputs, context: StageContext) -> PPOTrainer:
+    """`build` for a dry run. It generates nothing: every rollout of a step is given, as long as allowed.
+
+    All rollouts are of one prompt. Critic and reward model are made of the policy, which has their size.
+    """
+    prepare_torch(context)
+    size = config.effective_batch_size
+    config = config.model_copy(
+        update={
+            "num_samples_per_prompt": size,
+            "num_minibatches": 1,
+            "num_ppo_epochs": 1,
+            "num_episodes": 2 * size,
+            "critic": config.critic.model_copy(update={"initial": "policy", "path": None, "warmup_steps": 0}),
+        }
+    )
+    tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
+    given = RLVRInputs(**inputs.model_dump())
+    rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
+    reward_model = None
+    if config.reward_model_weight > 0:
+        reward_model = prepared(load_classifier(Path(inputs.model)), tokenizer)
+    trainer = _assembled(config, given, context, rows, load_critic(config, given, tokenizer), reward_model)
+
+    def rollouts(requests: Sequence[Request]) -> list[Rollout]:
+        length = config.max_completion_length
+        return [Rollout([request.prompt_ids[-1]] * length, False, [0.0] * length) for request in requests]
+
+    trainer.backend = rollouts
+    return trainer
+
+
+def _assembled(
+    config: PPOSettings,
+    inputs: RLVRInputs,
+    context: StageContext,
+    rows: Dataset,
+    critic: PreTrainedModel,
+    reward_model: PreTrainedModel | None,
+) -> PPOTrainer:
+    from transformers import TrainingArguments
+    from trl.trainer.utils import add_fused_lm_head
+
+    from smoltulu.tasks.training.ppo_trainer import PPOTrainer
+
+    def fused(model: PreTrainedModel) -> PreTrainedModel:
+        add_fused_lm_head(model, temperature=config.temperature, outputs=("log_probs", "entropy"))
+        return model
+
+    policy, tokenizer = load_model(config, inputs, packing=False, dropout=False)
+    policy, reference = fused(policy), None
+    if config.lora:
+        policy = with_adapter(policy, config.lora)
+    elif config.beta > 0:
+        reference = fused(_reference(inputs, tokenizer))
+    arguments = trainer_arguments(config, context)
+    del arguments["trust_remote_code"]  # TRL's own; `load_language_model` runs none
+    # A checkpoint within a rollout batch would lose the rollouts, so save only at the end of one.
+    cycle = config.num_steps_per_rollout
+    arguments["save_steps"] = -(-context.compute.save_steps // cycle) * cycle
+    num_steps = config.budget.max_steps
+    assert num_steps is not None
+    backend = transformers_backend(
+        policy,
+        seed=config.seed,
+        max_new_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        stop_ids=stop_token_ids(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        batch_size=config.rollout_batch_size,
+        autocast=lambda: trainer.accelerator.autocast(),
+    )
+    trainer = PPOTrainer(
+        model=policy,
+        args=TrainingArguments(**arguments, max_steps=num_steps, remove_unused_columns=False),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        settings=config,
+        critic=Critic(critic, config),
+        reference=reference,
+        backend=backend,
+        scorer=verifier_scores(config, rows),
+        rollout_log=RolloutLog(context.work, num_steps // cycle),
+    )
+    if reward_model is not None:
+        trainer.scorer = _with_reward_model(trainer, reward_model.to(trainer.args.device).eval())
+    return trainer
+
+
+def _reference(inputs: RLVRInputs, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The starting policy once more, frozen."""
+    model = load_language_model(Path(inputs.model))
+    fit_embeddings(model, tokenizer)
+    switch_dropout_off(model)
+    return model.eval().requires_grad_(False)
+
+
+def verifier_scores(config: PPOSettings, rows: Dataset) -> Scorer:
+    """Rewards by the verifiers of the rows."""
+
+    def scores(episodes: Sequence[Episode]) -> list[Score]:
+        made = []
+        for episode in episodes:
+            row = rows[episode["row"]]
+            made.append(
+                score_rollout(config, row["verifier"], row["ground_truth"], episode["text"], episode["stopped"])
+            )
+        return made
+
+    return scores
+
+
+def _with_reward_model(trainer: PPOTrainer, reward_model: PreTrainedModel) -> Scorer:
+    """The trainer's scores, with the reward model's times its weight added where no penalty replaced them.
+
+    A text that was ended is rendered by the template, as those that the reward model was trained on; any other is
+    scored as it was written.
+    """
+    import torch
+
+    from smoltulu.tasks.training.ppo_batch import by_episode, collate, last_scores
+
+    of_verifiers, weight, tokenizer = trainer.scorer, trainer.settings.reward_model_weight, trainer.processing_class
+
+    def seen(episode: Episode) -> list[int]:
+        if not episode["stopped"]:
+            return episode["prompt_ids"] + episode["ids"]
+        said = {"role": "assistant", "content": episode["text"]}
+        return conversations(tokenizer, [[*episode["prompt"], said]])[0].input_ids
+
+    @torch.no_grad()
+    def scores(episodes: Sequence[Episode]) -> list[Score]:
+        made = of_verifiers(episodes)
+        # One "token" each: a text whose last token is the whole response, so that one value comes of it.
+        texts: list[Episode] = []
+        for episode, score in zip(episodes, made, strict=True):
+            ids = seen(episode)
+            texts.append({"prompt_ids": ids[:-1], "ids": ids[-1:], "score": replace(score, reward=0.0)})
+
+        def of_batch(batch: list[Episode]) -> torch.Tensor:
+            with trainer.accelerator.autocast():
+                return last_scores(reward_model, collate(batch, tokenizer.pad_token_id, trainer.args.device))
+
+        values = by_episode(texts, trainer.args.per_device_train_batch_size, of_batch)
+        return [
+            score
+            if score.reward is None or score.verdict == "no_eos"
+            else replace(score, reward=score.reward + weight * value.item())
+            for score, value in zip(made, values, strict=True)
+        ]
+
+    return scores
+
+
+def run(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> tuple[ModelOutputs, dict[str, float]]:
+    """Train, save policy and critic, and check both as saved."""
+    trainer = build(config, inputs, context)
+    # Whitened advantages have a mean of 0: the value of the loss says nothing.
+    rule = LossRule(zero_is_fault=False, must_not_grow=False)
+    cycle = config.num_steps_per_rollout
+    num_steps = train(trainer, context, config.schedule, rule, cycle, keeps_for_extension=False)
+    outputs, metrics = finish(trainer, context, num_steps, SHOWN, config.gate)
+    outputs = outputs.model_copy(update={"critic": CRITIC_FOLDER})
+    if trainer.is_world_process_zero():
+        tokenizer: Any = trainer.processing_class
+        model, folder = trainer.critic.model, context.folder / CRITIC_FOLDER
+        save_model(model, tokenizer, folder)
+        check_saved(model, tokenizer, folder, trainer.train_dataset, None, trainer.args.bf16)
+        trainer.rollout_log.publish(context.folder)
+    return outputs, metrics
+
+
+def flops_per_token(config: PPOSettings) -> float:
+    """A parameter and token of a rollout, of policy and critic, which have nearly as many.
+
+    2 to write it, 2 each for the policy's log-probability, the reference's (where there is a KL term) and the value
+    before the update, 2 for the reward model's score (where it counts), 6 for each pass of the critic, and of the
+    policy, which waits in the critic's warm-up.
+    """
+    num_steps = config.budget.max_steps
+    assert num_steps is not None
+    moved = 1 - config.critic.warmup_steps / num_steps
+    looks = 2 + 2 + 2 + (2 if config.beta > 0 else 0) + (2 if config.reward_model_weight > 0 else 0)
+    return looks + 6 * config.num_ppo_epochs * (1 + moved)

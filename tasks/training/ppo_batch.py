@@ -1,0 +1,119 @@
+"""Episodes of PPO as batches, and what policy and critic say of each response token.
+
+A batch is padded on the right: prompt, response, padding. Position t predicts token t + 1, so the log-probability of a
+response token, and the value before it, are read one place to the left of it. `shift_labels` marks these places. What
+comes out is flat, (N,): the N marked tokens, episode by episode. Prompts, padding and what follows an eos are in none
+of it, so no gradient can reach them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
+
+import torch
+from transformers import PreTrainedModel
+
+from smoltulu.tasks.models.decoding import longest_first
+from smoltulu.tasks.models.tokens import IGNORED, Messages
+from smoltulu.tasks.training.rewards import Score
+
+Batch = dict[str, torch.Tensor]
+
+
+class Episode(TypedDict, total=False):
+    """One rollout and what is known of it; tensors are (T,), one value a response token, on the CPU.
+
+    row, sample  number of the prompt in the rows, and of the sample; `prompt` names the row where a guard ends training
+    ids          of the response, with the token that ended it
+    score        reward and verdict; one without a reward is in no loss
+    """
+
+    row: int
+    sample: int
+    prompt: Messages
+    prompt_ids: list[int]
+    ids: list[int]
+    stopped: bool
+    text: str
+    sampled_logps: list[float]
+    score: Score
+    logps: torch.Tensor
+    reference_logps: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+def num_trained(episode: Episode) -> int:
+    """Response tokens that are in a loss: all, or none where the ground truth could not be graded."""
+    return 0 if episode["score"].reward is None else len(episode["ids"])
+
+
+def collate(episodes: Sequence[Episode], pad_token_id: int, device: torch.device) -> Batch:
+    """{"input_ids", "attention_mask", "shift_labels"}, each (episodes, tokens of the longest)."""
+    longest = max(len(episode["prompt_ids"]) + len(episode["ids"]) for episode in episodes)
+    shape = (len(episodes), longest)
+    ids, mask = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED)
+    for place, episode in enumerate(episodes):
+        start, end = len(episode["prompt_ids"]), len(episode["prompt_ids"]) + len(episode["ids"])
+        ids[place, :end] = torch.tensor(episode["prompt_ids"] + episode["ids"])
+        mask[place, :end] = 1
+        if num_trained(episode):
+            labels[place, start - 1 : end - 1] = ids[place, start:end]
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "shift_labels": labels.to(device)}
+
+
+def flat(episodes: Sequence[Episode], name: str, device: torch.device) -> torch.Tensor:
+    """A value of every trained token, (N,), in the order of `token_logps`."""
+    parts: list[Any] = [episode[name] for episode in episodes if num_trained(episode)]  # type: ignore[literal-required]
+    return (torch.cat(parts) if parts else torch.zeros(0)).float().to(device)
+
+
+def token_logps(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each marked token and the entropy of its distribution, both (N,), at the temperature.
+
+    `model` has TRL's fused head, which divides the logits by the temperature and never holds those of a batch.
+    """
+    made = model(**batch, use_cache=False, fused_lm_head=True)
+    marked = batch["shift_labels"] != IGNORED
+    return made.log_probs[marked], made.entropy[marked]
+
+
+def token_values(critic: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Value before each marked token, (N,): the score head at the place that predicts the token."""
+    hidden = _hidden(critic, batch)[batch["shift_labels"] != IGNORED]
+    values: torch.Tensor = critic.score(hidden)[:, 0]
+    return values
+
+
+def last_scores(reward_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Score of each whole text, (episodes,): the head at its last token, as a reward model is trained."""
+    last = batch["attention_mask"].sum(dim=1) - 1
+    hidden = _hidden(reward_model, batch)[torch.arange(len(last), device=last.device), last]
+    scores: torch.Tensor = reward_model.score(hidden)[:, 0]
+    return scores
+
+
+def _hidden(classifier: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    made: torch.Tensor = classifier.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).last_hidden_state
+    return made
+
+
+def by_episode(
+    episodes: Sequence[Episode], batch_size: int, compute: Callable[[list[Episode]], torch.Tensor]
+) -> list[torch.Tensor]:
+    """What `compute` says of every episode, in batches of similar length: (T,) each, on the CPU.
+
+    `compute` gives the (N,) values of a batch. Episodes without a reward get none, (0,).
+    """
+    made: dict[int, torch.Tensor] = {}
+    lengths = [len(episode["prompt_ids"]) + len(episode["ids"]) for episode in episodes]
+    for places in longest_first(lengths, batch_size):
+        batch = [episodes[place] for place in places]
+        values = compute(batch).float().cpu()
+        made |= zip(places, values.split([num_trained(episode) for episode in batch]), strict=True)
+    return [made[place] for place in range(len(episodes))]

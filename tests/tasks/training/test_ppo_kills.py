@@ -1,0 +1,139 @@
+"""SIGKILL in the middle of PPO, in a process of its own, in each of its phases; what goes on ends as if unbroken."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smoltulu.artifacts.checkpoints import newest_checkpoint
+from smoltulu.schemas.rlvr import RLVRInputs
+from tests.small_ppo import Run, differing, run, world
+
+#: Four steps a rollout batch: two epochs of two. The critic is alone for the first five.
+SETTINGS: dict[str, Any] = {"critic": {"warmup_steps": 5}, "num_episodes": 32}
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_in_generation() -> None:
+    from smoltulu.tasks.models import decoding
+
+    number, real = [0], decoding._next
+
+    def next_tokens(*args: Any) -> Any:
+        number[0] += 1
+        return die() if number[0] == 15 else real(*args)  # six tokens a batch: in the third
+
+    decoding._next = next_tokens
+
+
+def killed_in_scoring() -> None:
+    from smoltulu.tasks.training import ppo
+
+    number, real = [0], ppo.score_rollout
+
+    def score(*args: Any) -> Any:
+        number[0] += 1
+        return die() if number[0] == 12 else real(*args)  # eight a batch: in the second
+
+    ppo.score_rollout = score
+
+
+def _killed_at_step(step: int) -> None:
+    from smoltulu.tasks.training.ppo_trainer import PPOTrainer
+
+    real = PPOTrainer.training_step
+
+    def training_step(trainer: Any, *args: Any) -> Any:
+        return die() if trainer.state.global_step == step else real(trainer, *args)
+
+    PPOTrainer.training_step = training_step  # type: ignore[method-assign]
+
+
+def killed_in_warm_up() -> None:
+    _killed_at_step(4)
+
+
+def killed_in_the_second_epoch() -> None:
+    _killed_at_step(10)
+
+
+def killed_while_a_checkpoint_is_written() -> None:
+    """The policy's files are there, and half of the critic's."""
+    import torch
+
+    real = torch.save
+
+    def save(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(file).parent.name == "critic" and "checkpoint-8" in str(file):
+            Path(file).write_bytes(b"half")
+            die()
+        real(value, file, *args, **kwargs)
+
+    torch.save = save
+
+
+#: What kills -> the step of the newest checkpoint that is left.
+KILLS: dict[Callable[[], None], int] = {
+    killed_in_generation: 8,
+    killed_in_scoring: 4,
+    killed_in_warm_up: 4,
+    killed_in_the_second_epoch: 8,
+    killed_while_a_checkpoint_is_written: 4,
+}
+
+
+def child(kill: Callable[[], None], inputs: RLVRInputs, folder: Path) -> None:
+    kill()
+    run(inputs, folder, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> RLVRInputs:
+    return world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: RLVRInputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(inputs, tmp_path_factory.mktemp("whole"), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    """Children begin as copies of a process that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.small_ppo", "trl", "smoltulu.tasks.training.ppo_trainer"])
+    yield context
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", KILLS, ids=lambda kill: kill.__name__)
+def test_a_killed_run_goes_on_to_the_same_policy_and_critic(
+    server: Any, inputs: RLVRInputs, whole: Run, tmp_path: Path, kill: Callable[[], None]
+) -> None:
+    process = server.Process(target=child, args=(kill, inputs, tmp_path))
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == -signal.SIGKILL
+    newest = newest_checkpoint(tmp_path / "work" / "checkpoints", full=True)
+    assert newest is not None and newest[0] == KILLS[kill]
+
+    resumed = run(inputs, tmp_path, SETTINGS)
+    assert (tmp_path / "work" / "resumed.jsonl").read_text() == f"{KILLS[kill]}\n"
+    assert differing(whole.policy, resumed.policy) == differing(whole.critic, resumed.critic) == []
+    for name in ("prompts", "samples"):
+        assert resumed.log(name) == whole.log(name)
+    # Losses and all else, but for time and memory, are those of the unbroken run.
+    measured = {"tokens_per_second", "peak_memory_gb"}
+    for one, other in zip(whole.log("history"), resumed.log("history"), strict=True):
+        assert {name: one[name] for name in one.keys() - measured} == {
+            name: other[name] for name in other.keys() - measured
+        }

@@ -1,0 +1,51 @@
+"""PPO by two processes: the rollouts, prompts and weights of one, but for rounding."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smoltulu.schemas.artifact import Spec
+from smoltulu.schemas.common import scientific
+from smoltulu.schemas.rlvr import PPOSettings
+from smoltulu.tasks.engine.launch import run_child
+from smoltulu.tasks.job import Job
+from smoltulu.tasks.stages import STAGES
+from tests.small_ppo import SETTINGS, context, run, world
+
+#: Three samples of each prompt: a process has some of one.
+CHANGES: dict[str, Any] = {
+    "effective_batch_size": 6, "num_minibatches": 1, "num_samples_per_prompt": 3, "num_episodes": 12,
+    "non_stop_reward": None, "critic": {"warmup_steps": 1},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
+    inputs = world(tmp_path / "world")
+    alone = run(inputs, tmp_path / "alone", CHANGES, per_device_train_batch_size=6)
+    config = PPOSettings.model_validate(SETTINGS | CHANGES)
+    compute = context(tmp_path / "two", num_processes=2, per_device_train_batch_size=3).compute
+    spec = Spec(stage="rlvr", version=1, config=scientific(config), inputs={}, externals={})
+    work, out = tmp_path / "two" / "work", tmp_path / "two" / "work" / "output"
+    out.mkdir()
+    run_child(Job("rlvr", STAGES["rlvr"], config, compute, spec, inputs), work, out, logging.getLogger("test"))
+
+    def log(folder: Path, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / "logs" / f"{name}.jsonl").open()]
+
+    assert log(out, "prompts") == alone.log("prompts") and log(out, "samples") == alone.log("samples")
+    history = log(out, "history")
+    for one, other in zip(alone.log("history"), history, strict=True):
+        for name in one.keys() - {"tokens_per_second", "peak_memory_gb", "sampling_difference"}:
+            assert other[name] == pytest.approx(one[name], rel=2e-3, abs=2e-4), name
+    assert len(history) == 4 and history[-1]["learning_rate"] > 0
+    for folder, expected in (("model", alone.policy), ("critic", alone.critic)):
+        for name, value in load_file(out / folder / "model.safetensors").items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-4)
