@@ -38,6 +38,15 @@ class RLVRSettings(TrainingSettings):
         absent=None,
         description="prompts that are not trained on, by how often the starting model is right (stage pass_rates)",
     )
+    reward: Literal["verified", "constant", "random", "format_only"] = science(
+        "verified",
+        absent="verified",
+        description="what earns reward_correct; the others are controls, whose gain does not come from right answers: "
+        "every answer, a random share of them, every one in the form that its verifier reads",
+    )
+    random_reward_probability: float = science(
+        0.5, absent=0.5, gt=0, lt=1, description="share of the answers that reward random pays"
+    )
     gate: GateSettings = machinery(GateSettings())
 
     @field_validator("leave_out")
@@ -71,6 +80,15 @@ class RLVRSettings(TrainingSettings):
 
     def row_rules(self) -> RowRules:
         return RowRules(kind="prompts", max_length=self.max_prompt_length, overlong="drop")
+
+    @model_validator(mode="after")
+    def _random_rewards_have_a_share(self) -> Self:
+        if self.reward != "random" and self.random_reward_probability != 0.5:
+            raise ValueError(
+                f"random_reward_probability {self.random_reward_probability:g} has no meaning for reward "
+                f"{self.reward}; set reward to random, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stopping_pays(self) -> Self:

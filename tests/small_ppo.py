@@ -52,7 +52,7 @@ def world(folder: Path, num_prompts: int = 20) -> RLVRInputs:
         PPOSettings.model_validate(SETTINGS),
         ComputeSettings(device="cpu", num_threads=1),
     )
-    return RLVRInputs(**made.model_dump(), reward_model=str(folder / "reward_model"))
+    return RLVRInputs(**made.model_dump() | {"reward_model": str(folder / "reward_model")})
 
 
 def context(folder: Path, **compute: Any) -> StageContext:

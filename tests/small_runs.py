@@ -22,6 +22,7 @@ from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import PreflightInputs, PreflightSettings
 from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
+from smoltulu.schemas.rlvr import RLVRInputs
 from smoltulu.schemas.training import (
     DPOInputs,
     DPOSettings,
@@ -149,7 +150,7 @@ def training_inputs(
         "chat_template": template,
     }
     if stage != "dpo":
-        return TrainingInputs(**taken)
+        return (RLVRInputs if stage == "rlvr" else TrainingInputs)(**taken)
     reference, _ = run_reference_logps(
         ReferenceLogpsConfig(precision=config.precision),
         ReferenceLogpsInputs(**taken),

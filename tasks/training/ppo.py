@@ -28,7 +28,7 @@ from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import finish, load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.training.critic import CRITIC_FOLDER, Critic, checked_folder, load_critic, prepared
-from smoltulu.tasks.training.rewards import Score, score_rollout
+from smoltulu.tasks.training.rewards import Answer, Score, scores_of
 from smoltulu.tasks.training.rollout_log import RolloutLog
 from smoltulu.tasks.training.rollouts import Request, Rollout, transformers_backend
 
@@ -173,13 +173,11 @@ def verifier_scores(config: PPOSettings, rows: Dataset) -> Scorer:
     """Rewards by the verifiers of the rows."""
 
     def scores(episodes: Sequence[Episode]) -> list[Score]:
-        made = []
+        answers = []
         for episode in episodes:
-            row = rows[episode["row"]]
-            made.append(
-                score_rollout(config, row["verifier"], row["ground_truth"], episode["text"], episode["stopped"])
-            )
-        return made
+            row, key = rows[episode["row"]], "/".join(str(episode[name]) for name in ("batch", "row", "sample"))
+            answers.append(Answer(row["verifier"], row["ground_truth"], episode["text"], episode["stopped"], key))
+        return scores_of(config, answers)
 
     return scores
 

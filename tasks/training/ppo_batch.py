@@ -24,11 +24,13 @@ Batch = dict[str, torch.Tensor]
 class Episode(TypedDict, total=False):
     """One rollout and what is known of it; tensors are (T,), one value a response token, on the CPU.
 
+    batch        number of the rollout batch
     row, sample  number of the prompt in the rows, and of the sample; `prompt` names the row where a guard ends training
     ids          of the response, with the token that ended it
     score        reward and verdict; one without a reward is in no loss
     """
 
+    batch: int
     row: int
     sample: int
     prompt: Messages

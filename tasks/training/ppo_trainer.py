@@ -142,7 +142,7 @@ class PPOTrainer(Trainer):
         settings = self.settings
         num_prompts = settings.num_rollouts // settings.num_samples_per_prompt
         rows = prompts_of_batch(settings.seed, batch, num_prompts, len(self.train_dataset))
-        mine = self._own_part(self._asked(rows))
+        mine = self._own_part(self._asked(batch, rows))
         self._generate(batch, mine)
         for episode, score in zip(mine, self.scorer(mine), strict=True):
             episode["score"] = score
@@ -160,7 +160,7 @@ class PPOTrainer(Trainer):
         size = len(episodes) // self.accelerator.num_processes
         return episodes[self.accelerator.process_index * size :][:size]
 
-    def _asked(self, rows: Sequence[int]) -> list[Episode]:
+    def _asked(self, batch: int, rows: Sequence[int]) -> list[Episode]:
         """Every sample of every prompt. One that comes twice, where two epochs meet, has samples of other numbers."""
         prompts = [self.train_dataset[row]["prompt"] for row in rows]
         ids = prompt_ids(self.processing_class, prompts)
@@ -168,7 +168,7 @@ class PPOTrainer(Trainer):
         episodes: list[Episode] = []
         for row, prompt, one in zip(rows, prompts, ids, strict=True):
             for sample in range(seen[row], seen[row] + num_samples):
-                episodes.append({"row": row, "sample": sample, "prompt": prompt, "prompt_ids": one})
+                episodes.append({"batch": batch, "row": row, "sample": sample, "prompt": prompt, "prompt_ids": one})
             seen[row] += num_samples
         return episodes
 

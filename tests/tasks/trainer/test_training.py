@@ -33,7 +33,7 @@ from smoltulu.tasks.trainer.loop import _check_num_gpus, prepare_torch
 from smoltulu.tasks.training.dpo import train_dpo
 from smoltulu.tasks.training.grpo import build as build_rlvr
 from smoltulu.tasks.training.reward_model import train_reward_model
-from smoltulu.tasks.training.rewards import reward_function, rollout_reward
+from smoltulu.tasks.training.rewards import reward_function
 from smoltulu.tasks.training.rlvr import train_rlvr
 from smoltulu.tasks.training.sft import train_sft
 from tests.small_runs import training_inputs
@@ -285,20 +285,6 @@ def test_every_setting_of_rlvr_reaches_trls_trainer(world: Path, tmp_path: Path)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 2)
     assert (args.steps_per_generation, args.generation_batch_size) == (6, 24)
     assert args.save_steps == 12  # at the border of a generation's six steps
-
-
-@pytest.mark.parametrize(
-    ("verdict", "stopped", "non_stop_reward", "expected"),
-    [
-        (1.0, True, -10.0, 10.0),
-        (0.0, True, -10.0, 0.0),
-        (1.0, False, -10.0, -10.0),
-        (1.0, False, None, 10.0),
-        (None, True, None, None),
-    ],
-)
-def test_rollout_reward(verdict: float | None, stopped: bool, non_stop_reward: float | None, expected: float) -> None:
-    assert rollout_reward(verdict, stopped, 10.0, non_stop_reward) == expected
 
 
 def test_reward_function_sees_eos_in_the_tokens() -> None:

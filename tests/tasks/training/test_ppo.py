@@ -198,7 +198,15 @@ def test_checkpoints_lie_between_rollout_batches_only(inputs: RLVRInputs, tmp_pa
 
 
 def episode_of(ids: list[int], prompt: list[int], reward: float | None = 1.0) -> Episode:
-    return {"prompt_ids": prompt, "ids": ids, "score": Score(reward, "right"), "stopped": True, "row": 0, "sample": 0}
+    return {
+        "prompt_ids": prompt,
+        "ids": ids,
+        "score": Score(reward, "right"),
+        "stopped": True,
+        "batch": 0,
+        "row": 0,
+        "sample": 0,
+    }
 
 
 def test_no_gradient_reaches_a_prompt_a_pad_or_what_is_not_graded(inputs: RLVRInputs, tmp_path: Path) -> None:
@@ -301,7 +309,7 @@ def test_losses_of_a_step_do_not_depend_on_ungraded_episodes(inputs: RLVRInputs,
 
 def test_a_prompt_that_comes_twice_in_a_batch_gets_other_samples(inputs: RLVRInputs, tmp_path: Path) -> None:
     trainer = trainer_of(inputs, tmp_path, {"num_samples_per_prompt": 2})
-    asked = trainer._asked([4, 7, 4])
+    asked = trainer._asked(0, [4, 7, 4])
     assert [(one["row"], one["sample"]) for one in asked] == [(4, 0), (4, 1), (7, 0), (7, 1), (4, 2), (4, 3)]
 
 
@@ -378,6 +386,7 @@ def test_the_reward_models_score_is_added_where_no_penalty_stands(inputs: RLVRIn
     texts = [([*words, 0], True, "so good"), (words, False, "so good")]
     episodes: list[Any] = [
         {
+            "batch": 0,
             "row": 0,
             "sample": 0,
             "prompt": row["prompt"],
