@@ -15,6 +15,7 @@ from smoltulu.schemas.training import RewardModelSettings, TrainingInputs
 from smoltulu.tasks.models.folders import check_model_folder
 from smoltulu.tasks.models.weights import check_architecture, load_whole
 from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.even_rows import even_out
 from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
 
@@ -57,12 +58,17 @@ def build(config: RewardModelSettings, inputs: TrainingInputs, context: StageCon
     rows = load_rows(inputs.dataset, context, list(COLUMNS))
     trainer = PairTrainer(
         model=model,
-        args=RewardConfig(
+        args=config_of(
+            RewardConfig,
             **trainer_arguments(config, context),
             **budget(config, rows),
             max_length=None,  # the preflight dropped what is longer
             remove_unused_columns=False,  # TRL would drop the prompts
             disable_dropout=True,
+            center_rewards_coefficient=None,
+            chat_template_path=None,
+            eos_token=None,
+            pad_token=None,
         ),
         data_collator=PairCollator(tokenizer.pad_token_id, context.compute.packing),
         train_dataset=rows,
