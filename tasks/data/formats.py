@@ -7,9 +7,11 @@ same for all rows with that fault, so that reasons can be counted.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from smoltulu.schemas.data import DatasetKind, DataSource
+from smoltulu.tasks.data.files import WrittenFloat
 from smoltulu.tasks.verifiers import VERIFIERS, verify
 
 Message = dict[str, str]
@@ -142,6 +144,8 @@ def _rlvr(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
     truth = row.get(source.fields.get("ground_truth", "ground_truth"))
     if truth is None or truth == "":
         raise MalformedRow("no ground truth")
+    if isinstance(truth, WrittenFloat) and math.isfinite(truth):
+        truth = truth.text
     if not isinstance(truth, str):
         try:
             truth = json.dumps(truth, ensure_ascii=False, allow_nan=False)
