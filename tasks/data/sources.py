@@ -216,7 +216,7 @@ def _hub_table(repository: str, subset: str | None, split: str, revision: str) -
     """Rows of one configuration. `datasets` guesses the types of JSON and CSV, so these are read as local files are."""
     import datasets
 
-    builder = datasets.load_dataset_builder(repository, subset, revision=revision)
+    builder = _builder(repository, subset, revision)
     urls = (builder.config.data_files or {}).get(split)
     if urls is not None:
         kind = type(builder).__module__.rpartition(".")[2]
@@ -229,6 +229,23 @@ def _hub_table(repository: str, subset: str | None, split: str, revision: str) -
             return (row for file in files for row in read_separated(file, delimiter))
     rows: Iterable[Any] = datasets.load_dataset(repository, subset, split=split, revision=revision)
     return rows
+
+
+def _builder(repository: str, subset: str | None, revision: str) -> DatasetBuilder:
+    """What `datasets` knows of a configuration; without a network, of the files that were fetched before."""
+    import datasets
+    import huggingface_hub
+
+    try:
+        return datasets.load_dataset_builder(repository, subset, revision=revision)
+    except ConnectionError as error:
+        try:
+            folder = huggingface_hub.snapshot_download(
+                repository, repo_type="dataset", revision=revision, local_files_only=True
+            )
+        except huggingface_hub.errors.LocalEntryNotFoundError:
+            raise error from None
+        return datasets.load_dataset_builder(folder, subset)
 
 
 def _fetched(urls: Iterable[str]) -> list[Path]:

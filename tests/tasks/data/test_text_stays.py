@@ -6,6 +6,9 @@ import csv
 import gzip
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from smoltulu.tasks.data.stage import build_dataset
 from smoltulu.tasks.preflight.stage import run_preflight
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.training.grpo import build
+from tests import ROOT
+from tests.hub_double import HubDouble
 from tests.tasks.training.test_grpo import SETTINGS
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
 
@@ -158,3 +163,25 @@ def test_as_the_reward_function_sees_them(tmp_path: Path) -> None:
     trainer.model.train()
     trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
     assert seen == {f"What is {place}?": truth for place, truth in enumerate(TRUTHS)}
+
+
+_READ = """
+import sys
+from smoltulu.schemas.data import DataSource
+from smoltulu.tasks.data.sources import read_rows
+print([row["answer"] for row in read_rows(DataSource(repository="me/data", revision=sys.argv[1], format="text"))])
+"""
+
+
+def test_over_the_network_and_again_without(tmp_path: Path) -> None:
+    """A pinned data set that was read once is read again without a network, as before."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows_of(TRUTHS[:1] * 3)).encode()
+    with HubDouble() as hub:
+        commit = hub.add("dataset", "me/data", {"train.jsonl": lines})
+        place = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path)}
+        for offline in ("0", "1"):
+            done = subprocess.run(
+                [sys.executable, "-c", _READ, commit], cwd=ROOT, capture_output=True, text=True, check=False,
+                env=os.environ | place | {"HF_HUB_OFFLINE": offline},
+            )  # fmt: skip
+            assert done.stdout.strip() == str(TRUTHS[:1] * 3), done.stderr
