@@ -78,6 +78,10 @@ class RLVRSettings(TrainingSettings):
         """Whether it reads the recipe's reward model."""
         return self.reward_model_weight > 0
 
+    @property
+    def bytes_per_parameter(self) -> int:
+        return super().bytes_per_parameter + (4 if self.beta > 0 else 0)  # the reference's weights
+
     def row_rules(self) -> RowRules:
         return RowRules(kind="prompts", max_length=self.max_prompt_length, overlong="drop")
 
@@ -132,6 +136,10 @@ class _GroupSettings(RLVRSettings):
     @property
     def num_prompts(self) -> int:
         return self.num_rollouts // self.num_generations
+
+    @property
+    def num_passes(self) -> int:
+        return self.num_iterations
 
     @model_validator(mode="after")
     def _groups_divide(self) -> Self:
@@ -249,6 +257,14 @@ class PPOSettings(RLVRSettings):
         return self.num_rollouts // self.num_samples_per_prompt
 
     @property
+    def num_passes(self) -> int:
+        return self.num_ppo_epochs
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        return super().bytes_per_parameter + 16  # the critic, as large as the policy
+
+    @property
     def num_steps_per_rollout(self) -> int:
         """Optimizer steps on one rollout batch."""
         return self.num_minibatches * self.num_ppo_epochs
@@ -303,6 +319,14 @@ AnyRLVRSettings = Annotated[
     ),
 ]
 _ANY: TypeAdapter[Any] = TypeAdapter(AnyRLVRSettings)
+
+
+def of_another_algorithm(block: dict[str, Any], algorithm: Any) -> dict[str, Any]:
+    """A recipe's block without the fields that another algorithm lacks; as it is where that is none, or the same."""
+    models: dict[str, type[RLVRSettings]] = {"ppo": PPOSettings, "grpo": GRPOSettings, "rloo": RLOOSettings}
+    if algorithm not in models or algorithm == _algorithm_of(block):
+        return block
+    return {name: value for name, value in block.items() if name in models[algorithm].model_fields}
 
 
 class RLVRInputs(TrainingInputs):
