@@ -42,8 +42,8 @@ class RLVRSettings(TrainingSettings):
     max_rollouts_without_signal: int = machinery(
         1000,
         ge=0,
-        description="a run is stopped whose first rollouts, so many or all of a shorter run, hold no group with "
-        "rewards that differ: fewer than 3 of 1,000 are then right; 0: never. ours",
+        description="a run is stopped whose first rollouts, so many or all of a shorter run (of 100 and more), hold no "
+        "group with rewards that differ: fewer than 3 of 1,000 are then right; 0: never. ours",
     )
 
     @classmethod

@@ -13,6 +13,8 @@ from typing import Any
 
 #: Share of the groups of a batch of rollouts whose rewards differ, as it is logged.
 METRIC = "groups_with_signal"
+#: A whole run of fewer rollouts is a trial, which is warned only; ours.
+TRIAL_ROLLOUTS = 100
 _NUM_SHOWN = 3
 _SHOWN_CHARACTERS = 240
 
@@ -53,7 +55,12 @@ class SignalWatch:
         """Whether to stop now. `is_last`: the training ends with these rollouts."""
         if not self.max_rollouts or self.has_signal:
             return False
-        return is_last or self.num_rollouts >= self.max_rollouts
+        enough = min(self.max_rollouts, TRIAL_ROLLOUTS) if is_last else self.max_rollouts
+        return self.num_rollouts >= enough
+
+    def is_warned(self, is_last: bool) -> bool:
+        """Whether a trial ends without a signal."""
+        return bool(self.max_rollouts) and is_last and not self.has_signal and not self.is_hopeless(is_last)
 
 
 @dataclass(frozen=True)

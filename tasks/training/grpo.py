@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from smoltulu.tasks.training.rewards import reward_function
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+logger = logging.getLogger("smoltulu")
 #: What the stage reports of its last steps.
 SHOWN = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "tokens_per_second")
 #: Logged means over the tokens of completions; the ratio's, where it is one of tokens.
@@ -133,7 +135,9 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             # Of all processes, so all of them stop or none does.
             rewards = list(self._logs["rewards"][self.reward_func_names[0]])
             self._metrics["train"][METRIC].append(self._signal.add(rewards, self.num_generations))
-            if self._signal.is_hopeless(is_last=state.global_step + cycle >= state.max_steps):
+            is_last = state.global_step + cycle >= state.max_steps
+            is_hopeless = self._signal.is_hopeless(is_last)
+            if is_hopeless or self._signal.is_warned(is_last):
                 rows = gather_object([(row["verifier"], row["ground_truth"]) for row in inputs])
                 written = zip(self._logs["prompt"], self._logs["completion"], rows, rewards, strict=True)
                 rollouts = [
@@ -141,7 +145,11 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
                     for asked, said, (verifier, truth), reward in written
                 ]
                 correct, non_stop = self.settings.reward_correct, self.settings.non_stop_reward
-                raise ValueError(without_signal(self._signal, rollouts, correct, non_stop))
+                said = without_signal(self._signal, rollouts, correct, non_stop)
+                if is_hopeless:
+                    raise ValueError(said)
+                if self.accelerator.is_main_process:
+                    logger.warning("%s", said)
             return scored
 
     return EpochOrderTrainer
@@ -288,6 +296,11 @@ def _arguments(config: GroupSettings, context: StageContext) -> Any:
 
 def build(config: GroupSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
     """The trainer. Rows: {"prompt": messages, "verifier", "ground_truth"}. ValueError for fewer than a step needs."""
+    if config.reward_model_weight:
+        raise ValueError(
+            f"rlvr.reward_model_weight {config.reward_model_weight:g}: {config.algorithm} is paid by verifiers alone so "
+            "far; set it to 0"
+        )
     prepare_torch(context)
     from trl import RLOOTrainer
 

@@ -49,7 +49,7 @@ def test_when_a_run_is_hopeless() -> None:
     watch = SignalWatch(max_rollouts=12)
     for _ in range(2):
         assert watch.add([0.0] * 4, 4) == 0 and not watch.is_hopeless(is_last=False)
-    assert watch.is_hopeless(is_last=True), "a whole run without a signal"
+    assert not watch.is_hopeless(is_last=True) and watch.is_warned(is_last=True) and not watch.is_warned(is_last=False)
     watch.add([0.0] * 4, 4)
     assert watch.num_rollouts == 12 and watch.is_hopeless(is_last=False)
     assert watch.add([0.0, 1.0] * 2, 4) == 1 and not watch.is_hopeless(is_last=True)
@@ -57,7 +57,17 @@ def test_when_a_run_is_hopeless() -> None:
     assert not watch.is_hopeless(is_last=True), "it asks about the first rollouts"
     off = SignalWatch(max_rollouts=0)
     off.add([0.0] * 4000, 4)
-    assert not off.is_hopeless(is_last=True)
+    assert not off.is_hopeless(is_last=True) and not off.is_warned(is_last=True)
+
+
+@pytest.mark.parametrize(("num_rollouts", "is_last", "stops", "warns"), [
+    (96, True, False, True), (96, False, False, False), (100, True, True, False), (100, False, False, False),
+    (1000, False, True, False),
+])  # fmt: skip
+def test_a_whole_run_of_a_few_rollouts_is_a_trial(num_rollouts: int, is_last: bool, stops: bool, warns: bool) -> None:
+    watch = SignalWatch(max_rollouts=1000)
+    watch.add([0.0] * num_rollouts, 4)
+    assert (watch.is_hopeless(is_last), watch.is_warned(is_last)) == (stops, warns)
 
 
 @pytest.mark.parametrize(("history", "has_signal"), [
@@ -104,7 +114,7 @@ def test_a_run_without_signal_stops(model: Path, tmp_path: Path, algorithm: str)
 
 
 def test_a_short_run_is_asked_at_its_end_and_again_after_a_resume(model: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"num_steps": 2}
+    settings: dict[str, Any] = {"num_steps": 2, "max_rollouts_without_signal": 8}
     arguments = arguments_of(tmp_path, model, settings, prompts(8, verifier="math", ground_truth=NEVER), save_steps=1)
     config, inputs, context = arguments[0], RLVRInputs(**arguments[1].model_dump()), arguments[2]
     for _ in range(2):
@@ -115,6 +125,14 @@ def test_a_short_run_is_asked_at_its_end_and_again_after_a_resume(model: Path, t
     (tmp_path / "out").mkdir()
     outputs, metrics = train_rlvr(config.model_copy(update={"max_rollouts_without_signal": 0}), inputs, context)
     assert outputs.num_steps == 2 and metrics["reward"] == 0
+
+
+def test_a_trial_without_signal_completes_with_a_warning(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = arguments_of(tmp_path, model, {"num_steps": 2}, prompts(8, verifier="math", ground_truth=NEVER))
+    outputs, _ = train_rlvr(arguments[0], RLVRInputs(**arguments[1].model_dump()), arguments[2])
+    assert outputs.num_steps == 2 and caplog.text.count("no reward differed") == 1 and NEVER in caplog.text
 
 
 def test_a_run_with_signal_goes_on(model: Path, tmp_path: Path) -> None:

@@ -291,3 +291,10 @@ def test_fewer_prompts_than_a_batch_of_rollouts_needs_are_refused(model: Path, t
     larger = config.model_copy(update={"effective_batch_size": 8, "steps_per_generation": 2})
     with pytest.raises(ValueError, match="a batch of 16 rollouts needs 4 different prompts, and there are 3; lower"):
         build(larger, inputs, context)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_a_weight_of_the_reward_model_is_not_ignored(model: Path, tmp_path: Path, algorithm: str) -> None:
+    settings = {"algorithm": algorithm, "reward_model_weight": 0.5}
+    with pytest.raises(ValueError, match=rf"reward_model_weight 0.5: {algorithm} is paid by verifiers alone so far"):
+        trainer_of_rollouts(tmp_path, model, settings)
