@@ -298,8 +298,8 @@ def build(config: GroupSettings, inputs: TrainingInputs, context: StageContext) 
     """The trainer. Rows: {"prompt": messages, "verifier", "ground_truth"}. ValueError for fewer than a step needs."""
     if config.reward_model_weight:
         raise ValueError(
-            f"rlvr.reward_model_weight {config.reward_model_weight:g}: {config.algorithm} is paid by verifiers alone so "
-            "far; set it to 0"
+            f"rlvr.reward_model_weight {config.reward_model_weight:g}: {config.algorithm} is paid by verifiers alone "
+            "so far; set it to 0"
         )
     prepare_torch(context)
     from trl import RLOOTrainer
