@@ -20,6 +20,7 @@ from smoltulu.recipes import PRESETS
 from smoltulu.schemas.common import MAX_NAME
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
+from smoltulu.schemas.rlvr import of_another_algorithm
 from smoltulu.tasks.evaluation.names import check_names
 from smoltulu.tasks.stages import STAGES
 
@@ -330,6 +331,8 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for name, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        if both and "algorithm" in value:
+            merged[name] = of_another_algorithm(merged[name], value.get("algorithm"))
         merged[name] = _merge(merged[name], value) if both else value
     return merged
 

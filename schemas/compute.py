@@ -44,6 +44,9 @@ class ComputeSettings(StrictModel):
     num_processes: int = machinery(
         1, ge=1, description="training processes (GPUs) per stage; started by torchrun above one"
     )
+    device_memory_gb: float | None = machinery(
+        None, gt=0, description="memory of one device in 10^9 bytes: `plan` says which trainings cannot fit into it"
+    )
     num_threads: int | None = machinery(
         None, ge=1, description="CPU threads per stage process, and processes of the preflight; none: all cores"
     )

@@ -25,6 +25,9 @@ class ModelSource(StrictModel):
         description="local folder with config.json, *.safetensors, tokenizer; keyed by content",
     )
     scratch: BaseModelConfig | None = science(None, description="architecture and pre-training of a model made here")
+    num_parameters: int | None = machinery(
+        None, ge=1, description="for `plan`, until the model is there: disk, memory and FLOPs of the trainings"
+    )
     pad_token: str | None = science(
         None,
         max_length=MAX_NAME,

@@ -5,7 +5,7 @@ A recipe's block is read as the settings of the algorithm that it names, so an o
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
@@ -14,6 +14,8 @@ from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery, science
 from smoltulu.schemas.training import GateSettings, LoraSettings, RowRules, TrainingInputs, TrainingSettings
 
 Algorithm = Literal["ppo", "grpo", "rloo"]
+#: Ways to sample that the update's log-probabilities do not know.
+_OTHER_SAMPLING = ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
 
 class RLVRSettings(TrainingSettings):
@@ -21,6 +23,9 @@ class RLVRSettings(TrainingSettings):
 
     `RLVRSettings.model_validate` gives the settings of the algorithm that the values name.
     """
+
+    #: The field that says how many rollouts each prompt has.
+    samples_field: ClassVar[str]
 
     algorithm: Algorithm = science()
     max_prompt_length: int = science(ge=8, description="tokens; longer prompts are dropped before training")
@@ -48,6 +53,12 @@ class RLVRSettings(TrainingSettings):
         0.5, absent=0.5, gt=0, lt=1, description="share of the answers that reward random pays"
     )
     gate: GateSettings = machinery(GateSettings())
+    max_rollouts_without_signal: int = machinery(
+        1000,
+        ge=0,
+        description="a run is stopped whose first rollouts, so many or all of a shorter run (of 100 and more), hold no "
+        "group with rewards that differ: fewer than 3 of 1,000 are then right; 0: never. ours",
+    )
 
     @field_validator("leave_out")
     @classmethod
@@ -73,13 +84,43 @@ class RLVRSettings(TrainingSettings):
         """Prompts that rollouts are generated for at once: no two are the same row."""
         raise NotImplementedError
 
+    def check_num_rows(self, num_rows: int) -> None:
+        """ValueError where one batch of rollouts needs more prompts than there are."""
+        if num_rows < self.num_prompts:
+            raise ValueError(
+                f"a batch of {self.num_rollouts:,} rollouts needs {self.num_prompts:,} different prompts, and there "
+                f"{'is' if num_rows == 1 else 'are'} {num_rows:,}; lower effective_batch_size, raise "
+                f"{self.samples_field}, or give more prompts"
+            )
+
+    @property
+    def signal_limit(self) -> int:
+        """Rollouts without a signal after which it stops; 0: none. A constant reward is to have none."""
+        return 0 if self.reward == "constant" else self.max_rollouts_without_signal
+
     @property
     def needs_reward_model(self) -> bool:
         """Whether it reads the recipe's reward model."""
         return self.reward_model_weight > 0
 
+    @property
+    def bytes_per_parameter(self) -> int:
+        return super().bytes_per_parameter + (4 if self.beta > 0 else 0)  # the reference's weights
+
     def row_rules(self) -> RowRules:
         return RowRules(kind="prompts", max_length=self.max_prompt_length, overlong="drop")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rollouts_are_of_the_policy(cls, values: Any) -> Any:
+        given = [name for name in _OTHER_SAMPLING if isinstance(values, dict) and name in values]
+        if given:
+            raise ValueError(
+                f"no field {', '.join(given)}: rollouts are drawn from the policy itself. Cut to a part of the "
+                "vocabulary, they come from another distribution than the one whose ratio the update computes; remove "
+                "it, and set temperature, which both know"
+            )
+        return values
 
     @model_validator(mode="after")
     def _random_rewards_have_a_share(self) -> Self:
@@ -103,12 +144,20 @@ class RLVRSettings(TrainingSettings):
 class _GroupSettings(RLVRSettings):
     """Algorithms whose baseline is the other rollouts of a prompt; the loop is TRL's."""
 
+    samples_field = "num_generations"
+
     num_steps: int = science(ge=1, description="optimizer steps")
     num_generations: int = science(8, ge=2, description="rollouts per prompt")
     num_iterations: int = science(1, ge=1, description="optimizer passes over each rollout batch")
     steps_per_generation: int = science(1, ge=1, description="optimizer steps that share one generation batch")
     reward_correct: float = science(1.0, gt=0, description="reward of a verified completion; 10 in Tulu 3")
     non_stop_reward: float | None = science(None, description="reward of a completion without eos; None: as verified")
+    epsilon_high: float | None = science(
+        None, absent=None, gt=0, description="clip range above 1 (DAPO, arXiv 2503.14476: 0.28); none: epsilon"
+    )
+    mask_truncated_completions: bool = science(
+        False, absent=False, description="completions without eos get no gradient (DAPO); they stay in the baseline"
+    )
 
     @property
     def budget(self) -> Budget:
@@ -143,6 +192,31 @@ class GRPOSettings(_GroupSettings):
     beta: float = science(0.0, ge=0, description="KL coefficient against the starting model; 0: no reference model")
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = science("dapo")
     scale_rewards: Literal["group", "batch", "none"] = science("group")
+    kl_form: Literal["k3", "k3_weighted"] = science(
+        "k3_weighted",
+        absent="k3_weighted",
+        description="k3: Tulu 3.1 (arXiv 2402.03300); k3_weighted: times the policy ratio (arXiv 2512.02556), TRL",
+    )
+    importance_sampling_level: Literal["token", "sequence"] = science(
+        "token", absent="token", description="what the ratio is of; sequence: GSPO (arXiv 2507.18071)"
+    )
+    delta: float | None = science(
+        None, absent=None, gt=1, description="upper bound of the ratio where the advantage is negative; none: no bound"
+    )
+    top_entropy_quantile: float = science(
+        1.0, absent=1.0, gt=0, le=1, description="share of a step's tokens, those of highest entropy, that are trained "
+        "on (arXiv 2506.01939: 0.2); KL is of all",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _delta_is_beyond_the_clip_range(self) -> Self:
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.delta is not None and self.delta <= 1 + high:
+            raise ValueError(
+                f"delta {self.delta:g} is not above 1 + {high:g}, where the ratio is clipped already; raise it, or "
+                "leave it out"
+            )
+        return self
 
 
 class RLOOSettings(_GroupSettings):
@@ -194,6 +268,8 @@ class PPOSettings(RLVRSettings):
     One rollout batch has `effective_batch_size * num_minibatches` episodes.
     """
 
+    samples_field = "num_samples_per_prompt"
+
     algorithm: Literal["ppo"] = science("ppo")
     num_episodes: int = science(ge=1, description="rollouts of the whole run, those of the critic's warm-up included")
     num_samples_per_prompt: int = science(1, ge=1, description="rollouts per prompt in a rollout batch; 1: Tulu 3")
@@ -230,6 +306,11 @@ class PPOSettings(RLVRSettings):
     @property
     def trains_critic(self) -> bool:
         return True
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        policy = 4 if self.lora else super().bytes_per_parameter  # its reference is the same without the adapter
+        return policy + (8 if self.critic.offload_optimizer else 16)  # the critic is as large
 
     @property
     def num_steps_per_rollout(self) -> int:
@@ -300,6 +381,14 @@ AnyRLVRSettings = Annotated[
     ),
 ]
 _ANY: TypeAdapter[Any] = TypeAdapter(AnyRLVRSettings)
+
+
+def of_another_algorithm(block: dict[str, Any], algorithm: Any) -> dict[str, Any]:
+    """A recipe's block without the fields that another algorithm lacks; as it is where that is none, or the same."""
+    models: dict[str, type[RLVRSettings]] = {"ppo": PPOSettings, "grpo": GRPOSettings, "rloo": RLOOSettings}
+    if algorithm not in models or algorithm == _algorithm_of(block):
+        return block
+    return {name: value for name, value in block.items() if name in models[algorithm].model_fields}
 
 
 class RLVRInputs(TrainingInputs):

@@ -85,14 +85,22 @@ class TrainingSettings(StrictModel):
         raise NotImplementedError
 
     @property
+    def num_passes(self) -> int:
+        """Optimizer passes over each row that is paid for once: over the rollouts of RLVR."""
+        return 1
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Bytes that every device holds at least for each parameter of the model.
+
+        Float32 weights, gradients and the two moments of Adam, none of them sharded. Activations come on top.
+        """
+        return 16
+
+    @property
     def is_extendable(self) -> bool:
         """Whether it has a checkpoint that a training with a larger budget could go on from."""
         return False
-
-    @property
-    def num_passes(self) -> int:
-        """Optimizer passes over each row that it reads, or rollout that it writes."""
-        return 1
 
     @property
     def trains_critic(self) -> bool:
@@ -160,6 +168,10 @@ class SFTSettings(SupervisedSettings):
     def starts_from(self) -> str | None:
         return None
 
+    @property
+    def bytes_per_parameter(self) -> int:
+        return 4 if self.lora else super().bytes_per_parameter  # the weights alone; adapters are a few per cent
+
     def row_rules(self) -> RowRules:
         return RowRules(kind="conversations", max_length=self.max_length, overlong=self.overlong)
 
@@ -216,6 +228,10 @@ class DPOSettings(SupervisedSettings):
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise ValueError("loss_type exo_pair needs a label_smoothing above 0: its paper recommends 1e-3")
         return self
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        return 4 if self.lora else super().bytes_per_parameter  # the reference is gone by then
 
     def row_rules(self) -> RowRules:
         return RowRules(

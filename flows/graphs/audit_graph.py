@@ -22,8 +22,9 @@ from smoltulu.schemas.data import DataSet, DatasetOutputs, DatasetStageConfig, D
 from smoltulu.schemas.languages import LanguageOutputs, LanguageSettings, LanguageStageConfig
 from smoltulu.tasks.data.benchmarks import benchmarks_folder, choose_benchmarks
 from smoltulu.tasks.data.detect import SAMPLE_ROWS, DetectedFormat, detect_format, format_as_given
+from smoltulu.tasks.data.files import SUFFIXES
 from smoltulu.tasks.data.hub import HubUnreachable, Reference, resolve_commit, resolve_commits
-from smoltulu.tasks.data.sources import SUFFIXES, read_rows
+from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.report.text import artifact_key as slug
 from smoltulu.tasks.stages import STAGES

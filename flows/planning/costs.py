@@ -16,6 +16,7 @@ from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
 from smoltulu.flows.graphs.recipe_graph import Binding, Graph, Node
 from smoltulu.schemas.budget import tokens_of_steps
 from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.models.sizes import ModelSize
 from smoltulu.tasks.trainer.disk import (
@@ -57,7 +58,7 @@ class Cost:
 
     num_timed_steps  optimizer steps in `seconds`: those after the last resume
     dataset          key of the rows
-    num_passes       optimizer passes over each row or rollout
+    num_passes       optimizer passes over each row that `num_tokens` counts once
     """
 
     num_steps: int
@@ -76,10 +77,7 @@ class Cost:
 def estimated_tokens(
     num_steps: int, effective_batch_size: int, similar: Cost | None, num_passes: int = 1
 ) -> int | None:
-    """Tokens of `num_steps` steps, with the mean tokens per row of a similar stage.
-
-    num_passes  optimizer passes over each row, whose tokens count once
-    """
+    """Tokens of `num_steps` steps, with the mean tokens per row of a similar stage; each row counts once."""
     if similar is None or not similar.num_tokens or not similar.num_steps:
         return None
     per_row = similar.num_tokens * similar.num_passes / (similar.num_steps * similar.effective_batch_size)
@@ -174,6 +172,8 @@ class Costs:
         flops = self._most_flops(node)
         if twin is None:
             self._facts[name] = self._upstream(node, "dataset") if node.stage.keeps_rows else _Facts()
+            if isinstance(node.config, ModelSource):
+                self._facts[name] = _Facts(num_parameters=node.config.num_parameters)
             return Estimate(flops=flops)
         sizes = _file_bytes(twin)
         facts = _facts_of(twin.get("outputs", {}), sizes)
@@ -195,6 +195,13 @@ class Costs:
         size = self._upstream(node, "model").num_parameters
         per_parameter = node.stage.most_flops(node.config, self._upstream(node, "dataset").num_rows)
         return None if size is None or per_parameter is None else size * per_parameter
+
+    def device_bytes(self, name: str) -> int | None:
+        """Bytes that a training holds at least on every device; None where the size of its model is not known."""
+        node = self.graph.nodes[name]
+        assert isinstance(node.config, TrainingSettings)
+        size = self._upstream(node, "model").num_parameters
+        return None if size is None else size * node.config.bytes_per_parameter
 
     def _training(self, node: Node, step: int, num_steps: int | None) -> Estimate:
         settings = node.config
@@ -222,7 +229,8 @@ class Costs:
                 tokens = tokens_of_steps(all_steps, rows.num_rows, rows.num_tokens, batch) - seen
             else:
                 max_length = _max_length(settings.model_dump())
-                tokens = estimated_tokens(left, batch, closest_rows(costs, dataset, max_length), settings.num_passes)
+                alike = closest_rows(costs, dataset, max_length)
+                tokens = estimated_tokens(left, batch, alike, settings.num_passes)
             similar = closest(costs, size, device, dataset)
             seconds = estimated_seconds(left, batch, size, compute.num_processes, similar)
         if size is not None and tokens is not None:
@@ -307,7 +315,7 @@ def cost_of(manifest: Mapping[str, Any]) -> Cost | None:
             num_processes=int(compute["num_processes"]),
             dataset=str(spec["inputs"]["dataset"]),
             max_length=_max_length(spec["config"]),
-            num_passes=int(spec["config"].get("num_ppo_epochs") or spec["config"].get("num_iterations") or 1),
+            num_passes=int(spec["config"].get("num_iterations") or spec["config"].get("num_ppo_epochs") or 1),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
+from smoltulu.artifacts import readable
 from smoltulu.artifacts.checkpoints import num_steps_of
 from smoltulu.artifacts.nearest import Changes, SpecIndex, flat, read_generation
 from smoltulu.artifacts.shared.objects import RemoteError
@@ -131,6 +132,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     notes = (
         *recipe.lowered_batches(),
         *recipe.audit_notes(),
+        *_too_large(costs, rows),
         *unreachable,
         *_check_new_base_model(graph, rows),
     )
@@ -142,6 +144,24 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
 
 def _resolve(reference: Reference) -> str:
     return resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS)
+
+
+def _too_large(costs: Costs, rows: list[PlanRow]) -> Iterator[str]:
+    """A sentence for every training that is still to do and cannot fit into the machine that the recipe states."""
+    for row in rows:
+        node = costs.graph.nodes[row.node]
+        memory = costs.graph.compute_of(node).device_memory_gb
+        if row.status == "cached" or memory is None or not isinstance(node.config, TrainingSettings):
+            continue
+        needed = costs.device_bytes(row.node)
+        if needed is not None and needed > memory * 1e9:
+            yield (
+                f"{row.node} cannot run on the stated machine: every device holds all weights, gradients and moments "
+                f"of the optimizer in float32, with what else the stage needs {readable.size(needed)} before any "
+                f"activation, and compute.device_memory_gb is {memory:g}. Take a smaller model, devices with more "
+                "memory"
+                + (f", or add a {node.stage.name}.lora block" if getattr(node.config, "lora", ...) is None else "")
+            )
 
 
 def _check_new_base_model(graph: Graph, rows: list[PlanRow]) -> Iterator[str]:

@@ -15,7 +15,8 @@ from smoltulu.recipes import BENCHMARK_REGISTRY
 from smoltulu.schemas.benchmarks import BenchmarkRegistry, RegisteredBenchmark
 from smoltulu.schemas.contamination import Benchmark
 from smoltulu.schemas.data import DataSource
-from smoltulu.tasks.data.sources import SUFFIXES, expand_path
+from smoltulu.tasks.data.files import SUFFIXES
+from smoltulu.tasks.data.sources import expand_path
 
 GROUPS = ("all", "paper", "evaluated")
 

@@ -7,9 +7,11 @@ same for all rows with that fault, so that reasons can be counted.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from smoltulu.schemas.data import DatasetKind, DataSource
+from smoltulu.tasks.data.files import WrittenFloat
 from smoltulu.tasks.verifiers import canonical_name, fault_of_truth
 
 Message = dict[str, str]
@@ -169,10 +171,17 @@ def _truth_as_text(truth: Any) -> str:
         if isinstance(truth, list):  # [18, 19] as text would be an interval
             if any(isinstance(item, bool) or not isinstance(item, (str, int, float)) for item in truth):
                 raise MalformedRow("a list of right answers holds what is neither text nor a number")
-            truth = [item if isinstance(item, str) else json.dumps(item, allow_nan=False) for item in truth]
-        return json.dumps(truth, ensure_ascii=False, allow_nan=False)
+            truth = [item if isinstance(item, str) else _as_json(item) for item in truth]
+        return _as_json(truth)
     except (TypeError, ValueError, RecursionError) as error:
         raise MalformedRow(f"field 'ground_truth' is {_kind(truth)} without a JSON form") from error
+
+
+def _as_json(value: Any) -> str:
+    """A number as it was written, anything else as JSON. Raises what `json.dumps` raises."""
+    if isinstance(value, WrittenFloat) and math.isfinite(value):
+        return value.text
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _plain_text(row: dict[str, Any], source: DataSource) -> dict[str, Any]:

@@ -6,25 +6,29 @@ torch, datasets, pyarrow and huggingface_hub are imported where they are used.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
-import json
 import os
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts.secrets import find_secret, is_secret_name, without_secrets
 from smoltulu.schemas.data import DataSource
+from smoltulu.tasks.data.files import (
+    SUFFIXES,
+    is_json_of_rows,
+    read_file,
+    read_json_of_rows,
+    read_separated,
+    suffix_of,
+)
 from smoltulu.tasks.data.hub import SourceUnavailable, resolve_commit
 
-#: What a local file may be called; the folder form takes every such file in it.
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz", ".lst")
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
 
 #: `subset` of a Hub source that reads every configuration, in name order, with `limit` rows of each.
 ALL_SUBSETS = "*"
@@ -102,7 +106,7 @@ def read_rows(source: DataSource, world: Path | None = None, digest: str | None 
         return _read_hub(source)
     # Looking for the files is done now, so that a missing one is reported before the first row is asked for.
     files = local_files(source, world)
-    rows = islice((row for file in files for row in _read_file(file)), source.limit)
+    rows = islice((row for file in files for row in read_file(file)), source.limit)
     return rows if digest is None else _unchanged(rows, source, files, digest)
 
 
@@ -122,7 +126,7 @@ def local_files(source: DataSource, world: Path | None = None) -> list[Path]:
             "folder, and at the working folder where they begin with a variable or there is no file"
         )
     if path.is_file():
-        if _suffix(path) is None:
+        if suffix_of(path) is None:
             raise ValueError(f"data source {given}: unsupported file {path.name!r}; allowed are {', '.join(SUFFIXES)}")
         return [path]
     # Hidden files and notes may lie beside the data; anything else must be data, or rows would be lost in silence.
@@ -131,7 +135,7 @@ def local_files(source: DataSource, world: Path | None = None) -> list[Path]:
         key=lambda file: file.name,
     )
     for file in files:
-        if not file.is_file() or _suffix(file) is None:
+        if not file.is_file() or suffix_of(file) is None:
             what = "subfolder" if file.is_dir() else "unsupported file"
             raise ValueError(
                 f"data source {given}: {what} {file.name!r}; a folder holds only {', '.join(SUFFIXES)} (and notes in "
@@ -187,18 +191,16 @@ def resolve_revision(source: DataSource, endpoint: str | None = None) -> str:
 
 def _read_hub(source: DataSource) -> Iterator[Any]:
     # Resolved first: it fails at once without a network, where load_dataset retries for long, and it pins the rows.
-    revision = resolve_revision(source)
+    revision, repository = resolve_revision(source), source.repository
+    assert repository is not None, source
     import datasets
 
     try:
         if source.subset == ALL_SUBSETS:
-            subsets: list[str | None] = sorted(datasets.get_dataset_config_names(source.repository, revision=revision))
+            subsets: list[str | None] = sorted(datasets.get_dataset_config_names(repository, revision=revision))
         else:
             subsets = [source.subset]
-        tables = [
-            datasets.load_dataset(source.repository, subset, split=source.split, revision=revision)
-            for subset in subsets
-        ]
+        tables = [_hub_table(repository, subset, source.split, revision) for subset in subsets]
     except Exception as error:
         asked = f"Hub dataset {source.repository!r} (subset {source.subset!r}, split {source.split!r}, {revision[:12]})"
         text = f"{asked}: {type(error).__name__}: {str(error)[:300]}"
@@ -210,90 +212,56 @@ def _read_hub(source: DataSource) -> Iterator[Any]:
     return (row for table in tables for row in islice(table, source.limit))
 
 
-def _suffix(path: Path) -> str | None:
-    name = path.name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)  # no suffix ends with another
+def _hub_table(repository: str, subset: str | None, split: str, revision: str) -> Iterable[Any]:
+    """Rows of one configuration. `datasets` guesses the types of JSON and CSV, so these are read as local files are."""
+    import datasets
+
+    builder = _builder(repository, subset, revision)
+    urls = (builder.config.data_files or {}).get(split)
+    if urls is not None:
+        kind = type(builder).__module__.rpartition(".")[2]
+        if kind == "json" and builder.config.field is None:
+            files = _fetched(urls)
+            if all(map(is_json_of_rows, files)):
+                return (row for file in files for row in read_json_of_rows(file))
+        elif kind == "csv" and (delimiter := _only_delimiter(builder)) is not None:
+            files = _fetched(urls)
+            return (row for file in files for row in read_separated(file, delimiter))
+    rows: Iterable[Any] = datasets.load_dataset(repository, subset, split=split, revision=revision)
+    return rows
 
 
-def _read_file(path: Path) -> Iterator[Any]:
-    suffix = _suffix(path)
-    assert suffix is not None, path
-    if suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".lst": _read_list}
-    reader = readers[suffix.removesuffix(".gz")]
-    try:
-        with gzip.open(path, "rb") if suffix.endswith(".gz") else path.open("rb") as stream:
-            yield from reader(path, stream)  # type: ignore[arg-type]
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _read_list(path: Path, stream: BinaryIO) -> Iterator[dict[str, str]]:
-    """One value a line, as {"text": value}: label files such as PIQA's."""
-    for line in stream:
-        if value := line.decode("utf-8", "replace").strip():
-            yield {"text": value}
-
-
-def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Any]:
-    for number, line in enumerate(stream, 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield _parse(line.rstrip(b"\r\n"), f"{path}, line {number}")
-
-
-def _read_json(path: Path, stream: BinaryIO) -> Iterator[Any]:
-    document = _parse(stream.read().removeprefix(b"\xef\xbb\xbf"), str(path))
-    if not isinstance(document, list):
-        keys = f" with the keys {sorted(document)[:8]}" if isinstance(document, dict) else ""
-        raise ValueError(
-            f"{path}: a .json file holds one list of objects, this one holds a {type(document).__name__}{keys}; write "
-            "the rows as a list, or one object a line in a .jsonl file"
-        )
-    yield from document
-
-
-def _parse(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from error
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        hint = "; one object a line is a .jsonl file" if error.msg == "Extra data" and error.lineno > 1 else ""
-        raise ValueError(f"{where}, {place}: not JSON ({error.msg}){hint}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deep
-        raise ValueError(f"{where}: JSON that cannot be read ({type(error).__name__}: {str(error)[:120]})") from error
-
-
-def _read_csv(path: Path, stream: BinaryIO) -> Iterator[Any]:
-    csv.field_size_limit(1 << 30)  # the default refuses cells above 128 KiB, which conversations reach
-    reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has columns")
-            yield row
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 ({error.reason} after line {reader.line_num}); convert the file"
-        ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
+def _builder(repository: str, subset: str | None, revision: str) -> DatasetBuilder:
+    """What `datasets` knows of a configuration; without a network, of the files that were fetched before."""
+    import datasets
+    import huggingface_hub
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a whole parquet file ({str(error)[:200]}); fetch it again") from error
+        return datasets.load_dataset_builder(repository, subset, revision=revision)
+    except ConnectionError as error:
+        try:
+            folder = huggingface_hub.snapshot_download(
+                repository, repo_type="dataset", revision=revision, local_files_only=True
+            )
+        except huggingface_hub.errors.LocalEntryNotFoundError:
+            raise error from None
+        return datasets.load_dataset_builder(folder, subset)
+
+
+def _fetched(urls: Iterable[str]) -> list[Path]:
+    """Local copies of the files of a Hub data set, unpacked."""
+    import datasets
+
+    return [Path(file) for file in datasets.DownloadManager().download_and_extract(list(urls))]
+
+
+def _only_delimiter(builder: DatasetBuilder) -> str | None:
+    """The delimiter of a CSV configuration; None where it sets something else, as names of columns."""
+    config = builder.config
+    own = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter", "features"}
+    usual = type(config)()
+    if any(
+        getattr(config, field.name) != getattr(usual, field.name) for field in fields(config) if field.name not in own
+    ):
+        return None
+    return str(config.delimiter or config.sep)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from smoltulu.artifacts import readable
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs, TokenizerFacts
+from smoltulu.schemas.rlvr import RLVRSettings
 
 Status = Literal["ok", "noticed", "fails"]
 
@@ -55,6 +56,8 @@ def _checks(config: PreflightConfig, outputs: PreflightOutputs) -> Iterator[Chec
             f"none of {outputs.num_source_rows:,} {noun} has anything to train on within {config.max_length} tokens"
         )
         yield Check("Something is left", "fails", nothing, advice=f"raise {length}, or look at the data")
+    if config.kind == "prompts" and config.training_settings:
+        yield _prompts_of_a_step(RLVRSettings.model_validate(config.training_settings), outputs.num_rows)
     fate = "dropped" if config.overlong == "drop" or config.kind == "prompts" else "cut"
     yield share(
         "num_overlong",
@@ -134,6 +137,18 @@ def _checks(config: PreflightConfig, outputs: PreflightOutputs) -> Iterator[Chec
         "num_duplicates", "Duplicates", "have the same tokens as one before them", None, "remove them if unmeant"
     )
     yield from _of_the_model(config, outputs, share)
+
+
+def _prompts_of_a_step(settings: RLVRSettings, num_rows: int) -> Check:
+    """Whether there are as many prompts as rollouts are generated for at once."""
+    found = f"{num_rows:,} prompts are left, and a batch of {settings.num_rollouts:,} rollouts needs "
+    return Check(
+        "Prompts of a step",
+        "fails" if num_rows < settings.num_prompts else "ok",
+        found + f"{settings.num_prompts:,} different ones",
+        f"at least {settings.num_prompts:,}",
+        advice=f"lower effective_batch_size, raise {settings.samples_field}, or give more prompts",
+    )
 
 
 def _bos(facts: TokenizerFacts) -> Check:

@@ -32,6 +32,7 @@ from smoltulu.tasks.models.folders import (
 from smoltulu.tasks.models.lora import ADAPTER_FOLDER, save_adapter
 from smoltulu.tasks.models.tokens import TOKENISATION, tokenisation
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext, StageStopped
+from smoltulu.tasks.trainer.arguments import FIXED
 from smoltulu.tasks.trainer.extension import keep_checkpoint, store_checkpoint
 from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule, guard
@@ -120,6 +121,7 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
     """Keyword arguments that every TRL config takes, from a stage's science and its machinery."""
     compute = context.compute
     return {
+        **FIXED,
         "output_dir": str(context.work / CHECKPOINTS),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.lr_scheduler_type,

@@ -26,7 +26,7 @@ def weigh(
         if name in means:
             products = [value * weight for value, weight in zip(values, weights, strict=True)]
             metrics[name] = [math.fsum(products) / total if total else 0.0]
-        elif name == lowest:
-            metrics[name] = [min(values)]
-        elif name == highest:
-            metrics[name] = [max(values)]
+        elif name in (lowest, highest):
+            extreme = min if name == lowest else max
+            # NaN: of a micro-batch all of whose completions are masked out.
+            metrics[name] = [extreme((value for value in values if not math.isnan(value)), default=math.nan)]

@@ -15,6 +15,7 @@ from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInput
 from smoltulu.schemas.training import DPOInputs, DPOSettings, TrainingInputs
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.even_rows import even_out, is_blank
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
@@ -150,7 +151,8 @@ def build(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> Trai
     del arguments["trust_remote_code"]  # TRL's own; `load_language_model` runs none
     trainer = _trainer_class()(
         model=model,
-        args=TrainingArguments(
+        args=config_of(
+            TrainingArguments,
             **arguments,
             **budget(config, rows),
             remove_unused_columns=False,

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.budget import accumulation_steps
-from smoltulu.schemas.rlvr import GRPOSettings
+from smoltulu.schemas.rlvr import GRPOSettings, RLOOSettings
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.models.folders import fit_embeddings, load_language_model
 from smoltulu.tasks.models.tokens import check_prompts, stop_token_ids
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
+from smoltulu.tasks.trainer.signal import METRIC, Rollout, SignalWatch, verdict_of, without_signal
 from smoltulu.tasks.training.rewards import reward_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+logger = logging.getLogger("smoltulu")
 #: What the stage reports of its last steps.
 SHOWN = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "tokens_per_second")
-#: Logged means over the tokens of completions.
-_TOKEN_MEANS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+#: Logged means over the tokens of completions; the ratio's, where it is one of tokens.
+_TOKEN_MEANS = ("kl", "entropy")
+_RATIO_MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+
+GroupSettings = GRPOSettings | RLOOSettings
 
 
 @contextmanager
@@ -54,7 +61,7 @@ def caches_as_attended() -> Iterator[None]:
 @contextmanager
 def reference_loaded_as_policy(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """TRL loads the reference of the KL term by itself: inside of this it is loaded and checked as the policy was."""
-    from trl.trainer import grpo_trainer
+    from trl.trainer import grpo_trainer, rloo_trainer
 
     def load(folder: str, **_: Any) -> PreTrainedModel:
         model = load_language_model(Path(folder))
@@ -62,48 +69,32 @@ def reference_loaded_as_policy(tokenizer: PreTrainedTokenizerBase) -> Iterator[N
         return model
 
     load_of_trl = grpo_trainer.create_model_from_path
-    grpo_trainer.create_model_from_path = load
+    grpo_trainer.create_model_from_path = rloo_trainer.create_model_from_path = load
     try:
         yield
     finally:
-        grpo_trainer.create_model_from_path = load_of_trl
+        grpo_trainer.create_model_from_path = rloo_trainer.create_model_from_path = load_of_trl
 
 
-def _trainer_class() -> type:
-    """GRPOTrainer whose order of prompts depends on the epoch alone: TRL's order starts anew at a resume.
+def _rollout_trainer(trainer_of_trl: type) -> type:
+    """One of TRL's two trainers, whose order of prompts depends on the epoch alone: TRL's starts anew at a resume.
 
-    Its losses and metrics do not depend on the micro-batches. In bfloat16 it also generates with half the memory.
+    Logged metrics do not depend on the micro-batches. In bfloat16 it generates with half the memory. It stops where the
+    rewards never differ.
     """
     import torch
-    from trl import GRPOTrainer
+    from accelerate.utils import gather_object
 
-    class EpochOrderTrainer(GRPOTrainer):
-        #: Whether the loss is the mean over the tokens of an optimizer step, however many steps share their rollouts.
-        is_mean_of_step = False
+    class EpochOrderTrainer(trainer_of_trl):
+        #: Metrics that are means over the tokens of a micro-batch.
+        token_means: tuple[str, ...] = ()
+        settings: GroupSettings
+        _signal: SignalWatch | None = None
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             #: Tokens of the completions of each micro-batch since the last log.
             self._num_written: list[torch.Tensor] = []
-
-        def _prepare_inputs(self, generation_batch: Any) -> Any:
-            before = self._buffered_inputs
-            inputs = super()._prepare_inputs(generation_batch)
-            if self.is_mean_of_step and self._buffered_inputs is not before:
-                self._count_tokens_of_steps(self._buffered_inputs)
-            return inputs
-
-        def _count_tokens_of_steps(self, batches: list[dict[str, Any]]) -> None:
-            """Have each micro-batch divided by the tokens of its own optimizer step, over all processes.
-
-            TRL's loss "dapo" divides by `num_items_in_batch`, the tokens of all rollouts of a generation, and by the
-            number of steps that share them.
-            """
-            counts = torch.stack([batch["completion_mask"].sum() for batch in batches]).float()
-            a_step = self.args.gradient_accumulation_steps
-            totals = self.accelerator.reduce(counts, "sum").view(-1, a_step).sum(dim=1)
-            for place, batch in enumerate(batches):
-                batch["num_items_in_batch"] = totals[place // a_step] * (len(batches) / a_step)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             self._num_written.append(inputs["completion_mask"].sum())
@@ -113,7 +104,7 @@ def _trainer_class() -> type:
             if self._num_written:
                 # All processes come here, at the same step, after equally many micro-batches.
                 counts = self.accelerator.reduce(torch.stack(self._num_written), "sum").tolist()
-                weigh(self._metrics["train"], counts, _TOKEN_MEANS, "clip_ratio/low_min", "clip_ratio/high_max")
+                weigh(self._metrics["train"], counts, self.token_means, "clip_ratio/low_min", "clip_ratio/high_max")
                 self._num_written.clear()
             super().log(logs, start_time)
 
@@ -134,70 +125,236 @@ def _trainer_class() -> type:
             with self.accelerator.autocast(), caches_as_attended():
                 return super()._generate_single_turn(*args, **kwargs)
 
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+            scored = super()._generate_and_score_completions(inputs)
+            state, cycle, num_rollouts = self.state, _cycle(self.settings), self.args.generation_batch_size
+            if self._signal is None:
+                before = state.global_step // cycle * num_rollouts
+                self._signal = SignalWatch.of(self.settings.signal_limit, state.log_history, before)
+            # Of all processes, so all of them stop or none does.
+            rewards = list(self._logs["rewards"][self.reward_func_names[0]])
+            self._metrics["train"][METRIC].append(self._signal.add(rewards, self.num_generations))
+            is_last = state.global_step + cycle >= state.max_steps
+            is_hopeless = self._signal.is_hopeless(is_last)
+            if is_hopeless or self._signal.is_warned(is_last):
+                rows = gather_object([(row["verifier"], row["ground_truth"]) for row in inputs])
+                written = zip(self._logs["prompt"], self._logs["completion"], rows, rewards, strict=True)
+                correct, non_stop = self.settings.reward_correct, self.settings.non_stop_reward
+                rollouts = [
+                    Rollout(
+                        asked[-1]["content"], said[0]["content"], verifier, truth,
+                        verdict_of(reward, correct, non_stop), reward,
+                    )
+                    for asked, said, (verifier, truth), reward in written
+                ]  # fmt: skip
+                said = without_signal(self._signal, rollouts)
+                if is_hopeless:
+                    raise ValueError(said)
+                if self.accelerator.is_main_process:
+                    logger.warning("%s", said)
+            return scored
+
     return EpochOrderTrainer
 
 
-def _cycle(config: GRPOSettings) -> int:
+def _trainer_class() -> type:
+    """GRPOTrainer as `_rollout_trainer` makes it. Its loss does not depend on the micro-batches either."""
+    import torch
+    from trl import GRPOTrainer
+
+    class StepTrainer(_rollout_trainer(GRPOTrainer)):  # type: ignore[misc]
+        #: Whether the loss is the mean over the tokens of an optimizer step, however many steps share their rollouts.
+        is_mean_of_step = False
+
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            before = self._buffered_inputs
+            inputs = super()._prepare_inputs(generation_batch)
+            if self._buffered_inputs is not before:
+                if self.is_mean_of_step:
+                    self._count_tokens_of_steps(self._buffered_inputs)
+                if self.top_entropy_quantile < 1:
+                    self._find_uncertain_tokens(self._buffered_inputs)
+            return inputs
+
+        def _count_tokens_of_steps(self, batches: list[dict[str, Any]]) -> None:
+            """Have each micro-batch divided by the tokens of its own optimizer step, over all processes.
+
+            TRL's loss "dapo" divides by `num_items_in_batch`, the tokens of all rollouts of a generation, and by the
+            number of steps that share them.
+            """
+            counts = torch.stack([batch["completion_mask"].sum() for batch in batches]).float()
+            a_step = self.args.gradient_accumulation_steps
+            totals = self.accelerator.reduce(counts, "sum").view(-1, a_step).sum(dim=1)
+            for place, batch in enumerate(batches):
+                batch["num_items_in_batch"] = totals[place // a_step] * (len(batches) / a_step)
+
+        @torch.no_grad()
+        def _find_uncertain_tokens(self, batches: list[dict[str, Any]]) -> None:
+            """Mark the tokens of highest entropy under the policy that wrote them, step by step, over all processes.
+
+            TRL looks for them in each micro-batch.
+            """
+            for batch in batches:
+                ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+                mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+                num_written = batch["completion_ids"].shape[1]
+                _, batch["entropies"], _ = self._get_per_token_logps_and_entropies(
+                    self.model, ids, mask, num_written, compute_entropy=True
+                )
+            a_step = self.args.gradient_accumulation_steps
+            for first in range(0, len(batches), a_step):
+                of_step = batches[first : first + a_step]
+                own = torch.cat([batch["entropies"][batch["completion_mask"].bool()] for batch in of_step]).float()
+                padded = self.accelerator.pad_across_processes(own, pad_index=-1)  # no entropy is negative
+                every = self.accelerator.gather(padded)
+                every = every[every >= 0]
+                lowest = torch.quantile(every, 1 - self.top_entropy_quantile) if len(every) else 0.0
+                for batch in of_step:
+                    is_uncertain = batch.pop("entropies") >= lowest
+                    batch["is_uncertain"] = is_uncertain & batch["completion_mask"].bool()
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self._is_uncertain = inputs.get("is_uncertain")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def get_high_entropy_mask(self, *args: Any) -> torch.Tensor:
+            return self._is_uncertain
+
+    return StepTrainer
+
+
+def _cycle(config: GroupSettings) -> int:
     """Optimizer steps from one generation of rollouts to the next."""
     return config.steps_per_generation * config.num_iterations
 
 
-def build(config: GRPOSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
-    """The GRPO trainer. Rows: {"prompt": messages, "verifier", "ground_truth"}."""
+def _rollout_arguments(config: GroupSettings, context: StageContext) -> dict[str, Any]:
+    """What GRPOConfig and RLOOConfig have in common."""
+    arguments = trainer_arguments(config, context)
+    # A checkpoint within a generation cycle would lose the rollouts, so save only at the end of a cycle.
+    save_steps = -(-context.compute.save_steps // _cycle(config)) * _cycle(config)
+    # TRL counts steps_per_generation in micro-batches, we in optimizer steps: the batch of rollouts must not change
+    # with per_device_train_batch_size.
+    micro_steps = config.steps_per_generation * accumulation_steps(config.effective_batch_size, context.compute)
+    return arguments | {
+        "save_steps": save_steps,
+        "max_steps": config.num_steps,
+        "num_generations": config.num_generations,
+        "num_iterations": config.num_iterations,
+        "steps_per_generation": micro_steps,
+        "generation_batch_size": None,
+        "max_completion_length": config.max_completion_length,
+        "temperature": config.temperature,
+        "beta": config.beta,
+        "epsilon": config.epsilon,
+        "epsilon_high": config.epsilon_high,
+        "mask_truncated_completions": config.mask_truncated_completions,
+        # Rollouts are drawn from the policy itself: the update knows nothing of a distribution that is cut.
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "generation_kwargs": None,
+        "chat_template_kwargs": None,
+        "cache_implementation": None,
+        "use_transformers_continuous_batching": False,
+        "use_transformers_paged": False,
+        "use_vllm": False,
+        "shuffle_dataset": True,
+        "remove_unused_columns": False,  # verifiers read them
+        "reward_weights": None,
+        "sync_ref_model": False,
+        "disable_dropout": False,  # as the model's config has it
+        "router_aux_loss_coef": None,  # the same
+    }
+
+
+def _arguments(config: GroupSettings, context: StageContext) -> Any:
+    """GRPOConfig or RLOOConfig."""
+    from trl import GRPOConfig, RLOOConfig
+
+    shared = _rollout_arguments(config, context)
+    if isinstance(config, RLOOSettings):
+        normalize = config.normalize_advantages
+        return config_of(RLOOConfig, **shared, normalize_advantages=normalize, reward_clip_range=None)
+    return config_of(
+        GRPOConfig,
+        **shared,
+        # TRL's "bnpo" is the mean over a micro-batch, and would change with its size.
+        loss_type="dapo" if config.loss_type == "bnpo" else config.loss_type,
+        scale_rewards=config.scale_rewards,
+        use_bias_correction_kl=config.kl_form == "k3_weighted",
+        importance_sampling_level=config.importance_sampling_level,
+        delta=config.delta,
+        top_entropy_quantile=config.top_entropy_quantile,
+        multi_objective_aggregation="sum_then_normalize",  # there is one objective
+        entropy_coef=0.0,
+        use_adaptive_entropy=False,
+        off_policy_mask_threshold=None,
+        cast_lm_head_to_fp32=False,
+        max_tool_calling_iterations=None,
+    )
+
+
+def build(config: GroupSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
+    """The trainer. Rows: {"prompt": messages, "verifier", "ground_truth"}. ValueError for fewer than a step needs."""
+    if config.reward_model_weight:
+        raise ValueError(
+            f"rlvr.reward_model_weight {config.reward_model_weight:g}: {config.algorithm} is paid by verifiers alone "
+            "so far; set it to 0"
+        )
     prepare_torch(context)
-    from trl import GRPOConfig
+    from trl import RLOOTrainer
 
     model, tokenizer = load_model(config, inputs, packing=False)
     # The preflight left out prompts that are longer than max_prompt_length.
     rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
-    arguments = trainer_arguments(config, context)
-    # TRL counts steps_per_generation in micro-batches, we in optimizer steps: the batch of rollouts must not change
-    # with per_device_train_batch_size.
-    micro_steps = config.steps_per_generation * accumulation_steps(config.effective_batch_size, context.compute)
-    # A checkpoint within a generation cycle would lose the rollouts, so save only at the end of a cycle.
-    arguments["save_steps"] = -(-context.compute.save_steps // _cycle(config)) * _cycle(config)
+    config.check_num_rows(len(rows))
+    is_rloo = isinstance(config, RLOOSettings)
     with reference_loaded_as_policy(tokenizer):
-        trainer = _trainer_class()(
+        trainer = (_rollout_trainer(RLOOTrainer) if is_rloo else _trainer_class())(
             model=model,
             reward_funcs=[reward_function(config, stop_token_ids(tokenizer))],
-            args=GRPOConfig(
-                **arguments,
-                max_steps=config.num_steps,
-                num_generations=config.num_generations,
-                num_iterations=config.num_iterations,
-                steps_per_generation=micro_steps,
-                max_completion_length=config.max_completion_length,
-                temperature=config.temperature,
-                beta=config.beta,
-                epsilon=config.epsilon,
-                # TRL's "bnpo" is the mean over a micro-batch, and would change with its size.
-                loss_type="dapo" if config.loss_type == "bnpo" else config.loss_type,
-                scale_rewards=config.scale_rewards,
-            ),
+            args=_arguments(config, context),
             train_dataset=rows,
             processing_class=tokenizer,
         )
-    trainer.is_mean_of_step = config.loss_type == "bnpo"
-    check_prompts(tokenizer, "TRL's GRPOTrainer", lambda prompts: trainer._tokenize_prompts(prompts)[0])
+    trainer.settings = config
+    if isinstance(config, GRPOSettings):
+        trainer.is_mean_of_step = config.loss_type == "bnpo"
+        of_tokens = config.importance_sampling_level == "token"
+        trainer.token_means = (*_TOKEN_MEANS, *(_RATIO_MEANS if of_tokens else ()))
+    else:
+        trainer.token_means = ("entropy",)  # its KL is of all rollouts already, its ratio one of sequences
+    check_prompts(
+        tokenizer,
+        "TRL's RLOOTrainer" if is_rloo else "TRL's GRPOTrainer",
+        lambda prompts: trainer._tokenize_prompts(prompts)[0],
+    )
     assert set(trainer.eos_token_ids) == set(stop_token_ids(tokenizer)), trainer.eos_token_ids
     return trainer
 
 
-def build_without_generation(config: GRPOSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
+def build_without_generation(config: GroupSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
     """`build` for a dry run. It generates nothing: every rollout of a step is given, as long as allowed.
 
     A step is one group of `effective_batch_size` rollouts to one prompt, but of at least two.
     """
     num_rollouts = max(config.effective_batch_size, 2)
     group = {"effective_batch_size": num_rollouts, "num_generations": num_rollouts}
-    once = {"steps_per_generation": 1, "num_iterations": 1}
+    once = {"steps_per_generation": 1, "num_iterations": 1, "max_rollouts_without_signal": 0}
     trainer = build(config.model_copy(update=group | once), inputs, context)
     rollout = [trainer.processing_class.eos_token_id] * config.max_completion_length
-    trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: ([rollout] * len(prompt_ids), None)
+
+    def given(prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:
+        rollouts = [rollout] * len(prompt_ids)
+        return rollouts if isinstance(config, RLOOSettings) else (rollouts, None)
+
+    trainer._generate_single_turn = given
     return trainer
 
 
-def run(trainer: Trainer, config: GRPOSettings, context: StageContext) -> int:
+def run(trainer: Trainer, config: GroupSettings, context: StageContext) -> int:
     """Train; returns the number of optimizer steps in all."""
     # Advantages have a mean of 0: the value of the loss says nothing.
     rule = LossRule(zero_is_fault=False, must_not_grow=False)

@@ -53,13 +53,7 @@ def build(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> PPO
     """
     prepare_torch(context)
     rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
-    num_prompts = config.num_rollouts // config.num_samples_per_prompt
-    if len(rows) < num_prompts:
-        raise ValueError(
-            f"rlvr: a rollout batch takes {num_prompts:,} prompts ({config.num_rollouts:,} rollouts, "
-            f"{config.num_samples_per_prompt} per prompt), and there are {len(rows):,}; lower effective_batch_size or "
-            "num_minibatches, raise num_samples_per_prompt, or add prompts"
-        )
+    config.check_num_rows(len(rows))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     # Refused before any weights are loaded.
     if config.reward_model_weight > 0:
@@ -85,6 +79,7 @@ def build_without_generation(config: PPOSettings, inputs: TrainingInputs, contex
             "num_minibatches": 1,
             "num_ppo_epochs": 1,
             "num_episodes": 2 * size,
+            "max_rollouts_without_signal": 0,
             "critic": config.critic.model_copy(update={"initial": "policy", "path": None, "warmup_steps": 0}),
         }
     )

@@ -8,6 +8,7 @@ of it, so no gradient can reach them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from smoltulu.tasks.models.decoding import longest_first
 from smoltulu.tasks.models.tokens import IGNORED, Messages
-from smoltulu.tasks.training.rewards import Score
+from smoltulu.tasks.training.rewards import VERDICTS, Score
 
 Batch = dict[str, torch.Tensor]
 
@@ -119,3 +120,22 @@ def by_episode(
         values = compute(batch).float().cpu()
         made |= zip(places, values.split([num_trained(episode) for episode in batch]), strict=True)
     return [made[place] for place in range(len(episodes))]
+
+
+def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """What is logged of a rollout batch before any training on it."""
+    scores = [one["score"] for one in episodes]
+    rewards = [score.reward for score in scores if score.reward is not None]
+    shares = {f"verified/{verdict}": sum(score.verdict == verdict for score in scores) for verdict in VERDICTS}
+    made = {name: count / len(episodes) for name, count in shares.items()}
+    if rewards:
+        made["reward"] = math.fsum(rewards) / len(rewards)
+        made["reward_std"] = math.sqrt(math.fsum((one - made["reward"]) ** 2 for one in rewards) / len(rewards))
+    made["completions/mean_length"] = sum(len(one["ids"]) for one in episodes) / len(episodes)
+    made["completions/clipped_ratio"] = sum(not one["stopped"] for one in episodes) / len(episodes)
+    graded = [one for one in episodes if num_trained(one)]
+    differences = [(torch.tensor(one["sampled_logps"]) - one["logps"]).abs() for one in graded]
+    if differences:
+        # How far generation rounds otherwise than training: what is trained on was not drawn from another policy.
+        made["sampling_difference"] = torch.cat(differences).mean().item()
+    return made

@@ -7,6 +7,7 @@ Tulu 3. With several processes each takes its part of the rollouts and of every 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from smoltulu.schemas.rlvr import PPOSettings
 from smoltulu.tasks.models.tokens import prompt_ids
+from smoltulu.tasks.trainer.signal import METRIC, SignalWatch, without_signal
+from smoltulu.tasks.trainer.signal import Rollout as Shown
 from smoltulu.tasks.trainer.tracking import num_tokens
 from smoltulu.tasks.training.critic import CRITIC_FOLDER, Critic
 from smoltulu.tasks.training.ppo_batch import (
@@ -28,6 +31,7 @@ from smoltulu.tasks.training.ppo_batch import (
     collate,
     flat,
     num_trained,
+    rollout_metrics,
     token_logps,
     token_values,
 )
@@ -40,10 +44,11 @@ from smoltulu.tasks.training.ppo_maths import (
     token_rewards,
     value_losses,
 )
-from smoltulu.tasks.training.rewards import VERDICTS, Score
+from smoltulu.tasks.training.rewards import Score
 from smoltulu.tasks.training.rollout_log import RolloutLog
 from smoltulu.tasks.training.rollouts import MINIBATCHES, Backend, Request, prompts_of_batch, shuffled
 
+logger = logging.getLogger("smoltulu")
 #: Scores of episodes, in their order; sees prompt, text and whether it ended.
 Scorer = Callable[[Sequence[Episode]], list[Score]]
 
@@ -79,6 +84,7 @@ class PPOTrainer(Trainer):
         #: Name -> values of the steps since the last log, the same on all processes.
         self._of_steps: dict[str, list[float]] = {}
         self._of_rollouts: dict[str, float] = {}
+        self._signal: SignalWatch | None = None
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -148,12 +154,36 @@ class PPOTrainer(Trainer):
             episode["score"] = score
         self._look(mine)
         episodes: list[Episode] = gather_object(mine)
+        self._look_for_signal(episodes)
         self.state.num_input_tokens_seen += sum(len(one["prompt_ids"]) + len(one["ids"]) for one in episodes)
         self.state.epoch = (batch + 1) * num_prompts / len(self.train_dataset)
         self._set_targets(episodes)
         if self.is_world_process_zero():
             self.rollout_log.add(batch, self.state.global_step, rows, episodes)
         return episodes
+
+    def _look_for_signal(self, episodes: Sequence[Episode]) -> None:
+        """ValueError where rewards have not differed for too long; all processes see the same episodes."""
+        rewards = [math.nan if one["score"].reward is None else one["score"].reward for one in episodes]
+        if self._signal is None:
+            before = self.state.global_step // self.settings.num_steps_per_rollout * self.settings.num_rollouts
+            self._signal = SignalWatch.of(self.settings.signal_limit, self.state.log_history, before)
+        self._of_rollouts = rollout_metrics(episodes) | {METRIC: self._signal.add(rewards, len(rewards))}
+        is_last = self.state.global_step + self.settings.num_steps_per_rollout >= self.state.max_steps
+        is_hopeless = self._signal.is_hopeless(is_last)
+        if not is_hopeless and not self._signal.is_warned(is_last):
+            return
+        shown = []
+        for one, reward in zip(episodes, rewards, strict=True):
+            row, score = self.train_dataset[one["row"]], one["score"]
+            said = f"{score.verdict} ({score.reason})"
+            asked = one["prompt"][-1]["content"]
+            shown.append(Shown(asked, one["text"], row["verifier"], row["ground_truth"], said, reward))
+        said = without_signal(self._signal, shown)
+        if is_hopeless:
+            raise ValueError(said)
+        if self.is_world_process_zero():
+            logger.warning("%s", said)
 
     def _own_part(self, episodes: list[Episode]) -> list[Episode]:
         """Those of this process: as many as every other has, end to end in the order of the processes."""
@@ -210,7 +240,6 @@ class PPOTrainer(Trainer):
         """Advantages and returns of a whole rollout batch, in float64, and what is logged of it."""
         settings = self.settings
         graded = [one for one in episodes if num_trained(one)]
-        self._of_rollouts = rollout_metrics(episodes)
         if not graded:
             return
         lengths = torch.tensor([len(one["ids"]) for one in graded])
@@ -356,22 +385,3 @@ class PPOTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.critic.load_optimizer(Path(checkpoint) / CRITIC_FOLDER)
-
-
-def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    """What is logged of a rollout batch before any training on it."""
-    scores = [one["score"] for one in episodes]
-    rewards = [score.reward for score in scores if score.reward is not None]
-    shares = {f"verified/{verdict}": sum(score.verdict == verdict for score in scores) for verdict in VERDICTS}
-    made = {name: count / len(episodes) for name, count in shares.items()}
-    if rewards:
-        made["reward"] = math.fsum(rewards) / len(rewards)
-        made["reward_std"] = math.sqrt(math.fsum((one - made["reward"]) ** 2 for one in rewards) / len(rewards))
-    made["completions/mean_length"] = sum(len(one["ids"]) for one in episodes) / len(episodes)
-    made["completions/clipped_ratio"] = sum(not one["stopped"] for one in episodes) / len(episodes)
-    graded = [one for one in episodes if num_trained(one)]
-    differences = [(torch.tensor(one["sampled_logps"]) - one["logps"]).abs() for one in graded]
-    if differences:
-        # How far generation rounds otherwise than training: what is trained on was not drawn from another policy.
-        made["sampling_difference"] = torch.cat(differences).mean().item()
-    return made

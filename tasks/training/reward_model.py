@@ -13,6 +13,7 @@ from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import RewardModelSettings, TrainingInputs
 from smoltulu.tasks.models.classifiers import keep_in_float32, load_classifier
 from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.even_rows import even_out
 from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
 
@@ -34,12 +35,17 @@ def build(config: RewardModelSettings, inputs: TrainingInputs, context: StageCon
     rows = load_rows(inputs.dataset, context, list(COLUMNS))
     trainer = PairTrainer(
         model=model,
-        args=RewardConfig(
+        args=config_of(
+            RewardConfig,
             **trainer_arguments(config, context),
             **budget(config, rows),
             max_length=None,  # the preflight dropped what is longer
             remove_unused_columns=False,  # TRL would drop the prompts
             disable_dropout=True,
+            center_rewards_coefficient=None,
+            chat_template_path=None,
+            eos_token=None,
+            pad_token=None,
         ),
         data_collator=PairCollator(tokenizer.pad_token_id, context.compute.packing),
         train_dataset=rows,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from smoltulu.schemas.models import ModelOutputs
-from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings, RLVRInputs, RLVRSettings
+from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings, RLOOSettings, RLVRInputs, RLVRSettings
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.gate import gate_failures
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 
 def build_without_generation(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
     """The trainer for a dry run. It generates nothing: every rollout of a step is given, as long as allowed."""
-    if isinstance(config, GRPOSettings):
+    if isinstance(config, (GRPOSettings, RLOOSettings)):
         return grpo.build_without_generation(config, inputs, context)
-    if isinstance(config, PPOSettings):
-        return ppo.build_without_generation(config, inputs, context)
-    raise ValueError(f"rlvr.algorithm {config.algorithm} is not there yet; set it to grpo or ppo")
+    assert isinstance(config, PPOSettings)
+    return ppo.build_without_generation(config, inputs, context)
 
 
 def train_rlvr(
@@ -36,21 +35,22 @@ def train_rlvr(
 ) -> tuple[ModelOutputs, dict[str, float]]:
     """Train on prompts whose answers can be verified."""
     inputs = rows_to_train(config, inputs, context)
-    if isinstance(config, GRPOSettings):
+    if isinstance(config, (GRPOSettings, RLOOSettings)):
         trainer = grpo.build(config, inputs, context)
         num_steps = grpo.run(trainer, config, context)
         return finish(trainer, context, num_steps, grpo.SHOWN, config.gate)
-    if isinstance(config, PPOSettings):
-        return ppo.run(config, inputs, context)
-    raise ValueError(f"rlvr.algorithm {config.algorithm} is not there yet; set it to grpo or ppo")
+    assert isinstance(config, PPOSettings)
+    return ppo.run(config, inputs, context)
 
 
 def flops_per_token(config: RLVRSettings) -> float:
     """A parameter: 2 to write a rollout, 2 for the reference where there is a KL term, 6 for each pass over it."""
     if isinstance(config, PPOSettings):
         return ppo.flops_per_token(config)
-    assert isinstance(config, GRPOSettings)
-    return 2 + (2 if config.beta > 0 else 0) + 6 * config.num_iterations
+    assert isinstance(config, (GRPOSettings, RLOOSettings))
+    # RLOO always computes the log-probabilities that its ratio starts from.
+    own = 2 if isinstance(config, RLOOSettings) else 0
+    return 2 + (2 if config.beta > 0 else 0) + own + 6 * config.num_iterations
 
 
 rlvr = Stage(

@@ -17,6 +17,7 @@ from smoltulu.schemas.training import SFTSettings, TrainingInputs
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import IGNORED
 from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.even_rows import BLANK, even_out, is_blank
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
@@ -107,11 +108,21 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
     rows = load_rows(inputs.dataset, context, ["row", "input_ids", "labels"])
     trainer = _trainer_class()(
         model=model,
-        args=SFTConfig(
+        args=config_of(
+            SFTConfig,
             **trainer_arguments(config, context),
             **budget(config, rows),
+            loss_type="nll",
             max_length=None,  # the preflight cut or dropped what is longer
             packing=False,  # TRL's changes which rows a step holds
+            padding_free=False,
+            shuffle_dataset=False,
+            completion_only_loss=None,  # the rows' labels say what is trained
+            assistant_only_loss=False,
+            router_aux_loss_coef=None,  # as the model's config has it
+            chat_template_path=None,
+            eos_token=None,
+            pad_token=None,
             remove_unused_columns=False,  # TRL would drop the numbers of the rows
         ),
         data_collator=RowCollator(collate),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -18,6 +19,7 @@ from smoltulu.schemas.data import DatasetStageConfig
 from smoltulu.schemas.evaluation import EvaluationStageConfig
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
+from smoltulu.schemas.rlvr import CriticSettings, GRPOSettings, PPOSettings, RLOOSettings
 from smoltulu.schemas.verifier_audit import PassRatesConfig, VerifierAuditConfig
 
 
@@ -47,24 +49,105 @@ def test_1130_and_1207_differ_in_learning_rates_and_batch_sizes_only() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["smoltulu-1130", "smoltulu-1207", "tulu3-8b"])
-def test_every_value_of_a_paper_preset_names_its_source(name: str) -> None:
-    """Scientific scalars carry a mark such as [P] or [ours] on their line, or on that of the block they stand in."""
-    lines = (PRESETS / f"{name}.yaml").read_text().splitlines()
-    unmarked, block_marked, inside_compute = [], False, False
-    for line in lines:
-        body = line.split("#")[0].rstrip()
-        if not body.strip() or body.strip().startswith("-"):
+PAPER_PRESETS = ("smoltulu-1130", "smoltulu-1207", "tulu3-8b")
+#: A mark, and the place in its source: a table or the abstract, a card and a line of it, a command or a file.
+MARKS = (
+    r"\[P\] (abstract|tables? \d+(, \d+)*( and \d+)?)\b",
+    r"\[C\] SmolTulu-1\.7b-(Instruct|RM|Reinforced), [\w ]+",
+    r"\[C\] SmolTulu-1\.7b-RM: made to initialise the value function",
+    r"\[T\] docs/tulu3\.md, (SFT|DPO|RM|RLVR|3\.1) command\b",
+    r"\[T\] open_instruct/\w+\.py( at [0-9a-f]{7})?[,:] \w+",
+    r"\[ours\]",
+)
+
+
+def value_lines(preset: str) -> list[tuple[str, str, str]]:
+    """(dotted block, line, comment) of the lines with a value that a source could have; data.rlvr is not looked at.
+
+    The comment of a block stands for its lines.
+    """
+    found, stack = [], [(-1, "", "")]
+    for line in (PRESETS / f"{preset}.yaml").read_text().splitlines():
+        body, _, comment = line.partition(" #") if not line.lstrip().startswith("#") else ("", "", "")
+        if not body.strip():
             continue
-        marked = any(mark in line for mark in ("[P]", "[C]", "[T]", "[ours]"))
-        if not line.startswith(" "):
-            block_marked, inside_compute = (
-                marked,
-                body.startswith(("compute", "data", "name", "description", "extends")),
-            )
-        if ":" in body and not body.endswith(":") and not (marked or block_marked or inside_compute):
-            unmarked.append(line)
-    assert unmarked == []
+        indent, name = len(body) - len(body.lstrip(" -")), body.strip(" -").partition(":")[0]
+        while stack[-1][0] >= indent:
+            stack.pop()
+        block = f"{stack[-1][1]}.{name}".lstrip(".")
+        inherited = stack[-1][2] if "[" in stack[-1][2] else ""
+        if body.rstrip().endswith(":"):
+            stack.append((indent, block, comment if "[" in comment else inherited))
+        elif not block.startswith(("name", "description", "extends", "compute", "data.rlvr")):
+            found.append((block, line, comment if "[" in comment else inherited))
+    return found
+
+
+@pytest.mark.parametrize("name", PAPER_PRESETS)
+def test_every_value_of_a_paper_preset_names_its_source_and_the_place_there(name: str) -> None:
+    lines = value_lines(name)
+    assert len(lines) > (5 if name == "smoltulu-1207" else 30)
+    is_machinery_of_a_source = re.compile(r"\.(format|fields|subset|query_fields|name|metric)$")
+    wrong = [
+        line
+        for block, line, comment in lines
+        if not any(re.search(mark, comment) for mark in MARKS) and not is_machinery_of_a_source.search(block)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", PAPER_PRESETS)
+def test_marks_name_the_tables_that_hold_the_values(name: str) -> None:
+    """arXiv 2412.08347: SFT's are in table 2, DPO's in table 5, the reward model's in table 7; tables 1, 4 and 13 are
+    about contamination."""
+    tables = {"sft": {"2"}, "dpo": {"5"}, "reward_model": {"7"}, "contamination": {"1", "4", "13"}}
+    for block, line, comment in value_lines(name):
+        if (match := re.search(r"\[P\] tables? ([\d, and]+)", comment)) is not None:
+            assert set(re.findall(r"\d+", match[1])) <= tables[block.partition(".")[0]], line
+
+
+def test_values_of_the_presets_are_the_published_ones() -> None:
+    """Paper, cards of SmolTulu-1.7b-RM and -Reinforced, open-instruct's commands and defaults."""
+    first, tulu = load_recipe("smoltulu-1130"), load_recipe("tulu3-8b")
+    assert first.sft and first.reward_model and first.dpo and tulu.reward_model and tulu.dpo
+    assert (first.sft.seed, first.reward_model.seed, first.dpo.seed) == (123, 1, 42)
+    assert (tulu.reward_model.seed, tulu.dpo.seed) == (1, 42)
+    assert (first.reward_model.weight_decay, first.dpo.weight_decay, first.sft.weight_decay) == (0.01, 0.0, 0.0)
+    ppo = first.rlvr
+    assert isinstance(ppo, PPOSettings) and isinstance(tulu.rlvr, GRPOSettings)
+    assert ppo.model_dump(include={"learning_rate", "beta", "temperature", "reward_correct", "non_stop_reward",
+                                   "effective_batch_size", "num_rollouts", "num_episodes", "num_ppo_epochs",
+                                   "weight_decay", "max_prompt_length", "max_completion_length", "seed", "gamma",
+                                   "gae_lambda", "epsilon", "num_samples_per_prompt", "reward_model_weight"}) == {
+        "learning_rate": 3e-6, "beta": 0.05, "temperature": 1.0, "reward_correct": 10.0, "non_stop_reward": -10.0,
+        "effective_batch_size": 32, "num_episodes": 64_000, "num_ppo_epochs": 4, "weight_decay": 0.01,
+        "max_prompt_length": 2048, "max_completion_length": 2048, "seed": 3, "gamma": 1.0, "gae_lambda": 0.95,
+        "epsilon": 0.2, "num_samples_per_prompt": 1, "reward_model_weight": 0.0,
+    }  # fmt: skip
+    assert ppo.num_rollouts == 32 and ppo.needs_reward_model
+    assert ppo.critic == CriticSettings(initial="reward_model", warmup_steps=0, value_clip=0.2, value_coefficient=0.1)
+    grpo = tulu.rlvr
+    assert (grpo.effective_batch_size, grpo.steps_per_generation, grpo.num_rollouts, grpo.num_prompts) == (
+        384,
+        2,
+        768,
+        48,
+    )
+    assert (grpo.loss_type, grpo.kl_form, grpo.beta, grpo.learning_rate) == ("bnpo", "k3", 0.01, 5e-7)
+    assert (grpo.weight_decay, grpo.non_stop_reward, grpo.reward_correct, grpo.seed) == (0.01, 0.0, 10.0, 1)
+
+
+def test_a_recipe_that_takes_another_algorithm_loses_what_only_the_old_one_has() -> None:
+    """Else no recipe could extend smoltulu-1130 and use GRPO: its PPO block has fields that GRPO refuses."""
+    rlvr = {"algorithm": "grpo", "num_steps": 10, "num_generations": 8}
+    recipe = load_recipe({"extends": "smoltulu-1130", "name": "mine", "rlvr": rlvr})
+    assert isinstance(recipe.rlvr, GRPOSettings) and recipe.rlvr.learning_rate == 3e-6 and recipe.rlvr.beta == 0.05
+    recipe = load_recipe({"extends": "tiny", "name": "mine", "rlvr": {"algorithm": "rloo"}})
+    assert isinstance(recipe.rlvr, RLOOSettings) and recipe.rlvr.num_steps == 36
+    same = load_recipe({"extends": "tiny", "name": "mine", "rlvr": {"algorithm": "grpo"}})
+    assert isinstance(same.rlvr, GRPOSettings) and same.rlvr.scale_rewards == "none"
+    with pytest.raises(RecipeError, match=r"rlvr.*gamma: no such field"):
+        load_recipe({"extends": "tiny", "name": "mine", "rlvr": {"algorithm": "rloo", "gamma": 1}})
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -115,6 +198,9 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         "GRPOSettings.gate",
         "RLOOSettings.gate",
         "PPOSettings.rollout_batch_size",
+        "PPOSettings.max_rollouts_without_signal",
+        "GRPOSettings.max_rollouts_without_signal",
+        "RLOOSettings.max_rollouts_without_signal",
         "CriticSettings.path",
         "CriticSettings.offload_optimizer",
         "GateSettings.num_prompts",
@@ -123,6 +209,7 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         "BaseModelConfig.num_threads",
         "DataSource.path",
         "ModelSource.path",
+        "ModelSource.num_parameters",
         "PublishSettings.repository",
         "PublishSettings.branch",
         "PublishSettings.private",

@@ -100,6 +100,9 @@ def fly(
         return Flight(chosen, PreflightOutputs.model_validate(report["outputs"]), str(error), folder / "work")
 
 
+PPO: dict[str, Any] = {"algorithm": "ppo", "num_steps": None, "num_generations": None, "num_episodes": 64}
+
+
 def prompts(count: int) -> Rows:
     return [
         {"prompt": [turn("user", f"What is {i} plus {i % 7}?")], "verifier": "gsm8k", "ground_truth": f"{i}"}
@@ -312,6 +315,30 @@ def test_positions_and_vocabulary_of_the_model(model: Path, tmp_path: Path) -> N
     assert flight.outputs.num_beyond_embeddings == 6 and flight.check("Vocabulary").status == "noticed"
 
 
+@pytest.mark.parametrize(("changes", "num_rollouts", "num_needed", "raised"), [
+    ({"effective_batch_size": 32, "num_generations": 8}, 32, 4, "num_generations"),
+    ({"effective_batch_size": 16, "num_generations": 8, "steps_per_generation": 2}, 32, 4, "num_generations"),
+    ({"algorithm": "rloo", "effective_batch_size": 8, "num_generations": 2}, 8, 4, "num_generations"),
+    (PPO | {"effective_batch_size": 4}, 4, 4, "num_samples_per_prompt"),
+    (PPO | {"effective_batch_size": 4, "num_minibatches": 2, "num_samples_per_prompt": 2}, 8, 4, "num_samples_per"),
+])  # fmt: skip
+def test_fewer_prompts_than_a_batch_of_rollouts_needs(
+    model: Path, tmp_path: Path, changes: dict[str, Any], num_rollouts: int, num_needed: int, raised: str
+) -> None:
+    """Such a training had no step, and said that it was stopped and to run it again."""
+    training = training_of("rlvr", **changes)
+    few = fly(tmp_path / "few", model, prompts(num_needed - 1), **training)
+    assert (
+        f"{num_needed - 1} prompts are left, and a batch of {num_rollouts} rollouts needs {num_needed} different ones; "
+        f"allowed: at least {num_needed}; lower effective_batch_size, raise {raised}"
+    ) in few.error
+    assert few.check("Prompts of a step").status == "fails" and "Prompts of a step" in few.page
+    enough = fly(tmp_path / "enough", model, prompts(num_needed), **training)
+    assert not enough.error and enough.check("Prompts of a step").status == "ok"
+    # A cached preflight of the same rows is asked for this training too.
+    assert len(STAGES["preflight"].gate_failures(few.config, few.outputs, {})) == 1  # type: ignore[misc]
+
+
 # --- Dry run ------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +357,8 @@ def training_of(subject: str, **changes: Any) -> dict[str, Any]:
         settings |= {} if changes.get("algorithm") == "ppo" else {"num_steps": 9, "num_generations": 4}
     else:
         settings |= {"max_length": 128}
-    made = STAGES[subject].config.model_validate(settings | changes)
+    settings = {name: value for name, value in (settings | changes).items() if value is not None}
+    made = STAGES[subject].config.model_validate(settings)
     return {"kind": KINDS[subject], "subject": subject, "training_settings": made.model_dump(mode="json")}
 
 

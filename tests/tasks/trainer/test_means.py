@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.rlvr import GRPOSettings
+from smoltulu.schemas.rlvr import RLVRInputs, RLVRSettings
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.training.rlvr import train_rlvr
@@ -77,14 +77,19 @@ def test_dpo(base: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("loss_type", "steps_per_generation"), [("dapo", 1), ("bnpo", 1), ("bnpo", 2)])
-def test_rlvr(base: Path, tmp_path: Path, loss_type: str, steps_per_generation: int) -> None:
+@pytest.mark.parametrize("changes", [
+    {}, {"loss_type": "bnpo"}, {"loss_type": "bnpo", "steps_per_generation": 2},
+    {"importance_sampling_level": "sequence", "mask_truncated_completions": True},
+    {"top_entropy_quantile": 0.3, "steps_per_generation": 2, "kl_form": "k3"},
+    {"algorithm": "rloo"}, {"algorithm": "rloo", "steps_per_generation": 2},
+])  # fmt: skip
+def test_rlvr(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Answers of several lengths; the second pass over them is no longer on the policy, and clips."""
-    settings = GRPOSettings(
-        learning_rate=3e-3, effective_batch_size=8, num_generations=4, num_steps=2 * steps_per_generation,
-        steps_per_generation=steps_per_generation, num_iterations=2, beta=0.05, epsilon=0.02, loss_type=loss_type,
-        max_prompt_length=100, max_completion_length=10, precision="float32", gate={"num_prompts": 0},
-    )  # fmt: skip
+    settings = RLVRSettings.model_validate({
+        "learning_rate": 3e-3, "effective_batch_size": 8, "num_generations": 4, "num_iterations": 2, "beta": 0.05,
+        "num_steps": 2 * changes.get("steps_per_generation", 1), "epsilon": 0.02, "max_prompt_length": 100,
+        "max_completion_length": 10, "precision": "float32", "gate": {"num_prompts": 0},
+    } | changes)  # fmt: skip
     rows: list[dict[str, Any]] = [
         {"id": f"0:{i}", "prompt": [turn("user", f"What is {i}?")], "verifier": "constraint",
          "ground_truth": json.dumps({"kind": "word_count", "count": 2})}
@@ -98,11 +103,14 @@ def test_rlvr(base: Path, tmp_path: Path, loss_type: str, steps_per_generation: 
         compute = ComputeSettings(device="cpu", per_device_train_batch_size=size, logging_steps=1, num_threads=1)
         inputs = training_inputs("rlvr", folder / "before", base, rows, settings, compute)
         context = StageContext(folder / "out", folder / "work", compute, lambda *args, **kwargs: None)
-        train_rlvr(settings, inputs, context)
+        train_rlvr(settings, RLVRInputs(**inputs.model_dump()), context)
         histories.append([json.loads(line) for line in (folder / "out" / "logs" / "history.jsonl").open()])
     first = same(histories)
     assert first[0]["completions/min_length"] < first[0]["completions/max_length"]
-    assert first[0]["reward_std"] > 0 and first[1]["kl"] > 0 and first[1]["clip_ratio/region_mean"] > 0
+    assert first[0]["reward_std"] > 0 and first[-1]["clip_ratio/region_mean"] > 0 and first[0]["grad_norm"] > 0
+    assert 0 < first[0]["groups_with_signal"] <= 1
+    # RLOO's KL is of the rollouts as they are written: none before the first step, and logged once a generation.
+    assert abs(first[0]["kl"]) < 1e-5 if settings.algorithm == "rloo" else first[-1]["kl"] > 0
 
 
 @given(st.lists(st.lists(st.floats(-10, 10), min_size=1, max_size=5), min_size=1, max_size=6))
@@ -117,6 +125,16 @@ def test_any_cut_gives_the_mean_and_the_extremes_of_all(parts: list[list[float]]
     every = [value for part in parts for value in part]
     assert metrics["mean"] == [pytest.approx(math.fsum(every) / len(every), abs=1e-9)]
     assert (metrics["low"], metrics["high"], metrics["other"]) == ([min(every)], [max(every)], [1.0, 2.0])
+
+
+def test_a_micro_batch_that_is_masked_out_has_no_extremes() -> None:
+    """TRL gives NaN there, whose order among numbers is chance."""
+    metrics = {"low": [math.nan, 2.0, 1.0], "high": [1.0, math.nan, 2.0]}
+    weigh(metrics, [0, 3, 1], (), "low", "high")
+    assert metrics == {"low": [1.0], "high": [2.0]}
+    metrics = {"low": [math.nan]}
+    weigh(metrics, [0], (), "low", "high")
+    assert math.isnan(metrics["low"][0])
 
 
 def test_nothing_to_weigh() -> None:

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 import smoltulu.tasks.engine.launch
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, newest_checkpoint
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.rlvr import GRPOSettings
+from smoltulu.schemas.rlvr import GRPOSettings, RLOOSettings
 from smoltulu.schemas.training import (
     DPOSettings,
     GateSettings,
@@ -55,6 +55,12 @@ STAGES: dict[str, tuple[Callable, Any, str]] = {
         "prompts.jsonl",
     ),
 }  # fmt: skip
+STAGES["rlvr, rloo"] = (
+    train_rlvr,
+    RLOOSettings(learning_rate=1e-3, effective_batch_size=8, num_generations=4, num_steps=6, max_prompt_length=100,
+                 max_completion_length=6, precision="float32", num_iterations=2, **NO_GATE),
+    "prompts.jsonl",
+)  # fmt: skip
 # An epoch is four steps, which are two of the pairs of prompts: the checkpoint of step 4 is at its end.
 STAGES["rlvr, five prompts"] = (*STAGES["rlvr"][:2], "five_prompts.jsonl")
 
@@ -132,7 +138,7 @@ def test_resumed_run_ends_with_bitwise_the_same_weights(stage: str, world: Path,
     assert history == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "rlvr"])
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "rlvr", "rlvr, rloo"])
 def test_bfloat16_as_on_a_gpu(stage: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast over float32 weights, on a CPU that can; the gate compares what is saved with what was trained."""
     _, _, exact = run(stage, world, tmp_path / "exact")
@@ -153,7 +159,7 @@ def test_bfloat16_as_on_a_gpu(stage: str, world: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "rlvr"])
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "rlvr", "rlvr, rloo"])
 def test_every_stage_on_this_gpu(stage: str, world: Path, tmp_path: Path) -> None:
     """In bfloat16 to the end: trained, saved, compared, asked; then gone on with from the last checkpoint but one."""
     if not torch.cuda.is_available():
