@@ -62,4 +62,7 @@ class ModelOutputs(StrictModel):
     num_steps: int = Field(0, ge=0, description="optimizer steps of this stage")
     num_tokens: int = Field(0, ge=0, description="tokens seen by this stage, as the trainer counts them")
     history_file: ArtifactPath | None = Field(None, description="logged metrics by step, one JSON object a line")
+    samples_file: ArtifactPath | None = Field(
+        None, description="some completions of RLVR with reward, verdict and reason, by step; one JSON object a line"
+    )
     critic: ArtifactPath | None = Field(None, description="folder of PPO's critic: as the model, with one score")

@@ -5,8 +5,9 @@ This module prepares plain values; templates/run.html.jinja and sections.html.ji
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -44,6 +45,8 @@ FIRST_CURVES = (
 )
 _MAX_FIRST_CURVES = 6
 _MAX_OTHER_CURVES = 48
+#: Batches of rollouts at the end of a training whose samples are shown, besides the first.
+_NUM_LAST_STEPS = 2
 
 
 def html_report(
@@ -57,6 +60,7 @@ def html_report(
         ("scores", "Scores", score_tables(summary.scores)),
         ("stages", "Stages", runs),
         ("curves", "Training", _curves(runs, folders)),
+        ("samples", "What the policy wrote", _samples(runs, folders)),
         ("contamination", "Contamination", _outputs_of(ContaminationOutputs, runs)),
         ("data", "Data", [dataset for dataset in datasets if dataset[2].sources]),
         ("preflight", "Preflight", [(name, preflight_figures(outputs)) for name, _, outputs in preflights]),
@@ -112,7 +116,7 @@ def _curves(runs: Sequence[tuple[StageRun, Manifest | None]], folders: Mapping[s
         folder = folders.get(run.node)
         if manifest is None or folder is None:
             continue
-        series = parse_history(_history_lines(manifest, folder))
+        series = parse_history(_lines(manifest, folder, "history_file"))
         first = [(name, series.pop(name)) for name in FIRST_CURVES if name in series]
         others = sorted([*first[_MAX_FIRST_CURVES:], *series.items()])
         if first or others:
@@ -122,15 +126,49 @@ def _curves(runs: Sequence[tuple[StageRun, Manifest | None]], folders: Mapping[s
     return curves
 
 
-def _history_lines(manifest: Manifest, folder: Path) -> list[str]:
-    """Lines of the artifact's history file; none if it has no such file, or names one outside its folder."""
-    name = manifest.outputs.get("history_file")
+@dataclass(frozen=True)
+class PolicySamples:
+    """Completions of a training's first and last rollouts."""
+
+    title: str
+    rows: list[dict[str, Any]]  # see tasks/training/rollout_log.py
+    num_steps: int
+
+
+def _samples(runs: Sequence[tuple[StageRun, Manifest | None]], folders: Mapping[str, Path]) -> list[PolicySamples]:
+    found = []
+    for run, manifest in runs:
+        folder = folders.get(run.node)
+        # Evaluations have samples too, of another form.
+        if manifest is None or folder is None or outputs_of(ModelOutputs, manifest) is None:
+            continue
+        rows = list(_json_objects(_lines(manifest, folder, "samples_file")))
+        steps = sorted({row["step"] for row in rows if isinstance(row.get("step"), int)})
+        shown = [row for row in rows if row.get("step") in (*steps[:1], *steps[-_NUM_LAST_STEPS:])]
+        if shown:
+            found.append(PolicySamples(text.title(run.stage), shown, len(steps)))
+    return found
+
+
+def _json_objects(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def _lines(manifest: Manifest, folder: Path, output: str) -> list[str]:
+    """Lines of a file of the artifact; none if it has no such file, or names one outside its folder."""
+    name = manifest.outputs.get(output)
     if not isinstance(name, str):
         return []
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.is_file():
         return []
-    return path.read_text("utf-8", errors="replace").splitlines()
+    return path.read_text("utf-8", errors="replace").split("\n")
 
 
 def _lineage(manifests: Mapping[str, Manifest]) -> tuple[dict[str, set[str]], dict[str, tuple[str, str, str]]]:

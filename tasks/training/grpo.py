@@ -19,7 +19,8 @@ from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.signal import METRIC, Rollout, SignalWatch, verdict_of, without_signal
-from smoltulu.tasks.training.rewards import reward_function
+from smoltulu.tasks.training.rewards import VerifiableReward
+from smoltulu.tasks.training.rollout_log import RolloutLog, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -89,6 +90,8 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
         #: Metrics that are means over the tokens of a micro-batch.
         token_means: tuple[str, ...] = ()
         settings: GroupSettings
+        reward: VerifiableReward
+        rollout_log: RolloutLog
         _signal: SignalWatch | None = None
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -125,12 +128,23 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             with self.accelerator.autocast(), caches_as_attended():
                 return super()._generate_single_turn(*args, **kwargs)
 
+        def _keep_samples(self, rows: list[dict[str, Any]], num_tokens: list[int]) -> None:
+            """The first rollout of each group, of this process."""
+            step, size = self.state.global_step, self.num_generations
+            made = zip(rows, self.reward.answers, num_tokens, self.reward.scores, strict=True)
+            samples = [sample(row["prompt"], one.text, num, one.stopped, score) for row, one, num, score in made]
+            self.rollout_log.add_samples(step // _cycle(self.settings), step, samples[::size])
+
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
             scored = super()._generate_and_score_completions(inputs)
             state, cycle, num_rollouts = self.state, _cycle(self.settings), self.args.generation_batch_size
             if self._signal is None:
                 before = state.global_step // cycle * num_rollouts
                 self._signal = SignalWatch.of(self.settings.signal_limit, state.log_history, before)
+                if self.accelerator.is_main_process:
+                    self.rollout_log.begin(state.global_step)
+            if self.accelerator.is_main_process:
+                self._keep_samples(inputs, scored["completion_mask"].sum(dim=1).tolist())
             # Of all processes, so all of them stop or none does.
             rewards = list(self._logs["rewards"][self.reward_func_names[0]])
             self._metrics["train"][METRIC].append(self._signal.add(rewards, self.num_generations))
@@ -311,15 +325,17 @@ def build(config: GroupSettings, inputs: TrainingInputs, context: StageContext) 
     rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
     config.check_num_rows(len(rows))
     is_rloo = isinstance(config, RLOOSettings)
+    reward = VerifiableReward(config, stop_token_ids(tokenizer))
     with reference_loaded_as_policy(tokenizer):
         trainer = (_rollout_trainer(RLOOTrainer) if is_rloo else _trainer_class())(
             model=model,
-            reward_funcs=[reward_function(config, stop_token_ids(tokenizer))],
+            reward_funcs=[reward],
             args=_arguments(config, context),
             train_dataset=rows,
             processing_class=tokenizer,
         )
-    trainer.settings = config
+    trainer.settings, trainer.reward = config, reward
+    trainer.rollout_log = RolloutLog(context.work, config.num_steps // _cycle(config))
     if isinstance(config, GRPOSettings):
         trainer.is_mean_of_step = config.loss_type == "bnpo"
         of_tokens = config.importance_sampling_level == "token"

@@ -233,7 +233,8 @@ def run(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> tuple
         model, folder = trainer.critic.model, context.folder / CRITIC_FOLDER
         save_model(model, tokenizer, folder)
         check_saved(model, tokenizer, folder, trainer.train_dataset, None, trainer.args.bf16)
-        trainer.rollout_log.publish(context.folder)
+        samples = trainer.rollout_log.publish(context.folder)
+        outputs = outputs.model_copy(update={"samples_file": samples})
     return outputs, metrics
 
 

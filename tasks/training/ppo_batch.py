@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from smoltulu.tasks.models.decoding import longest_first
 from smoltulu.tasks.models.tokens import IGNORED, Messages
 from smoltulu.tasks.training.rewards import VERDICTS, Score
+from smoltulu.tasks.training.rollout_log import sample
 
 Batch = dict[str, torch.Tensor]
 
@@ -120,6 +121,12 @@ def by_episode(
         values = compute(batch).float().cpu()
         made |= zip(places, values.split([num_trained(episode) for episode in batch]), strict=True)
     return [made[place] for place in range(len(episodes))]
+
+
+def as_sample(episode: Episode) -> dict[str, Any]:
+    """What is kept of an episode for a reader."""
+    made = sample(episode["prompt"], episode["text"], len(episode["ids"]), episode["stopped"], episode["score"])
+    return {"row": episode["row"], **made}
 
 
 def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:

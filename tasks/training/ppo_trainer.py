@@ -27,6 +27,7 @@ from smoltulu.tasks.trainer.tracking import num_tokens
 from smoltulu.tasks.training.critic import CRITIC_FOLDER, Critic
 from smoltulu.tasks.training.ppo_batch import (
     Episode,
+    as_sample,
     by_episode,
     collate,
     flat,
@@ -159,7 +160,9 @@ class PPOTrainer(Trainer):
         self.state.epoch = (batch + 1) * num_prompts / len(self.train_dataset)
         self._set_targets(episodes)
         if self.is_world_process_zero():
-            self.rollout_log.add(batch, self.state.global_step, rows, episodes)
+            step = self.state.global_step
+            self.rollout_log.add_prompts(batch, step, rows)
+            self.rollout_log.add_samples(batch, step, map(as_sample, episodes))
         return episodes
 
     def _look_for_signal(self, episodes: Sequence[Episode]) -> None:

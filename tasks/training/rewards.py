@@ -7,7 +7,7 @@ not come from them (Spurious Rewards, arXiv 2506.10947). All else stays, the rew
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -89,16 +89,22 @@ def _is_in_form(answer: Answer) -> bool:
     return bool(answer.text.strip()) if form is None else grade("format", answer.text, form).outcome == "right"
 
 
-def reward_function(config: RLVRSettings, eos_token_id: int | list[int]) -> Callable[..., list[float | None]]:
-    """The rewards as a TRL reward function; `completions` are lists of one assistant message.
+class VerifiableReward:
+    """The rewards as a TRL reward function, which remembers the scores of its last call.
 
     `eos_token_id`: every token that ends a completion.
     """
-    from accelerate import PartialState
 
-    stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    __name__ = "verifiable_reward"
 
-    def verifiable_reward(
+    def __init__(self, config: RLVRSettings, eos_token_id: int | list[int]) -> None:
+        self.config = config
+        self.stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+        self.answers: list[Answer] = []
+        self.scores: list[Score] = []
+
+    def __call__(
+        self,
         completions: list[list[dict[str, str]]],
         completion_ids: list[list[int]],
         verifier: list[str],
@@ -106,14 +112,16 @@ def reward_function(config: RLVRSettings, eos_token_id: int | list[int]) -> Call
         trainer_state: Any = None,
         **columns: Any,
     ) -> list[float | None]:
+        """Rewards of this process's rollouts; `completions` are lists of one assistant message."""
+        from accelerate import PartialState
+
         step = trainer_state.global_step if trainer_state is not None else 0
         where = f"{step}/{PartialState().process_index}"
-        answers = [
-            Answer(name, truth, completion[0]["content"], bool(ids) and ids[-1] in stops, f"{where}/{place}")
+        self.answers = [
+            Answer(name, truth, completion[0]["content"], bool(ids) and ids[-1] in self.stops, f"{where}/{place}")
             for place, (completion, ids, name, truth) in enumerate(
                 zip(completions, completion_ids, verifier, ground_truth, strict=True)
             )
         ]
-        return [score.reward for score in scores_of(config, answers)]
-
-    return verifiable_reward
+        self.scores = scores_of(self.config, self.answers)
+        return [score.reward for score in self.scores]

@@ -38,7 +38,10 @@ def train_rlvr(
     if isinstance(config, (GRPOSettings, RLOOSettings)):
         trainer = grpo.build(config, inputs, context)
         num_steps = grpo.run(trainer, config, context)
-        return finish(trainer, context, num_steps, grpo.SHOWN, config.gate)
+        outputs, metrics = finish(trainer, context, num_steps, grpo.SHOWN, config.gate)
+        if trainer.is_world_process_zero():
+            outputs = outputs.model_copy(update={"samples_file": trainer.rollout_log.publish(context.folder)})
+        return outputs, metrics
     assert isinstance(config, PPOSettings)
     return ppo.run(config, inputs, context)
 

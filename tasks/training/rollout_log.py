@@ -1,21 +1,19 @@
-"""What a training's rollouts were made of, for readers and tests: prompts of every batch, and samples with rewards."""
+"""What RLVR's rollouts were made of, for readers and tests: samples with rewards, and PPO's prompts of every batch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smoltulu.artifacts.files import write_atomically
 from smoltulu.artifacts.keys import LOGS_FOLDER
-
-if TYPE_CHECKING:
-    from smoltulu.tasks.training.ppo_batch import Episode
+from smoltulu.tasks.training.rewards import Score
 
 #: One line a rollout batch: {"batch", "step", "rows"}, the rows of the preflight in the order in which they were used.
 PROMPTS_FILE = f"{LOGS_FOLDER}/prompts.jsonl"
-#: One line a completion: {"step", "row", "prompt", "completion", "verdict", "reward", ...}.
+#: One line a completion: {"step", "prompt", "completion", "verdict", "reward", "reason", ...}.
 SAMPLES_FILE = f"{LOGS_FOLDER}/samples.jsonl"
 #: Completions of a rollout batch that are kept, from so many batches of a training at most.
 _NUM_SAMPLES, _NUM_BATCHES = 4, 250
@@ -33,31 +31,39 @@ class RolloutLog:
         """Keep the lines of the steps before `step`. What a kill left half written goes too."""
         for file in (self.prompts, self.samples):
             file.parent.mkdir(exist_ok=True)
-            lines = file.read_text("utf-8").splitlines(keepends=True) if file.exists() else []
+            if not file.exists():
+                continue
+            with file.open(encoding="utf-8", newline="\n") as stream:
+                lines = list(stream)
             write_atomically(file, "".join(line for line in lines if (at := _step_of(line)) is not None and at < step))
 
-    def add(self, batch: int, step: int, rows: Sequence[int], episodes: Sequence[Episode]) -> None:
-        """A rollout batch, before its first optimizer step; `step`: of the last one before it."""
+    def add_prompts(self, batch: int, step: int, rows: Sequence[int]) -> None:
+        """The prompts of a rollout batch, before its first optimizer step; `step`: of the last one before it."""
         _append(self.prompts, [{"batch": batch, "step": step, "rows": list(rows)}])
-        if batch % self.every == 0:
-            _append(self.samples, [_sample(step, episode) for episode in episodes[:_NUM_SAMPLES]])
 
-    def publish(self, folder: Path) -> None:
-        """Copy both into the artifact."""
+    def add_samples(self, batch: int, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """The first few `samples` (see `sample`), where this batch is one of those that are kept."""
+        if batch % self.every == 0:
+            _append(self.samples, [{"step": step, **one} for one, _ in zip(samples, range(_NUM_SAMPLES), strict=False)])
+
+    def publish(self, folder: Path) -> str:
+        """Copy what there is into the artifact. Returns the name of the file of samples."""
         (folder / LOGS_FOLDER).mkdir(exist_ok=True)
         for file in (self.prompts, self.samples):
-            (folder / LOGS_FOLDER / file.name).write_bytes(file.read_bytes())
+            if file.exists():
+                (folder / LOGS_FOLDER / file.name).write_bytes(file.read_bytes())
+        return SAMPLES_FILE
 
 
-def _sample(step: int, episode: Episode) -> dict[str, Any]:
-    score = episode["score"]
+def sample(
+    prompt: Sequence[Mapping[str, str]], text: str, num_tokens: int, stopped: bool, score: Score
+) -> dict[str, Any]:
+    """What is kept of a rollout."""
     return {
-        "step": step,
-        "row": episode["row"],
-        "prompt": episode["prompt"][-1]["content"][-_MAX_CHARACTERS:],
-        "completion": episode["text"][:_MAX_CHARACTERS],
-        "num_tokens": len(episode["ids"]),
-        "stopped": episode["stopped"],
+        "prompt": prompt[-1]["content"][-_MAX_CHARACTERS:],
+        "completion": text[:_MAX_CHARACTERS],
+        "num_tokens": num_tokens,
+        "stopped": stopped,
         "verdict": score.verdict,
         "reward": score.reward,
         "reason": score.reason,

@@ -30,7 +30,7 @@ from smoltulu.tasks.preflight.rows import TokenizerProbe
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.gate import prompt_of
 from smoltulu.tasks.training.grpo import build as build_rlvr
-from smoltulu.tasks.training.rewards import reward_function
+from smoltulu.tasks.training.rewards import VerifiableReward
 from tests import small_runs
 from tests.families import FAMILIES, build_family
 from tests.small_runs import stage_arguments, training_inputs, turn
@@ -226,7 +226,7 @@ def test_it_is_trained_ends_answers_everywhere_and_is_published(
     settings = trainer.generation_config.eos_token_id
     assert set(settings) == {tokenizer.eos_token_id, token}
     config = RLVR.model_copy(update={"non_stop_reward": -10.0})
-    rewards = reward_function(config, stop_token_ids(trained))(
+    rewards = VerifiableReward(config, stop_token_ids(trained))(
         completions=[[turn("assistant", "#### 8")]] * 3,
         completion_ids=[[5, token], [5, tokenizer.eos_token_id], [5, 6]],
         verifier=["gsm8k"] * 3,

@@ -155,9 +155,9 @@ def test_as_the_reward_function_sees_them(tmp_path: Path) -> None:
     trainer = build(settings, inputs, context(tmp_path / "training"))
     seen: dict[str, str] = {}
 
-    def reward(prompts: Any, ground_truth: list[str], **_: Any) -> list[float]:
+    def reward(prompts: Any, ground_truth: list[str], **columns: Any) -> Any:
         seen.update((prompt[0]["content"], truth) for prompt, truth in zip(prompts, ground_truth, strict=True))
-        return [0.0] * len(prompts)
+        return trainer.reward(prompts=prompts, ground_truth=ground_truth, **columns)
 
     trainer.reward_funcs[0] = reward
     trainer.model.train()

@@ -314,6 +314,27 @@ def test_a_history_file_outside_its_artifact_is_not_read(tmp_path: Path) -> None
     assert "secret_metric" not in html_report(summary, manifests | {"sft": leaky}, folders, recipe)
 
 
+def test_what_the_policy_wrote_is_shown_with_its_reward(tmp_path: Path) -> None:
+    """Of the first rollouts and the last ones; a model may write anything."""
+    summary, manifests, folders, recipe = sample_run(tmp_path)
+    lines = [
+        json.dumps(
+            {"step": step, "prompt": f"asked {step}", "completion": f"wrote {step} {NASTY}", "stopped": step > 0,
+             "verdict": "right", "reward": 10.0 + step, "reason": f"last number {step} equals {step}"}
+        )
+        for step in (0, 4, 8, 12)
+    ]  # fmt: skip
+    (folders["rlvr"] / "samples.jsonl").write_text("\n".join([*lines, "[1]", "not JSON", '{"step": "x"}']))
+    outputs = manifests["rlvr"].outputs | {"samples_file": "samples.jsonl"}
+    shown = manifests | {"rlvr": manifests["rlvr"].model_copy(update={"outputs": outputs})}
+    page = check_page(html_report(summary, shown, folders, recipe))
+    words = " ".join(page.words)
+    assert "What the policy wrote" in words and "last number 12 equals 12" in words and "no end" in words
+    assert [step for step in (0, 4, 8, 12) if f"asked {step}" in words] == [0, 8, 12]
+    leaky = manifests["rlvr"].model_copy(update={"outputs": outputs | {"samples_file": "../../secret.jsonl"}})
+    assert "What the policy wrote" not in html_report(summary, manifests | {"rlvr": leaky}, folders, recipe)
+
+
 @pytest.mark.parametrize("made", range(len(PARENTS)))
 def test_a_run_that_stopped_anywhere_says_where(tmp_path: Path, made: int) -> None:
     summary, manifests, folders, recipe = sample_run(tmp_path, made=made)

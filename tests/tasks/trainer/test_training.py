@@ -33,7 +33,7 @@ from smoltulu.tasks.trainer.loop import _check_num_gpus, prepare_torch
 from smoltulu.tasks.training.dpo import train_dpo
 from smoltulu.tasks.training.grpo import build as build_rlvr
 from smoltulu.tasks.training.reward_model import train_reward_model
-from smoltulu.tasks.training.rewards import reward_function
+from smoltulu.tasks.training.rewards import VerifiableReward
 from smoltulu.tasks.training.rlvr import train_rlvr
 from smoltulu.tasks.training.sft import train_sft
 from tests.small_runs import training_inputs
@@ -293,9 +293,9 @@ def test_every_setting_of_rlvr_reaches_trls_trainer(world: Path, tmp_path: Path)
     assert args.save_steps == 12  # at the border of a generation's six steps
 
 
-def test_reward_function_sees_eos_in_the_tokens() -> None:
+def test_VerifiableReward_sees_eos_in_the_tokens() -> None:
     settings = STAGES["rlvr"][1].model_copy(update={"reward_correct": 10.0, "non_stop_reward": -10.0})
-    rewards = reward_function(settings, eos_token_id=0)(
+    rewards = VerifiableReward(settings, eos_token_id=0)(
         completions=[[{"role": "assistant", "content": "#### 4"}]] * 3,
         completion_ids=[[5, 0], [5, 6], [5, 0]],
         verifier=["gsm8k"] * 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.rlvr import GRPOSettings, RLOOSettings, RLVRSettings
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.training.grpo import build
+from smoltulu.tasks.training.rlvr import train_rlvr
 from tests.small_runs import training_inputs, turn
 from tests.tiny_model import build_tiny_model
 
@@ -298,3 +300,35 @@ def test_a_weight_of_the_reward_model_is_not_ignored(model: Path, tmp_path: Path
     settings = {"algorithm": algorithm, "reward_model_weight": 0.5}
     with pytest.raises(ValueError, match=rf"reward_model_weight 0.5: {algorithm} is paid by verifiers alone so far"):
         trainer_of_rollouts(tmp_path, model, settings)
+
+
+# --- Samples for a reader -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_samples_with_verdict_and_reason_are_kept_and_a_resume_repeats_none(
+    model: Path, tmp_path: Path, algorithm: str
+) -> None:
+    settings = {"algorithm": algorithm, "num_steps": 3, "effective_batch_size": 8, "num_iterations": 2}
+    rows = prompts(16) if algorithm == "grpo" else prompts(16, ground_truth="{}")
+    settings |= {"num_steps": 4, "max_rollouts_without_signal": 0}
+    config, inputs, context = arguments_of(tmp_path, model, settings, rows, save_steps=2)
+    outputs, _ = train_rlvr(config, inputs, context)
+    samples = [json.loads(line) for line in (tmp_path / "out" / outputs.samples_file).open()]
+    # Two batches of rollouts, of two groups each; one completion a group.
+    assert [sample["step"] for sample in samples] == [0, 0, 2, 2]
+    assert len({sample["prompt"] for sample in samples[:2]}) == 2
+    for sample in samples:
+        assert (
+            sample["verdict"] in ("right", "wrong") if algorithm == "grpo" else sample["verdict"] == "could_not_grade"
+        )
+        assert sample["reason"] and 0 < sample["num_tokens"] <= 6
+        assert sample["reward"] == {"right": 1.0, "wrong": 0.0}.get(sample["verdict"])
+
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    shutil.rmtree(tmp_path / "work" / "checkpoints" / "checkpoint-4")
+    with (tmp_path / "work" / "logs" / "samples.jsonl").open("a") as file:
+        file.write('{"step": 3, "prompt": "cut of')
+    outputs, _ = train_rlvr(config, inputs, context)
+    assert [json.loads(line) for line in (tmp_path / "out" / outputs.samples_file).open()] == samples

@@ -28,6 +28,7 @@ from smoltulu.tasks.training import ppo, ppo_trainer
 from smoltulu.tasks.training.critic import load_critic
 from smoltulu.tasks.training.ppo_batch import Episode, collate, token_logps, token_values
 from smoltulu.tasks.training.rewards import Score
+from tests.rows_file import write_rows
 from tests.small_ppo import SETTINGS, Run, context, differing, prompts, run, world
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model, build_tokenizer
 
@@ -522,7 +523,7 @@ def test_models_that_cannot_be_a_critic_are_refused_before_any_weight_is_loaded(
 
 def test_fewer_prompts_than_a_rollout_batch_takes_are_refused(inputs: RLVRInputs, tmp_path: Path) -> None:
     settings = PPOSettings.model_validate(SETTINGS | {"effective_batch_size": 32, "num_episodes": 64})
-    with pytest.raises(ValueError, match=r"takes 64 prompts .* and there are 20; lower effective_batch_size"):
+    with pytest.raises(ValueError, match=r"needs 64 different prompts, and there are 20; lower effective_batch_size"):
         ppo.build(settings, inputs, context(tmp_path))
 
 
@@ -556,3 +557,20 @@ def test_counts() -> None:
     assert ppo.flops_per_token(settings) == 2 + 2 + 2 + 2 + 2 * 6 * 2
     waits = PPOSettings.model_validate(SETTINGS | {"beta": 0, "critic": {"warmup_steps": 3}})
     assert ppo.flops_per_token(waits) == 6 + 2 * 6 * 1.75
+
+
+# -------------------------------------------------------------------------------------------------------- the signal
+
+
+def test_a_run_without_signal_stops_and_shows_its_answers(inputs: RLVRInputs, tmp_path: Path) -> None:
+    """All rewards of a batch are compared, so the batch is the group. Here nothing is ever right."""
+    settings = {"max_rollouts_without_signal": 16, "non_stop_reward": None, "reward_correct": 1e-9}
+    rows = [row | {"ground_truth": json.dumps({"kind": "word_count", "count": 500})} for row in prompts(20)]
+    never = inputs.model_copy(update={"dataset": str(write_rows(tmp_path / "rows.parquet", rows))})
+    with pytest.raises(ValueError, match="no reward differed from the others of its group in 16 rollouts") as caught:
+        run(never, tmp_path, settings)
+    assert str(caught.value).count("verifier constraint: wrong (") == 3
+    # A constant reward never has a signal, and is to have none.
+    made = run(never, tmp_path / "constant", settings | {"reward": "constant", "beta": 0.0})
+    assert {row["groups_with_signal"] for row in made.log("history") if "reward" in row} == {0.0}
+    assert {row["reward"] for row in made.log("samples")} == {1e-9}

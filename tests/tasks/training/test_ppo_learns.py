@@ -204,7 +204,7 @@ def test_without_a_reward_nothing_is_learned(tmp_path: Path) -> None:
     policy, critic = models(seed=0)
     made = trainer(
         tmp_path, policy, critic, lambda ids: 1.0, learning_rate=1e-3, num_episodes=64 * 10, num_ppo_epochs=2,
-        critic={"initial": "policy"},
+        critic={"initial": "policy"}, max_rollouts_without_signal=0,
     )  # fmt: skip
     before = true_values(policy)[()]
     made.train()
