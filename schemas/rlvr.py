@@ -105,7 +105,8 @@ class RLVRSettings(TrainingSettings):
 
     @property
     def bytes_per_parameter(self) -> int:
-        return super().bytes_per_parameter + (4 if self.beta > 0 else 0)  # the reference's weights
+        frozen = (self.beta > 0) + (self.reward_model_weight > 0)  # the reference, the reward model
+        return super().bytes_per_parameter + 4 * frozen
 
     def row_rules(self) -> RowRules:
         return RowRules(kind="prompts", max_length=self.max_prompt_length, overlong="drop")
@@ -174,6 +175,15 @@ class _GroupSettings(RLVRSettings):
     @property
     def num_passes(self) -> int:
         return self.num_iterations
+
+    @model_validator(mode="after")
+    def _verifiers_alone_pay(self) -> Self:
+        if self.reward_model_weight:
+            raise ValueError(
+                f"reward_model_weight {self.reward_model_weight:g}: {self.algorithm} is paid by verifiers alone so "
+                "far; set it to 0, or take algorithm ppo"
+            )
+        return self
 
     @model_validator(mode="after")
     def _groups_divide(self) -> Self:
@@ -309,7 +319,8 @@ class PPOSettings(RLVRSettings):
 
     @property
     def bytes_per_parameter(self) -> int:
-        policy = 4 if self.lora else super().bytes_per_parameter  # its reference is the same without the adapter
+        # With an adapter, the policy's weights are its reference's too.
+        policy = 4 + 4 * (self.reward_model_weight > 0) if self.lora else super().bytes_per_parameter
         return policy + (8 if self.critic.offload_optimizer else 16)  # the critic is as large
 
     @property

@@ -7,15 +7,18 @@ them. docs/guards.md.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 #: Share of the groups of a batch of rollouts whose rewards differ, as it is logged.
 METRIC = "groups_with_signal"
 #: A whole run of fewer rollouts is a trial, which is warned only; ours.
 TRIAL_ROLLOUTS = 100
+#: File of a checkpoint.
+_STATE_FILE = "signal.json"
 _NUM_SHOWN = 3
 _SHOWN_CHARACTERS = 240
 
@@ -38,12 +41,21 @@ class SignalWatch:
     num_rollouts: int = 0
     has_signal: bool = False
 
+    def save(self, checkpoint: Path) -> None:
+        """Keep what was seen in a checkpoint: metrics may not have been logged yet."""
+        seen = {"num_rollouts": self.num_rollouts, "has_signal": self.has_signal}
+        (checkpoint / _STATE_FILE).write_text(json.dumps(seen))
+
     @staticmethod
-    def of(max_rollouts: int, history: Iterable[Mapping[str, Any]], num_rollouts: int) -> SignalWatch:
-        """The watch of a training that goes on: its logged metrics, and the rollouts that it has generated."""
-        # What an older version logged does not say: then there is nothing to stop for.
-        seen = any(row.get(METRIC, 1.0) > 0 for row in history if "reward" in row)
-        return SignalWatch(max_rollouts, num_rollouts, seen)
+    def of(max_rollouts: int, checkpoint: Path | None) -> SignalWatch:
+        """The watch of a training that begins, or goes on from a checkpoint."""
+        if checkpoint is None:
+            return SignalWatch(max_rollouts)
+        file = checkpoint / _STATE_FILE
+        if not file.exists():  # of an older version, which does not say: then there is nothing to stop for
+            return SignalWatch(max_rollouts, has_signal=True)
+        seen = json.loads(file.read_text())
+        return SignalWatch(max_rollouts, int(seen["num_rollouts"]), bool(seen["has_signal"]))
 
     def add(self, rewards: Sequence[float], group_size: int) -> float:
         """Take in a batch of rollouts; returns its share of groups with a signal."""

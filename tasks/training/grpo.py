@@ -93,6 +93,7 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
         reward: VerifiableReward
         rollout_log: RolloutLog
         _signal: SignalWatch | None = None
+        _resumed_from: Path | None = None
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -128,6 +129,15 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             with self.accelerator.autocast(), caches_as_attended():
                 return super()._generate_single_turn(*args, **kwargs)
 
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save and self._signal is not None:
+                self._signal.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._resumed_from = Path(resume_from_checkpoint)
+
         def _keep_samples(self, rows: list[dict[str, Any]], num_tokens: list[int]) -> None:
             """The first rollout of each group, of this process."""
             step, size = self.state.global_step, self.num_generations
@@ -137,10 +147,9 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
 
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
             scored = super()._generate_and_score_completions(inputs)
-            state, cycle, num_rollouts = self.state, _cycle(self.settings), self.args.generation_batch_size
+            state, cycle = self.state, _cycle(self.settings)
             if self._signal is None:
-                before = state.global_step // cycle * num_rollouts
-                self._signal = SignalWatch.of(self.settings.signal_limit, state.log_history, before)
+                self._signal = SignalWatch.of(self.settings.signal_limit, self._resumed_from)
                 if self.accelerator.is_main_process:
                     self.rollout_log.begin(state.global_step)
             if self.accelerator.is_main_process:
@@ -312,11 +321,6 @@ def _arguments(config: GroupSettings, context: StageContext) -> Any:
 
 def build(config: GroupSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
     """The trainer. Rows: {"prompt": messages, "verifier", "ground_truth"}. ValueError for fewer than a step needs."""
-    if config.reward_model_weight:
-        raise ValueError(
-            f"rlvr.reward_model_weight {config.reward_model_weight:g}: {config.algorithm} is paid by verifiers alone "
-            "so far; set it to 0"
-        )
     prepare_torch(context)
     from trl import RLOOTrainer
 

@@ -85,7 +85,7 @@ class PPOTrainer(Trainer):
         #: Name -> values of the steps since the last log, the same on all processes.
         self._of_steps: dict[str, list[float]] = {}
         self._of_rollouts: dict[str, float] = {}
-        self._signal: SignalWatch | None = None
+        self._signal = SignalWatch.of(settings.signal_limit, None)
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -162,15 +162,12 @@ class PPOTrainer(Trainer):
         if self.is_world_process_zero():
             step = self.state.global_step
             self.rollout_log.add_prompts(batch, step, rows)
-            self.rollout_log.add_samples(batch, step, map(as_sample, episodes))
+            self.rollout_log.add_samples(batch, step, map(as_sample, episodes[:: self.settings.num_samples_per_prompt]))
         return episodes
 
     def _look_for_signal(self, episodes: Sequence[Episode]) -> None:
         """ValueError where rewards have not differed for too long; all processes see the same episodes."""
         rewards = [math.nan if one["score"].reward is None else one["score"].reward for one in episodes]
-        if self._signal is None:
-            before = self.state.global_step // self.settings.num_steps_per_rollout * self.settings.num_rollouts
-            self._signal = SignalWatch.of(self.settings.signal_limit, self.state.log_history, before)
         self._of_rollouts = rollout_metrics(episodes) | {METRIC: self._signal.add(rewards, len(rewards))}
         is_last = self.state.global_step + self.settings.num_steps_per_rollout >= self.state.max_steps
         is_hopeless = self._signal.is_hopeless(is_last)
@@ -379,10 +376,12 @@ class PPOTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / CRITIC_FOLDER
             self.critic.save(folder)
+            self._signal.save(folder.parent)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.critic.load_weights(Path(resume_from_checkpoint) / CRITIC_FOLDER)
+        self._signal = SignalWatch.of(self.settings.signal_limit, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

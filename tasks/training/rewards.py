@@ -116,11 +116,11 @@ class VerifiableReward:
         from accelerate import PartialState
 
         step = trainer_state.global_step if trainer_state is not None else 0
-        where = f"{step}/{PartialState().process_index}"
+        first = PartialState().process_index * len(completions)  # its place among those of all processes
         self.answers = [
-            Answer(name, truth, completion[0]["content"], bool(ids) and ids[-1] in self.stops, f"{where}/{place}")
+            Answer(name, truth, completion[0]["content"], bool(ids) and ids[-1] in self.stops, f"{step}/{place}")
             for place, (completion, ids, name, truth) in enumerate(
-                zip(completions, completion_ids, verifier, ground_truth, strict=True)
+                zip(completions, completion_ids, verifier, ground_truth, strict=True), first
             )
         ]
         self.scores = scores_of(self.config, self.answers)

@@ -11,7 +11,7 @@ from smoltulu.artifacts.files import write_atomically
 from smoltulu.artifacts.keys import LOGS_FOLDER
 from smoltulu.tasks.training.rewards import Score
 
-#: One line a rollout batch: {"batch", "step", "rows"}, the rows of the preflight in the order in which they were used.
+#: One line a rollout batch: {"batch", "step", "rows"}, the lines of the rows that are trained on, in the order of use.
 PROMPTS_FILE = f"{LOGS_FOLDER}/prompts.jsonl"
 #: One line a completion: {"step", "prompt", "completion", "verdict", "reward", "reason", ...}.
 SAMPLES_FILE = f"{LOGS_FOLDER}/samples.jsonl"

@@ -59,7 +59,7 @@ def _number(text: str) -> bool:
 
 
 def _hash(text: str) -> bool:
-    return bool(re.search(r"####[ \t]*[-+$]{0,2}\.?[0-9][^\n]*\Z", text))
+    return bool(re.search(r"####[ \t]*[-+$]{0,2}\.?[0-9]", text.rpartition("\n")[2]))
 
 
 def _boxed(text: str) -> bool:

@@ -13,8 +13,11 @@ from smoltulu.tasks.verifiers.verdict import Verdict, quoted, right, wrong
 
 _MARK = "####"
 _DIRECTLY = re.compile(r"[-+]?[$€£¥]?[-+]?(?:[0-9]|\.[0-9])")
-# What makes another value of the number before it: 1/2, 2^3, 1,5.
-_GOES_ON = re.compile(r"[/^*:,][0-9]|-[0-9]")
+# What makes another value of the number before it: 1/2, 2^3, 1,5, 18-20, 5e3, 5½, 5k, 5 million, 5 1/2, 1 000, 5 * 2.
+_GOES_ON = re.compile(
+    r"[ \t]*[-+/^*:,×÷=–][ \t]*\.?[0-9]|[eE][-+]?[0-9]|[ \t]*[½⅓⅔¼¾⅛²³]|_|[ \t]+[0-9]|[kKmMbB](?![a-zA-Z])"
+    r"|[ \t]*(?:hundred|thousand|million|billion|trillion|dozen)(?![a-z])",
+)
 _PAPER_HEADER = "<|assistant|>\n"
 
 
@@ -35,6 +38,8 @@ def grade_last_number(completion: str, ground_truth: str) -> Verdict:
     expected = expected_numbers(ground_truth)
     if (marked := _marked_number(completion)) is not None:
         return _compare(marked, expected, "number after ####")
+    if _DIRECTLY.match(_marked_text(completion)):
+        return wrong("what follows #### is more than a number")
     return _compare(last_number(completion), expected, "last number")
 
 
@@ -49,12 +54,17 @@ def grade_strict(completion: str, ground_truth: str) -> Verdict:
 
 def _marked_number(completion: str) -> str | None:
     """The number directly after the last `####`; None where there is none, or only the beginning of a larger thing."""
-    _, mark, tail = completion.rpartition(_MARK)
-    tail = plain_digits(tail.lstrip())
-    if not mark or not _DIRECTLY.match(tail):
+    tail = _marked_text(completion)
+    if not _DIRECTLY.match(tail):
         return None
     number, end = next(numbers_in(tail))
     return None if _GOES_ON.match(tail, end) else number
+
+
+def _marked_text(completion: str) -> str:
+    """What stands after the last `####`; empty where there is none."""
+    _, mark, tail = completion.rpartition(_MARK)
+    return re.sub(r"\A([-+])[ \t]+", r"\1", plain_digits(tail.lstrip())) if mark else ""
 
 
 def grade_paper(completion: str, ground_truth: str) -> Verdict:

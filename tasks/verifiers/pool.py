@@ -35,8 +35,9 @@ Job = tuple[str, str, str]
 _START_SECONDS = 60.0
 #: The worker's own timers come first; this is for one that cannot even set them.
 _PATIENCE_SECONDS = 8.0
-#: Less time of the processor than this within the time on the clock: the machine was busy, not the answer long.
-_BUSY_SECONDS = 0.5
+#: Less time of the processor than this within the time on the clock: the machine was busy, not the answer long. Near
+#: the limit of the worker (worker.CPU_SECONDS).
+_BUSY_SECONDS = 0.9
 _REMEMBERED = 10_000
 _MAX_WORKERS = 8
 _OUT_OF_TIME = (-signal.SIGPROF, -signal.SIGALRM)
@@ -58,7 +59,9 @@ class Graders:
 
     def __init__(self, num_workers: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.num_workers = num_workers or min(cores, _MAX_WORKERS)
+        # The ranks of a machine share its cores.
+        num_ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+        self.num_workers = num_workers or max(min(cores, _MAX_WORKERS) // num_ranks, 1)
         if self.num_workers < 1:
             raise ValueError(f"num_workers is {num_workers}; it must be at least 1")
         self._lock = threading.Lock()
@@ -141,6 +144,9 @@ class Graders:
                 except (WorkerDied, OSError) as error:
                     worker.end()
                     reason = str(error)
+                except BaseException:
+                    worker.end()  # an alarm, Ctrl-C: its late verdict would be taken for that of the next answer
+                    raise
             return could_not_grade(reason)
         finally:
             self._idle.put(worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from smoltulu.schemas.rlvr import RLVRInputs
 from smoltulu.tasks.trainer.signal import Rollout, SignalWatch, share_with_signal, verdict_of, without_signal
 from smoltulu.tasks.training.rlvr import train_rlvr
+from tests.rows_file import write_rows
 from tests.tasks.training.test_grpo import arguments_of, prompts
 from tests.tiny_model import build_tiny_model
 
@@ -70,14 +72,32 @@ def test_a_whole_run_of_a_few_rollouts_is_a_trial(num_rollouts: int, is_last: bo
     assert (watch.is_hopeless(is_last), watch.is_warned(is_last)) == (stops, warns)
 
 
-@pytest.mark.parametrize(("history", "has_signal"), [
-    ([], False),
-    ([{"reward": 0.0, "groups_with_signal": 0.0}, {"loss": 0.0}], False),
-    ([{"reward": 0.0, "groups_with_signal": 0.25}, {"reward": 0.0, "groups_with_signal": 0.0}], True),
-    ([{"reward": 0.0}], True),  # of an older version
-])  # fmt: skip
-def test_a_resumed_run_knows_what_was_before(history: list[dict[str, float]], has_signal: bool) -> None:
-    assert SignalWatch.of(100, history, 96) == SignalWatch(100, 96, has_signal)
+@pytest.mark.parametrize("has_signal", [True, False])
+def test_a_resumed_run_knows_what_was_before_though_nothing_was_logged(tmp_path: Path, has_signal: bool) -> None:
+    watch = SignalWatch(100, 96, has_signal)
+    watch.save(tmp_path)
+    assert SignalWatch.of(100, tmp_path) == watch
+    assert SignalWatch.of(100, None) == SignalWatch(100)
+    (tmp_path / "signal.json").unlink()  # a checkpoint of an older version does not say
+    assert SignalWatch.of(100, tmp_path).has_signal
+
+
+def test_a_signal_before_a_resume_counts_whatever_the_logging_interval_is(model: Path, tmp_path: Path) -> None:
+    """Right and wrong answers first, then none that is right: killed and gone on from, with nothing logged so far."""
+    settings: dict[str, Any] = {"num_steps": 4, "max_rollouts_without_signal": 8, "learning_rate": 1e-6}
+    arguments = arguments_of(tmp_path, model, settings, prompts(8), save_steps=1, logging_steps=100, save_total_limit=9)
+    config, inputs, context = arguments[0], RLVRInputs(**arguments[1].model_dump()), arguments[2]
+    train_rlvr(config, inputs, context)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "work" / "checkpoints" / f"checkpoint-{step}")
+    assert json.loads((tmp_path / "work" / "checkpoints" / "checkpoint-2" / "signal.json").read_text()) == {
+        "num_rollouts": 8, "has_signal": True,
+    }  # fmt: skip
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    never = inputs.model_copy(update={"dataset": str(tmp_path / "never.parquet")})
+    write_rows(tmp_path / "never.parquet", prompts(8, verifier="math", ground_truth=NEVER))
+    train_rlvr(config, never, context)
 
 
 @pytest.mark.parametrize(("reward", "non_stop_reward", "verdict"), [

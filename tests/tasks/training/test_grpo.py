@@ -297,7 +297,7 @@ def test_fewer_prompts_than_a_batch_of_rollouts_needs_are_refused(model: Path, t
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
 def test_a_weight_of_the_reward_model_is_not_ignored(model: Path, tmp_path: Path, algorithm: str) -> None:
-    settings = {"algorithm": algorithm, "reward_model_weight": 0.5}
+    settings = SETTINGS | {"algorithm": algorithm, "reward_model_weight": 0.5}
     with pytest.raises(ValueError, match=rf"reward_model_weight 0.5: {algorithm} is paid by verifiers alone so far"):
         trainer_of_rollouts(tmp_path, model, settings)
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings, RLVRSettings
-from smoltulu.tasks.training.rewards import Answer, scores_of
+from smoltulu.tasks.training.rewards import Answer, VerifiableReward, scores_of
 
 PPO: dict[str, Any] = {
     "algorithm": "ppo", "learning_rate": 1e-5, "effective_batch_size": 8, "num_episodes": 16, "max_prompt_length": 64,
@@ -82,6 +82,26 @@ def test_format_only_pays_the_form_and_not_the_answer(
 ) -> None:
     answers = [answer(in_form, verifier, truth), answer(not_in_form, verifier, truth)]
     assert rewards(settings(reward="format_only"), answers) == [10.0, 0.0]
+
+
+def test_random_rewards_of_trl_do_not_depend_on_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import PartialState
+
+    config = GRPOSettings(
+        learning_rate=1e-5, effective_batch_size=8, num_steps=2, max_prompt_length=64, max_completion_length=32,
+        reward="random",
+    )  # fmt: skip
+
+    def paid(number: int) -> list[float | None]:
+        texts: list[Any] = [[{"role": "assistant", "content": "18"}]] * number
+        return VerifiableReward(config, 0)(texts, [[0]] * number, ["gsm8k"] * number, ["18"] * number)
+
+    alone = paid(8)
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setitem(PartialState()._shared_state, "process_index", rank)
+        halves += paid(4)
+    assert halves == alone and len(set(alone)) == 2
 
 
 def test_the_share_of_a_random_reward_needs_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -177,6 +178,31 @@ def test_an_alarm_of_the_parent_rings(warm: Graders) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert [verdict.outcome for verdict in verdicts] == ["right", "wrong"]
+
+
+def test_a_verdict_that_nobody_waited_for_is_not_the_next_answers(warm: Graders) -> None:
+    """An alarm, or Ctrl-C, in the midst of grading leaves a worker that still answers."""
+
+    def give_up(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    try:
+        for delay in (0.002, 0.004, 0.01):
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            with contextlib.suppress(KeyboardInterrupt):
+                warm.grade("math", rf"$\boxed{{(a+b+c+d+e)^7+{delay}}}$", rf"(e+d+c+b+a)^7+{delay}\cdot 1")
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert warm.grade("math", rf"\boxed{{\sqrt{{17}}+{delay}}}", rf"\sqrt{{16}}+{delay}").outcome == "wrong"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Graders().num_workers
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(alone))
+    assert Graders().num_workers == 1
 
 
 def test_grading_works_in_any_thread(warm: Graders) -> None:
