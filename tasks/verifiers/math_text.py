@@ -32,7 +32,10 @@ _ORDINAL = re.compile(
 # What people write without LaTeX: sin(x), sqrt(3), 5E3.
 _FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|pi)(?![a-zA-Z])")
 _SCIENTIFIC = re.compile(r"(?<=[0-9])E([+-]?[0-9]+)(?![0-9a-zA-Z]|\s*_)")
-_AND = re.compile(r"\\text\s*\{[\s,]*(?:and|or)[\s,]*\}|(?<=[\s,}])(?:and|or)(?=[\s\\$])")
+_AND = re.compile(r"\\text\s*\{[\s,]*(?:and|or)[\s,]*\}|(?<=[\s,}])(?:and|or)(?=[\s\\$])(?!\s+(?:more|less|fewer)\b)")
+# Text with another answer in it: `3\\text{ or 4}`, `2\\text{ hours and 45 minutes}`; not `3\\text{ or more}`.
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_SEPARATOR = re.compile(r"\b(?:and|or)\b(?!\s+(?:more|less|fewer)\b)|;|(?<![0-9]),|,(?![0-9]{3})")
 _WORDS = {
     "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le", "\\geq": "\\ge", "\\neq": "\\ne", "\\lt": "<",
     "\\gt": ">", "\\infin": "\\infty", "\\varnothing": "\\emptyset", "\\lbrace": "\\{", "\\rbrace": "\\}",
@@ -51,13 +54,22 @@ def plain(text: str) -> str:
     text = text.translate(_LETTERS).replace("\\$", DOLLAR).replace("$", "").replace("\\%", "%").replace("\\\\ ", "\\\\")
     text = _THOUSANDS.sub(",", text)
     text = _FRACTIONS.sub(r"\\frac", _STYLES.sub("", _SIZES.sub("", text)))
-    text = _TEXTS.sub(r"\\text", text)
+    text = _TEXT.sub(_apart, _TEXTS.sub(r"\\text", text))
     text = _COMMAND.sub(lambda match: _WORDS.get(match.group(), match.group()), text)
     text = _ORDINAL.sub("", text)
     text = _SCIENTIFIC.sub(r"\\times10^{\1}", _FUNCTIONS.sub(r"\\\1", text))
     text = _DEGREES.sub(r" \\degree ", text)
     text = _AND.sub(" , ", _SPACES.sub(" ", text))
     return without_ends(" ".join(text.split()))
+
+
+def _apart(text: re.Match[str]) -> str:
+    r"""`\text{ or 4}` as ` , 4`: numbers in a text are parts of a list, where words of a list stand between them."""
+    words = text.group(1)
+    pieces = [piece.strip() for piece in _SEPARATOR.split(words)]
+    if len(pieces) < 2 or not re.search(r"[0-9=]", words):
+        return text.group()
+    return " , ".join(f"\\text{{{piece}}}" if re.fullmatch(r"[a-zA-Z. ]{2,}", piece) else piece for piece in pieces)
 
 
 def without_ends(text: str) -> str:

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from smoltulu.tasks.verifiers.math_numbers import SCALES, rational, unit_name
+from smoltulu.tasks.verifiers.math_numbers import rational
 from smoltulu.tasks.verifiers.math_text import (
-    DEGREE,
-    DOLLAR,
-    PERCENT,
     braces_close,
     canonical_expression,
     plain,
     without_ends,
 )
+from smoltulu.tasks.verifiers.math_units import POWER, unit_name, with_scale, without_unit
 from smoltulu.tasks.verifiers.truths import BadTruth
 
 _MAX_DEPTH = 20
@@ -34,12 +32,6 @@ _NAME = re.compile(
 )
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _BASED = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?(?:\\text\s*\{)?\s*([0-9]+)\s*\}*")
-# Units that no product of variables is taken for.
-_SAFE_UNITS = ("mm", "cm", "km", "kg", "mph", "degrees", "percent", "dollars", "cents")
-_POWER = r"(\s*\^\s*\{?\s*[23]\s*\}?)?"
-_TRAILING_TEXT = re.compile(r"(.*[0-9.)}\]a-zA-Z¤])\s*\\text\s*\{\s*([^{}]*?)\s*\}" + _POWER, re.DOTALL)
-_TRAILING_WORDS = re.compile(r"(.*[0-9.)}])\s*((?:(?:square|sq|cubic|cu)\.? )?(?<![a-zA-Z\\])[a-zA-Z]+)\.?" + _POWER)
-_SCALE = re.compile(r"(.*[0-9.)}¤])\s*(\\text\s*\{)?\s*(" + "|".join(SCALES) + r")s?(?![a-zA-Z])(.*)", re.DOTALL)
 _RELATION = re.compile(r"(<|>|\\le|\\ge)(?![a-zA-Z])")
 _ONLY_TEXT = re.compile(r"(?:\\text\s*\{([^{}]*)\}\s*)+")
 
@@ -248,12 +240,15 @@ def _leaf(text: str) -> Leaf:
         text = letter.group(1)
     if (based := _BASED.fullmatch(text)) is not None:
         return Leaf("based", f"{based.group(1).upper().lstrip('0') or '0'}_{based.group(2)}")
-    text, unit = _without_unit(_with_scale(text))
+    measured = without_unit(with_scale(text))
+    if measured is None:  # 3\text{ or more}
+        return Leaf("words", canonical_expression(text))
+    text, unit = measured
     if text == "\\emptyset":
         return Leaf("words", "\\emptyset")
     canonical = canonical_expression(text)
     if ":" in canonical:  # a ratio or a time of day: no value that others could have
-        return Leaf("words", canonical)
+        return Leaf("words", canonical, unit)
     value = rational(canonical)
     if value is not None:
         return Leaf("number", str(value), unit, value)
@@ -273,37 +268,9 @@ def _words(text: str) -> str | None:
     return text.lower() if len(text) > 1 else None
 
 
-def _with_scale(text: str) -> str:
-    """`5 million dollars` as `(5)*1000000 dollars`."""
-    if (match := _SCALE.fullmatch(text)) is None:
-        return text
-    number, in_text, word, rest = match.groups()
-    rest = rest.strip()
-    return f"({number.strip()})*{SCALES[word]} " + (f"\\text{{{rest}" if in_text and rest != "}" else rest.strip("}"))
-
-
-def _without_unit(text: str) -> tuple[str, str]:
-    """A value and the one name of its unit; `` where it has none, or none that measures."""
-    for mark, name in ((DOLLAR, "dollar"), (PERCENT, "percent"), (DEGREE, "degree")):
-        if mark in text:
-            rest = text.replace(mark, " ", 1).strip()
-            return (rest, name) if rest and mark not in rest else (text, "")
-    for pattern, in_text in ((_TRAILING_TEXT, True), (_TRAILING_WORDS, False)):
-        if (match := pattern.fullmatch(text)) is not None:
-            words = match.group(2)
-            unit = unit_name(words + (match.group(3) or ""))
-            if in_text and (unit is not None or len(words) > 1):
-                return match.group(1).strip(), unit or ""
-            # `5 apples` are 5. Without a space 5cm is a length, but 3s^2 and 2ab are products.
-            is_apart = text[match.start(2) - 1] == " "
-            if (is_apart and len(words) > (1 if unit is not None else 3)) or words in _SAFE_UNITS:
-                return match.group(1).strip(), unit or ""
-    return text, ""
-
-
 def _without_unit_of_all(text: str) -> str:
     r"""Without the unit of a tuple, matrix or word: `(9, 11)\text{ cm}`. Of one value it is kept, to be compared."""
-    if (match := re.fullmatch(r"(.*[)\]}|])\s*(?:\\text\s*\{([^{}]*)\}|%|\\degree)" + _POWER, text, re.DOTALL)) is None:
+    if (match := re.fullmatch(r"(.*[)\]}|])\s*(?:\\text\s*\{([^{}]*)\}|%|\\degree)" + POWER, text, re.DOTALL)) is None:
         return text
     rest, words = match.group(1).strip(), match.group(2)
     is_one_value = not _ONLY_TEXT.fullmatch(rest) and not _BASED.fullmatch(rest) and not rest.endswith("]")

@@ -116,6 +116,24 @@ def quick(answer: str, ground_truth: str) -> bool | None:
         (r"5^{\text{th}}", "5", True),
         ("5th", r"5^\text{th}", True),
         ("5 apples", r"5\text{ apples}", True),
+        (r"3\text{, 4}", "3", False),
+        (r"3\text{ or more}", "3", False),
+        ("3 or more", r"3\text{ or more}", True),
+        ("3 thirds", "3", False),
+        (r"3\text{ (mod 7)}", r"3\text{ (mod 9)}", False),
+        (r"x=3\text{ or x=4}", "3", False),
+        (r"x=3\text{ or x=4}", "4, 3", True),
+        (r"A\text{ or B}", "A", False),
+        (r"2\text{ hours}", r"2\text{ hours and 45 minutes}", False),
+        (r"3:30\text{ a.m.}", r"3:30\text{ am}", True),
+        (r"3:30\text{ a.m.}", r"3:30\text{ p.m.}", False),
+        (r"4\text{ a.m.}, 3\text{ p.m.}", r"4\text{ p.m.}, 3\text{ a.m.}", False),
+        (r"10\text{ north}", r"10\text{ south}", False),
+        (r"5\text{ km/h}", r"5\text{ mph}", False),
+        (r"5\text{ miles per hour}", r"5\text{ mph}", True),
+        (r"5\text{ km/h}", "5", True),
+        ("5 apples", r"5\text{ oranges}", False),
+        (r"65 \text{ children tickets }", "65", True),
         (r"5\text{x}", "5", None),
         ("3s^2", "3", None),
         ("5 m", "5", None),
@@ -363,6 +381,21 @@ def test_a_unit_counts_where_both_have_one(a: Fraction, b: Fraction, one: str, o
     assert quick(first, rng.choice(spellings(a))) is True
     assert quick(first, rng.choice(spellings(b))) is (a == b)
     assert quick(first, second) is (a == b and one == other)
+
+
+_CHANGING = ["or {n}", ", {n}", "and {n}", "or {n} or 7", "or more", "or less", "halves", "thirds", "quarters",
+             "squared", "cubed", "factorial", "percent or {n}", "times {n}", "(mod {n})", "at least", "not", "(or {n})",
+             "hundredths", "and a half", "to {n}", "plus one", "or cm"]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.sampled_from(_CHANGING), st.sampled_from(["text", "mbox"]))
+def test_words_that_make_another_value_are_never_dropped(a: int, b: int, words: str, command: str) -> None:
+    """A hedge is not paid for the value before it, nor for the one after it."""
+    answer = f"{a}\\{command}{{ {words.format(n=b)}}}"
+    assert quick(answer, str(a)) is not True
+    assert quick(answer, str(b)) is not True
+    assert quick(answer, answer) is True
 
 
 @pytest.mark.parametrize(
