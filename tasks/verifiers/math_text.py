@@ -52,6 +52,7 @@ PERCENT, DEGREE = "%", "\\degree"
 def plain(text: str) -> str:
     """One spelling of marks and commands; structure, words and single spaces stay."""
     text = text.translate(_LETTERS).replace("\\$", DOLLAR).replace("$", "").replace("\\%", "%").replace("\\\\ ", "\\\\")
+    text = text.replace("<=", "\\le ").replace(">=", "\\ge ")
     text = _THOUSANDS.sub(",", text)
     text = _FRACTIONS.sub(r"\\frac", _STYLES.sub("", _SIZES.sub("", text)))
     text = _TEXT.sub(_apart, _TEXTS.sub(r"\\text", text))

@@ -32,7 +32,11 @@ _NAME = re.compile(
 )
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _BASED = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?(?:\\text\s*\{)?\s*([0-9]+)\s*\}*")
-_RELATION = re.compile(r"(<|>|\\le|\\ge)(?![a-zA-Z])")
+_RELATION = re.compile(r"(<|>|(?:\\le|\\ge)(?![a-zA-Z]))")
+# Longer ones are words anyway; other two or three letters are a product of variables.
+_SHORT_WORDS = re.compile(
+    r"(?i:no|on|yes|off|odd|one|two|six|ten|all|any|nor|up|out|red|sun|mon|tue|wed|thu|fri|sat)|[A-Z][a-z]{2,}"
+)
 _ONLY_TEXT = re.compile(r"(?:\\text\s*\{([^{}]*)\}\s*)+")
 
 
@@ -236,6 +240,8 @@ def _plus_minus(text: str, depth: int) -> Node | None:
 def _leaf(text: str) -> Leaf:
     if (words := _words(text)) is not None:
         return Leaf("words", words)
+    if _SHORT_WORDS.fullmatch(text):
+        return Leaf("words", text.lower())
     if (letter := re.fullmatch(r"\\text\s*\{\s*\(?([a-zA-Z])[).]*\s*\}", text)) is not None:
         text = letter.group(1)
     if (based := _BASED.fullmatch(text)) is not None:

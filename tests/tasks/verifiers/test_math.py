@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smoltulu.tasks.verifiers import Graders, fault_of_truth, grade
@@ -62,6 +62,14 @@ def quick(answer: str, ground_truth: str) -> bool | None:
         (r"x \le 2", r"(-\infty,2)", False),
         (r"1 < x \le 3", "(1,3]", True),
         (r"x \in [1,2]", "[1,2]", True),
+        ("3<x<5", "(3,5)", True),
+        ("2<x", r"(2,\infty)", True),
+        ("2<x", r"[2,\infty)", False),
+        ("x<=2", r"(-\infty,2]", True),
+        ("5>x>=3", "[3,5)", True),
+        ("on", "no", False),
+        ("Tom", "Mot", False),
+        ("1/2(4)", "2", True),
         (r"(2,3]\cup(-\infty,1)", r"(-\infty,1)\cup(2,3]", True),
         (r"(-\infty,1)\cup(2,3)", r"(-\infty,1)\cup(2,3]", False),
         ("x = 5", "5", True),
@@ -201,11 +209,44 @@ def test_what_the_text_says(answer: str, ground_truth: str, equal: bool | None) 
         ("1 2", "12", False),
         (r"(1, \sqrt{8})", r"(1, 2\sqrt2)", True),
         (r"(\sqrt8, 1)", r"(1, 2\sqrt2)", False),
+        ("x<y", "x>y", False),
+        ("CAB", "BAC", False),
+        (r"\triangle ABC", r"\triangle BCA", False),
+        ("AB+CD", "CD+AB", True),
+        ("AB+CD", "BA+CD", False),
+        ("ab", "ba", True),
+        (r"1/2\pi", r"\frac{\pi}{2}", True),
+        (r"1/2\pi", r"\frac{1}{2\pi}", False),
+        (r"1/(2\pi)", r"\frac{1}{2\pi}", True),
+        ("0.5/2x", "0.25x", True),
+        ("1/2^3x", r"\frac{x}{8}", True),
+        ("x^1/2", r"\frac{x}{2}", True),
     ],
 )
 def test_what_values_say(graders: Graders, answer: str, ground_truth: str, equal: bool) -> None:
     assert quick(answer, ground_truth) is None
     assert graders.grade("math", rf"\boxed{{{answer}}}", ground_truth).score == float(equal)
+
+
+@pytest.mark.parametrize("power", ["x^{{{}}}", "x^{}"])
+@pytest.mark.parametrize("degree", [5, 21])
+def test_a_long_sum_of_powers_is_read(graders: Graders, power: str, degree: int) -> None:
+    """Powers beside each other do not nest; powers in powers do."""
+    terms = [f"{number}{power.format(number)}" for number in range(2, degree + 1)]
+    truth = "+".join(terms)
+    assert graders.grade("math", "\\boxed{" + "+".join(terms[::-1]) + "}", truth).score == 1.0
+    assert graders.grade("math", "\\boxed{" + "+".join(terms[:0:-1]) + "}", truth).score == 0.0
+    tower = "x^{" * 25 + "2" + "}" * 25
+    assert graders.grade("math", f"\\boxed{{{tower}+1}}", f"1+{tower}").score == 0.0
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text("ABCDEFG", min_size=2, max_size=5), st.randoms(use_true_random=False))
+def test_names_of_points_keep_their_order(graders: Graders, name: str, rng: random.Random) -> None:
+    other = "".join(rng.sample(name, len(name)))
+    for form in ("{}", "\\triangle {}", "2{}", "\\overline{{{}}}"):
+        score = graders.grade("math", f"\\boxed{{{form.format(other)}}}", form.format(name)).score
+        assert score == float(other == name)
 
 
 @pytest.mark.parametrize(
