@@ -12,6 +12,7 @@ from typing import Literal
 
 from smoltulu.tasks.verifiers.math_numbers import rational
 from smoltulu.tasks.verifiers.math_text import (
+    OR,
     braces_close,
     canonical_expression,
     plain,
@@ -30,6 +31,7 @@ _GROUP, _HEAD = re.compile(r"[0-9]{3}(?![0-9])"), re.compile(r"(?<![0-9.])[1-9][
 _NAME = re.compile(
     r"(?:\\?[a-zA-Z]+|\\text\s*\{[^{}]*\})(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?'*(?:\s*\([a-z](?:,\s*[a-z])*\))?"
 )
+_POINT = re.compile(rf"\(\s*(?:{_NAME.pattern})(?:\s*,\s*(?:{_NAME.pattern}))+\s*\)")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _BASED = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?(?:\\text\s*\{)?\s*([0-9]+)\s*\}*")
 _RELATION = re.compile(r"(<|>|(?:\\le|\\ge)(?![a-zA-Z]))")
@@ -96,8 +98,9 @@ def _node(text: str, depth: int) -> Node:
     if len(parts) > _MAX_PARTS:
         raise BadTruth(f"there are more than {_MAX_PARTS} parts")
     if len(parts) > 1:
-        return _list([part for part in parts if part.strip()], depth)
-    text = parts[0].strip()
+        is_either = all(part.rstrip().endswith(OR) for part in parts[:-1])
+        return _list([part for part in map(_without_or, parts) if part], depth, is_either)
+    text = _without_or(parts[0])
     return (
         _named(text, depth) or _union(text, depth) or _bracketed(text, depth) or _plus_minus(text, depth) or _leaf(text)
     )
@@ -112,16 +115,26 @@ def _unwrapped(text: str) -> str:
     return text
 
 
-def _list(parts: list[str], depth: int) -> Node:
-    """`x = 1, x = 2` is a list of values with one name; so is `x = 1, 2`."""
+def _without_or(part: str) -> str:
+    return part.strip().removesuffix(OR).rstrip()
+
+
+def _list(parts: list[str], depth: int, is_either: bool) -> Node:
+    """`x = 1, x = 2` is a list of values with one name; so is `x = 1, 2`. `x < 1 or x > 2` is a union of intervals."""
     nodes = [_node(part, depth + 1) for part in parts]
     if not nodes:
         raise BadTruth("there is no answer")
     names = {node.name for node in nodes if isinstance(node, Named)}
     if len(names) == 1 and isinstance(nodes[0], Named):
         values = tuple(node.node if isinstance(node, Named) else node for node in nodes)
-        return Named(nodes[0].name, Group("list", values))
+        is_union = is_either and len(parts) > 1 and all(_is_interval(node) for node in nodes)
+        return Named(nodes[0].name, Group("union" if is_union else "list", values))
     return nodes[0] if len(nodes) == 1 else Group("list", tuple(nodes))
+
+
+def _is_interval(node: Node) -> bool:
+    """Of a named part, as `x < 1` is."""
+    return isinstance(node, Named) and isinstance(node.node, Group) and node.node.kind in ("()", "(]", "[)", "[]")
 
 
 def _named(text: str, depth: int) -> Node | None:
@@ -131,6 +144,8 @@ def _named(text: str, depth: int) -> Node | None:
         return Named(_name(member[0]), _node(member[1], depth + 1))
     sides = [side.strip() for side in _split(text, ("=",))]
     if len(sides) > 1:
+        if len(sides) == 2 and not sides[0]:  # =3
+            return _node(sides[1], depth + 1)
         return _equation(text, sides, depth) if all(sides) else None
     return _inequality(text, depth)
 
@@ -138,6 +153,8 @@ def _named(text: str, depth: int) -> Node | None:
 def _equation(text: str, sides: list[str], depth: int) -> Node:
     name = _name(sides[0]) if _NAME.fullmatch(sides[0]) and rational(sides[0]) is None else None
     values = sides[1:] if name is not None else sides
+    if name is None and len(sides) == 2 and _POINT.fullmatch(sides[0]) and not _POINT.fullmatch(sides[1]):
+        return Named(_name(sides[0]), _node(sides[1], depth + 1))  # (x, y) = (1, 2)
     nodes = [_node(side, depth + 1) for side in values]
     whole = Leaf("equation", canonical_expression(text))
     if name is not None and (len(nodes) == 1 or (len(nodes) == 2 and _name(values[0]) == name)):
@@ -201,7 +218,7 @@ def _bracketed(text: str, depth: int) -> Node | None:
     inner = text[len(opening) : -len(closing)].strip()
     if not inner:
         return Group(_brackets(opening, closing), ())
-    parts = _list_parts(inner, in_brackets=True)
+    parts = list(map(_without_or, _list_parts(inner, in_brackets=True)))
     if len(parts) == 1 and opening == "(" and closing == ")":
         return _node(inner, depth + 1)
     nodes = tuple(_node(part, depth + 1) for part in parts if part.strip())

@@ -62,6 +62,30 @@ def quick(answer: str, ground_truth: str) -> bool | None:
         (r"x \le 2", r"(-\infty,2)", False),
         (r"1 < x \le 3", "(1,3]", True),
         (r"x \in [1,2]", "[1,2]", True),
+        (r"x<1 \text{ or } x>2", r"(-\infty,1)\cup(2,\infty)", True),
+        ("x<1 or x>2", r"x>2\text{ or x<1}", True),
+        (r"x<1 \text{ and } x>2", r"(-\infty,1)\cup(2,\infty)", False),
+        (r"x<1 \text{ or } x>3", r"(-\infty,1)\cup(2,\infty)", False),
+        ("(x,y)=(1,2)", "(1,2)", True),
+        ("(x, y) = (2, 1)", "(1,2)", False),
+        ("(y,x)=(1,2)", "(x,y)=(1,2)", False),
+        ("=3", "3", True),
+        ("=3", "4", False),
+        ("1e5", "100000", True),
+        ("2e-05", "0.00002", True),
+        ("1.5×10^-5", "0.000015", True),
+        ("10^-5", "0.00001", True),
+        ("10⁻⁵", "0.00001", True),
+        ("2**3", "8", True),
+        ("3½", r"\frac72", True),
+        ("⅔", r"\frac23", True),
+        ("2x²", "2x^2", True),
+        ("√2", r"\sqrt2", True),
+        ("√16", "4", True),
+        (r"3^\circ\text{C}", "3", True),
+        (r"3^\circ\text{C}", r"3^\circ C", True),
+        (r"3^\circ\text{C}", r"3^\circ\text{F}", False),
+        (r"3^\circ\text{C}", r"3^\circ", False),
         ("3<x<5", "(3,5)", True),
         ("2<x", r"(2,\infty)", True),
         ("2<x", r"[2,\infty)", False),
@@ -210,6 +234,12 @@ def test_what_the_text_says(answer: str, ground_truth: str, equal: bool | None) 
         (r"(1, \sqrt{8})", r"(1, 2\sqrt2)", True),
         (r"(\sqrt8, 1)", r"(1, 2\sqrt2)", False),
         ("x<y", "x>y", False),
+        ("x^-1", r"\frac1x", True),
+        ("x^-1", "x-1", False),
+        ("2√3", r"\sqrt{12}", True),
+        ("√(x+1)", r"\sqrt{1+x}", True),
+        ("2e-5", "0.00002", False),
+        ("2e-5", "-5+2e", True),
         ("CAB", "BAC", False),
         (r"\triangle ABC", r"\triangle BCA", False),
         ("AB+CD", "CD+AB", True),
@@ -339,7 +369,7 @@ def dress(text: str, rng: random.Random) -> str:
     """What never changes a value."""
     return rng.choice([
         text, f"${text}$", f" {text} ", f"{{{text}}}", f"\\displaystyle {text}", f"{text}.", f"x = {text}",
-        f"{text}\\text{{ cm}}", f"{text}\\,\\mathrm{{cm}}", f"{text}\\!", f"\\,{text}",
+        f"{text}\\text{{ cm}}", f"{text}\\,\\mathrm{{cm}}", f"{text}\\!", f"\\,{text}", f"= {text}",
     ])  # fmt: skip
 
 
@@ -422,6 +452,19 @@ def test_a_unit_counts_where_both_have_one(a: Fraction, b: Fraction, one: str, o
     assert quick(first, rng.choice(spellings(a))) is True
     assert quick(first, rng.choice(spellings(b))) is (a == b)
     assert quick(first, second) is (a == b and one == other)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 99), st.integers(-12, 12), st.integers(-12, 12))
+def test_a_power_of_ten_is_read_however_it_is_typed(whole: int, rest: int, power: int, other: int) -> None:
+    raised = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    digits = f"{whole}.{rest:02}"
+    truth = str(Fraction(digits) * Fraction(10) ** other)
+    for answer in (
+        f"{digits}e{power}", f"{digits}E{power}", f"{digits}×10^{power}", f"{digits}*10**{power}",
+        f"{digits} · 10{raised}", f"{digits}\\cdot 10^{{{power}}}",
+    ):  # fmt: skip
+        assert quick(answer, truth) is (power == other)
 
 
 _CHANGING = ["or {n}", ", {n}", "and {n}", "or {n} or 7", "or more", "or less", "halves", "thirds", "quarters",
