@@ -28,6 +28,7 @@ _OPEN, _CLOSE = ("(", "[", "\\{", "{", "\\langle"), (")", "]", "\\}", "}", "\\ra
 _PIECE = re.compile(r"\\(?:left|right)?[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 # Three digits after a comma, and what may stand before it: one to three digits, or more that were joined before.
 _GROUP, _HEAD = re.compile(r"[0-9]{3}(?![0-9])"), re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:\0[0-9]{3})*\Z")
+_GROUPED = re.compile(r"(?:[a-zA-Z] *= *)?-?[1-9][0-9]{0,2}(?:,[0-9]{3}){1,20}")
 _NAME = re.compile(
     r"(?:\\?[a-zA-Z]+|\\text\s*\{[^{}]*\})(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?'*(?:\s*\([a-z](?:,\s*[a-z])*\))?"
 )
@@ -86,6 +87,12 @@ def read(answer: str) -> Node:
     if not braces_close(text):
         raise BadTruth("the braces do not close")
     return _node(text, 0)
+
+
+def as_list(answer: str) -> Node | None:
+    """The list that `100,200` may be where the other side is one; None for an answer that is no number with commas."""
+    text = plain(answer)
+    return read(text.replace(",", ", ")) if _GROUPED.fullmatch(text) else None
 
 
 def _node(text: str, depth: int) -> Node:
