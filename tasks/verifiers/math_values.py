@@ -40,6 +40,7 @@ _RELATION = re.compile(r"(<|>|(?:\\le|\\ge)(?![a-zA-Z]))")
 _SHORT_WORDS = re.compile(
     r"(?i:no|on|yes|off|odd|one|two|six|ten|all|any|nor|up|out|red|sun|mon|tue|wed|thu|fri|sat)|[A-Z][a-z]{2,}"
 )
+_TIME = re.compile(r"(?i)(?:\\text *\{ *)?([0-9]{1,2}:[0-9]{2}) *(?:\\text *\{ *)?([ap])\.? *m\.? *\}?")
 _ONLY_TEXT = re.compile(r"(?:\\text\s*\{([^{}]*)\}\s*)+")
 
 
@@ -262,6 +263,8 @@ def _plus_minus(text: str, depth: int) -> Node | None:
 
 
 def _leaf(text: str) -> Leaf:
+    if (time := _TIME.fullmatch(text)) is not None:
+        return Leaf("words", time.group(1), f"{time.group(2).lower()}m")
     if (words := _words(text)) is not None:
         return Leaf("words", words)
     if _SHORT_WORDS.fullmatch(text):
