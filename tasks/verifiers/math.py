@@ -11,7 +11,7 @@ from functools import lru_cache
 from smoltulu.tasks.verifiers.answers import final_answer, is_marked, last_boxed
 from smoltulu.tasks.verifiers.math_compare import compare
 from smoltulu.tasks.verifiers.math_text import canonical_expression, plain
-from smoltulu.tasks.verifiers.math_values import Leaf, Node, read
+from smoltulu.tasks.verifiers.math_values import Group, Leaf, Named, Node, as_list, read
 from smoltulu.tasks.verifiers.truths import BadTruth, alternatives
 from smoltulu.tasks.verifiers.verdict import Verdict, quoted, right, wrong
 
@@ -38,7 +38,7 @@ def grade_text(completion: str, ground_truth: str) -> Verdict | None:
         given = read(answer)
     except BadTruth as error:
         return wrong(f"the answer cannot be read: {error}")
-    equal = [compare(given, node, _undecided) for _, node in expected]
+    equal = [_compare(answer, given, text, node) for text, node in expected]
     if not is_marked(completion, answer) and (None in equal or _TO_WORK_OUT.search(plain(answer))):
         # A text that repeats its question ends in the formula that was to be worked out, whose value is the answer's.
         if _spelling(answer) not in [_spelling(text) for text, _ in expected]:
@@ -70,6 +70,23 @@ def expected_answers(ground_truth: str) -> tuple[tuple[str, Node], ...]:
             raise BadTruth(f"the answer is longer than {MAX_ANSWER_CHARACTERS:,} characters")
         found.append((text, read(text)))
     return tuple(found)
+
+
+def _compare(answer: str, given: Node, truth: str, expected: Node) -> bool | None:
+    """Whether two answers are equal as they are read, or where one is a list and the other may be one: `100,200`."""
+    equal = compare(given, expected, _undecided)
+    if equal is not False:
+        return equal
+    if _is_list(expected) and (listed := as_list(answer)) is not None:
+        return compare(listed, expected, _undecided)
+    if _is_list(given) and (listed := as_list(truth)) is not None:
+        return compare(given, listed, _undecided)
+    return False
+
+
+def _is_list(node: Node) -> bool:
+    node = node.node if isinstance(node, Named) else node
+    return isinstance(node, Group) and node.kind in ("list", "set")
 
 
 def _spelling(answer: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 from smoltulu.tasks.verifiers.math_values import Group, Leaf, Named, Node
 
@@ -47,7 +46,7 @@ def _compare_groups(given: Group, expected: Group, decide: Decide) -> bool | Non
         return False
     if given.kind not in _UNORDERED:
         return _all(compare(one, other, decide) for one, other in zip(given.parts, expected.parts, strict=True))
-    left, right = Counter(map(_key, given.parts)), Counter(map(_key, expected.parts))
+    left, right = Counter(given.parts), Counter(expected.parts)
     if left == right:
         return True
     # What has the same spelling on both sides is paired; the others are tried against each other.
@@ -79,15 +78,11 @@ def _without(parts: tuple[Node, ...], others: Counter[Node]) -> list[Node]:
     left = Counter(others)
     unpaired = []
     for part in parts:
-        if left[_key(part)] > 0:
-            left[_key(part)] -= 1
+        if left[part] > 0:
+            left[part] -= 1
         else:
             unpaired.append(part)
     return unpaired
-
-
-def _key(node: Node) -> Node:
-    return replace(node, unit="") if isinstance(node, Leaf) else node
 
 
 def _compare_leaves(given: Leaf, expected: Leaf, decide: Decide) -> bool | None:

@@ -1,4 +1,4 @@
-"""Exact value of an expression that is nothing but rational numbers, and what a unit is worth."""
+"""Exact value of an expression that is nothing but rational numbers."""
 
 from __future__ import annotations
 
@@ -173,37 +173,3 @@ def _root(value: Fraction) -> Fraction:
     if above**2 != value.numerator or below**2 != value.denominator:
         raise _NotRational
     return Fraction(above, below)
-
-
-#: Spelling of a unit -> its one name. Units of one name are equal; two different names are different answers.
-_UNITS = {
-    "mm": "mm millimeter millimetre", "cm": "cm centimeter centimetre", "m": "m meter metre",
-    "km": "km kilometer kilometre", "in": "in inch inche", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile",
-    "mg": "mg milligram", "g": "g gm gram", "kg": "kg kilogram", "lb": "lb pound", "oz": "oz ounce",
-    "s": "s sec second", "min": "min minute", "h": "h hr hour", "day": "day", "week": "week", "month": "month",
-    "year": "year yr", "l": "l liter litre", "ml": "ml milliliter millilitre", "mph": "mph", "dollar": "dollar",
-    "cent": "cent", "percent": "percent", "degree": "degree", "radian": "radian rad",
-    # Words that name what is counted, not a measure.
-    "": "unit way time integer digit point people student square cube pixel step edge number more",
-}  # fmt: skip
-#: Words that multiply.
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_NAMES = {spelling: name for name, spellings in _UNITS.items() for spelling in spellings.split()}
-
-
-def unit_name(words: str) -> str | None:
-    """The one name of a unit: `cm` of `centimeters`, `cm^2` of `square cm`; `` of a word that measures nothing.
-
-    None for words that are no unit known here.
-    """
-    words = re.sub(r"[{}.]", "", words.lower()).strip()
-    power = ""
-    if match := re.fullmatch(r"(.*?)\s*\^\s*([23])", words):
-        words, power = match.group(1).strip(), match.group(2)
-    first, _, rest = words.partition(" ")
-    if first in ("square", "sq", "cubic", "cu") and rest:
-        words, power = rest.strip(), "2" if first in ("square", "sq") else "3"
-    name = _NAMES.get(words, _NAMES.get(words.removesuffix("s")))
-    if name is None:
-        return None
-    return f"{name}^{power}" if name and power else name

@@ -25,6 +25,12 @@ _MAX_CHARACTERS, _MAX_DEPTH = 300, 20
 _NUM_POINTS = 3
 _DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
 _DROPPED = re.compile(r"'|\\prime|\\ldots|\\phantom|[0-9.] [0-9.]|\.[0-9]*\.|:|\?")
+_TOWER = re.compile(r"(?:\^(?:\{[^{}]*\}|\\[a-zA-Z]+|[0-9]+|[a-zA-Z]))+")
+_QUOTIENT = re.compile(
+    r"(?<![0-9.^_/])([0-9]+(?:\.[0-9]+)?)/([0-9]+(?:\.[0-9]+)?(?:\^(?:[0-9]+|\{[0-9]+\}))?)(?![0-9.^!/])"
+)
+# A line AB, a triangle ABC: the order of the letters counts.
+_NAME = re.compile(r"(?<![a-zA-Z\\])[A-Z]{2,}(?![a-zA-Z_])")
 
 #: Values of an expression at the points; None where it has none there (a pole, an unknown function).
 Values = tuple[Any, ...]
@@ -144,12 +150,9 @@ def _expression(text: str) -> Any:
 
     if len(text) > _MAX_CHARACTERS or _depth(text) > _MAX_DEPTH or _DROPPED.search(text):
         return None
-    exact = _DECIMAL.sub(
-        lambda match: f"{{\\frac{{{int(match.group(1) + match.group(2))}}}{{{10 ** len(match.group(2))}}}}}", text
-    )
     try:
         found = latex2sympy(
-            exact, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False)
+            _exact(text), normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False)
         )
     except MemoryError:
         raise
@@ -162,8 +165,18 @@ def _expression(text: str) -> Any:
 
 
 def _depth(text: str) -> int:
+    """How deeply brackets nest, with the longest tower of powers without brackets (`2^3^4` has two)."""
     deepest = depth = 0
     for mark in text:
-        depth += (mark in "{([^") - (mark in "})]")
+        depth += (mark in "{([") - (mark in "})]")
         deepest = max(deepest, depth)
-    return deepest
+    return deepest + max((tower.count("^") for tower in _TOWER.findall(text)), default=0)
+
+
+def _exact(text: str) -> str:
+    """Decimals as fractions, `1/2` as one fraction (in `1/2x` it is a factor of x), names of lines as one symbol."""
+    text = _QUOTIENT.sub(r"\\frac{\1}{\2}", text)
+    text = _DECIMAL.sub(
+        lambda match: f"{{\\frac{{{int(match.group(1) + match.group(2))}}}{{{10 ** len(match.group(2))}}}}}", text
+    )
+    return _NAME.sub(lambda match: f"Q_{{{''.join(str(ord(letter)) for letter in match.group())}}}", text)

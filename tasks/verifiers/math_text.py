@@ -7,13 +7,15 @@ Answers are short (`math.MAX_ANSWER_CHARACTERS`), so nothing here has to be line
 from __future__ import annotations
 
 import re
+from unicodedata import normalize
 
 _LETTERS = str.maketrans(
-    {"−": "-", "－": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "\\div ", "°": "\\degree ", "∞": "\\infty ",
+    {"×": "\\times ", "·": "\\cdot ", "÷": "\\div ", "°": "\\degree ", "∞": "\\infty ",
      "π": "\\pi ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∪": "\\cup ", "∈": "\\in ", "±": "\\pm ",
      "∅": "\\emptyset ",
      "\u00a0": " ", "\u2009": " ", "\n": " ", "\t": " ", "\r": " ", "％": "%", "，": ",", "（": "(", "）": ")"}
 )  # fmt: skip
+_MINUS = str.maketrans("−－–", "---")
 _SIZES = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?")
 _STYLES = re.compile(r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it)(?![a-zA-Z])")
 _FRACTIONS = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
@@ -31,8 +33,21 @@ _ORDINAL = re.compile(
 )
 # What people write without LaTeX: sin(x), sqrt(3), 5E3.
 _FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|pi)(?![a-zA-Z])")
-_SCIENTIFIC = re.compile(r"(?<=[0-9])E([+-]?[0-9]+)(?![0-9a-zA-Z]|\s*_)")
-_AND = re.compile(r"\\text\s*\{[\s,]*(?:and|or)[\s,]*\}|(?<=[\s,}])(?:and|or)(?=[\s\\$])")
+# 2e-5 may be twice Euler's number less 5; 1e-5, 1.5e-5 and 2e-05 are not.
+_SCIENTIFIC = re.compile(
+    r"(?<=[0-9])(?:E([+-]?[0-9]+)|e(\+?[0-9]+|[+-]0[0-9])|(?:(?<=(?<![0-9.])1)|(?<=[0-9]\.[0-9])|(?<=\.[0-9]{2})"
+    r"|(?<=\.[0-9]{3}))e(-[0-9]+))(?![0-9a-zA-Z.]|\s*_)"
+)
+_SUPERSCRIPTS = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_PLAIN_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_VULGAR = re.compile(r"[¼½¾⅐-⅞]")
+_ROOT_SIGN = re.compile(r"√\s*([0-9]+(?:\.[0-9]+)?|[a-zA-Z])?")
+# TeX raises the sign only; whoever writes x^-1 means all of it.
+_NEGATIVE_POWER = re.compile(r"\^\s*-\s*([0-9]+|[a-zA-Z])")
+_AND = re.compile(r"\\text\s*\{[\s,]*(and|or)[\s,]*\}|(?<=[\s,}])(and|or)(?=[\s\\$])(?!\s+(?:more|less|fewer)\b)")
+# Text with another answer in it: `3\\text{ or 4}`, `2\\text{ hours and 45 minutes}`; not `3\\text{ or more}`.
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_SEPARATOR = re.compile(r"\b(?:and|or)\b(?!\s+(?:more|less|fewer)\b)|;|(?<![0-9]),|,(?![0-9]{3})")
 _WORDS = {
     "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le", "\\geq": "\\ge", "\\neq": "\\ne", "\\lt": "<",
     "\\gt": ">", "\\infin": "\\infty", "\\varnothing": "\\emptyset", "\\lbrace": "\\{", "\\rbrace": "\\}",
@@ -43,21 +58,51 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _ENDS = " .,;:"
 #: Stands for the currency after `$` signs of formulas were dropped.
 DOLLAR = "¤"
+#: Stands before the comma that an "or" became.
+OR = "∨"
 PERCENT, DEGREE = "%", "\\degree"
 
 
 def plain(text: str) -> str:
     """One spelling of marks and commands; structure, words and single spaces stay."""
-    text = text.translate(_LETTERS).replace("\\$", DOLLAR).replace("$", "").replace("\\%", "%").replace("\\\\ ", "\\\\")
+    text = (
+        _typed(text)
+        .translate(_LETTERS)
+        .replace("\\$", DOLLAR)
+        .replace("$", "")
+        .replace("\\%", "%")
+        .replace("\\\\ ", "\\\\")
+    )
     text = _THOUSANDS.sub(",", text)
     text = _FRACTIONS.sub(r"\\frac", _STYLES.sub("", _SIZES.sub("", text)))
-    text = _TEXTS.sub(r"\\text", text)
+    text = _TEXT.sub(_apart, _TEXTS.sub(r"\\text", text))
     text = _COMMAND.sub(lambda match: _WORDS.get(match.group(), match.group()), text)
     text = _ORDINAL.sub("", text)
-    text = _SCIENTIFIC.sub(r"\\times10^{\1}", _FUNCTIONS.sub(r"\\\1", text))
+    text = _SCIENTIFIC.sub(
+        lambda power: f"\\times10^{{{next(filter(None, power.groups()))}}}", _FUNCTIONS.sub(r"\\\1", text)
+    )
     text = _DEGREES.sub(r" \\degree ", text)
-    text = _AND.sub(" , ", _SPACES.sub(" ", text))
+    text = _AND.sub(lambda word: f" {OR if 'or' in word.groups() else ''}, ", _SPACES.sub(" ", text))
     return without_ends(" ".join(text.split()))
+
+
+def _typed(text: str) -> str:
+    """What people type without LaTeX, in LaTeX: `½`, `x²`, `√2`, `x^-1`, `2**3`, `<=`."""
+    text = text.replace("**", "^").replace("<=", "\\le ").replace(">=", "\\ge ")
+    text = _SUPERSCRIPTS.sub(lambda digits: f"^{{{digits.group().translate(_PLAIN_DIGITS)}}}", text)
+    text = _VULGAR.sub(lambda sign: "\\frac{{{}}}{{{}}}".format(*normalize("NFKC", sign.group()).split("⁄")), text)
+    text = _ROOT_SIGN.sub(lambda root: f"\\sqrt{{{root.group(1)}}}" if root.group(1) else "\\sqrt ", text)
+    return _NEGATIVE_POWER.sub(r"^{-\1}", text.translate(_MINUS))
+
+
+def _apart(text: re.Match[str]) -> str:
+    r"""`\text{ or 4}` as ` , 4`: numbers in a text are parts of a list, where words of a list stand between them."""
+    words = text.group(1)
+    pieces = [piece.strip() for piece in _SEPARATOR.split(words)]
+    if len(pieces) < 2 or not re.search(r"[0-9=]", words):
+        return text.group()
+    comma = f" {OR if 'or' in _SEPARATOR.findall(words) else ''}, "
+    return comma.join(f"\\text{{{piece}}}" if re.fullmatch(r"[a-zA-Z. ]{2,}", piece) else piece for piece in pieces)
 
 
 def without_ends(text: str) -> str:

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from smoltulu.tasks.verifiers.math_numbers import SCALES, rational, unit_name
+from smoltulu.tasks.verifiers.math_numbers import rational
 from smoltulu.tasks.verifiers.math_text import (
-    DEGREE,
-    DOLLAR,
-    PERCENT,
+    OR,
     braces_close,
     canonical_expression,
     plain,
     without_ends,
 )
+from smoltulu.tasks.verifiers.math_units import POWER, unit_name, with_scale, without_unit
 from smoltulu.tasks.verifiers.truths import BadTruth
 
 _MAX_DEPTH = 20
@@ -29,18 +28,19 @@ _OPEN, _CLOSE = ("(", "[", "\\{", "{", "\\langle"), (")", "]", "\\}", "}", "\\ra
 _PIECE = re.compile(r"\\(?:left|right)?[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 # Three digits after a comma, and what may stand before it: one to three digits, or more that were joined before.
 _GROUP, _HEAD = re.compile(r"[0-9]{3}(?![0-9])"), re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:\0[0-9]{3})*\Z")
+_GROUPED = re.compile(r"(?:[a-zA-Z] *= *)?-?[1-9][0-9]{0,2}(?:,[0-9]{3}){1,20}")
 _NAME = re.compile(
     r"(?:\\?[a-zA-Z]+|\\text\s*\{[^{}]*\})(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?'*(?:\s*\([a-z](?:,\s*[a-z])*\))?"
 )
+_POINT = re.compile(rf"\(\s*(?:{_NAME.pattern})(?:\s*,\s*(?:{_NAME.pattern}))+\s*\)")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|\s]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _BASED = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?(?:\\text\s*\{)?\s*([0-9]+)\s*\}*")
-# Units that no product of variables is taken for.
-_SAFE_UNITS = ("mm", "cm", "km", "kg", "mph", "degrees", "percent", "dollars", "cents")
-_POWER = r"(\s*\^\s*\{?\s*[23]\s*\}?)?"
-_TRAILING_TEXT = re.compile(r"(.*[0-9.)}\]a-zA-Z¤])\s*\\text\s*\{\s*([^{}]*?)\s*\}" + _POWER, re.DOTALL)
-_TRAILING_WORDS = re.compile(r"(.*[0-9.)}])\s*((?:(?:square|sq|cubic|cu)\.? )?(?<![a-zA-Z\\])[a-zA-Z]+)\.?" + _POWER)
-_SCALE = re.compile(r"(.*[0-9.)}¤])\s*(\\text\s*\{)?\s*(" + "|".join(SCALES) + r")s?(?![a-zA-Z])(.*)", re.DOTALL)
-_RELATION = re.compile(r"(<|>|\\le|\\ge)(?![a-zA-Z])")
+_RELATION = re.compile(r"(<|>|(?:\\le|\\ge)(?![a-zA-Z]))")
+# Longer ones are words anyway; other two or three letters are a product of variables.
+_SHORT_WORDS = re.compile(
+    r"(?i:no|on|yes|off|odd|one|two|six|ten|all|any|nor|up|out|red|sun|mon|tue|wed|thu|fri|sat)|[A-Z][a-z]{2,}"
+)
+_TIME = re.compile(r"(?i)(?:\\text *\{ *)?([0-9]{1,2}:[0-9]{2}) *(?:\\text *\{ *)?([ap])\.? *m\.? *\}?")
 _ONLY_TEXT = re.compile(r"(?:\\text\s*\{([^{}]*)\}\s*)+")
 
 
@@ -90,6 +90,12 @@ def read(answer: str) -> Node:
     return _node(text, 0)
 
 
+def as_list(answer: str) -> Node | None:
+    """The list that `100,200` may be where the other side is one; None for an answer that is no number with commas."""
+    text = plain(answer)
+    return read(text.replace(",", ", ")) if _GROUPED.fullmatch(text) else None
+
+
 def _node(text: str, depth: int) -> Node:
     if depth > _MAX_DEPTH:
         raise BadTruth("brackets are nested too deeply")
@@ -100,8 +106,9 @@ def _node(text: str, depth: int) -> Node:
     if len(parts) > _MAX_PARTS:
         raise BadTruth(f"there are more than {_MAX_PARTS} parts")
     if len(parts) > 1:
-        return _list([part for part in parts if part.strip()], depth)
-    text = parts[0].strip()
+        is_either = all(part.rstrip().endswith(OR) for part in parts[:-1])
+        return _list([part for part in map(_without_or, parts) if part], depth, is_either)
+    text = _without_or(parts[0])
     return (
         _named(text, depth) or _union(text, depth) or _bracketed(text, depth) or _plus_minus(text, depth) or _leaf(text)
     )
@@ -116,16 +123,26 @@ def _unwrapped(text: str) -> str:
     return text
 
 
-def _list(parts: list[str], depth: int) -> Node:
-    """`x = 1, x = 2` is a list of values with one name; so is `x = 1, 2`."""
+def _without_or(part: str) -> str:
+    return part.strip().removesuffix(OR).rstrip()
+
+
+def _list(parts: list[str], depth: int, is_either: bool) -> Node:
+    """`x = 1, x = 2` is a list of values with one name; so is `x = 1, 2`. `x < 1 or x > 2` is a union of intervals."""
     nodes = [_node(part, depth + 1) for part in parts]
     if not nodes:
         raise BadTruth("there is no answer")
     names = {node.name for node in nodes if isinstance(node, Named)}
     if len(names) == 1 and isinstance(nodes[0], Named):
         values = tuple(node.node if isinstance(node, Named) else node for node in nodes)
-        return Named(nodes[0].name, Group("list", values))
+        is_union = is_either and len(parts) > 1 and all(_is_interval(node) for node in nodes)
+        return Named(nodes[0].name, Group("union" if is_union else "list", values))
     return nodes[0] if len(nodes) == 1 else Group("list", tuple(nodes))
+
+
+def _is_interval(node: Node) -> bool:
+    """Of a named part, as `x < 1` is."""
+    return isinstance(node, Named) and isinstance(node.node, Group) and node.node.kind in ("()", "(]", "[)", "[]")
 
 
 def _named(text: str, depth: int) -> Node | None:
@@ -135,6 +152,8 @@ def _named(text: str, depth: int) -> Node | None:
         return Named(_name(member[0]), _node(member[1], depth + 1))
     sides = [side.strip() for side in _split(text, ("=",))]
     if len(sides) > 1:
+        if len(sides) == 2 and not sides[0]:  # =3
+            return _node(sides[1], depth + 1)
         return _equation(text, sides, depth) if all(sides) else None
     return _inequality(text, depth)
 
@@ -142,6 +161,8 @@ def _named(text: str, depth: int) -> Node | None:
 def _equation(text: str, sides: list[str], depth: int) -> Node:
     name = _name(sides[0]) if _NAME.fullmatch(sides[0]) and rational(sides[0]) is None else None
     values = sides[1:] if name is not None else sides
+    if name is None and len(sides) == 2 and _POINT.fullmatch(sides[0]) and not _POINT.fullmatch(sides[1]):
+        return Named(_name(sides[0]), _node(sides[1], depth + 1))  # (x, y) = (1, 2)
     nodes = [_node(side, depth + 1) for side in values]
     whole = Leaf("equation", canonical_expression(text))
     if name is not None and (len(nodes) == 1 or (len(nodes) == 2 and _name(values[0]) == name)):
@@ -205,7 +226,7 @@ def _bracketed(text: str, depth: int) -> Node | None:
     inner = text[len(opening) : -len(closing)].strip()
     if not inner:
         return Group(_brackets(opening, closing), ())
-    parts = _list_parts(inner, in_brackets=True)
+    parts = list(map(_without_or, _list_parts(inner, in_brackets=True)))
     if len(parts) == 1 and opening == "(" and closing == ")":
         return _node(inner, depth + 1)
     nodes = tuple(_node(part, depth + 1) for part in parts if part.strip())
@@ -242,18 +263,25 @@ def _plus_minus(text: str, depth: int) -> Node | None:
 
 
 def _leaf(text: str) -> Leaf:
+    if (time := _TIME.fullmatch(text)) is not None:
+        return Leaf("words", time.group(1), f"{time.group(2).lower()}m")
     if (words := _words(text)) is not None:
         return Leaf("words", words)
+    if _SHORT_WORDS.fullmatch(text):
+        return Leaf("words", text.lower())
     if (letter := re.fullmatch(r"\\text\s*\{\s*\(?([a-zA-Z])[).]*\s*\}", text)) is not None:
         text = letter.group(1)
     if (based := _BASED.fullmatch(text)) is not None:
         return Leaf("based", f"{based.group(1).upper().lstrip('0') or '0'}_{based.group(2)}")
-    text, unit = _without_unit(_with_scale(text))
+    measured = without_unit(with_scale(text))
+    if measured is None:  # 3\text{ or more}
+        return Leaf("words", canonical_expression(text))
+    text, unit = measured
     if text == "\\emptyset":
         return Leaf("words", "\\emptyset")
     canonical = canonical_expression(text)
     if ":" in canonical:  # a ratio or a time of day: no value that others could have
-        return Leaf("words", canonical)
+        return Leaf("words", canonical, unit)
     value = rational(canonical)
     if value is not None:
         return Leaf("number", str(value), unit, value)
@@ -273,37 +301,9 @@ def _words(text: str) -> str | None:
     return text.lower() if len(text) > 1 else None
 
 
-def _with_scale(text: str) -> str:
-    """`5 million dollars` as `(5)*1000000 dollars`."""
-    if (match := _SCALE.fullmatch(text)) is None:
-        return text
-    number, in_text, word, rest = match.groups()
-    rest = rest.strip()
-    return f"({number.strip()})*{SCALES[word]} " + (f"\\text{{{rest}" if in_text and rest != "}" else rest.strip("}"))
-
-
-def _without_unit(text: str) -> tuple[str, str]:
-    """A value and the one name of its unit; `` where it has none, or none that measures."""
-    for mark, name in ((DOLLAR, "dollar"), (PERCENT, "percent"), (DEGREE, "degree")):
-        if mark in text:
-            rest = text.replace(mark, " ", 1).strip()
-            return (rest, name) if rest and mark not in rest else (text, "")
-    for pattern, in_text in ((_TRAILING_TEXT, True), (_TRAILING_WORDS, False)):
-        if (match := pattern.fullmatch(text)) is not None:
-            words = match.group(2)
-            unit = unit_name(words + (match.group(3) or ""))
-            if in_text and (unit is not None or len(words) > 1):
-                return match.group(1).strip(), unit or ""
-            # `5 apples` are 5. Without a space 5cm is a length, but 3s^2 and 2ab are products.
-            is_apart = text[match.start(2) - 1] == " "
-            if (is_apart and len(words) > (1 if unit is not None else 3)) or words in _SAFE_UNITS:
-                return match.group(1).strip(), unit or ""
-    return text, ""
-
-
 def _without_unit_of_all(text: str) -> str:
     r"""Without the unit of a tuple, matrix or word: `(9, 11)\text{ cm}`. Of one value it is kept, to be compared."""
-    if (match := re.fullmatch(r"(.*[)\]}|])\s*(?:\\text\s*\{([^{}]*)\}|%|\\degree)" + _POWER, text, re.DOTALL)) is None:
+    if (match := re.fullmatch(r"(.*[)\]}|])\s*(?:\\text\s*\{([^{}]*)\}|%|\\degree)" + POWER, text, re.DOTALL)) is None:
         return text
     rest, words = match.group(1).strip(), match.group(2)
     is_one_value = not _ONLY_TEXT.fullmatch(rest) and not _BASED.fullmatch(rest) and not rest.endswith("]")
