@@ -14,6 +14,8 @@ Finding = Literal[
     "gold_wrong",
     "could_not_grade",
     "shuffled_right",
+    "shuffled_equal",
+    "wrong_not_graded",
     "violation_right",
     "hack_right",
     "hack_allowed",
@@ -101,6 +103,11 @@ class GroupAudit(StrictModel):
     num_gold_right: int = Field(0, ge=0)
     num_shuffled: int = Field(0, ge=0)
     num_shuffled_right: int = Field(0, ge=0)
+    num_shuffled_equal: int = Field(
+        0, ge=0, description="of these, spelled differently from the truth, which is right for them too"
+    )
+    num_wrong: int = Field(0, ge=0, description="texts that must score wrong, for truths that can be graded")
+    num_wrong_ungraded: int = Field(0, ge=0, description="of these, scored could_not_grade")
     chance_share: float | None = Field(
         None, description="share of pairs of rows whose gold answers coincide, counted by itself; none: not comparable"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -35,6 +35,8 @@ ALL_SUBSETS = "*"
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _MAX_NAME_BYTES = 255
+#: What `datasets` says of a configuration or a split that there is not, or that it cannot read.
+_NO_SUCH_ROWS = re.compile(r"BuilderConfig|Unknown split|Bad split|Unrecognized instruction|Split name should match")
 
 
 def expand_path(text: str) -> Path:
@@ -204,7 +206,7 @@ def _read_hub(source: DataSource) -> Iterator[Any]:
     except Exception as error:
         asked = f"Hub dataset {source.repository!r} (subset {source.subset!r}, split {source.split!r}, {revision[:12]})"
         text = f"{asked}: {type(error).__name__}: {str(error)[:300]}"
-        if isinstance(error, ValueError) and re.search(r"BuilderConfig|Unknown split|Bad split", str(error)):
+        if isinstance(error, ValueError) and _NO_SUCH_ROWS.search(str(error)):
             raise ValueError(f"{text}. Give a `subset` and a `split` that the dataset has") from error
         raise SourceUnavailable(
             f"{text}. Check the network, HF_TOKEN and that the repository holds data files"
@@ -213,22 +215,46 @@ def _read_hub(source: DataSource) -> Iterator[Any]:
 
 
 def _hub_table(repository: str, subset: str | None, split: str, revision: str) -> Iterable[Any]:
-    """Rows of one configuration. `datasets` guesses the types of JSON and CSV, so these are read as local files are."""
+    """Rows of one configuration. `datasets` guesses the types of JSON and CSV, so these are read as local files are.
+
+    `split` may be what `datasets` takes: `train`, `train[:100]`, `train[10%:]+test`, `all`.
+    """
     import datasets
 
     builder = _builder(repository, subset, revision)
-    urls = (builder.config.data_files or {}).get(split)
-    if urls is not None:
-        kind = type(builder).__module__.rpartition(".")[2]
-        if kind == "json" and builder.config.field is None:
-            files = _fetched(urls)
-            if all(map(is_json_of_rows, files)):
-                return (row for file in files for row in read_json_of_rows(file))
-        elif kind == "csv" and (delimiter := _only_delimiter(builder)) is not None:
-            files = _fetched(urls)
-            return (row for file in files for row in read_separated(file, delimiter))
-    rows: Iterable[Any] = datasets.load_dataset(repository, subset, split=split, revision=revision)
-    return rows
+    data_files = builder.config.data_files or {}
+    if split == str(datasets.Split.ALL) and data_files and split not in data_files:
+        split = "+".join(map(str, data_files))
+    names = [split] if split in data_files else [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
+    texts = {name: _rows_of_text(builder, data_files[name]) for name in names if name in data_files}
+    tables = {name: rows for name, rows in texts.items() if rows is not None}
+    if len(tables) < len(set(names)):
+        rows: Iterable[Any] = datasets.load_dataset(repository, subset, split=split, revision=revision)
+        return rows
+    return tables[split] if split in tables else _parts(split, tables)
+
+
+def _rows_of_text(builder: DatasetBuilder, urls: Iterable[str]) -> Iterable[Any] | None:
+    """Rows of the JSON or CSV files of a split, as text. None where they are of another kind, which has types."""
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind == "json" and builder.config.field is None:
+        files = _fetched(urls)
+        if all(map(is_json_of_rows, files)):
+            return (row for file in files for row in read_json_of_rows(file))
+    elif kind == "csv" and (delimiter := _only_delimiter(builder)) is not None:
+        files = _fetched(urls)
+        return (row for file in files for row in read_separated(file, delimiter))
+    return None
+
+
+def _parts(split: str, tables: Mapping[str, Iterable[Any]]) -> list[Any]:
+    """The rows that `split` asks for, as `datasets` reads it. ValueError for one that it does not understand."""
+    import datasets
+
+    read = datasets.ReadInstruction.from_spec(split)
+    rows = {name: list(table) for name, table in tables.items()}
+    parts = read.to_absolute({name: len(table) for name, table in rows.items()})
+    return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
 
 
 def _builder(repository: str, subset: str | None, revision: str) -> DatasetBuilder:

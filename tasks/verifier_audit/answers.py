@@ -58,6 +58,11 @@ def gold_keys(family: str, ground_truth: str) -> frozenset[str]:
     return frozenset(key for key in keys if key)
 
 
+def is_value(key: str) -> bool:
+    """Whether a key is that of a number: two such keys that differ are two answers."""
+    return re.fullmatch(r"-?[0-9]+(?:/[0-9]+)?", key) is not None
+
+
 def committed_keys(family: str, completion: str) -> frozenset[str]:
     """The answers that a text can be said to give: one, or two where the family's rule may be read in two ways."""
     if family in TEXTS:

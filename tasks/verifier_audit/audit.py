@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from smoltulu.schemas.verifier_audit import Example, Finding, GroupAudit, HackCount, VerifierAuditSettings
@@ -21,15 +21,29 @@ _MAX_SHOWN = 300
 
 @dataclass(frozen=True)
 class Graded:
-    """A probe and what the verifier said; `other`: what its other version said, where there is one."""
+    """A probe and what the verifier said.
+
+    other    what its other version said, where there is one
+    reverse  what the verifier said to the question the other way round, where it was asked
+    """
 
     probe: Probe
     verdict: Verdict
     other: Verdict | None = None
+    reverse: Verdict | None = None
 
     @property
     def is_right(self) -> bool:
         return self.verdict.outcome == "right"
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether another spelling of the gold answer was tried, as the verifier says from both sides."""
+        return self.is_right and self.reverse is not None and self.reverse.outcome == "right"
+
+    @property
+    def is_allowed(self) -> bool:
+        return self.probe.allowed or self.is_equal
 
     def findings(self) -> Iterable[Finding]:
         """What is worth a look in it."""
@@ -39,13 +53,15 @@ class Graded:
         elif kind == "gold" and not self.is_right:
             yield "gold_wrong"
         elif kind == "shuffled" and self.is_right and not self.probe.allowed:
-            yield "shuffled_right"
+            yield "shuffled_equal" if self.is_equal else "shuffled_right"
         elif kind == "violation" and self.is_right:
             yield "violation_right"
         elif kind == "hack" and self.is_right:
-            yield "hack_allowed" if self.probe.allowed else "hack_right"
+            yield "hack_allowed" if self.is_allowed else "hack_right"
         elif kind == "hack" and self.probe.name == "empty" and self.verdict.outcome == "could_not_grade":
             yield "could_not_grade"
+        elif kind != "gold" and self.verdict.outcome == "could_not_grade":
+            yield "wrong_not_graded"
         if self.other is not None and self.other.outcome != self.verdict.outcome:
             yield "versions_differ"
 
@@ -93,7 +109,19 @@ def _grade(verifier: str, probes: Sequence[Probe], grade: Grade) -> list[Graded]
     names = [verifier, other] if (other := other_version(verifier)) else [verifier]
     asked = list(dict.fromkeys((name, p.completion, p.ground_truth) for p in probes for name in names))
     said = dict(zip(asked, grade(asked), strict=True))
-    return [Graded(p, *(said[name, p.completion, p.ground_truth] for name in names)) for p in probes]
+    graded = [Graded(p, *(said[name, p.completion, p.ground_truth] for name in names)) for p in probes]
+    return _with_reverses(verifier, graded, grade)
+
+
+def _with_reverses(verifier: str, graded: Sequence[Graded], grade: Grade) -> list[Graded]:
+    """The question the other way round, for what is right and should not be."""
+    open_ = [one.probe.reverse for one in graded if one.is_right and not one.probe.allowed]
+    asked = list(dict.fromkeys((verifier, *reverse) for reverse in open_ if reverse is not None))
+    said = dict(zip(asked, grade(asked), strict=True)) if asked else {}
+    return [
+        replace(one, reverse=said.get((verifier, *one.probe.reverse))) if one.is_right and one.probe.reverse else one
+        for one in graded
+    ]
 
 
 def _count(
@@ -108,9 +136,10 @@ def _count(
         hacks[one.probe.name] = HackCount(
             num_rows=so_far.num_rows + 1,
             num_right=so_far.num_right + one.is_right,
-            num_allowed=so_far.num_allowed + (one.is_right and one.probe.allowed),
+            num_allowed=so_far.num_allowed + (one.is_right and one.is_allowed),
         )
     ungradable = {one.probe.row for one in graded if "could_not_grade" in one.findings()}
+    wrong = [one for one in graded if one.probe.kind != "gold" and one.probe.row not in ungradable]
     gold = [one for one in by_kind["gold"] if one.verdict.outcome != "could_not_grade"]
     return GroupAudit(
         verifier=verifier,
@@ -123,6 +152,9 @@ def _count(
         num_gold_right=sum(one.is_right for one in gold),
         num_shuffled=len(by_kind["shuffled"]),
         num_shuffled_right=sum(one.is_right for one in by_kind["shuffled"]),
+        num_shuffled_equal=sum("shuffled_equal" in one.findings() for one in graded),
+        num_wrong=len(wrong),
+        num_wrong_ungraded=sum("wrong_not_graded" in one.findings() for one in wrong),
         chance_share=made.chance_share,
         best_constant=made.best_constant[:_MAX_SHOWN],
         best_constant_share=made.best_constant_share,

@@ -91,14 +91,28 @@ def _checks(group: GroupAudit, settings: VerifierAuditSettings) -> Iterator[Chec
         "fix or filter these rows, or name the verifier that reads their truths",
     )
     yield _gold(group, settings)
+    ungraded = group.num_wrong_ungraded / max(group.num_wrong, 1)
+    yield _check(
+        group,
+        settings,
+        "Wrong texts score wrong, and not could_not_grade",
+        ungraded > settings.max_ungradable_share,
+        f"{group.num_wrong_ungraded:,} of {group.num_wrong:,} texts that are not the answer "
+        f"({readable.percent(ungraded)}) are not graded",
+        f"verifier_audit.max_ungradable_share {settings.max_ungradable_share:g}",
+        "wrong_not_graded",
+        "a rollout that could not be graded is no wrong one, so a policy learns to write what cannot be graded: make "
+        "the verifier say wrong, or use another one",
+    )
     limit = chance_limit(group, settings)
     if limit is not None:
+        equal = f", {group.num_shuffled_equal:,} as other spellings" if group.num_shuffled_equal else ""
         yield _check(
             group,
             settings,
             "Gold answers of other rows score wrong",
-            group.num_shuffled_right > limit,
-            f"{group.num_shuffled_right:,} of {group.num_shuffled:,} gold answers of other rows score right; "
+            group.num_shuffled_right - group.num_shuffled_equal > limit,
+            f"{group.num_shuffled_right:,} of {group.num_shuffled:,} gold answers of other rows score right{equal}; "
             f"{readable.percent(group.chance_share or 0.0)} of the pairs of gold answers coincide",
             f"{limit:,} ({settings.chance_level:g} is the chance of more, verifier_audit.chance_level)",
             "shuffled_right",

@@ -62,8 +62,14 @@ def _keyword_frequency(word: str, N: int) -> Texts:
 
 
 def _forbidden_words(forbidden_words: list[str]) -> Texts:
+    word = forbidden_words[0].strip()
     return Texts(
-        _without(forbidden_words), f"An answer with {forbidden_words[0]} in it.", {"a full stop": (".", False)}
+        _without(forbidden_words),
+        f"An answer with {word} in it.",
+        {
+            "a full stop": (".", False),
+            "a forbidden word with a soft hyphen in it": (f"An answer with {word[:1]}\u00ad{word[1:]} in it.", True),
+        },
     )
 
 
@@ -117,7 +123,10 @@ def _counted(unit: str, mark: str, N: int, quantifier: str, tolerance: int) -> T
     return Texts(
         keeps,
         mark.join([unit] * wrong) if wrong >= 0 else None,
-        {"a full stop": (".", quantifier == "at least" and N > 1)},
+        {
+            "a full stop": (".", quantifier == "at least" and N > 1),
+            "marks alone": (" ".join([".!?"[N % 3]] * N), quantifier != "at most" and 1 + tolerance < N),
+        },
     )
 
 
@@ -176,7 +185,15 @@ def _bullet_points(N: int) -> Texts:
 
 
 def _title() -> Texts:
-    return Texts("<<A title>>\nAn answer.", "An answer.", {"an empty title": ("<<>>\nAn answer.", True)})
+    return Texts(
+        "<<A title>>\nAn answer.",
+        "An answer.",
+        {
+            "an empty title": ("<<>>\nAn answer.", True),
+            "a title of marks": ("<<...>>\nAn answer.", True),
+            "shifts and no title": ("An answer: cout << x; y >> z", True),
+        },
+    )
 
 
 def _choice(options: list[str] | str) -> Texts:
@@ -202,6 +219,7 @@ def _highlighted_sections(N: int) -> Texts:
         "\n".join(["An answer.", *parts[:-1]]) if N else None,
         {
             "a flood of asterisks": (f"An answer. {'***' * (2 * N)}", N > 0),
+            "products of numbers": ("An answer. " + "2*3*4 " * N, N > 0),
             "empty marks": ("An answer. " + "** " * N, N > 0),
         },
     )
@@ -223,7 +241,10 @@ def _repeat_prompt(original_prompt: str) -> Texts:
     return Texts(
         f"{original_prompt}\n\nAn answer.",
         next(other for other in others if not other.lower().startswith(original_prompt.lower())),
-        {"the request and nothing else": (original_prompt, True)},
+        {
+            "the request and nothing else": (original_prompt, True),
+            "the request and a full stop": (f"{original_prompt.strip()} .", True),
+        },
     )
 
 
@@ -234,6 +255,7 @@ def _two_responses() -> Texts:
         {
             "the mark and nothing else": ("******", True),
             "one response and the mark": ("An answer.\n******", True),
+            "a response of marks": ("An answer.\n******\n.", True),
             "the same response twice": ("An answer.\n******\nAn answer.", True),
         },
     )

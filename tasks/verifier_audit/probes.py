@@ -16,6 +16,7 @@ from smoltulu.schemas.verifier_audit import FunctionCoverage, VerifierAuditSetti
 from smoltulu.tasks.verifier_audit import answers
 from smoltulu.tasks.verifier_audit.chance import coincidence_share, most_frequent, pairs_of_rows
 from smoltulu.tasks.verifier_audit.constraint_texts import Texts, texts_of
+from smoltulu.tasks.verifier_audit.near_misses import HEDGE_WITHIN_TEXT, hedges, near_misses
 from smoltulu.tasks.verifier_audit.other_texts import form_texts, world_texts
 from smoltulu.tasks.verifiers.constraints import read_constraint as read_world_constraint
 from smoltulu.tasks.verifiers.ifeval import read_constraint
@@ -39,6 +40,10 @@ _FORMS = {
 _OWN_MARK = {"gsm8k": "So the answer is", "gsm8k_strict": "####", "math": "\\boxed"}
 
 
+#: A row, its gold answer, the keys of its truth.
+_Readable = tuple[Mapping[str, Any], str, frozenset[str]]
+
+
 @dataclass(frozen=True)
 class Probe:
     """A text and the truth that it is graded against.
@@ -48,6 +53,8 @@ class Probe:
     name     in words
     allowed  of a shuffled or hacked one: may be right, because it names the gold answer or because the constraint asks
              for no more
+    reverse  (completion, ground truth) of the question the other way round: the gold answer of this row for the row
+             whose answer was tried. Where both are right, two spellings of one answer met
     """
 
     kind: Literal["gold", "shuffled", "violation", "hack"]
@@ -56,6 +63,7 @@ class Probe:
     completion: str
     ground_truth: str
     allowed: bool = False
+    reverse: tuple[str, str] | None = None
 
 
 @dataclass
@@ -92,7 +100,7 @@ def _answer_probes(
     family: str, rows: Sequence[Mapping[str, Any]], settings: VerifierAuditSettings, shuffled: Random, hacked: Random
 ) -> GroupProbes:
     made = GroupProbes()
-    readable = []  # (row, answer, keys of the truth)
+    readable: list[_Readable] = []
     for row in rows:
         found = answers.gold_answers(family, row["ground_truth"])
         made.num_without_gold += not found
@@ -111,17 +119,48 @@ def _answer_probes(
         text = form_of(family, row["prompt"]).format(answer)
         name = f"gold answer of row {readable[first][0]['id']}"
         allowed = firsts[first] in truths[second]
-        made.probes.append(Probe("shuffled", name, str(row["id"]), text, row["ground_truth"], allowed))
+        reverse = _reverse(family, readable[first], readable[second])
+        made.probes.append(Probe("shuffled", name, str(row["id"]), text, row["ground_truth"], allowed, reverse))
     drawn = _draw(rows, settings.num_hacked, hacked)
-    named = _named_answers(readable)
+    named = _named_rows(readable)
+    by_row = {id(one[0]): one for one in readable}
     for row in rows:
-        hacks = _answer_hacks(family, row["prompt"], named) if id(row) in drawn else {"empty": ""}
-        keys = answers.gold_keys(family, row["ground_truth"])
-        for name, text in hacks.items():
-            # An expression of the same value is right by the rule, though nothing was solved.
-            allowed = name == _PROMPTS_FORMULA or bool(answers.committed_keys(family, text) & keys)
-            made.probes.append(Probe("hack", name, str(row["id"]), text, row["ground_truth"], allowed))
+        own = by_row.get(id(row))
+        made.probes += _hack_probes(family, row, own, named, with_all=id(row) in drawn)
     return made
+
+
+def _hack_probes(
+    family: str, row: Mapping[str, Any], own: _Readable | None, named: Sequence[_Readable], with_all: bool
+) -> Iterator[Probe]:
+    """Texts that must be wrong for a row. `own`: the row as it was read, None where it has no gold answer."""
+    name, truth, keys = str(row["id"]), row["ground_truth"], answers.gold_keys(family, row["ground_truth"])
+    hacks = _answer_hacks(family, row["prompt"], [answer for _, answer, _ in named]) if with_all else {"empty": ""}
+    for hack, text in hacks.items():
+        # An expression of the same value is right by the rule, though nothing was solved.
+        allowed = hack == _PROMPTS_FORMULA or bool(answers.committed_keys(family, text) & keys)
+        is_of_last = own is not None and hack.startswith("all answers")
+        reverse = _reverse(family, named[-1], own) if own is not None and is_of_last else None
+        yield Probe("hack", hack, name, text, truth, allowed, reverse)
+    if own is None or not with_all:
+        return
+    form = form_of(family, row["prompt"])
+    for hack, text in near_misses(own[1]).items():
+        if not answers.gold_keys(family, text) & keys:
+            yield Probe("hack", hack, name, form.format(text), truth)
+    for hack, text in hedges(own[1], with_latex=family in answers.EXPRESSIONS).items():
+        # Behind #### the first number counts, whatever follows.
+        allowed = "####" in form or hack == HEDGE_WITHIN_TEXT
+        if not answers.gold_keys(family, text.rpartition(" ")[2].rstrip("}")) & keys:
+            yield Probe("hack", hack, name, form.format(text), truth, allowed)
+
+
+def _reverse(family: str, tried: _Readable, own: _Readable) -> tuple[str, str] | None:
+    """The question the other way round, where two spellings may mean the same. Two numbers that differ never do."""
+    both = tried[2] | own[2]
+    if family not in answers.EXPRESSIONS or all(map(answers.is_value, both)):
+        return None
+    return form_of(family, tried[0]["prompt"]).format(own[1]), tried[0]["ground_truth"]
 
 
 def form_of(family: str, prompt: Sequence[Mapping[str, str]]) -> str:
@@ -133,15 +172,15 @@ def form_of(family: str, prompt: Sequence[Mapping[str, str]]) -> str:
     return _FORMS[mark if mark in text else _OWN_MARK[family]]
 
 
-def _named_answers(readable: Sequence[tuple[Mapping[str, Any], str, frozenset[str]]]) -> list[str]:
-    """The most frequent gold answers, as they are written in the first row that has each."""
+def _named_rows(readable: Sequence[_Readable]) -> list[_Readable]:
+    """The first row of each of the most frequent gold answers."""
     counts: dict[frozenset[str], int] = defaultdict(int)
-    spelled: dict[frozenset[str], str] = {}
-    for _, answer, keys in readable:
-        counts[keys] += 1
-        spelled.setdefault(keys, answer)
-    frequent = sorted(counts, key=lambda keys: (-counts[keys], spelled[keys]))
-    return [spelled[keys] for keys in frequent[:_NUM_NAMED]]
+    first: dict[frozenset[str], _Readable] = {}
+    for one in readable:
+        counts[one[2]] += 1
+        first.setdefault(one[2], one)
+    frequent = sorted(counts, key=lambda keys: (-counts[keys], first[keys][1]))
+    return [first[keys] for keys in frequent[:_NUM_NAMED]]
 
 
 def _answer_hacks(family: str, prompt: Sequence[Mapping[str, str]], named: Sequence[str]) -> dict[str, str]:

@@ -24,8 +24,8 @@ def grade_constraint(completion: str, ground_truth: str) -> Verdict:
     text = completion.strip()
     if not text:
         return wrong("there is no text")
-    present = set(re.findall(r"\w+", text.lower()))
-    missing = [word for word in mention if word not in present]
+    folded = " ".join(text.casefold().split())
+    missing = [phrase for phrase in mention if not _is_mentioned(phrase, folded)]
     if missing:
         return wrong(f"{quoted(missing[0])} is not mentioned")
     kept = _CONSTRAINTS[kind](text, **arguments)
@@ -33,7 +33,7 @@ def grade_constraint(completion: str, ground_truth: str) -> Verdict:
 
 
 def read_constraint(ground_truth: str) -> tuple[str, dict[str, Any], list[str]]:
-    """Kind, arguments, and the words that the text must mention. BadTruth for any other ground truth."""
+    """Kind, arguments, and the phrases that the text must mention, in one case. BadTruth for any other ground truth."""
     constraint = json_object(ground_truth)
     kind = constraint.pop("kind", None)
     if not isinstance(kind, str) or kind not in _CONSTRAINTS:
@@ -46,10 +46,17 @@ def read_constraint(ground_truth: str) -> tuple[str, dict[str, Any], list[str]]:
         return (
             kind,
             {name: read(constraint[name]) for name, read in readers.items()},
-            [word.lower() for word in mention],
+            [" ".join(phrase.casefold().split()) for phrase in mention],
         )
     except ValueError as error:
         raise BadTruth(f"constraint {kind}: {str(error)[:200]}") from error
+
+
+def _is_mentioned(phrase: str, text: str) -> bool:
+    """Whether a phrase stands in a text as whole words. Both without case, and with one space between words."""
+    before = r"(?<!\w)" if re.match(r"\w", phrase) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", phrase) else ""
+    return re.search(before + re.escape(phrase) + after, text) is not None
 
 
 def _ends_with(completion: str, *, text: str) -> bool:

@@ -30,10 +30,7 @@ def grade_fixed(completion: str, ground_truth: str) -> Verdict | None:
     name, arguments = read_constraint(ground_truth)
     if name == "validate_response_language":
         return None
-    text = completion.strip()
-    if not text:
-        return wrong("there is no text")
-    kept, found = ifeval_fixed.FUNCTIONS[name](text, **arguments)
+    kept, found = ifeval_fixed.check(name, completion, arguments)
     return right(found) if kept else wrong(found)
 
 

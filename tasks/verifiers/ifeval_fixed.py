@@ -1,14 +1,19 @@
 """The 25 checks without the bugs of the original; what differs, and why, is a table of docs/verifiers.md.
 
 Each takes a text that is not empty and returns whether it keeps the constraint, and what was found. All are linear in
-the length of the text. `validate_response_language` needs a worker (`slow.py`).
+the length of the text. What no reader sees is taken away first: a soft hyphen hides no forbidden word. Whatever has to
+say something (a sentence, a word, a title, an answer) needs a letter or a digit: marks alone say nothing.
+`validate_response_language` needs a worker (`slow.py`).
 """
 
 from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 from smoltulu.tasks.verifiers.verdict import quoted
 
@@ -16,10 +21,13 @@ Found = tuple[bool, str]
 
 _SENTENCE_ENDS = re.compile(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=\.|\?|!)\s+")
 _BULLET = re.compile(r"[*+•-]\s+(?=\S)")
-_RULE = re.compile(r"(?:[*_-]\s*){3,}")
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
 # What may stand before the first word of a line: marks of headings, emphasis, lists, quotes.
 _LINE_MARKS = " \t#*_>-\"'“‘("
+
+
+# Invisible and not of the category Cf: joiners, fillers and selectors of variants (Default_Ignorable_Code_Point).
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
 
 
 def keywords(text: str, keyword_list: list[str]) -> Found:
@@ -44,21 +52,23 @@ def letter_frequency(text: str, letter: str, N: int) -> Found:
 
 def paragraph_count(text: str, N: int) -> Found:
     parts = "\n".join(line.strip() for line in text.splitlines()).split("* * *")
-    if not all(part.strip() for part in parts):
+    if not all(map(_says_something, parts)):
         return False, "a paragraph is empty"
     return _exactly(N, len(parts), "paragraphs")
 
 
 def word_count(text: str, N: int, quantifier: str) -> Found:
-    return _compare(len(text.split()), N, quantifier, max(round(N * 0.1), 1), "words")
+    found = sum(map(_says_something, text.split()))
+    return _compare(found, N, quantifier, max(round(N * 0.1), 1), "words")
 
 
 def sentence_count(text: str, N: int, quantifier: str) -> Found:
-    return _compare(len(_SENTENCE_ENDS.split(text)), N, quantifier, 1, "sentences")
+    found = sum(map(_says_something, _SENTENCE_ENDS.split(text)))
+    return _compare(found, N, quantifier, 1, "sentences") if found else (False, "there is no sentence")
 
 
 def paragraphs(text: str, N: int, first_word: str, i: int) -> Found:
-    found = [part for part in re.split(r"\n[ \t\r]*\n", text) if part.strip()]
+    found = [part for part in re.split(r"\n[ \t\r]*\n", text) if _says_something(part)]
     if len(found) != N:
         return _exactly(N, len(found), "paragraphs")
     start = found[i - 1].lstrip().lstrip(_LINE_MARKS).lower()
@@ -73,7 +83,7 @@ def postscript(text: str, postscript_marker: str) -> Found:
         return False, f"{quoted(postscript_marker)} is missing"
     if not before.strip(_LINE_MARKS + "\n\r"):
         return False, "nothing stands before the postscript"
-    if not any(map(str.isalnum, after)):
+    if not _says_something(after):
         return False, "the postscript is empty"
     return True, "a postscript ends the text"
 
@@ -90,16 +100,41 @@ def placeholders(text: str, N: int) -> Found:
 
 def bullet_points(text: str, N: int) -> Found:
     lines = (line.strip() for line in text.split("\n"))
-    return _exactly(N, sum(bool(_BULLET.match(line)) and not _RULE.fullmatch(line) for line in lines), "bullet points")
+    return _exactly(N, sum(bool(_BULLET.match(line)) and _says_something(line) for line in lines), "bullet points")
 
 
 def title(text: str) -> Found:
-    for line in text.split("\n"):
-        start = line.find("<<")
-        end = line.find(">>", start + 2)
-        if start >= 0 and end >= 0 and line[start:end].strip("< \t"):
-            return True, "there is a title"
-    return False, "there is no <<title>>"
+    """<<A title>>: its brackets touch it and no other word; or << a title >> alone in its line, behind a label at most.
+
+    So `cout << x; y >> z` and `a<<b>>c` are none.
+    """
+    lines = text.split("\n")
+    found = any(_has_title(line) or _is_title(line) for line in lines)
+    return found, "there is a title" if found else "there is no <<title>>"
+
+
+def _has_title(line: str) -> bool:
+    """Whether brackets that touch it are around a title somewhere."""
+    place, end = 0, line.find(">>")
+    while end >= 0:
+        start = line.rfind("<<", place, end)
+        inner = line[start + 2 : end] if start >= 0 else ""
+        if _says_something(inner) and not inner[0].isspace() and not inner[-1].isspace():
+            before, after = line[max(start - 1, 0) : start], line[end + 2 : end + 3]
+            if not _in_word(before) and not _in_word(after):
+                return True
+        place, end = end + 2, line.find(">>", end + 2)
+    return False
+
+
+def _is_title(line: str) -> bool:
+    """Whether the line is a title in brackets, and nothing else but marks and a label (`Title:`)."""
+    start, end = line.find("<<"), line.rfind(">>")
+    if start < 0 or end < start + 2:
+        return False
+    label = line[:start].rstrip(_LINE_MARKS)
+    has_text_around = (_says_something(label) and not label.endswith(":")) or _says_something(line[end + 2 :])
+    return _says_something(line[start + 2 : end]) and not has_text_around
 
 
 def choice(text: str, options: list[str] | str) -> Found:
@@ -115,13 +150,19 @@ def choice(text: str, options: list[str] | str) -> Found:
 
 
 def highlighted_sections(text: str, N: int) -> Found:
-    """*Sections* and **sections** with something in them; a bold one is one."""
+    """*Sections* and **sections** that say something; a bold one is one. Those within a word (2*3*4) mark nothing."""
     found = 0
     for line in text.split("\n"):
-        pieces, is_open = re.split(r"\*+", line), False
-        # A piece between two runs of asterisks is highlighted if it touches both, unless the first closed another one.
-        for piece in pieces[1:-1]:
-            is_open = not is_open and bool(piece) and not piece[0].isspace() and not piece[-1].isspace()
+        marks = [
+            match.span()
+            for match in re.finditer(r"\*+", line)
+            if not (_in_word(line[match.start() - 1 : match.start()]) and _in_word(line[match.end() : match.end() + 1]))
+        ]
+        is_open = False
+        # A piece between two marks is highlighted if it touches both, unless the first closed another one.
+        for (_, start), (end, _) in pairwise(marks):
+            piece = line[start:end]
+            is_open = not is_open and _says_something(piece) and not piece[0].isspace() and not piece[-1].isspace()
             found += is_open
     return found >= N, f"{found} highlighted sections, wanted at least {N}"
 
@@ -129,7 +170,7 @@ def highlighted_sections(text: str, N: int) -> Found:
 def sections(text: str, N: int, section_splitter: str) -> Found:
     """Sections begin with the splitter; an introduction before the first one is none."""
     parts = text.split(section_splitter.strip())
-    if not all(part.strip(_LINE_MARKS + "\n\r:.") for part in parts[1:]):
+    if not all(map(_says_something, parts[1:])):
         return False, "a section is empty"
     return _exactly(N, len(parts) - 1, "sections")
 
@@ -147,12 +188,12 @@ def repeat_prompt(text: str, original_prompt: str) -> Found:
     prompt = original_prompt.strip()
     if not text.lower().startswith(prompt.lower()):
         return False, "the text does not begin with the request"
-    return bool(text[len(prompt) :].strip()), "the request is repeated, an answer has to follow"
+    return _says_something(text[len(prompt) :]), "the request is repeated, an answer has to follow"
 
 
 def two_responses(text: str) -> Found:
     parts = [part.strip() for part in re.split(r"(?<!\*)\*{6}(?!\*)", text)]
-    if len(parts) != 2 or not all(parts):
+    if len(parts) != 2 or not all(map(_says_something, parts)):
         return False, "there are no two responses with ****** between them"
     return parts[0] != parts[1], "the two responses have to differ"
 
@@ -176,13 +217,44 @@ def end(text: str, end_phrase: str) -> Found:
 
 
 def quotation(text: str) -> Found:
-    wrapped = len(text) > 2 and text[0] in '"“' and text[-1] in '"”' and any(map(str.isalnum, text))
+    wrapped = len(text) > 2 and text[0] in '"“' and text[-1] in '"”' and _says_something(text)
     return wrapped, f"the text is {'' if wrapped else 'not '}wrapped in double quotation marks"
 
 
 def no_commas(text: str) -> Found:
     num_commas = sum(map(text.count, ",，、"))
     return num_commas == 0, f"{num_commas} commas"
+
+
+def _says_something(text: str) -> bool:
+    return any(map(str.isalnum, text))
+
+
+def _in_word(character: str) -> bool:
+    """Whether a word goes on at this character. Scripts that put no spaces between words (wide ones) tell nothing."""
+    return character.isalnum() and unicodedata.east_asian_width(character) not in "WF"
+
+
+def _seen(text: str) -> str:
+    """The text without what no reader sees."""
+    if text.isascii():
+        return text
+    return "".join(character for character in _UNSEEN.sub("", text) if unicodedata.category(character) != "Cf")
+
+
+def _seen_argument(value: Any) -> Any:
+    """The same of an argument that is text, or a list of texts, unless nothing would be left of it."""
+    if isinstance(value, list):
+        return [_seen_argument(item) for item in value]
+    return (_seen(value).strip() and _seen(value)) or value if isinstance(value, str) else value
+
+
+def check(name: str, text: str, arguments: dict[str, Any]) -> Found:
+    """Whether a text keeps the constraint `name`, and what was found."""
+    text = _seen(text).strip()
+    if not text:
+        return False, "there is no text"
+    return FUNCTIONS[name](text, **{key: _seen_argument(value) for key, value in arguments.items()})
 
 
 def _exactly(wanted: int, found: int, what: str) -> Found:

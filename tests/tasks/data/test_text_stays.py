@@ -118,6 +118,35 @@ def test_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, 
     assert truths_of(dataset_of(tmp_path / "made", of_hub)) == truths
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize(
+    "split", ["train[:3]", "train[2:]", "train[-2:]", "train[25%:75%]", "train+test", "test[1:]+train[:1]", "all"]
+)
+def test_of_a_part_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, split: str) -> None:
+    """Against `datasets`, which slices rows whose text it cannot mistake."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    dates = [f"2024-05-{day:02d}" for day in range(1, 9)]
+    for kind, prefix in (("repository", ""), ("safe", "text ")):
+        write(tmp_path / kind / f"train{suffix}", rows_of([prefix + date for date in dates]))
+        write(tmp_path / kind / f"test{suffix}", rows_of([prefix + truth for truth in ("007", "1e5", "2024-06-01")]))
+    expected = datasets.load_dataset(str(tmp_path / "safe"), split=split)["answer"]
+    of_hub = source(repository=str(tmp_path / "repository"), revision="f" * 40, split=split)
+    assert truths_of(dataset_of(tmp_path / "made", of_hub)) == [text.removeprefix("text ") for text in expected]
+
+
+@pytest.mark.parametrize("split", ["valid", "train[:3", "train[a:b]", "valid[:3]", "train+valid", ""])
+def test_a_split_that_there_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str) -> None:
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "repository" / "train.jsonl", rows_of(TRUTHS))
+    of_hub = source(repository=str(tmp_path / "repository"), revision="f" * 40, split=split)
+    with pytest.raises(ValueError, match="Give a `subset` and a `split` that the dataset has"):
+        dataset_of(tmp_path / "made", of_hub)
+
+
 def test_lines_on_the_hub_that_are_called_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets.config
 

@@ -139,12 +139,21 @@ def test_the_form_of_a_prompt() -> None:
 # --- Honest verifiers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verifier", ["gsm8k", "gsm8k@paper", "gsm8k_strict", "math"])
+@pytest.mark.parametrize("verifier", ["gsm8k", "gsm8k_strict", "math"])
 def test_honest_verifiers_pass(verifier: str) -> None:
     group, found = audited(word_problems(verifier, 200))
     assert not found and group.num_gold_right == group.num_gold == 200
     # It says 100 where the gold answer is 100: allowed, and listed.
     assert all(hack.num_right == hack.num_allowed for hack in group.hacks.values())
+
+
+def test_the_paper_reads_no_sign_of_a_whole_number() -> None:
+    """docs/verifiers.md names the fault; a recipe that wants it says so."""
+    group, found = audited(word_problems("gsm8k@paper", 200))
+    (problem,) = found
+    assert "'near miss: the other sign' scores right on 20 of 20 rows" in problem
+    assert "add gsm8k@paper to verifier_audit.known_faults" in problem and group.num_gold_right == 200
+    assert not problems([group], SMALL.model_copy(update={"known_faults": ("gsm8k@paper",)}))
 
 
 def test_faults_of_the_paper_are_found_named_and_can_be_wanted() -> None:
@@ -323,7 +332,8 @@ def test_math_gold_answers_coincide_in_seven_per_thousand() -> None:
         for i, row in enumerate(real("eval/math_test.jsonl.gz"))
     ]
     with Graders() as graders:
-        group, _ = audited(rows, graders.grade_all, VerifierAuditSettings(num_shuffled=500, num_hacked=10))
+        group, found = audited(rows, graders.grade_all, VerifierAuditSettings(num_shuffled=500, num_hacked=10))
+    assert not found and group.num_wrong_ungraded == 0
     assert group.num_gold_right >= 0.998 * group.num_rows and group.num_rows == 5000
     assert group.chance_share == pytest.approx(0.0070, abs=0.0001)
     assert group.num_shuffled_right <= 18  # 3.5 expected; more than 18 has a probability under 1e-6

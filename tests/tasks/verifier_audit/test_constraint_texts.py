@@ -123,6 +123,8 @@ WORLD = [
     {"kind": "items", "count": 1, "among": ["fig", "plum"]},
     {"kind": "items", "count": 3, "among": ["fig", "plum", "pear"]},
     {"kind": "items", "count": 3, "among": ["fig", "plum"]},
+    {"kind": "ends_with", "mention": ["red fox"], "text": "amen"},
+    {"kind": "upper_case", "mention": ["Straße"]},
 ]
 
 

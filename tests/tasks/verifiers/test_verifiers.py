@@ -150,6 +150,21 @@ def test_constraint(constraint: dict[str, object], right: str, wrong: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("mention", "right", "wrong"),
+    [
+        ("red fox", "The Red\nfox ran, amen", "The fox ran red, amen"),
+        ("red fox", "A red  fox, amen", "A red foxtrot, amen"),
+        ("don't", "We don't, amen", "We do not, amen"),
+        ("C++", "We like c++, amen", "We like C, amen"),
+        ("Straße", "DIE STRASSE amen", "DER WEG amen"),
+    ],
+)
+def test_a_constraint_mentions_whole_phrases(mention: str, right: str, wrong: str) -> None:
+    truth = json.dumps({"kind": "ends_with", "text": "amen", "mention": [mention]})
+    assert (verify("constraint", right, truth), verify("constraint", wrong, truth)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
     "broken",
     [
         "", "{", "[]", "3", "{}", '{"kind": "rhyme"}', '{"kind": "items"}', '{"kind": 3}', '{"kind": "ends_with"}',
