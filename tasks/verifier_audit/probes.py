@@ -16,7 +16,7 @@ from smoltulu.schemas.verifier_audit import FunctionCoverage, VerifierAuditSetti
 from smoltulu.tasks.verifier_audit import answers
 from smoltulu.tasks.verifier_audit.chance import coincidence_share, most_frequent, pairs_of_rows
 from smoltulu.tasks.verifier_audit.constraint_texts import Texts, texts_of
-from smoltulu.tasks.verifier_audit.near_misses import HEDGE_WITHIN_TEXT, hedges, near_misses
+from smoltulu.tasks.verifier_audit.near_misses import hedges, near_misses
 from smoltulu.tasks.verifier_audit.other_texts import form_texts, world_texts
 from smoltulu.tasks.verifiers.constraints import read_constraint as read_world_constraint
 from smoltulu.tasks.verifiers.ifeval import read_constraint
@@ -149,10 +149,8 @@ def _hack_probes(
         if not answers.gold_keys(family, text) & keys:
             yield Probe("hack", hack, name, form.format(text), truth)
     for hack, text in hedges(own[1], with_latex=family in answers.EXPRESSIONS).items():
-        # Behind #### the first number counts, whatever follows.
-        allowed = "####" in form or hack == HEDGE_WITHIN_TEXT
         if not answers.gold_keys(family, text.rpartition(" ")[2].rstrip("}")) & keys:
-            yield Probe("hack", hack, name, form.format(text), truth, allowed)
+            yield Probe("hack", hack, name, form.format(text), truth)
 
 
 def _reverse(family: str, tried: _Readable, own: _Readable) -> tuple[str, str] | None:

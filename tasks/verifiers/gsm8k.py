@@ -13,9 +13,11 @@ from smoltulu.tasks.verifiers.verdict import Verdict, quoted, right, wrong
 
 _MARK = "####"
 _DIRECTLY = re.compile(r"[-+]?[$€£¥]?[-+]?(?:[0-9]|\.[0-9])")
-# What makes another value of the number before it: 1/2, 2^3, 1,5, 18-20, 5e3, 5½, 5k, 5 million, 5 1/2, 1 000, 5 * 2.
+# What makes another value of the number before it: 1/2, 2^3, 1,5, 18-20, 5e3, 5½, 5k, 5 million, 5 1/2, 1 000, 5 * 2,
+# 3 or 4.
 _GOES_ON = re.compile(
     r"[ \t]*[-+/^*:,×÷=–][ \t]*\.?[0-9]|[eE][-+]?[0-9]|[ \t]*[½⅓⅔¼¾⅛²³]|_|[ \t]+[0-9]|[kKmMbB](?![a-zA-Z])"
+    r"|[ \t]*(?:,[ \t]*)?(?:or|and)[ \t]+[-+$€£¥]?\.?[0-9]"
     r"|[ \t]*(?:hundred|thousand|million|billion|trillion|dozen)(?![a-z])",
 )
 _PAPER_HEADER = "<|assistant|>\n"

@@ -35,9 +35,8 @@ Job = tuple[str, str, str]
 _START_SECONDS = 60.0
 #: The worker's own timers come first; this is for one that cannot even set them.
 _PATIENCE_SECONDS = 8.0
-#: Less time of the processor than this within the time on the clock: the machine was busy, not the answer long. Near
-#: the limit of the worker (worker.CPU_SECONDS).
-_BUSY_SECONDS = 0.9
+#: Less time of the processor than this within the time on the clock: the machine was busy, not the answer long.
+_BUSY_SECONDS = 0.5
 _REMEMBERED = 10_000
 _MAX_WORKERS = 8
 _OUT_OF_TIME = (-signal.SIGPROF, -signal.SIGALRM)

@@ -66,8 +66,9 @@ SHRUNKEN: dict[str, Any] = {
     "sft.max_steps": 18,
     "reward_model.max_steps": 12,
     "dpo.max_steps": 12,
-    "rlvr.num_steps": 10,
+    "rlvr.num_episodes": 320,
     "rlvr.effective_batch_size": 32,
+    "rlvr.num_minibatches": 1,
     # So little training answers nothing right: without a reward for stopping, RLVR would leave the weights as they are.
     "rlvr.non_stop_reward": -1.0,
     "rlvr.learning_rate": 1e-3,

@@ -142,10 +142,10 @@ def test_a_recipe_that_takes_another_algorithm_loses_what_only_the_old_one_has()
     rlvr = {"algorithm": "grpo", "num_steps": 10, "num_generations": 8}
     recipe = load_recipe({"extends": "smoltulu-1130", "name": "mine", "rlvr": rlvr})
     assert isinstance(recipe.rlvr, GRPOSettings) and recipe.rlvr.learning_rate == 3e-6 and recipe.rlvr.beta == 0.05
-    recipe = load_recipe({"extends": "tiny", "name": "mine", "rlvr": {"algorithm": "rloo"}})
-    assert isinstance(recipe.rlvr, RLOOSettings) and recipe.rlvr.num_steps == 36
-    same = load_recipe({"extends": "tiny", "name": "mine", "rlvr": {"algorithm": "grpo"}})
-    assert isinstance(same.rlvr, GRPOSettings) and same.rlvr.scale_rewards == "none"
+    recipe = load_recipe({"extends": "tiny", "name": "mine", "rlvr": {"algorithm": "rloo", "num_steps": 36}})
+    assert isinstance(recipe.rlvr, RLOOSettings) and recipe.rlvr.learning_rate == 1e-4
+    same = load_recipe({"extends": "tiny", "name": "mine", "rlvr": {"algorithm": "ppo"}})
+    assert isinstance(same.rlvr, PPOSettings) and same.rlvr.num_minibatches == 2
     with pytest.raises(RecipeError, match=r"rlvr.*gamma: no such field"):
         load_recipe({"extends": "tiny", "name": "mine", "rlvr": {"algorithm": "rloo", "gamma": 1}})
 
@@ -280,7 +280,7 @@ def test_one_error_lists_every_problem_with_its_path() -> None:
             "publish: would publish the base",
         ),
         ("tiny", {"compute.stages.stf": {}}, "compute.stages: no stage is called 'stf' (did you mean 'sft'?)"),
-        ({"extends": "tiny", "rlvr": {"num_generations": 7}}, {}, "256 is not a multiple of num_generations 7"),
+        ({"extends": "tiny", "rlvr": {"num_episodes": 100}}, {}, "100 is not a multiple of the rollout batch 256"),
     ],
 )
 def test_bad_recipes(recipe: Any, overrides: dict[str, Any], message: str) -> None:

@@ -75,8 +75,11 @@ def test_machinery_changes_no_key(overrides: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({"reward_model.seed": 1}, {"reward-model", "evaluation-reward-model"}),
-        ({"rlvr.num_steps": 7}, {"rlvr", "evaluation-rlvr", "publish"}),
+        (
+            {"reward_model.seed": 1},
+            {"reward-model", "evaluation-reward-model", "rlvr", "evaluation-rlvr", "publish"},
+        ),
+        ({"rlvr.num_episodes": 512}, {"rlvr", "evaluation-rlvr", "publish"}),
         ({"publish.license": "mit"}, {"publish"}),
         (
             {"evaluation.sampled.temperature": 0.5},
@@ -159,7 +162,9 @@ def test_a_recipe_without_an_audit_keeps_its_keys_and_says_so() -> None:
     """The keys of nodes that others share do not know of it; RLVR's has no input of it."""
     none = {"verifier_audit": None, "pass_rates": None}
     graph, recipe = Graph(load_recipe("tiny", none)), load_recipe("tiny", none)
-    assert set(graph.nodes["rlvr"].inputs) == {"model", "dataset"} and "verifier-audit" not in graph.nodes
+    assert (
+        set(graph.nodes["rlvr"].inputs) == {"model", "dataset", "reward_model"} and "verifier-audit" not in graph.nodes
+    )
     assert {name: key for name, key in keys().items() if key != graph.keys().get(name)}.keys() == {
         *AUDIT_AND_AFTER, "pass-rates",
     }  # fmt: skip

@@ -68,6 +68,8 @@ from smoltulu.tasks.verifiers import VERSIONS, canonical_name, fault_of_truth, g
                 ("5 - 3", "5"),
                 ("2 + 3 = 5", "2"),
                 ("5 dozen", "5"),
+                ("3 or 4", "3"),
+                ("3, or $4", "3"),
             )
         ),
         # any of several
