@@ -17,6 +17,7 @@ from smoltulu.flows.graphs.recipe_graph import Binding, Graph, Node
 from smoltulu.schemas.budget import tokens_of_steps
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.models import ModelSource
+from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.models.sizes import ModelSize
 from smoltulu.tasks.trainer.disk import (
@@ -235,6 +236,11 @@ class Costs:
             seconds = estimated_seconds(left, batch, size, compute.num_processes, similar)
         if size is not None and tokens is not None:
             flops = node.stage.flops(settings) * size * tokens
+        elif size is not None and left is not None and isinstance(settings, RLVRSettings):
+            # Nothing alike was made: as if every prompt and answer were as long as allowed.
+            num_episodes = left * batch / settings.num_passes
+            longest = settings.max_prompt_length + settings.max_completion_length
+            flops = node.stage.flops(settings) * size * num_episodes * longest
         if size is not None and rows.rows_bytes is not None:
             kept = num_checkpoints_kept(compute, settings.is_extendable)
             if all_steps is not None:

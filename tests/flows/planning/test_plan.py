@@ -177,7 +177,9 @@ def test_plan_of_1130_on_an_empty_store(tmp_path: Path) -> None:
         **{name: Estimate(disk_bytes=model) for name in ("sft", "dpo", "reward-model")},
         # Its answers are as long as allowed, at most; the critic is kept beside the policy.
         "pass-rates": Estimate(flops=rows["pass-rates"].estimate.flops),
-        "rlvr": Estimate(num_steps=8000, disk_bytes=2 * model),
+        "rlvr": Estimate(
+            num_steps=8000, flops=(2 + 2 + 2 + 2 + 2 * 6 * 4) * NUM_PARAMETERS * 64_000 * 4096, disk_bytes=2 * model
+        ),
     }
     assert not (tmp_path / "store").exists()
 
