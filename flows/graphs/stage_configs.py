@@ -21,8 +21,8 @@ def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSe
 
 
 def audit_config(recipe: Recipe) -> VerifierAuditConfig | None:
-    """None where the recipe asks for no audit."""
-    if recipe.verifier_audit is None:
+    """None where the recipe asks for no audit, or has no rows of RLVR."""
+    if recipe.verifier_audit is None or recipe.data.rlvr is None:
         return None
     return VerifierAuditConfig(settings=recipe.verifier_audit, source_labels=_labels(recipe))
 

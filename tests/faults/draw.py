@@ -302,4 +302,4 @@ class Draw:
 
     def _num_steps(self, node: str) -> int:
         config = self.baseline.graph.nodes[node].config
-        return int(getattr(config, "max_steps", None) or config.num_steps)  # type: ignore[attr-defined]
+        return int(config.budget.max_steps)  # type: ignore[attr-defined]

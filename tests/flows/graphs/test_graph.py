@@ -174,6 +174,8 @@ def test_a_recipe_without_an_audit_keeps_its_keys_and_says_so() -> None:
     left = load_recipe("tiny", {"rlvr": None})
     assert [note.partition(":")[0] for note in left.audit_notes()] == ["verifier_audit", "pass_rates"]
     assert not {"verifier-audit", "pass-rates"} & Graph(left).nodes.keys()
+    no_rows = load_recipe("tiny", {"rlvr": None, "data.rlvr": None})
+    assert not {"verifier-audit", "pass-rates"} & Graph(no_rows).nodes.keys()
 
 
 def test_rlvr_takes_the_audit_and_pass_rates_only_where_prompts_are_left_out() -> None:

@@ -414,7 +414,8 @@ def test_a_record_is_believed_by_mark_and_command(tmp_path: Path) -> None:
 def test_a_process_that_only_waits_to_be_reaped_is_gone() -> None:
     with subprocess.Popen(["sleep", "60"]) as child:
         process = psutil.Process(child.pid)
-        assert processes.alive(process) and processes.environment_of(process)
+        # Between fork and exec it has none.
+        assert processes.alive(process) and _until(lambda: bool(processes.environment_of(process)), 5, 0.02)
         child.kill()
         assert _until(lambda: not processes.alive(process), 5, 0.02) and process.is_running()
         assert processes.environment_of(process) is None and processes.wait_gone([process], 0) == []

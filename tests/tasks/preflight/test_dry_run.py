@@ -150,7 +150,7 @@ def test_ppo_trains_policy_and_critic_on_given_rollouts(
     monkeypatch.setattr(PPOTrainer, "training_step", training_step)
     settings = {
         "algorithm": "ppo", "beta": beta, "reward_model_weight": weight, "max_completion_length": 17,
-        "num_episodes": 64, "num_minibatches": 4,
+        "num_episodes": 64, "num_minibatches": 4, "num_samples_per_prompt": 8,
         "critic": {"warmup_steps": 3},
     }  # fmt: skip
     flight, step = flown(monkeypatch, tmp_path, model, "rlvr", rows_for("rlvr", 2), None, **settings)
