@@ -39,15 +39,12 @@ def hedges(answer: str, with_latex: bool) -> dict[str, str]:
     other = near_misses(answer).get("near miss: one more")
     if other is None:
         return {}
-    found = {HEDGE: f"{answer} or {other}"}
+    name = "near miss: the answer or another"
+    found = {name: f"{answer} or {other}"}
     if with_latex:
-        found[f"{HEDGE}, in LaTeX"] = f"{answer}\\text{{ or }}{other}"
-        found[HEDGE_WITHIN_TEXT] = f"{answer}\\text{{ or {other}}}"
+        found[f"{name}, in LaTeX"] = f"{answer}\\text{{ or }}{other}"
+        found[f"{name}, within \\text"] = f"{answer}\\text{{ or {other}}}"
     return found
-
-
-HEDGE = "near miss: the answer or another"
-HEDGE_WITHIN_TEXT = "near miss: the answer or another, within \\text"
 
 
 def _decimal(value: Fraction, num_decimals: int) -> str:

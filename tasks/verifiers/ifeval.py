@@ -21,9 +21,6 @@ QUANTIFIERS = ("at least", "around", "at most")
 _MAX_WORDS, _MAX_WORD = 50, 200
 _PAPER_HEADER = "<|assistant|>\n"
 
-#: A checker: (text, **arguments) -> whether the text keeps the constraint, and what was found.
-Checker = Callable[..., tuple[bool, str]]
-
 
 def grade_fixed(completion: str, ground_truth: str) -> Verdict | None:
     """None: detecting a language is left to a worker."""
