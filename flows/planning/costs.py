@@ -241,6 +241,8 @@ class Costs:
             num_episodes = left * batch / settings.num_passes
             longest = settings.max_prompt_length + settings.max_completion_length
             flops = node.stage.flops(settings) * size * num_episodes * longest
+        if seconds is None and flops is not None and compute.device_tflops is not None:
+            seconds = flops / (compute.device_tflops * 1e12 * compute.num_processes)
         if size is not None and rows.rows_bytes is not None:
             kept = num_checkpoints_kept(compute, settings.is_extendable)
             if all_steps is not None:
