@@ -24,7 +24,7 @@ from smoltulu.flows.recipe import check_evaluation, load_recipe
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs
-from smoltulu.tasks.comparison.evaluations import Comparison, compare, measured, verdicts
+from smoltulu.tasks.comparison.evaluations import Comparison, Measured, compare, measured, verdicts
 from smoltulu.tasks.engine.runner import reference_to, run_stage
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.report import artifact_key
@@ -139,7 +139,7 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
                 outcomes[name] = tonight.outcome
                 if name in last:
                     model = name.removeprefix("evaluation-")
-                    comparisons += compare(model, measured(last[name]), measured(tonight))
+                    comparisons += compare(model, _measured(last[name]), _measured(tonight))
             except Exception as error:  # one that fails is not the end of the others
                 failed[name] = str(error) or type(error).__name__
                 log.error("%s failed: %s", name, failed[name])
@@ -163,6 +163,10 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
     if not went_well:
         raise RunFailed(message)
     return Completed(name="Completed", message=message)
+
+
+def _measured(reference: ArtifactReference) -> dict[str, Measured]:
+    return measured(Path(reference.path), EvaluationOutputs.model_validate(reference.outputs))
 
 
 def _last_night(

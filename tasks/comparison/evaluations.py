@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs, Score
 from smoltulu.tasks.comparison.paired import PairedTest, holm, paired_test
 
@@ -21,11 +20,17 @@ _SAME = {
 
 @dataclass(frozen=True)
 class Item:
-    """One measured item. `cluster`: the member of a group that it belongs to; `prompt`: digest of what was asked."""
+    """One measured item.
+
+    prompt   digest of what was asked
+    cluster  the member of a group that it belongs to
+    row      its line of the samples, for a reader
+    """
 
     value: float
     prompt: str | None = None
     cluster: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -62,39 +67,38 @@ class Comparison:
         return "drop" if self.test.difference < 0 else "gain"
 
 
-def measured(reference: ArtifactReference) -> dict[str, Measured]:
-    """Task -> its headline score with its items, from an evaluation's samples.
+def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
+    """Task -> its headline score with its items, from the samples of the evaluation in `folder`.
 
     Raises:
         ValueError: a line of the samples that is no JSON object.
     """
-    outputs = EvaluationOutputs.model_validate(reference.outputs)
-    folder = Path(reference.path)
     headlines: dict[str, Measured] = {}
     for score in outputs.scores:
         headlines.setdefault(score.task, Measured(score))  # the first is the headline
     if outputs.samples_file is None:
         return headlines
     members = _members(folder / outputs.results_file) if outputs.results_file else {}
-    for row in _rows(folder / outputs.samples_file):
+    for row in json_lines(folder / outputs.samples_file, "task"):
         task = members.get(row["task"], row["task"])
         if task not in headlines:
             continue
         value = _value(row, headlines[task].score.metric)
         if value is not None:
             items = headlines[task].items
-            items[_name(row, items)] = Item(value, row.get("prompt_hash"), row["task"] if task != row["task"] else "")
+            cluster = row["task"] if task != row["task"] else ""
+            items[item_name(row, items)] = Item(value, row.get("prompt_hash"), cluster, row)
     return headlines
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """JSON lines end at a newline only: a completion may hold U+2028, at which `splitlines` would cut."""
+def json_lines(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    """Objects with a `column`. Lines end at a newline only: a completion may hold U+2028, where `splitlines` cuts."""
     with file.open(encoding="utf-8", newline="\n") as stream:
         for number, line in enumerate(stream, 1):
             try:
                 row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("task"), str):
-                    raise ValueError("no object with a task")
+                if not isinstance(row, dict) or column not in row:
+                    raise ValueError(f"no object with {column!r}")
             except ValueError as error:
                 raise ValueError(f"{file.name}, line {number}: {error}; evaluate this model again") from error
             yield row
@@ -116,7 +120,7 @@ def _value(row: Mapping[str, Any], metric: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _name(row: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
+def item_name(row: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
     """Of the question and its answer, where it is asked twice with a number; by its id where no digest is kept."""
     digests = [str(row[key]) for key in ("doc_hash", "target_hash") if row.get(key)]
     name = "/".join([row["task"], *(digests or [str(row["id"])])])
@@ -161,6 +165,12 @@ def _difference(before: Measured, after: Measured) -> str:
     if prompts:
         return f"other prompts: {prompts:,} of {len(after.items):,} are asked otherwise"
     return ""
+
+
+def flipped(before: Measured, after: Measured) -> list[tuple[Item, Item]]:
+    """Items whose score changed, the lost ones first."""
+    pairs = [(item, after.items[name]) for name, item in before.items.items() if name in after.items]
+    return sorted((pair for pair in pairs if pair[0].value != pair[1].value), key=lambda p: p[1].value - p[0].value)
 
 
 def verdicts(comparisons: list[Comparison], level: float) -> list[tuple[Comparison, float | None, str]]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from smoltulu.schemas.artifact import ArtifactReference
-from smoltulu.tasks.comparison.evaluations import Comparison, Measured, compare, measured, verdicts
+from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.tasks.comparison.evaluations import Comparison, Measured, compare, flipped, measured, verdicts
 
 SCORE = {
     "task": "gsm8k", "metric": "exact_match,strict-match", "value": 0.5, "num_samples": 4, "num_fewshot": 5,
@@ -31,15 +31,12 @@ def evaluation(
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples)
     (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(results or {}))
-    return measured(reference(folder, scores or [SCORE]))
+    return measured(folder, outputs(scores or [SCORE]))
 
 
-def reference(folder: Path, scores: list[dict[str, Any]]) -> ArtifactReference:
+def outputs(scores: list[dict[str, Any]]) -> EvaluationOutputs:
     files = {"samples_file": "samples.jsonl", "results_file": "results.json"}
-    return ArtifactReference(
-        stage="evaluation", node="evaluation-sft", key="0" * 64, digest="0" * 64, path=str(folder),
-        outputs={"subject": "sft", "scores": scores} | files,
-    )  # fmt: skip
+    return EvaluationOutputs.model_validate({"subject": "sft", "scores": scores} | files)
 
 
 def one(before: dict[str, Measured], after: dict[str, Measured]) -> Comparison:
@@ -114,7 +111,14 @@ def test_lines_end_at_a_newline_only(tmp_path: Path) -> None:
     assert len(night["gsm8k"].items) == 3
     (tmp_path / "night" / "samples.jsonl").write_text('{"task": "gsm8k"')
     with pytest.raises(ValueError, match=r"samples.jsonl, line 1: .*; evaluate this model again"):
-        measured(reference(tmp_path / "night", [SCORE]))
+        measured(tmp_path / "night", outputs([SCORE]))
+
+
+def test_flipped_items_are_there_to_read_lost_ones_first(tmp_path: Path) -> None:
+    last = evaluation(tmp_path / "last", [sample(i, float(i > 1), completion=f"old {i}") for i in range(4)])
+    night = evaluation(tmp_path / "night", [sample(i, float(i in (0, 3)), completion=f"new {i}") for i in range(4)])
+    shown = [(old.row["completion"], new.row["completion"]) for old, new in flipped(last["gsm8k"], night["gsm8k"])]
+    assert shown == [("old 2", "new 2"), ("old 0", "new 0")]
 
 
 def test_a_document_that_is_asked_twice_is_two_items(tmp_path: Path) -> None:
