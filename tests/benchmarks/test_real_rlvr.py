@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import real_rlvr
+from benchmarks import real_model, real_rlvr
 from benchmarks.real_prompts import HELD_OUT_KINDS, TRAINED_KINDS, held_out_rows, training_rows
 from smoltulu.tasks.verifiers import fault_of_truth
 from tests.tiny_model import build_tiny_model
@@ -75,11 +75,12 @@ def test_kl_and_entropy_are_of_the_tokens_that_were_written(tmp_path: Path) -> N
         for place in range(len(prompt) - 1, len(prompt) + len(written) - 1):
             kl += sum(p * math.log(p / q) for p, q in zip(ours[place], theirs[place], strict=True))
             entropy -= sum(p * math.log(p) for p in ours[place])
-    found = real_rlvr.distances(models[0], models[1], texts, pad_id=1)
+    found = real_model.distances(models[0], models[1], texts, pad_id=1)
     assert found == pytest.approx((kl / 7, entropy / 7), rel=1e-4)
-    assert real_rlvr.distances(models[0], models[0], texts, pad_id=1)[0] == 0
+    assert real_model.distances(models[0], models[0], texts, pad_id=1)[0] == 0
 
 
+@pytest.mark.slow
 def test_arms_are_trained_evaluated_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = build_tiny_model(tmp_path / "model", max_position_embeddings=512)
     arguments = [
