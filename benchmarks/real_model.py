@@ -88,7 +88,7 @@ def evaluate(model_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         for record in records
     }
     texts_as_ids = [(prompt, one.ids) for prompt, one in zip(prompts, written, strict=True)]
-    kl, entropy = distances(model, start, texts_as_ids, tokenizer.pad_token_id)
+    kl, entropy = distances(model, start, texts_as_ids, tokenizer.pad_token_id, max(options.eval_batch // 4, 1))
     return {
         "prompts": of_prompts, "kl": kl, "entropy": entropy, "length": fmean(len(one.ids) for one in written),
         "stopped": fmean(one.stopped for one in written),
@@ -96,7 +96,11 @@ def evaluate(model_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def distances(
-    model: PreTrainedModel, start: PreTrainedModel, texts: list[tuple[list[int], list[int]]], pad_id: int
+    model: PreTrainedModel,
+    start: PreTrainedModel,
+    texts: list[tuple[list[int], list[int]]],
+    pad_id: int,
+    batch_size: int,
 ) -> tuple[float, float]:
     """KL(model || start) and the model's entropy, nats a token: means over the tokens that the model wrote.
 
@@ -105,8 +109,8 @@ def distances(
     import torch
 
     kl, entropy, num_tokens = 0.0, 0.0, 0
-    for first in range(0, len(texts), 32):
-        batch = texts[first : first + 32]
+    for first in range(0, len(texts), batch_size):
+        batch = texts[first : first + batch_size]
         ids, mask, written = _padded(batch, pad_id)
         given = {
             "input_ids": ids.to(model.device), "attention_mask": mask.to(model.device),

@@ -62,8 +62,9 @@ def settings_of(arm: str, options: argparse.Namespace) -> RLVRSettings:
         "reward_correct": 1.0, "non_stop_reward": None,
     }  # fmt: skip
     if arm == "ppo":
-        # Tulu's ratio of KL and reward, 0.05 to 10. No reward model is at hand: the critic starts from the policy.
-        own = {"beta": 0.005, "num_ppo_epochs": 1, "num_minibatches": options.minibatches}
+        # Tulu's ratio of KL and reward, 0.05 to 10. No reward model is at hand: the critic starts from the policy, with
+        # values of 0. Until it knows better, lambda 0.95 would pay the first tokens a fifth of what it pays the last.
+        own = {"beta": 0.005, "gae_lambda": 1.0, "num_ppo_epochs": 1, "num_minibatches": options.minibatches}
         own |= {"num_episodes": options.batch * options.steps, "num_samples_per_prompt": 1}
         own |= {"critic": {"initial": "policy", "learning_rate": options.critic_learning_rate}}
     else:
@@ -205,7 +206,8 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+    """To stderr: in a process of an arm, stdout is its log file."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
@@ -263,7 +265,8 @@ def check_folder(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = options_of(arguments)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **quiet}
     options.folder.mkdir(parents=True, exist_ok=True)
     check_folder(options)
     if options.wheel:
@@ -276,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in waiting:
             run_one(name, options)
         return 0
-    failed = run_children(waiting, arguments, len(names) if options.device == "cuda" else 1)
+    failed = run_children(waiting, arguments, options.folder / "logs", len(names) if options.device == "cuda" else 1)
     files = {name: result_file(name, options) for name in names}
     results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     if START in results:
@@ -288,14 +291,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if learned and not failed else 1
 
 
-def run_children(names: list[str], arguments: list[str], num_at_once: int) -> dict[str, int]:
+def run_children(names: list[str], arguments: list[str], logs: Path, num_at_once: int) -> dict[str, int]:
     """Each name in a process of its own, whose memory goes with it. Returns the exit status of those that failed."""
     waiting, running, failed = list(names), {}, {}
+    logs.mkdir(exist_ok=True)
     try:
         while waiting or running:
             while waiting and len(running) < num_at_once:
                 name = waiting.pop(0)
-                running[name] = subprocess.Popen([sys.executable, __file__, *arguments, "--only-arm", name])
+                with (logs / f"{name}.log").open("a") as log:
+                    command = [sys.executable, __file__, *arguments, "--only-arm", name]
+                    running[name] = subprocess.Popen(command, stdout=log)
             for name in [name for name, child in running.items() if child.poll() is not None]:
                 if status := running.pop(name).returncode:
                     failed[name] = status

@@ -75,9 +75,9 @@ def test_kl_and_entropy_are_of_the_tokens_that_were_written(tmp_path: Path) -> N
         for place in range(len(prompt) - 1, len(prompt) + len(written) - 1):
             kl += sum(p * math.log(p / q) for p, q in zip(ours[place], theirs[place], strict=True))
             entropy -= sum(p * math.log(p) for p in ours[place])
-    found = real_model.distances(models[0], models[1], texts, pad_id=1)
+    found = real_model.distances(models[0], models[1], texts, pad_id=1, batch_size=2)
     assert found == pytest.approx((kl / 7, entropy / 7), rel=1e-4)
-    assert real_model.distances(models[0], models[0], texts, pad_id=1)[0] == 0
+    assert real_model.distances(models[0], models[0], texts, pad_id=1, batch_size=2)[0] == 0
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_arms_are_trained_evaluated_and_kept(tmp_path: Path, capfd: pytest.Captu
         assert real_rlvr.main([*arguments, "--only-arm", arm]) == 0
     # The rest in a process of its own. A random model learns nothing in two steps.
     assert real_rlvr.main(arguments) == 1
-    shown = capfd.readouterr().out
+    shown, said = capfd.readouterr()
     made = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "work" / "results").glob("*.json")}
     assert made.keys() == {"real-start", "real-grpo", "real-ppo", "real-constant"}
     for name, one in made.items():
@@ -101,12 +101,12 @@ def test_arms_are_trained_evaluated_and_kept(tmp_path: Path, capfd: pytest.Captu
     assert made["real-start"]["kl"] == 0 and made["real-ppo"]["kl"] > 0
     # Rewards that are all the same have no gradient.
     assert made["real-constant"]["kl"] == 0
-    assert "\n| ppo | 2 | " in shown and "trained constraints, paired p < 0.05: NO" in shown
+    assert "\n| ppo | 2 | " in shown and "trained constraints, paired p < 0.05: NO" in said
     assert not (tmp_path / "work" / "arms" / "ppo" / "work" / "checkpoints").exists()
 
     before = (tmp_path / "work" / "results" / "real-ppo.json").stat().st_mtime_ns
     assert real_rlvr.main(arguments) == 1
-    assert "to do: nothing" in capfd.readouterr().out
+    assert "to do: nothing" in capfd.readouterr().err
     assert (tmp_path / "work" / "results" / "real-ppo.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"holds a run with steps 2; give another --folder"):
         real_rlvr.main([*arguments, "--steps", "3"])
