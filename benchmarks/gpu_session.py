@@ -132,9 +132,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=sorted(parts))
     parser.add_argument("result", type=Path)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="135M")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 135M; resume: small, for it writes so often")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(arguments)
+    options.shape = options.shape or {"bfloat16": "135M", "resume": "small"}[options.part]
     with tempfile.TemporaryDirectory(prefix="gpu-session-") as folder:
         try:
             result = parts[options.part](Run(Path(folder), options))

@@ -42,6 +42,7 @@ class Phases:
         #: Phase -> bytes, over the steps behind the warm-up.
         self.peaks: dict[str, int] = {}
         self.left_by_generation = 0
+        self._before_generation = 0
         self._phase, self._since = "update", time.monotonic()
         self._seconds: Counter[str] = Counter()
         self._num_written = 0
@@ -65,15 +66,18 @@ class Phases:
         def timed(*args: Any, **kwargs: Any) -> Any:
             before = self._phase
             self._change(phase)
-            allocated = self._allocated()
+            if phase == "generation":
+                self._before_generation = self._allocated()
+            # What is graded was written, and whatever context that was done in has ended.
+            elif phase == "scoring" and len(self.steps) >= self.num_warm_up_steps:
+                left = self._allocated() - self._before_generation
+                self.left_by_generation = max(self.left_by_generation, left)
             try:
                 made = function(*args, **kwargs)
             finally:
                 self._change(before)
             if num_written is not None:
                 self._num_written += num_written(made, *args)
-                if len(self.steps) >= self.num_warm_up_steps:
-                    self.left_by_generation = max(self.left_by_generation, self._allocated() - allocated)
             return made
 
         return timed

@@ -106,7 +106,7 @@ def json_lines(file: Path, column: str) -> Iterator[dict[str, Any]]:
 
 def _members(file: Path) -> dict[str, str]:
     """Member of a group -> the task of the recipe that it was measured for."""
-    results = json.loads(file.read_text(encoding="utf-8"))
+    results = json.loads(file.read_text(encoding="utf-8")).get("lm_eval", {})
     return {leaf: task for task, result in results.items() for leaf in result.get("n-samples", {}) if leaf != task}
 
 

@@ -30,7 +30,7 @@ def evaluation(
     folder.mkdir()
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples)
     (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(results or {}))
+    (folder / "results.json").write_text(json.dumps({"subject": "sft", "lm_eval": results or {}}))
     return measured(folder, outputs(scores or [SCORE]))
 
 

@@ -16,6 +16,7 @@ from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationOutputs, EvaluationStageConfig, EvaluationTask
+from smoltulu.tasks.comparison.evaluations import measured
 from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.evaluation import lm_eval as lm_eval_tasks
 from smoltulu.tasks.evaluation.lm_eval import check_tasks, harness_name, task_manager
@@ -290,6 +291,11 @@ def test_tiny_tasks_and_sampling_end_to_end(tmp_path: Path, folder: Path) -> Non
     assert len({sample["prompt_hash"] for sample in samples[:5]}) == 5
     assert [sample["id"] for sample in samples[8:]] == [f"row-{n}" for n in range(6)]
     assert steps == sorted(steps) and steps[-1] == (3000, 3000) and len(steps) > 10
+    # What a comparison reads of them.
+    for task, one in measured(tmp_path / "out", outputs).items():
+        values = [item.value for item in one.items.values()]
+        assert len(values) == {"tiny_arithmetic": 5, "tiny_instructions": 3, "verified_sampled": 6}[task]
+        assert sum(values) / len(values) == pytest.approx(one.score.value)
 
 
 def test_exact_match_reads_the_number_after_the_hashes(tmp_path: Path, folder: Path, monkeypatch: Any) -> None:

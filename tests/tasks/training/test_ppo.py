@@ -487,7 +487,7 @@ def test_ppo_on_this_gpu(inputs: RLVRInputs, tmp_path: Path, monkeypatch: pytest
     }  # fmt: skip
     cached = dtypes_of_caches(monkeypatch)
     made = run(inputs, tmp_path / "run", settings, device="cuda")
-    assert cached == {torch.bfloat16}
+    assert torch.bfloat16 in cached  # the gate asks in float32
     first = made.log("history")[0]
     assert first["sampling_difference"] < 0.1 and first["ratio"] == pytest.approx(1, abs=0.02)
     assert first["kl"] == pytest.approx(0, abs=1e-6)
