@@ -14,7 +14,7 @@ ppo        PPO, paid by the verifier       random     GRPO, every second answer 
 Then each model, and the one before, writes samples for prompts with topics that were not trained: of the trained kinds
 of constraints, and of held-out kinds. Exit status 1 unless GRPO keeps more of the trained kinds, paired p < 0.05.
 
-On two cores the arms follow one another, four hours in all. On a GPU they run side by side; with
+On a CPU the arms follow one another. On a GPU they run side by side; with
 `--device cuda --batch 256 --minibatches 4 --micro-batch 64 --steps 50 --learning-rate 2e-5` an arm has 200 optimizer
 steps. What is done is kept in WORK: the same command goes on where it was cut off.
 """
