@@ -112,7 +112,7 @@ KINDS: dict[str, Maker] = {
     "verify_bullet_points": _with(_bullet_points),  # 38 %
     "validate_title": _plain("Begin with a title in double angular brackets, such as <<title>>."),  # 27 %
     "validate_highlighted_sections": _plain("Highlight a word with asterisks, such as *word*.", N=1),  # 31 %
-    "validate_no_commas": _plain("Do not use any commas."),
+    "validate_no_commas": _plain("Do not use any commas."),  # 50 %
     # Held out:
     "verify_keyword_frequency": _with(_keyword_frequency),  # 60 %
     "verify_letter_frequency": _with(_letter_frequency),  # 23 %

@@ -14,8 +14,9 @@ ppo        PPO, paid by the verifier       random     GRPO, every second answer 
 Then each model, and the one before, writes samples for prompts with topics that were not trained: of the trained kinds
 of constraints, and of held-out kinds. Exit status 1 unless GRPO keeps more of the trained kinds, paired p < 0.05.
 
-On two cores the arms follow one another, four hours in all; on a GPU (`--device cuda --batch 256 --steps 50`) they run
-side by side. What is done is kept in WORK: the same command goes on where it was cut off.
+On a CPU the arms follow one another. On a GPU they run side by side; with
+`--device cuda --batch 256 --minibatches 4 --micro-batch 64 --steps 50 --learning-rate 2e-5` an arm has 200 optimizer
+steps. What is done is kept in WORK: the same command goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -225,7 +226,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minibatches", type=int, default=1, help="optimizer steps that share a batch")
     parser.add_argument("--generations", type=int, default=8, help="completions of a prompt in a batch")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--learning-rate", type=float, default=5e-5, help="falls to 0 along a line")
     parser.add_argument("--critic-learning-rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-prompts", type=int, default=16, help="held-out prompts of each kind")
