@@ -53,7 +53,6 @@ BETA = 0.05
 MIN_RATIO, MAX_SCORING, MAX_PPO = 0.98, 0.05, 2.0
 #: Of the policy's float32 weights: what generation may leave in the device's memory, where no copy of them stays.
 MAX_LEFT = 0.05
-_LOGGING_STEPS = 5
 _TRAININGS = {"trl": "GRPO, TRL's script", "grpo": "GRPO, ours", "ppo": "PPO, ours"}
 
 
@@ -78,6 +77,11 @@ class Setting:
     def num_episodes(self) -> int:
         """Rollouts of a step."""
         return self.num_prompts * self.num_samples
+
+    @property
+    def logging_steps(self) -> int:
+        """Few enough for a loss to be logged, as many as a training has where there is time."""
+        return 5 if self.num_steps >= 10 else 1
 
 
 SETTINGS = {
@@ -155,12 +159,16 @@ class Measured:
         """Bytes."""
         return max(run["left_by_generation"] for run in self.runs)
 
+    @property
+    def speeds(self) -> tuple[float, float]:
+        """Tokens per second: written in generation, trained on in the update."""
+        return self.num_written / self.phase_seconds("generation"), self.num_trained / self.phase_seconds("update")
+
     def as_json(self) -> dict[str, Any]:
         made: dict[str, Any] = {"seconds_per_step": self.seconds, "seconds_per_step_of_runs": self.seconds_of_runs}
         made["prompts_per_second"] = self.prompts_per_second
         made["share"] = {phase: self.share(phase) for phase in PHASES}
-        made["tokens_written_per_second"] = self.num_written / self.phase_seconds("generation")
-        made["tokens_trained_per_second"] = self.num_trained / self.phase_seconds("update")
+        made["tokens_written_per_second"], made["tokens_trained_per_second"] = self.speeds
         made["peak_bytes"] = {phase: self.peak(phase) for phase in PHASES}
         return made | {"bytes_left_by_generation": self.left_by_generation, "losses": self.runs[0]["losses"]}
 
@@ -213,7 +221,7 @@ class Comparison:
     def _our_job(self, algorithm: str) -> dict[str, Any]:
         compute = {
             "device": self.options.device, "per_device_train_batch_size": self.setting.per_device,
-            "logging_steps": _LOGGING_STEPS, "save_steps": 1_000_000, "min_free_disk_gb": 0,
+            "logging_steps": self.setting.logging_steps, "save_steps": 1_000_000, "min_free_disk_gb": 0,
             "report_to": ["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
         }  # fmt: skip
         return {
@@ -233,7 +241,7 @@ class Comparison:
             "gradient_accumulation_steps": setting.num_episodes // setting.per_device,
             "num_generations": setting.num_samples, "max_completion_length": setting.num_new_tokens, "beta": BETA,
             "bf16": self.options.precision == "bfloat16", "use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu,
-            "activation_checkpointing": False, "logging_steps": _LOGGING_STEPS, "save_strategy": "no",
+            "activation_checkpointing": False, "logging_steps": setting.logging_steps, "save_strategy": "no",
             "report_to": "none", "disable_tqdm": True,
         }  # fmt: skip
         return {
@@ -269,11 +277,13 @@ def against_trl(run: Run, found: dict[str, dict[str, Measured]]) -> None:
             f"({spread([one.setting.num_prompts / seconds for seconds in one.seconds_of_runs])})"
             for one in (trl, ours)
         ]
-        losses = " / ".join(f"{one.runs[0]['losses'][-1]:.3g}" for one in (trl, ours) if one.runs[0]["losses"])
-        rows.append([shape, *cells, f"{ratio:.3f}", losses])
+        # Ours leaves before its last step is logged.
+        losses = list(zip(trl.runs[0]["losses"], ours.runs[0]["losses"], strict=False))
+        last = " / ".join(f"{loss:.3g}" for loss in losses[-1]) if losses else ""
+        rows.append([shape, *cells, f"{ratio:.3f}", last])
         run.goal(f"GRPO {shape}: ours / TRL's script, prompts/s >= {MIN_RATIO}", f"{ratio:.3f}", ratio >= MIN_RATIO)
     if rows:
-        table(["GRPO, same settings", "TRL's script, prompts/s", "ours, prompts/s", "ratio", "last loss logged"], rows)
+        table(["GRPO, same settings", "TRL's script, prompts/s", "ours, prompts/s", "ratio", "last loss of both"], rows)
 
 
 def where_the_time_goes(run: Run, found: dict[str, dict[str, Measured]]) -> None:
@@ -281,9 +291,8 @@ def where_the_time_goes(run: Run, found: dict[str, dict[str, Measured]]) -> None
     rows = []
     for shape, of_shape in found.items():
         for name, one in of_shape.items():
-            speeds = [one.num_written / one.phase_seconds("generation"), one.num_trained / one.phase_seconds("update")]
             shares = [f"{one.share(phase):.1%}" for phase in PHASES]
-            rows.append([f"{_TRAININGS[name]}, {shape}", f"{one.seconds:.3g}", *shares, *map(number, speeds)])
+            rows.append([f"{_TRAININGS[name]}, {shape}", f"{one.seconds:.3g}", *shares, *map(number, one.speeds)])
             if name != "trl":
                 share = one.share("scoring")
                 goal = f"{_TRAININGS[name]}, {shape}: scoring under {MAX_SCORING:.0%} of a step"
