@@ -11,6 +11,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, field_va
 
 from smoltulu.schemas.budget import Budget
 from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery, science
+from smoltulu.schemas.held_out import HeldOutSettings, Keep, RolloutGuards, fault_of
 from smoltulu.schemas.training import GateSettings, LoraSettings, RowRules, TrainingInputs, TrainingSettings
 
 Algorithm = Literal["ppo", "grpo", "rloo"]
@@ -52,6 +53,13 @@ class RLVRSettings(TrainingSettings):
     random_reward_probability: float = science(
         0.5, absent=0.5, gt=0, lt=1, description="share of the answers that reward random pays"
     )
+    held_out: HeldOutSettings | None = science(
+        None, absent=None, description="prompts that are never trained on; none: every row is trained on"
+    )
+    keep: Keep = science(
+        "last", absent="last", description="weights that become the artifact; best: those of the best held-out accuracy"
+    )
+    guards: RolloutGuards = machinery(RolloutGuards())
     gate: GateSettings = machinery(GateSettings())
     max_rollouts_without_signal: int = machinery(
         1000,
@@ -94,6 +102,15 @@ class RLVRSettings(TrainingSettings):
             )
 
     @property
+    def keeps_best(self) -> bool:
+        return self.keep == "best"
+
+    @property
+    def num_warmup_steps_of_critic(self) -> int | None:
+        """Optimizer steps that train the critic alone; None where there is no critic."""
+        return None
+
+    @property
     def signal_limit(self) -> int:
         """Rollouts without a signal after which it stops; 0: none. A constant reward is to have none."""
         return 0 if self.reward == "constant" else self.max_rollouts_without_signal
@@ -130,6 +147,12 @@ class RLVRSettings(TrainingSettings):
                 f"random_reward_probability {self.random_reward_probability:g} has no meaning for reward "
                 f"{self.reward}; set reward to random, or leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_and_guards_fit(self) -> Self:
+        if (fault := fault_of(self)) is not None:
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")
@@ -322,6 +345,10 @@ class PPOSettings(RLVRSettings):
         # With an adapter, the policy's weights are its reference's too.
         policy = 4 + 4 * (self.reward_model_weight > 0) if self.lora else super().bytes_per_parameter
         return policy + (8 if self.critic.offload_optimizer else 16)  # the critic is as large
+
+    @property
+    def num_warmup_steps_of_critic(self) -> int:
+        return self.critic.warmup_steps
 
     @property
     def num_steps_per_rollout(self) -> int:
