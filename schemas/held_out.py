@@ -50,9 +50,14 @@ class HeldOutSettings(StrictModel):
         """Answers of one evaluation, at most."""
         return self.num_prompts * self.num_samples * (2 if self.kinds else 1)
 
-    def num_evaluations(self, num_steps: int) -> int:
-        """Evaluations of a run of so many optimizer steps: at its start, on the way, and at its end."""
-        return 1 + -(-num_steps // self.every_steps)
+    def every(self, cycle: int) -> int:
+        """`every_steps`, rounded up to whole batches of rollouts, of `cycle` optimizer steps each."""
+        return -(-self.every_steps // cycle) * cycle
+
+    def num_evaluations(self, num_steps: int, cycle: int = 1, num_warmup_steps: int = 0) -> int:
+        """Evaluations of a run of so many optimizer steps: at its start, on the way after a warm-up, and at its end."""
+        every, last = self.every(cycle), num_steps - 1
+        return 2 + last // every - min(num_warmup_steps, last) // every
 
 
 class RolloutGuards(StrictModel):

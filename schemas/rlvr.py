@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
 from smoltulu.schemas.budget import Budget
-from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery, science
+from smoltulu.schemas.common import machinery, science
+from smoltulu.schemas.critic import CriticSettings
 from smoltulu.schemas.held_out import HeldOutSettings, Keep, RolloutGuards, fault_of
 from smoltulu.schemas.training import GateSettings, LoraSettings, RowRules, TrainingInputs, TrainingSettings
 
@@ -85,6 +86,11 @@ class RLVRSettings(TrainingSettings):
     @property
     def num_rollouts(self) -> int:
         """Rollouts that are generated at once, by all processes together."""
+        raise NotImplementedError
+
+    @property
+    def num_steps_per_rollout(self) -> int:
+        """Optimizer steps on one batch of rollouts."""
         raise NotImplementedError
 
     @property
@@ -192,6 +198,10 @@ class _GroupSettings(RLVRSettings):
         return self.effective_batch_size * self.steps_per_generation
 
     @property
+    def num_steps_per_rollout(self) -> int:
+        return self.steps_per_generation * self.num_iterations
+
+    @property
     def num_prompts(self) -> int:
         return self.num_rollouts // self.num_generations
 
@@ -260,41 +270,6 @@ class RLOOSettings(_GroupSettings):
     normalize_advantages: bool = science(False, description="TRL")
 
 
-class CriticSettings(StrictModel):
-    """The value model of PPO: one score a token, with an optimizer of its own."""
-
-    initial: Literal["reward_model", "policy", "path"] = science(
-        "reward_model",
-        description="reward_model: the paper; policy: the starting model with a new head; path: of an earlier run",
-    )
-    path: str | None = machinery(
-        None, max_length=MAX_PATH, description="folder `critic` of an earlier run's artifact; keyed by content"
-    )
-    learning_rate: float | None = science(None, gt=0, lt=1, description="none: the policy's (Tulu 3)")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = science(None, description="none: the policy's")
-    warmup_ratio: float | None = science(None, ge=0, lt=1, description="of the learning rate; none: the policy's")
-    gae_lambda: float | None = science(
-        None, ge=0, le=1, description="of the returns that it learns; none: the policy's; 1: VC-PPO (arXiv 2503.01491)"
-    )
-    warmup_steps: int = science(
-        0, ge=0, description="optimizer steps of the critic alone, before the policy moves; 0: the paper"
-    )
-    value_clip: float = science(0.2, gt=0, description="clip range of the values around those of the rollout; Tulu 3")
-    value_coefficient: float = science(0.1, gt=0, description="of the value loss; Tulu 3")
-    offload_optimizer: bool = machinery(
-        False, description="keep Adam's moments of the critic, and move its weights, in CPU memory; slower"
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.initial == "path") != (self.path is not None):
-            raise ValueError(
-                f"critic.initial {self.initial} with critic.path {self.path!r}: give a path with initial "
-                "path, and none with reward_model or policy"
-            )
-        return self
-
-
 class PPOSettings(RLVRSettings):
     """PPO with a critic, and the KL term in the rewards (arXiv 1707.06347, 1909.08593); SmolTulu, Tulu 3.
 
@@ -352,7 +327,6 @@ class PPOSettings(RLVRSettings):
 
     @property
     def num_steps_per_rollout(self) -> int:
-        """Optimizer steps on one rollout batch."""
         return self.num_minibatches * self.num_ppo_epochs
 
     @property

@@ -244,7 +244,8 @@ class Costs:
         if flops is not None and size is not None and isinstance(settings, RLVRSettings) and settings.held_out:
             # To write is 2 a parameter and token; as if every prompt and answer were as long as allowed.
             longest = settings.max_prompt_length + settings.max_completion_length
-            num_evaluations = settings.held_out.num_evaluations(left or 0)
+            cycle, warmup = settings.num_steps_per_rollout, settings.num_warmup_steps_of_critic or 0
+            num_evaluations = settings.held_out.num_evaluations(left or 1, cycle, warmup)
             flops += 2 * size * num_evaluations * settings.held_out.most_answers() * longest
         if size is not None and rows.rows_bytes is not None:
             kept = num_checkpoints_kept(compute, settings.is_extendable)

@@ -144,11 +144,11 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             step, size = self.state.global_step, self.num_generations
             made = zip(rows, self.reward.answers, num_tokens, self.reward.scores, strict=True)
             samples = [sample(row["prompt"], one.text, num, one.stopped, score) for row, one, num, score in made]
-            self.rollout_log.add_samples(step // cycle_of(self.settings), step, samples[::size])
+            self.rollout_log.add_samples(step // _cycle(self.settings), step, samples[::size])
 
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
             scored = super()._generate_and_score_completions(inputs)
-            state, cycle = self.state, cycle_of(self.settings)
+            state, cycle = self.state, _cycle(self.settings)
             if self._signal is None:
                 self._signal = SignalWatch.of(self.settings.signal_limit, self._resumed_from)
                 if self.accelerator.is_main_process:
@@ -247,7 +247,7 @@ def _trainer_class() -> type:
     return StepTrainer
 
 
-def cycle_of(config: GroupSettings) -> int:
+def _cycle(config: GroupSettings) -> int:
     """Optimizer steps from one generation of rollouts to the next."""
     return config.steps_per_generation * config.num_iterations
 
@@ -256,7 +256,7 @@ def _rollout_arguments(config: GroupSettings, context: StageContext) -> dict[str
     """What GRPOConfig and RLOOConfig have in common."""
     arguments = trainer_arguments(config, context)
     # A checkpoint within a generation cycle would lose the rollouts, so save only at the end of a cycle.
-    save_steps = -(-context.compute.save_steps // cycle_of(config)) * cycle_of(config)
+    save_steps = -(-context.compute.save_steps // _cycle(config)) * _cycle(config)
     # TRL counts steps_per_generation in micro-batches, we in optimizer steps: the batch of rollouts must not change
     # with per_device_train_batch_size.
     micro_steps = config.steps_per_generation * accumulation_steps(config.effective_batch_size, context.compute)
@@ -340,7 +340,7 @@ def build(config: GroupSettings, inputs: TrainingInputs, context: StageContext) 
             processing_class=tokenizer,
         )
     trainer.settings, trainer.reward = config, reward
-    trainer.rollout_log = RolloutLog(context.work, config.num_steps // cycle_of(config))
+    trainer.rollout_log = RolloutLog(context.work, config.num_steps // _cycle(config))
     if isinstance(config, GRPOSettings):
         trainer.is_mean_of_step = config.loss_type == "bnpo"
         of_tokens = config.importance_sampling_level == "token"
@@ -379,4 +379,4 @@ def run(trainer: Trainer, config: GroupSettings, context: StageContext) -> int:
     """Train; returns the number of optimizer steps in all."""
     # Advantages have a mean of 0: the value of the loss says nothing.
     rule = LossRule(zero_is_fault=False, must_not_grow=False)
-    return train(trainer, context, config.schedule, rule, cycle_of(config), own_guard=rollout_guards(config.guards))
+    return train(trainer, context, config.schedule, rule, _cycle(config), own_guard=rollout_guards(config.guards))

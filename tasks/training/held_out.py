@@ -44,7 +44,6 @@ class HeldOut(TrainerCallback):
     """Added to the trainer before the callbacks of tasks/trainer/loop.py: what it writes is part of the checkpoint.
 
     models  name -> model whose weights are kept together: the policy, and PPO's critic
-    cycle   optimizer steps on one batch of rollouts
     """
 
     def __init__(
@@ -54,12 +53,11 @@ class HeldOut(TrainerCallback):
         config: RLVRSettings,
         context: StageContext,
         models: dict[str, torch.nn.Module],
-        cycle: int,
     ) -> None:
         assert config.held_out is not None
         self.trainer, self.split, self.config, self.context, self.models = trainer, split, config, context, models
         self.settings = config.held_out
-        self.every = -(-self.settings.every_steps // cycle) * cycle
+        self.every = self.settings.every(config.num_steps_per_rollout)
         self.record = Record()
         #: The step whose weights the newest checkpoint names as best.
         self.in_checkpoint: int | None = None

@@ -227,7 +227,7 @@ def run(
 ) -> tuple[ModelOutputs, dict[str, float]]:
     """Train, save policy and critic, and check both as saved. `split`: what is held out."""
     trainer = build(config, inputs, context)
-    held_out = watch(trainer, config, context, split, config.num_steps_per_rollout, critic=trainer.critic.model)
+    held_out = watch(trainer, config, context, split, critic=trainer.critic.model)
     # Whitened advantages have a mean of 0: the value of the loss says nothing.
     rule = LossRule(zero_is_fault=False, must_not_grow=False)
     cycle = config.num_steps_per_rollout

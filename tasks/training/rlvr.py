@@ -40,7 +40,7 @@ def train_rlvr(
         return ppo.run(config, inputs, context, split)
     assert isinstance(config, (GRPOSettings, RLOOSettings))
     trainer = grpo.build(config, inputs, context)
-    held_out = watch(trainer, config, context, split, grpo.cycle_of(config))
+    held_out = watch(trainer, config, context, split)
     num_steps = grpo.run(trainer, config, context)
     if held_out is not None:
         held_out.restore_best()

@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 
 
 def watch(
-    trainer: Trainer, config: RLVRSettings, context: StageContext, split: Split | None, cycle: int, **others: Any
+    trainer: Trainer, config: RLVRSettings, context: StageContext, split: Split | None, **others: Any
 ) -> HeldOut | None:
     """Add the callback, before those of tasks/trainer/loop.py; None where nothing is held out.
 
-    cycle   optimizer steps on one batch of rollouts
     others  name -> model that is trained beside the policy, and kept with it
     """
     if split is None:
@@ -27,6 +26,6 @@ def watch(
     from smoltulu.tasks.training.held_out import HeldOut
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    held_out = HeldOut(trainer, split, config, context, {"policy": policy, **others}, cycle)
+    held_out = HeldOut(trainer, split, config, context, {"policy": policy, **others})
     trainer.add_callback(held_out)
     return held_out

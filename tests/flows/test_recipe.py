@@ -15,12 +15,13 @@ from smoltulu.flows.recipe import RecipeError, check_stage_names, load_recipe, p
 from smoltulu.recipes import CHAT_TEMPLATES, PRESETS
 from smoltulu.schemas.common import role_of, scientific
 from smoltulu.schemas.contamination import ContaminationStageConfig
+from smoltulu.schemas.critic import CriticSettings
 from smoltulu.schemas.data import DatasetStageConfig
 from smoltulu.schemas.evaluation import EvaluationStageConfig
 from smoltulu.schemas.held_out import RolloutGuards
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
-from smoltulu.schemas.rlvr import CriticSettings, GRPOSettings, PPOSettings, RLOOSettings
+from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings, RLOOSettings
 from smoltulu.schemas.verifier_audit import PassRatesConfig, VerifierAuditConfig
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from smoltulu.schemas.common import scientific
 from smoltulu.schemas.held_out import RolloutGuards
 from smoltulu.schemas.rlvr import RLVRInputs, RLVRSettings
 from smoltulu.tasks.trainer.rollout_guards import WindowMean, rollout_guards, rules_of, said_of
@@ -73,6 +74,11 @@ def test_guards_that_do_not_fit_a_run_are_refused(changes: dict[str, Any], said:
     short = {} if "window" in changes["guards"] else {"window": 4}
     with pytest.raises(ValidationError, match=said):
         RLVRSettings.model_validate(SETTINGS | changes | {"guards": short | changes["guards"]})
+
+
+def test_guards_are_in_no_key() -> None:
+    guarded = RLVRSettings.model_validate(SETTINGS | {"guards": {"window": 4, "min_entropy": 0.1}})
+    assert scientific(guarded) == scientific(RLVRSettings.model_validate(SETTINGS))
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])

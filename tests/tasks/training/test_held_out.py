@@ -187,6 +187,9 @@ def test_spelling_of_kinds_means_nothing() -> None:
     assert settings.kinds == ("ends_with", "items") and settings.most_answers() == 24
     # Of 12 steps: at 0, 4, 8 and 12; of 13 at 13 too.
     assert settings.num_evaluations(12) == 4 and settings.num_evaluations(13) == 5
+    # In batches of three steps: at 0, 6, 12 and 13; with a warm-up of six at 0, 12 and 13.
+    assert settings.every(3) == 6 and settings.num_evaluations(13, 3) == 4 and settings.num_evaluations(13, 3, 6) == 3
+    assert settings.num_evaluations(1) == 2
 
 
 # --- In a training ---------------------------------------------------------------------------------------------------
@@ -321,6 +324,21 @@ def test_grpo_ends_with_the_best_weights_too(tmp_path: Path, monkeypatch: pytest
         shutil.rmtree(tmp_path / "out")
         (tmp_path / "out").mkdir()
     assert (tmp_path / "work" / "resumed.jsonl").read_text() == "3\n" and differing(*weights) == []
+
+
+def test_of_an_adapter_the_best_is_kept_too(
+    inputs: RLVRInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_up(monkeypatch, lambda step: float(step == 4))
+    settings = {"held_out": HELD_OUT, "keep": "best", "lora": {"r": 4}}
+    best = run(inputs, tmp_path / "best", settings, save_total_limit=9)
+    last = run(inputs, tmp_path / "last", settings | {"keep": "last"})
+    saved = tmp_path / "best" / "work" / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors"
+    assert (
+        differing(load_file(tmp_path / "best" / "out" / "adapter" / "adapter_model.safetensors"), load_file(saved))
+        == []
+    )
+    assert differing(best.policy, last.policy) != []
 
 
 def test_no_answer_is_asked_while_the_critic_is_alone(inputs: RLVRInputs, tmp_path: Path) -> None:
