@@ -29,7 +29,7 @@ from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.engine.runner import run_stage
-from smoltulu.tasks.statistics import paired_difference
+from smoltulu.tasks.evaluation.sampling import paired_difference
 
 SEED_FIELDS = (
     "world.seed",

@@ -27,8 +27,8 @@ from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.tasks.engine.runner import reference_to, run_stage
 from smoltulu.tasks.engine.stores import open_store
+from smoltulu.tasks.evaluation.sampling import paired_difference
 from smoltulu.tasks.report import artifact_key
-from smoltulu.tasks.statistics import paired_difference
 
 #: A difference is significant below this p-value divided by the number of comparisons of the night (Bonferroni).
 SIGNIFICANCE = 0.05

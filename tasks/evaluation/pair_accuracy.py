@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.tasks.evaluation.sampling import mean_and_stderr
 from smoltulu.tasks.models.decoding import OnBatch, longest_first, padded
 from smoltulu.tasks.models.tokens import pairs as encoded
-from smoltulu.tasks.statistics import mean_and_stderr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

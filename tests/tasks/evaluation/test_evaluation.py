@@ -24,11 +24,12 @@ from smoltulu.tasks.evaluation.sampling import (
     Completion,
     encode_prompts,
     generate,
+    mean_and_stderr,
+    paired_difference,
     verified_accuracy,
 )
 from smoltulu.tasks.evaluation.stage import evaluate
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.statistics import mean_and_stderr, paired_difference
 from tests.rows_file import write_rows
 from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model, build_tokenizer
 
