@@ -34,7 +34,9 @@ FIRST_STEP, EVERY_STEP, LAST_TEN = 5e-4, 5e-3, 2e-3
 FALL = 0.05
 #: Where two unbroken runs differ (kernels that add in any order), a resumed one may by three times as much, or by this.
 NOISE = 1e-4
-_NUM_STEPS, _SAVE_STEPS, _KILLED_AT = 50, 16, 21
+_NUM_STEPS = 50
+#: Of the part `resume`: four trainings of the shape, of which three write their model.
+_NUM_STEPS_RESUMED, _SAVE_STEPS, _KILLED_AT = 24, 8, 13
 
 
 def outside_the_band(full: list[float], half: list[float]) -> list[str]:
@@ -72,15 +74,15 @@ def not_as_unbroken(unbroken: list[list[float]], resumed: list[float]) -> list[s
     return [f"at step {step} the resumed loss is {max(apart):.2e} away; two unbroken runs are {noise:.2e} apart"]
 
 
-def _job(run: Run, name: str, precision: str = "bfloat16") -> dict[str, Any]:
-    """A training for training_work.our_stages: five epochs of 80 rows, eight a step in two passes."""
+def _job(run: Run, name: str, precision: str = "bfloat16", num_steps: int = _NUM_STEPS) -> dict[str, Any]:
+    """A training for training_work.our_stages: epochs of 80 rows, eight a step in two passes."""
     shape, device = SHAPES[run.options.shape], run.options.device
     longest = 1024 if device == "cuda" else 48
     rows = run.folder / "rows.parquet"
     if not rows.exists():
         write_rows(conversation_rows(mixed_lengths(80, longest / 2, longest / 2.5, longest, seed=0), shape), rows)
     config = {
-        "learning_rate": 1e-2 if shape.name == "minute" else 5e-4, "effective_batch_size": 8, "max_steps": _NUM_STEPS,
+        "learning_rate": 1e-2 if shape.name == "minute" else 5e-4, "effective_batch_size": 8, "max_steps": num_steps,
         "max_length": longest, "warmup_ratio": 0.1, "precision": precision, "gate": {"num_prompts": 0},
     }  # fmt: skip
     compute = {
@@ -97,13 +99,17 @@ def _job(run: Run, name: str, precision: str = "bfloat16") -> dict[str, Any]:
 def bfloat16(run: Run) -> dict[str, Any]:
     """Both curves, and what is wrong with them."""
     jobs = [_job(run, precision, precision) for precision in ("float32", "bfloat16")]
-    full, half = (made["losses"] for made in run.child("our_stages", jobs, our_environment()))
-    return {"float32": full, "bfloat16": half, "wrong": outside_the_band(full, half)}
+    made = run.child("our_stages", jobs, our_environment())
+    full, half = (training["losses"] for training in made)
+    seconds = [training["ends"] for training in made]
+    return {"float32": full, "bfloat16": half, "seconds": seconds, "wrong": outside_the_band(full, half)}
 
 
 def resume(run: Run) -> dict[str, Any]:
     """The losses of two unbroken trainings and of one that was killed, and what is wrong with them."""
-    broken = _job(run, "broken")
+    broken, unbroken, again = (
+        _job(run, name, num_steps=_NUM_STEPS_RESUMED) for name in ("broken", "unbroken", "again")
+    )
     wrong = []
     try:
         run.child("our_stages", [broken | {"kill_at": _KILLED_AT}], our_environment())
@@ -111,12 +117,13 @@ def resume(run: Run) -> dict[str, Any]:
     except ChildFailed as error:
         if error.returncode != -signal.SIGKILL:
             raise
-    jobs = [broken, _job(run, "unbroken"), _job(run, "again")]
-    resumed, one, other = (made["losses"] for made in run.child("our_stages", jobs, our_environment()))
+    made = run.child("our_stages", [broken, unbroken, again], our_environment())
+    resumed, one, other = (training["losses"] for training in made)
     steps = Path(broken["folder"], "work", "resumed.jsonl").read_text().split()
     if steps != [str(_KILLED_AT // _SAVE_STEPS * _SAVE_STEPS)]:
         wrong.append(f"resumed at steps {steps}")
     result = {"unbroken": one, "unbroken again": other, "resumed": resumed, "resumed at": steps}
+    result |= {"seconds": made[1]["ends"]}
     return result | {"bitwise": resumed == one, "wrong": wrong + not_as_unbroken([one, other], resumed)}
 
 

@@ -74,6 +74,6 @@ fi
 tests=$(grep -rl --include='test_*.py' '^@pytest.mark.gpu' tests | sort)
 part 1-tests 140 "$PYTHON" -m pytest -m gpu -p no:cacheprovider -v $collect $tests
 part 2-bfloat16 90 "$PYTHON" benchmarks/gpu_session.py bfloat16 "$OUT/2-bfloat16.json" $small
-part 3-resume 90 "$PYTHON" benchmarks/gpu_session.py resume "$OUT/3-resume.json" $small
-part 4-speed 240 "$PYTHON" benchmarks/training.py --parts 3 --results "$OUT/4-speed.json" $speed
+part 3-resume 120 "$PYTHON" benchmarks/gpu_session.py resume "$OUT/3-resume.json" $small
+part 4-speed 210 "$PYTHON" benchmarks/training.py --parts 3 --results "$OUT/4-speed.json" $speed
 exit $failed

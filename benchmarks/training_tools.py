@@ -35,6 +35,8 @@ class Run:
 
     folder: Path
     options: argparse.Namespace
+    #: The script whose functions run in a process of their own.
+    work: Path = WORK
     goals: list[tuple[str, str, bool]] = field(default_factory=list)
     _models: dict[str, Path] = field(default_factory=dict)
     _number: int = 0
@@ -60,13 +62,13 @@ class Run:
         return self.folder / f"{self._number:03d}-{name}"
 
     def child(self, function: str, jobs: list[dict[str, Any]], environment: dict[str, str]) -> list[dict[str, Any]]:
-        """Results of a function of training_work.py, in a process of its own."""
+        """Results of a function of `work`, in a process of its own."""
         file = self.fresh("jobs.json")
         file.write_text(json.dumps(jobs))
         quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         quiet |= {"HF_DATASETS_CACHE": str(self.folder / "datasets"), "TQDM_DISABLE": "1"}
         done = subprocess.run(
-            [sys.executable, str(WORK), function, str(file)],
+            [sys.executable, str(self.work), function, str(file)],
             capture_output=True,
             text=True,
             env={**environment, **quiet},

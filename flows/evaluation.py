@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,68 +24,56 @@ from smoltulu.flows.recipe import check_evaluation, load_recipe
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.tasks.comparison.evaluations import Comparison, Measured, compare, measured, verdicts
 from smoltulu.tasks.engine.runner import reference_to, run_stage
 from smoltulu.tasks.engine.stores import open_store
-from smoltulu.tasks.evaluation.sampling import paired_difference
 from smoltulu.tasks.report import artifact_key
 
-#: A difference is significant below this p-value divided by the number of comparisons of the night (Bonferroni).
+#: A difference is significant below this p-value, adjusted for all comparisons of the night (Holm).
 SIGNIFICANCE = 0.05
+#: Scores that could not be compared, named in the message; the table has all.
+_NUM_NAMED = 3
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Scores of one model on one task, last time and tonight, paired by document."""
-
-    node: str
-    task: str
-    last: float
-    tonight: float
-    num_documents: int
-    p_value: float
-
-    def verdict(self, num_comparisons: int) -> str:
-        """`same`, `within noise`, `drop` or `gain`."""
-        if self.last == self.tonight and self.p_value == 1.0:
-            return "same"
-        if self.p_value >= SIGNIFICANCE / num_comparisons:
-            return "within noise"
-        return "drop" if self.tonight < self.last else "gain"
-
-
-def document_scores(reference: ArtifactReference) -> dict[str, dict[str, float]]:
-    """task -> document -> score of the headline metric, from the samples of an evaluation.
-
-    The name of a document holds the hashes of its text and target, so a changed document is not compared.
-    """
-    outputs = EvaluationOutputs.model_validate(reference.outputs)
-    headlines = {score.task: score.metric.split(",")[0] for score in outputs.scores}
-    scores: dict[str, dict[str, float]] = {}
-    if outputs.samples_file is None:
-        return scores
-    for line in (Path(reference.path) / outputs.samples_file).read_text().splitlines():
-        row = json.loads(line)
-        name = f"{row['id']} {row.get('doc_hash', '')} {row.get('target_hash', '')}"
-        if "metrics" in row:
-            value = row["metrics"].get(headlines.get(row["task"]))
-        else:
-            value = row.get("right", row.get("mean"))
-        if value is not None:
-            scores.setdefault(row["task"], {})[name] = float(value)
-    return scores
+def told(comparisons: Sequence[Comparison], num_evaluations: int, failed: Mapping[str, str]) -> tuple[bool, str]:
+    """Whether the night went well, and what it says: never that nothing dropped where nothing could be compared."""
+    judged = verdicts(list(comparisons), SIGNIFICANCE)
+    drops = [one for one, _, verdict in judged if verdict == "drop"]
+    lost = [one for one in comparisons if one.test is None]
+    num_compared = len(comparisons) - len(lost)
+    parts = [f"{num_evaluations:,} evaluations"]
+    if failed:
+        parts.append(f"{len(failed):,} FAILED: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
+    if drops:
+        parts.append("dropped beyond noise: " + ", ".join(f"{one.model} {one.task}" for one in drops))
+    elif num_compared:
+        parts.append(f"no real drop in {num_compared:,} scores")
+    else:
+        parts.append("nothing was compared" if lost else "nothing to compare with yet")
+    if lost:
+        shown = ", ".join(f"{one.model} {one.task} ({one.reason})" for one in lost[:_NUM_NAMED])
+        more = f" and {len(lost) - _NUM_NAMED:,} more" if len(lost) > _NUM_NAMED else ""
+        parts.append(f"{len(lost):,} not comparable: {shown}{more}")
+    return not (failed or drops), "; ".join(parts)
 
 
-def compare(node: str, last: dict[str, dict[str, float]], tonight: dict[str, dict[str, float]]) -> list[Comparison]:
-    """Paired comparison of every task that both evaluations measured on the same documents."""
-    comparisons = []
-    for name in last.keys() & tonight.keys():
-        before, after = last[name], tonight[name]
-        if before.keys() != after.keys() or len(before) < 2:
-            continue
-        _, _, p_value = paired_difference(before, after)
-        means = [sum(values.values()) / len(values) for values in (before, after)]
-        comparisons.append(Comparison(node, name, means[0], means[1], len(before), p_value))
-    return sorted(comparisons, key=lambda comparison: comparison.task)
+def rows_of(comparisons: Sequence[Comparison]) -> list[dict[str, str]]:
+    """The table of a night."""
+    return [
+        {
+            "model": one.model,
+            "task": one.task,
+            "metric": one.metric,
+            "last": f"{one.before:.4f}",
+            "tonight": f"{one.after:.4f}",
+            "items": f"{one.test.num_items:,}" if one.test else "-",
+            "lost, gained": f"{one.test.num_lost:,}, {one.test.num_gained:,}" if one.test else "-",
+            "p (paired)": f"{one.test.p_value:.3g}" if one.test else "-",
+            "p (Holm)": "-" if adjusted is None else f"{adjusted:.3g}",
+            "verdict": f"not comparable: {one.reason}" if one.reason else verdict,
+        }
+        for one, adjusted, verdict in verdicts(list(comparisons), SIGNIFICANCE)
+    ]
 
 
 @with_form
@@ -95,7 +82,8 @@ def compare(node: str, last: dict[str, dict[str, float]], tonight: dict[str, dic
 def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Overrides = {}) -> Any:  # noqa: B006
     """Evaluate every finished model of a recipe again and compare with the last time. Trains nothing.
 
-    The flow fails if a score dropped significantly, so that Prefect's notifications for failed runs report it.
+    The flow fails if a score dropped significantly or an evaluation failed, so that Prefect's notifications for failed
+    runs report it.
     """
     shield_run_logs()
     follow_worker()
@@ -140,33 +128,30 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
     record = begin_run(store, name, graph, str(runtime.flow_run.id), compared_with)
     outcomes: dict[str, str] = {}
     comparisons: list[Comparison] = []
+    failed: dict[str, str] = {}
     state, futures = "Completed", []
     try:
         for name in evaluations:
             futures.append(measure.with_options(name="evaluation", task_run_name=name).submit(name))
             outcomes[name] = "Failed"
-            tonight = futures[-1].result()
-            outcomes[name] = tonight.outcome
-            if name in last:
-                comparisons += compare(name, document_scores(last[name]), document_scores(tonight))
-        rows = [
-            {
-                "model": comparison.node.removeprefix("evaluation-"),
-                "task": comparison.task,
-                "last": f"{comparison.last:.4f}",
-                "tonight": f"{comparison.tonight:.4f}",
-                "documents": str(comparison.num_documents),
-                "p (paired)": f"{comparison.p_value:.3g}",
-                "verdict": comparison.verdict(len(comparisons)),
-            }
-            for comparison in comparisons
-        ]
+            try:
+                tonight = futures[-1].result()
+                outcomes[name] = tonight.outcome
+                if name in last:
+                    model = name.removeprefix("evaluation-")
+                    comparisons += compare(model, _measured(last[name]), _measured(tonight))
+            except Exception as error:  # one that fails is not the end of the others
+                failed[name] = str(error) or type(error).__name__
+                log.error("%s failed: %s", name, failed[name])
+        rows = rows_of(comparisons)
         for row in rows:
             log.info("%(model)s %(task)s: %(last)s -> %(tonight)s, %(verdict)s (p %(p (paired))s)", row)
         key = artifact_key(f"{checked.name}-nightly")
         create_table_artifact(key=key, table=rows, description="last night and tonight")
-        # From here on the verdict is told: the next night compares with this one.
-        record = record.model_copy(update={"compared_with": {}})
+        # From here on the verdict is told: the next night compares with this one, but for models that failed.
+        untold = {name: generation for name, generation in compared_with.items() if name in failed}
+        record = record.model_copy(update={"compared_with": untold})
+        state = "Failed" if failed else state
     except BaseException as error:
         state = interruption.stop(error, futures)
         if state == "Cancelled":
@@ -174,10 +159,14 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
         raise
     finally:
         end_run(store, record, state, outcomes)
-    drops = [row for row in rows if row["verdict"] == "drop"]
-    if drops:
-        raise RunFailed("dropped beyond noise: " + ", ".join(f"{row['model']} {row['task']}" for row in drops))
-    return Completed(name="Completed", message=f"{len(evaluations)} evaluations, no real drop")
+    went_well, message = told(comparisons, len(evaluations), failed)
+    if not went_well:
+        raise RunFailed(message)
+    return Completed(name="Completed", message=message)
+
+
+def _measured(reference: ArtifactReference) -> dict[str, Measured]:
+    return measured(Path(reference.path), EvaluationOutputs.model_validate(reference.outputs))
 
 
 def _last_night(

@@ -47,6 +47,10 @@ class ComputeSettings(StrictModel):
     device_memory_gb: float | None = machinery(
         None, gt=0, description="memory of one device in 10^9 bytes: `plan` says which trainings cannot fit into it"
     )
+    device_tflops: float | None = machinery(
+        None, gt=0, description="10^12 FLOPs a second that one device sustains in training: `plan` estimates time from "
+        "it where no similar stage was run"
+    )  # fmt: skip
     num_threads: int | None = machinery(
         None, ge=1, description="CPU threads per stage process, and processes of the preflight; none: all cores"
     )

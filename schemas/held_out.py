@@ -13,6 +13,10 @@ from smoltulu.schemas.common import StrictModel, machinery, science
 Keep = Literal["last", "best"]
 
 
+#: The exact test of seven prompts that all fall says p = 2 / 2^7, of eight 2 / 2^8 < 0.01.
+MIN_PROMPTS_OF_A_FALL = 8
+
+
 class HeldOutSettings(StrictModel):
     """Prompts of the run's own rows that are put aside and answered before, while and after the policy is trained.
 
@@ -43,6 +47,12 @@ class HeldOutSettings(StrictModel):
             raise ValueError(
                 f"max_kinds_drop {self.max_kinds_drop:g} is about held-out kinds, and kinds names none; name some, or "
                 "leave it out"
+            )
+        is_asked = self.max_drop is not None or self.max_kinds_drop is not None
+        if is_asked and self.num_prompts < MIN_PROMPTS_OF_A_FALL:
+            raise ValueError(
+                f"max_drop and max_kinds_drop need num_prompts of at least {MIN_PROMPTS_OF_A_FALL}, and it is "
+                f"{self.num_prompts}: of fewer prompts even a fall of all is not beyond noise (p < 0.01)"
             )
         return self
 

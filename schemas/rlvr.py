@@ -210,15 +210,6 @@ class _GroupSettings(RLVRSettings):
         return self.num_iterations
 
     @model_validator(mode="after")
-    def _verifiers_alone_pay(self) -> Self:
-        if self.reward_model_weight:
-            raise ValueError(
-                f"reward_model_weight {self.reward_model_weight:g}: {self.algorithm} is paid by verifiers alone so "
-                "far; set it to 0, or take algorithm ppo"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _groups_divide(self) -> Self:
         if self.effective_batch_size % self.num_generations:
             raise ValueError(

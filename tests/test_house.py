@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # What a stage is: its contract, its process, its progress.
     ("tasks",),
     ("tasks.models", "tasks.data", "tasks.world"),
-    ("tasks.report", "tasks.trainer"),
+    ("tasks.report", "tasks.trainer", "tasks.comparison"),
     (
         "tasks.base_model",
         "tasks.contamination",

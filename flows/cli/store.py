@@ -38,7 +38,7 @@ def runs(
     """List the runs of the pipeline, newest first: state, stages, scores of the last model, disk."""
     from smoltulu.flows.cli.store_views import run_values, runs_table
 
-    catalogue = _open(store)
+    catalogue = open_catalogue(store)
     found = catalogue.runs()
     values = [run_values(catalogue, run) for run in found[:limit]]
     if as_json:
@@ -63,7 +63,7 @@ def show(
     from smoltulu.flows.cli import store_views
     from smoltulu.schemas.run import RunRecord
 
-    catalogue = _open(store)
+    catalogue = open_catalogue(store)
     with failures():
         found = catalogue.resolve(what)
         if isinstance(found, RunRecord):
@@ -95,7 +95,7 @@ def verify(
 
     from smoltulu.artifacts.upkeep.verify import verify_artifacts, verify_tags
 
-    catalogue = _open(store)
+    catalogue = open_catalogue(store)
     refs = _refs(catalogue, what)
     out = console()
     total = None
@@ -143,7 +143,7 @@ def gc(
     from smoltulu.schemas.publish import PublishOutputs
     from smoltulu.tasks.stages import STAGES
 
-    catalogue = _open(store)
+    catalogue = open_catalogue(store)
     publishing = frozenset(name for name, stage in STAGES.items() if stage.makes(PublishOutputs))
     plan = plan_gc(catalogue, Rules(keep_days, keep_runs, publishing if keep_published else frozenset()))
     out = console(quiet=as_json)
@@ -187,7 +187,7 @@ def tag(
     from smoltulu.artifacts.upkeep.tags import set_tag
     from smoltulu.schemas.run import RunRecord
 
-    catalogue = _open(store)
+    catalogue = open_catalogue(store)
     with failures():
         found = catalogue.resolve(what)
         if isinstance(found, RunRecord):
@@ -201,7 +201,7 @@ def untag(name: Annotated[str, typer.Argument()], store: StoreOption = None) -> 
     """Remove a tag; the artifact stays until gc finds that nothing else keeps it."""
     from smoltulu.artifacts.upkeep.tags import remove_tag
 
-    catalogue = _open(store)
+    catalogue = open_catalogue(store)
     with failures():
         before = remove_tag(catalogue, name)
     echo(f"{name} removed" + (f"; it was {before.stage}/{before.key[:12]}" if before else ""))
@@ -261,7 +261,7 @@ def _refs(catalogue: Catalogue, what: list[str] | None) -> list[Ref]:
     return list(dict.fromkeys(refs))
 
 
-def _open(store: Path | None) -> Catalogue:
+def open_catalogue(store: Path | None) -> Catalogue:
     """The given store, else the default store of recipes."""
     from smoltulu.artifacts.upkeep.catalogue import Catalogue
 

@@ -247,6 +247,8 @@ class Costs:
             cycle, warmup = settings.num_steps_per_rollout, settings.num_warmup_steps_of_critic or 0
             num_evaluations = settings.held_out.num_evaluations(left or 1, cycle, warmup)
             flops += 2 * size * num_evaluations * settings.held_out.most_answers() * longest
+        if seconds is None and flops is not None and compute.device_tflops is not None:
+            seconds = flops / (compute.device_tflops * 1e12 * compute.num_processes)
         if size is not None and rows.rows_bytes is not None:
             kept = num_checkpoints_kept(compute, settings.is_extendable)
             if all_steps is not None:

@@ -164,8 +164,9 @@ def prepare_torch(context: StageContext) -> None:
     if device_of(context.compute) == "cuda":
         # Not compute.num_processes: a stage that is no training has one process, whatever that says.
         _check_num_gpus(torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", "1")))
-    # trl#7181: NaN gradients in bfloat16 with torch 2.13; off from that version on, until one is known to be fixed.
-    if torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
+    # pytorch#196678 (found by trl#7181): NaN gradients with a mask, since 2.11 on; seen on an H200 with 2.11. Off from
+    # that version on, until one is known to be fixed.
+    if torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
         torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.utils.logging.disable_progress_bar()
 

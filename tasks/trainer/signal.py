@@ -88,17 +88,6 @@ class Rollout:
     reward: float
 
 
-def verdict_of(reward: float, reward_correct: float, non_stop_reward: float | None) -> str:
-    """What a reward of the verifiers says, in words."""
-    if math.isnan(reward):
-        return "could not be graded"
-    if math.isclose(reward, reward_correct, rel_tol=1e-6):
-        return "right"
-    if non_stop_reward is None or not math.isclose(reward, non_stop_reward, rel_tol=1e-6):
-        return "wrong"
-    return "wrong, or without its end" if non_stop_reward == 0 else "without its end"
-
-
 def without_signal(watch: SignalWatch, rollouts: Sequence[Rollout]) -> str:
     """The error, with a few rollouts: those of different prompts first."""
     first: dict[str, Rollout] = {}

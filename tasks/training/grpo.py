@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.budget import accumulation_steps
-from smoltulu.schemas.rlvr import GRPOSettings, RLOOSettings
+from smoltulu.schemas.rlvr import GRPOSettings, RLOOSettings, RLVRInputs
 from smoltulu.schemas.training import TrainingInputs
-from smoltulu.tasks.models.folders import fit_embeddings, load_language_model
-from smoltulu.tasks.models.tokens import check_prompts, stop_token_ids
+from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer
+from smoltulu.tasks.models.tokens import check_prompts, prompt_ids, stop_token_ids
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.rollout_guards import rollout_guards
-from smoltulu.tasks.trainer.signal import METRIC, Rollout, SignalWatch, verdict_of, without_signal
-from smoltulu.tasks.training.rewards import VerifiableReward
+from smoltulu.tasks.trainer.signal import METRIC, Rollout, SignalWatch, without_signal
+from smoltulu.tasks.training.model_score import AddsScore, adding_score_of, check_reward_model, load_scored_by
+from smoltulu.tasks.training.rewards import Answer, Score, VerifiableReward, shown
 from smoltulu.tasks.training.rollout_log import RolloutLog, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+    from smoltulu.tasks.training.ppo_batch import Episode
 
 logger = logging.getLogger("smoltulu")
 #: What the stage reports of its last steps.
@@ -161,16 +164,13 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             is_last = state.global_step + cycle >= state.max_steps
             is_hopeless = self._signal.is_hopeless(is_last)
             if is_hopeless or self._signal.is_warned(is_last):
-                rows = gather_object([(row["verifier"], row["ground_truth"]) for row in inputs])
+                scored_rows = zip(inputs, self.reward.scores, strict=True)
+                rows = gather_object([(row["verifier"], row["ground_truth"], shown(one)) for row, one in scored_rows])
                 written = zip(self._logs["prompt"], self._logs["completion"], rows, rewards, strict=True)
-                correct, non_stop = self.settings.reward_correct, self.settings.non_stop_reward
                 rollouts = [
-                    Rollout(
-                        asked[-1]["content"], said[0]["content"], verifier, truth,
-                        verdict_of(reward, correct, non_stop), reward,
-                    )
-                    for asked, said, (verifier, truth), reward in written
-                ]  # fmt: skip
+                    Rollout(asked[-1]["content"], said[0]["content"], verifier, truth, verdict, reward)
+                    for asked, said, (verifier, truth, verdict), reward in written
+                ]
                 said = without_signal(self._signal, rollouts)
                 if is_hopeless:
                     raise ValueError(said)
@@ -320,8 +320,18 @@ def _arguments(config: GroupSettings, context: StageContext) -> Any:
     )
 
 
-def build(config: GroupSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
-    """The trainer. Rows: {"prompt": messages, "verifier", "ground_truth"}. ValueError for fewer than a step needs."""
+def build(config: GroupSettings, inputs: RLVRInputs, context: StageContext) -> Trainer:
+    """The trainer. Rows: {"prompt": messages, "verifier", "ground_truth"}.
+
+    ValueError where the reward model cannot be used, or there are fewer prompts than a step needs.
+    """
+    check_reward_model(config, inputs, load_tokenizer(Path(inputs.model), inputs.chat_template))
+    return _assembled(config, inputs, context)
+
+
+def _assembled(
+    config: GroupSettings, inputs: TrainingInputs, context: StageContext, is_dry_run: bool = False
+) -> Trainer:
     prepare_torch(context)
     from trl import RLOOTrainer
 
@@ -340,6 +350,9 @@ def build(config: GroupSettings, inputs: TrainingInputs, context: StageContext) 
             processing_class=tokenizer,
         )
     trainer.settings, trainer.reward = config, reward
+    reward_model = load_scored_by(config, inputs, tokenizer, is_dry_run)
+    if reward_model is not None:
+        reward.add = _of_rollouts(adding_score_of(reward_model, trainer, config.reward_model_weight), tokenizer)
     trainer.rollout_log = RolloutLog(context.work, config.num_steps // _cycle(config))
     if isinstance(config, GRPOSettings):
         trainer.is_mean_of_step = config.loss_type == "bnpo"
@@ -356,6 +369,20 @@ def build(config: GroupSettings, inputs: TrainingInputs, context: StageContext) 
     return trainer
 
 
+def _of_rollouts(add: AddsScore, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[Score]]:
+    """As VerifiableReward calls it."""
+
+    def added(prompts: Any, completion_ids: Any, answers: list[Answer], scores: list[Score]) -> list[Score]:
+        asked = prompt_ids(tokenizer, prompts)
+        rollouts: list[Episode] = [
+            {"prompt": prompt, "prompt_ids": before, "ids": ids, "stopped": one.stopped, "text": one.text}
+            for prompt, before, ids, one in zip(prompts, asked, completion_ids, answers, strict=True)
+        ]
+        return add(rollouts, scores)
+
+    return added
+
+
 def build_without_generation(config: GroupSettings, inputs: TrainingInputs, context: StageContext) -> Trainer:
     """`build` for a dry run. It generates nothing: every rollout of a step is given, as long as allowed.
 
@@ -364,7 +391,7 @@ def build_without_generation(config: GroupSettings, inputs: TrainingInputs, cont
     num_rollouts = max(config.effective_batch_size, 2)
     group = {"effective_batch_size": num_rollouts, "num_generations": num_rollouts}
     once = {"steps_per_generation": 1, "num_iterations": 1, "max_rollouts_without_signal": 0}
-    trainer = build(config.model_copy(update=group | once), inputs, context)
+    trainer = _assembled(config.model_copy(update=group | once), inputs, context, is_dry_run=True)
     rollout = [trainer.processing_class.eos_token_id] * config.max_completion_length
 
     def given(prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:

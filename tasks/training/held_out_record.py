@@ -11,11 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from smoltulu.schemas.held_out import HeldOutScore
-from smoltulu.tasks.statistics import mean_and_stderr, paired_difference
+from smoltulu.tasks.comparison.paired import paired_test
 from smoltulu.tasks.training.held_out_rows import HeldOutRow
 
 #: File of a checkpoint.
@@ -44,11 +44,13 @@ class Evaluation:
         return fmean(graded(self.prompts).values())
 
     def score(self) -> HeldOutScore:
-        accuracy, stderr = mean_and_stderr(list(graded(self.prompts).values()))
-        of_kinds = list(graded(self.kinds).values())
-        kinds = mean_and_stderr(of_kinds) if of_kinds else (None, None)
+        prompts, kinds = (list(graded(shares).values()) for shares in (self.prompts, self.kinds))
         return HeldOutScore(
-            step=self.step, accuracy=accuracy, stderr=stderr, kinds_accuracy=kinds[0], kinds_stderr=kinds[1]
+            step=self.step,
+            accuracy=fmean(prompts),
+            stderr=_stderr(prompts),
+            kinds_accuracy=fmean(kinds) if kinds else None,
+            kinds_stderr=_stderr(kinds),
         )
 
 
@@ -77,6 +79,10 @@ def graded(shares: Shares) -> dict[str, float]:
     return {number: share for number, share in shares.items() if share is not None}
 
 
+def _stderr(values: Sequence[float]) -> float | None:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
 def share_right(verdicts: Sequence[str]) -> float | None:
     """Of the answers to one prompt, whose verdicts these are; None where none could be graded."""
     known = [verdict == "right" for verdict in verdicts if verdict != "could_not_grade"]
@@ -86,16 +92,17 @@ def share_right(verdicts: Sequence[str]) -> float | None:
 def fall(start: Shares, latest: Sequence[Shares], max_drop: float) -> tuple[float, float] | None:
     """How far accuracy fell from `start` to the mean of `latest`, and the p-value; None where it did not, beyond noise.
 
-    Only prompts count that could be graded each time. Two-sided paired test over prompts.
+    Only prompts count that could be graded each time. Two-sided paired test over prompts, exact where few differ.
     """
     several = [graded(one) for one in (start, *latest)]
     numbers = set(several[0]).intersection(*several[1:])
-    if len(numbers) < 2:
+    if not numbers:
         return None
     before = {number: several[0][number] for number in numbers}
     after = {number: fmean(one[number] for one in several[1:]) for number in numbers}
-    difference, _, p_value = paired_difference(before, after)
-    return (-difference, p_value) if -difference > max_drop and p_value < MAX_P_VALUE else None
+    test = paired_test(before, after)
+    drop = -test.difference
+    return (drop, test.p_value) if drop > max_drop and test.p_value < MAX_P_VALUE else None
 
 
 def falls(record: Record, max_drop: float | None, max_kinds_drop: float | None) -> list[str]:

@@ -6,14 +6,12 @@ Mathematics: ppo_maths.py; rollouts: rollouts.py; the loop: ppo_trainer.py; the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.rlvr import PPOSettings, RLVRInputs
 from smoltulu.schemas.training import TrainingInputs
-from smoltulu.tasks.models.classifiers import load_classifier, load_reward_model
 from smoltulu.tasks.models.folders import (
     fit_embeddings,
     load_language_model,
@@ -22,14 +20,15 @@ from smoltulu.tasks.models.folders import (
     switch_dropout_off,
 )
 from smoltulu.tasks.models.lora import with_adapter
-from smoltulu.tasks.models.tokens import conversations, stop_token_ids
+from smoltulu.tasks.models.tokens import stop_token_ids
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import finish, load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.rollout_guards import rollout_guards
-from smoltulu.tasks.training.critic import CRITIC_FOLDER, Critic, checked_folder, load_critic, prepared
+from smoltulu.tasks.training.critic import CRITIC_FOLDER, Critic, load_critic
 from smoltulu.tasks.training.held_out_rows import Split
+from smoltulu.tasks.training.model_score import adding_score_of, check_reward_model, load_scored_by
 from smoltulu.tasks.training.rewards import Answer, Score, scores_of
 from smoltulu.tasks.training.rollout_log import RolloutLog
 from smoltulu.tasks.training.rollouts import Request, Rollout, transformers_backend
@@ -59,14 +58,9 @@ def build(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> PPO
     config.check_num_rows(len(rows))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     # Refused before any weights are loaded.
-    if config.reward_model_weight > 0:
-        checked_folder(inputs.reward_model, "reward model", "reward_model_weight above 0", tokenizer)
+    check_reward_model(config, inputs, tokenizer)
     critic = load_critic(config, inputs, tokenizer)
-    reward_model = None
-    if config.reward_model_weight > 0:
-        assert inputs.reward_model is not None
-        reward_model = prepared(load_reward_model(Path(inputs.reward_model)), tokenizer)
-    return _assembled(config, inputs, context, rows, critic, reward_model)
+    return _assembled(config, inputs, context, rows, critic, load_scored_by(config, inputs, tokenizer))
 
 
 def build_without_generation(config: PPOSettings, inputs: TrainingInputs, context: StageContext) -> PPOTrainer:
@@ -89,9 +83,7 @@ def build_without_generation(config: PPOSettings, inputs: TrainingInputs, contex
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     given = RLVRInputs(**inputs.model_dump())
     rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
-    reward_model = None
-    if config.reward_model_weight > 0:
-        reward_model = prepared(load_classifier(Path(inputs.model)), tokenizer)
+    reward_model = load_scored_by(config, given, tokenizer, is_dry_run=True)
     trainer = _assembled(config, given, context, rows, load_critic(config, given, tokenizer), reward_model)
 
     def rollouts(requests: Sequence[Request]) -> list[Rollout]:
@@ -155,7 +147,8 @@ def _assembled(
         rollout_log=RolloutLog(context.work, num_steps // cycle),
     )
     if reward_model is not None:
-        trainer.scorer = _with_reward_model(trainer, reward_model.to(trainer.args.device).eval())
+        of_verifiers, add = trainer.scorer, adding_score_of(reward_model, trainer, config.reward_model_weight)
+        trainer.scorer = lambda episodes: add(episodes, of_verifiers(episodes))
     return trainer
 
 
@@ -176,48 +169,6 @@ def verifier_scores(config: PPOSettings, rows: Dataset) -> Scorer:
             row, key = rows[episode["row"]], "/".join(str(episode[name]) for name in ("batch", "row", "sample"))
             answers.append(Answer(row["verifier"], row["ground_truth"], episode["text"], episode["stopped"], key))
         return scores_of(config, answers)
-
-    return scores
-
-
-def _with_reward_model(trainer: PPOTrainer, reward_model: PreTrainedModel) -> Scorer:
-    """The trainer's scores, with the reward model's times its weight added where no penalty replaced them.
-
-    A text that was ended is rendered by the template, as those that the reward model was trained on; any other is
-    scored as it was written.
-    """
-    import torch
-
-    from smoltulu.tasks.training.ppo_batch import by_episode, collate, last_scores
-
-    of_verifiers, weight, tokenizer = trainer.scorer, trainer.settings.reward_model_weight, trainer.processing_class
-
-    def seen(episode: Episode) -> list[int]:
-        if not episode["stopped"]:
-            return episode["prompt_ids"] + episode["ids"]
-        said = {"role": "assistant", "content": episode["text"]}
-        return conversations(tokenizer, [[*episode["prompt"], said]])[0].input_ids
-
-    @torch.no_grad()
-    def scores(episodes: Sequence[Episode]) -> list[Score]:
-        made = of_verifiers(episodes)
-        # One "token" each: a text whose last token is the whole response, so that one value comes of it.
-        texts: list[Episode] = []
-        for episode, score in zip(episodes, made, strict=True):
-            ids = seen(episode)
-            texts.append({"prompt_ids": ids[:-1], "ids": ids[-1:], "score": replace(score, reward=0.0)})
-
-        def of_batch(batch: list[Episode]) -> torch.Tensor:
-            with trainer.accelerator.autocast():
-                return last_scores(reward_model, collate(batch, tokenizer.pad_token_id, trainer.args.device))
-
-        values = by_episode(texts, trainer.args.per_device_train_batch_size, of_batch)
-        return [
-            score
-            if score.reward is None or score.verdict == "no_eos"
-            else replace(score, reward=score.reward + weight * value.item())
-            for score, value in zip(made, values, strict=True)
-        ]
 
     return scores
 

@@ -45,7 +45,7 @@ from smoltulu.tasks.training.ppo_maths import (
     token_rewards,
     value_losses,
 )
-from smoltulu.tasks.training.rewards import Score
+from smoltulu.tasks.training.rewards import Score, shown
 from smoltulu.tasks.training.rollout_log import RolloutLog
 from smoltulu.tasks.training.rollouts import MINIBATCHES, Backend, Request, prompts_of_batch, shuffled
 
@@ -173,13 +173,12 @@ class PPOTrainer(Trainer):
         is_hopeless = self._signal.is_hopeless(is_last)
         if not is_hopeless and not self._signal.is_warned(is_last):
             return
-        shown = []
+        rollouts = []
         for one, reward in zip(episodes, rewards, strict=True):
             row, score = self.train_dataset[one["row"]], one["score"]
-            said = f"{score.verdict} ({score.reason})"
             asked = one["prompt"][-1]["content"]
-            shown.append(Shown(asked, one["text"], row["verifier"], row["ground_truth"], said, reward))
-        said = without_signal(self._signal, shown)
+            rollouts.append(Shown(asked, one["text"], row["verifier"], row["ground_truth"], shown(score), reward))
+        said = without_signal(self._signal, rollouts)
         if is_hopeless:
             raise ValueError(said)
         if self.is_world_process_zero():

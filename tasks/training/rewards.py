@@ -7,11 +7,12 @@ not come from them (Spurious Rewards, arXiv 2506.10947). All else stays, the rew
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from smoltulu.schemas.rlvr import RLVRSettings
+from smoltulu.tasks.models.tokens import Messages
 from smoltulu.tasks.verifiers import Verdict as GradedAnswer
 from smoltulu.tasks.verifiers import canonical_name, grade, grade_all
 
@@ -45,6 +46,11 @@ class Score:
     reward: float | None
     verdict: Verdict
     reason: str = ""
+
+
+def shown(score: Score) -> str:
+    """The verdict for a reader."""
+    return f"{score.verdict} ({score.reason})" if score.reason else score.verdict
 
 
 def scores_of(config: RLVRSettings, answers: Sequence[Answer]) -> list[Score]:
@@ -102,6 +108,8 @@ class VerifiableReward:
         self.stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
         self.answers: list[Answer] = []
         self.scores: list[Score] = []
+        #: Adds the reward model's scores of (prompts, ids of completions, answers), where they count.
+        self.add: Callable[[list[Messages], list[list[int]], list[Answer], list[Score]], list[Score]] | None = None
 
     def __call__(
         self,
@@ -124,4 +132,6 @@ class VerifiableReward:
             )
         ]
         self.scores = scores_of(self.config, self.answers)
+        if self.add is not None:
+            self.scores = self.add(columns["prompts"], completion_ids, self.answers, self.scores)
         return [score.reward for score in self.scores]

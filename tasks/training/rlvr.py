@@ -51,13 +51,14 @@ def train_rlvr(
 
 
 def flops_per_token(config: RLVRSettings) -> float:
-    """A parameter: 2 to write a rollout, 2 for the reference where there is a KL term, 6 for each pass over it."""
+    """A parameter: 2 to write a rollout, 2 each for reference and reward model where they count, 6 for each pass."""
     if isinstance(config, PPOSettings):
         return ppo.flops_per_token(config)
     assert isinstance(config, (GRPOSettings, RLOOSettings))
     # RLOO always computes the log-probabilities that its ratio starts from.
     own = 2 if isinstance(config, RLOOSettings) else 0
-    return 2 + (2 if config.beta > 0 else 0) + own + 6 * config.num_iterations
+    looks = (2 if config.beta > 0 else 0) + (2 if config.reward_model_weight > 0 else 0)
+    return 2 + looks + own + 6 * config.num_iterations
 
 
 rlvr = Stage(

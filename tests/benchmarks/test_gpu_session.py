@@ -52,7 +52,7 @@ def test_the_smallest_slice_runs_on_a_cpu(tmp_path: Path) -> None:
     curves = json.loads((results / "2-bfloat16.json").read_text())
     assert len(curves["float32"]) == len(curves["bfloat16"]) == 50 and curves["wrong"] == []
     resumed = json.loads((results / "3-resume.json").read_text())
-    assert resumed["bitwise"] and resumed["resumed at"] == ["16"] and len(resumed["resumed"]) == 50
+    assert resumed["bitwise"] and resumed["resumed at"] == ["8"] and len(resumed["resumed"]) == 24
     speed = json.loads((results / "4-speed.json").read_text())
     assert speed["cases"]["SFT minute, 32"]["tokens_per_second"] > 0
     assert len(list(results.iterdir())) == 8

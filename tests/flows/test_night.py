@@ -9,8 +9,10 @@ import pytest
 
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.store import Found, read_manifest
-from smoltulu.flows.evaluation import _last_night
+from smoltulu.flows.evaluation import _last_night, rows_of, told
 from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.tasks.comparison.evaluations import Comparison
+from smoltulu.tasks.comparison.paired import paired_test
 from smoltulu.tasks.engine.runner import reference_to
 from tests.hand_store import HandStore
 
@@ -55,3 +57,37 @@ def test_where_that_is_gone_the_newest_will_do(store: HandStore, caplog: pytest.
     ref = store.make("evaluation", NODE)
     store.run("night", {NODE: ref}, compared_with={NODE: "gen-0007"})
     assert compared_with(store, ref) == "gen-0001" and "what it compared with is gone" in caplog.text
+
+
+# --- What a night says ----------------------------------------------------------------------------------------------
+
+
+def comparison(task: str, num_lost: int = 0, reason: str = "") -> Comparison:
+    before = {str(i): 1.0 for i in range(40)}
+    test = None if reason else paired_test(before, before | {str(i): 0.0 for i in range(num_lost)})
+    return Comparison("sft", task, "acc,none", 1.0, 1 - num_lost / 40, test, reason)
+
+
+@pytest.mark.parametrize(("comparisons", "failed", "went_well", "said"), [
+    ([comparison("a"), comparison("b", 4)], {}, True, "2 evaluations; no real drop in 2 scores"),
+    ([comparison("a"), comparison("b", 20)], {}, False, "2 evaluations; dropped beyond noise: sft b"),
+    # Where nothing was compared it never says that nothing dropped.
+    ([comparison("bbh", reason="other documents: 1 of 4 are gone, 0 are new")], {}, True,
+     "2 evaluations; nothing was compared; 1 not comparable: sft bbh (other documents: 1 of 4 are gone, 0 are new)"),
+    ([], {}, True, "2 evaluations; nothing to compare with yet"),
+    ([comparison("a")], {"evaluation-dpo": "no room"}, False,
+     "2 evaluations; 1 FAILED: evaluation-dpo: no room; no real drop in 1 scores"),
+    # Seven of forty in one of seven tasks: Holm's level is 0.05 / 7.
+    ([comparison("a", 7), *(comparison(str(i)) for i in range(6))], {}, True, "no real drop in 7 scores"),
+    ([comparison(str(i), reason="gone") for i in range(5)], {}, True, "sft 2 (gone) and 2 more"),
+])  # fmt: skip
+def test_what_a_night_says(comparisons: list[Comparison], failed: dict[str, str], went_well: bool, said: str) -> None:
+    well, message = told(comparisons, 2, failed)
+    assert well == went_well and said in message
+
+
+def test_the_table_of_a_night() -> None:
+    same, drop, lost = rows_of([comparison("a"), comparison("b", 20), comparison("c", reason="other prompts")])
+    assert same["verdict"] == "same" and (same["lost, gained"], same["items"]) == ("0, 0", "40")
+    assert drop["verdict"] == "drop" and drop["p (Holm)"] == f"{2 * 2 / 2**20:.3g}"
+    assert lost["verdict"] == "not comparable: other prompts" and lost["p (paired)"] == "-"

@@ -311,6 +311,16 @@ def test_plan_estimates_1130_from_1207(with_1207: Store) -> None:
     assert planned.totals["peak_disk_bytes"] == (stays + extra, 0)
 
 
+def test_time_of_what_nobody_ran_is_that_of_the_stated_device(tmp_path: Path) -> None:
+    changes = {"compute.device_tflops": 100.0, "compute.stages": {"rlvr": {"num_processes": 4}}}
+    graph = graph_of("smoltulu-1130", **changes)
+    rows = {row.node: row for row in plan(graph.recipe, None, [], Store(tmp_path / "store"), graph).rows}
+    flops = rows["rlvr"].estimate.flops
+    assert flops is not None and rows["rlvr"].estimate.seconds == flops / (4 * 100e12)
+    # Its FLOPs are not known before its rows are.
+    assert rows["sft"].estimate.seconds is None
+
+
 @pytest.mark.parametrize(("recipe", "changes", "too_large"), [
     ("tulu3-8b", {}, {"sft": "128 GB", "dpo": "128 GB", "reward-model": "128 GB", "rlvr": "161 GB"}),
     # An adapter leaves 4 bytes a parameter, and with it SFT and DPO fit.

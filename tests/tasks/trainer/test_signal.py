@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltulu.schemas.rlvr import RLVRInputs
-from smoltulu.tasks.trainer.signal import Rollout, SignalWatch, share_with_signal, verdict_of, without_signal
+from smoltulu.tasks.trainer.signal import Rollout, SignalWatch, share_with_signal, without_signal
 from smoltulu.tasks.training.rlvr import train_rlvr
 from tests.rows_file import write_rows
 from tests.tasks.training.test_grpo import arguments_of, prompts
@@ -100,14 +101,6 @@ def test_a_signal_before_a_resume_counts_whatever_the_logging_interval_is(model:
     train_rlvr(config, never, context)
 
 
-@pytest.mark.parametrize(("reward", "non_stop_reward", "verdict"), [
-    (10.0, -10.0, "right"), (0.0, -10.0, "wrong"), (-10.0, -10.0, "without its end"),
-    (NAN, None, "could not be graded"), (0.0, 0.0, "wrong, or without its end"), (0.0, None, "wrong"),
-])  # fmt: skip
-def test_verdicts(reward: float, non_stop_reward: float | None, verdict: str) -> None:
-    assert verdict_of(reward, 10.0, non_stop_reward) == verdict
-
-
 def test_the_error_shows_rollouts_of_several_prompts() -> None:
     rollouts = [Rollout(f"q{i // 4}", f"a{i}", "gsm8k", f"truth {i // 4}", "wrong", 0.0) for i in range(8)]
     said = without_signal(SignalWatch(8, 8), rollouts)
@@ -129,7 +122,8 @@ def test_a_run_without_signal_stops(model: Path, tmp_path: Path, algorithm: str)
     arguments = arguments_of(tmp_path, model, settings, rows, save_steps=1)
     with pytest.raises(ValueError, match=r"no reward differed .* in 8 rollouts") as caught:
         train_rlvr(arguments[0], RLVRInputs(**arguments[1].model_dump()), arguments[2])
-    assert str(caught.value).count(f"ground truth {NEVER!r}; verifier math: wrong, reward 0") == 3
+    # With the verifier's reason.
+    assert len(re.findall(rf"ground truth {NEVER!r}; verifier math: wrong \(.+\), reward 0", str(caught.value))) == 3
     assert "What is" in str(caught.value) and not (tmp_path / "out" / "model").exists()
 
 

@@ -181,15 +181,19 @@ def test_trl_2964_2458_5406_length_normalised_dpo_is_the_default(base: Path, tmp
     assert trainer.settings.loss_type == "sigmoid_norm"
 
 
-def test_trl_7181_cudnn_attention_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On torch 2.13 its backward pass gives NaN in bfloat16 (DPO, KTO). The switch exists without a GPU as well."""
+@pytest.mark.parametrize(("version", "off"), [("2.10.1", False), ("2.11.0+cu130", True), ("2.13.0", True)])
+def test_trl_7181_cudnn_attention_is_off(
+    version: str, off: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From torch 2.11 on its backward pass gives NaN in bfloat16. The switch exists without a GPU as well."""
+    monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
         prepare_torch(StageContext(tmp_path, tmp_path, ComputeSettings(), lambda *args, **kwargs: None))
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() != off
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
 

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.rlvr import GRPOSettings, RLOOSettings, RLVRSettings
+from smoltulu.schemas.rlvr import GRPOSettings, RLOOSettings, RLVRInputs, RLVRSettings
+from smoltulu.tasks.preflight.rollout_memory import num_models_held
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.training.grpo import build
-from smoltulu.tasks.training.rlvr import train_rlvr
+from smoltulu.tasks.training.rlvr import flops_per_token, train_rlvr
 from tests.small_runs import training_inputs, turn
 from tests.tiny_model import build_tiny_model
 
@@ -295,11 +298,51 @@ def test_fewer_prompts_than_a_batch_of_rollouts_needs_are_refused(model: Path, t
         build(larger, inputs, context)
 
 
+# --- The reward model's score ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
-def test_a_weight_of_the_reward_model_is_not_ignored(model: Path, tmp_path: Path, algorithm: str) -> None:
-    settings = SETTINGS | {"algorithm": algorithm, "reward_model_weight": 0.5}
-    with pytest.raises(ValueError, match=rf"reward_model_weight 0.5: {algorithm} is paid by verifiers alone so far"):
-        trainer_of_rollouts(tmp_path, model, settings)
+def test_the_reward_models_score_is_added_where_no_penalty_stands(model: Path, tmp_path: Path, algorithm: str) -> None:
+    settings = {"algorithm": algorithm, "reward_model_weight": 0.5, "non_stop_reward": -1.0}
+    config, inputs, context = arguments_of(tmp_path, model, settings, prompts(8))
+    with pytest.raises(ValueError, match="reward_model_weight above 0 needs a reward model, and none was given"):
+        build(config, RLVRInputs(**inputs.model_dump()), context)
+    folder = build_tiny_model(tmp_path / "reward_model", seed=1, num_labels=1)
+    inputs = RLVRInputs(**inputs.model_dump() | {"reward_model": str(folder)})
+    trainer = build(config, inputs, context)
+    tokenizer, asked = trainer.processing_class, prompts(1)[0]["prompt"]
+    words = tokenizer("so good")["input_ids"]
+    texts, ids = ["so good", "so", "so good"], [[*words, 0], [*words[:1], 0], words]
+    made = trainer.reward(
+        prompts=[asked] * 3, completions=[[turn("assistant", text)] for text in texts], completion_ids=ids,
+        verifier=["constraint"] * 3, ground_truth=[TRUTH] * 3,
+    )  # fmt: skip
+    scorer = AutoModelForSequenceClassification.from_pretrained(folder)
+
+    def score(text: str) -> float:
+        whole = tokenizer.apply_chat_template([*asked, turn("assistant", text)])["input_ids"]
+        with torch.no_grad():
+            return float(scorer.score(scorer.model(torch.tensor([whole])).last_hidden_state[0, -1])[0])
+
+    assert made == pytest.approx([1 + 0.5 * score("so good"), 0.5 * score("so"), -1.0], abs=1e-5)
+    assert [one.verdict for one in trainer.reward.scores] == ["right", "wrong", "no_eos"]
+    assert abs(score("so good")) > 1e-3
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_a_reward_model_can_be_all_that_differs(model: Path, tmp_path: Path, algorithm: str) -> None:
+    """Nothing is right, so without it no gradient came; with it training moves, and the log has its rewards."""
+    settings = {"algorithm": algorithm, "reward_model_weight": 2.0, "beta": 0.1}
+    config, inputs, context = arguments_of(tmp_path, model, settings, prompts(8, verifier="math", ground_truth="77"))
+    folder = build_tiny_model(tmp_path / "reward_model", seed=1, num_labels=1)
+    train_rlvr(config, RLVRInputs(**inputs.model_dump() | {"reward_model": str(folder)}), context)
+    history = [json.loads(line) for line in (tmp_path / "out" / "logs" / "history.jsonl").open()]
+    assert all(step["reward_std"] > 1e-4 for step in history)
+    trained = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert any(not torch.equal(trained[name], value) for name, value in load_file(model / "model.safetensors").items())
+    plain = config.model_copy(update={"reward_model_weight": 0.0})
+    assert flops_per_token(config) == flops_per_token(plain) + 2
+    assert (config.bytes_per_parameter, num_models_held(config)) == (plain.bytes_per_parameter + 4, 5)
 
 
 # --- Samples for a reader -------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from tests.tasks.training.test_grpo import arguments_of, prompts
 from tests.tiny_model import build_tiny_model
 
 HELD_OUT: dict[str, Any] = {"num_prompts": 4, "num_samples": 3, "every_steps": 4}
+#: As many prompts as a fall needs.
+FALL = HELD_OUT | {"num_prompts": 8, "max_drop": 0.3}
 
 
 def row(number: int, text: str, verifier: str = "gsm8k", truth: str = "7") -> dict[str, Any]:
@@ -125,21 +127,22 @@ def test_accuracy_and_best_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_fall_by_hand() -> None:
-    """Eight prompts from 1 to a mean of 0.5 and 0.75: differences -0.5, -0.25, four times each; their mean is -0.375,
+    """Ten prompts from 1 to 0.5 and then, every other one, 0.5 or 1: means of 0.5 and 0.75, a fall by 0.375.
 
-    their variance 8 x 0.125^2 / 7, the standard error 0.0472, so z is -7.9.
+    All ten fell, so of 2^10 assignments of signs two are as extreme.
     """
-    start, one, other = ({str(i): value for i in range(8)} for value in (1.0, 0.5, 0.5))
-    other = {number: 0.5 if int(number) % 2 else 1.0 for number in other}
-    found = fall(start, [one, other], 0.3)
-    assert found is not None and found[0] == pytest.approx(0.375) and found[1] < 1e-10
+    start, one = ({str(i): value for i in range(10)} for value in (1.0, 0.5))
+    other: dict[str, float | None] = {number: 0.5 if int(number) % 2 else 1.0 for number in start}
+    assert fall(start, [one, other], 0.3) == (pytest.approx(0.375), 2 / 1024)
     assert fall(start, [one, other], 0.4) is None and fall(one, [start, start], 0.1) is None
-    assert fall({"0": 1.0}, [{"0": 0.0}], 0.1) is None, "one prompt is no test"
-    # Two of eight prompts, from 1 to 0: -0.25, standard error sqrt(12 / 64 / 7) / ... = 0.164, z -1.53: noise.
+    # Two of ten prompts from 1 to 0 are a fall by 0.2, and of four assignments two are as extreme: noise.
     noise = {number: 0.0 if number in "01" else 1.0 for number in start}
     assert fall(start, [noise, noise], 0.1) is None
-    # What could not be graded once does not count.
-    assert fall(start, [one | {"0": None}, other | {"1": None}], 0.3) is not None
+    # What could not be graded once does not count: eight are left, p = 2 / 2^8; then seven, p = 2 / 2^7.
+    first, second = one | {"0": None}, other | {"1": None}
+    found = fall(start, [first, second], 0.3)
+    assert found is not None and found[1] == 2 / 256
+    assert fall(start | {"2": None}, [first, second], 0.3) is None and fall(start, [dict.fromkeys(start)], 0.1) is None
 
 
 def test_one_evaluation_is_no_fall_and_each_limit_looks_at_its_own() -> None:
@@ -174,6 +177,7 @@ def test_what_is_logged_of_sources_verifiers_and_kinds() -> None:
     ({"keep": "best"}, "keep best needs held-out prompts"),
     ({"held_out": HELD_OUT | {"every_steps": 13}}, r"held_out\.every_steps 13 is more than the run's 12 optimizer"),
     ({"held_out": HELD_OUT | {"max_kinds_drop": 0.1}}, "max_kinds_drop 0.1 is about held-out kinds, and kinds names"),
+    ({"held_out": HELD_OUT | {"max_drop": 0.1}}, "need num_prompts of at least 8, and it is 4"),
     ({"held_out": HELD_OUT | {"num_prompts": 1}}, "greater than or equal to 2"),
     ({"keep": "newest"}, "'last' or 'best'"),
 ])  # fmt: skip
@@ -285,7 +289,7 @@ def test_a_run_that_falls_fails_where_the_last_weights_would_be_kept(
     inputs: RLVRInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_up(monkeypatch, FALLING.__getitem__)
-    settings = {"held_out": HELD_OUT | {"max_drop": 0.3}, "num_episodes": 40}
+    settings = {"held_out": FALL, "num_episodes": 40}
     with pytest.raises(
         ValueError, match=r"at step 12 accuracy on held-out prompts fell by 0\.500 from 0\.750"
     ) as caught:
@@ -298,7 +302,7 @@ def test_a_run_that_falls_ends_with_the_best_weights(
     inputs: RLVRInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_up(monkeypatch, FALLING.__getitem__)
-    settings = {"held_out": HELD_OUT | {"max_drop": 0.3}, "num_episodes": 40, "keep": "best"}
+    settings = {"held_out": FALL, "num_episodes": 40, "keep": "best"}
     made = run(inputs, tmp_path, settings, save_steps=100)
     assert made.outputs.num_steps == 12 and made.outputs.held_out.kept.step == 4
     assert made.outputs.held_out.ended_early.startswith("at step 12 accuracy on held-out prompts fell by 0.500")
@@ -314,7 +318,7 @@ def test_a_run_that_falls_ends_with_the_best_weights(
 def test_grpo_ends_with_the_best_weights_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_up(monkeypatch, lambda step: {0: 0.5, 1: 1.0}.get(step, 0.0))
     model = build_tiny_model(tmp_path / "model")
-    settings = {"num_steps": 8, "keep": "best", "held_out": HELD_OUT | {"every_steps": 1, "max_drop": 0.2}}
+    settings = {"num_steps": 8, "keep": "best", "held_out": FALL | {"every_steps": 1}}
     config, inputs, context = arguments_of(tmp_path, model, settings, prompts(20), save_steps=1, save_total_limit=1)
     weights = []
     for _ in range(2):

@@ -444,9 +444,8 @@ def test_a_lora_policy_without_its_adapter_is_the_reference(inputs: RLVRInputs, 
 # ------------------------------------------------------------------------------------------------- bfloat16, and disk
 
 
-def test_bfloat16_as_on_a_gpu(inputs: RLVRInputs, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autocast over float32 weights; keys and values in bfloat16; values and scores in float32."""
-    monkeypatch.setattr("smoltulu.tasks.trainer.loop.use_bfloat16", lambda precision, compute: True)
+def dtypes_of_caches(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
+    """Filled with what keys and values are kept in."""
     cached: set[torch.dtype] = set()
     real = DynamicLayer.update
 
@@ -456,6 +455,13 @@ def test_bfloat16_as_on_a_gpu(inputs: RLVRInputs, whole: Run, tmp_path: Path, mo
         return made
 
     monkeypatch.setattr(DynamicLayer, "update", update)
+    return cached
+
+
+def test_bfloat16_as_on_a_gpu(inputs: RLVRInputs, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast over float32 weights; keys and values in bfloat16; values and scores in float32."""
+    monkeypatch.setattr("smoltulu.tasks.trainer.loop.use_bfloat16", lambda precision, compute: True)
+    cached = dtypes_of_caches(monkeypatch)
     made = run(inputs, tmp_path, {"reward_model_weight": 0.1}, activation_checkpointing=True)
     assert cached == {torch.bfloat16}
     first = made.log("history")[0]
@@ -468,6 +474,33 @@ def test_bfloat16_as_on_a_gpu(inputs: RLVRInputs, whole: Run, tmp_path: Path, mo
     ):
         assert {value.dtype for value in trained.values()} == {torch.float32} and differing(trained, exact)
         assert all((value - before[name]).abs().max() < 0.1 for name, value in trained.items())
+
+
+@pytest.mark.gpu
+def test_ppo_on_this_gpu(inputs: RLVRInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 to the end, both models saved and the policy asked; then gone on with from an earlier batch."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    settings = {
+        "precision": "bfloat16", "reward_model_weight": 0.1,
+        "gate": {"num_prompts": 2, "max_new_tokens": 3, "min_stopped_share": 0},
+    }  # fmt: skip
+    cached = dtypes_of_caches(monkeypatch)
+    made = run(inputs, tmp_path / "run", settings, device="cuda")
+    assert cached == {torch.bfloat16}
+    first = made.log("history")[0]
+    assert first["sampling_difference"] < 0.1 and first["ratio"] == pytest.approx(1, abs=0.02)
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    for trained, name in ((made.policy, "model"), (made.critic, "reward_model")):
+        assert all(torch.isfinite(value).all() for value in trained.values())
+        assert differing(trained, start(inputs, name))
+    shutil.copytree(made.folder / "work", tmp_path / "again" / "work")
+    (tmp_path / "again" / "work" / "checkpoints" / "checkpoint-12" / CHECKPOINT_MARKER).unlink()
+    again = run(inputs, tmp_path / "again", settings, device="cuda")
+    assert (tmp_path / "again" / "work" / "resumed.jsonl").read_text() == "8\n"
+    for one, other in ((made.policy, again.policy), (made.critic, again.critic)):
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-2)
 
 
 def test_disk_is_that_of_two_models(inputs: RLVRInputs, whole: Run) -> None:

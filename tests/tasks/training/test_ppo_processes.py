@@ -1,4 +1,4 @@
-"""PPO by two processes: the rollouts, prompts and weights of one, but for rounding."""
+"""PPO by two processes: the rollouts, prompts and weights of one, but for rounding; a resume changes nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.rlvr import PPOSettings
 from smoltulu.tasks.engine.launch import run_child
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.stages import STAGES
-from tests.small_ppo import SETTINGS, context, run, world
+from tests.small_ppo import SETTINGS, context, differing, run, world
 
 #: Three samples of each prompt: a process has some of one. Of the five held-out prompts one process has three.
 CHANGES: dict[str, Any] = {
@@ -34,9 +35,15 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
     config = PPOSettings.model_validate(SETTINGS | CHANGES)
     compute = context(tmp_path / "two", num_processes=2, per_device_train_batch_size=3).compute
     spec = Spec(stage="rlvr", version=1, config=scientific(config), inputs={}, externals={})
-    work, out = tmp_path / "two" / "work", tmp_path / "two" / "work" / "output"
-    out.mkdir()
-    run_child(Job("rlvr", STAGES["rlvr"], config, compute, spec, inputs), work, out, logging.getLogger("test"))
+    work = tmp_path / "two" / "work"
+    job = Job("rlvr", STAGES["rlvr"], config, compute, spec, inputs)
+
+    def by_two(name: str) -> Path:
+        (work / name).mkdir()
+        run_child(job, work, work / name, logging.getLogger("test"))
+        return work / name
+
+    out = by_two("output")
 
     def log(folder: Path, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (folder / "logs" / f"{name}.jsonl").open()]
@@ -51,3 +58,13 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
     for folder, expected in (("model", alone.policy), ("critic", alone.critic)):
         for name, value in load_file(out / folder / "model.safetensors").items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-4)
+
+    # Gone on with from the first rollout batch, by two processes again.
+    for step in (3, 4):
+        (work / "checkpoints" / f"checkpoint-{step}" / CHECKPOINT_MARKER).unlink(missing_ok=True)
+    again = by_two("again")
+    assert (work / "resumed.jsonl").read_text() == "2\n"
+    assert log(again, "prompts") == log(out, "prompts") and log(again, "samples") == log(out, "samples")
+    for folder in ("model", "critic"):
+        one, other = (load_file(made / folder / "model.safetensors") for made in (out, again))
+        assert differing(one, other) == []

@@ -1,0 +1,164 @@
+"""`smoltulu compare`: two evaluations, item by item. Needs no server, imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from smoltulu.flows.cli.output import console, echo, failures, print_json, table
+from smoltulu.flows.cli.store import JsonOption, StoreOption, open_catalogue
+
+if TYPE_CHECKING:
+    from smoltulu.artifacts.manifests import Ref
+    from smoltulu.artifacts.upkeep.catalogue import Catalogue
+    from smoltulu.tasks.comparison.evaluations import Comparison, Measured
+
+_POWER = 0.8
+_NUM_CHARACTERS = 300
+_WHAT = (
+    "an evaluation, or a model that was evaluated: RUN:STAGE (as tiny-…:sft), a tag, or first digits of a key; or a "
+    "folder that lm-eval wrote with --log_samples"
+)
+
+
+def compare(
+    before: Annotated[str, typer.Argument(help=_WHAT)],
+    after: Annotated[str, typer.Argument(help="the same")],
+    level: Annotated[float, typer.Option(min=1e-9, max=0.5, help="of significance, for all scores together")] = 0.05,
+    flips: Annotated[int, typer.Option(min=0, help="changed items of each score to show")] = 0,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which scores of two evaluations truly differ: paired by item, exact tests, all scores together (Holm).
+
+    What is not the same thing (documents, prompts, template, shots, harness, task version, precision) is not compared,
+    and named.
+    """
+    from smoltulu.tasks.comparison import evaluations
+
+    with failures():
+        sides = [_read(what, store) for what in (before, after)]
+        comparisons = evaluations.compare("", *(measured for measured, _ in sides))
+        precisions = [precision or "unknown" for _, precision in sides]
+        if precisions[0] != precisions[1]:
+            raise ValueError(
+                f"measured in another precision: {' -> '.join(precisions)}; evaluate both with one evaluation.precision"
+            )
+    judged = evaluations.verdicts(comparisons, level)
+    values = [_values(one, adjusted, verdict, level, len(judged)) for one, adjusted, verdict in judged]
+    if as_json:
+        print_json(values)
+        return
+    out = console()
+    shown = (
+        table(*values[0], right=("before", "after", "difference", "p", "p (Holm)"), whole=("task",)) if values else None
+    )
+    if shown is None:
+        echo("neither evaluation has a score")
+        return
+    for row in values:
+        shown.add_row(*row.values())
+    out.print(shown)
+    echo(f"differences ± 1.96 standard errors; visible: what {_POWER:.0%} of such comparisons would find")
+    for one, _, _ in judged if flips else ():
+        if one.test is not None:
+            _print_flips(one, sides[0][0][one.task], sides[1][0][one.task], flips)
+
+
+def _values(one: Comparison, adjusted: float | None, verdict: str, level: float, num_tests: int) -> dict[str, str]:
+    from smoltulu.tasks.comparison.paired import smallest_visible
+
+    test, made = one.test, {"task": one.task, "metric": one.metric}
+    made |= {"before": f"{one.before:.4f}", "after": f"{one.after:.4f}"}
+    if test is None:
+        unknown = dict.fromkeys(("difference", "items", "lost, gained", "p", "p (Holm)", "visible"), "-")
+        return made | unknown | {"verdict": f"not comparable: {one.reason}"}
+    changed = (test.num_lost + test.num_gained) / test.num_items
+    visible = smallest_visible(test.num_items, changed, level / num_tests, _POWER)
+    return made | {
+        "difference": f"{test.difference:+.4f} ± {1.96 * test.stderr:.4f}",
+        "items": f"{test.num_items:,}",
+        "lost, gained": f"{test.num_lost:,}, {test.num_gained:,}",
+        "p": f"{test.p_value:.3g}",
+        "p (Holm)": f"{adjusted:.3g}",
+        "visible": f"{visible:.4f}",
+        "verdict": verdict,
+    }
+
+
+def _print_flips(one: Comparison, before: Measured, after: Measured, limit: int) -> None:
+    from smoltulu.tasks.comparison.evaluations import flipped
+
+    pairs = flipped(before, after)
+    echo(f"\n{one.task}: {len(pairs):,} items changed" + (f", {limit} of them" if len(pairs) > limit else ""))
+    for old, new in pairs[:limit]:
+        echo(f"  item {old.row.get('id')}: {old.value:g} -> {new.value:g}; target {_short(old.row.get('target'))}")
+        for name, item in (("before", old), ("after", new)):
+            answer = item.row.get("completion", item.row.get("completions"))
+            if answer is not None:
+                echo(f"    {name:6} {_short(answer)}")
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else str(value)
+    return repr(text if len(text) <= _NUM_CHARACTERS else text[:_NUM_CHARACTERS] + "…")
+
+
+# ------------------------------------------------------------------------------------------------- what a user names
+
+
+def _read(what: str, store: Path | None) -> tuple[dict[str, Measured], str | None]:
+    """Scores with their items, and the precision that they were measured in, where that is known."""
+    from smoltulu.schemas.evaluation import EvaluationOutputs
+    from smoltulu.tasks.comparison.evaluations import measured
+    from smoltulu.tasks.comparison.lm_eval_files import read_folder
+
+    if Path(what).is_dir():
+        return read_folder(Path(what)), None
+    catalogue = open_catalogue(store)
+    ref = _evaluation(catalogue, what)
+    newest = catalogue.folder(ref).newest
+    if newest is None:
+        raise ValueError(f"{ref.stage}/{ref.key[:12]} is not finished; run it first")
+    manifest = catalogue.manifest(ref, newest)
+    outputs = EvaluationOutputs.model_validate(manifest["outputs"])
+    folder = catalogue.path(ref) / newest
+    settings = manifest["spec"]["config"].get("settings", {})
+    return measured(folder, outputs), settings.get("precision")
+
+
+def _evaluation(catalogue: Catalogue, what: str) -> Ref:
+    """The evaluation that is meant. ValueError: nothing, or several, and which."""
+    from smoltulu.flows.cli.store_views import refs_of_run
+    from smoltulu.schemas.run import RunRecord
+
+    name, colon, stage = what.rpartition(":")
+    found = catalogue.resolve(name if colon else what)
+    if isinstance(found, RunRecord):
+        nodes = refs_of_run(found)
+        evaluations = [node.removeprefix("evaluation-") for node in nodes if node.startswith("evaluation-")]
+        node = f"evaluation-{stage.replace('_', '-')}"
+        if not colon or node not in nodes:
+            given = f"has no evaluation of {stage!r}" if colon else "is a whole run"
+            raise ValueError(f"{name or what} {given}; name one of its models: " + ", ".join(
+                f"{found.run_name}:{one}" for one in evaluations))  # fmt: skip
+        return nodes[node]
+    if found.stage == "evaluation":
+        return found
+    consumers = [ref for ref in catalogue.consumers.get(found.key, []) if ref.stage == "evaluation"]
+    made = [ref for ref in consumers if _measures(catalogue.known(ref), found.key)]
+    if len(made) != 1:
+        names = ", ".join(f"{ref.stage}/{ref.key[:12]}" for ref in made)
+        raise ValueError(
+            f"{what} was evaluated {len(made)} times: {names}; name one of them" if made else
+            f"{what} ({found.stage}) was not evaluated; run the recipe up to evaluation"
+        )  # fmt: skip
+    return made[0]
+
+
+def _measures(manifest: dict[str, Any], key: str) -> bool:
+    """Whether this finished evaluation is of the model `key` itself: DPO's implicit reward needs another one too."""
+    model = manifest.get("inputs", {}).get("model", {})
+    return isinstance(model, dict) and model.get("key") == key

@@ -1,0 +1,184 @@
+"""What two evaluations measured, item by item, and whether they differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smoltulu.schemas.evaluation import EvaluationOutputs, Score
+from smoltulu.tasks.comparison.paired import PairedTest, holm, paired_test
+
+#: What must be the same for two scores to be compared, and how it is called.
+_SAME = {
+    "metric": "metric", "harness": "harness", "task_version": "task version", "template_digest": "chat template",
+    "num_fewshot": "number of shots", "limited": "part of the task",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    """One measured item.
+
+    prompt   digest of what was asked
+    cluster  the member of a group that it belongs to
+    row      its line of the samples, for a reader
+    """
+
+    value: float
+    prompt: str | None = None
+    cluster: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A score and the items behind it. The name of an item holds the digests of its question and its answer."""
+
+    score: Score
+    items: dict[str, Item] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One score of one model, before and after.
+
+    reason  why it cannot be compared; then there is no test
+    """
+
+    model: str
+    task: str
+    metric: str
+    before: float
+    after: float
+    test: PairedTest | None = None
+    reason: str = ""
+
+    def verdict(self, adjusted: float | None, level: float) -> str:
+        """`not comparable`, `same`, `within noise`, `drop` or `gain`. `adjusted`: the p-value, of all tests."""
+        if self.test is None or adjusted is None:
+            return "not comparable"
+        if not self.test.num_lost and not self.test.num_gained:
+            return "same"
+        if adjusted >= level:
+            return "within noise"
+        return "drop" if self.test.difference < 0 else "gain"
+
+
+def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
+    """Task -> its headline score with its items, from the samples of the evaluation in `folder`.
+
+    Raises:
+        ValueError: a line of the samples that is no JSON object.
+    """
+    headlines: dict[str, Measured] = {}
+    for score in outputs.scores:
+        headlines.setdefault(score.task, Measured(score))  # the first is the headline
+    if outputs.samples_file is None:
+        return headlines
+    members = _members(folder / outputs.results_file) if outputs.results_file else {}
+    for row in json_lines(folder / outputs.samples_file, "task"):
+        task = members.get(row["task"], row["task"])
+        if task not in headlines:
+            continue
+        value = _value(row, headlines[task].score.metric)
+        if value is not None:
+            items = headlines[task].items
+            cluster = row["task"] if task != row["task"] else ""
+            items[item_name(row, items)] = Item(value, row.get("prompt_hash"), cluster, row)
+    return headlines
+
+
+def json_lines(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    """Objects with a `column`. Lines end at a newline only: a completion may hold U+2028, where `splitlines` cuts."""
+    with file.open(encoding="utf-8", newline="\n") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or column not in row:
+                    raise ValueError(f"no object with {column!r}")
+            except ValueError as error:
+                raise ValueError(f"{file.name}, line {number}: {error}; evaluate this model again") from error
+            yield row
+
+
+def _members(file: Path) -> dict[str, str]:
+    """Member of a group -> the task of the recipe that it was measured for."""
+    results = json.loads(file.read_text(encoding="utf-8"))
+    return {leaf: task for task, result in results.items() for leaf in result.get("n-samples", {}) if leaf != task}
+
+
+def _value(row: Mapping[str, Any], metric: str) -> float | None:
+    """What the headline's own metric and filter say of an item; None where this line is not of them."""
+    if "metrics" not in row:
+        value = row.get("right", row.get("mean"))
+    else:
+        name, _, of_filter = metric.partition(",")
+        value = row["metrics"].get(name) if row.get("filter", of_filter) == of_filter else None
+    return None if value is None else float(value)
+
+
+def item_name(row: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
+    """Of the question and its answer, where it is asked twice with a number; by its id where no digest is kept."""
+    digests = [str(row[key]) for key in ("doc_hash", "target_hash") if row.get(key)]
+    name = "/".join([row["task"], *(digests or [str(row["id"])])])
+    number = 2
+    while name in taken:
+        name, number = f"{name.partition('#')[0]}#{number}", number + 1
+    return name
+
+
+def compare(model: str, before: Mapping[str, Measured], after: Mapping[str, Measured]) -> list[Comparison]:
+    """Every score that either evaluation has. One that cannot be compared says why."""
+    return [_compare(model, task, before.get(task), after.get(task)) for task in sorted({*before, *after})]
+
+
+def _compare(model: str, task: str, before: Measured | None, after: Measured | None) -> Comparison:
+    if before is None or after is None:
+        only = before or after
+        assert only is not None
+        value = only.score.value
+        missing = "was not measured before" if before is None else "is not measured any more"
+        return Comparison(model, task, only.score.metric, value, value, reason=missing)
+    scores = (before.score.value, after.score.value)
+    reason = _difference(before, after)
+    if reason:
+        return Comparison(model, task, after.score.metric, *scores, reason=reason)
+    old, new = ({name: item.value for name, item in side.items.items()} for side in (before, after))
+    return Comparison(model, task, after.score.metric, *scores, paired_test(old, new))
+
+
+def _difference(before: Measured, after: Measured) -> str:
+    """Why two measurements of a task are not of the same thing; empty where they are."""
+    for name, words in _SAME.items():
+        old, new = getattr(before.score, name), getattr(after.score, name)
+        if old != new:
+            return f"another {words}: {old} -> {new}"
+    if not after.items or not before.items:
+        return "no items were kept"
+    gone, new = before.items.keys() - after.items.keys(), after.items.keys() - before.items.keys()
+    if gone or new:
+        return f"other documents: {len(gone):,} of {len(before.items):,} are gone, {len(new):,} are new"
+    prompts = sum(before.items[name].prompt != item.prompt for name, item in after.items.items())
+    if prompts:
+        return f"other prompts: {prompts:,} of {len(after.items):,} are asked otherwise"
+    return ""
+
+
+def flipped(before: Measured, after: Measured) -> list[tuple[Item, Item]]:
+    """Items whose score changed, the lost ones first."""
+    pairs = [(item, after.items[name]) for name, item in before.items.items() if name in after.items]
+    return sorted((pair for pair in pairs if pair[0].value != pair[1].value), key=lambda p: p[1].value - p[0].value)
+
+
+def verdicts(comparisons: list[Comparison], level: float) -> list[tuple[Comparison, float | None, str]]:
+    """Each comparison, its p-value adjusted for all of them (Holm), and its verdict."""
+    tests = [one.test.p_value for one in comparisons if one.test is not None]
+    adjusted = iter(holm(tests))
+    made = []
+    for one in comparisons:
+        p_value = next(adjusted) if one.test is not None else None
+        made.append((one, p_value, one.verdict(p_value, level)))
+    return made

@@ -1,0 +1,153 @@
+"""`smoltulu compare`, as a user types it: artifacts, models, stages of a run, folders of lm-eval."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from smoltulu.artifacts.manifests import Ref
+from smoltulu.tasks.comparison.lm_eval_files import read_folder
+from tests.flows.cli.test_store_cli import call, words
+from tests.hand_store import HandStore
+from tests.tiny_model import build_tiny_model
+
+RIGHT = {"sft": 10, "dpo": 30}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> HandStore:
+    return HandStore(tmp_path / "store")
+
+
+def evaluate(store: HandStore, model: Ref, num_right: int, **settings: Any) -> Ref:
+    """40 items, the first `num_right` of them right."""
+    rows = [
+        {"task": "gsm8k", "id": i, "filter": "strict", "doc_hash": f"d{i}", "prompt_hash": "p", "target_hash": f"t{i}",
+         "target": f"{i}", "metrics": {"exact_match": float(i < num_right)}, "completion": f"{model.stage} says {i}"}
+        for i in range(40)
+    ]  # fmt: skip
+    score = {
+        "task": "gsm8k", "metric": "exact_match,strict", "value": num_right / 40, "stderr": 0.01, "num_samples": 40,
+        "harness": "lm-eval 0.4.13", "task_version": "3.0", "template_digest": "t", "num_fewshot": 0,
+    }  # fmt: skip
+    return store.make(
+        "evaluation", f"evaluation-{model.stage}", {"model": model},
+        outputs={"subject": model.stage, "scores": [score], "samples_file": "samples.jsonl"},
+        files={"samples.jsonl": "".join(json.dumps(row) + "\n" for row in rows)},
+        kind="language_model", settings={"precision": "float32"} | settings,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def evaluated(store: HandStore) -> dict[str, Ref]:
+    made: dict[str, Ref] = {}
+    for stage, num_right in RIGHT.items():
+        made[stage] = store.make(stage, stage)
+        made[f"evaluation-{stage}"] = evaluate(store, made[stage], num_right)
+    store.run("brave-fox", made)
+    return made
+
+
+def test_two_models_by_stage_of_a_run_by_key_and_by_evaluation(store: HandStore, evaluated: dict[str, Ref]) -> None:
+    def compared(*what: str) -> list[dict[str, str]]:
+        made: list[dict[str, str]] = json.loads(call(store, "compare", *what, "--json").stdout)
+        return made
+
+    [row] = compared("brave-fox:sft", "brave-fox:dpo")
+    assert row == {
+        "task": "gsm8k", "metric": "exact_match,strict", "before": "0.2500", "after": "0.7500",
+        # 20 of 40 gained: standard error sqrt(0.25 / 39)
+        "difference": "+0.5000 ± 0.1569", "items": "40", "lost, gained": "0, 20", "p": f"{2 / 2**20:.3g}",
+        "p (Holm)": f"{2 / 2**20:.3g}", "visible": "0.3132", "verdict": "gain",
+    }  # fmt: skip
+    for names in (("sft", "dpo"), ("evaluation-sft", "evaluation-dpo")):
+        assert compared(*(evaluated[name].key for name in names)) == [row]
+    assert compared("brave-fox:dpo", "brave-fox:sft")[0]["verdict"] == "drop"
+    assert compared("brave-fox:dpo", "brave-fox:dpo")[0]["verdict"] == "same"
+    shown = call(store, "compare", "brave-fox:sft", "brave-fox:dpo", "--flips", "2").output
+    assert "gsm8k: 20 items changed, 2 of them" in shown
+    assert "item 10: 0 -> 1; target '10'\n    before 'sft says 10'\n    after  'dpo says 10'" in shown
+    assert "gain" in words(shown)
+
+
+def test_what_cannot_be_compared_is_refused_with_what_can(store: HandStore, evaluated: dict[str, Ref]) -> None:
+    other = evaluate(store, evaluated["sft"], 5, precision="bfloat16")
+    said = call(store, "compare", evaluated["evaluation-dpo"].key, other.key, code=1).output
+    assert "measured in another precision: float32 -> bfloat16; evaluate both with one evaluation.precision" in words(
+        said
+    )
+    said = call(store, "compare", evaluated["sft"].key, "brave-fox:dpo", code=1).output
+    assert "was evaluated 2 times: evaluation/" in said
+    said = call(store, "compare", "brave-fox", "brave-fox:dpo", code=1).output
+    assert "brave-fox is a whole run; name one of its models: brave-fox:sft, brave-fox:dpo" in words(said)
+    said = call(store, "compare", "brave-fox:rlvr", "brave-fox:dpo", code=1).output
+    assert "brave-fox has no evaluation of 'rlvr'; name one of its models: brave-fox:sft, brave-fox:dpo" in words(said)
+    alone = store.make("sft", "never evaluated")
+    said = call(store, "compare", alone.key, "brave-fox:dpo", code=1).output
+    assert "(sft) was not evaluated; run the recipe up to evaluation" in words(said)
+    assert "did you mean 'brave-fox'" in call(store, "compare", "brave-fux:dpo", "brave-fox:dpo", code=1).output
+
+
+def test_no_heavy_import(store: HandStore, evaluated: dict[str, Ref]) -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from smoltulu.flows.cli.main import app\n"
+        f"what = ['brave-fox:sft', 'brave-fox:dpo', '--store', {str(store.root)!r}]\n"
+        "made = CliRunner().invoke(app, ['compare', *what])\n"
+        "assert made.exit_code == 0, made.output\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'lm_eval', 'prefect'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# --- Folders of lm-eval ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_none_is_refused(store: HandStore, tmp_path: Path, evaluated: dict[str, Ref]) -> None:
+    (tmp_path / "empty").mkdir()
+    said = call(store, "compare", str(tmp_path / "empty"), "brave-fox:sft", code=1).output
+    assert "is no evaluation: it has no results_*.json of `lm-eval run --log_samples" in words(said)
+    (tmp_path / "empty" / "results_2026.json").write_text("{}")
+    said = call(store, "compare", str(tmp_path / "empty"), "brave-fox:sft", code=1).output
+    assert "has no samples beside it; run lm-eval again with --log_samples" in words(said)
+    (tmp_path / "empty" / "samples_a_2026.jsonl").write_text('{"doc_id": 0}\n')
+    said = call(store, "compare", str(tmp_path / "empty"), "brave-fox:sft", code=1).output
+    assert "samples_a_2026.jsonl is not as lm-eval 0.4.13 writes samples: KeyError('metrics')" in words(said)
+
+
+@pytest.mark.slow
+def test_what_lm_eval_writes_is_compared(store: HandStore, tmp_path: Path) -> None:
+    """Its own command line, twice, on two models: the items of both metrics, their means its scores."""
+    rows = [{"question": f"What is {i}?", "choices": ["so", "good"], "label": i % 2} for i in range(12)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks").mkdir()
+    task = {
+        "task": "pick", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": "label",
+        "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }  # fmt: skip
+    (tmp_path / "tasks" / "pick.yaml").write_text(yaml.safe_dump(task))
+    for seed in (0, 1):
+        model = build_tiny_model(tmp_path / f"model-{seed}", seed=seed)
+        subprocess.run(
+            [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model}", "--tasks",
+             "pick", "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / f"out-{seed}"),
+             "--log_samples", "--device", "cpu"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    sides = [read_folder(tmp_path / f"out-{seed}") for seed in (0, 1)]
+    for side in sides:
+        assert side.keys() == {"pick acc,none", "pick acc_norm,none"}
+        for one in side.values():
+            values = [item.value for item in one.items.values()]
+            assert len(values) == 12 and sum(values) / 12 == pytest.approx(one.score.value)
+    shown = json.loads(call(store, "compare", *(str(tmp_path / f"out-{seed}") for seed in (0, 1)), "--json").stdout)
+    assert [row["task"] for row in shown] == ["pick acc,none", "pick acc_norm,none"]
+    assert all(row["items"] == "12" and row["verdict"] != "not comparable" for row in shown)

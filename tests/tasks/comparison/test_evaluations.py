@@ -1,0 +1,146 @@
+"""Two evaluations, item by item: which filter, which items, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.tasks.comparison.evaluations import Comparison, Measured, compare, flipped, measured, verdicts
+
+SCORE = {
+    "task": "gsm8k", "metric": "exact_match,strict-match", "value": 0.5, "num_samples": 4, "num_fewshot": 5,
+    "harness": "lm-eval 0.4.13", "task_version": "3.0", "template_digest": "t",
+}  # fmt: skip
+
+
+def sample(number: int, value: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "task": "gsm8k", "id": number, "filter": "strict-match", "doc_hash": f"d{number}", "prompt_hash": f"p{number}",
+        "target_hash": f"t{number}", "metrics": {"exact_match": value}, "completion": "#### 5",
+    } | changes  # fmt: skip
+
+
+def evaluation(
+    folder: Path, samples: list[dict[str, Any]], scores: list[dict[str, Any]] | None = None, results: Any = None
+) -> dict[str, Measured]:
+    folder.mkdir()
+    lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples)
+    (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(results or {}))
+    return measured(folder, outputs(scores or [SCORE]))
+
+
+def outputs(scores: list[dict[str, Any]]) -> EvaluationOutputs:
+    files = {"samples_file": "samples.jsonl", "results_file": "results.json"}
+    return EvaluationOutputs.model_validate({"subject": "sft", "scores": scores} | files)
+
+
+def one(before: dict[str, Measured], after: dict[str, Measured]) -> Comparison:
+    [made] = compare("sft", before, after)
+    return made
+
+
+def test_a_score_is_judged_by_its_own_filter(tmp_path: Path) -> None:
+    """Every strict answer lost, every flexible one kept: whichever filter comes last in the file."""
+    for order in (1, -1):
+        night = tmp_path / str(order)
+        night.mkdir()
+        kept = [sample(i, 1.0, filter="flexible-extract") for i in range(8)]
+        last = evaluation(night / "last", ([sample(i, 1.0) for i in range(8)] + kept)[::order])
+        tonight = evaluation(night / "tonight", ([sample(i, 0.0) for i in range(8)] + kept)[::order])
+        made = one(last, tonight)
+        assert made.test is not None and (made.test.num_items, made.test.num_lost) == (8, 8)
+        [(_, adjusted, verdict)] = verdicts([made], 0.05)
+        assert verdict == "drop" and adjusted == 2 / 256
+
+
+def test_a_group_is_compared_by_its_members(tmp_path: Path) -> None:
+    group = SCORE | {"task": "bbh", "metric": "exact_match,get-answer"}
+    results = {"bbh": {"n-samples": {"bbh_navigate": {}, "bbh_snarks": {}}}}
+
+    def night(name: str, value: float) -> dict[str, Measured]:
+        rows = [
+            sample(i, value, task=task, filter="get-answer")
+            for task in ("bbh_navigate", "bbh_snarks")
+            for i in range(4)
+        ]
+        return evaluation(tmp_path / name, rows, [group], results)
+
+    last, tonight = night("last", 1.0), night("tonight", 0.0)
+    assert {item.cluster for item in last["bbh"].items.values()} == {"bbh_navigate", "bbh_snarks"}
+    made = one(last, tonight)
+    assert made.test is not None and (made.test.num_items, made.test.num_lost) == (8, 8)
+    assert verdicts([made], 0.05)[0][2] == "drop"
+
+
+def test_what_is_not_the_same_thing_is_named(tmp_path: Path) -> None:
+    rows = [sample(i, 1.0) for i in range(4)]
+    last = evaluation(tmp_path / "last", rows)
+    changes: list[tuple[list[dict[str, Any]], dict[str, Any], str]] = [
+        ([*rows[:3], sample(7, 1.0)], {}, "other documents: 1 of 4 are gone, 1 are new"),
+        (rows[:3], {}, "other documents: 1 of 4 are gone, 0 are new"),
+        ([*rows[:3], sample(3, 1.0, prompt_hash="x")], {}, "other prompts: 1 of 4 are asked otherwise"),
+        (rows, {"task_version": "4.0"}, "another task version: 3.0 -> 4.0"),
+        (rows, {"template_digest": "u"}, "another chat template: t -> u"),
+        (rows, {"num_fewshot": 0}, "another number of shots: 5 -> 0"),
+        (rows, {"harness": "lm-eval 1"}, "another harness: lm-eval 0.4.13 -> lm-eval 1"),
+        (
+            rows,
+            {"metric": "exact_match,flexible-extract"},
+            "another metric: exact_match,strict-match -> exact_match,fl",
+        ),
+        (rows, {"limited": True}, "another part of the task: False -> True"),
+        ([], {}, "no items were kept"),
+    ]
+    for number, (changed, score, reason) in enumerate(changes):
+        made = one(last, evaluation(tmp_path / str(number), changed, [SCORE | score]))
+        assert made.reason.startswith(reason) and made.test is None
+        assert verdicts([made], 0.05) == [(made, None, "not comparable")]
+    assert one(last, {}).reason == "is not measured any more" and one({}, last).reason == "was not measured before"
+    assert one(last, evaluation(tmp_path / "again", rows)).test is not None
+
+
+def test_lines_end_at_a_newline_only(tmp_path: Path) -> None:
+    """U+2028 and its like in a completion once ended the night."""
+    odd = "one\u2028two\u2029three\x85four\x0bfive\x1csix"
+    night = evaluation(tmp_path / "night", [sample(i, 1.0, completion=odd) for i in range(3)])
+    assert len(night["gsm8k"].items) == 3
+    (tmp_path / "night" / "samples.jsonl").write_text('{"task": "gsm8k"')
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 1: .*; evaluate this model again"):
+        measured(tmp_path / "night", outputs([SCORE]))
+
+
+def test_flipped_items_are_there_to_read_lost_ones_first(tmp_path: Path) -> None:
+    last = evaluation(tmp_path / "last", [sample(i, float(i > 1), completion=f"old {i}") for i in range(4)])
+    night = evaluation(tmp_path / "night", [sample(i, float(i in (0, 3)), completion=f"new {i}") for i in range(4)])
+    shown = [(old.row["completion"], new.row["completion"]) for old, new in flipped(last["gsm8k"], night["gsm8k"])]
+    assert shown == [("old 2", "new 2"), ("old 0", "new 0")]
+
+
+def test_a_document_that_is_asked_twice_is_two_items(tmp_path: Path) -> None:
+    twice = [sample(0, 1.0), sample(1, 0.0, doc_hash="d0", target_hash="t0"), sample(2, 1.0)]
+    night = evaluation(tmp_path / "night", twice)
+    assert [item.value for item in night["gsm8k"].items.values()] == [1.0, 0.0, 1.0]
+
+
+def test_shares_of_samples_and_pairs_are_items_too(tmp_path: Path) -> None:
+    own = {"harness": "smoltulu 0", "num_fewshot": 0, "value": 0.5, "num_samples": 2, "task_version": "1"}
+    scores = [
+        SCORE | own | {"task": "verified_sampled", "metric": "accuracy"},
+        SCORE | own | {"task": "preference", "metric": "pair_accuracy"},
+        SCORE | own | {"task": "preference", "metric": "mean_margin"},
+    ]
+    rows = [
+        {"task": "verified_sampled", "id": "0:1", "mean": 0.25},
+        {"task": "verified_sampled", "id": "0:2", "mean": 0.75},
+        {"task": "preference", "id": "0:1", "right": True},
+        {"task": "preference", "id": "0:2", "right": False},
+    ]
+    night = evaluation(tmp_path / "night", rows, scores)
+    values = {task: [item.value for item in one.items.values()] for task, one in night.items()}
+    assert values == {"verified_sampled": [0.25, 0.75], "preference": [1.0, 0.0]}
+    assert night["preference"].score.metric == "pair_accuracy"
