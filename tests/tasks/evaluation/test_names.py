@@ -71,8 +71,8 @@ def test_all_wrong_names_are_in_one_message_of_a_recipe() -> None:
 
 def test_a_held_out_kind_that_nobody_knows_is_refused_with_the_nearest() -> None:
     held_out = {"num_prompts": 8, "every_steps": 1, "kinds": ["validate_title"]}
-    check_evaluation(load_recipe("smoltulu-1130", {"rlvr.held_out": held_out}))
-    wrong = load_recipe("smoltulu-1130", {"rlvr.held_out": held_out | {"kinds": ["validate_tilte"]}})
+    check_evaluation(load_recipe("tiny", {"evaluation": None, "rlvr.held_out": held_out}))
+    wrong = load_recipe("tiny", {"evaluation": None, "rlvr.held_out": held_out | {"kinds": ["validate_tilte"]}})
     with pytest.raises(RecipeError, match=r"rlvr\.held_out\.kinds: unknown kind 'validate_tilte' \(did you mean 'vali"):
         check_evaluation(wrong)
 

@@ -345,7 +345,8 @@ def test_what_held_out_prompts_say_is_a_table(tmp_path: Path) -> None:
         "why": f"keep is best {NASTY}", "ended_early": f"it fell {NASTY}",
     }  # fmt: skip
     rlvr = manifests["rlvr"].model_copy(update={"outputs": manifests["rlvr"].outputs | {"held_out": found}})
-    words = " ".join(check_page(html_report(summary, manifests | {"rlvr": rlvr}, folders, recipe)).words)
+    page = check_page(html_report(summary, manifests | {"rlvr": rlvr}, folders, recipe))
+    words = " ".join(" ".join(page.words).split())
     assert "kept 40 0.375 ± 0.125 0.500" in words and "at the end 80 0.250 ± 0.125 –" in words
     assert "64 prompts that are not trained on and 8 of kinds that are not" in words and "1,072 rows" in words
     assert "The run ended early: it fell" in words

@@ -107,6 +107,20 @@ def test_prompts_of_a_pool_are_left_out(
     assert Path(taken.dataset).read_bytes() == before, "a resume must see the same rows"
 
 
+def test_prompts_are_held_out_before_pools_are_left_out(tmp_path: Path) -> None:
+    """So what is held out does not depend on how often the starting model was right."""
+    held_out = {"num_prompts": 3, "every_steps": 1}
+    inputs, context = bound(tmp_path, POOLS)
+    taken, split = rows_to_train(settings(held_out=held_out, leave_out=["always"]), inputs, context)
+    assert split is not None and split.num_left_out == 3
+    hidden = {one.row["id"] for one in split.held_out}
+    left = [row["id"] for row in read_rows(Path(taken.dataset))]
+    assert left == [row["id"] for row in ROWS if row["id"] not in hidden and POOLS.get(row["id"]) != "always"]
+    (context.work / "prompts.parquet").unlink()
+    _, other = rows_to_train(settings(held_out=held_out), inputs, context)
+    assert other == split
+
+
 def test_too_few_prompts_that_are_left_are_refused(tmp_path: Path) -> None:
     inputs, context = bound(tmp_path, dict.fromkeys(POOLS, "never"))
     with pytest.raises(
