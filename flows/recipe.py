@@ -23,6 +23,7 @@ from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.schemas.rlvr import of_another_algorithm
 from smoltulu.tasks.evaluation.names import check_names
 from smoltulu.tasks.stages import STAGES
+from smoltulu.tasks.verifiers.kinds import check_kind
 
 #: Of the error that lists everything: problems that are listed, and characters of each.
 _NUM_PROBLEMS_SHOWN = 20
@@ -199,11 +200,17 @@ def _unknown_stage(where: str, name: str) -> str:
 
 
 def check_evaluation(recipe: Recipe) -> None:
-    """Refuse evaluation tasks and metrics that do not exist; a run would find out after its trainings."""
+    """Refuse evaluation tasks, metrics and held-out kinds that do not exist; a run would find out after trainings."""
     try:
         check_names(recipe.evaluation.tasks if recipe.evaluation else ())
     except ValueError as error:
         raise RecipeError(str(error)) from None
+    held_out = recipe.rlvr.held_out if recipe.rlvr else None
+    for kind in held_out.kinds if held_out else ():
+        try:
+            check_kind(kind)
+        except ValueError as error:
+            raise RecipeError(f"rlvr.held_out.kinds: {error}") from None
 
 
 def check_stage_names(recipe: Recipe, until: str | None, refresh: list[str]) -> None:

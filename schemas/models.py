@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from smoltulu.schemas.base_model import BaseModelConfig
 from smoltulu.schemas.common import MAX_NAME, MAX_PATH, ArtifactPath, StrictModel, machinery, science
+from smoltulu.schemas.held_out import HeldOutOutputs
 
 
 class ModelSource(StrictModel):
@@ -66,3 +67,7 @@ class ModelOutputs(StrictModel):
         None, description="some completions of RLVR with reward, verdict and reason, by step; one JSON object a line"
     )
     critic: ArtifactPath | None = Field(None, description="folder of PPO's critic: as the model, with one score")
+    held_out: HeldOutOutputs | None = Field(None, description="RLVR: what its held-out prompts say, and what was kept")
+    held_out_file: ArtifactPath | None = Field(
+        None, description="every evaluation of the held-out prompts; one JSON object a line"
+    )

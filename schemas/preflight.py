@@ -120,6 +120,7 @@ class PreflightOutputs(StrictModel):
     num_tokens: int = Field(0, ge=0, description="of one epoch, as the trainer counts them; both answers of a pair")
     num_trained_tokens: int = Field(0, ge=0, description="tokens with a loss")
     lengths: LengthReport
+    kinds: dict[str, int] = Field({}, description="prompts of RLVR: rows of each verifier and each kind of constraint")
     tokenizer: TokenizerFacts | None = None
     disk_bytes: int | None = Field(
         None, description="most that the training has on disk while it runs (tasks/trainer/disk.py)"

@@ -10,7 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
 from smoltulu.schemas.budget import Budget
-from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery, science
+from smoltulu.schemas.common import machinery, science
+from smoltulu.schemas.critic import CriticSettings
+from smoltulu.schemas.held_out import HeldOutSettings, Keep, RolloutGuards, fault_of
 from smoltulu.schemas.training import GateSettings, LoraSettings, RowRules, TrainingInputs, TrainingSettings
 
 Algorithm = Literal["ppo", "grpo", "rloo"]
@@ -52,6 +54,13 @@ class RLVRSettings(TrainingSettings):
     random_reward_probability: float = science(
         0.5, absent=0.5, gt=0, lt=1, description="share of the answers that reward random pays"
     )
+    held_out: HeldOutSettings | None = science(
+        None, absent=None, description="prompts that are never trained on; none: every row is trained on"
+    )
+    keep: Keep = science(
+        "last", absent="last", description="weights that become the artifact; best: those of the best held-out accuracy"
+    )
+    guards: RolloutGuards = machinery(RolloutGuards())
     gate: GateSettings = machinery(GateSettings())
     max_rollouts_without_signal: int = machinery(
         1000,
@@ -80,6 +89,11 @@ class RLVRSettings(TrainingSettings):
         raise NotImplementedError
 
     @property
+    def num_steps_per_rollout(self) -> int:
+        """Optimizer steps on one batch of rollouts."""
+        raise NotImplementedError
+
+    @property
     def num_prompts(self) -> int:
         """Prompts that rollouts are generated for at once: no two are the same row."""
         raise NotImplementedError
@@ -92,6 +106,15 @@ class RLVRSettings(TrainingSettings):
                 f"{'is' if num_rows == 1 else 'are'} {num_rows:,}; lower effective_batch_size, raise "
                 f"{self.samples_field}, or give more prompts"
             )
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.keep == "best"
+
+    @property
+    def num_warmup_steps_of_critic(self) -> int | None:
+        """Optimizer steps that train the critic alone; None where there is no critic."""
+        return None
 
     @property
     def signal_limit(self) -> int:
@@ -133,6 +156,12 @@ class RLVRSettings(TrainingSettings):
         return self
 
     @model_validator(mode="after")
+    def _held_out_and_guards_fit(self) -> Self:
+        if (fault := fault_of(self)) is not None:
+            raise ValueError(fault)
+        return self
+
+    @model_validator(mode="after")
     def _stopping_pays(self) -> Self:
         if self.non_stop_reward is not None and self.non_stop_reward >= self.reward_correct:
             raise ValueError(
@@ -167,6 +196,10 @@ class _GroupSettings(RLVRSettings):
     @property
     def num_rollouts(self) -> int:
         return self.effective_batch_size * self.steps_per_generation
+
+    @property
+    def num_steps_per_rollout(self) -> int:
+        return self.steps_per_generation * self.num_iterations
 
     @property
     def num_prompts(self) -> int:
@@ -228,41 +261,6 @@ class RLOOSettings(_GroupSettings):
     normalize_advantages: bool = science(False, description="TRL")
 
 
-class CriticSettings(StrictModel):
-    """The value model of PPO: one score a token, with an optimizer of its own."""
-
-    initial: Literal["reward_model", "policy", "path"] = science(
-        "reward_model",
-        description="reward_model: the paper; policy: the starting model with a new head; path: of an earlier run",
-    )
-    path: str | None = machinery(
-        None, max_length=MAX_PATH, description="folder `critic` of an earlier run's artifact; keyed by content"
-    )
-    learning_rate: float | None = science(None, gt=0, lt=1, description="none: the policy's (Tulu 3)")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = science(None, description="none: the policy's")
-    warmup_ratio: float | None = science(None, ge=0, lt=1, description="of the learning rate; none: the policy's")
-    gae_lambda: float | None = science(
-        None, ge=0, le=1, description="of the returns that it learns; none: the policy's; 1: VC-PPO (arXiv 2503.01491)"
-    )
-    warmup_steps: int = science(
-        0, ge=0, description="optimizer steps of the critic alone, before the policy moves; 0: the paper"
-    )
-    value_clip: float = science(0.2, gt=0, description="clip range of the values around those of the rollout; Tulu 3")
-    value_coefficient: float = science(0.1, gt=0, description="of the value loss; Tulu 3")
-    offload_optimizer: bool = machinery(
-        False, description="keep Adam's moments of the critic, and move its weights, in CPU memory; slower"
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.initial == "path") != (self.path is not None):
-            raise ValueError(
-                f"critic.initial {self.initial} with critic.path {self.path!r}: give a path with initial "
-                "path, and none with reward_model or policy"
-            )
-        return self
-
-
 class PPOSettings(RLVRSettings):
     """PPO with a critic, and the KL term in the rewards (arXiv 1707.06347, 1909.08593); SmolTulu, Tulu 3.
 
@@ -315,8 +313,11 @@ class PPOSettings(RLVRSettings):
         return policy + (8 if self.critic.offload_optimizer else 16)  # the critic is as large
 
     @property
+    def num_warmup_steps_of_critic(self) -> int:
+        return self.critic.warmup_steps
+
+    @property
     def num_steps_per_rollout(self) -> int:
-        """Optimizer steps on one rollout batch."""
         return self.num_minibatches * self.num_ppo_epochs
 
     @property

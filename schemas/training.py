@@ -107,6 +107,11 @@ class TrainingSettings(StrictModel):
         """Whether a second model, of the size of the first, is trained, kept in checkpoints and in the artifact."""
         return False
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best weights so far are kept beside the checkpoints."""
+        return False
+
 
 class LoraSettings(StrictModel):
     """Low-rank adapters (arXiv 2106.09685) on all linear layers but the output head; merged at the end."""

@@ -241,6 +241,12 @@ class Costs:
             num_episodes = left * batch / settings.num_passes
             longest = settings.max_prompt_length + settings.max_completion_length
             flops = node.stage.flops(settings) * size * num_episodes * longest
+        if flops is not None and size is not None and isinstance(settings, RLVRSettings) and settings.held_out:
+            # To write is 2 a parameter and token; as if every prompt and answer were as long as allowed.
+            longest = settings.max_prompt_length + settings.max_completion_length
+            cycle, warmup = settings.num_steps_per_rollout, settings.num_warmup_steps_of_critic or 0
+            num_evaluations = settings.held_out.num_evaluations(left or 1, cycle, warmup)
+            flops += 2 * size * num_evaluations * settings.held_out.most_answers() * longest
         if seconds is None and flops is not None and compute.device_tflops is not None:
             seconds = flops / (compute.device_tflops * 1e12 * compute.num_processes)
         if size is not None and rows.rows_bytes is not None:
@@ -249,7 +255,7 @@ class Costs:
                 kept = min(kept, -(-all_steps // compute.save_steps))
             known = rows.num_tokens is not None and trains_on_its_rows
             cache = (rows.num_tokens or 0) * BYTES_PER_TOKEN if known else rows.rows_bytes * TEXT_FACTOR
-            peak = training_bytes(ModelSize(size), cache, kept, adapter, settings.trains_critic)
+            peak = training_bytes(ModelSize(size), cache, kept, adapter, settings.trains_critic, settings.keeps_best)
         disk = None if size is None else model_bytes(ModelSize(size)) * (1 + settings.trains_critic)
         if disk is not None and settings.is_extendable and compute.keep_extension_checkpoint:
             disk += checkpoint_bytes(adapter or ModelSize(size or 0))

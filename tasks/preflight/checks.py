@@ -57,7 +57,7 @@ def _checks(config: PreflightConfig, outputs: PreflightOutputs) -> Iterator[Chec
         )
         yield Check("Something is left", "fails", nothing, advice=f"raise {length}, or look at the data")
     if config.kind == "prompts" and config.training_settings:
-        yield _prompts_of_a_step(RLVRSettings.model_validate(config.training_settings), outputs.num_rows)
+        yield from _prompts_of_a_step(RLVRSettings.model_validate(config.training_settings), outputs)
     fate = "dropped" if config.overlong == "drop" or config.kind == "prompts" else "cut"
     yield share(
         "num_overlong",
@@ -139,16 +139,31 @@ def _checks(config: PreflightConfig, outputs: PreflightOutputs) -> Iterator[Chec
     yield from _of_the_model(config, outputs, share)
 
 
-def _prompts_of_a_step(settings: RLVRSettings, num_rows: int) -> Check:
-    """Whether there are as many prompts as rollouts are generated for at once."""
+def _prompts_of_a_step(settings: RLVRSettings, outputs: PreflightOutputs) -> Iterator[Check]:
+    """Whether there are as many prompts as rollouts are generated for at once, beside those that are held out."""
+    num_rows, held_out = outputs.num_rows, settings.held_out
     found = f"{num_rows:,} prompts are left, and a batch of {settings.num_rollouts:,} rollouts needs "
-    return Check(
-        "Prompts of a step",
-        "fails" if num_rows < settings.num_prompts else "ok",
-        found + f"{settings.num_prompts:,} different ones",
-        f"at least {settings.num_prompts:,}",
-        advice=f"lower effective_batch_size, raise {settings.samples_field}, or give more prompts",
-    )
+    found += f"{settings.num_prompts:,} different ones"
+    advice, needed = f"lower effective_batch_size, raise {settings.samples_field}, or give more prompts", 0
+    if held_out is not None:
+        # Kinds may have rows in common, so this is the least that is held out.
+        of_kinds = max((outputs.kinds.get(kind, 0) for kind in held_out.kinds), default=0)
+        needed = held_out.num_prompts + of_kinds
+        found += f", beside {needed:,} that are held out"
+        advice += ", or hold out fewer"
+    needed += settings.num_prompts
+    fails = num_rows < needed
+    yield Check("Prompts of a step", "fails" if fails else "ok", found, f"at least {needed:,}", advice=advice)
+    # A preflight of an older version did not count kinds.
+    missing = [kind for kind in held_out.kinds if kind not in outputs.kinds] if held_out and outputs.kinds else []
+    if missing:
+        yield Check(
+            "Held-out kinds",
+            "fails",
+            f"no prompt is of kind {', '.join(missing)}, which rlvr.held_out.kinds names",
+            f"kinds that there are: {', '.join(outputs.kinds)}",
+            advice="name one of these, or leave it out",
+        )
 
 
 def _bos(facts: TokenizerFacts) -> Check:

@@ -8,6 +8,7 @@ the rows in parts, this module joins them. File and figures do not depend on the
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
@@ -16,7 +17,7 @@ from types import MappingProxyType
 
 from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.data.rows import rows_at
+from smoltulu.tasks.data.rows import rows_at, stored_rows
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
 from smoltulu.tasks.models.tokens import TOKENISATION
 from smoltulu.tasks.preflight.counts import Counts, load_counts
@@ -24,6 +25,7 @@ from smoltulu.tasks.preflight.parts import ROWS_FILE, Maker, Part, cut, make_par
 from smoltulu.tasks.preflight.rows import TokenizerProbe, shown
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.disk import disk_of_training
+from smoltulu.tasks.verifiers.kinds import kinds_of
 
 logger = logging.getLogger("smoltulu")
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99, 100)
@@ -64,6 +66,7 @@ def run_preflight(
         file=file.name,
         **counts.totals(),
         lengths=length_report(counts.lengths),
+        kinds=_kinds(file) if config.kind == "prompts" else {},
         tokenizer=probe.facts,
         disk_bytes=training and disk_of_training(training, Path(inputs.model), file, compute),
         first_rows={name: tuple(rows) for name, rows in counts.examples.items()},
@@ -147,6 +150,12 @@ def _put_together(maker: Maker, file: Path, context: StageContext) -> Counts:
 
     counts.finish(lambda number: rows_at(maker.dataset, [number])[number])
     return counts
+
+
+def _kinds(file: Path) -> dict[str, int]:
+    """Rows of each verifier, and of each kind of constraint."""
+    counted = Counter(kind for row in stored_rows(file) for kind in kinds_of(row["verifier"], row["ground_truth"]))
+    return dict(sorted(counted.items()))
 
 
 def _gate_failures(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
 from smoltulu.schemas.data import DatasetOutputs
+from smoltulu.schemas.held_out import HeldOutOutputs
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import Outcome, RunSummary, StageRun
@@ -28,6 +29,8 @@ from smoltulu.tasks.report.summary import Outputs, outputs_of, preflight_figures
 FIRST_CURVES = (
     "loss",
     "reward",
+    "held_out/accuracy",
+    "held_out/kinds/accuracy",
     "explained_variance",
     "value_loss",
     "accuracy",
@@ -60,6 +63,7 @@ def html_report(
         ("scores", "Scores", score_tables(summary.scores)),
         ("stages", "Stages", runs),
         ("curves", "Training", _curves(runs, folders)),
+        ("held_out", "Held-out prompts", _held_out(runs)),
         ("samples", "What the policy wrote", _samples(runs, folders)),
         ("contamination", "Contamination", _outputs_of(ContaminationOutputs, runs)),
         ("data", "Data", [dataset for dataset in datasets if dataset[2].sources]),
@@ -124,6 +128,15 @@ def _curves(runs: Sequence[tuple[StageRun, Manifest | None]], folders: Mapping[s
             title = text.title(run.stage)
             curves.append(TrainingCurves(title, first[:_MAX_FIRST_CURVES], shown, len(others) - len(shown)))
     return curves
+
+
+def _held_out(runs: Sequence[tuple[StageRun, Manifest | None]]) -> list[tuple[str, HeldOutOutputs]]:
+    """Title and result of every training that had held-out prompts."""
+    return [
+        (text.title(manifest.spec.stage), outputs.held_out)
+        for _, manifest, outputs in _outputs_of(ModelOutputs, runs)
+        if outputs.held_out is not None
+    ]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ A checkpoint holds, for N parameters (weights are float32 in both precisions, se
 At its peak `work/` holds the kept checkpoints, the one being written (old ones are removed only after the new one is
 whole) and the Arrow copy of the rows. At the end the finished model (4 N) is written instead of a checkpoint. With
 LoRA a checkpoint holds the adapter's N parameters, and the finished model lies beside the adapter. PPO's critic is a
-second model of N parameters: in every checkpoint with its own moments, and beside the finished model.
+second model of N parameters: in every checkpoint with its own moments, and beside the finished model. Where the weights
+of the best held-out accuracy are kept, they lie there twice at most: those that the newest checkpoint names, and newer.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def training_bytes(
     num_checkpoints: int,
     adapter: ModelSize | None = None,
     has_critic: bool = False,
+    keeps_best: bool = False,
 ) -> int:
     """The most bytes that a training stage has on disk at any time. `size`: of the model that it starts from.
 
@@ -78,10 +80,13 @@ def training_bytes(
     num_checkpoints   kept beside the one being written, see `num_checkpoints_kept`
     adapter           where only an adapter is trained
     has_critic        where a critic of the same size is trained beside it
+    keeps_best        where the best weights are kept beside the checkpoints
     """
     checkpoint = checkpoint_bytes(adapter or size) + (checkpoint_bytes(size) if has_critic else 0)
     at_the_end = model_bytes(size) * (1 + has_critic) + (model_bytes(adapter) if adapter else 0)
-    return rows_cache_bytes + num_checkpoints * checkpoint + max(checkpoint, at_the_end)
+    trained = _BYTES_PER_PARAMETER * ((adapter or size).num_parameters + has_critic * size.num_parameters)
+    best = 2 * trained if keeps_best else 0
+    return rows_cache_bytes + num_checkpoints * checkpoint + max(checkpoint, at_the_end) + best
 
 
 def disk_of_training(settings: TrainingSettings, model: Path, rows: Path, compute: ComputeSettings) -> int:
@@ -89,4 +94,4 @@ def disk_of_training(settings: TrainingSettings, model: Path, rows: Path, comput
     size, lora = model_size(model), getattr(settings, "lora", None)
     adapter = adapter_size(size, lora.r) if lora else None
     kept = num_checkpoints_kept(compute, settings.is_extendable)
-    return training_bytes(size, cache_bytes(rows), kept, adapter, settings.trains_critic)
+    return training_bytes(size, cache_bytes(rows), kept, adapter, settings.trains_critic, settings.keeps_best)

@@ -218,8 +218,8 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
             if not state.is_world_process_zero or not logs or "train_runtime" in logs:
                 return
             values = numbers(logs)
-            shown = ("loss", "reward", "rewards/accuracies", "accuracy", "tokens_per_second")
-            self.metrics = {name: values[name] for name in shown if name in values}
+            shown = ("loss", "reward", "held_out/accuracy", "rewards/accuracies", "accuracy", "tokens_per_second")
+            self.metrics |= {name: values[name] for name in shown if name in values}
             with self.history.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **values}) + "\n")
 
@@ -280,12 +280,14 @@ def train(
     loss_rule: LossRule = LossRule(),  # noqa: B008 - frozen
     cycle: int = 1,
     keeps_for_extension: bool = True,
+    own_guard: TrainerCallback | None = None,
 ) -> int:
     """Train from the newest complete checkpoint, or from the start. Returns the number of optimizer steps in all.
 
     Copies the history of logged metrics into the artifact. A `schedule` replaces the trainer's own. `cycle`: see
-    `callbacks`. `keeps_for_extension`: whether a longer training could go on from here. ValueError where the schedule
-    does not fit into the number of steps, or where a guard (`tasks.trainer.guards`) ends the training.
+    `callbacks`. `keeps_for_extension`: whether a longer training could go on from here. `own_guard`: a callback of the
+    stage that may end the training, once a step is in the history. ValueError where the schedule does not fit into the
+    number of steps, or where a guard (`tasks.trainer.guards`) ends the training.
     """
     for callback in callbacks(context, cycle):
         trainer.add_callback(callback)
@@ -313,6 +315,8 @@ def train(
         if keeps and not hasattr(trainer.args, "num_generations"):
             trainer.add_callback(keep_checkpoint(schedule, context))
     num_warmup_steps = schedule.num_warmup_steps if schedule else trainer.args.get_warmup_steps
+    if own_guard is not None:
+        trainer.add_callback(own_guard)
     # Last, so that it knows whether a checkpoint will be written.
     trainer.add_callback(guard(trainer, loss_rule, num_warmup_steps))
     if newest is not None and newest[0] >= num_steps > 0:

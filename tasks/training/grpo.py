@@ -18,6 +18,7 @@ from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
+from smoltulu.tasks.trainer.rollout_guards import rollout_guards
 from smoltulu.tasks.trainer.signal import METRIC, Rollout, SignalWatch, without_signal
 from smoltulu.tasks.training.model_score import AddsScore, adding_score_of, check_reward_model, load_scored_by
 from smoltulu.tasks.training.rewards import Answer, Score, VerifiableReward, shown
@@ -405,4 +406,4 @@ def run(trainer: Trainer, config: GroupSettings, context: StageContext) -> int:
     """Train; returns the number of optimizer steps in all."""
     # Advantages have a mean of 0: the value of the loss says nothing.
     rule = LossRule(zero_is_fault=False, must_not_grow=False)
-    return train(trainer, context, config.schedule, rule, _cycle(config))
+    return train(trainer, context, config.schedule, rule, _cycle(config), own_guard=rollout_guards(config.guards))

@@ -25,11 +25,14 @@ from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import finish, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.rollout_guards import rollout_guards
 from smoltulu.tasks.training.critic import CRITIC_FOLDER, Critic, load_critic
+from smoltulu.tasks.training.held_out_rows import Split
 from smoltulu.tasks.training.model_score import adding_score_of, check_reward_model, load_scored_by
 from smoltulu.tasks.training.rewards import Answer, Score, scores_of
 from smoltulu.tasks.training.rollout_log import RolloutLog
 from smoltulu.tasks.training.rollouts import Request, Rollout, transformers_backend
+from smoltulu.tasks.training.watched import watch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -170,13 +173,19 @@ def verifier_scores(config: PPOSettings, rows: Dataset) -> Scorer:
     return scores
 
 
-def run(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> tuple[ModelOutputs, dict[str, float]]:
-    """Train, save policy and critic, and check both as saved."""
+def run(
+    config: PPOSettings, inputs: RLVRInputs, context: StageContext, split: Split | None = None
+) -> tuple[ModelOutputs, dict[str, float]]:
+    """Train, save policy and critic, and check both as saved. `split`: what is held out."""
     trainer = build(config, inputs, context)
+    held_out = watch(trainer, config, context, split, critic=trainer.critic.model)
     # Whitened advantages have a mean of 0: the value of the loss says nothing.
     rule = LossRule(zero_is_fault=False, must_not_grow=False)
     cycle = config.num_steps_per_rollout
-    num_steps = train(trainer, context, config.schedule, rule, cycle, keeps_for_extension=False)
+    guard = rollout_guards(config.guards, config.critic.warmup_steps)
+    num_steps = train(trainer, context, config.schedule, rule, cycle, keeps_for_extension=False, own_guard=guard)
+    if held_out is not None:
+        held_out.restore_best()
     outputs, metrics = finish(trainer, context, num_steps, SHOWN, config.gate)
     outputs = outputs.model_copy(update={"critic": CRITIC_FOLDER})
     if trainer.is_world_process_zero():
@@ -186,7 +195,7 @@ def run(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> tuple
         check_saved(model, tokenizer, folder, trainer.train_dataset, None, trainer.args.bf16)
         samples = trainer.rollout_log.publish(context.folder)
         outputs = outputs.model_copy(update={"samples_file": samples})
-    return outputs, metrics
+    return held_out.outputs(outputs, metrics) if held_out is not None else (outputs, metrics)
 
 
 def flops_per_token(config: PPOSettings) -> float:

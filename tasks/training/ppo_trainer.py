@@ -97,13 +97,13 @@ class PPOTrainer(Trainer):
         start_time = self._begin(max_steps, resume_from_checkpoint)
         assert self.state.global_step % cycle == 0, "checkpoints lie between rollout batches"
         for batch in range(self.state.global_step // cycle, -(-max_steps // cycle)):
+            if self.control.should_training_stop:
+                break
             episodes = self._roll_out(batch)
             for minibatch in self._minibatches(batch, episodes):
                 self._optimize(minibatch, start_time)
                 if self.control.should_training_stop:
                     break
-            if self.control.should_training_stop:
-                break
         return self._finalize_training(None, max_steps * settings.effective_batch_size, start_time)
 
     def _begin(self, max_steps: int, resume_from_checkpoint: str | None) -> float:

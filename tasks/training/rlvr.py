@@ -17,6 +17,7 @@ from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.loop import finish
 from smoltulu.tasks.training import grpo, ppo
 from smoltulu.tasks.training.audited import rows_to_train
+from smoltulu.tasks.training.watched import watch
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -34,16 +35,19 @@ def train_rlvr(
     config: RLVRSettings, inputs: RLVRInputs, context: StageContext
 ) -> tuple[ModelOutputs, dict[str, float]]:
     """Train on prompts whose answers can be verified."""
-    inputs = rows_to_train(config, inputs, context)
-    if isinstance(config, (GRPOSettings, RLOOSettings)):
-        trainer = grpo.build(config, inputs, context)
-        num_steps = grpo.run(trainer, config, context)
-        outputs, metrics = finish(trainer, context, num_steps, grpo.SHOWN, config.gate)
-        if trainer.is_world_process_zero():
-            outputs = outputs.model_copy(update={"samples_file": trainer.rollout_log.publish(context.folder)})
-        return outputs, metrics
-    assert isinstance(config, PPOSettings)
-    return ppo.run(config, inputs, context)
+    inputs, split = rows_to_train(config, inputs, context)
+    if isinstance(config, PPOSettings):
+        return ppo.run(config, inputs, context, split)
+    assert isinstance(config, (GRPOSettings, RLOOSettings))
+    trainer = grpo.build(config, inputs, context)
+    held_out = watch(trainer, config, context, split)
+    num_steps = grpo.run(trainer, config, context)
+    if held_out is not None:
+        held_out.restore_best()
+    outputs, metrics = finish(trainer, context, num_steps, grpo.SHOWN, config.gate)
+    if trainer.is_world_process_zero():
+        outputs = outputs.model_copy(update={"samples_file": trainer.rollout_log.publish(context.folder)})
+    return held_out.outputs(outputs, metrics) if held_out is not None else (outputs, metrics)
 
 
 def flops_per_token(config: RLVRSettings) -> float:

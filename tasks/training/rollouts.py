@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: What random numbers are for: parts of their key, so that no two purposes share numbers.
-TOKENS, PROMPT_ORDER, MINIBATCHES = 1, 2, 3
+TOKENS, PROMPT_ORDER, MINIBATCHES, HELD_OUT_ROWS, HELD_OUT_TOKENS = 1, 2, 3, 4, 5
 
 #: What a backend returns of each request: ids with the ending token, whether they were ended, and each id's
 #: log-probability under the distribution that it was drawn from (the softmax of the logits over the temperature).
@@ -67,11 +67,11 @@ def random_words(seed: int, purpose: int, counter: tuple[int, int, int], num: in
     return words
 
 
-def uniform_draws(seed: int, request: Request, num: int) -> np.ndarray:
+def uniform_draws(seed: int, request: Request, num: int, purpose: int = TOKENS) -> np.ndarray:
     """(num,) float32 in [0, 1) with 24 random bits each, one for each token that a rollout may have."""
     import numpy as np
 
-    words = random_words(seed, TOKENS, (request.sample, request.prompt, request.batch), num)
+    words = random_words(seed, purpose, (request.sample, request.prompt, request.batch), num)
     return (words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
@@ -106,12 +106,14 @@ def transformers_backend(
     pad_id: int,
     batch_size: int | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    purpose: int = TOKENS,
 ) -> Backend:
     """Rollouts by transformers: prompts of similar length together, padded on the left, with a key-value cache.
 
     One autocast lies around all tokens, which keeps the cast weights; the cache holds what attention reads.
 
     batch_size  rollouts written at once; None: all
+    purpose     what the random numbers are for
     """
 
     def rollouts(requests: Sequence[Request]) -> list[Rollout]:
@@ -120,7 +122,9 @@ def transformers_backend(
 
         if not requests:
             return []
-        draws = torch.from_numpy(np.stack([uniform_draws(seed, request, max_new_tokens) for request in requests]))
+        draws = torch.from_numpy(
+            np.stack([uniform_draws(seed, request, max_new_tokens, purpose) for request in requests])
+        )
         was_training = model.training
         model.eval()  # with activation checkpointing, a model that trains keeps no cache
         try:

@@ -105,3 +105,5 @@ _ARGUMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "word_count": {"count": whole_number},
     "items": {"count": whole_number, "among": _texts},
 }
+#: Names of the constraints.
+KINDS = tuple(_CONSTRAINTS)

@@ -15,11 +15,13 @@ from smoltulu.flows.recipe import RecipeError, check_stage_names, load_recipe, p
 from smoltulu.recipes import CHAT_TEMPLATES, PRESETS
 from smoltulu.schemas.common import role_of, scientific
 from smoltulu.schemas.contamination import ContaminationStageConfig
+from smoltulu.schemas.critic import CriticSettings
 from smoltulu.schemas.data import DatasetStageConfig
 from smoltulu.schemas.evaluation import EvaluationStageConfig
+from smoltulu.schemas.held_out import RolloutGuards
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
-from smoltulu.schemas.rlvr import CriticSettings, GRPOSettings, PPOSettings, RLOOSettings
+from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings, RLOOSettings
 from smoltulu.schemas.verifier_audit import PassRatesConfig, VerifierAuditConfig
 
 
@@ -197,6 +199,10 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         "PPOSettings.gate",
         "GRPOSettings.gate",
         "RLOOSettings.gate",
+        "PPOSettings.guards",
+        "GRPOSettings.guards",
+        "RLOOSettings.guards",
+        *(f"RolloutGuards.{name}" for name in RolloutGuards.model_fields),
         "PPOSettings.rollout_batch_size",
         "PPOSettings.max_rollouts_without_signal",
         "GRPOSettings.max_rollouts_without_signal",

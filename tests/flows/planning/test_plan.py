@@ -184,6 +184,21 @@ def test_plan_of_1130_on_an_empty_store(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
+def test_plan_counts_held_out_answers_and_the_best_weights(tmp_path: Path, with_1207: Store) -> None:
+    held_out = {"num_prompts": 100, "num_samples": 2, "every_steps": 1000, "kinds": ["validate_title"]}
+    graph = graph_of("smoltulu-1130", **{"rlvr.held_out": held_out, "rlvr.keep": "best"})
+    # At 0, 1000, ..., 8000: nine times two hundred prompts, with two answers each.
+    more = 2 * NUM_PARAMETERS * 9 * 200 * 2 * 4096
+    for store in (Store(tmp_path / "store"), with_1207):
+        before = make(graph_of("smoltulu-1130"), store)["rlvr"].estimate
+        after = make(graph, store)["rlvr"].estimate
+        assert after.flops is not None and before.flops is not None and after.flops - before.flops == more
+        assert after.disk_bytes == before.disk_bytes
+    assert after.peak_disk_bytes is not None and before.peak_disk_bytes is not None
+    # Policy and critic, twice.
+    assert after.peak_disk_bytes - before.peak_disk_bytes == 2 * 2 * 4 * NUM_PARAMETERS
+
+
 def test_plan_of_1130_beside_a_finished_1207_explains_the_difference(with_1207: Store) -> None:
     rows = make(graph_of("smoltulu-1130"), with_1207)
     data = ("dataset", "benchmark", "contamination", "preflight", "verifier-audit")

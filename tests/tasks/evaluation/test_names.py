@@ -69,6 +69,14 @@ def test_all_wrong_names_are_in_one_message_of_a_recipe() -> None:
     check_evaluation(load_recipe("tiny", {"evaluation": None}))
 
 
+def test_a_held_out_kind_that_nobody_knows_is_refused_with_the_nearest() -> None:
+    held_out = {"num_prompts": 8, "every_steps": 1, "kinds": ["validate_title"]}
+    check_evaluation(load_recipe("tiny", {"evaluation": None, "rlvr.held_out": held_out}))
+    wrong = load_recipe("tiny", {"evaluation": None, "rlvr.held_out": held_out | {"kinds": ["validate_tilte"]}})
+    with pytest.raises(RecipeError, match=r"rlvr\.held_out\.kinds: unknown kind 'validate_tilte' \(did you mean 'vali"):
+        check_evaluation(wrong)
+
+
 @pytest.mark.parametrize("name", ["mmlu", "ifeval", "bbh_fewshot", "ai2_arc"])
 def test_what_only_a_run_can_say_is_not_refused(name: str) -> None:
     """Groups, tags, and tasks whose own functions report their metrics."""

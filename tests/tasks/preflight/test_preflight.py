@@ -339,6 +339,19 @@ def test_fewer_prompts_than_a_batch_of_rollouts_needs(
     assert len(STAGES["preflight"].gate_failures(few.config, few.outputs, {})) == 1  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(("held_out", "said"), [
+    ({"num_prompts": 9}, "needs 4 different ones, beside 9 that are held out; allowed: at least 13"),
+    ({"num_prompts": 2, "kinds": ["gsm8k"]}, "beside 14 that are held out; allowed: at least 18"),
+    ({"num_prompts": 8, "kinds": ["math"]}, "no prompt is of kind math, which rlvr.held_out.kinds names"),
+    ({"num_prompts": 8}, ""),
+])  # fmt: skip
+def test_held_out_prompts_must_be_there(model: Path, tmp_path: Path, held_out: dict[str, Any], said: str) -> None:
+    """Before SFT, not days later."""
+    training = training_of("rlvr", effective_batch_size=32, num_generations=8, held_out={"every_steps": 1, **held_out})
+    flight = fly(tmp_path, model, prompts(12), **training)
+    assert said in flight.error and bool(flight.error) == bool(said) and flight.outputs.kinds == {"gsm8k": 12}
+
+
 # --- Dry run ------------------------------------------------------------------------------------------------------
 
 

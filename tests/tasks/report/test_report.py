@@ -335,6 +335,23 @@ def test_what_the_policy_wrote_is_shown_with_its_reward(tmp_path: Path) -> None:
     assert "What the policy wrote" not in html_report(summary, manifests | {"rlvr": leaky}, folders, recipe)
 
 
+def test_what_held_out_prompts_say_is_a_table(tmp_path: Path) -> None:
+    summary, manifests, folders, recipe = sample_run(tmp_path)
+    assert "Held-out prompts" not in html_report(summary, manifests, folders, recipe)
+    score = {"step": 0, "accuracy": 0.25, "stderr": 0.125, "kinds_accuracy": 0.5, "kinds_stderr": None}
+    found = {
+        "num_prompts": 64, "num_prompts_of_kinds": 8, "num_rows_left_out": 1072, "start": score,
+        "kept": score | {"step": 40, "accuracy": 0.375}, "last": score | {"step": 80, "kinds_accuracy": None},
+        "why": f"keep is best {NASTY}", "ended_early": f"it fell {NASTY}",
+    }  # fmt: skip
+    rlvr = manifests["rlvr"].model_copy(update={"outputs": manifests["rlvr"].outputs | {"held_out": found}})
+    page = check_page(html_report(summary, manifests | {"rlvr": rlvr}, folders, recipe))
+    words = " ".join(" ".join(page.words).split())
+    assert "kept 40 0.375 ± 0.125 0.500" in words and "at the end 80 0.250 ± 0.125 –" in words
+    assert "64 prompts that are not trained on and 8 of kinds that are not" in words and "1,072 rows" in words
+    assert "The run ended early: it fell" in words
+
+
 @pytest.mark.parametrize("made", range(len(PARENTS)))
 def test_a_run_that_stopped_anywhere_says_where(tmp_path: Path, made: int) -> None:
     summary, manifests, folders, recipe = sample_run(tmp_path, made=made)

@@ -51,7 +51,7 @@ def bound(folder: Path, pools: dict[str, str] | None = None, **audit: Any) -> tu
 
 def test_the_audit_of_these_rows_is_taken(tmp_path: Path) -> None:
     inputs, context = bound(tmp_path)
-    assert rows_to_train(settings(), inputs, context) == inputs
+    assert rows_to_train(settings(), inputs, context) == (inputs, None)
 
 
 def test_an_audit_of_other_rows_is_refused(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_the_order_of_rows_is_no_other_rows(tmp_path: Path) -> None:
     inputs, context = bound(
         tmp_path, rows_digest=rows_digest(read_rows(write_rows(tmp_path / "r.parquet", ROWS[::-1])))
     )
-    assert rows_to_train(settings(), inputs, context) == inputs
+    assert rows_to_train(settings(), inputs, context) == (inputs, None)
 
 
 def test_an_audit_of_another_version_of_the_verifiers_is_refused(tmp_path: Path) -> None:
@@ -98,13 +98,27 @@ def test_prompts_of_a_pool_are_left_out(
     """Two of the ten were not measured (8 and 9): they are kept, as is what could not be graded."""
     caplog.set_level(logging.INFO)
     inputs, context = bound(tmp_path, POOLS)
-    taken = rows_to_train(settings(leave_out=leave_out), inputs, context)
+    taken, _ = rows_to_train(settings(leave_out=leave_out), inputs, context)
     assert [row["id"] for row in read_rows(Path(taken.dataset))] == [f"0:{i}" for i in left]
     assert taken.model_copy(update={"dataset": inputs.dataset}) == inputs
     assert f"{len(left)} of 10 prompts are left" in caplog.text and "2 not measured" in caplog.text
     before = Path(taken.dataset).read_bytes()
     rows_to_train(settings(leave_out=leave_out), inputs, context)
     assert Path(taken.dataset).read_bytes() == before, "a resume must see the same rows"
+
+
+def test_prompts_are_held_out_before_pools_are_left_out(tmp_path: Path) -> None:
+    """So what is held out does not depend on how often the starting model was right."""
+    held_out = {"num_prompts": 3, "every_steps": 1}
+    inputs, context = bound(tmp_path, POOLS)
+    taken, split = rows_to_train(settings(held_out=held_out, leave_out=["always"]), inputs, context)
+    assert split is not None and split.num_left_out == 3
+    hidden = {one.row["id"] for one in split.held_out}
+    left = [row["id"] for row in read_rows(Path(taken.dataset))]
+    assert left == [row["id"] for row in ROWS if row["id"] not in hidden and POOLS.get(row["id"]) != "always"]
+    (context.work / "prompts.parquet").unlink()
+    _, other = rows_to_train(settings(held_out=held_out), inputs, context)
+    assert other == split
 
 
 def test_too_few_prompts_that_are_left_are_refused(tmp_path: Path) -> None:

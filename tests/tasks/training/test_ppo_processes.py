@@ -20,10 +20,11 @@ from smoltulu.tasks.job import Job
 from smoltulu.tasks.stages import STAGES
 from tests.small_ppo import SETTINGS, context, differing, run, world
 
-#: Three samples of each prompt: a process has some of one.
+#: Three samples of each prompt: a process has some of one. Of the five held-out prompts one process has three.
 CHANGES: dict[str, Any] = {
     "effective_batch_size": 6, "num_minibatches": 1, "num_samples_per_prompt": 3, "num_episodes": 12,
     "non_stop_reward": None, "critic": {"warmup_steps": 1},
+    "held_out": {"num_prompts": 5, "num_samples": 2, "every_steps": 2},
 }  # fmt: skip
 
 
@@ -52,7 +53,8 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
     for one, other in zip(alone.log("history"), history, strict=True):
         for name in one.keys() - {"tokens_per_second", "peak_memory_gb", "sampling_difference"}:
             assert other[name] == pytest.approx(one[name], rel=2e-3, abs=2e-4), name
-    assert len(history) == 4 and history[-1]["learning_rate"] > 0
+    assert len(history) == 4 + 3 and history[-1]["learning_rate"] > 0
+    assert log(out, "held_out") == alone.log("held_out") and len(alone.log("held_out")) == 3
     for folder, expected in (("model", alone.policy), ("critic", alone.critic)):
         for name, value in load_file(out / folder / "model.safetensors").items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-4)
