@@ -146,7 +146,7 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             """The first rollout of each group, of this process."""
             step, size = self.state.global_step, self.num_generations
             made = zip(rows, self.reward.answers, num_tokens, self.reward.scores, strict=True)
-            samples = [sample(row["prompt"], one.text, num, one.stopped, score) for row, one, num, score in made]
+            samples = [sample(row, one.text, num, one.stopped, score) for row, one, num, score in made]
             self.rollout_log.add_samples(step // _cycle(self.settings), step, samples[::size])
 
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
@@ -321,7 +321,7 @@ def _arguments(config: GroupSettings, context: StageContext) -> Any:
 
 
 def build(config: GroupSettings, inputs: RLVRInputs, context: StageContext) -> Trainer:
-    """The trainer. Rows: {"prompt": messages, "verifier", "ground_truth"}.
+    """The trainer. Rows: {"id", "prompt": messages, "verifier", "ground_truth"}.
 
     ValueError where the reward model cannot be used, or there are fewer prompts than a step needs.
     """
@@ -337,7 +337,7 @@ def _assembled(
 
     model, tokenizer = load_model(config, inputs, packing=False)
     # The preflight left out prompts that are longer than max_prompt_length.
-    rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
+    rows = load_rows(inputs.dataset, context, ["id", "prompt", "verifier", "ground_truth"])
     config.check_num_rows(len(rows))
     is_rloo = isinstance(config, RLOOSettings)
     reward = VerifiableReward(config, stop_token_ids(tokenizer))

@@ -49,12 +49,12 @@ SHOWN = (
 
 
 def build(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> PPOTrainer:
-    """The trainer. Rows: {"prompt": messages, "verifier", "ground_truth"}.
+    """The trainer. Rows: {"id", "prompt": messages, "verifier", "ground_truth"}.
 
     ValueError where the reward model or critic cannot be used, or there are fewer prompts than a rollout batch needs.
     """
     prepare_torch(context)
-    rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
+    rows = load_rows(inputs.dataset, context, ["id", "prompt", "verifier", "ground_truth"])
     config.check_num_rows(len(rows))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     # Refused before any weights are loaded.
@@ -82,7 +82,7 @@ def build_without_generation(config: PPOSettings, inputs: TrainingInputs, contex
     )
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     given = RLVRInputs(**inputs.model_dump())
-    rows = load_rows(inputs.dataset, context, ["prompt", "verifier", "ground_truth"])
+    rows = load_rows(inputs.dataset, context, ["id", "prompt", "verifier", "ground_truth"])
     reward_model = load_scored_by(config, given, tokenizer, is_dry_run=True)
     trainer = _assembled(config, given, context, rows, load_critic(config, given, tokenizer), reward_model)
 

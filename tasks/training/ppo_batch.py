@@ -9,7 +9,7 @@ of it, so no gradient can reach them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -123,10 +123,9 @@ def by_episode(
     return [made[place] for place in range(len(episodes))]
 
 
-def as_sample(episode: Episode) -> dict[str, Any]:
-    """What is kept of an episode for a reader."""
-    made = sample(episode["prompt"], episode["text"], len(episode["ids"]), episode["stopped"], episode["score"])
-    return {"row": episode["row"], **made}
+def as_sample(episode: Episode, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of an episode for a reader. `row`: its prompt's, of the data set."""
+    return sample(row, episode["text"], len(episode["ids"]), episode["stopped"], episode["score"])
 
 
 def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:

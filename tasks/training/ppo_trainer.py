@@ -162,7 +162,8 @@ class PPOTrainer(Trainer):
         if self.is_world_process_zero():
             step = self.state.global_step
             self.rollout_log.add_prompts(batch, step, rows)
-            self.rollout_log.add_samples(batch, step, map(as_sample, episodes[:: self.settings.num_samples_per_prompt]))
+            first = episodes[:: self.settings.num_samples_per_prompt]
+            self.rollout_log.add_samples(batch, step, (as_sample(one, self.train_dataset[one["row"]]) for one in first))
         return episodes
 
     def _look_for_signal(self, episodes: Sequence[Episode]) -> None:

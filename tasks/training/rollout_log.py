@@ -13,7 +13,7 @@ from smoltulu.tasks.training.rewards import Score
 
 #: One line a rollout batch: {"batch", "step", "rows"}, the lines of the rows that are trained on, in the order of use.
 PROMPTS_FILE = f"{LOGS_FOLDER}/prompts.jsonl"
-#: One line a completion: {"step", "prompt", "completion", "verdict", "reward", "reason", ...}.
+#: One line a completion: {"step", "id", "prompt", "completion", "verdict", "reward", "reason", ...}.
 SAMPLES_FILE = f"{LOGS_FOLDER}/samples.jsonl"
 #: Completions of a rollout batch that are kept, from so many batches of a training at most.
 _NUM_SAMPLES, _NUM_BATCHES = 4, 250
@@ -55,12 +55,11 @@ class RolloutLog:
         return SAMPLES_FILE
 
 
-def sample(
-    prompt: Sequence[Mapping[str, str]], text: str, num_tokens: int, stopped: bool, score: Score
-) -> dict[str, Any]:
-    """What is kept of a rollout."""
+def sample(row: Mapping[str, Any], text: str, num_tokens: int, stopped: bool, score: Score) -> dict[str, Any]:
+    """What is kept of a rollout to a row {"id", "prompt", ...} of the data set."""
     return {
-        "prompt": prompt[-1]["content"][-_MAX_CHARACTERS:],
+        "id": row["id"],
+        "prompt": row["prompt"][-1]["content"][-_MAX_CHARACTERS:],
         "completion": text[:_MAX_CHARACTERS],
         "num_tokens": num_tokens,
         "stopped": stopped,

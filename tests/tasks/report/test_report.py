@@ -320,7 +320,7 @@ def test_what_the_policy_wrote_is_shown_with_its_reward(tmp_path: Path) -> None:
     lines = [
         json.dumps(
             {"step": step, "prompt": f"asked {step}", "completion": f"wrote {step} {NASTY}", "stopped": step > 0,
-             "verdict": "right", "reward": 10.0 + step, "reason": f"last number {step} equals {step}"}
+             **({"id": f"0:{step}"} if step else {}), "verdict": "right", "reward": 10.0 + step, "reason": f"last number {step} equals {step}"}
         )
         for step in (0, 4, 8, 12)
     ]  # fmt: skip
@@ -331,6 +331,8 @@ def test_what_the_policy_wrote_is_shown_with_its_reward(tmp_path: Path) -> None:
     words = " ".join(page.words)
     assert "What the policy wrote" in words and "last number 12 equals 12" in words and "no end" in words
     assert [step for step in (0, 4, 8, 12) if f"asked {step}" in words] == [0, 8, 12]
+    # Of the data set, so that the row can be looked up; samples of earlier versions have none.
+    assert "0:12" in words
     leaky = manifests["rlvr"].model_copy(update={"outputs": outputs | {"samples_file": "../../secret.jsonl"}})
     assert "What the policy wrote" not in html_report(summary, manifests | {"rlvr": leaky}, folders, recipe)
 

@@ -365,7 +365,7 @@ def test_samples_with_verdict_and_reason_are_kept_and_a_resume_repeats_none(
         assert (
             sample["verdict"] in ("right", "wrong") if algorithm == "grpo" else sample["verdict"] == "could_not_grade"
         )
-        assert sample["reason"] and 0 < sample["num_tokens"] <= 6
+        assert sample["id"].startswith("0:") and sample["reason"] and 0 < sample["num_tokens"] <= 6
         assert sample["reward"] == {"right": 1.0, "wrong": 0.0}.get(sample["verdict"])
 
     shutil.rmtree(tmp_path / "out")

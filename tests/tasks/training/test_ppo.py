@@ -101,7 +101,8 @@ def test_samples_say_what_was_written_and_why_it_was_paid(whole: Run) -> None:
     samples = whole.log("samples")
     assert len(samples) == 3 * 4 and {row["step"] for row in samples} == {0, 4, 8}
     for row in samples:
-        assert row["prompt"].startswith("What is") and row["num_tokens"] <= 6 and row["reason"]
+        number = row["id"].removeprefix("0:")
+        assert row["prompt"].startswith(f"What is {number} plus") and row["num_tokens"] <= 6 and row["reason"]
         assert row["reward"] == {"right": 10, "wrong": 0, "no_eos": -10}[row["verdict"]]
 
 

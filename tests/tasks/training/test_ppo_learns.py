@@ -126,8 +126,9 @@ def trainer(
         policy, seed=settings.seed, max_new_tokens=LONGEST, temperature=1.0, stop_ids=[EOS], pad_id=PAD
     )
     add_fused_lm_head(policy, outputs=("log_probs", "entropy"))
+    rows = Dataset.from_list([{"id": "0", "prompt": [{"role": "user", "content": "q"}]}])
     return PPOTrainer(
-        model=policy, args=arguments, train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "q"}]}]),
+        model=policy, args=arguments, train_dataset=rows,
         processing_class=tokenizer(), settings=settings, critic=Critic(values, settings), reference=None,
         backend=backend, scorer=scores, rollout_log=RolloutLog(folder, 1),
     )  # fmt: skip
