@@ -110,7 +110,11 @@ def checks(references: dict[str, ArtifactReference]) -> list[tuple[str, str, str
     def exact_match(model: str) -> float:
         return score(references, f"evaluation-{model}", "tiny_arithmetic", "exact_match,strict-match")
 
+    def instructions(model: str) -> float:
+        return score(references, f"evaluation-{model}", "tiny_instructions", "acc,none")
+
     base, sft, dpo, rlvr = (exact_match(model) for model in ("base-model", "sft", "dpo", "rlvr"))
+    kept_sft, kept_dpo, kept_rlvr = (instructions(model) for model in ("sft", "dpo", "rlvr"))
     reward_accuracy = score(references, "evaluation-reward-model", "preference", "pair_accuracy")
     dpo_accuracy = score(references, "evaluation-dpo-implicit-reward", "implicit_reward", "pair_accuracy")
     before, after = sampled(references, "evaluation-dpo"), sampled(references, "evaluation-rlvr")
@@ -121,6 +125,7 @@ def checks(references: dict[str, ArtifactReference]) -> list[tuple[str, str, str
     return [
         ("contamination", "planted leaks found, nothing else", counts, exact),
         ("sft", "exact match >= base + 40 points", f"{base:.1%} -> {sft:.1%}", sft >= base + 0.40),
+        ("sft", "instructions kept >= 60 %", f"{kept_sft:.1%}", kept_sft >= 0.60),
         ("reward model", "pair accuracy >= 0.80", f"{reward_accuracy:.3f}", reward_accuracy >= 0.80),
         ("dpo", "implicit reward's pair accuracy >= 0.80", f"{dpo_accuracy:.3f}", dpo_accuracy >= 0.80),
         ("dpo", "exact match >= SFT - 1 point", f"{sft:.1%} -> {dpo:.1%}", dpo >= sft - 0.01),
@@ -131,6 +136,13 @@ def checks(references: dict[str, ArtifactReference]) -> list[tuple[str, str, str
             gain >= 0.05 and p_value < 0.05 and len(before) >= 1000,
         ),
         ("rlvr", "exact match >= DPO - 1 point", f"{dpo:.1%} -> {rlvr:.1%}", rlvr >= dpo - 0.01),
+        # 200 prompts: two standard errors of a paired difference are about three points.
+        (
+            "rlvr",
+            "instructions kept >= DPO - 3 points",
+            f"{kept_dpo:.1%} -> {kept_rlvr:.1%}",
+            kept_rlvr >= kept_dpo - 0.03,
+        ),
     ]
 
 

@@ -2,6 +2,10 @@
 
 `ground_truth` is what `tasks.verifiers.verify("constraint", ...)` reads. Each instruction also asks for certain words,
 so that an empty or off-topic text never passes.
+
+An answer copies two words of its prompt, which a model of a million parameters learns late or never unless it is easy.
+So each of the two stands after a word that is always the same ("the bear that is bad", not "the bad bear"), and the
+subject ends the prompt, so that a word and its copy are equally far apart in most rows (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ CATEGORIES = {
     "drinks": words("tea milk water juice coffee cocoa cider soda punch broth"),
 }
 COUNT_WORDS = {2: "two", 3: "three", 4: "four", 5: "five"}
-WORD_COUNTS = {4: "four", 5: "five", 6: "six"}
+WORD_COUNTS = {6: "six", 7: "seven", 8: "eight"}
 KINDS = ("upper_case", "ends_with", "starts_with", "items", "word_count")
 
 
@@ -51,25 +55,35 @@ def draw_instruction(rng: random.Random) -> Instruction:
     if kind == "items":
         return _items(rng)
     adjective, noun = rng.choice(ADJECTIVES), rng.choice(NOUNS)
-    subject = f"the {adjective} {noun}"
-    sentence = f"{subject} {rng.choice(VERBS)}"
+    about = subject(adjective, noun)
+    sentence = f"{about} {rng.choice(VERBS)}"
     constraint: dict[str, object] = {"kind": kind, "mention": [adjective, noun]}
     if kind == "upper_case":
-        prompt, answer = f"Write about {subject} in upper case.", sentence.upper()
+        prompt, answer = f"In upper case, write about {about}.", sentence.upper()
     elif kind == "ends_with":
         constraint["text"] = rng.choice(ENDINGS)
-        prompt = f"Write about {subject} and end with {constraint['text']}."
+        prompt = f"End with {constraint['text']} and write about {about}."
         answer = f"{sentence} {constraint['text']}"
     elif kind == "starts_with":
         constraint["text"] = rng.choice(STARTS)
-        prompt = f"Write about {subject} and start with {constraint['text']}."
+        prompt = f"Start with {constraint['text']} and write about {about}."
         answer = f"{constraint['text']} {sentence}"
     else:
         count = rng.choice(list(WORD_COUNTS))
         constraint["count"] = count
-        prompt = f"Write about {subject} in exactly {WORD_COUNTS[count]} words."
-        answer = sentence + {4: "", 5: " now", 6: " right now"}[count]
+        prompt = f"In exactly {WORD_COUNTS[count]} words, write about {about}."
+        answer = sentence + {6: "", 7: " now", 8: " right now"}[count]
     return Instruction(kind, prompt, answer, _canonical(constraint), ("about", adjective, noun))
+
+
+def subject(adjective: str, noun: str) -> str:
+    """What an instruction is about: each word that has to be copied stands after a word that never changes."""
+    return f"the {noun} that is {adjective}"
+
+
+def bullets(items: list[str]) -> str:
+    """One item a line, in the order of the alphabet: an order makes it plain which items are still to come."""
+    return "\n".join(f"- {item}" for item in sorted(items))
 
 
 def _items(rng: random.Random) -> Instruction:
@@ -78,7 +92,7 @@ def _items(rng: random.Random) -> Instruction:
     return Instruction(
         "items",
         f"Give {name} a list of exactly {COUNT_WORDS[count]} {category}.",
-        "\n".join(f"- {item}" for item in items),
+        bullets(items),
         _canonical({"kind": "items", "count": count, "among": CATEGORIES[category]}),
         ("items", name, category, str(count)),
     )
@@ -99,12 +113,12 @@ def violating_answer(rng: random.Random, instruction: Instruction) -> str:
         return rng.choice([rest, f"{other} {rest}"])
     if instruction.kind == "word_count":
         words = answer.split()
-        return " ".join(words[:-1]) if len(words) > 4 and rng.random() < 0.5 else answer + " and more"
-    lines = answer.split("\n")
-    if rng.random() < 0.5 and len(lines) > 2:
-        return "\n".join(lines[:-1])
-    spare = [item for item in constraint["among"] if f"- {item}" not in lines]
-    return "\n".join([*lines, f"- {rng.choice(spare)}"])
+        return " ".join(words[:-1]) if len(words) > 6 and rng.random() < 0.5 else answer + " and more"
+    items = [line.removeprefix("- ") for line in answer.split("\n")]
+    if rng.random() < 0.5 and len(items) > 2:
+        return bullets(items[:-1])
+    spare = [item for item in constraint["among"] if item not in items]
+    return bullets([*items, rng.choice(spare)])
 
 
 def _canonical(constraint: dict[str, object]) -> str:

@@ -1,14 +1,24 @@
 """Plain text for pre-training: small stories, sums and word lists, in the words that the conversations will use.
 
 No conversations: the base model learns words and numbers, and nothing of the answer's form (`####` is only a heading
-here).
+here). Sentences come twice, the second time after a word, before one, or in upper case: so it learns to copy.
 """
 
 from __future__ import annotations
 
 import random
 
-from smoltulu.tasks.world.constraints import ADJECTIVES, CATEGORIES, COUNT_WORDS, ENDINGS, NOUNS, STARTS, VERBS
+from smoltulu.tasks.world.constraints import (
+    ADJECTIVES,
+    CATEGORIES,
+    COUNT_WORDS,
+    ENDINGS,
+    NOUNS,
+    STARTS,
+    VERBS,
+    bullets,
+    subject,
+)
 from smoltulu.tasks.world.problems import NAMES, OBJECTS, draw_problem
 
 
@@ -48,28 +58,30 @@ def _boxes(rng: random.Random, largest: int) -> str:
 
 
 def _sentence(rng: random.Random, largest: int) -> str:
-    text = f"the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} {rng.choice(VERBS)} right now"
-    return f"{text}: {text.upper()}" if rng.random() < 0.5 else text
+    text = f"{subject(rng.choice(ADJECTIVES), rng.choice(NOUNS))} {rng.choice(VERBS)} right now"
+    beside = rng.choice((f"{rng.choice(STARTS)} {text}", f"{text} {rng.choice(ENDINGS)}"))
+    again = text.upper() if rng.random() < 0.5 else beside
+    return f"{text}\n{again}"
 
 
 def _list(rng: random.Random, largest: int) -> str:
     category = rng.choice(list(CATEGORIES))
     items = rng.sample(CATEGORIES[category], rng.choice(list(COUNT_WORDS)))
-    return f"{COUNT_WORDS[len(items)]} {category}:\n" + "\n".join(f"- {item}" for item in items)
+    return f"{COUNT_WORDS[len(items)]} {category}:\n{bullets(items)}"
 
 
 def _talk(rng: random.Random, largest: int) -> str:
     who, what = rng.choice(NAMES), rng.choice(OBJECTS)
-    topic = f"the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    about = subject(rng.choice(ADJECTIVES), rng.choice(NOUNS))
     return rng.choice(
         (
             f"How many {what} are left? How many in all? {who} made green {what} and loses one.",
             f"How many {what} now? How many together? {who} keeps each bag and adds to it.",
-            f"Write about {topic} in upper case. {rng.choice(STARTS)} is a start and {rng.choice(ENDINGS)} an end.",
-            f"Give {who} a list of exactly six words, start with {rng.choice(STARTS)} and end with now.",
+            f"In upper case, write about {about}. Start with {rng.choice(STARTS)} and end with {rng.choice(ENDINGS)}.",
+            f"Give {who} a list of exactly six, seven or eight words. End with now and write about {what}.",
         )
     )
 
 
 # Numbers come most often: they are what a word problem is made of.
-_WRITERS = (_sums, _sums, _story, _story, _boxes, _sentence, _list, _talk)
+_WRITERS = (_sums, _sums, _story, _story, _boxes, _sentence, _sentence, _list, _talk)

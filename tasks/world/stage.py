@@ -18,4 +18,4 @@ def make_world(config: WorldConfig, inputs: NoInputs, context: StageContext) -> 
     return outputs, {f"num_rows_{name}": float(count) for name, count in outputs.num_rows.items()}
 
 
-world = Stage("world", 1, WorldConfig, NoInputs, WorldOutputs, make_world)
+world = Stage("world", 2, WorldConfig, NoInputs, WorldOutputs, make_world)

@@ -47,7 +47,7 @@ SMALL_WORLD = WorldConfig(num_pretrain=20, num_sft=100, num_preference=60, num_r
 
 def world_job(refresh: bool = False, compute: ComputeSettings = COMPUTE) -> Job:
     stage = STAGES["world"]
-    spec = Spec(stage="world", version=1, config=scientific(SMALL_WORLD), inputs={}, externals={})
+    spec = Spec(stage="world", version=stage.version, config=scientific(SMALL_WORLD), inputs={}, externals={})
     return Job("world", stage, SMALL_WORLD, compute, spec, stage.inputs(), refresh=refresh)
 
 

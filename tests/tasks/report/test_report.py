@@ -320,7 +320,8 @@ def test_what_the_policy_wrote_is_shown_with_its_reward(tmp_path: Path) -> None:
     lines = [
         json.dumps(
             {"step": step, "prompt": f"asked {step}", "completion": f"wrote {step} {NASTY}", "stopped": step > 0,
-             **({"id": f"0:{step}"} if step else {}), "verdict": "right", "reward": 10.0 + step, "reason": f"last number {step} equals {step}"}
+             **({"id": f"0:{step}"} if step else {}), "verdict": "right", "reward": 10.0 + step,
+             "reason": f"last number {step} equals {step}"}
         )
         for step in (0, 4, 8, 12)
     ]  # fmt: skip

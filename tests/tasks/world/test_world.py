@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from pydantic import ValidationError
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.world import WorldConfig, WorldOutputs
 from smoltulu.tasks.verifiers import verify
+from smoltulu.tasks.world import pretrain
+from smoltulu.tasks.world.constraints import KINDS, draw_instruction
 from smoltulu.tasks.world.generate import generate_world, terms_of
 
 SMALL = WorldConfig(
@@ -122,6 +125,52 @@ def test_right_answers_pass_and_rejected_ones_fail() -> None:
         assert verify(row["verifier"], answer, row["ground_truth"]) == 1.0, (prompt, answer)
         assert verify(row["verifier"], pair["chosen"][0]["content"], row["ground_truth"]) == 1.0, pair
         assert verify(row["verifier"], pair["rejected"][0]["content"], row["ground_truth"]) == 0.0, pair
+
+
+def test_words_to_copy_stand_after_constant_words_and_last_in_the_prompt() -> None:
+    """The form that the model learns to copy from; a form that names the subject early was hardly learned."""
+    import random
+
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(300):
+        instruction = draw_instruction(rng)
+        seen.add(instruction.kind)
+        if instruction.kind == "items":
+            names = instruction.answer.split("\n")
+            assert names == sorted(names), instruction
+            continue
+        adjective, noun = json.loads(instruction.ground_truth)["mention"]
+        about = f"the {noun} that is {adjective}"
+        assert instruction.prompt.endswith(f" write about {about}."), instruction
+        assert about in instruction.answer.lower(), instruction
+    assert seen == set(KINDS)
+
+
+def test_no_training_prompt_shares_a_pair_of_words_with_a_held_out_one(world: tuple[Path, WorldOutputs]) -> None:
+    def pairs(rows: Rows) -> set[tuple[str, ...]]:
+        texts = ([row["prompt"]] if isinstance(row.get("prompt"), str) else user_turns(row) for row in rows)
+        prompts = [prompt for row_texts in texts for prompt in row_texts]
+        return {tuple(found.groups()) for prompt in prompts if (found := re.search(r"the (\w+) that is (\w+)", prompt))}
+
+    held_out = set().union(
+        *(pairs(rows(world, name)) for name in ("eval_instructions", "eval_verified", "preference_eval"))
+    )
+    planted = json.loads((world[0] / world[1].planted_leaks).read_text())
+    for name in ("sft", "preference", "rlvr"):
+        unplanted = [row for number, row in enumerate(rows(world, name)) if number not in planted[name]["rows"]]
+        trained = pairs(unplanted)
+        assert len(trained) > 50 and not trained & held_out
+
+
+def test_sentences_of_pre_training_come_twice() -> None:
+    """In upper case, after a word or before one: what an instruction asks for, without its prompt."""
+    import random
+
+    rng = random.Random(0)
+    for _ in range(200):
+        first, second = pretrain._sentence(rng, 12).split("\n")
+        assert second == first.upper() or second.endswith(f" {first}") or second.startswith(f"{first} ")
 
 
 def test_gold_answers_of_the_held_out_problems_pass(world: tuple[Path, WorldOutputs]) -> None:
