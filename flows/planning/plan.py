@@ -132,6 +132,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     notes = (
         *recipe.lowered_batches(),
         *recipe.audit_notes(),
+        *recipe.sampled_notes(),
         *_too_large(costs, rows),
         *unreachable,
         *_check_new_base_model(graph, rows),
