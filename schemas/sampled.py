@@ -26,7 +26,7 @@ Fate = Literal["used", "nothing_to_choose", "nothing_to_reject", "too_close", "u
 class SelectionRules(StrictModel):
     """Which of the samples of a prompt become a row. Nothing is sampled or scored again where these change.
 
-    Values are ours. Tulu 3's pairs are of a judge's best and worst of several models (arXiv 2411.15124, section 5.2).
+    All values are ours.
     """
 
     score: Score = science(description="what is better: right by its verifier, or a higher score of the reward model")

@@ -18,6 +18,7 @@ from smoltulu.schemas.data import DatasetOutputs
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import Outcome, RunSummary, StageRun
+from smoltulu.schemas.sampled import SampledRowsOutputs
 from smoltulu.schemas.verifier_audit import PassRatesOutputs, VerifierAuditOutputs
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.charts import Point, parse_history
@@ -61,6 +62,7 @@ def html_report(
         ("stages", "Stages", runs),
         ("curves", "Training", _curves(runs, folders)),
         ("samples", "What the policy wrote", _samples(runs, folders)),
+        ("sampled", "Rows that a model wrote", _outputs_of(SampledRowsOutputs, runs)),
         ("contamination", "Contamination", _outputs_of(ContaminationOutputs, runs)),
         ("data", "Data", [dataset for dataset in datasets if dataset[2].sources]),
         ("preflight", "Preflight", [(name, preflight_figures(outputs)) for name, _, outputs in preflights]),
@@ -94,7 +96,7 @@ def _outputs_of(
 ) -> list[tuple[str, Manifest, Outputs]]:
     """(name without the stage, manifest, outputs) of every finished node with such outputs."""
     return [
-        (run.node.removeprefix(f"{run.stage}-"), manifest, outputs)
+        (run.node.removeprefix(f"{run.stage.replace('_', '-')}-"), manifest, outputs)
         for run, manifest in runs
         if manifest is not None and (outputs := outputs_of(model, manifest)) is not None
     ]

@@ -7,7 +7,6 @@ torchrun with N processes, each makes every N-th part.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts.checkpoints import fault, mark_complete
@@ -17,6 +16,7 @@ from smoltulu.tasks.stage import StageContext
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from accelerate import PartialState
 
 #: Prompts of a part: what a kill may cost. Not the batch size, which may differ after a resume.
 PART_PROMPTS = 128
@@ -35,10 +35,9 @@ def lines_in_parts(
     make       number of a part -> its lines
     """
     import pyarrow as pa
-    from accelerate import PartialState
     from pyarrow import parquet
 
-    processes = PartialState(cpu=device_of(context.compute) == "cpu")
+    processes = processes_of(context)
     with processes.main_process_first():
         folder = made_from_folder(context.work / "parts", made_from)
     for number in order[processes.process_index :: processes.num_processes]:
@@ -54,14 +53,16 @@ def lines_in_parts(
         yield parquet.read_table(folder / f"{number:06d}" / _FILE, schema=schema).to_pylist()
 
 
-def is_main_process() -> bool:
-    """Whether this process writes the artifact's files."""
+def processes_of(context: StageContext) -> PartialState:
+    """The processes of the stage. Asked for before anything else that would ask: the first to do so decides."""
     from accelerate import PartialState
 
-    return bool(PartialState().is_main_process)
+    return PartialState(cpu=device_of(context.compute) == "cpu")
 
 
-def write_lines(file: Path, schema: pa.Schema, parts: Iterator[Lines], see: Callable[[Lines], None]) -> None:
+def write_lines(
+    context: StageContext, name: str, schema: pa.Schema, parts: Iterator[Lines], see: Callable[[Lines], None]
+) -> None:
     """One file of all parts, a row group each; `see` is called with the lines of each. Holds one part.
 
     Every process sees all lines; the main process writes them.
@@ -69,11 +70,11 @@ def write_lines(file: Path, schema: pa.Schema, parts: Iterator[Lines], see: Call
     import pyarrow as pa
     from pyarrow import parquet
 
-    if not is_main_process():
+    if not processes_of(context).is_main_process:
         for lines in parts:
             see(lines)
         return
-    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+    with parquet.ParquetWriter(context.folder / name, schema, compression="zstd") as writer:
         for lines in parts:
             see(lines)
             writer.write_table(pa.Table.from_pylist(lines, schema))

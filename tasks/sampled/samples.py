@@ -21,7 +21,7 @@ from smoltulu.schemas.sampled import SamplesConfig, SamplesInputs, SamplesOutput
 from smoltulu.tasks.data.draw import drawn, seed_of
 from smoltulu.tasks.data.rows import rows_at, stored_rows
 from smoltulu.tasks.models.decoding import Written, write
-from smoltulu.tasks.models.folders import check_model_folder, device_of, load_to_write, load_tokenizer, use_bfloat16
+from smoltulu.tasks.models.folders import check_model_folder, load_to_write, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import prompt_ids, rendering_errors, stop_token_ids
 from smoltulu.tasks.sampled import parts
 from smoltulu.tasks.stage import Stage, StageContext
@@ -99,7 +99,7 @@ def write_samples(
         totals["num_written_tokens"] += sum(sample["num_tokens"] for sample in samples)
 
     made = parts.lines_in_parts(context, _made_from(config, inputs), order, schema(), make)
-    parts.write_lines(context.folder / SamplesOutputs.model_fields["file"].default, schema(), made, see)
+    parts.write_lines(context, SamplesOutputs.model_fields["file"].default, schema(), made, see)
     outputs = SamplesOutputs(
         writer=config.writer,
         num_asked=len(asked.prompts),
@@ -235,10 +235,9 @@ def _sampler(
     """The model, loaded, as a function."""
     import numpy as np
     import torch
-    from accelerate import PartialState
 
     model = load_to_write(Path(inputs.model), tokenizer, use_bfloat16(config.precision, context.compute))
-    model.to(str(PartialState().device) if device_of(context.compute) != "cpu" else "cpu")
+    model.to(str(parts.processes_of(context).device))
     seed, stops = seed_of(config.seed, "samples"), stop_token_ids(tokenizer)
     progress.begun = time.monotonic()
 

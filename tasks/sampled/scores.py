@@ -17,7 +17,7 @@ from smoltulu.schemas.common import scientific
 from smoltulu.schemas.sampled import SampleScoresConfig, SampleScoresInputs, SampleScoresOutputs
 from smoltulu.tasks.evaluation.pair_accuracy import reward_scores
 from smoltulu.tasks.models.classifiers import load_to_score
-from smoltulu.tasks.models.folders import check_model_folder, device_of, load_tokenizer, use_bfloat16
+from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import conversations, rendering_errors
 from smoltulu.tasks.sampled import parts
 from smoltulu.tasks.sampled.samples import Messages
@@ -71,7 +71,7 @@ def score_samples(
 
         order = range(file.num_row_groups)
         made = parts.lines_in_parts(context, _made_from(config, inputs), order, schema(), make)
-        parts.write_lines(context.folder / SampleScoresOutputs.model_fields["file"].default, schema(), made, see)
+        parts.write_lines(context, SampleScoresOutputs.model_fields["file"].default, schema(), made, see)
     outcomes = {name: counts[name] for name in ("right", "wrong", "could_not_grade")} if config.verifier else {}
     outputs = SampleScoresOutputs(
         num_scored=counts["scored"],
@@ -116,14 +116,13 @@ def add_rewards(made: parts.Lines, lines: parts.Lines, rewards: Rewards) -> None
 
 def _rewards(config: SampleScoresConfig, inputs: SampleScoresInputs, context: StageContext) -> Rewards:
     """The reward model, loaded, as a function. None for what is longer than its positions, or not rendered."""
-    from accelerate import PartialState
 
     assert inputs.reward_model is not None and config.reward_precision is not None
     folder = Path(inputs.reward_model)
     check_model_folder(folder)
     tokenizer = load_tokenizer(folder, inputs.chat_template)
     model = load_to_score(folder, tokenizer, use_bfloat16(config.reward_precision, context.compute))
-    model.to(str(PartialState().device) if device_of(context.compute) != "cpu" else "cpu")
+    model.to(str(parts.processes_of(context).device))
     room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
 
     def rewards(answered: list[Messages]) -> list[float | None]:

@@ -20,6 +20,7 @@ from smoltulu.schemas.evaluation import EvaluationStageConfig
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.rlvr import CriticSettings, GRPOSettings, PPOSettings, RLOOSettings
+from smoltulu.schemas.sampled import SampledRowsConfig, SamplesConfig, SampleScoresConfig
 from smoltulu.schemas.verifier_audit import PassRatesConfig, VerifierAuditConfig
 
 
@@ -177,6 +178,9 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         PublishStageConfig,
         VerifierAuditConfig,
         PassRatesConfig,
+        SamplesConfig,
+        SampleScoresConfig,
+        SampledRowsConfig,
     )
     for model in (Recipe, DatasetStageConfig, *configs):
         roles.update(all_fields(model, seen))
@@ -221,6 +225,10 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         "VerifierAuditSettings.known_faults",
         "VerifierAuditConfig.source_labels",
         "PassRatesConfig.source_labels",
+        "SampledSettings.max_length_ratio",
+        "SamplesConfig.writer",
+        "SampledRowsConfig.writer",
+        "SelectionRules.max_length_ratio",
     }
 
 
