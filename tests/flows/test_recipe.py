@@ -288,6 +288,11 @@ def test_one_error_lists_every_problem_with_its_path() -> None:
             "publish: would publish the base",
         ),
         ("tiny", {"compute.stages.stf": {}}, "compute.stages: no stage is called 'stf' (did you mean 'sft'?)"),
+        (
+            "tiny",
+            {"compute.stages.sft.save_step": 1},
+            "sft.save_step: no such field (did you mean 'save_steps'?); allow",
+        ),
         ({"extends": "tiny", "rlvr": {"num_episodes": 100}}, {}, "100 is not a multiple of the rollout batch 256"),
     ],
 )

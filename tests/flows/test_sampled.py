@@ -225,7 +225,9 @@ def test_another_rule_samples_and_scores_nothing_again(made: dict[str, ArtifactR
         name: reference.outcome
         for name, reference in run_graph(graph(other, "sampled_rows"), store, logging.getLogger("test")).items()
     }
-    assert {name for name, outcome in outcomes.items() if outcome != "Cached"} == {"sampled-rows-pairs"}
+    assert {name for name, outcome in outcomes.items() if outcome != "Cached"} == {
+        "sampled-rows-pairs", "dataset-dpo", "contamination-dpo",
+    }  # fmt: skip
 
 
 def test_the_report_shows_what_became_of_the_prompts(made: dict[str, ArtifactReference], store: Store) -> None:
@@ -243,4 +245,4 @@ def test_the_report_shows_what_became_of_the_prompts(made: dict[str, ArtifactRef
     page = html_report(run, manifests, {name: Path(reference.path) for name, reference in made.items()}, "")
     assert "Rows that a model wrote" in page and "<h3>pairs</h3>" in page and "<h3>best</h3>" in page
     assert "nothing to choose" in page and "Samples by their reward" in page and "rejected (" in page
-    assert "Best against worst of sft, by the reward model" in page
+    assert "Best against worst answers of sft, by the reward model" in page
