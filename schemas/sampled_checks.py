@@ -107,7 +107,8 @@ def sampled_notes(recipe: Recipe) -> list[str]:
     named = {source.sampled for source in recipe.data_sources()}
     notes = [
         f"sampled.{name}: no data source takes its rows: they are made, and nothing here is trained on them; give "
-        f"{{sampled: {name}}} to data.{'sft' if entry.make == 'best' else 'preference or data.dpo'}, or remove it"
+        f"{{sampled: {name}}} to data.{'sft' if entry.make == 'best' else 'preference or data.dpo'} if its model comes "
+        "before that, take the rows in another recipe, or remove the entry"
         for name, entry in recipe.sampled.items()
         if name not in named
     ]
