@@ -236,13 +236,22 @@ def recipe_stages(recipe: Recipe) -> list[str]:
 
 
 def stage_order(recipe: Recipe) -> tuple[str, ...]:
-    """All stages in the order in which this recipe runs them. A stage comes after the stage that it starts from."""
+    """All stages in the order in which this recipe runs them. A stage comes after the stage that it starts from.
+
+    The stages of the block `sampled` come after the last model that they need: the samples of earlier ones do not wait.
+    """
     order = list(STAGES)
     for block, settings in recipe.trainings.items():
         start = settings.starts_from
         if start is not None and order.index(start) > order.index(block):
             order.remove(block)
             order.insert(order.index(start) + 1, block)
+    of_samples = [name for name, stage in STAGES.items() if stage.block == "sampled"]
+    last = max((order.index(name) for entry in recipe.sampled.values() for name in entry.models), default=-1)
+    if of_samples and last > order.index(of_samples[-1]):
+        model = order[last]
+        order = [name for name in order if name not in of_samples]
+        order[order.index(model) + 1 : order.index(model) + 1] = of_samples
     return tuple(order)
 
 
@@ -308,7 +317,7 @@ def _whole_paths(value: Any, field: str, folder: Path) -> Any:
     if not isinstance(value, str) or value.startswith(("/", "~", "${")):
         return value
     is_path = field in ("compute.store", "compute.remote") or (field.endswith(".path") and ".fields." not in field)
-    is_template = field == "chat_template" and (value.endswith(".jinja") or "/" in value)
+    is_template = field.rpartition(".")[2] == "chat_template" and (value.endswith(".jinja") or "/" in value)
     return str(folder / value) if is_template or (is_path and "://" not in value) else value
 
 
@@ -395,7 +404,8 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Itera
         # In a union, the location names the value of the field that discriminates.
         of_kind = [one for one in found if part in _discriminators(one)]
         fields = [one.model_fields[part] for one in found if part in one.model_fields]
-        found = of_kind or [inner for field in fields for inner in _models_in(field.annotation)]
+        inside = [inner for field in fields for inner in _models_in(field.annotation)]
+        found = of_kind or (inside if fields else found)  # else: a key of a mapping
     yield from (found[0].model_fields if found else ())
 
 

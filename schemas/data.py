@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,9 +22,9 @@ DatasetKind = Literal["sft", "preference", "rlvr"]
 
 
 class DataSource(StrictModel):
-    """One table of rows: a Hub dataset at a revision, a local file or folder, or a file of the `world` stage.
+    """One table of rows: a Hub dataset at a revision, a local file or folder, a file of the `world` stage, or samples.
 
-    Exactly one of `repository`, `path` and `generated` is given.
+    Exactly one of `repository`, `path`, `generated` and `sampled` is given.
     """
 
     repository: str | None = science(
@@ -47,6 +47,12 @@ class DataSource(StrictModel):
         "folder where it begins with a variable or there is no file",
     )
     generated: str | None = science(None, max_length=MAX_NAME, description="file of the `world` stage, e.g. sft.jsonl")
+    sampled: str | None = science(
+        None,
+        absent=None,
+        max_length=MAX_NAME,
+        description="rows that a model wrote: an entry of the recipe's block `sampled`; its format need not be given",
+    )
     format: RowFormat = science(description="how a row is read, see docs/data.md")
     fields: dict[str, str] = science({}, description="our field name -> column name, where they differ")
     verifier: str | None = science(
@@ -62,15 +68,16 @@ class DataSource(StrictModel):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        given = [name for name in ("repository", "path", "generated") if getattr(self, name) is not None]
+        origins = ("repository", "path", "generated", "sampled")
+        given = [name for name in origins if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a data source has exactly one of repository, path, generated; got {given or 'none'}")
+            raise ValueError(f"a data source has exactly one of {', '.join(origins)}; got {given or 'none'}")
         return self
 
     @property
     def label(self) -> str:
-        """Short name for reports: repository, file name or generated file."""
-        return self.repository or self.generated or str(self.path).rstrip("/").rsplit("/", 1)[-1]
+        """Short name for reports: repository, file name, generated file, or entry of `sampled`."""
+        return self.repository or self.generated or self.sampled or str(self.path).rstrip("/").rsplit("/", 1)[-1]
 
 
 class DataSet(StrictModel):
@@ -82,14 +89,37 @@ class DataSet(StrictModel):
     )
 
 
+#: Sets of `data` that rows which a model wrote may be part of, and the form that those have there.
+SAMPLED_FORMATS: dict[str, RowFormat] = {"sft": "messages", "preference": "preference", "dpo": "preference"}
+
+
 class DataSettings(StrictModel):
-    """The data of a recipe."""
+    """The data of a recipe. A set that is called as a training is for that training alone."""
 
     sft: DataSet | None = science(None)
     preference: DataSet | None = science(None, description="pairs for the reward model and DPO")
+    dpo: DataSet | None = science(
+        None, description="pairs for DPO alone, e.g. those that the reward model ranked; none: those of preference"
+    )
     rlvr: DataSet | None = science(None, description="prompts with verifiable answers")
     preference_eval: DataSet | None = science(None, description="held-out pairs for pair accuracy")
     verified_eval: DataSet | None = science(None, description="held-out rlvr rows for sampled accuracy")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sampled_rows_have_one_form(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: _with_format(data, SAMPLED_FORMATS.get(name)) for name, data in values.items()}
+
+
+def _with_format(data: Any, form: RowFormat | None) -> Any:
+    """A set as a recipe has it, with the form of its sampled sources, where none is given."""
+    sources = data.get("sources") if isinstance(data, dict) else None
+    if form is None or not isinstance(sources, (list, tuple)):
+        return data
+    filled = [{"format": form} | one if isinstance(one, dict) and one.get("sampled") else one for one in sources]
+    return {**data, "sources": filled}
 
 
 class DatasetStageConfig(StrictModel):
@@ -126,3 +156,4 @@ class DatasetInputs(StrictModel):
     """Folders resolved for the `dataset` stage."""
 
     world: str | None = Field(None, description="folder of the world artifact, for generated sources")
+    sampled: dict[str, str] = Field({}, description="entry of the recipe's block `sampled` -> its rows file")

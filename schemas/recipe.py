@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,6 +15,8 @@ from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.preflight import PreflightSettings
 from smoltulu.schemas.publish import PublishSettings
 from smoltulu.schemas.rlvr import AnyRLVRSettings, RLVRSettings
+from smoltulu.schemas.sampled import SampledSettings
+from smoltulu.schemas.sampled_checks import sampled_notes, sampled_problems
 from smoltulu.schemas.training import (
     DPOSettings,
     RewardModelSettings,
@@ -25,8 +27,10 @@ from smoltulu.schemas.training import (
 from smoltulu.schemas.verifier_audit import PassRatesSettings, VerifierAuditSettings
 from smoltulu.schemas.world import WorldConfig
 
-#: Which set of `data` has the rows of a training.
+#: Which set of `data` has the rows of a training, where none is called as the training.
 _DATA: dict[RowKind, str] = {"conversations": "sft", "pairs": "preference", "prompts": "rlvr"}
+#: An entry of `sampled` is part of names of nodes.
+_SampledName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
 
 
 class Recipe(StrictModel):
@@ -51,6 +55,9 @@ class Recipe(StrictModel):
         "template's text",
     )
     data: DataSettings = science()
+    sampled: dict[_SampledName, SampledSettings] = science(
+        {}, description="rows that a model writes itself, by a name that data sources give: {sampled: NAME}"
+    )
     contamination: ContaminationSettings | None = science(None)
     preflight: PreflightSettings = machinery(PreflightSettings())
     verifier_audit: VerifierAuditSettings | None = science(None)
@@ -67,7 +74,7 @@ class Recipe(StrictModel):
     def _stages_have_what_they_need(self) -> Self:
         problems = []
         for block, settings in self.trainings.items():
-            needs, start = _DATA[settings.row_rules().kind], settings.starts_from
+            needs, start = self.rows_of(block), settings.starts_from
             if getattr(self.data, needs) is None:
                 problems.append(f"{block}: needs data.{needs}; add it or remove the {block} block")
             if start is not None and getattr(self, start) is None:
@@ -102,9 +109,15 @@ class Recipe(StrictModel):
                 for source in self.data_sources()
                 if source.generated
             ]
+        problems += sampled_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def rows_of(self, block: str) -> str:
+        """The set of `data` that a training takes: the one that is called as it, or that of its kind of rows."""
+        own = block in DataSettings.model_fields and getattr(self.data, block) is not None
+        return block if own else _DATA[self.trainings[block].row_rules().kind]
 
     @property
     def trainings(self) -> dict[str, TrainingSettings]:
@@ -139,6 +152,10 @@ class Recipe(StrictModel):
             "rlvr: nothing audits its verifiers before they are trusted, and a policy learns whatever they pay; a "
             "block verifier_audit ({} will do) tries them in minutes, before SFT. It enters the key of RLVR"
         ]
+
+    def sampled_notes(self) -> list[str]:
+        """A sentence for every entry of `sampled` whose rows nothing is trained on."""
+        return sampled_notes(self)
 
     def data_sources(self) -> list[DataSource]:
         """Every data source that the recipe names: training, held-out, audit, benchmarks, evaluation files."""

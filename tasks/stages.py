@@ -10,6 +10,9 @@ from smoltulu.tasks.evaluation.stage import evaluation
 from smoltulu.tasks.languages.stage import languages
 from smoltulu.tasks.preflight.stage import preflight_of
 from smoltulu.tasks.publish.stage import publish
+from smoltulu.tasks.sampled.rows import sampled_rows
+from smoltulu.tasks.sampled.samples import samples
+from smoltulu.tasks.sampled.scores import sample_scores
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.training.dpo import dpo
 from smoltulu.tasks.training.reference_logps import reference_logps
@@ -30,6 +33,9 @@ STAGES |= {
         contamination,
         languages,
         base_model,
+        samples,
+        sample_scores,
+        sampled_rows,
         preflight_of(STAGES),  # read when it runs
         verifier_audit,
         sft,

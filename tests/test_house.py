@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tasks.publish",
         "tasks.training",
     ),
-    ("tasks.preflight", "tasks.verifier_audit"),
+    ("tasks.preflight", "tasks.sampled", "tasks.verifier_audit"),
     ("tasks.stages",),
     ("tasks.engine",),
     ("flows.reading",),

@@ -123,7 +123,7 @@ def summary(planned: Plan, parameters: str = "", arguments: str = "") -> list[st
     lines = [", ".join(f"{counts[status]} {status}" for status in _COLOURS if counts[status])]
     if counts["cached"] < len(planned.rows):
         lines.append("still to do: " + _still_to_do(planned))
-    preflights = [row for row in planned.rows if STAGES[row.stage].makes(PreflightOutputs)]
+    preflights = [row for row in planned.rows if STAGES[row.stage].makes(PreflightOutputs) and not row.trained]
     if any(row.reason.endswith("; adopt") for row in planned.rows):
         lines.append(
             f"adopt: rows were stored in other files before. `smoltulu adopt {arguments or planned.recipe}` makes them "

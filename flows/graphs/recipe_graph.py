@@ -6,24 +6,35 @@ The flow and `smoltulu plan` read the same graph. Keys need no run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from smoltulu.artifacts.keys import folder_digest, text_digest
-from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph, hub_reference, local_digests
-from smoltulu.flows.graphs.stage_configs import audit_config, hub_references, pass_rates_config, preflight_config
+from smoltulu.artifacts.keys import folder_digest
+from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
+from smoltulu.flows.graphs.references import References
+from smoltulu.flows.graphs.sampled_nodes import Add, EntryNodes, add_sampled_nodes, node_name
+from smoltulu.flows.graphs.stage_configs import (
+    audit_config,
+    hub_references,
+    pass_rates_config,
+    preflight_config,
+    template_parts,
+)
 from smoltulu.flows.recipe import stage_order
-from smoltulu.recipes import CHAT_TEMPLATES, LM_EVAL_TASKS
+from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from smoltulu.schemas.evaluation import EvaluationStageConfig, EvaluationTask
+from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.rlvr import PPOSettings
-from smoltulu.tasks.data.hub import Reference, SourceUnavailable, hub_text, resolve_commit, resolve_commits
+from smoltulu.schemas.sampled import SampledSettings
+from smoltulu.tasks.data.hub import Reference, resolve_commit
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.evaluation.lm_eval import definitions_digest
 from smoltulu.tasks.models.chat_template import load_chat_template
@@ -32,6 +43,9 @@ from smoltulu.tasks.models.folders import check_model_folder
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.verifiers import VERIFIERS_VERSION
+
+#: Sets of `data` that are trained on, and the kind of their rows.
+_TRAINED_SETS: dict[str, DatasetKind] = {"sft": "sft", "preference": "preference", "dpo": "preference", "rlvr": "rlvr"}
 
 
 class Graph(NodeGraph):
@@ -55,19 +69,18 @@ class Graph(NodeGraph):
         """
         super().__init__(recipe.name, recipe.compute)
         self.recipe = recipe
-        #: Unresolved Hub references -> whether a run needs them (a benchmark may be missing).
-        self.unresolved: dict[Reference, bool] = {}
-        self._keep_unresolved = unresolved == "keep"
         #: What a verdict means is no setting, and yet decides what stages make.
         self._verifiers = {"verifiers": VERIFIERS_VERSION}
-        self.commits = resolve_commits(hub_references(recipe), resolve)
+        self._references = References(hub_references(recipe), resolve, keep_unresolved=unresolved == "keep")
+        self.commits, self.unresolved = self._references.commits, self._references.unresolved
         self._order = stage_order(recipe)
         self._until = self._order.index(until) if until else len(self._order)
-        template = load_chat_template(recipe.chat_template, self._read_base_model, recipe.add_bos_token)
-        self._template: dict[str, dict[str, str]] = {
-            "literals": {"chat_template": template},
-            "externals": {"chat_template": text_digest(template)},
-        }
+        read = partial(self._references.text_of_model, recipe.base_model)
+        self._template = template_parts(load_chat_template(recipe.chat_template, read, recipe.add_bos_token))
+        #: Nodes that are there: rows by their set of `data`, models by their block, chosen rows by entry of `sampled`.
+        self._sets: dict[str, str] = {}
+        self._models: dict[str, str] = {}
+        self._sampled: dict[str, str] = {}
         self._lay_out()
 
     # The nodes, in the order of a run.
@@ -78,41 +91,86 @@ class Graph(NodeGraph):
             self._add("world", STAGES["world"], recipe.world)
 
         data = recipe.data
-        sft_rows = self._training_rows("sft", "sft", data.sft)
-        preference_rows = self._training_rows("preference", "preference", data.preference)
-        rlvr_rows = self._training_rows("rlvr", "rlvr", data.rlvr)
+        self._lay_out_rows()
         if recipe.contamination and recipe.contamination.audit:
             self._training_rows("audit", "sft", recipe.contamination.audit)
         self._rows("preference-eval", "preference", data.preference_eval)
         self._rows("verified-eval", "rlvr", data.verified_eval)
 
-        base = self._base_model(sft_rows)
+        self._lay_out_samples()
+        base = self._base_model()
         self._evaluate(base, "language_model")
-        rows = {"conversations": sft_rows, "pairs": preference_rows, "prompts": rlvr_rows}
-        for block, settings in recipe.trainings.items():
-            self._preflight(block, base, rows[settings.row_rules().kind])
+        self._preflights(base)
         self._verifier_audit()
-        sft = self._train("sft", base)
+        self._made("base_model", base)
+        sft = self._made("sft", self._train("sft", base))
         self._evaluate(sft, "language_model")
         reward_model = None
         if recipe.reward_model and recipe.reward_model.start_from == "sft":
-            reward_model = self._train("reward_model", sft)
+            reward_model = self._made("reward_model", self._train("reward_model", sft))
             self._evaluate(reward_model, "reward_model")
         logps = self._reference_logps(sft)
-        dpo = self._train("dpo", sft, {"reference_logps": Binding(logps, "file") if logps else None})
+        reference = {"reference_logps": Binding(logps, "file") if logps else None}
+        dpo = self._made("dpo", self._train("dpo", sft, reference))
         self._evaluate(dpo, "language_model")
         self._evaluate(dpo, "implicit_reward", reference_model=sft)
         if recipe.reward_model and recipe.reward_model.start_from == "dpo":
-            reward_model = self._train("reward_model", dpo)
+            reward_model = self._made("reward_model", self._train("reward_model", dpo))
             self._evaluate(reward_model, "reward_model")
         self._pass_rates(dpo or sft)
-        rlvr = self._rlvr(dpo or sft, reward_model)
+        rlvr = self._made("rlvr", self._rlvr(dpo or sft, reward_model))
         self._evaluate(rlvr, "language_model")
         self._publish(rlvr or dpo or sft or base)
 
-    def _add(self, name: str, stage: Stage, config: BaseModel, **parts: Any) -> str | None:
-        """Add a node unless its stage comes after `until`. An evaluation counts as the stage of its model."""
-        order = self._order.index(stage.name)
+    def _lay_out_rows(self) -> bool:
+        """Rows of the sets that are trained on; those that a model writes once their samples are there. Whether any."""
+        before = len(self._sets)
+        for name, kind in _TRAINED_SETS.items():
+            if name not in self._sets and (rows := self._training_rows(name, kind, getattr(self.recipe.data, name))):
+                self._sets[name] = rows
+        return len(self._sets) > before
+
+    def _lay_out_samples(self) -> None:
+        """All samples whose model, prompts and reward model are there, and the rows that are made of them."""
+        for name, entry in self.recipe.sampled.items():
+            needs = [self._sets.get(entry.prompts), *([self._models.get(entry.model)] if entry.model else [])]
+            rewards = self._models.get("reward_model") if entry.reads_rewards else None
+            if name in self._sampled or None in needs or (entry.reads_rewards and rewards is None):
+                continue
+            if (rows := self._sample(name, entry, rewards)) is not None:
+                self._sampled[name] = rows
+                self._lay_out_rows()
+                return self._lay_out_samples()  # its rows may be the prompts of another one
+
+    def _sample(self, name: str, entry: SampledSettings, reward_model: str | None) -> str | None:
+        last = max(map(self._order.index, entry.models))
+        # Those of the last model stand in the order of stages; earlier ones do not wait for it.
+        order = None if last + 1 == self._order.index("samples") else last + 0.5
+        add = partial(self._add, order=order)
+        if entry.checkpoint is None:
+            assert entry.model is not None
+            model: str | None = self._models[entry.model]
+        else:
+            model = self._model_from(node_name("base-model", name), entry.checkpoint, add=add)
+        if model is None:
+            return None
+        nodes = EntryNodes(model, self._sets[entry.prompts], reward_model)
+        return add_sampled_nodes(self, add, name, entry, nodes, self._references, self._template, self._verifiers)
+
+    def _made(self, block: str, node: str | None) -> str | None:
+        """Note a model, and lay out what only waited for it: samples, their rows, and the preflights of these."""
+        if node is not None:
+            self._models[block] = node
+            self._lay_out_samples()
+            self._preflights(self._models["base_model"])
+        return node
+
+    def _add(self, name: str, stage: Stage, config: BaseModel, order: float | None = None, **parts: Any) -> str | None:
+        """Add a node unless its stage comes after `until`. An evaluation counts as the stage of its model.
+
+        order  where it is another place than that of its stage
+        """
+        order = self._order.index(stage.name) if order is None else order
         if stage.name == "evaluation":
             measured = self._order.index(parts["inputs"]["model"].node.replace("-", "_"))
             order = min(order, measured)
@@ -121,15 +179,17 @@ class Graph(NodeGraph):
         return self.add(Node(name, stage, config, **parts))
 
     def _rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
-        if data is None:
+        sampled = {source.sampled for source in data.sources if source.sampled} if data else set()
+        if data is None or not sampled <= self._sampled.keys():
             return None
-        pinned, externals = self._pin_all(data.sources)
+        pinned, externals = self._references.pinned(data.sources)
         if kind == "rlvr":  # which rows are malformed, and what a verdict on the others means
             externals |= self._verifiers
         config = DatasetStageConfig(kind=kind, data=data.model_copy(update={"sources": pinned}))
-        return self._add(
-            f"dataset-{name}", STAGES["dataset"], config, inputs=self._world_if_generated(pinned), externals=externals
-        )
+        inputs: dict[str, Any] = dict(self._world_if_generated(pinned))
+        if sampled:
+            inputs["sampled"] = {entry: Binding(self._sampled[entry], "file") for entry in sorted(sampled)}
+        return self._add(f"dataset-{name}", STAGES["dataset"], config, inputs=inputs, externals=externals)
 
     def _training_rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
         """Rows, then the same rows without those that the contamination check found."""
@@ -150,7 +210,9 @@ class Graph(NodeGraph):
         assert settings is not None
         if "benchmark-index" in self.nodes:
             return "benchmark-index"
-        pinned, externals = self._pin_all([benchmark.source for benchmark in settings.benchmarks], may_be_missing=True)
+        pinned, externals = self._references.pinned(
+            [benchmark.source for benchmark in settings.benchmarks], may_be_missing=True
+        )
         benchmarks = tuple(
             benchmark.model_copy(update={"source": source})
             for benchmark, source in zip(settings.benchmarks, pinned, strict=True)
@@ -163,8 +225,11 @@ class Graph(NodeGraph):
             externals=externals,
         )
 
-    def _base_model(self, sft_rows: str | None) -> str | None:
-        config = self.recipe.base_model
+    def _base_model(self) -> str | None:
+        return self._model_from("base-model", self.recipe.base_model, add=self._add)
+
+    def _model_from(self, name: str, config: ModelSource, add: Add) -> str | None:
+        """The node of a model that is there before any training: the base, or a checkpoint that is only sampled."""
         inputs: dict[str, Binding] = {}
         # What ends an answer, and so cannot be padding, is what the template writes.
         parts = self._template if config.pad_token is not None else {"literals": {}, "externals": {}}
@@ -172,46 +237,26 @@ class Graph(NodeGraph):
         if config.scratch is not None:
             if self.recipe.world is not None:
                 inputs["world"] = Binding("world")
-            elif sft_rows is not None:
-                inputs["dataset"] = Binding(sft_rows, "file")
+            elif "sft" in self._sets:
+                inputs["dataset"] = Binding(self._sets["sft"], "file")
         elif config.path is not None:
             folder = expand_path(config.path)
             check_model_folder(folder)
             externals["base_model"] = folder_digest(folder)
         else:
             assert config.repository is not None
-            revision = self._commit(Reference("model", config.repository, config.revision))
+            revision = self._references.commit(Reference("model", config.repository, config.revision))
             config = config.model_copy(update={"revision": revision})
-        return self._add(
-            "base-model", STAGES["base_model"], config, inputs=inputs, literals=parts["literals"], externals=externals
-        )
+        return add(name, STAGES["base_model"], config, inputs=inputs, literals=parts["literals"], externals=externals)
 
-    def _read_base_model(self, name: str) -> str | None:
-        """Text of a file of the base model, for its own chat template; None where it has no such file."""
-        config = self.recipe.base_model
-        if config.repository is not None:
-            reference = Reference("model", config.repository, config.revision)
-            commit = self._commit(reference)
-            try:
-                if reference not in self.unresolved:
-                    return hub_text(reference._replace(revision=commit), name)
-            except SourceUnavailable as error:
-                if not self._keep_unresolved:
-                    raise
-                self.commits[reference] = error
-                self._commit(reference)
-            # For looking only: all keys that follow from this text are provisional.
-            return (CHAT_TEMPLATES / "tulu.jinja").read_text(encoding="utf-8")
-        if config.path is None:
-            raise ValueError(
-                "chat_template own: a base model that is made here (base_model.scratch) has none; name a shipped "
-                "template, e.g. tulu, or give the path of a .jinja file"
-            )
-        file = expand_path(config.path) / name
-        return file.read_text(encoding="utf-8") if file.is_file() else None
+    def _preflights(self, base: str | None) -> None:
+        """Those of all trainings whose rows are there. Rows of DPO are checked before SFT, unless SFT writes them."""
+        for block in self.recipe.trainings:
+            if _preflight_of(block) not in self.nodes:
+                self._preflight(block, base, self._sets.get(self.recipe.rows_of(block)))
 
     def _preflight(self, block: str, base: str | None, rows: str | None) -> None:
-        """Tokenised rows of a training stage. All preflights run before SFT: bad rows of DPO are reported early."""
+        """Tokenised rows of a training stage."""
         first = self._order.index({"dpo": "reference_logps", "rlvr": "pass_rates"}.get(block, block))
         if base is None or rows is None or self._order.index("verifier_audit") < self._until < first:
             return
@@ -220,7 +265,8 @@ class Graph(NodeGraph):
             STAGES["preflight"],
             preflight_config(block, self.recipe.trainings[block], self.recipe.preflight),
             inputs={"model": Binding(base, "folder"), "dataset": Binding(rows, "file")},
-            **self._template,
+            literals=self._template["literals"],
+            externals=self._template["externals"],
         )
 
     def _verifier_audit(self) -> None:
@@ -252,7 +298,8 @@ class Graph(NodeGraph):
             STAGES["reference_logps"],
             ReferenceLogpsConfig(precision=self.recipe.dpo.precision),
             inputs={"model": Binding(start, "folder"), "dataset": Binding(tokens, "file")},
-            **self._template,
+            literals=self._template["literals"],
+            externals=self._template["externals"],
         )
 
     def _train(
@@ -312,7 +359,7 @@ class Graph(NodeGraph):
             tasks: list[EvaluationTask] = []
             sources: list[DataSource] = []
             for task in settings.tasks:
-                pinned, digests = self._pin_all(task.files.values())
+                pinned, digests = self._references.pinned(task.files.values())
                 externals.update({f"{task.name}.{name}": digest for name, digest in digests.items()})
                 tasks.append(task.model_copy(update={"files": dict(zip(task.files, pinned, strict=True))}))
                 sources += pinned
@@ -365,30 +412,6 @@ class Graph(NodeGraph):
             "lineage": {name: Binding(name) for name in lineage},
         }
         self._add("publish", STAGES["publish"], config, inputs=inputs)
-
-    def _pin_all(
-        self, sources: Iterable[DataSource], may_be_missing: bool = False
-    ) -> tuple[tuple[DataSource, ...], dict[str, str]]:
-        """Sources with Hub revisions resolved to commits, and the content digests of the local ones by position.
-
-        With `may_be_missing`, an unreachable Hub source stays as it is: the stage reports it as not checked.
-        """
-        pinned = []
-        for source in sources:
-            if source.repository is not None:
-                revision = self._commit(hub_reference(source), may_be_missing)
-                source = source.model_copy(update={"revision": revision})
-            pinned.append(source)
-        return tuple(pinned), local_digests(pinned)
-
-    def _commit(self, reference: Reference, may_be_missing: bool = False) -> str:
-        found = self.commits[reference]
-        if isinstance(found, str):
-            return found
-        if not may_be_missing and not (self._keep_unresolved and isinstance(found, SourceUnavailable)):
-            raise found
-        self.unresolved[reference] = self.unresolved.get(reference, False) or not may_be_missing
-        return reference.revision
 
     def _world_if_generated(self, sources: Iterable[DataSource]) -> dict[str, Binding]:
         return {"world": Binding("world")} if any(source.generated for source in sources) else {}

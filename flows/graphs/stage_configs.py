@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from smoltulu.artifacts.keys import text_digest
 from smoltulu.flows.graphs.nodes import hub_reference
+from smoltulu.schemas.common import MAX_NAME
 from smoltulu.schemas.preflight import PreflightConfig, PreflightSettings
 from smoltulu.schemas.recipe import Recipe
+from smoltulu.schemas.sampled import SampledRowsConfig, SampledSettings, SamplesConfig, SampleScoresConfig
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.schemas.verifier_audit import PassRatesConfig, VerifierAuditConfig
 from smoltulu.tasks.data.hub import Reference
@@ -41,6 +44,35 @@ def pass_rates_config(recipe: Recipe) -> PassRatesConfig | None:
     )
 
 
+def samples_config(entry: SampledSettings) -> SamplesConfig:
+    """What its model writes."""
+    shared = {name: getattr(entry, name) for name in SamplesConfig.model_fields if name != "writer"}
+    return SamplesConfig(writer=_writer(entry), **shared)
+
+
+def sample_scores_config(entry: SampledSettings) -> SampleScoresConfig:
+    """What its samples are scored by."""
+    return SampleScoresConfig(
+        verifier=entry.score == "verifier", reward_precision=entry.precision if entry.reads_rewards else None
+    )
+
+
+def sampled_rows_config(entry: SampledSettings) -> SampledRowsConfig:
+    """Which of its samples become rows."""
+    return SampledRowsConfig(rules=entry.rules, writer=_writer(entry))
+
+
+def _writer(entry: SampledSettings) -> str:
+    """What its model is called."""
+    outside = entry.checkpoint
+    return str(entry.model or (outside and (outside.repository or outside.path)))[-MAX_NAME:]
+
+
+def template_parts(text: str) -> dict[str, dict[str, str]]:
+    """Literals and externals of a node that takes a chat template."""
+    return {"literals": {"chat_template": text}, "externals": {"chat_template": text_digest(text)}}
+
+
 def _labels(recipe: Recipe) -> tuple[str, ...]:
     assert recipe.data.rlvr is not None
     return tuple(source.label for source in recipe.data.rlvr.sources)
@@ -49,5 +81,5 @@ def _labels(recipe: Recipe) -> tuple[str, ...]:
 def hub_references(recipe: Recipe) -> list[Reference]:
     """All Hub references of a recipe. Data come first: the first error of this order is reported."""
     references = [hub_reference(source) for source in recipe.data_sources() if source.repository is not None]
-    model = recipe.base_model
-    return references + ([Reference("model", model.repository, model.revision)] if model.repository else [])
+    models = [recipe.base_model, *(entry.checkpoint for entry in recipe.sampled.values() if entry.checkpoint)]
+    return references + [Reference("model", one.repository, one.revision) for one in models if one.repository]

@@ -54,6 +54,7 @@ class PlanRow:
     notes        differences between now and the time when a cached artifact was made
     step         optimizer step at which it resumes, of num_steps; None if it does not resume
     preflight    figures of the rows of a training; None if their preflight is not cached
+    trained      whether it is made from what a training makes: rows that a trained model writes, for example
     """
 
     node: str
@@ -68,6 +69,7 @@ class PlanRow:
     num_steps: int | None = None
     estimate: Estimate = NOTHING
     preflight: PreflightFigures | None = None
+    trained: bool = False
 
 
 class Unresolved(NamedTuple):
@@ -132,6 +134,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     notes = (
         *recipe.lowered_batches(),
         *recipe.audit_notes(),
+        *recipe.sampled_notes(),
         *_too_large(costs, rows),
         *unreachable,
         *_check_new_base_model(graph, rows),
@@ -214,6 +217,7 @@ def _row(
         "stage": node.stage.name,
         "key": graph.key(name),
         "provisional": name in provisional,
+        "trained": any(graph.nodes[one].stage.is_training for one in graph.ancestors(name)),
         "status": "runs",
     }
     known = {dotted: digests[binding.node] for dotted, binding in bindings.items() if binding.node in digests}

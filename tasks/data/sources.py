@@ -1,7 +1,7 @@
 """Reads tables of rows, and computes what identifies their content.
 
-Sources are local files, files of the `world` stage and Hub datasets. Fast to import: `plan` only needs digests, so
-torch, datasets, pyarrow and huggingface_hub are imported where they are used.
+Sources are local files, files of the `world` stage, rows that a model wrote, and Hub datasets. Fast to import: `plan`
+only needs digests, so torch, datasets, pyarrow and huggingface_hub are imported where they are used.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts.secrets import find_secret, is_secret_name, without_secrets
@@ -88,7 +89,12 @@ def expand_text(text: str) -> str:
     return expanded
 
 
-def read_rows(source: DataSource, world: Path | None = None, digest: str | None = None) -> Iterator[Any]:
+def read_rows(
+    source: DataSource,
+    world: Path | None = None,
+    digest: str | None = None,
+    sampled: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Any]:
     """The first `limit` rows of `source`, in order and unchanged.
 
     A row that is not an object (a line `[1]`) is yielded too: the caller decides whether to drop it. A file that cannot
@@ -98,6 +104,7 @@ def read_rows(source: DataSource, world: Path | None = None, digest: str | None 
         source: `format` and `fields` are not used here.
         world: folder of the world artifact, for `generated` sources.
         digest: what `source_digest` of a `path` source must be while it is read; None: not compared.
+        sampled: name of a `sampled` source -> its rows file.
 
     Raises:
         SourceUnavailable: a Hub dataset that cannot be reached or accessed.
@@ -106,6 +113,10 @@ def read_rows(source: DataSource, world: Path | None = None, digest: str | None 
     """
     if source.repository is not None:
         return _read_hub(source)
+    if source.sampled is not None:
+        if source.sampled not in sampled:
+            raise ValueError(f"data source {source.sampled!r} is sampled, and its rows were not given")
+        return islice(read_file(Path(sampled[source.sampled])), source.limit)
     # Looking for the files is done now, so that a missing one is reported before the first row is asked for.
     files = local_files(source, world)
     rows = islice((row for file in files for row in read_file(file)), source.limit)

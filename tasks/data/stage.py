@@ -33,7 +33,6 @@ def build_dataset(
     sources = config.data.sources
     for source in sources:
         check_source(source, config.kind)
-    world = Path(inputs.world) if inputs.world else None
     # Under another name until every source is accepted.
     partial = context.folder / "rows.partial"
     reports: list[SourceReport] = []
@@ -41,7 +40,7 @@ def build_dataset(
         with RowsWriter(partial, config.kind) as output:
             for index, source in enumerate(sources):
                 context.report(index, len(sources))
-                reports.append(_write_source(index, source, len(sources), world, output, context))
+                reports.append(_write_source(index, source, len(sources), inputs, output, context))
         context.report(len(sources), len(sources))
         _accept(reports, config.data.max_malformed_share)
     except BaseException:
@@ -58,13 +57,15 @@ def build_dataset(
 
 
 def _write_source(
-    index: int, source: DataSource, num_sources: int, world: Path | None, output: RowsWriter, context: StageContext
+    index: int, source: DataSource, num_sources: int, inputs: DatasetInputs, output: RowsWriter, context: StageContext
 ) -> SourceReport:
     started = time.monotonic()
     num_rows = 0
     reasons: Counter[str] = Counter()
     examples: list[str] = []
-    for row_index, row in enumerate(read_rows(source, world, context.externals.get(f"data.{index}"))):
+    world = Path(inputs.world) if inputs.world else None
+    rows = read_rows(source, world, context.externals.get(f"data.{index}"), inputs.sampled)
+    for row_index, row in enumerate(rows):
         num_rows += 1
         try:
             normalised = adapt(row, source)

@@ -22,14 +22,12 @@ from smoltulu.schemas.evaluation import (
 from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.evaluation import lm_eval as harness
 from smoltulu.tasks.evaluation import pair_accuracy, sampling
-from smoltulu.tasks.models.classifiers import load_reward_model
+from smoltulu.tasks.models.classifiers import load_to_score
 from smoltulu.tasks.models.folders import (
     check_model_folder,
     device_of,
-    fit_embeddings,
-    load_language_model,
+    load_to_write,
     load_tokenizer,
-    stop_ids,
     use_bfloat16,
 )
 from smoltulu.tasks.stage import Stage, StageContext
@@ -286,19 +284,10 @@ def _load(
     reward_model: bool = False,
 ) -> tuple[Any, Any]:
     """Model in evaluation mode on its device, in the precision that this device has, and its tokenizer."""
-    import torch
-
     tokenizer = load_tokenizer(Path(folder), inputs.chat_template)
-    model = load_reward_model(Path(folder)) if reward_model else load_language_model(Path(folder))
-    fit_embeddings(model, tokenizer)  # a pad token that was added here needs a row; it is never attended to
-    stop_ids(model, tokenizer)
-    if use_bfloat16(settings.precision, context.compute):
-        # Not the buffers: rotary frequencies in bfloat16 turn position 2,000 by another radian. Not the score head,
-        # which was trained in float32.
-        for name, parameter in model.named_parameters():
-            if not (reward_model and name.startswith("score.")):
-                parameter.data = parameter.data.to(torch.bfloat16)
-    return model.to(device_of(context.compute)).eval(), tokenizer
+    load = load_to_score if reward_model else load_to_write
+    model = load(Path(folder), tokenizer, use_bfloat16(settings.precision, context.compute))
+    return model.to(device_of(context.compute)), tokenizer
 
 
 def _max_length(model: Any, settings: EvaluationSettings) -> int:

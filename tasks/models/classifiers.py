@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
+from smoltulu.tasks.models.folders import check_model_folder, fit_embeddings, load_tokenizer, stop_ids
 from smoltulu.tasks.models.tokens import tokenisation
 from smoltulu.tasks.models.weights import check_architecture, load_whole
 
@@ -34,6 +34,23 @@ def load_reward_model(folder: Path) -> PreTrainedModel:
 
     check_one_score(folder)
     return load_whole("AutoModelForSequenceClassification", folder, dtype=torch.float32)
+
+
+def load_to_score(folder: Path, tokenizer: PreTrainedTokenizerBase, bfloat16: bool) -> PreTrainedModel:
+    """A reward model as a stage asks it: in bfloat16 the weights are cast, but not the head, which was in float32.
+
+    Not the buffers: rotary frequencies in bfloat16 turn position 2,000 by another radian.
+    """
+    import torch
+
+    model = load_reward_model(folder)
+    fit_embeddings(model, tokenizer)
+    stop_ids(model, tokenizer)
+    if bfloat16:
+        for name, parameter in model.named_parameters():
+            if not name.startswith("score."):
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model.eval()
 
 
 def check_one_score(folder: Path) -> None:

@@ -65,6 +65,7 @@ def write(
     temperature: float,
     stop_ids: Sequence[int],
     pad_id: int,
+    top_p: float = 1.0,
     on_batch: OnBatch = lambda num_done, num_texts: None,
 ) -> list[Written]:
     """What the model writes after each prompt (token ids), up to the first of `stop_ids` or `max_new_tokens` tokens.
@@ -73,6 +74,8 @@ def write(
 
     Args:
         draws: (prompts, max_new_tokens), uniform in [0, 1), on the CPU; None: greedy.
+        top_p: below 1, tokens come from the nucleus of this mass (arXiv 1904.09751). No rollout of a training does:
+            its update would not know.
     """
     made: dict[int, Written] = {}
     for places in longest_first([len(prompt) for prompt in prompts], batch_size):
@@ -84,6 +87,7 @@ def write(
             temperature=temperature,
             stop_ids=set(stop_ids),
             pad_id=pad_id,
+            top_p=top_p,
         )
         made |= zip(places, written, strict=True)
         on_batch(len(made), len(prompts))
@@ -99,6 +103,7 @@ def _write_batch(
     temperature: float,
     stop_ids: set[int],
     pad_id: int,
+    top_p: float,
 ) -> list[Written]:
     """One batch. draws: (batch, max_new_tokens)."""
     import torch
@@ -128,7 +133,7 @@ def _write_batch(
             if step == 0 and len(unique) < len(prompts):
                 cache.batch_select_indices(copies)
                 logits, mask, position_ids = logits[copies], mask[copies], position_ids[copies]
-            tokens, logps = _next(logits, temperature, None if draws is None else draws[:, step : step + 1])
+            tokens, logps = _next(logits, temperature, None if draws is None else draws[:, step : step + 1], top_p)
             for row, token, logp in zip(rows, tokens.tolist(), logps, strict=True):
                 if row in stopped:
                     continue  # a row that is over and still in the batch
@@ -152,7 +157,7 @@ def _write_batch(
 
 
 def _next(
-    logits: torch.Tensor, temperature: float, draws: torch.Tensor | None
+    logits: torch.Tensor, temperature: float, draws: torch.Tensor | None, top_p: float = 1.0
 ) -> tuple[torch.Tensor, list[list[float]]]:
     """Next tokens (batch,), and the log-probability of each in a list of its own, which is empty where greedy.
 
@@ -163,8 +168,24 @@ def _next(
     if draws is None:
         return logits.argmax(-1), [[] for _ in logits]
     probabilities = torch.softmax(logits.float() / temperature, -1)
+    if top_p < 1:
+        probabilities = nucleus(probabilities, top_p)
     cumulative = probabilities.cumsum(-1)
     # Scaled by the last entry: rounding can leave the sum a little under 1.
     wanted = draws * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, wanted, right=True).clamp(max=logits.shape[-1] - 1)
     return tokens[:, 0], probabilities.gather(1, tokens).log().tolist()
+
+
+def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The likeliest tokens whose probabilities add up to `top_p`, the one that reaches it included; the others are 0.
+
+    Of equal ones the first. probabilities: (batch, vocabulary), each row with the sum 1; the result too.
+    """
+    import torch
+
+    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(-1) - ranked
+    kept = torch.where(before < top_p, ranked, 0.0)
+    cut = torch.zeros_like(probabilities).scatter(-1, order, kept)
+    return cut / cut.sum(-1, keepdim=True)

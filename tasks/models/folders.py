@@ -237,6 +237,22 @@ def load_language_model(folder: Path) -> PreTrainedModel:
     )
 
 
+def load_to_write(folder: Path, tokenizer: PreTrainedTokenizerBase, bfloat16: bool) -> PreTrainedModel:
+    """Causal language model as a stage samples it: never trained, so in bfloat16 the weights themselves are cast.
+
+    Not the buffers: rotary frequencies in bfloat16 turn position 2,000 by another radian.
+    """
+    import torch
+
+    model = load_language_model(folder)
+    fit_embeddings(model, tokenizer)
+    stop_ids(model, tokenizer)
+    if bfloat16:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model.eval()
+
+
 def own_generation_config(folder: Path) -> GenerationConfig:
     """Where generation begins, ends and is padded, and nothing else of what a model folder says of generation.
 

@@ -111,9 +111,7 @@ def model_card(
         config=config,
         base_model=base_model,
         base_path=without_paths(base.get("path"), "path"),
-        base_digest=next(
-            (digest for made in lineage.values() if (digest := made.spec.externals.get("base_model"))), None
-        ),
+        base_digest=lineage["base-model"].spec.externals.get("base_model") if "base-model" in lineage else None,
         model_digest=model_digest,
         scores=[(outputs.subject, score) for outputs in evaluations.values() for score in outputs.scores],
         lineage=lineage.items(),

@@ -19,6 +19,7 @@ from smoltulu.schemas.held_out import HeldOutOutputs
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import Outcome, RunSummary, StageRun
+from smoltulu.schemas.sampled import SampledRowsOutputs
 from smoltulu.schemas.verifier_audit import PassRatesOutputs, VerifierAuditOutputs
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.charts import Point, parse_history
@@ -65,6 +66,7 @@ def html_report(
         ("curves", "Training", _curves(runs, folders)),
         ("held_out", "Held-out prompts", _held_out(runs)),
         ("samples", "What the policy wrote", _samples(runs, folders)),
+        ("sampled", "Rows that a model wrote", _outputs_of(SampledRowsOutputs, runs)),
         ("contamination", "Contamination", _outputs_of(ContaminationOutputs, runs)),
         ("data", "Data", [dataset for dataset in datasets if dataset[2].sources]),
         ("preflight", "Preflight", [(name, preflight_figures(outputs)) for name, _, outputs in preflights]),
@@ -98,7 +100,7 @@ def _outputs_of(
 ) -> list[tuple[str, Manifest, Outputs]]:
     """(name without the stage, manifest, outputs) of every finished node with such outputs."""
     return [
-        (run.node.removeprefix(f"{run.stage}-"), manifest, outputs)
+        (run.node.removeprefix(f"{run.stage.replace('_', '-')}-"), manifest, outputs)
         for run, manifest in runs
         if manifest is not None and (outputs := outputs_of(model, manifest)) is not None
     ]

@@ -8,7 +8,6 @@ other prompts change what a prompt is answered.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -21,15 +20,14 @@ from smoltulu.artifacts.files import made_from_folder, remove_tree
 from smoltulu.artifacts.keys import canonical_json, folder_digest, text_digest
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.verifier_audit import PassRatesConfig, PassRatesInputs, PassRatesOutputs, Pool, PoolCounts
+from smoltulu.tasks.data.draw import drawn, seed_of
 from smoltulu.tasks.data.rows import rows_digest, stored_rows
 from smoltulu.tasks.evaluation.sampling import Completion
 from smoltulu.tasks.models.folders import (
     check_model_folder,
     device_of,
-    fit_embeddings,
-    load_language_model,
+    load_to_write,
     load_tokenizer,
-    stop_ids,
     use_bfloat16,
 )
 from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
@@ -99,15 +97,7 @@ def measure_pass_rates(
 
 def draw(rows: Sequence[Mapping[str, Any]], num_prompts: int | None, seed: int) -> list[int]:
     """Numbers of the rows to measure, ascending. Which are drawn depends on their ids: more prompts contain fewer."""
-    if num_prompts is None or num_prompts >= len(rows):
-        return list(range(len(rows)))
-    ranked = sorted(range(len(rows)), key=lambda number: (_seed_of(seed, f"drawn:{rows[number]['id']}"), number))
-    return sorted(ranked[:num_prompts])
-
-
-def _seed_of(seed: int, what: str) -> int:
-    """63 bits."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{what}".encode()).digest()[:8]) >> 1
+    return drawn([str(row["id"]) for row in rows], num_prompts, seed)
 
 
 def _sampler(
@@ -118,12 +108,8 @@ def _sampler(
     device: str,
 ) -> Answer:
     """The model, loaded, as a function."""
-    import torch
-
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    model = load_language_model(Path(inputs.model))
-    fit_embeddings(model, tokenizer)
-    stop_ids(model, tokenizer)
+    model = load_to_write(Path(inputs.model), tokenizer, use_bfloat16(config.precision, context.compute))
     longest, room = max(map(len, prompts.values())), model.config.max_position_embeddings
     if longest + config.max_completion_length > room:
         raise ValueError(
@@ -131,14 +117,10 @@ def _sampler(
             f"(rlvr.max_completion_length), but the model has {room:,} positions; lower max_completion_length or "
             "max_prompt_length"
         )
-    if use_bfloat16(config.precision, context.compute):
-        # Not the buffers: rotary frequencies in bfloat16 turn position 2,000 by another radian.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    model.to(device).eval()
+    model.to(device)
     write = transformers_backend(
         model,
-        seed=_seed_of(config.settings.seed, "samples"),
+        seed=seed_of(config.settings.seed, "samples"),
         max_new_tokens=config.max_completion_length,
         temperature=config.temperature,
         stop_ids=stop_token_ids(tokenizer),

@@ -22,6 +22,7 @@ from smoltulu.schemas.held_out import RolloutGuards
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings, RLOOSettings
+from smoltulu.schemas.sampled import SampledRowsConfig, SamplesConfig, SampleScoresConfig
 from smoltulu.schemas.verifier_audit import PassRatesConfig, VerifierAuditConfig
 
 
@@ -179,6 +180,9 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         PublishStageConfig,
         VerifierAuditConfig,
         PassRatesConfig,
+        SamplesConfig,
+        SampleScoresConfig,
+        SampledRowsConfig,
     )
     for model in (Recipe, DatasetStageConfig, *configs):
         roles.update(all_fields(model, seen))
@@ -227,6 +231,10 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         "VerifierAuditSettings.known_faults",
         "VerifierAuditConfig.source_labels",
         "PassRatesConfig.source_labels",
+        "SampledSettings.max_length_ratio",
+        "SamplesConfig.writer",
+        "SampledRowsConfig.writer",
+        "SelectionRules.max_length_ratio",
     }
 
 
@@ -286,6 +294,11 @@ def test_one_error_lists_every_problem_with_its_path() -> None:
             "publish: would publish the base",
         ),
         ("tiny", {"compute.stages.stf": {}}, "compute.stages: no stage is called 'stf' (did you mean 'sft'?)"),
+        (
+            "tiny",
+            {"compute.stages.sft.save_step": 1},
+            "sft.save_step: no such field (did you mean 'save_steps'?); allow",
+        ),
         ({"extends": "tiny", "rlvr": {"num_episodes": 100}}, {}, "100 is not a multiple of the rollout batch 256"),
     ],
 )

@@ -65,14 +65,17 @@ def test_what_the_stages_say_of_themselves() -> None:
     def which(trait: str) -> list[str]:
         return [name for name, stage in STAGES.items() if getattr(stage, trait)]
 
-    assert which("distributed") == ["reference_logps", "pass_rates"]
-    assert which("eval_batch") == ["reference_logps", "pass_rates", "evaluation"]
+    assert which("distributed") == ["samples", "sample_scores", "reference_logps", "pass_rates"]
+    assert which("eval_batch") == ["samples", "sample_scores", "reference_logps", "pass_rates", "evaluation"]
     assert which("keeps_rows") == ["contamination", "preflight"]
     assert which("copies_model") == ["publish"]
-    assert set(STAGES) - set(which("grows_with_model")) == {"preflight", "verifier_audit"}
+    assert set(STAGES) - set(which("grows_with_model")) == {
+        "preflight", "verifier_audit", "sample_scores", "sampled_rows",
+    }  # fmt: skip
     blocks = {name: stage.block for name, stage in STAGES.items() if stage.block}
     assert blocks == {
         "dataset": "data", "benchmark_index": "contamination", "preflight": "trainings", "reference_logps": "dpo",
+        "samples": "sampled", "sample_scores": "sampled", "sampled_rows": "sampled",
     }  # fmt: skip
     assert all(hasattr(Recipe, block) or block in Recipe.model_fields for block in blocks.values())
 
