@@ -271,7 +271,7 @@ def _plain(value: Any) -> Any:
 def test_canonical_keys_every_field_of_the_training_stages_counts() -> None:
     """The same for all of them, not for a sample: no field of a training stage may be forgotten."""
     for path, value, annotation, role in leaves_of("tiny"):
-        machinery = ("gate", "max_rollouts_without_signal", "rollout_batch_size")
+        machinery = ("gate", "guards", "max_rollouts_without_signal", "rollout_batch_size")
         if (
             path[0] in ("sft", "reward_model", "dpo", "rlvr")
             and path[1] not in machinery
@@ -290,7 +290,7 @@ def test_canonical_keys_every_field_of_the_training_stages_counts() -> None:
                 # can be said there by a plain value (the keys of schedules are in test_schedules.py).
                 alone = [
                     ("rlvr", "algorithm"), ("rlvr", "leave_out"), ("rlvr", "random_reward_probability"),
-                    ("dpo", "label_smoothing"),
+                    ("rlvr", "held_out"), ("rlvr", "keep"), ("dpo", "label_smoothing"),
                 ]  # fmt: skip
                 assert path in alone or path[1] in ("schedule", "lora"), path
 

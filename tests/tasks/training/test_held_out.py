@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from smoltulu.schemas.common import scientific
 from smoltulu.schemas.held_out import HeldOutSettings
 from smoltulu.schemas.rlvr import PPOSettings, RLVRInputs, RLVRSettings
 from smoltulu.tasks.training.held_out_record import Evaluation, Record, fall, falls, metrics_of, share_right
@@ -194,6 +195,20 @@ def test_spelling_of_kinds_means_nothing() -> None:
     # In batches of three steps: at 0, 6, 12 and 13; with a warm-up of six at 0, 12 and 13.
     assert settings.every(3) == 6 and settings.num_evaluations(13, 3) == 4 and settings.num_evaluations(13, 3, 6) == 3
     assert settings.num_evaluations(1) == 2
+
+
+def test_every_field_is_in_the_key() -> None:
+    base: dict[str, Any] = {"held_out": FALL | {"kinds": ["items"]}}
+    changed = [
+        {"held_out": base["held_out"] | change}
+        for change in (
+            {"num_prompts": 9}, {"num_samples": 1}, {"every_steps": 8}, {"kinds": ["ends_with"]}, {"max_drop": 0.1},
+            {"max_kinds_drop": 0.1},
+        )
+    ]  # fmt: skip
+    every = [base, *changed, base | {"keep": "best"}, {}]
+    keys = [json.dumps(scientific(RLVRSettings.model_validate(SETTINGS | one)), sort_keys=True) for one in every]
+    assert len(set(keys)) == len(every) and "held_out" not in keys[-1] and "keep" not in keys[-1]
 
 
 # --- In a training ---------------------------------------------------------------------------------------------------
