@@ -151,17 +151,14 @@ def test_a_changed_rule_samples_nothing_again(changes: dict[str, Any], expected:
     assert changed(TO_DPO, TO_DPO | {"sampled.on_policy": PAIRS | changes}) == expected
 
 
-def test_other_verifiers_score_again_and_sample_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = TO_DPO | {"sampled.on_policy": PAIRS | {"prompts": "rlvr"}}
+def test_other_verifiers_change_what_they_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RLVR rows are read by them, so prompts of these are other rows; those of SFT stay."""
+    recipe = TO_DPO | {"sampled.by_reward": BY_REWARD | {"prompts": "sft"}}
     before = graph(recipe).keys()
     monkeypatch.setattr("smoltulu.flows.graphs.recipe_graph.VERIFIERS_VERSION", "next")
     after = graph(recipe).keys()
-    # The RLVR rows say which verifiers read them, so prompts of theirs are new rows; of SFT's they are not.
-    assert before["sample-scores-on-policy"] != after["sample-scores-on-policy"]
-    by_reward = {"sampled.a": BY_REWARD | {"prompts": "sft"}, "data.dpo.sources": [{"sampled": "a"}]}
-    one = graph(by_reward).keys()
-    monkeypatch.undo()
-    assert one["samples-a"] == graph(by_reward).keys()["samples-a"]
+    same = {name for name in before if name.startswith("sample") and before[name] == after[name]}
+    assert same == {"samples-by-reward", "sample-scores-by-reward", "sampled-rows-by-reward"}
 
 
 def test_plan_shows_what_writing_costs_and_says_what_is_unused(tmp_path: Path) -> None:
