@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,13 @@ def test_nothing_of_before_is_nothing_to_adopt(tmp_path: Path) -> None:
 
 
 def test_the_keys_of_before_are_those_that_the_version_before_pinned() -> None:
-    """Of recipe `tiny`, as golden_keys.json had them before the bump. RLVR's have changed since, and its vocabulary."""
-    before = specs_before(Graph(load_recipe("tiny", {"base_model.scratch.vocab_size": 768})))
+    """Of recipe `tiny`, as golden_keys.json had them before the bump; its world and RLVR have changed since."""
+    world_then = {"world.num_sft": 16_000, "world.arithmetic_share": 0.75}
+    base_then = {"base_model.scratch.vocab_size": 768, "base_model.scratch.num_steps": 200}
+    graph = Graph(load_recipe("tiny", {**world_then, **base_then}))
+    world = graph.nodes["world"]
+    graph.nodes["world"] = replace(world, stage=replace(world.stage, version=1))
+    before = specs_before(graph)
     assert {name: keys_of(before[name]) for name in KEYS_BEFORE} == KEYS_BEFORE
 
 
