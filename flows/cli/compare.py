@@ -47,7 +47,8 @@ def compare(
                 f"measured in another precision: {' -> '.join(precisions)}; evaluate both with one evaluation.precision"
             )
     judged = evaluations.verdicts(comparisons, level)
-    values = [_values(one, adjusted, verdict, level, len(judged)) for one, adjusted, verdict in judged]
+    num_tests = sum(one.test is not None for one in comparisons)
+    values = [_values(one, adjusted, verdict, level, num_tests) for one, adjusted, verdict in judged]
     if as_json:
         print_json(values)
         return
@@ -75,15 +76,16 @@ def _values(one: Comparison, adjusted: float | None, verdict: str, level: float,
     if test is None:
         unknown = dict.fromkeys(("difference", "items", "lost, gained", "p", "p (Holm)", "visible"), "-")
         return made | unknown | {"verdict": f"not comparable: {one.reason}"}
-    changed = (test.num_lost + test.num_gained) / test.num_items
-    visible = smallest_visible(test.num_items, changed, level / num_tests, _POWER)
+    # Of right and wrong it is the share that changed.
+    squared = test.stderr**2 * (test.num_items - 1) + test.difference**2
+    visible = smallest_visible(test.num_items, squared, level / num_tests, _POWER)
     return made | {
         "difference": f"{test.difference:+.4f} ± {1.96 * test.stderr:.4f}",
         "items": f"{test.num_items:,}",
         "lost, gained": f"{test.num_lost:,}, {test.num_gained:,}",
         "p": f"{test.p_value:.3g}",
         "p (Holm)": f"{adjusted:.3g}",
-        "visible": f"{visible:.4f}",
+        "visible": f"{visible:.4f}" if squared else "-",
         "verdict": verdict,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +165,9 @@ def _difference(before: Measured, after: Measured) -> str:
     prompts = sum(before.items[name].prompt != item.prompt for name, item in after.items.items())
     if prompts:
         return f"other prompts: {prompts:,} of {len(after.items):,} are asked otherwise"
+    pairs = [(before.items[name].value, item.value) for name, item in after.items.items()]
+    if odd := sum(not (math.isfinite(old) and math.isfinite(new)) for old, new in pairs):
+        return f"{odd:,} of {len(pairs):,} items have a score that is no number"
     return ""
 
 

@@ -144,3 +144,11 @@ def test_shares_of_samples_and_pairs_are_items_too(tmp_path: Path) -> None:
     values = {task: [item.value for item in one.items.values()] for task, one in night.items()}
     assert values == {"verified_sampled": [0.25, 0.75], "preference": [1.0, 0.0]}
     assert night["preference"].score.metric == "pair_accuracy"
+
+
+def test_a_score_that_is_no_number_is_named(tmp_path: Path) -> None:
+    """Two of twelve lost and one NaN: once the test said p = 0, and the verdict was a gain."""
+    last = evaluation(tmp_path / "last", [sample(i, 1.0) for i in range(12)])
+    rows = [sample(i, float("nan") if i == 11 else float(i > 1)) for i in range(12)]
+    made = one(last, evaluation(tmp_path / "tonight", rows))
+    assert made.test is None and made.reason == "1 of 12 items have a score that is no number"
