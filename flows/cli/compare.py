@@ -44,7 +44,8 @@ def compare(
         precisions = [precision or "unknown" for _, precision in sides]
         if precisions[0] != precisions[1]:
             raise ValueError(
-                f"measured in another precision: {' -> '.join(precisions)}; evaluate both with one evaluation.precision"
+                f"measured in another precision: {' -> '.join(precisions)}; evaluate both with one "
+                "(evaluation.precision; lm-eval: dtype in --model_args)"
             )
     judged = evaluations.verdicts(comparisons, level)
     num_tests = sum(one.test is not None for one in comparisons)
@@ -115,10 +116,10 @@ def _read(what: str, store: Path | None) -> tuple[dict[str, Measured], str | Non
     """Scores with their items, and the precision that they were measured in, where that is known."""
     from smoltulu.schemas.evaluation import EvaluationOutputs
     from smoltulu.tasks.comparison.evaluations import measured
-    from smoltulu.tasks.comparison.lm_eval_files import read_folder
+    from smoltulu.tasks.comparison.lm_eval_files import precision_of, read_folder
 
     if Path(what).is_dir():
-        return read_folder(Path(what)), None
+        return read_folder(Path(what)), precision_of(Path(what))
     catalogue = open_catalogue(store)
     ref = _evaluation(catalogue, what)
     newest = catalogue.folder(ref).newest

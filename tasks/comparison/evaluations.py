@@ -100,7 +100,7 @@ def json_lines(file: Path, column: str) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 if not isinstance(row, dict) or column not in row:
                     raise ValueError(f"no object with {column!r}")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file.name}, line {number}: {error}; evaluate this model again") from error
             yield row
 

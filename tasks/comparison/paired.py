@@ -80,7 +80,9 @@ def paired_test(
         )
     odd = [item for item in before if not (math.isfinite(before[item]) and math.isfinite(after[item]))]
     if odd:
-        raise ValueError(f"a paired test needs numbers; {len(odd):,} of {len(before):,} items have none, e.g. {odd[:3]}")
+        raise ValueError(
+            f"a paired test needs numbers; {len(odd):,} of {len(before):,} items have none, e.g. {odd[:3]}"
+        )
     differences = {item: after[item] - before[item] for item in before}
     sums: dict[str, float] = {}
     for item, difference in differences.items():
