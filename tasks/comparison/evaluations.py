@@ -71,23 +71,32 @@ class Comparison:
 def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
     """Task -> its headline score with its items, from the samples of the evaluation in `folder`.
 
+    A task that the recipe names twice is there a second time, by task and metric.
+
     Raises:
         ValueError: a line of the samples that is no JSON object.
     """
     headlines: dict[str, Measured] = {}
+    names: list[str] = []  # of each score; those of lm-eval come first, an entry of the recipe each
     for score in outputs.scores:
-        headlines.setdefault(score.task, Measured(score))  # the first is the headline
+        name = score.task
+        if name in headlines and "," in score.metric:
+            name = f"{name} {score.metric}"
+            name += f" {score.num_fewshot} shots" if name in headlines else ""
+        names.append(name)
+        headlines.setdefault(name, Measured(score))  # the first is the headline
     if outputs.samples_file is None:
         return headlines
     members = _members(folder / outputs.results_file) if outputs.results_file else {}
     for row in json_lines(folder / outputs.samples_file, "task"):
-        task = members.get(row["task"], row["task"])
+        entry = row.get("entry")  # older samples have none
+        task = members.get(row["task"], row["task"]) if entry is None else names[entry]
         if task not in headlines:
             continue
         value = _value(row, headlines[task].score.metric)
         if value is not None:
             items = headlines[task].items
-            cluster = row["task"] if task != row["task"] else ""
+            cluster = row["task"] if headlines[task].score.task != row["task"] else ""
             items[item_name(row, items)] = Item(value, row.get("prompt_hash"), cluster, row)
     return headlines
 

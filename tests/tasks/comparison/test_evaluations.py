@@ -152,3 +152,29 @@ def test_a_score_that_is_no_number_is_named(tmp_path: Path) -> None:
     rows = [sample(i, float("nan") if i == 11 else float(i > 1)) for i in range(12)]
     made = one(last, evaluation(tmp_path / "tonight", rows))
     assert made.test is None and made.reason == "1 of 12 items have a score that is no number"
+
+
+def test_a_task_that_is_named_twice_is_judged_twice(tmp_path: Path) -> None:
+    """By strict and by flexible answers, and as a member of a group: no item counts twice, and no score is passed over.
+
+    Six of forty strict answers lost are p = 2 / 2^6; as twelve of eighty they were 2 / 2^12.
+    """
+    group = SCORE | {"task": "maths", "metric": "exact_match,strict-match"}
+    scores = [SCORE, SCORE | {"metric": "exact_match,flexible-extract"}, group]
+    results = {"maths": {"n-samples": {"gsm8k": {}}}}
+
+    def night(name: str, num_lost: int) -> dict[str, Measured]:
+        rows = [
+            sample(i, float(of != "strict-match" or i >= num_lost), filter=of, entry=entry)
+            for entry in range(3)
+            for of in ("strict-match", "flexible-extract")
+            for i in range(40)
+        ]
+        return evaluation(tmp_path / name, rows, scores, results)
+
+    made = {one.task: one.test for one in compare("sft", night("last", 0), night("tonight", 6))}
+    assert list(made) == ["gsm8k", "gsm8k exact_match,flexible-extract", "maths"]
+    counts = {task: (test.num_items, test.num_lost, test.p_value) for task, test in made.items() if test is not None}
+    assert counts == {
+        "gsm8k": (40, 6, 2 / 2**6), "gsm8k exact_match,flexible-extract": (40, 0, 1.0), "maths": (40, 6, 2 / 2**6),
+    }  # fmt: skip
