@@ -307,6 +307,24 @@ def test_the_best_is_kept_with_its_critic_whatever_is_pruned(
     assert f"step-{best_step}" in folders and len(folders) <= 2
 
 
+def test_best_weights_that_are_gone_are_missed_before_training_goes_on(
+    inputs: RLVRInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best is of step 4. From its own checkpoint it is written again; from a later one no step is made."""
+    make_up(monkeypatch, {0: 0.1, 4: 0.5, 8: 0.2, 12: 0.3}.__getitem__)
+    settings = {"held_out": HELD_OUT, "keep": "best"}
+    whole = run(inputs, tmp_path, settings, save_steps=4, save_total_limit=3)
+    checkpoints = tmp_path / "work" / "checkpoints"
+    for name in ("work/best", "out", "work/checkpoints/checkpoint-12"):
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(ValueError, match=r"the weights of step 4, the best by held-out accuracy, are damaged"):
+        run(inputs, tmp_path, settings, save_steps=4, save_total_limit=3)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-8"]
+    shutil.rmtree(checkpoints / "checkpoint-8")
+    again = run(inputs, tmp_path, settings, save_steps=4, save_total_limit=3)
+    assert differing(whole.policy, again.policy) == differing(whole.critic, again.critic) == []
+
+
 FALLING = {0: 0.75, 4: 1.0, 8: 0.25, 12: 0.25, 16: 0.25}
 
 
