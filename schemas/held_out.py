@@ -15,6 +15,8 @@ Keep = Literal["last", "best"]
 
 #: The exact test of seven prompts that all fall says p = 2 / 2^7, of eight 2 / 2^8 < 0.01.
 MIN_PROMPTS_OF_A_FALL = 8
+#: A fall is one of the mean of so many evaluations, the newest.
+NUM_LATEST = 2
 
 
 class HeldOutSettings(StrictModel):
@@ -123,6 +125,8 @@ class Run(Protocol):
     def budget(self) -> Budget: ...
     @property
     def num_warmup_steps_of_critic(self) -> int | None: ...
+    @property
+    def num_steps_per_rollout(self) -> int: ...
 
 
 def fault_of(run: Run) -> str | None:
@@ -135,6 +139,8 @@ def fault_of(run: Run) -> str | None:
             f"held_out.every_steps {held_out.every_steps:,} is more than the run's {num_steps:,} optimizer steps; give "
             f"at most {num_steps:,}"
         )
+    if held_out is not None and (fault := _fault_of_drop(run, held_out, num_steps)) is not None:
+        return fault
     if guards.asked and guards.window > num_steps > 0:
         return (
             f"guards.window {guards.window:,} is more than the run's {num_steps:,} optimizer steps, so nothing would "
@@ -152,6 +158,23 @@ def fault_of(run: Run) -> str | None:
     if guards.min_groups_with_signal is not None and run.reward == "constant":
         return "guards.min_groups_with_signal would end every run with reward constant; leave it out"
     return _fault_of_explained_variance(run, num_steps)
+
+
+def _fault_of_drop(run: Run, held_out: HeldOutSettings, num_steps: int) -> str | None:
+    """A limit of a fall that no evaluation would ever be asked about."""
+    name = "max_drop" if held_out.max_drop is not None else "max_kinds_drop"
+    if getattr(held_out, name) is None or not num_steps:
+        return None
+    made = held_out.num_evaluations(num_steps, run.num_steps_per_rollout, run.num_warmup_steps_of_critic or 0)
+    # The first is the start. With keep best the last ends nothing: the run is over.
+    needed = 1 + NUM_LATEST + (run.keep == "best")
+    if made >= needed:
+        return None
+    return (
+        f"held_out.{name} would never end this run: it asks the mean of {NUM_LATEST} evaluations after the start, "
+        f"before the last step where keep is best, and there are {made - 1} after the start; lower "
+        f"held_out.every_steps ({held_out.every_steps:,}), or leave {name} out"
+    )
 
 
 def _fault_of_explained_variance(run: Run, num_steps: int) -> str | None:

@@ -44,10 +44,12 @@ def compare(
         precisions = [precision or "unknown" for _, precision in sides]
         if precisions[0] != precisions[1]:
             raise ValueError(
-                f"measured in another precision: {' -> '.join(precisions)}; evaluate both with one evaluation.precision"
+                f"measured in another precision: {' -> '.join(precisions)}; evaluate both with one "
+                "(evaluation.precision; lm-eval: dtype in --model_args)"
             )
     judged = evaluations.verdicts(comparisons, level)
-    values = [_values(one, adjusted, verdict, level, len(judged)) for one, adjusted, verdict in judged]
+    num_tests = sum(one.test is not None for one in comparisons)
+    values = [_values(one, adjusted, verdict, level, num_tests) for one, adjusted, verdict in judged]
     if as_json:
         print_json(values)
         return
@@ -75,15 +77,16 @@ def _values(one: Comparison, adjusted: float | None, verdict: str, level: float,
     if test is None:
         unknown = dict.fromkeys(("difference", "items", "lost, gained", "p", "p (Holm)", "visible"), "-")
         return made | unknown | {"verdict": f"not comparable: {one.reason}"}
-    changed = (test.num_lost + test.num_gained) / test.num_items
-    visible = smallest_visible(test.num_items, changed, level / num_tests, _POWER)
+    # Of right and wrong it is the share that changed.
+    squared = test.stderr**2 * (test.num_items - 1) + test.difference**2
+    visible = smallest_visible(test.num_items, squared, level / num_tests, _POWER)
     return made | {
         "difference": f"{test.difference:+.4f} ± {1.96 * test.stderr:.4f}",
         "items": f"{test.num_items:,}",
         "lost, gained": f"{test.num_lost:,}, {test.num_gained:,}",
         "p": f"{test.p_value:.3g}",
         "p (Holm)": f"{adjusted:.3g}",
-        "visible": f"{visible:.4f}",
+        "visible": f"{visible:.4f}" if squared else "-",
         "verdict": verdict,
     }
 
@@ -113,10 +116,10 @@ def _read(what: str, store: Path | None) -> tuple[dict[str, Measured], str | Non
     """Scores with their items, and the precision that they were measured in, where that is known."""
     from smoltulu.schemas.evaluation import EvaluationOutputs
     from smoltulu.tasks.comparison.evaluations import measured
-    from smoltulu.tasks.comparison.lm_eval_files import read_folder
+    from smoltulu.tasks.comparison.lm_eval_files import precision_of, read_folder
 
     if Path(what).is_dir():
-        return read_folder(Path(what)), None
+        return read_folder(Path(what)), precision_of(Path(what))
     catalogue = open_catalogue(store)
     ref = _evaluation(catalogue, what)
     newest = catalogue.folder(ref).newest

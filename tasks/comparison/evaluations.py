@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,23 +71,32 @@ class Comparison:
 def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
     """Task -> its headline score with its items, from the samples of the evaluation in `folder`.
 
+    A task that the recipe names twice is there a second time, by task and metric.
+
     Raises:
         ValueError: a line of the samples that is no JSON object.
     """
     headlines: dict[str, Measured] = {}
+    names: list[str] = []  # of each score; those of lm-eval come first, an entry of the recipe each
     for score in outputs.scores:
-        headlines.setdefault(score.task, Measured(score))  # the first is the headline
+        name = score.task
+        if name in headlines and "," in score.metric:
+            name = f"{name} {score.metric}"
+            name += f" {score.num_fewshot} shots" if name in headlines else ""
+        names.append(name)
+        headlines.setdefault(name, Measured(score))  # the first is the headline
     if outputs.samples_file is None:
         return headlines
     members = _members(folder / outputs.results_file) if outputs.results_file else {}
     for row in json_lines(folder / outputs.samples_file, "task"):
-        task = members.get(row["task"], row["task"])
+        entry = row.get("entry")  # older samples have none
+        task = members.get(row["task"], row["task"]) if entry is None else names[entry]
         if task not in headlines:
             continue
         value = _value(row, headlines[task].score.metric)
         if value is not None:
             items = headlines[task].items
-            cluster = row["task"] if task != row["task"] else ""
+            cluster = row["task"] if headlines[task].score.task != row["task"] else ""
             items[item_name(row, items)] = Item(value, row.get("prompt_hash"), cluster, row)
     return headlines
 
@@ -99,7 +109,7 @@ def json_lines(file: Path, column: str) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 if not isinstance(row, dict) or column not in row:
                     raise ValueError(f"no object with {column!r}")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file.name}, line {number}: {error}; evaluate this model again") from error
             yield row
 
@@ -164,6 +174,9 @@ def _difference(before: Measured, after: Measured) -> str:
     prompts = sum(before.items[name].prompt != item.prompt for name, item in after.items.items())
     if prompts:
         return f"other prompts: {prompts:,} of {len(after.items):,} are asked otherwise"
+    pairs = [(before.items[name].value, item.value) for name, item in after.items.items()]
+    if odd := sum(not (math.isfinite(old) and math.isfinite(new)) for old, new in pairs):
+        return f"{odd:,} of {len(pairs):,} items have a score that is no number"
     return ""
 
 

@@ -31,15 +31,28 @@ def read_folder(folder: Path) -> dict[str, Measured]:
     files = sorted(newest.parent.glob(f"samples_*_{date}.jsonl"))
     if not files:
         raise ValueError(f"{newest.name} has no samples beside it; run lm-eval again with --log_samples")
-    results = json.loads(newest.read_text(encoding="utf-8"))
+    try:
+        results = json.loads(newest.read_text(encoding="utf-8"))
+        if not isinstance(results, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{newest.name} is no results file of lm-eval: {error}; run lm-eval again") from error
     made: dict[str, Measured] = {}
     for file in files:
         task = file.name.removeprefix("samples_").removesuffix(f"_{date}.jsonl")
         try:
             made |= _task(task, results, [(row, row["doc_id"], row["metrics"]) for row in json_lines(file, "doc_id")])
-        except (KeyError, TypeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{file.name} is not as lm-eval 0.4.13 writes samples: {error!r}") from error
     return made
+
+
+def precision_of(folder: Path) -> str | None:
+    """As the newest results say, e.g. bfloat16; None where they do not."""
+    newest = max(folder.rglob("results_*.json"), key=lambda path: path.name)
+    config = json.loads(newest.read_text(encoding="utf-8")).get("config")
+    said = config.get("model_dtype") if isinstance(config, dict) else None
+    return str(said).removeprefix("torch.") if said else None
 
 
 def _task(task: str, results: dict[str, Any], rows: list[tuple[dict[str, Any], Any, list[str]]]) -> dict[str, Measured]:

@@ -70,13 +70,18 @@ def paired_test(
         cluster_of: item -> what it shares its luck with, e.g. the prompt of several instructions; none: each is alone.
 
     Raises:
-        ValueError: other items on one side, or none.
+        ValueError: other items on one side, none, or a score that is no number.
     """
     if before.keys() != after.keys() or not before:
         odd = sorted(before.keys() ^ after.keys())
         raise ValueError(
             f"a paired test needs the same items on both sides, at least one; {len(before):,} and {len(after):,} were "
             f"given, {len(odd):,} on one side only" + (f", e.g. {odd[:3]}" if odd else "")
+        )
+    odd = [item for item in before if not (math.isfinite(before[item]) and math.isfinite(after[item]))]
+    if odd:
+        raise ValueError(
+            f"a paired test needs numbers; {len(odd):,} of {len(before):,} items have none, e.g. {odd[:3]}"
         )
     differences = {item: after[item] - before[item] for item in before}
     sums: dict[str, float] = {}
@@ -93,7 +98,8 @@ def paired_test(
     elif len(changed) <= _MAX_ENUMERATED:
         p_value = sign_flips(changed)
     else:
-        p_value = _t_test(list(sums.values()))
+        # No more than what all signs would say: where all fell alike, the t-test calls any number of them certain.
+        p_value = max(_t_test(list(sums.values())), 2.0 ** (1 - len(changed)))
     return PairedTest(num_items, len(sums), mean, stderr, p_value, num_lost, num_gained)
 
 
@@ -110,6 +116,9 @@ def _stderr(sums: Sequence[float], num_items: int) -> float:
 def _t_test(sums: Sequence[float]) -> float:
     from scipy.stats import ttest_1samp
 
+    center = math.fsum(sums) / len(sums)
+    if max(abs(value - center) for value in sums) <= 1e-12 * abs(center):
+        return 0.0  # all the same: no spread to divide by
     return float(ttest_1samp(sums, 0.0).pvalue)
 
 
@@ -126,7 +135,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def smallest_visible(num_items: int, share_changed: float, level: float, power: float = 0.8) -> float:
-    """The loss that a test at `level` sees with `power`, where this share of the items changes anyway (normal)."""
+def smallest_visible(num_items: int, squared_change: float, level: float, power: float = 0.8) -> float:
+    """The loss that a test at `level` sees with `power`, where items change anyway (normal).
+
+    squared_change  mean of the squared difference of an item: of right and wrong, the share that changed
+    """
     z = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(power)
-    return min(1.0, z * math.sqrt(share_changed / num_items))
+    return z * math.sqrt(squared_change / num_items)

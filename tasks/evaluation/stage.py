@@ -110,7 +110,8 @@ def _language_model(
                 on_progress=partial(report, part),
             )
             scores.append(score)
-            samples += records
+            # A task may be asked for twice, with other shots or metrics, and be a member of a group as well.
+            samples += [record | {"entry": part} for record in records]
             raw[task.name] = results
             logger.info("%s %s: %.4f (%d documents)", task.name, task.metric, score.value, score.num_samples)
     if settings.sampled is not None:

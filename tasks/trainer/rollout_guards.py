@@ -50,9 +50,9 @@ class WindowMean:
         self.spans: deque[tuple[int, float]] = deque(maxlen=window)
 
     def add(self, step: int, value: float) -> None:
-        """`value` is the mean of the steps since the one that was added before. One that is not finite is no value."""
+        """`value` is the mean of the steps since the one that was added before. NaN is no value; infinity is one."""
         start, self.step = self.step, step
-        if start >= self.first and step > start and math.isfinite(value):
+        if start >= self.first and step > start and not math.isnan(value):
             self.spans.append((step - start, value))
 
     def mean(self) -> float | None:
@@ -61,7 +61,7 @@ class WindowMean:
         for span in reversed(self.spans):
             taken.append(span)
             if (num_steps := sum(num for num, _ in taken)) >= self.window:
-                return math.fsum(num * value for num, value in taken) / num_steps
+                return sum(num * value for num, value in taken) / num_steps
         return None
 
 

@@ -81,6 +81,8 @@ class HeldOut(TrainerCallback):
         if state.global_step:
             self.record = Record.of(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             self.in_checkpoint = self.record.best.step
+            if self.config.keep == "best":
+                self._require_best(state.global_step)
         if self.record.ended_early:
             # The run is over. transformers' loop would look at the control only after a step.
             state.max_steps, control.should_training_stop = state.global_step, True
@@ -189,6 +191,24 @@ class HeldOut(TrainerCallback):
             save_file(weights, folder / f"{name}.safetensors")
         mark_complete(folder)
 
+    def _require_best(self, step: int) -> None:
+        """Before hours of training: the weights that the checkpoint of `step` names as the best are there."""
+        best = self.record.best.step
+        folder = self.context.work / BEST_FOLDER / f"step-{best}"
+        found = fault(folder, full=True)
+        if found is None:
+            return
+        if best == step:  # they are those that were just loaded
+            self._write_weights(step)
+            return
+        raise ValueError(self._damaged(folder, found))
+
+    def _damaged(self, folder: Path, found: str) -> str:
+        return (
+            f"the weights of step {self.record.best.step:,}, the best by held-out accuracy, are damaged: {folder}: "
+            f"{found}; make the stage again (refresh rlvr)"
+        )
+
     def restore_best(self) -> None:
         """Put the weights that are kept into the models of the main process, which saves them."""
         step = self.kept.step
@@ -196,10 +216,7 @@ class HeldOut(TrainerCallback):
             return
         folder = self.context.work / BEST_FOLDER / f"step-{step}"
         if (found := fault(folder, full=True)) is not None:
-            raise ValueError(
-                f"the weights of step {step:,}, the best by held-out accuracy, are damaged: {folder}: {found}; make "
-                "the stage again (refresh rlvr), or set keep to last"
-            )
+            raise ValueError(self._damaged(folder, found))
         for name, model in self.models.items():
             stored, trained = load_file(folder / f"{name}.safetensors"), _trained(model)
             assert stored.keys() == trained.keys()

@@ -14,15 +14,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from smoltulu.schemas.held_out import HeldOutScore
+from smoltulu.schemas.held_out import NUM_LATEST, HeldOutScore
 from smoltulu.tasks.comparison.paired import paired_test
 from smoltulu.tasks.training.held_out_rows import HeldOutRow
 
 #: File of a checkpoint.
 STATE_FILE = "held_out.json"
-#: A fall is one of the mean of so many evaluations, the newest, ...
-NUM_LATEST = 2
-#: ... against the start, prompt by prompt, at this level.
+#: Level of a fall of the mean of the newest evaluations against the start, prompt by prompt.
 MAX_P_VALUE = 0.01
 
 #: Line of a prompt in all rows, as text -> share of its answers that are right; None: none could be graded.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from smoltulu.schemas.held_out import HeldOutSettings
+from smoltulu.schemas.held_out import MIN_PROMPTS_OF_A_FALL, HeldOutSettings
 from smoltulu.tasks.training.rollouts import HELD_OUT_ROWS, shuffled
 from smoltulu.tasks.verifiers.kinds import kinds_of
 
@@ -47,7 +48,7 @@ def split_rows(settings: HeldOutSettings, seed: int, rows: Sequence[Row]) -> Spl
     Raises:
         ValueError: no row is of a held-out kind, or there are fewer different prompts than are to be held out.
     """
-    texts = [json.dumps(row["prompt"], sort_keys=True) for row in rows]
+    texts = [_text(row["prompt"]) for row in rows]
     names = [kinds_of(row["verifier"], row["ground_truth"]) for row in rows]
     kinds = [next((name for name in reversed(of_row) if name in settings.kinds), None) for of_row in names]
     there = {name for of_row in names for name in of_row}
@@ -67,10 +68,23 @@ def split_rows(settings: HeldOutSettings, seed: int, rows: Sequence[Row]) -> Spl
             "more prompts"
         )
     chosen = sorted(others[: settings.num_prompts]) + sorted(of_kinds[: settings.num_prompts])
+    num_of_kinds = len(chosen) - settings.num_prompts
+    if settings.max_kinds_drop is not None and num_of_kinds < MIN_PROMPTS_OF_A_FALL:
+        raise ValueError(
+            f"held_out.max_kinds_drop is about the {num_of_kinds:,} different prompts of held-out kinds, and of fewer "
+            f"than {MIN_PROMPTS_OF_A_FALL} even a fall of all is not beyond noise (p < 0.01); hold out more kinds, or "
+            "leave it out"
+        )
     hidden = texts_of_kinds | {texts[line] for line in chosen}
     trained = [line for line in range(len(rows)) if texts[line] not in hidden]
     held_out = [HeldOutRow(line, rows[line], kinds[line]) for line in chosen]
     return Split(trained, held_out, len(rows) - len(trained))
+
+
+def _text(prompt: Sequence[Mapping[str, Any]]) -> str:
+    """What a prompt asks: without its system messages, case, and how spaces are set, which make no other question."""
+    said = [(turn["role"], turn["content"]) for turn in prompt if turn["role"] != "system"]
+    return json.dumps([(role, " ".join(unicodedata.normalize("NFKC", text).casefold().split())) for role, text in said])
 
 
 def _distinct(order: Sequence[int], texts: Sequence[str]) -> list[int]:

@@ -79,7 +79,7 @@ def test_two_models_by_stage_of_a_run_by_key_and_by_evaluation(store: HandStore,
 def test_what_cannot_be_compared_is_refused_with_what_can(store: HandStore, evaluated: dict[str, Ref]) -> None:
     other = evaluate(store, evaluated["sft"], 5, precision="bfloat16")
     said = call(store, "compare", evaluated["evaluation-dpo"].key, other.key, code=1).output
-    assert "measured in another precision: float32 -> bfloat16; evaluate both with one evaluation.precision" in words(
+    assert "measured in another precision: float32 -> bfloat16; evaluate both with one (evaluation.precision" in words(
         said
     )
     said = call(store, "compare", evaluated["sft"].key, "brave-fox:dpo", code=1).output
@@ -119,6 +119,47 @@ def test_a_folder_that_is_none_is_refused(store: HandStore, tmp_path: Path, eval
     (tmp_path / "empty" / "samples_a_2026.jsonl").write_text('{"doc_id": 0}\n')
     said = call(store, "compare", str(tmp_path / "empty"), "brave-fox:sft", code=1).output
     assert "samples_a_2026.jsonl is not as lm-eval 0.4.13 writes samples: KeyError('metrics')" in words(said)
+
+
+def lm_eval_folder(folder: Path, results: Any = None, **changes: Any) -> str:
+    """As lm-eval 0.4.13 writes it: four items of one task."""
+    folder.mkdir()
+    whole = {
+        "results": {"t": {"acc,none": 0.5}}, "n-samples": {"t": {"effective": 4}}, "n-shot": {"t": 0},
+        "versions": {"t": 1}, "config": {"model_dtype": "torch.float32"}, "lm_eval_version": "0.4.13",
+    }  # fmt: skip
+    rows = [
+        {"doc_id": i, "filter": "none", "metrics": ["acc"], "acc": float(i < 2), "resps": [["x"]], "target": "x",
+         "doc_hash": f"d{i}", "prompt_hash": "p", "target_hash": "t"} | changes
+        for i in range(4)
+    ]  # fmt: skip
+    (folder / "results_2026.json").write_text(json.dumps(whole if results is None else whole | results))
+    (folder / "samples_t_2026.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_folders_of_another_precision_are_not_compared(store: HandStore, tmp_path: Path) -> None:
+    one = lm_eval_folder(tmp_path / "one")
+    other = lm_eval_folder(tmp_path / "other", {"config": {"model_dtype": "torch.bfloat16"}})
+    assert "same" in call(store, "compare", one, one).output
+    said = words(call(store, "compare", one, other, code=1).output)
+    assert "measured in another precision: float32 -> bfloat16" in said and "lm-eval: dtype in --model_args" in said
+
+
+@pytest.mark.parametrize(("changes", "text", "said"), [
+    ({"resps": []}, None, "is not as lm-eval 0.4.13 writes samples: IndexError"),
+    ({}, "[]", "results_2026.json is no results file of lm-eval: no object; run lm-eval again"),
+    ({}, '{"a', "results_2026.json is no results file of lm-eval: Unterminated string"),
+    ({}, '{"results": {"t": {"acc,none": 1}}, "n-samples": {"t": {"effective": 4}}, "n-shot": null}',
+     "is not as lm-eval 0.4.13 writes samples: AttributeError"),
+])  # fmt: skip
+def test_damaged_folders_are_refused_without_a_traceback(
+    store: HandStore, tmp_path: Path, changes: dict[str, Any], text: str | None, said: str
+) -> None:
+    one = lm_eval_folder(tmp_path / "one", **changes)
+    if text is not None:
+        (tmp_path / "one" / "results_2026.json").write_text(text)
+    assert said in words(call(store, "compare", one, one, code=1).output)
 
 
 @pytest.mark.slow

@@ -144,3 +144,37 @@ def test_shares_of_samples_and_pairs_are_items_too(tmp_path: Path) -> None:
     values = {task: [item.value for item in one.items.values()] for task, one in night.items()}
     assert values == {"verified_sampled": [0.25, 0.75], "preference": [1.0, 0.0]}
     assert night["preference"].score.metric == "pair_accuracy"
+
+
+def test_a_score_that_is_no_number_is_named(tmp_path: Path) -> None:
+    """Two of twelve lost and one NaN: once the test said p = 0, and the verdict was a gain."""
+    last = evaluation(tmp_path / "last", [sample(i, 1.0) for i in range(12)])
+    rows = [sample(i, float("nan") if i == 11 else float(i > 1)) for i in range(12)]
+    made = one(last, evaluation(tmp_path / "tonight", rows))
+    assert made.test is None and made.reason == "1 of 12 items have a score that is no number"
+
+
+def test_a_task_that_is_named_twice_is_judged_twice(tmp_path: Path) -> None:
+    """By strict and by flexible answers, and as a member of a group: no item counts twice, and no score is passed over.
+
+    Six of forty strict answers lost are p = 2 / 2^6; as twelve of eighty they were 2 / 2^12.
+    """
+    group = SCORE | {"task": "maths", "metric": "exact_match,strict-match"}
+    scores = [SCORE, SCORE | {"metric": "exact_match,flexible-extract"}, group]
+    results = {"maths": {"n-samples": {"gsm8k": {}}}}
+
+    def night(name: str, num_lost: int) -> dict[str, Measured]:
+        rows = [
+            sample(i, float(of != "strict-match" or i >= num_lost), filter=of, entry=entry)
+            for entry in range(3)
+            for of in ("strict-match", "flexible-extract")
+            for i in range(40)
+        ]
+        return evaluation(tmp_path / name, rows, scores, results)
+
+    made = {one.task: one.test for one in compare("sft", night("last", 0), night("tonight", 6))}
+    assert list(made) == ["gsm8k", "gsm8k exact_match,flexible-extract", "maths"]
+    counts = {task: (test.num_items, test.num_lost, test.p_value) for task, test in made.items() if test is not None}
+    assert counts == {
+        "gsm8k": (40, 6, 2 / 2**6), "gsm8k exact_match,flexible-extract": (40, 0, 1.0), "maths": (40, 6, 2 / 2**6),
+    }  # fmt: skip

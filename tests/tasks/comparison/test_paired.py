@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -106,4 +107,20 @@ def test_holm_by_hand() -> None:
 def test_smallest_visible_loss() -> None:
     """(1.960 + 0.842) sqrt(0.12 / 1319)"""
     assert smallest_visible(1319, 0.12, 0.05) == pytest.approx(0.02672, abs=1e-5)
-    assert smallest_visible(1, 1.0, 0.05) == 1.0
+    # In its own unit: nats of 1,000 items that change by 0.001 each.
+    assert smallest_visible(1000, 1e-6, 0.05) == pytest.approx(8.859e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("change", [0.5, 1 / 3])
+def test_where_all_change_alike_it_is_not_certain(change: float) -> None:
+    """Twenty that all fell by the same: of 2^20 assignments of signs two are as extreme; the t-test would say 0."""
+    made = paired_test({str(i): 1.0 for i in range(20)}, {str(i): 1 - change for i in range(20)})
+    assert made.p_value == 2 / 2**20 and made.num_lost == 20
+
+
+def test_what_is_no_number_is_refused() -> None:
+    """As NaN - 1 is no difference, all assignments of signs would be less extreme: p = 0."""
+    before = {str(i): 1.0 for i in range(4)}
+    for odd in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"needs numbers; 1 of 4 items have none, e\.g\. \['2'\]"):
+            paired_test(before, before | {"2": odd})

@@ -35,6 +35,15 @@ def test_mean_of_a_window_by_hand() -> None:
     assert mean.mean() == (5 + 0 + 2 * 3) / 4, "what is no number is left out"
 
 
+def test_an_infinite_kl_is_above_every_limit() -> None:
+    """exp of a difference of 89 nats is no float32 any more: then the policy is as far away as can be."""
+    mean = WindowMean(2)
+    mean.add(1, 0.1)
+    mean.add(2, math.inf)
+    [rule] = rules_of(RolloutGuards(max_kl=10.0))
+    assert rule.is_broken(mean.mean() or 0.0)
+
+
 def test_a_window_begins_after_the_warm_up() -> None:
     mean = WindowMean(2, first=3)
     for step, value in ((2, 9.0), (4, 9.0), (5, 1.0), (6, 3.0)):

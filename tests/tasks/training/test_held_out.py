@@ -76,6 +76,18 @@ def test_no_text_is_on_both_sides() -> None:
     assert not asked & {rows[line]["prompt"][0]["content"] for line in split.trained}
 
 
+def test_another_spelling_is_no_other_question() -> None:
+    """Each of 20 questions in four spellings, one beside a system message: 8 are held out in all of them."""
+    rows = []
+    for i in range(20):
+        rows += [row(4 * i, f"What is {i}?"), row(4 * i + 1, f"what  is {i}? "), row(4 * i + 2, f"What\u00a0is {i}?\n")]
+        rows.append(row(4 * i + 3, f"What is {i}?"))
+        rows[-1]["prompt"].insert(0, turn("system", "Be brief."))
+    split = split_rows(HeldOutSettings(num_prompts=8, every_steps=1), 0, rows)
+    assert len({one.number // 4 for one in split.held_out}) == 8 and split.num_left_out == 32
+    assert not {one.number // 4 for one in split.held_out} & {line // 4 for line in split.trained}
+
+
 def test_held_out_kinds_are_not_trained_and_each_is_asked() -> None:
     """30 rows of items, 2 of starts_with, 20 of arithmetic; a row of arithmetic with the text of one of items."""
     rows = [row(i, f"List {i}", "constraint", constraint("items")) for i in range(30)]
@@ -99,6 +111,16 @@ def test_a_split_that_leaves_nothing_is_refused(changes: dict[str, Any], said: s
     rows = [row(i, f"What is {i}?") for i in range(40)]
     with pytest.raises(ValueError, match=said):
         split_rows(HeldOutSettings(**HELD_OUT | changes), 0, rows)
+
+
+def test_a_fall_of_kinds_with_too_few_prompts_is_refused() -> None:
+    rows = [row(i, f"What is {i}?") for i in range(40)]
+    rows += [row(40 + i, f"List {i}", "constraint", constraint("items")) for i in range(7)]
+    settings = HeldOutSettings(num_prompts=8, every_steps=1, kinds=("items",), max_kinds_drop=0.1)
+    with pytest.raises(ValueError, match=r"max_kinds_drop is about the 7 different prompts of held-out kinds"):
+        split_rows(settings, 0, rows)
+    more = [*rows, row(47, "List 7", "constraint", constraint("items"))]
+    assert len(split_rows(settings, 0, more).held_out) == 16
 
 
 # --- What is said of the answers -------------------------------------------------------------------------------------
@@ -179,6 +201,9 @@ def test_what_is_logged_of_sources_verifiers_and_kinds() -> None:
     ({"held_out": HELD_OUT | {"every_steps": 13}}, r"held_out\.every_steps 13 is more than the run's 12 optimizer"),
     ({"held_out": HELD_OUT | {"max_kinds_drop": 0.1}}, "max_kinds_drop 0.1 is about held-out kinds, and kinds names"),
     ({"held_out": HELD_OUT | {"max_drop": 0.1}}, "need num_prompts of at least 8, and it is 4"),
+    ({"held_out": FALL | {"every_steps": 12}},
+     r"held_out\.max_drop would never end this run: .* there are 1 after the start; lower held_out\.every_steps \(12"),
+    ({"held_out": FALL | {"every_steps": 6}, "keep": "best"}, "there are 2 after the start"),
     ({"held_out": HELD_OUT | {"num_prompts": 1}}, "greater than or equal to 2"),
     ({"keep": "newest"}, "'last' or 'best'"),
 ])  # fmt: skip
@@ -295,6 +320,24 @@ def test_the_best_is_kept_with_its_critic_whatever_is_pruned(
         assert differing(made.critic, load_file(saved / "critic" / "model.safetensors")) == []
     folders = [path.name for path in (tmp_path / "best" / "work" / "best").iterdir()]
     assert f"step-{best_step}" in folders and len(folders) <= 2
+
+
+def test_best_weights_that_are_gone_are_missed_before_training_goes_on(
+    inputs: RLVRInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best is of step 4. From its own checkpoint it is written again; from a later one no step is made."""
+    make_up(monkeypatch, {0: 0.1, 4: 0.5, 8: 0.2, 12: 0.3}.__getitem__)
+    settings = {"held_out": HELD_OUT, "keep": "best"}
+    whole = run(inputs, tmp_path, settings, save_steps=4, save_total_limit=3)
+    checkpoints = tmp_path / "work" / "checkpoints"
+    for name in ("work/best", "out", "work/checkpoints/checkpoint-12"):
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(ValueError, match=r"the weights of step 4, the best by held-out accuracy, are damaged"):
+        run(inputs, tmp_path, settings, save_steps=4, save_total_limit=3)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-8"]
+    shutil.rmtree(checkpoints / "checkpoint-8")
+    again = run(inputs, tmp_path, settings, save_steps=4, save_total_limit=3)
+    assert differing(whole.policy, again.policy) == differing(whole.critic, again.critic) == []
 
 
 FALLING = {0: 0.75, 4: 1.0, 8: 0.25, 12: 0.25, 16: 0.25}
