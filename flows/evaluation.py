@@ -138,8 +138,7 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
                 tonight = futures[-1].result()
                 outcomes[name] = tonight.outcome
                 if name in last:
-                    model = name.removeprefix("evaluation-")
-                    comparisons += compare(model, _measured(last[name]), _measured(tonight))
+                    comparisons += _compare(name.removeprefix("evaluation-"), last[name], tonight)
             except Exception as error:  # one that fails is not the end of the others
                 failed[name] = str(error) or type(error).__name__
                 log.error("%s failed: %s", name, failed[name])
@@ -163,6 +162,17 @@ def nightly_evaluation(recipe: RecipeParameter = "smoltulu-1130", overrides: Ove
     if not went_well:
         raise RunFailed(message)
     return Completed(name="Completed", message=message)
+
+
+def _compare(model: str, last: ArtifactReference, tonight: ArtifactReference) -> list[Comparison]:
+    """The scores of both; where those of last time cannot be read, that is told once, and tonight is the next one's."""
+    try:
+        before = _measured(last)
+    except (OSError, ValueError) as error:
+        reason = f"the last time cannot be read: {error}"
+        return [Comparison(model, name, one.score.metric, one.score.value, one.score.value, reason=reason)
+                for name, one in _measured(tonight).items()]  # fmt: skip
+    return compare(model, before, _measured(tonight))
 
 
 def _measured(reference: ArtifactReference) -> dict[str, Measured]:

@@ -122,6 +122,8 @@ class Run(Protocol):
     @property
     def reward(self) -> str: ...
     @property
+    def reward_model_weight(self) -> float: ...
+    @property
     def budget(self) -> Budget: ...
     @property
     def num_warmup_steps_of_critic(self) -> int | None: ...
@@ -157,6 +159,11 @@ def fault_of(run: Run) -> str | None:
             )
     if guards.min_groups_with_signal is not None and run.reward == "constant":
         return "guards.min_groups_with_signal would end every run with reward constant; leave it out"
+    if guards.min_groups_with_signal is not None and run.reward_model_weight:
+        return (
+            "guards.min_groups_with_signal would never end a run with reward_model_weight "
+            f"{run.reward_model_weight:g}: scores of a reward model nearly always differ; leave one of them out"
+        )
     return _fault_of_explained_variance(run, num_steps)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,13 @@ _SAME = {
     "metric": "metric", "harness": "harness", "task_version": "task version", "template_digest": "chat template",
     "num_fewshot": "number of shots", "limited": "part of the task",
 }  # fmt: skip
+#: The same of what a score says of itself in its details.
+_SAME_DETAILS = {
+    "temperature": "temperature", "num_samples_per_prompt": "number of samples", "max_new_tokens": "length of answers",
+    "max_gen_toks": "length of answers", "seed": "seed",
+}  # fmt: skip
+#: A score is the mean of its items up to this.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
     if outputs.samples_file is None:
         return headlines
     members = _members(folder / outputs.results_file) if outputs.results_file else {}
+    seen: Counter[tuple[str, str]] = Counter()
     for row in json_lines(folder / outputs.samples_file, "task"):
         entry = row.get("entry")  # older samples have none
         task = members.get(row["task"], row["task"]) if entry is None else names[entry]
@@ -95,9 +104,11 @@ def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
             continue
         value = _value(row, headlines[task].score.metric)
         if value is not None:
-            items = headlines[task].items
             cluster = row["task"] if headlines[task].score.task != row["task"] else ""
-            items[item_name(row, items)] = Item(value, row.get("prompt_hash"), cluster, row)
+            name = item_name(row)
+            seen[task, name] += 1
+            name += f"#{seen[task, name]}" if seen[task, name] > 1 else ""
+            headlines[task].items[name] = Item(value, row.get("prompt_hash"), cluster, row)
     return headlines
 
 
@@ -130,14 +141,12 @@ def _value(row: Mapping[str, Any], metric: str) -> float | None:
     return None if value is None else float(value)
 
 
-def item_name(row: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
-    """Of the question and its answer, where it is asked twice with a number; by its id where no digest is kept."""
-    digests = [str(row[key]) for key in ("doc_hash", "target_hash") if row.get(key)]
-    name = "/".join([row["task"], *(digests or [str(row["id"])])])
-    number = 2
-    while name in taken:
-        name, number = f"{name.partition('#')[0]}#{number}", number + 1
-    return name
+def item_name(row: Mapping[str, Any]) -> str:
+    """Of the question and its answer; by its id where no digest is kept. ValueError where there is neither."""
+    names = [str(row[key]) for key in ("doc_hash", "target_hash") if row.get(key)] or [str(row.get("id", ""))]
+    if not names[0]:
+        raise ValueError(f"a sample of {row['task']} has no id and no doc_hash; evaluate this model again")
+    return "/".join([row["task"], *names])
 
 
 def compare(model: str, before: Mapping[str, Measured], after: Mapping[str, Measured]) -> list[Comparison]:
@@ -154,16 +163,43 @@ def _compare(model: str, task: str, before: Measured | None, after: Measured | N
         return Comparison(model, task, only.score.metric, value, value, reason=missing)
     scores = (before.score.value, after.score.value)
     reason = _difference(before, after)
-    if reason:
+    weights = None if reason else _weights(before, after)
+    if weights is None:
+        reason = reason or "the score is no mean of its items"
         return Comparison(model, task, after.score.metric, *scores, reason=reason)
-    old, new = ({name: item.value for name, item in side.items.items()} for side in (before, after))
+    old, new = ({name: weights[name] * item.value for name, item in side.items.items()} for side in (before, after))
     return Comparison(model, task, after.score.metric, *scores, paired_test(old, new))
+
+
+def _weights(before: Measured, after: Measured) -> dict[str, float] | None:
+    """What each item counts, 1 on average, so that both scores are the mean of their items; None where none is so.
+
+    A group's score is the mean of its items, or of its members' means (then an item of a small member counts more).
+    """
+    sizes = Counter(item.cluster for item in after.items.values())
+    alike = dict.fromkeys(after.items, 1.0)
+    by_member = {name: len(after.items) / (len(sizes) * sizes[one.cluster]) for name, one in after.items.items()}
+    for weights in (alike, by_member):
+        if all(
+            abs(
+                math.fsum(weights[name] * item.value for name, item in side.items.items()) / len(weights)
+                - side.score.value
+            )
+            <= _ROUNDING * max(1.0, abs(side.score.value))
+            for side in (before, after)
+        ):
+            return weights
+    return None
 
 
 def _difference(before: Measured, after: Measured) -> str:
     """Why two measurements of a task are not of the same thing; empty where they are."""
     for name, words in _SAME.items():
         old, new = getattr(before.score, name), getattr(after.score, name)
+        if old != new:
+            return f"another {words}: {old} -> {new}"
+    for name, words in _SAME_DETAILS.items():
+        old, new = before.score.details.get(name), after.score.details.get(name)
         if old != new:
             return f"another {words}: {old} -> {new}"
     if not after.items or not before.items:

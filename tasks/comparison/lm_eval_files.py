@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def read_folder(folder: Path) -> dict[str, Measured]:
     made: dict[str, Measured] = {}
     for file in files:
         task = file.name.removeprefix("samples_").removesuffix(f"_{date}.jsonl")
+        if not file.stat().st_size:
+            raise ValueError(f"{file.name} is empty; run lm-eval again")
         try:
             made |= _task(task, results, [(row, row["doc_id"], row["metrics"]) for row in json_lines(file, "doc_id")])
         except (LookupError, TypeError, AttributeError) as error:
@@ -57,6 +60,7 @@ def precision_of(folder: Path) -> str | None:
 
 def _task(task: str, results: dict[str, Any], rows: list[tuple[dict[str, Any], Any, list[str]]]) -> dict[str, Measured]:
     made: dict[str, Measured] = {}
+    seen: Counter[tuple[str, str]] = Counter()
     template = results.get("chat_template_sha") or "none"
     for row, number, metrics in rows:
         for metric in metrics:
@@ -82,6 +86,8 @@ def _task(task: str, results: dict[str, Any], rows: list[tuple[dict[str, Any], A
             answer = row["resps"][0][0]
             shown = kept | {"target": str(row.get("target"))[:200], "completion": str(answer)}
             prompt = row.get("prompt_hash") or text_digest(json.dumps(row.get("arguments")))
-            items = made[key].items
-            items[item_name(kept, items)] = Item(float(value), prompt[:_DIGEST_CHARACTERS], "", shown)
+            seen[key, item_name(kept)] += 1
+            again = f"#{seen[key, item_name(kept)]}" if seen[key, item_name(kept)] > 1 else ""
+            item = Item(float(value), prompt[:_DIGEST_CHARACTERS], "", shown)
+            made[key].items[item_name(kept) + again] = item
     return made

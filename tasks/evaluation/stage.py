@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -172,6 +172,7 @@ def _sampled(
             "num_samples_per_prompt": sampled.num_samples_per_prompt,
             "temperature": sampled.temperature,
             "max_new_tokens": sampled.max_new_tokens,
+            "seed": sampled.seed,
             "num_ungradable": accuracy.num_ungradable,
             "num_truncated": num_truncated,
             "stopped_share": sum(record["num_stopped"] for record in accuracy.records) / num_samples,
@@ -179,7 +180,8 @@ def _sampled(
         },
         **_source(inputs),
     )
-    return score, [{"task": score.task, **record} for record in accuracy.records]
+    asked = _digests(rows, ("prompt",), ("verifier", "ground_truth"))
+    return score, [{"task": score.task, **record, **asked[record["id"]]} for record in accuracy.records]
 
 
 def _reward_model(
@@ -196,8 +198,9 @@ def _reward_model(
         on_batch=context.report,
     )
     measured = pair_accuracy.rank_pairs(rewards)
+    asked = _digests(pairs, ("prompt",), ("chosen", "rejected"))
     samples: list[Sample] = [
-        {"task": "preference", "id": pair_id, "right": right, "chosen": chosen, "rejected": rejected}
+        {"task": "preference", "id": pair_id, "right": right, "chosen": chosen, "rejected": rejected, **asked[pair_id]}
         for pair_id, right, chosen, rejected in zip(ids, measured.right, rewards[::2], rewards[1::2], strict=True)
     ]
     counts = {
@@ -245,7 +248,8 @@ def _implicit_reward(
         ("mean_margin", mean.margin, mean.margin_stderr, {"reward": f"{per_token}, without beta"}),
         ("mean_margin_unnormalised", total.margin, total.margin_stderr, {"reward": f"{summed}, without beta"}),
     ]
-    samples = [{"task": "implicit_reward", **record} for record in records]
+    asked = _digests(pairs, ("prompt",), ("chosen", "rejected"))
+    samples = [{"task": "implicit_reward", **record, **asked[record["id"]]} for record in records]
     return _pair_scores("implicit_reward", len(ids), inputs, values), samples
 
 
@@ -255,6 +259,17 @@ def _pair_scores(task: str, num_pairs: int, inputs: EvaluationInputs, values: li
         Score(task=task, metric=metric, value=value, stderr=stderr, num_samples=num_pairs, details=details, **source)
         for metric, value, stderr, details in values
     ]
+
+
+def _digests(
+    rows: Sequence[Mapping[str, Any]], question: Sequence[str], answer: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """Id -> digests of what is asked and of what is right, as lm-eval's samples have them: rows may be made again."""
+
+    def digest(row: Mapping[str, Any], names: Sequence[str]) -> str:
+        return text_digest(json.dumps([row[name] for name in names], ensure_ascii=False, sort_keys=True))[:16]
+
+    return {str(row["id"]): {"doc_hash": digest(row, question), "target_hash": digest(row, answer)} for row in rows}
 
 
 def _report_half(context: StageContext, position: int, num_done: int, num_in_all: int) -> None:

@@ -134,6 +134,11 @@ def rollout_guards(guards: RolloutGuards, num_warmup_steps: int = 0) -> TrainerC
 
     class RolloutGuard(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.logging_steps > state.max_steps:
+                raise ValueError(
+                    f"compute.logging_steps {args.logging_steps:g} is more than the run's {state.max_steps:,} steps, so "
+                    f"no limit of guards ({', '.join(rule.name for rule in rules)}) would ever be asked; lower it"
+                )
             self.means = {rule.name: WindowMean(guards.window, num_warmup_steps) for rule in rules}
             for row in state.log_history:  # of the steps before a resume
                 self.add(row["step"], row)

@@ -9,7 +9,7 @@ import pytest
 
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.store import Found, read_manifest
-from smoltulu.flows.evaluation import _last_night, rows_of, told
+from smoltulu.flows.evaluation import _compare, _last_night, rows_of, told
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.comparison.evaluations import Comparison
 from smoltulu.tasks.comparison.paired import paired_test
@@ -91,3 +91,29 @@ def test_the_table_of_a_night() -> None:
     assert same["verdict"] == "same" and (same["lost, gained"], same["items"]) == ("0, 0", "40")
     assert drop["verdict"] == "drop" and drop["p (Holm)"] == f"{2 * 2 / 2**20:.3g}"
     assert lost["verdict"] == "not comparable: other prompts" and lost["p (paired)"] == "-"
+
+
+def test_a_last_time_that_cannot_be_read_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    """Or that model would fail every night: the one that it is compared with never changes."""
+    score = {
+        "task": "a", "metric": "acc,none", "value": 1.0, "num_samples": 1, "harness": "h", "task_version": "1",
+        "template_digest": "t",
+    }  # fmt: skip
+    references = []
+    for name, text in (("last", '{"task": "a"'), ("tonight", '{"task": "a", "id": 0, "metrics": {"acc": 1.0}}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "samples.jsonl").write_text(text)
+        references.append(
+            ArtifactReference(
+                stage="evaluation",
+                node=NODE,
+                key="0" * 64,
+                digest="0" * 64,
+                path=str(tmp_path / name),
+                outputs={"subject": "sft", "scores": [score], "samples_file": "samples.jsonl"},
+            )
+        )
+    [made] = _compare("sft", *references)
+    assert made.test is None and made.reason.startswith("the last time cannot be read: samples.jsonl, line 1")
+    well, message = told([made], 1, {})
+    assert well and "nothing was compared; 1 not comparable: sft a (the last time cannot be read" in message

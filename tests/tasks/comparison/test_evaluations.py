@@ -12,7 +12,7 @@ from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.tasks.comparison.evaluations import Comparison, Measured, compare, flipped, measured, verdicts
 
 SCORE = {
-    "task": "gsm8k", "metric": "exact_match,strict-match", "value": 0.5, "num_samples": 4, "num_fewshot": 5,
+    "task": "gsm8k", "metric": "exact_match,strict-match", "num_samples": 4, "num_fewshot": 5,
     "harness": "lm-eval 0.4.13", "task_version": "3.0", "template_digest": "t",
 }  # fmt: skip
 
@@ -31,7 +31,11 @@ def evaluation(
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples)
     (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
     (folder / "results.json").write_text(json.dumps({"subject": "sft", "lm_eval": results or {}}))
-    return measured(folder, outputs(scores or [SCORE]))
+    # A score is the mean of its items, where nothing else is said.
+    values = [one["metrics"]["exact_match"] for one in samples if one.get("filter") in ("strict-match", "get-answer")]
+    mean = sum(values) / len(values) if values else 0.5
+    scores = [{"value": mean} | one for one in scores or [SCORE]]
+    return measured(folder, outputs(scores))
 
 
 def outputs(scores: list[dict[str, Any]]) -> EvaluationOutputs:
@@ -111,7 +115,7 @@ def test_lines_end_at_a_newline_only(tmp_path: Path) -> None:
     assert len(night["gsm8k"].items) == 3
     (tmp_path / "night" / "samples.jsonl").write_text('{"task": "gsm8k"')
     with pytest.raises(ValueError, match=r"samples.jsonl, line 1: .*; evaluate this model again"):
-        measured(tmp_path / "night", outputs([SCORE]))
+        measured(tmp_path / "night", outputs([SCORE | {"value": 1.0}]))
 
 
 def test_flipped_items_are_there_to_read_lost_ones_first(tmp_path: Path) -> None:
@@ -119,6 +123,42 @@ def test_flipped_items_are_there_to_read_lost_ones_first(tmp_path: Path) -> None
     night = evaluation(tmp_path / "night", [sample(i, float(i in (0, 3)), completion=f"new {i}") for i in range(4)])
     shown = [(old.row["completion"], new.row["completion"]) for old, new in flipped(last["gsm8k"], night["gsm8k"])]
     assert shown == [("old 2", "new 2"), ("old 0", "new 0")]
+
+
+def test_a_mean_of_members_weighs_the_items_of_each(tmp_path: Path) -> None:
+    """Eight items of one member, two of another: (1/8 + 0) / 2 -> (0 + 1) / 2, where one item is lost, two gained."""
+    members = ["small"] * 2 + ["large"] * 8
+    results = {"group": {"n-samples": {"small": {}, "large": {}}}}
+
+    def night(name: str, right: set[int], value: float) -> dict[str, Measured]:
+        rows = [sample(i, float(i in right), task=task, filter="get-answer") for i, task in enumerate(members)]
+        score = SCORE | {"task": "group", "metric": "exact_match,get-answer", "value": value}
+        return evaluation(tmp_path / name, rows, [score], results)
+
+    last, tonight = night("last", {2}, 1 / 16), night("tonight", {0, 1}, 0.5)
+    made = one(last, tonight)
+    assert made.test is not None and made.test.difference == pytest.approx(0.5 - 1 / 16)
+    assert (made.test.num_lost, made.test.num_gained) == (1, 2)
+    # Sums of signs: +-2.5 +-2.5 +-0.625: the two large ones alike in 4 of 8, of which 4.375 or more is seen.
+    assert made.test.p_value == 0.5
+    by_size = one(night("last by size", {2}, 0.1), night("tonight by size", {0, 1}, 0.2))
+    assert by_size.test is not None and by_size.test.difference == pytest.approx(0.1)
+    other = one(night("last otherwise", {2}, 0.3), night("tonight otherwise", {0, 1}, 0.2))
+    assert other.test is None and other.reason == "the score is no mean of its items"
+
+
+def test_other_ways_to_sample_are_named(tmp_path: Path) -> None:
+    rows = [sample(i, 1.0) for i in range(4)]
+    made = [
+        evaluation(tmp_path / str(temperature), rows, [SCORE | {"details": {"temperature": temperature, "seed": 0}}])
+        for temperature in (0.7, 1.0)
+    ]
+    assert one(*made).reason == "another temperature: 0.7 -> 1.0"
+
+
+def test_a_sample_without_a_name_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a sample of gsm8k has no id and no doc_hash; evaluate this model again"):
+        evaluation(tmp_path / "night", [{"task": "gsm8k", "filter": "strict-match", "metrics": {"exact_match": 1.0}}])
 
 
 def test_a_document_that_is_asked_twice_is_two_items(tmp_path: Path) -> None:
@@ -150,7 +190,7 @@ def test_a_score_that_is_no_number_is_named(tmp_path: Path) -> None:
     """Two of twelve lost and one NaN: once the test said p = 0, and the verdict was a gain."""
     last = evaluation(tmp_path / "last", [sample(i, 1.0) for i in range(12)])
     rows = [sample(i, float("nan") if i == 11 else float(i > 1)) for i in range(12)]
-    made = one(last, evaluation(tmp_path / "tonight", rows))
+    made = one(last, evaluation(tmp_path / "tonight", rows, [SCORE | {"value": 0.8}]))
     assert made.test is None and made.reason == "1 of 12 items have a score that is no number"
 
 
@@ -160,7 +200,7 @@ def test_a_task_that_is_named_twice_is_judged_twice(tmp_path: Path) -> None:
     Six of forty strict answers lost are p = 2 / 2^6; as twelve of eighty they were 2 / 2^12.
     """
     group = SCORE | {"task": "maths", "metric": "exact_match,strict-match"}
-    scores = [SCORE, SCORE | {"metric": "exact_match,flexible-extract"}, group]
+    flexible = SCORE | {"metric": "exact_match,flexible-extract", "value": 1.0}
     results = {"maths": {"n-samples": {"gsm8k": {}}}}
 
     def night(name: str, num_lost: int) -> dict[str, Measured]:
@@ -170,7 +210,7 @@ def test_a_task_that_is_named_twice_is_judged_twice(tmp_path: Path) -> None:
             for of in ("strict-match", "flexible-extract")
             for i in range(40)
         ]
-        return evaluation(tmp_path / name, rows, scores, results)
+        return evaluation(tmp_path / name, rows, [SCORE, flexible, group], results)
 
     made = {one.task: one.test for one in compare("sft", night("last", 0), night("tonight", 6))}
     assert list(made) == ["gsm8k", "gsm8k exact_match,flexible-extract", "maths"]

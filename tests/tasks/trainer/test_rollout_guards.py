@@ -75,6 +75,7 @@ def test_rules() -> None:
     ({"guards": {"max_mean_length": 6.0}}, r"guards\.max_mean_length 6 is not below max_completion_length 6"),
     ({"guards": {"min_mean_length": 5.0, "max_mean_length": 4.0}}, "min_mean_length 5 is not below max_mean_length 4"),
     ({"guards": {"min_groups_with_signal": 0.1}, "reward": "constant"}, "would end every run with reward constant"),
+    ({"guards": {"min_groups_with_signal": 0.1}, "reward_model_weight": 0.5}, "would never end a run with rew"),
     ({"guards": {"window": 8, "min_explained_variance": 0.0}, "critic": {"warmup_steps": 5}},
      r"guards\.window 8 is more than the 7 optimizer steps after the critic's warm-up"),
     ({"guards": {"max_klx": 1.0}}, "Extra inputs"),
@@ -123,6 +124,13 @@ def test_each_ends_a_run_of_ppo(inputs: RLVRInputs, tmp_path: Path, guards: dict
     assert step >= 8, "six steps after the warm-up"
     saved = [path.name for path in (tmp_path / "work" / "checkpoints").glob("checkpoint-*")]
     assert saved and f"checkpoint-{step}" not in saved
+
+
+def test_limits_that_are_never_looked_at_are_refused(inputs: RLVRInputs, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"logging_steps 100 is more than the run's 12 steps, so no limit .*min_entropy"
+    ):
+        run(inputs, tmp_path, {"guards": {"window": 6, "min_entropy": 9.0}}, logging_steps=100)
 
 
 def test_a_resumed_run_stops_at_the_same_step(inputs: RLVRInputs, tmp_path: Path) -> None:
