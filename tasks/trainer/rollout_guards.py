@@ -136,7 +136,7 @@ def rollout_guards(guards: RolloutGuards, num_warmup_steps: int = 0) -> TrainerC
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if args.logging_steps > state.max_steps:
                 raise ValueError(
-                    f"compute.logging_steps {args.logging_steps:g} is more than the run's {state.max_steps:,} steps, so "
+                    f"compute.logging_steps {args.logging_steps:g} is more than the run's {state.max_steps:,} steps: "
                     f"no limit of guards ({', '.join(rule.name for rule in rules)}) would ever be asked; lower it"
                 )
             self.means = {rule.name: WindowMean(guards.window, num_warmup_steps) for rule in rules}

@@ -127,9 +127,7 @@ def test_each_ends_a_run_of_ppo(inputs: RLVRInputs, tmp_path: Path, guards: dict
 
 
 def test_limits_that_are_never_looked_at_are_refused(inputs: RLVRInputs, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"logging_steps 100 is more than the run's 12 steps, so no limit .*min_entropy"
-    ):
+    with pytest.raises(ValueError, match=r"logging_steps 100 is more than the run's 12 steps: no limit .*min_entropy"):
         run(inputs, tmp_path, {"guards": {"window": 6, "min_entropy": 9.0}}, logging_steps=100)
 
 
