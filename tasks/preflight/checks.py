@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smoltulu.artifacts import readable
+from smoltulu.schemas.held_out import MIN_PROMPTS_OF_A_FALL
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs, TokenizerFacts
 from smoltulu.schemas.rlvr import RLVRSettings
 
@@ -163,6 +164,15 @@ def _prompts_of_a_step(settings: RLVRSettings, outputs: PreflightOutputs) -> Ite
             f"no prompt is of kind {', '.join(missing)}, which rlvr.held_out.kinds names",
             f"kinds that there are: {', '.join(outputs.kinds)}",
             advice="name one of these, or leave it out",
+        )
+    if held_out is not None and outputs.kinds and held_out.max_kinds_drop is not None and not missing:
+        most = sum(outputs.kinds[kind] for kind in held_out.kinds)  # some may be one question, or of two kinds
+        yield Check(
+            "Held-out kinds that fall",
+            "fails" if most < MIN_PROMPTS_OF_A_FALL else "ok",
+            f"{most:,} prompts are of held-out kinds; of few even a fall of all is not beyond noise",
+            f"at least {MIN_PROMPTS_OF_A_FALL}",
+            advice="hold out more kinds, or leave max_kinds_drop out",
         )
 
 

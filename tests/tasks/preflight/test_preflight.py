@@ -352,6 +352,15 @@ def test_held_out_prompts_must_be_there(model: Path, tmp_path: Path, held_out: d
     assert said in flight.error and bool(flight.error) == bool(said) and flight.outputs.kinds == {"gsm8k": 12}
 
 
+def test_a_fall_of_few_prompts_of_held_out_kinds_says_nothing(model: Path, tmp_path: Path) -> None:
+    """Three of three lost are p = 1/4: the limit would never end a run."""
+    rows = [*prompts(20), *({**row, "id": f"1:{i}", "verifier": "math"} for i, row in enumerate(prompts(3)))]
+    held_out = {"every_steps": 1, "num_prompts": 8, "kinds": ["math"], "max_kinds_drop": 0.1}
+    training = training_of("rlvr", effective_batch_size=32, num_generations=8, num_steps=9, held_out=held_out)
+    flight = fly(tmp_path, model, rows, **training)
+    assert "3 prompts are of held-out kinds" in flight.error and "at least 8" in flight.error
+
+
 # --- Dry run ------------------------------------------------------------------------------------------------------
 
 
