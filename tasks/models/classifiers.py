@@ -68,6 +68,15 @@ def check_one_score(folder: Path) -> None:
         raise ValueError(f"a reward model gives one score; this one has num_labels {num_labels}")
 
 
+def refuse_classifier(folder: Path) -> None:
+    """ValueError where config.json describes a classifier, which writes nothing. Loads nothing."""
+    architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    if any(str(name).endswith(_CLASSIFIER) for name in architectures):
+        raise ValueError(
+            f"{folder} holds {architectures[0]}, which gives scores and writes nothing; name a language model"
+        )
+
+
 def check_same_tokens(folder: Path, who: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """ValueError where the model in `folder`, called `who`, reads other tokens than `tokenizer` writes.
 
