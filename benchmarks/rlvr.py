@@ -359,7 +359,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    logging.getLogger("smoltulu").setLevel(logging.ERROR)
     machine = _machine(options.device)
     print(f"Machine: {machine}.", flush=True)
     found: dict[str, dict[str, Measured]] = {}
@@ -405,4 +404,5 @@ def _machine(device: str) -> str:
 
 
 if __name__ == "__main__":
+    logging.getLogger("smoltulu").setLevel(logging.ERROR)
     raise SystemExit(main())

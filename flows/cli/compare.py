@@ -134,6 +134,7 @@ def _read(what: str, store: Path | None) -> tuple[dict[str, Measured], str | Non
 
 def _evaluation(catalogue: Catalogue, what: str) -> Ref:
     """The evaluation that is meant. ValueError: nothing, or several, and which."""
+    from smoltulu.artifacts.manifests import scores_of
     from smoltulu.flows.cli.store_views import refs_of_run
     from smoltulu.schemas.run import RunRecord
 
@@ -148,10 +149,9 @@ def _evaluation(catalogue: Catalogue, what: str) -> Ref:
             raise ValueError(f"{name or what} {given}; name one of its models: " + ", ".join(
                 f"{found.run_name}:{one}" for one in evaluations))  # fmt: skip
         return nodes[node]
-    if found.stage == "evaluation":
+    if scores_of(catalogue.known(found)):
         return found
-    consumers = [ref for ref in catalogue.consumers.get(found.key, []) if ref.stage == "evaluation"]
-    made = [ref for ref in consumers if _measures(catalogue.known(ref), found.key)]
+    made = [ref for ref in catalogue.consumers.get(found.key, []) if _measures(catalogue.known(ref), found.key)]
     if len(made) != 1:
         names = ", ".join(f"{ref.stage}/{ref.key[:12]}" for ref in made)
         raise ValueError(
@@ -162,6 +162,7 @@ def _evaluation(catalogue: Catalogue, what: str) -> Ref:
 
 
 def _measures(manifest: dict[str, Any], key: str) -> bool:
-    """Whether this finished evaluation is of the model `key` itself: DPO's implicit reward needs another one too."""
-    model = manifest.get("inputs", {}).get("model", {})
-    return isinstance(model, dict) and model.get("key") == key
+    """Whether it is a finished evaluation of the model `key` itself: DPO's implicit reward needs another one too."""
+    from smoltulu.artifacts.manifests import dig, scores_of
+
+    return bool(scores_of(manifest)) and dig(manifest, "inputs", "model", "key") == key
