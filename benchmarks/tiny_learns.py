@@ -44,7 +44,7 @@ SEED_FIELDS = (
 
 #: Blocks of RLVR in place of the recipe's: as many rollouts, as long, and no penalty for a missing end.
 _GROUPS = {
-    "learning_rate": 5e-5, "effective_batch_size": 256, "num_generations": 8, "num_steps": 36, "max_prompt_length": 64,
+    "learning_rate": 5e-5, "effective_batch_size": 256, "num_generations": 8, "num_steps": 24, "max_prompt_length": 64,
     "max_completion_length": 32, "precision": "float32",
 }  # fmt: skip
 BLOCKS: dict[str, dict[str, Any]] = {

@@ -61,7 +61,8 @@ class Conversation:
                 f"the conversation has {len(ids):,} tokens, and this model reads {len(ids) + room:,}; begin anew (/new)"
             )
         stops = stop_token_ids(self.tokenizer)
-        how = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        sampled = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+        how = sampled if self.temperature else {"do_sample": False}
         with torch.inference_mode():
             made = self.model.generate(
                 torch.tensor([ids], device=self.model.device),
@@ -69,7 +70,6 @@ class Conversation:
                 max_new_tokens=min(self.max_new_tokens, room),
                 eos_token_id=stops,
                 pad_token_id=self.tokenizer.pad_token_id,
-                top_k=0,
                 streamer=Shown(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **how,
             )[0, len(ids) :].tolist()
