@@ -41,7 +41,7 @@ from benchmarks.training_tools import table
 from smoltulu.artifacts.checkpoints import newest_checkpoint
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.rlvr import RLVRInputs, RLVRSettings
-from smoltulu.tasks.evaluation.sampling import paired_difference
+from smoltulu.tasks.comparison.paired import paired_test
 from smoltulu.tasks.stage import StageContext, StageStopped
 
 ARMS = {"grpo": "verified", "ppo": "verified", "random": "random", "constant": "constant"}
@@ -131,7 +131,8 @@ def means(result: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, float]:
 
 def gain(before: dict[str, Any], after: dict[str, Any], kinds: tuple[str, ...]) -> tuple[float, float, float]:
     """Of the share of kept constraints: mean difference, standard error, p; paired by prompt."""
-    return paired_difference(means(before, kinds), means(after, kinds))
+    test = paired_test(means(before, kinds), means(after, kinds))
+    return test.difference, test.stderr, test.p_value
 
 
 def is_learned(results: dict[str, Any]) -> bool:

@@ -27,9 +27,9 @@ from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.tasks.comparison.paired import paired_test
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.engine.runner import run_stage
-from smoltulu.tasks.evaluation.sampling import paired_difference
 
 SEED_FIELDS = (
     "world.seed",
@@ -118,7 +118,8 @@ def checks(references: dict[str, ArtifactReference]) -> list[tuple[str, str, str
     reward_accuracy = score(references, "evaluation-reward-model", "preference", "pair_accuracy")
     dpo_accuracy = score(references, "evaluation-dpo-implicit-reward", "implicit_reward", "pair_accuracy")
     before, after = sampled(references, "evaluation-dpo"), sampled(references, "evaluation-rlvr")
-    gain, stderr, p_value = paired_difference(before, after)
+    test = paired_test(before, after)
+    gain, stderr, p_value = test.difference, test.stderr, test.p_value
     exact, counts = contamination_is_exact(references)
     p_text = "p < 1e-15" if p_value < 1e-15 else f"p = {p_value:.1g}"
     mean_before, mean_after = (sum(values.values()) / len(values) for values in (before, after))
@@ -157,7 +158,8 @@ def arm(seed: int, algorithm: str, reward: str, overrides: dict[str, Any], log: 
         for model in ("dpo", "rlvr")
     )
     before, after = sampled(references, "evaluation-dpo"), sampled(references, "evaluation-rlvr")
-    gain, stderr, p_value = paired_difference(before, after)
+    test = paired_test(before, after)
+    gain, stderr, p_value = test.difference, test.stderr, test.p_value
     told = f"samples {100 * gain:+.1f} ± {100 * stderr:.1f} (p = {p_value:.1g}), greedy {100 * (rlvr - dpo):+.1f}"
     if reward == "verified":
         return told, gain >= 0.05 and p_value < 0.05 and rlvr >= dpo - 0.01

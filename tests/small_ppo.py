@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,3 +96,16 @@ def run(inputs: RLVRInputs, folder: Path, settings: dict[str, Any] | None = None
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
     assert one.keys() == other.keys()
     return [name for name, value in one.items() if not torch.equal(value, other[name])]
+
+
+def killed(target: Any, *arguments: Any) -> None:
+    """Call it in a process of its own, which must end by SIGKILL.
+
+    Children begin as copies of a process that has imported everything.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.small_ppo", "trl", "smoltulu.tasks.training.ppo_trainer"])
+    process = server.Process(target=target, args=arguments)
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == -signal.SIGKILL

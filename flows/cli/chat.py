@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smoltulu.flows.cli.output import echo, failures
-from smoltulu.flows.cli.store import StoreOption, open_catalogue
+from smoltulu.flows.cli.output import echo, fail, failures
+from smoltulu.flows.cli.store import StoreOption, finished, open_catalogue, ref_of
+
+if TYPE_CHECKING:
+    from smoltulu.artifacts.manifests import Ref
+    from smoltulu.schemas.run import RunRecord
 
 
 def chat(
@@ -36,8 +40,13 @@ def chat(
         if text == "/new":
             talk.forget()
             continue
-        with failures():
+        try:
             ended = talk.answer(text, _show)
+        except ValueError as error:  # no room is left: what was said so far is not lost with it
+            if say:
+                fail(error)
+            echo(f"error: {error}")
+            continue
         echo("" if ended else f" [cut after {max_new_tokens:,} tokens]")
 
 
@@ -59,30 +68,23 @@ def _folder(what: str, store: Path | None) -> Path:
     """The model's folder. ValueError where something else is meant."""
     from pydantic import TypeAdapter
 
+    from smoltulu.artifacts.manifests import dig
     from smoltulu.flows.cli.store_views import refs_of_run
     from smoltulu.schemas.common import ArtifactPath
-    from smoltulu.schemas.run import RunRecord
 
     if Path(what).is_dir():
         return Path(what)
     catalogue = open_catalogue(store)
-    name, colon, stage = what.rpartition(":")
-    found = catalogue.resolve(name if colon else what)
-    if isinstance(found, RunRecord):
-        refs = refs_of_run(found)
-        nodes = {node: ref for node, ref in refs.items() if "folder" in catalogue.known(ref).get("outputs", {})}
-        node = stage.replace("_", "-")
-        if not colon or node not in nodes:
-            given = f"has no model of {stage!r}" if colon else "is a whole run"
-            raise ValueError(f"{found.run_name} {given}; name one of its models: " + ", ".join(
-                f"{found.run_name}:{one}" for one in nodes))  # fmt: skip
-        found = nodes[node]
-    newest = catalogue.folder(found).newest
-    if newest is None:
-        raise ValueError(f"{found.stage}/{found.key[:12]} is not finished; run it first")
-    inside = catalogue.manifest(found, newest)["outputs"].get("folder")
+
+    def models(run: RunRecord) -> dict[str, Ref]:
+        made = refs_of_run(run).items()
+        return {node: ref for node, ref in made if dig(catalogue.known(ref), "outputs", "folder") is not None}
+
+    found = ref_of(catalogue, what, "model", models)
+    generation, manifest = finished(catalogue, found)
+    inside = manifest["outputs"].get("folder")
     if inside is not None:
-        folder = catalogue.path(found) / newest / TypeAdapter(ArtifactPath).validate_python(inside)
+        folder = generation / TypeAdapter(ArtifactPath).validate_python(inside)
         if (folder / "config.json").is_file():
             return folder
     raise ValueError(f"{what} ({found.stage}) is no model; name a model's artifact, e.g. of sft, dpo or rlvr")

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smoltulu.flows.cli.output import console, echo, failures, print_json, table
-from smoltulu.flows.cli.store import JsonOption, StoreOption, open_catalogue
+from smoltulu.flows.cli.store import JsonOption, StoreOption, finished, open_catalogue, ref_of
 
 if TYPE_CHECKING:
     from smoltulu.artifacts.manifests import Ref
     from smoltulu.artifacts.upkeep.catalogue import Catalogue
+    from smoltulu.schemas.run import RunRecord
     from smoltulu.tasks.comparison.evaluations import Comparison, Measured
 
 _POWER = 0.8
@@ -54,12 +55,10 @@ def compare(
         print_json(values)
         return
     out = console()
-    shown = (
-        table(*values[0], right=("before", "after", "difference", "p", "p (Holm)"), whole=("task",)) if values else None
-    )
-    if shown is None:
+    if not values:
         echo("neither evaluation has a score")
         return
+    shown = table(*values[0], right=("before", "after", "difference", "p", "p (Holm)"), whole=("task",))
     for row in values:
         shown.add_row(*row.values())
     out.print(shown)
@@ -121,34 +120,21 @@ def _read(what: str, store: Path | None) -> tuple[dict[str, Measured], str | Non
     if Path(what).is_dir():
         return read_folder(Path(what)), precision_of(Path(what))
     catalogue = open_catalogue(store)
-    ref = _evaluation(catalogue, what)
-    newest = catalogue.folder(ref).newest
-    if newest is None:
-        raise ValueError(f"{ref.stage}/{ref.key[:12]} is not finished; run it first")
-    manifest = catalogue.manifest(ref, newest)
-    outputs = EvaluationOutputs.model_validate(manifest["outputs"])
-    folder = catalogue.path(ref) / newest
+    folder, manifest = finished(catalogue, _evaluation(catalogue, what))
     settings = manifest["spec"]["config"].get("settings", {})
-    return measured(folder, outputs), settings.get("precision")
+    return measured(folder, EvaluationOutputs.model_validate(manifest["outputs"])), settings.get("precision")
 
 
 def _evaluation(catalogue: Catalogue, what: str) -> Ref:
     """The evaluation that is meant. ValueError: nothing, or several, and which."""
     from smoltulu.artifacts.manifests import scores_of
     from smoltulu.flows.cli.store_views import refs_of_run
-    from smoltulu.schemas.run import RunRecord
 
-    name, colon, stage = what.rpartition(":")
-    found = catalogue.resolve(name if colon else what)
-    if isinstance(found, RunRecord):
-        nodes = refs_of_run(found)
-        evaluations = [node.removeprefix("evaluation-") for node in nodes if node.startswith("evaluation-")]
-        node = f"evaluation-{stage.replace('_', '-')}"
-        if not colon or node not in nodes:
-            given = f"has no evaluation of {stage!r}" if colon else "is a whole run"
-            raise ValueError(f"{name or what} {given}; name one of its models: " + ", ".join(
-                f"{found.run_name}:{one}" for one in evaluations))  # fmt: skip
-        return nodes[node]
+    def evaluations(run: RunRecord) -> dict[str, Ref]:
+        made = {node: ref for node, ref in refs_of_run(run).items() if scores_of(catalogue.known(ref))}
+        return {node.removeprefix("evaluation-"): ref for node, ref in made.items()}
+
+    found = ref_of(catalogue, what, "evaluation", evaluations)
     if scores_of(catalogue.known(found)):
         return found
     made = [ref for ref in catalogue.consumers.get(found.key, []) if _measures(catalogue.known(ref), found.key)]

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,8 @@ from smoltulu.artifacts import readable
 from smoltulu.flows.cli.output import console, echo, fail, failures, print_json, table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
     from rich.text import Text
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from smoltulu.artifacts.upkeep.catalogue import Catalogue
     from smoltulu.artifacts.upkeep.gc import Plan
     from smoltulu.artifacts.upkeep.verify import Finding
+    from smoltulu.schemas.run import RunRecord
 
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help="folder of the store; default: SMOLTULU_STORE, else artifacts/store")
@@ -259,6 +262,33 @@ def _refs(catalogue: Catalogue, what: list[str] | None) -> list[Ref]:
         else:
             refs.append(found)
     return list(dict.fromkeys(refs))
+
+
+def ref_of(catalogue: Catalogue, what: str, kind: str, nodes_of: Callable[[RunRecord], dict[str, Ref]]) -> Ref:
+    """The artifact that a tag, first digits of a key, or RUN:STAGE names.
+
+    kind, nodes_of: what a run has of it, in words and by stage as a user writes it. ValueError says what there is.
+    """
+    from smoltulu.schemas.run import RunRecord
+
+    name, colon, stage = what.rpartition(":")
+    found = catalogue.resolve(name if colon else what)
+    if not isinstance(found, RunRecord):
+        return found
+    nodes, stage = nodes_of(found), stage.replace("_", "-")
+    if colon and stage in nodes:
+        return nodes[stage]
+    given = f"has no {kind} of {stage!r}" if colon else "is a whole run"
+    names = ", ".join(f"{found.run_name}:{one}" for one in nodes)
+    raise ValueError(f"{found.run_name} {given}; name one of its models: {names}")
+
+
+def finished(catalogue: Catalogue, ref: Ref) -> tuple[Path, dict[str, Any]]:
+    """Folder of its newest generation, and the manifest. ValueError where it is not finished."""
+    newest = catalogue.folder(ref).newest
+    if newest is None:
+        raise ValueError(f"{_name(ref)} is not finished; run it first")
+    return catalogue.path(ref) / newest, catalogue.manifest(ref, newest)
 
 
 def open_catalogue(store: Path | None) -> Catalogue:

@@ -105,10 +105,7 @@ def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
         value = _value(row, headlines[task].score.metric)
         if value is not None:
             cluster = row["task"] if headlines[task].score.task != row["task"] else ""
-            name = item_name(row)
-            seen[task, name] += 1
-            name += f"#{seen[task, name]}" if seen[task, name] > 1 else ""
-            headlines[task].items[name] = Item(value, row.get("prompt_hash"), cluster, row)
+            headlines[task].items[item_name(row, task, seen)] = Item(value, row.get("prompt_hash"), cluster, row)
     return headlines
 
 
@@ -141,12 +138,17 @@ def _value(row: Mapping[str, Any], metric: str) -> float | None:
     return None if value is None else float(value)
 
 
-def item_name(row: Mapping[str, Any]) -> str:
-    """Of the question and its answer; by its id where no digest is kept. ValueError where there is neither."""
+def item_name(row: Mapping[str, Any], score: str, seen: Counter[tuple[str, str]]) -> str:
+    """Of the question and its answer; by its id where no digest is kept. ValueError where there is neither.
+
+    `seen`: how often each name came under each score so far; from the second time on a name has its number.
+    """
     names = [str(row[key]) for key in ("doc_hash", "target_hash") if row.get(key)] or [str(row.get("id", ""))]
     if not names[0]:
         raise ValueError(f"a sample of {row['task']} has no id and no doc_hash; evaluate this model again")
-    return "/".join([row["task"], *names])
+    name = "/".join([row["task"], *names])
+    seen[score, name] += 1
+    return name if seen[score, name] == 1 else f"{name}#{seen[score, name]}"
 
 
 def compare(model: str, before: Mapping[str, Measured], after: Mapping[str, Measured]) -> list[Comparison]:

@@ -86,8 +86,6 @@ def _task(task: str, results: dict[str, Any], rows: list[tuple[dict[str, Any], A
             answer = row["resps"][0][0]
             shown = kept | {"target": str(row.get("target"))[:200], "completion": str(answer)}
             prompt = row.get("prompt_hash") or text_digest(json.dumps(row.get("arguments")))
-            seen[key, item_name(kept)] += 1
-            again = f"#{seen[key, item_name(kept)]}" if seen[key, item_name(kept)] > 1 else ""
             item = Item(float(value), prompt[:_DIGEST_CHARACTERS], "", shown)
-            made[key].items[item_name(kept) + again] = item
+            made[key].items[item_name(kept, key, seen)] = item
     return made

@@ -325,7 +325,8 @@ def build(config: GroupSettings, inputs: RLVRInputs, context: StageContext) -> T
 
     ValueError where the reward model cannot be used, or there are fewer prompts than a step needs.
     """
-    check_reward_model(config, inputs, load_tokenizer(Path(inputs.model), inputs.chat_template))
+    if config.reward_model_weight:  # refused before any weights are loaded
+        check_reward_model(config, inputs, load_tokenizer(Path(inputs.model), inputs.chat_template))
     return _assembled(config, inputs, context)
 
 

@@ -45,16 +45,16 @@ def result(*shares: float, kind: str = TRAINED_KINDS[0]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("after", "is_learned"),
     [
-        # Differences .25 .25 .25 .5: mean .3125, standard error .0625, z = 5.
-        (result(0.25, 0.5, 0.75, 1.0), True),
-        # 0 0 0 .5: mean .125, standard error .125, z = 1.
-        (result(0.0, 0.25, 0.5, 1.0), False),
-        # z = -5: certain, and a loss.
-        (result(-0.25, 0.0, 0.25, 0.0), False),
+        # All six prompts gain: p = 2 / 2^6 = 0.031.
+        (result(0.25, 0.5, 0.75, 1.0, 0.5, 0.75), True),
+        # Five of six: 2 / 2^5 = 0.063.
+        (result(0.0, 0.5, 0.75, 1.0, 0.5, 0.75), False),
+        # All six lose.
+        (result(-0.25, 0.0, 0.25, 0.0, 0.0, 0.0), False),
     ],
 )
 def test_grpo_has_to_gain_on_the_trained_kinds(after: dict[str, Any], is_learned: bool) -> None:
-    before = result(0.0, 0.25, 0.5, 0.5)
+    before = result(0.0, 0.25, 0.5, 0.5, 0.25, 0.25)
     assert real_rlvr.is_learned({"start": before, "grpo": after}) is is_learned
     assert not real_rlvr.is_learned({"start": before, "ppo": after})
 

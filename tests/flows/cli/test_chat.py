@@ -51,6 +51,15 @@ def test_it_asks_until_an_empty_line(store: HandStore, sft: Ref) -> None:
     assert len(answers) == 2 and answers[0] == answers[1], made.output
 
 
+def test_a_full_conversation_can_begin_anew(store: HandStore, sft: Ref) -> None:
+    """What was said so far, and the loaded model, are not lost with it."""
+    arguments = ["chat", sft.key, "--store", str(store.root), "--temperature", "0", "--max-new-tokens", "3"]
+    made = CliRunner().invoke(app, arguments, input="so " * 600 + "\n/new\nGood morning\n\n")
+    assert made.exit_code == 0 and "begin anew (/new)" in made.output and "cut after 3 tokens" in made.output
+    said = call(store, "chat", sft.key, "--say", "so " * 600, code=1).output
+    assert "begin anew" in words(said)
+
+
 def test_turns_are_remembered_and_a_full_conversation_is_refused(model: Path) -> None:
     talk = Conversation(model, template=None, system="Be brief.", max_new_tokens=4, temperature=0.0, seed=0)
     shown: list[str] = []

@@ -26,7 +26,6 @@ from smoltulu.tasks.evaluation.sampling import (
     encode_prompts,
     generate,
     mean_and_stderr,
-    paired_difference,
     verified_accuracy,
 )
 from smoltulu.tasks.evaluation.stage import evaluate
@@ -76,19 +75,9 @@ def test_only_assistant_content_and_eos_are_masked_in() -> None:
 # Sampling.
 
 
-def test_mean_stderr_and_paired_difference_by_hand() -> None:
+def test_mean_and_stderr_by_hand() -> None:
     assert mean_and_stderr([1.0, 0.0, 0.0, 1.0]) == (0.5, pytest.approx(math.sqrt((1 / 3) / 4)))
     assert mean_and_stderr([0.25]) == (0.25, None)
-    a = {"p": 0.0, "q": 0.5, "r": 1.0, "s": 0.0}
-    b = {"s": 0.5, "r": 1.0, "q": 1.0, "p": 0.5}
-    # differences 0.5, 0.5, 0, 0.5: mean 0.375, variance (3 * 0.125^2 + 0.375^2) / 3 = 0.0625, stderr 0.125, z = 3
-    mean, stderr, p_value = paired_difference(a, b)
-    assert (mean, stderr) == (pytest.approx(0.375), pytest.approx(0.125))
-    assert p_value == pytest.approx(0.0026998, abs=1e-6)
-    assert paired_difference(b, a)[0] == pytest.approx(-0.375)
-    assert paired_difference(a, a) == (0.0, 0.0, 1.0)
-    with pytest.raises(ValueError, match="same ids"):
-        paired_difference(a, {"p": 1.0})
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ Accuracy is made up in every process alike, so that it is highest in the middle 
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 
 from smoltulu.artifacts.checkpoints import newest_checkpoint
 from smoltulu.schemas.rlvr import RLVRInputs
-from tests.small_ppo import Run, differing, run, world
+from tests.small_ppo import Run, differing, killed, run, world
 from tests.tasks.training.test_ppo_kills import die
 
 #: Four batches of four steps; the second best is found at step 4, the best at step 12, and a checkpoint of every eighth
@@ -123,24 +121,13 @@ def whole(inputs: RLVRInputs, tmp_path_factory: pytest.TempPathFactory) -> Itera
     held_out.HeldOut._answer = real  # type: ignore[method-assign]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    """Children begin as copies of a process that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.small_ppo", "trl", "smoltulu.tasks.training.ppo_trainer"])
-    yield context
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS, ids=lambda kill: kill.__name__)
 def test_a_killed_run_keeps_the_same_weights(
-    server: Any, inputs: RLVRInputs, whole: Run, tmp_path: Path, kill: Callable[[], None]
+    inputs: RLVRInputs, whole: Run, tmp_path: Path, kill: Callable[[], None]
 ) -> None:
     assert whole.outputs.held_out.kept.step == 12
-    process = server.Process(target=child, args=(kill, inputs, tmp_path))
-    process.start()
-    process.join(timeout=300)
-    assert process.exitcode == -signal.SIGKILL
+    killed(child, kill, inputs, tmp_path)
     newest = newest_checkpoint(tmp_path / "work" / "checkpoints", full=True)
     step, beside = KILLS[kill]
     assert newest is not None and newest[0] == step

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 from smoltulu.artifacts.checkpoints import newest_checkpoint
 from smoltulu.schemas.rlvr import RLVRInputs
-from tests.small_ppo import Run, differing, run, world
+from tests.small_ppo import Run, differing, killed, run, world
 
 #: Four steps a rollout batch: two epochs of two. The critic is alone for the first five.
 SETTINGS: dict[str, Any] = {"critic": {"warmup_steps": 5}, "num_episodes": 32}
@@ -106,23 +105,12 @@ def whole(inputs: RLVRInputs, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(inputs, tmp_path_factory.mktemp("whole"), SETTINGS)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    """Children begin as copies of a process that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.small_ppo", "trl", "smoltulu.tasks.training.ppo_trainer"])
-    yield context
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS, ids=lambda kill: kill.__name__)
 def test_a_killed_run_goes_on_to_the_same_policy_and_critic(
-    server: Any, inputs: RLVRInputs, whole: Run, tmp_path: Path, kill: Callable[[], None]
+    inputs: RLVRInputs, whole: Run, tmp_path: Path, kill: Callable[[], None]
 ) -> None:
-    process = server.Process(target=child, args=(kill, inputs, tmp_path))
-    process.start()
-    process.join(timeout=300)
-    assert process.exitcode == -signal.SIGKILL
+    killed(child, kill, inputs, tmp_path)
     newest = newest_checkpoint(tmp_path / "work" / "checkpoints", full=True)
     assert newest is not None and newest[0] == KILLS[kill]
 
