@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -24,7 +25,9 @@ import psutil
 from smoltulu.artifacts.layout import RUNS
 from smoltulu.flows.machine import machine, prefect_api
 from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.run import RunRecord
+from smoltulu.tasks.comparison.evaluations import measured
 from smoltulu.tasks.engine.runner import reference_to
 from tests.faults import commands
 from tests.faults.kills import Result, finish
@@ -216,11 +219,27 @@ def _last_night(sandbox: Sandbox, baseline: Sandbox) -> None:
             )
         samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
         manifest = sandbox.manifest(node)
+        outputs = _agreeing(output, EvaluationOutputs.model_validate(manifest.outputs))
+        manifest = manifest.model_copy(update={"outputs": outputs.model_dump(mode="json")})
         sandbox.store.commit(
             sandbox.graph.spec(node),
             output,
             lambda files, digest, manifest=manifest: manifest.model_copy(update={"files": files, "digest": digest}),
         )
+
+
+def _agreeing(output: Path, outputs: EvaluationOutputs) -> EvaluationOutputs:
+    """With headline scores that are the means of their items."""
+    means = {
+        (one.score.task, one.score.metric): fmean(item.value for item in one.items.values())
+        for one in measured(output, outputs).values()
+        if one.items
+    }
+    scores = tuple(
+        score.model_copy(update={"value": means.get((score.task, score.metric), score.value)})
+        for score in outputs.scores
+    )
+    return outputs.model_copy(update={"scores": scores})
 
 
 # The server
