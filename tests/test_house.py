@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tasks.evaluation",
         "tasks.languages",
         "tasks.publish",
+        "tasks.surface",
         "tasks.training",
     ),
     ("tasks.preflight", "tasks.sampled", "tasks.verifier_audit"),
