@@ -105,25 +105,10 @@ def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima
     keys = np.stack([cells.log2_batch, cells.log2_tokens, cells.log2_size], axis=1)
     places = np.unique(keys, axis=0)
     grids = [_Grid(cells, (keys == place).all(axis=1)) for place in places]
-    centers = np.array([grid.best for grid in grids])
-    optima, curvature, curves = (
-        centers,
-        np.nan,
-        [grid.curves(center) for grid, center in zip(grids, centers, strict=True)],
-    )
-    for _ in range(_MAX_ROUNDS):
-        usable = [_has_shape(of_place) for of_place in curves]
-        optima, curvature = _solve(curves, centers, usable, None, None)
-        wanted = np.array([
-            grid.nearest(optimum) if ok and np.isfinite(optimum) else center
-            for grid, optimum, center, ok in zip(grids, optima, centers, usable, strict=True)
-        ])  # fmt: skip
-        if (wanted == centers).all():
-            break
-        centers = wanted
-        curves = [grid.curves(center) for grid, center in zip(grids, centers, strict=True)]
+    centers, curves = _windows(grids)
     usable = [_has_shape(of_place) for of_place in curves]
-    optima, curvature = _solve(curves, centers, usable, None, None)
+    resampled, curvatures = _solve(curves, centers, usable, None, None)
+    optima, curvature = resampled[0], float(curvatures[0])
 
     draws = np.random.default_rng(seed)
     seed_weights = [_seed_weights(len(of_place), num_resamples, draws) for of_place in curves]
@@ -141,7 +126,24 @@ def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima
             stderr = np.sqrt(np.nanvar(over_seeds[:, position]) + np.nanvar(over_items[:, position]))
         batch, tokens, size = (float(x) for x in place)
         found.append(Optimum(batch, tokens, size, float(log2_lr), float(stderr), num_seeds, flaw))
-    return Optima(tuple(found), float(curvature), over_seeds, over_items)
+    return Optima(tuple(found), curvature, over_seeds, over_items)
+
+
+def _windows(grids: list[_Grid]) -> tuple[Floats, list[list[_Curve]]]:
+    """Where each parabola is fitted: around the tested rate that is nearest to its optimum, begun at the best one."""
+    centers = np.array([grid.best for grid in grids])
+    curves = [grid.curves(center) for grid, center in zip(grids, centers, strict=True)]
+    for _ in range(_MAX_ROUNDS):
+        optima = _solve(curves, centers, [_has_shape(of_place) for of_place in curves], None, None)[0][0]
+        wanted = np.array([
+            grid.nearest(optimum) if np.isfinite(optimum) else center
+            for grid, optimum, center in zip(grids, optima, centers, strict=True)
+        ])  # fmt: skip
+        if np.array_equal(wanted, centers, equal_nan=True):
+            break
+        centers = wanted
+        curves = [grid.curves(center) for grid, center in zip(grids, centers, strict=True)]
+    return centers, curves
 
 
 class _Grid:
@@ -196,8 +198,8 @@ def _solve(
         item_weights: (num_resamples, num_items); None: the mean.
 
     Returns:
-        optima (num_resamples, num_places) and curvature (num_resamples,), without the first axis where nothing is
-        resampled. nan where the parabola bends the other way.
+        optima (num_resamples, num_places) and curvature (num_resamples,); one row where nothing is resampled. nan where
+        the parabola bends the other way.
     """
     num = len(seed_weights[0]) if seed_weights else len(item_weights) if item_weights is not None else 1
     sxx, sxq, sqq, sxy, sqy = (np.zeros((num, len(curves))) for _ in range(5))
@@ -221,8 +223,6 @@ def _solve(
         slope = np.where(sxx > 0, (sxy - curvature[:, None] * sxq) / sxx, np.nan)
         optima = centers - slope / (2 * curvature[:, None])
     optima[~(curvature < 0)] = np.nan
-    if seed_weights is None and item_weights is None:
-        return optima[0], curvature[0]
     return optima, curvature
 
 
