@@ -1,7 +1,7 @@
 """A sweep: one recipe, one training stage, and a grid of learning rates, batches, budgets, seeds, sizes and arms.
 
-Every cell is an ordinary run of the recipe with a few fields set. What it is follows from its place alone: a grid can be
-extended at any time, and only what is missing runs.
+Every cell is an ordinary run of the recipe with a few fields set. What it is follows from its place alone: a grid can
+be extended at any time, and only what is missing runs.
 """
 
 from __future__ import annotations
