@@ -18,6 +18,7 @@ from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask, Score
 from smoltulu.tasks.data.sources import read_rows
+from smoltulu.tasks.evaluation.choices import SharesContexts
 from smoltulu.tasks.evaluation.names import file_problems, unknown_task
 from smoltulu.tasks.models.tokens import added_tokens, check_prompts
 
@@ -67,7 +68,7 @@ def wrap(
 
     before = [] if chat else added_tokens(tokenizer)[0]
 
-    class SameTokens(HFLM):
+    class SameTokens(SharesContexts, HFLM):
         def tok_encode(
             self,
             string: str,
