@@ -18,7 +18,9 @@ from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask, Score
 from smoltulu.tasks.data.sources import read_rows
+from smoltulu.tasks.evaluation.chance import chance_details, guessed
 from smoltulu.tasks.evaluation.choices import SharesContexts
+from smoltulu.tasks.evaluation.gold import add_bits_per_byte, add_to_group
 from smoltulu.tasks.evaluation.names import file_problems, unknown_task
 from smoltulu.tasks.models.tokens import added_tokens, check_prompts
 
@@ -198,6 +200,8 @@ def run_task(
         fewshot_as_multiturn=settings.apply_chat_template,
     )
     assert results is not None  # this stage is one process
+    add_bits_per_byte(model, leaves, results, chat=settings.apply_chat_template)
+    add_to_group(task.name, leaves, results, task.metric)
     on_progress(1.0)
 
     values = {**results["results"].get(task.name, {}), **results.get("groups", {}).get(task.name, {})}
@@ -218,6 +222,11 @@ def run_task(
             "Fewer shots or a longer max_length would help",
             task.name,
             num_truncated,
+        )
+    details.update(chance_details(metrics[task.metric], guessed(results, task.metric)))
+    if details.get("is_near_chance"):
+        logger.info(
+            "%s %s: %.4f is within noise of chance, %.4f", task.name, task.metric, metrics[task.metric], details["chance"]
         )
     counts = [results["n-samples"][leaf.task_name] for leaf in leaves]
     num_samples = sum(count["effective"] for count in counts)
