@@ -14,12 +14,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.reward_benchmarks import RewardBenchmark
+from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.evaluation import pair_accuracy, rewardbench
-from smoltulu.tasks.evaluation.reward_benchmark_rows import KNOWN_SUBSETS, Question, Read
+from smoltulu.tasks.evaluation.reward_benchmark_rows import KNOWN_SUBSETS, Question, Read, check_fields, read_questions
 from smoltulu.tasks.evaluation.rewardbench import TIES, Mean, TiesPrompt
 from smoltulu.tasks.models.decoding import OnBatch
 from smoltulu.tasks.models.tokens import conversations
@@ -64,6 +66,54 @@ class Answered:
         """Whether a wrong answer scores what the best right one does, and nothing more."""
         num_right = self.question.num_right
         return max(self.scores[:num_right]) == max(self.scores[num_right:])
+
+
+def measure(
+    benchmark: RewardBenchmark,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    batch_size: int,
+    world: Path | None,
+    digests: Mapping[str, str],
+    on_batch: OnBatch,
+) -> tuple[list[BenchmarkScore], list[dict[str, Any]]]:
+    """Read a benchmark's rows, score them, and make its scores and one row of samples a question.
+
+    Args:
+        max_length: tokens of a conversation, where the benchmark is truncated.
+        world: folder of the world artifact, for generated sources.
+        digests: `<label>.data.<position of the source>` -> content digest of a local file, as the key has it.
+
+    Raises:
+        ValueError: as `read_questions`, `score_answers` and `benchmark_scores`; files that changed since the key was
+            made.
+    """
+    check_fields(benchmark)
+    tables = [
+        read_rows(source, world, digests.get(f"{benchmark.label}.data.{position}"))
+        for position, source in enumerate(benchmark.sources)
+    ]
+    read = read_questions(benchmark, tables)
+    for reason, number in read.reasons.most_common():
+        logger.warning("%s: %s of %s rows left out: %s", benchmark.label, number, read.num_rows, reason)
+    answered = score_answers(
+        model,
+        tokenizer,
+        read.questions,
+        max_length=max_length if benchmark.truncation == "left" else None,
+        batch_size=batch_size,
+        on_batch=on_batch,
+    )
+    scores = benchmark_scores(benchmark, read, answered)
+    if scores[0].limited:
+        logger.warning("%s is a part: %s", benchmark.label, scores[0].metric)
+
+    def render(messages: list[dict[str, str]]) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    return scores, samples_of(scores[0].task, answered, render)
 
 
 def score_answers(
