@@ -21,9 +21,10 @@ from smoltulu.schemas.evaluation import (
 )
 from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.evaluation import lm_eval as harness
-from smoltulu.tasks.evaluation import pair_accuracy, sampling
+from smoltulu.tasks.evaluation import pair_accuracy, reward_benchmarks, sampling
 from smoltulu.tasks.evaluation.samples import SAMPLES_FILE, Sample, marked, write_samples
 from smoltulu.tasks.models.classifiers import load_to_score
+from smoltulu.tasks.models.decoding import OnBatch
 from smoltulu.tasks.models.folders import (
     check_model_folder,
     device_of,
@@ -189,15 +190,67 @@ def _sampled(
 def _reward_model(
     settings: EvaluationSettings, inputs: EvaluationInputs, context: StageContext
 ) -> tuple[list[Score], list[Sample]]:
-    pairs = _pairs(inputs)
+    """Pair accuracy on the recipe's own pairs, and every benchmark of `settings.reward_benchmarks`."""
+    benchmarks = settings.reward_benchmarks or ()
+    if inputs.preference_eval is None and not benchmarks:
+        raise ValueError(
+            "nothing to evaluate a reward model on: set data.preference_eval, or evaluation.reward_benchmarks"
+        )
     model, tokenizer = _load(inputs.model, inputs, settings, context, reward_model=True)
+    num_parts = len(benchmarks) + (inputs.preference_eval is not None)
+
+    def report(part: int, num_done: int, num_in_all: int) -> None:
+        context.report(int((part + num_done / num_in_all) * _STEPS_PER_TASK), num_parts * _STEPS_PER_TASK)
+
+    scores: list[Score] = []
+    samples: list[Sample] = []
+    if inputs.preference_eval is not None:
+        own_report = partial(report, 0) if benchmarks else context.report
+        scores, samples = _preference_pairs(settings, inputs, context, model, tokenizer, own_report)
+    for part, benchmark in enumerate(benchmarks, num_parts - len(benchmarks)):
+        made, records = reward_benchmarks.measure(
+            benchmark,
+            model,
+            tokenizer,
+            max_length=_max_length(model, settings),
+            batch_size=context.compute.per_device_eval_batch_size,
+            world=Path(inputs.world) if inputs.world else None,
+            digests=context.externals,
+            on_batch=partial(report, part),
+        )
+        scores += [
+            Score(
+                task=one.task,
+                metric=one.metric,
+                value=one.mean.value,
+                stderr=one.mean.stderr,
+                num_samples=one.mean.num,
+                limited=one.limited,
+                details=one.details,
+                **_source(inputs),
+            )
+            for one in made
+        ]
+        samples += records
+    return scores, samples
+
+
+def _preference_pairs(
+    settings: EvaluationSettings,
+    inputs: EvaluationInputs,
+    context: StageContext,
+    model: Any,
+    tokenizer: Any,
+    on_batch: OnBatch,
+) -> tuple[list[Score], list[Sample]]:
+    pairs = _pairs(inputs)
     ids, texts = pair_accuracy.encode_pairs(tokenizer, pairs, _max_length(model, settings))
     rewards = pair_accuracy.reward_scores(
         model,
         tokenizer,
         [text.ids for text in texts],
         batch_size=context.compute.per_device_eval_batch_size,
-        on_batch=context.report,
+        on_batch=on_batch,
     )
     measured = pair_accuracy.rank_pairs(rewards)
     asked = _digests(pairs, ("prompt",), ("chosen", "rejected"))

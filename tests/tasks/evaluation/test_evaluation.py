@@ -419,6 +419,57 @@ def test_reward_model_and_implicit_reward_stages(tmp_path: Path, folder: Path) -
         _run(tmp_path / "d", {}, reward, "reward_model")
 
 
+def test_reward_benchmarks_of_a_reward_model(tmp_path: Path, folder: Path) -> None:
+    own = [
+        {"prompt": f"What is {n}?", "chosen": f"{n} it is.", "rejected": "No", "topic": ["even", "odd"][n % 2]}
+        for n in range(6)
+    ]
+    llmbar = [
+        {"subset": "LLMBar_Natural", "input": f"Say {n}", "output_1": f"{n}", "output_2": "No", "label": 1}
+        for n in range(4)
+    ]
+    four = [
+        {"id": str(n), "subset": "Focus", "prompt": f"{n}?", "chosen": ["a"], "rejected": ["b", "c", "d"]}
+        for n in range(3)
+    ]
+    files = [_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("o", own), ("l", llmbar), ("f", four))]
+    mine = {"path": files[0], "format": "preference", "fields": {"subset": "topic"}}
+    settings = {
+        "reward_benchmarks": [
+            {"name": "pairs", "title": "mine", "sources": [mine]},
+            {"name": "rewardbench", "sources": [{"path": files[1], "format": "llmbar"}]},
+            {"name": "rewardbench_2", "sources": [{"path": files[2], "format": "best_of"}]},
+        ]
+    }
+    reward = build_tiny_model(tmp_path / "reward", num_labels=1)
+    outputs, metrics, samples, _ = _run(tmp_path / "a", settings, reward, "reward_model")
+    assert [(score.task, score.metric, score.num_samples) for score in outputs.scores] == [
+        ("mine", "accuracy", 6),
+        ("mine", "mean_margin", 6),
+        ("mine", "mean_of_subsets", 6),
+        ("rewardbench_partial", "micro_accuracy (4 of 2985)", 4),
+        ("rewardbench_partial", "Chat Hard (4 of 456)", 4),
+        ("rewardbench_2_partial", "best_of_4 (3 of 1763)", 3),
+        ("rewardbench_2_partial", "Focus (3 of 495)", 3),
+    ]
+    assert [score.limited for score in outputs.scores] == [False] * 3 + [True] * 4
+    assert metrics["mine/accuracy"] == sum(row["chosen"] > row["rejected"] for row in samples[:6]) / 6
+    # The headline is the mean of the items that a comparison finds.
+    found = measured(tmp_path / "a", outputs)
+    assert {name: len(one.items) for name, one in found.items()} == {
+        "mine": 6,
+        "rewardbench_partial": 4,
+        "rewardbench_2_partial": 3,
+    }
+    for one in found.values():
+        assert one.score.value == pytest.approx(sum(item.value for item in one.items.values()) / len(one.items))
+    with pytest.raises(ValueError, match="not a reward model"):
+        _run(tmp_path / "b", settings, folder, "reward_model")
+    two = build_tiny_model(tmp_path / "two", num_labels=2)
+    with pytest.raises(ValueError, match="gives one score; this one has num_labels 2"):
+        _run(tmp_path / "b", settings, two, "reward_model")
+
+
 def test_bfloat16_falls_back_with_a_warning_on_a_cpu(tmp_path: Path, folder: Path, caplog: Any) -> None:
     task = {
         "name": "tiny_arithmetic",
