@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from statistics import fmean, stdev
 from typing import Any
@@ -143,9 +143,12 @@ def gsm8k(**given: Any) -> Any:
     """{question, answer, shots}; without examples where local files have no `train`."""
     rows = [_problem(row) for row in _rows("test", **given)]
     sources = given.get("sources")
-    train = [] if sources is not None and "train" not in sources else [_problem(row) for row in _rows("train", **given)]
+    has_train = sources is None or "train" in sources
+    train = [_problem(row) for row in _rows("train", **given)] if has_train else []
     order, draws = gsm8k_draws(len(rows), len(train), min(NUM_GSM8K_SHOTS, len(train)))
-    return _dataset([{**rows[at], "shots": [train[one] for one in shots]} for at, shots in zip(order, draws, strict=True)])
+    return _dataset(
+        [{**rows[at], "shots": [train[one] for one in shots]} for at, shots in zip(order, draws, strict=True)]
+    )
 
 
 def _problem(row: Row) -> Row:
@@ -164,7 +167,9 @@ def bbh(subset: str, **given: Any) -> Any:
         if row.get("task", subset) == subset
     ]
     if not rows:
-        raise ValueError(f"paper_bbh: no row has the task {subset!r}; the split 'test' needs the rows of all 27 subsets")
+        raise ValueError(
+            f"paper_bbh: no row has the task {subset!r}; the split 'test' needs the rows of all 27 subsets"
+        )
     drawn = [rows[at] for at in balanced_rows([row["target"] for row in rows], NUM_BBH_SHOTS + 1)]
     # A row that is the scored one word for word is left out too.
     return _items(rows, lambda row: {**row, "shots": [shot for shot in drawn if shot != row][:NUM_BBH_SHOTS]})
@@ -206,8 +211,8 @@ def _choices(texts: Iterable[str], gold: Any) -> Row:
     for number, text in enumerate(listed):
         if not text.strip():
             raise ValueError(
-                f"choice {number} of {len(listed)} is empty, so its log-likelihood has no length to be divided by; every "
-                f"choice needs a text: correct the row or take it out"
+                f"choice {number} of {len(listed)} is empty, so its log-likelihood has no length to be divided by; "
+                "every choice needs a text: correct the row or take it out"
             )
     if not 0 <= int(gold) < len(listed):
         raise ValueError(f"the right choice is number {gold}, and there are {len(listed)}, from 0; correct the row")
@@ -245,7 +250,10 @@ def choice_scores(doc: Row, results: Sequence[tuple[float, bool]]) -> dict[str, 
     logliks = [loglik for loglik, *_ in results]
     lengths = [len(choice.removeprefix(" ")) for choice in doc["choices"]]
     per_character = [loglik / length for loglik, length in zip(logliks, lengths, strict=True)]
-    return {"acc_norm": float(_first_best(per_character) == doc["gold"]), "acc": float(_first_best(logliks) == doc["gold"])}
+    return {
+        "acc_norm": float(_first_best(per_character) == doc["gold"]),
+        "acc": float(_first_best(logliks) == doc["gold"]),
+    }
 
 
 def _first_best(values: Sequence[float]) -> int:
@@ -272,7 +280,7 @@ def stripped_scores(doc: Row, results: Sequence[str]) -> dict[str, float]:
 
 
 def instruction_scores(doc: Row, results: Sequence[str]) -> dict[str, Any]:
-    """IFEval's strict accuracies. `average_strict` of an item is what its average is made of: one bool an instruction."""
+    """IFEval's strict accuracies. `average_strict` of an item is what its average is made of: a bool an instruction."""
     from smoltulu.tasks.evaluation.ifeval import followed
 
     followings = followed(doc, results[0])

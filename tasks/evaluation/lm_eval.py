@@ -222,8 +222,7 @@ def run_task(
     assert results is not None  # this stage is one process
     on_progress(1.0)
     if any(fitted):
-        shots_of = [(leaf.get_config("num_fewshot"), one.num_with) for leaf, one in zip(leaves, fitted, strict=True) if one]
-        details["num_with_fewer_examples"] = sum(n for asked, given in shots_of for num, n in given.items() if num < asked)
+        details["num_with_fewer_examples"] = sum(one.num_with_fewer for one in fitted if one)
 
     values = {**results["results"].get(task.name, {}), **results.get("groups", {}).get(task.name, {})}
     metrics = {
