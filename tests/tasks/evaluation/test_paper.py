@@ -119,7 +119,7 @@ def _loaded(name: str, files: dict[str, Any], only: str = "") -> Any:
 
 
 def _with_all_subsets(files: dict[str, Any]) -> dict[str, Any]:
-    """BBH's file with a row of each subset that has none."""
+    """BBH's file with rows of each subset that has none."""
     file = Path(files["test"]["path"])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     given = {row["task"] for row in rows}
@@ -250,12 +250,18 @@ def test_gsm8k_examples_are_turns_and_an_answer_keeps_its_space(
 
 
 def test_bbh_prompt_ends_with_a_space_and_its_target_has_none(tmp_path: Path) -> None:
-    rows = [{"task": "navigate", "input": text, "target": text.upper()} for text in ("a", "b")]
+    texts = ["a", "b", "c", "d"]
+    rows = [{"task": "navigate", "input": text, "target": text.upper()} for text in texts]
     leaf = _loaded("paper_bbh", {"test": _write(tmp_path / "bbh.jsonl", rows)}, only="navigate")
-    prompts = dict(zip([doc["input"] for doc in leaf.eval_docs], _asked(leaf, _model("smollm2")), strict=True))
-    assert prompts["a"][0] == (
-        f"{SMOLLM2_SYSTEM}<|im_start|>user\nQuestion: b\nAnswer: <|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"
-        "<|im_start|>user\nQuestion: a\nAnswer: <|im_end|>\n<|im_start|>assistant\n"
+    prompts = {
+        doc["input"]: asked[0] for doc, asked in zip(leaf.eval_docs, _asked(leaf, _model("smollm2")), strict=True)
+    }
+    first, second, third = (texts[at] for at in paper.balanced_rows(["A", "B", "C", "D"], 4) if texts[at] != "a")
+    turn = "<|im_start|>user\nQuestion: {}\nAnswer: <|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+    assert prompts["a"] == (
+        SMOLLM2_SYSTEM
+        + "".join(turn.format(text, text.upper()) for text in (first, second, third))
+        + "<|im_start|>user\nQuestion: a\nAnswer: <|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -347,13 +353,12 @@ def test_examples_that_never_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_bbh_answer_may_have_the_longest_target_and_a_margin_in_each_subset(tmp_path: Path) -> None:
+    targets = {"navigate": ["No", "Yes", "No", "No"], "snarks": ["a longer one", "(A)", "(A)", "(A)"]}
     rows = [
-        {"task": "navigate", "input": "x", "target": "Yes"},
-        {"task": "snarks", "input": "y", "target": "a longer one"},
+        {"task": task, "input": str(at), "target": one} for task, of in targets.items() for at, one in enumerate(of)
     ]
     model = _model("tulu")
-    files = {"test": _write(tmp_path / "bbh.jsonl", rows)}
-    tasks = _all("paper_bbh", _with_all_subsets(files))["tasks"]
+    tasks = _all("paper_bbh", _with_all_subsets({"test": _write(tmp_path / "bbh.jsonl", rows)}))["tasks"]
     for leaf in tasks.values():
         _prepared(leaf, model)
     for name, target in (("navigate", "Yes"), ("snarks", "a longer one"), ("word_sorting", "-")):
