@@ -123,11 +123,8 @@ def _with_all_subsets(files: dict[str, Any]) -> dict[str, Any]:
     file = Path(files["test"]["path"])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     given = {row["task"] for row in rows}
-    return {
-        "test": _write(
-            file, rows + [{"task": one, "input": "-", "target": "-"} for one in BBH_ROWS if one not in given]
-        )
-    }
+    rows += [{"task": one, "input": str(at), "target": "-"} for one in BBH_ROWS if one not in given for at in range(4)]
+    return {"test": _write(file, rows)}
 
 
 class _Model(SimpleNamespace):
