@@ -15,7 +15,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
-from statistics import fmean, stdev
 from typing import Any
 
 from lm_eval.api.samplers import ContextSampler
@@ -277,39 +276,3 @@ def stripped_scores(doc: Row, results: Sequence[str]) -> dict[str, float]:
     """Whether the whole output is the target. An output that the limit on its tokens ended is wrong."""
     ended = getattr(results[0], "stop", None) != "length"
     return {"exact_match": float(ended and results[0].strip() == doc["target"].strip())}
-
-
-def instruction_scores(doc: Row, results: Sequence[str]) -> dict[str, Any]:
-    """IFEval's strict accuracies. `average_strict` of an item is what its average is made of: a bool an instruction."""
-    from smoltulu.tasks.evaluation.ifeval import followed
-
-    followings = followed(doc, results[0])
-    return {
-        "average_strict": followings,
-        "prompt_level_strict_acc": float(all(followings)),
-        "inst_level_strict_acc": followings,
-        "num_followed_strict": float(sum(followings)),
-        "num_instructions": float(len(followings)),
-    }
-
-
-def instruction_level(items: Sequence[Sequence[bool]]) -> float:
-    """Share of all instructions that were followed."""
-    return sum(map(sum, items)) / sum(map(len, items))
-
-
-def average_strict(items: Sequence[Sequence[bool]]) -> float:
-    """Mean of the share of prompts with all instructions followed and the share of instructions followed."""
-    return (fmean(map(all, items)) + instruction_level(items)) / 2
-
-
-def _average_strict_stderr(items: Sequence[Sequence[bool]]) -> float | None:
-    """Standard error of `average_strict` over prompts; of the share of instructions, a ratio, to first order."""
-    if len(items) < 2:
-        return None
-    share, mean_length = instruction_level(items), fmean(map(len, items))
-    parts = [(all(one) + (sum(one) - share * len(one)) / mean_length) / 2 for one in items]
-    return stdev(parts) / math.sqrt(len(parts))
-
-
-average_strict.stderr = _average_strict_stderr  # type: ignore[attr-defined]

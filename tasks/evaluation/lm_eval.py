@@ -294,6 +294,7 @@ def _load(
     """lm-eval's task objects. Its `load` merges no dict with a definition by name; what it calls for that does."""
     if not task.files:
         return manager.load([task.name])
+    _kept_rows.cache_clear()  # each task reads its files anew, so that one which changed is seen
     digests = {
         split: digest
         for position, split in enumerate(task.files)

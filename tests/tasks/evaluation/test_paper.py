@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 
 from smoltulu.recipes import CHAT_TEMPLATES, LM_EVAL_TASKS
-from smoltulu.recipes.lm_eval import paper
+from smoltulu.recipes.lm_eval import paper, paper_ifeval
+from smoltulu.recipes.lm_eval.paper_ifeval import followed
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask
 from smoltulu.schemas.suites import SUITES
 from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.evaluation import lm_eval as harness
-from smoltulu.tasks.evaluation.ifeval import followed, prepare_punkt
+from smoltulu.tasks.evaluation.ifeval import prepare_punkt
 from smoltulu.tasks.evaluation.names import shipped
-from tests.tiny_model import build_tokenizer
+from tests.tiny_model import build_tiny_model, build_tokenizer
 
 DATA = Path(os.environ.get("SMOLTULU_REAL_DATA", "../shared/data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no SMOLTULU_REAL_DATA")
@@ -448,11 +449,11 @@ def test_bbh_wants_the_whole_output_and_no_answer_that_the_limit_ended() -> None
 def test_ifeval_average_is_the_mean_of_both_strict_accuracies() -> None:
     items = [[True, True], [True, False], [False]]
     # Prompts: 1 of 3; instructions: 3 of 5.
-    assert paper.average_strict(items) == pytest.approx((1 / 3 + 3 / 5) / 2)
+    assert paper_ifeval.average_strict(items) == pytest.approx((1 / 3 + 3 / 5) / 2)
     # Share .6, mean length 5/3: parts (1 + .8/(5/3))/2 = .74, (0 - .2/(5/3))/2 = -.06, (0 - .6/(5/3))/2 = -.18.
     mean = (0.74 - 0.06 - 0.18) / 3
     spread = sum((part - mean) ** 2 for part in (0.74, -0.06, -0.18)) / 2
-    assert paper.average_strict.stderr(items) == pytest.approx((spread / 3) ** 0.5)  # type: ignore[attr-defined]
+    assert paper_ifeval.average_strict.stderr(items) == pytest.approx((spread / 3) ** 0.5)  # type: ignore[attr-defined]
 
 
 def _row(name: str, **kwargs: Any) -> dict[str, Any]:
@@ -531,3 +532,61 @@ def test_the_suites_metrics_are_those_of_its_definitions() -> None:
     known = shipped()
     for task in EvaluationSettings.model_validate({"tasks": [{"suite": "paper"}]}).tasks:
         assert task.metric in (known[task.name].metrics or ())
+
+
+# Through the stage, with a model.
+
+
+def test_the_suite_runs_through_the_stage_and_its_scores_say_how(tmp_path: Path) -> None:
+    from smoltulu.schemas.compute import ComputeSettings
+    from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationStageConfig
+    from smoltulu.tasks.evaluation.samples import read_samples
+    from smoltulu.tasks.evaluation.stage import evaluate
+    from smoltulu.tasks.stage import StageContext
+
+    model = build_tiny_model(tmp_path / "model", max_position_embeddings=512)
+    bbh = _with_all_subsets({"test": _write(tmp_path / "bbh.jsonl", [])})
+    ifeval = [IFEVAL, {**IFEVAL, "key": 2, "instruction_id_list": ["punctuation:no_comma"] * 2, "kwargs": [{}, {}]}]
+    long = [{**row, "question": "x" * 60} for row in TRAIN]  # five of them are over 256 tokens
+    files = {
+        "paper_arc": {split: _write(tmp_path / f"{split}.jsonl", [ARC] * 2) for split in ("easy", "challenge")},
+        "paper_bbh": bbh,
+        "paper_gsm8k": {"train": _write(tmp_path / "a.jsonl", long), "test": _write(tmp_path / "b.jsonl", TRAIN[:3])},
+        "paper_ifeval": {"test": _write(tmp_path / "ifeval.jsonl", ifeval)},
+    }
+    tasks = [{**one, "files": files[one["name"]]} for one in SUITES["paper"] if one["name"] in files]
+    config = EvaluationStageConfig.model_validate(
+        {
+            "subject": "sft",
+            "kind": "language_model",
+            "settings": {"max_length": 512, "precision": "float32", "tasks": tasks},
+        }
+    )
+    template = (CHAT_TEMPLATES / "tulu.jinja").read_text("utf-8")
+    compute = ComputeSettings(device="cpu", per_device_eval_batch_size=16)
+    context = StageContext(tmp_path / "out", tmp_path / "out", compute, lambda step, num_steps, **_: None)
+    (tmp_path / "out").mkdir()
+    outputs, _ = evaluate(config, EvaluationInputs(model=str(model), chat_template=template), context)
+    scores = {score.task: score for score in outputs.scores}
+    assert {name: score.num_fewshot for name, score in scores.items()} == {
+        "paper_arc": 0, "paper_bbh": 3, "paper_gsm8k": 5, "paper_ifeval": 0,
+    }  # fmt: skip
+    assert {name: score.num_samples for name, score in scores.items()} == {
+        "paper_arc": 4, "paper_bbh": 108, "paper_gsm8k": 3, "paper_ifeval": 2,
+    }  # fmt: skip
+    assert {score.task_version for score in scores.values()} == {"1.0"}
+    assert scores["paper_gsm8k"].details["max_gen_toks"] == 256
+    assert scores["paper_gsm8k"].details["num_with_fewer_examples"] == 3
+    assert scores["paper_bbh"].details["num_with_fewer_examples"] == 0
+    assert all(score.stderr is not None for score in scores.values())
+    rows = list(read_samples(tmp_path / "out" / str(outputs.samples_file)))
+    assert len(rows) == 4 + 108 + 3 + 2
+    members = {row["task"] for row in rows if row["task"].startswith("paper_arc")}
+    assert members == {"paper_arc::easy", "paper_arc::challenge"}
+    first, second = (row["metrics"] for row in rows if row["task"] == "paper_ifeval")
+    prompts = (first["prompt_level_strict_acc"] + second["prompt_level_strict_acc"]) / 2
+    instructions = (first["num_followed_strict"] + second["num_followed_strict"]) / 3
+    assert scores["paper_ifeval"].value == pytest.approx((prompts + instructions) / 2)
+    assert all(row["prompt"].startswith("<|user|>\nQuestion: ") for row in rows if row["task"] == "paper_gsm8k")
+    # An answer that the limit ended is wrong in BBH.
+    assert all(not row["metrics"]["exact_match"] for row in rows if "bbh" in row["task"] and row["is_truncated"])
