@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.reward_benchmarks import RewardBenchmark, check_labels
+from smoltulu.schemas.suites import expand
 
 ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]
 
@@ -40,7 +41,9 @@ class SampledAccuracy(StrictModel):
 class EvaluationSettings(StrictModel):
     """Run for base, SFT, DPO and RLVR models; pair accuracy for the reward model and DPO's implicit reward."""
 
-    tasks: tuple[EvaluationTask, ...] = science((), description="lm-eval tasks for every language model")
+    tasks: tuple[EvaluationTask, ...] = science(
+        (), description="lm-eval tasks for every language model; {suite: paper} stands for a list of them"
+    )
     sampled: SampledAccuracy | None = science(None)
     reward_benchmarks: tuple[RewardBenchmark, ...] | None = science(
         None, absent=None, description="benchmarks for the reward model, beside data.preference_eval"
@@ -49,6 +52,11 @@ class EvaluationSettings(StrictModel):
     apply_chat_template: bool = science(True)
     precision: Literal["float32", "bfloat16"] = science("bfloat16")
     seed: int = science(1234, ge=0)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _suites(cls, entries: Any) -> Any:
+        return expand(entries)
 
     @model_validator(mode="after")
     def _benchmarks_of_different_names(self) -> Self:
