@@ -72,7 +72,9 @@ def _checker(doc: Mapping[str, Any], number: int) -> Any:
 
     name = doc["instruction_id_list"][number]
     if name not in INSTRUCTION_DICT:
-        raise ValueError(f"IFEval row {doc['key']}: unknown instruction {name!r}; known: {', '.join(sorted(INSTRUCTION_DICT))}")
+        raise ValueError(
+            f"IFEval row {doc['key']}: unknown instruction {name!r}; known: {', '.join(sorted(INSTRUCTION_DICT))}"
+        )
     given = {argument: value for argument, value in doc["kwargs"][number].items() if value}
     checker = INSTRUCTION_DICT[name](name)
     checker.build_description(**given)

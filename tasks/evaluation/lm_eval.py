@@ -230,8 +230,12 @@ def run_task(
     add_to_group(task.name, leaves, results, task.metric)
     on_progress(1.0)
     if any(fitted):
-        shots_of = [(leaf.get_config("num_fewshot"), one.num_with) for leaf, one in zip(leaves, fitted, strict=True) if one]
-        details["num_with_fewer_examples"] = sum(n for asked, given in shots_of for num, n in given.items() if num < asked)
+        shots_of = [
+            (leaf.get_config("num_fewshot"), one.num_with) for leaf, one in zip(leaves, fitted, strict=True) if one
+        ]
+        details["num_with_fewer_examples"] = sum(
+            n for asked, given in shots_of for num, n in given.items() if num < asked
+        )
 
     values = {**results["results"].get(task.name, {}), **results.get("groups", {}).get(task.name, {})}
     metrics = {
@@ -255,7 +259,11 @@ def run_task(
     details.update(chance_details(metrics[task.metric], guessed(results, task.metric)))
     if details.get("is_near_chance"):
         logger.info(
-            "%s %s: %.4f is within noise of chance, %.4f", task.name, task.metric, metrics[task.metric], details["chance"]
+            "%s %s: %.4f is within noise of chance, %.4f",
+            task.name,
+            task.metric,
+            metrics[task.metric],
+            details["chance"],
         )
     samples = [
         marked(_compact(name, sample) | {"is_left_cut": sample["doc_id"] in cut[name]})
