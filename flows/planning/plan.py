@@ -134,6 +134,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     notes = (
         *recipe.lowered_batches(),
         *recipe.audit_notes(),
+        *recipe.evaluation_notes(),
         *recipe.sampled_notes(),
         *_too_large(costs, rows),
         *unreachable,

@@ -21,6 +21,7 @@ from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.reward_benchmarks import RewardBenchmark
 from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.evaluation import pair_accuracy, rewardbench
+from smoltulu.tasks.evaluation.chance import chance_details
 from smoltulu.tasks.evaluation.kept import Kept, kept_scores
 from smoltulu.tasks.evaluation.reward_benchmark_rows import KNOWN_SUBSETS, Question, Read, check_fields, read_questions
 from smoltulu.tasks.evaluation.rewardbench import TIES, Mean, TiesPrompt
@@ -208,6 +209,7 @@ def _pairs(benchmark: RewardBenchmark, answered: Sequence[Answered], details: di
     if any(subsets):
         details["subsets"] = _as_details(subsets)
     micro = rewardbench.mean([one.right for one in answered])
+    details |= _chance(micro, answered)
     if benchmark.name != "rewardbench":
         limited = any(source.limit is not None for source in benchmark.sources)
         margins = rewardbench.mean([one.scores[0] - one.scores[1] for one in answered])
@@ -229,14 +231,14 @@ def _pairs(benchmark: RewardBenchmark, answered: Sequence[Answered], details: di
         four = rewardbench.weighted((1, one) for one in sections.values())
         about = {"aggregate": "plain mean of the four sections: the leaderboard's, without prior sets"}
         made.append(named.score("mean_of_sections", four, rewardbench.SUBSETS, about))
-    return made + [
-        named.score(section, one, rewardbench.SECTIONS[section], {"subsets": _as_details(_of(section, subsets))})
-        for section, one in sections.items()
-    ]
-
-
-def _of(section: str, subsets: Mapping[str, Mean]) -> dict[str, Mean]:
-    return {name: subsets[name] for name in rewardbench.SECTIONS[section] if name in subsets}
+    for section, one in sections.items():
+        own = [pair for pair in answered if pair.question.subset in rewardbench.SECTIONS[section]]
+        # Maths and code count alike.
+        parts = [[pair for pair in own if (pair.question.subset == "math-prm") is maths] for maths in (True, False)]
+        here = {name: subsets[name] for name in rewardbench.SECTIONS[section] if name in subsets}
+        about = {**_chance(one, *filter(None, parts)), "subsets": _as_details(here)}
+        made.append(named.score(section, one, rewardbench.SECTIONS[section], about))
+    return made
 
 
 def _rewardbench_2(
@@ -256,6 +258,7 @@ def _rewardbench_2(
     made = []
     if best:
         about = {"aggregate": "share of prompts of all subsets but Ties; k answers that tie for the best share 1/k"}
+        about |= _chance(rewardbench.mean(best), [one for one in answered if one.question.subset != TIES])
         made.append(named.score("best_of_4", rewardbench.mean(best), num_best, {**about, **details}))
     if not details["missing"]:
         six = rewardbench.weighted((1, one) for one in subsets.values())
@@ -269,6 +272,11 @@ def _rewardbench_2(
     if not best:
         made[0].details.update(details)
     return made
+
+
+def _chance(score: Mean, *parts: Sequence[Answered]) -> dict[str, Any]:
+    """What guessing gives, and whether the score is within its noise. Of parts, where they count alike."""
+    return chance_details(score.value, [[(one.right, len(one.scores)) for one in part] for part in parts])
 
 
 def _ties(answered: Sequence[Answered], kind: str) -> dict[str, TiesPrompt]:

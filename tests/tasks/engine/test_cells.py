@@ -82,7 +82,9 @@ def choices(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def job_of(model: tuple[str, InputRecord], tasks: list[dict[str, Any]], node: str = "evaluation-sft", **changes: Any) -> Job:
+def job_of(
+    model: tuple[str, InputRecord], tasks: list[dict[str, Any]], node: str = "evaluation-sft", **changes: Any
+) -> Job:
     stage, (folder, record) = STAGES["evaluation"], model
     settings = {"tasks": tasks, "max_length": 256, "precision": "float32"}
     config = EvaluationStageConfig.model_validate({"subject": "sft", "kind": "language_model", "settings": settings})

@@ -398,7 +398,9 @@ def test_reward_model_and_implicit_reward_stages(tmp_path: Path, folder: Path) -
     reward = build_tiny_model(tmp_path / "reward", num_labels=1)
     outputs, metrics, samples, steps = _run(tmp_path / "a", {}, reward, "reward_model", preference_eval=rows)
     score, margin = outputs.scores
-    assert score.num_samples == 8 and score.metric == "pair_accuracy" and len(samples) == 8 and steps[-1] == (1000, 1000)
+    assert (
+        score.num_samples == 8 and score.metric == "pair_accuracy" and len(samples) == 8 and steps[-1] == (1000, 1000)
+    )
     assert score.value == sum(sample["chosen"] > sample["rejected"] for sample in samples) / 8
     assert margin.metric == "mean_margin" and margin.stderr is not None and margin.num_samples == 8
     assert margin.value == pytest.approx(sum(sample["chosen"] - sample["rejected"] for sample in samples) / 8)
