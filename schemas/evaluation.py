@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DataSource
-from smoltulu.schemas.suites import expand
+from smoltulu.schemas.suites import Suite, expand
 
 ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]
 
@@ -49,7 +49,7 @@ class EvaluationSettings(StrictModel):
     precision: Literal["float32", "bfloat16"] = science("bfloat16")
     seed: int = science(1234, ge=0)
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", mode="before", json_schema_input_type=tuple[EvaluationTask | Suite, ...])
     @classmethod
     def _suites(cls, entries: Any) -> Any:
         return expand(entries)
