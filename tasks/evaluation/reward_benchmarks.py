@@ -22,6 +22,7 @@ from smoltulu.schemas.reward_benchmarks import RewardBenchmark
 from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.evaluation import pair_accuracy, rewardbench
 from smoltulu.tasks.evaluation.chance import chance_details
+from smoltulu.tasks.evaluation.kept import Kept, kept_scores
 from smoltulu.tasks.evaluation.reward_benchmark_rows import KNOWN_SUBSETS, Question, Read, check_fields, read_questions
 from smoltulu.tasks.evaluation.rewardbench import TIES, Mean, TiesPrompt
 from smoltulu.tasks.models.decoding import OnBatch
@@ -79,6 +80,7 @@ def measure(
     world: Path | None,
     digests: Mapping[str, str],
     on_batch: OnBatch,
+    kept: Kept | None = None,
 ) -> tuple[list[BenchmarkScore], list[dict[str, Any]]]:
     """Read a benchmark's rows, score them, and make its scores and one row of samples a question.
 
@@ -106,6 +108,7 @@ def measure(
         max_length=max_length if benchmark.truncation == "left" else None,
         batch_size=batch_size,
         on_batch=on_batch,
+        kept=kept,
     )
     scores = benchmark_scores(benchmark, read, answered)
     if scores[0].limited:
@@ -125,6 +128,7 @@ def score_answers(
     max_length: int | None,
     batch_size: int,
     on_batch: OnBatch = lambda num_done, num_texts: None,
+    kept: Kept | None = None,
 ) -> list[Answered]:
     """Score every answer.
 
@@ -145,7 +149,12 @@ def score_answers(
             longest,
         )
     texts = [whole.input_ids if max_length is None else whole.input_ids[-max_length:] for whole in wholes]
-    scores = pair_accuracy.reward_scores(model, tokenizer, texts, batch_size=batch_size, on_batch=on_batch)
+
+    def score(places: list[int], on_batch: OnBatch) -> list[float]:
+        own = [texts[place] for place in places]
+        return pair_accuracy.reward_scores(model, tokenizer, own, batch_size=batch_size, on_batch=on_batch)
+
+    scores = kept_scores(kept, "reward", texts, batch_size, on_batch, score)
     if broken := sum(not math.isfinite(score) for score in scores):
         raise ValueError(
             f"{broken:,} of {len(scores):,} answers have a score that is NaN or infinite: the model is broken; look at "
