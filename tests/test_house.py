@@ -20,8 +20,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("artifacts.shared", "artifacts.upkeep"),
     # What a stage is: its contract, its process, its progress.
     ("tasks",),
-    ("tasks.models", "tasks.data", "tasks.world"),
-    ("tasks.report", "tasks.trainer", "tasks.comparison"),
+    ("tasks.models", "tasks.data", "tasks.world", "tasks.comparison"),
+    ("tasks.tables",),
+    ("tasks.report", "tasks.trainer"),
     (
         "tasks.base_model",
         "tasks.contamination",
