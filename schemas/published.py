@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Iterator
 from math import sqrt
 from typing import Annotated, Literal, Self
 
@@ -28,6 +30,7 @@ class Definition(StrictModel):
 
     title: Line
     task: Line = Field(description="our task of the same definition")
+    also: tuple[Line, ...] = Field((), description="other names of this task")
     metric: Line = Field(description="its headline metric")
     suite: Line = Field("paper", description="the suite that our task belongs to")
     num_fewshot: int = Field(0, ge=0)
@@ -38,6 +41,11 @@ class Definition(StrictModel):
     max_length: int | None = Field(None, description="tokens of prompt and answer; None: not limited")
     chat_template: bool = Field(True, description="measured under the model's chat template")
     near: tuple[Line, ...] = Field((), description="tasks of ours that are shown with it, marked as not comparable")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names under which our task may be."""
+        return (self.task, *self.also)
 
     def stderr(self, figure: float) -> float | None:
         """Sampling error of a published figure, in percent; None where the number of items is not known.
@@ -80,41 +88,40 @@ class PublishedTables(StrictModel):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
-        problems = [
-            f"models.{name}.sources: no source is called {source!r}; there are {', '.join(self.sources)}"
-            for name, model in self.models.items()
-            for source in model.sources
-            if source not in self.sources
-        ]
+        problems = [*self._problems_of_models(), *self._problems_of_tables()]
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise ValueError(f"{problems[0]}{more}")
+        return self
+
+    def _problems_of_models(self) -> Iterator[str]:
         for name, model in self.models.items():
+            for source in model.sources:
+                if source not in self.sources:
+                    yield f"models.{name}.sources: {_unknown('source', source, self.sources)}"
             for row, figure in model.figures.items():
                 if row not in self.rows:
-                    problems.append(
-                        f"models.{name}.figures: no row is called {row!r}; there are {', '.join(self.rows)}"
-                    )
+                    yield f"models.{name}.figures: {_unknown('row', row, self.rows)}"
                 elif round(figure, self.rows[row].decimals) != figure:
-                    problems.append(
+                    yield (
                         f"models.{name}.figures.{row}: {figure:g} has more decimals than the row, "
-                        f"{self.rows[row].decimals}; correct the figure, or rows.{row}.decimals"
+                        f"{self.rows[row].decimals}; correct it, or rows.{row}.decimals"
                     )
+
+    def _problems_of_tables(self) -> Iterator[str]:
         for name, table in self.tables.items():
-            for field, known in (("rows", self.rows), ("models", self.models)):
-                given = getattr(table, field)
-                problems += [
-                    f"tables.{name}.{field}: nothing is called {one!r}; there are {', '.join(known)}"
-                    for one in given
-                    if one not in known
-                ]
-                problems += [
-                    f"tables.{name}.{field}: {one!r} is named twice; keep one of them"
-                    for one in dict.fromkeys(given)
-                    if given.count(one) > 1
-                ]
-            problems += [
-                f"tables.{name}.models: {one!r} has none of its rows; add figures, or take it out"
-                for one in table.models
-                if one in self.models and not set(table.rows) & set(self.models[one].figures)
-            ]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            for what, given, known in (("row", table.rows, self.rows), ("model", table.models, self.models)):
+                for one in dict.fromkeys(given):
+                    if one not in known:
+                        yield f"tables.{name}.{what}s: {_unknown(what, one, known)}"
+                    elif given.count(one) > 1:
+                        yield f"tables.{name}.{what}s: {one!r} is named twice; keep one of them"
+            for one in table.models:
+                if one in self.models and not set(table.rows) & set(self.models[one].figures):
+                    yield f"tables.{name}.models: {one!r} has none of its rows; add figures, or take it out"
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+    return f"no {what} is called {name!r}; {hint}"

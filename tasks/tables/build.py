@@ -114,21 +114,27 @@ def _published_heads(models: Sequence[PublishedModel], published: PublishedTable
 
 def _fits(place: _Place, definition: Definition) -> bool:
     task, metric, shots = place
-    return (task, metric) == (definition.task, definition.metric) and shots in (None, definition.num_fewshot)
+    own = task in definition.tasks and metric == definition.metric
+    return own and shots in (None, definition.num_fewshot)
 
 
 def _near(key: str, grid: dict[_Place, list[Score | None]], published: PublishedTables) -> list[_Place]:
-    """What was measured near a row: its task with another metric or other shots, or a task that is held beside it.
+    """What was measured near a row: its task with another metric or other shots, or a task that is held beside it."""
+    return [
+        place
+        for place in grid
+        if _home(place, published) == key
+        and direction(place[1]) == 1  # a share, as the figures of the table
+        and not any(_fits(place, definition) for definition in published.rows.values())
+    ]
 
-    The sections of RewardBench are rows of one task: what fits none of them is near the first.
-    """
-    near = []
-    for place in grid:
-        home = next((name for name, one in published.rows.items() if place[0] in (one.task, *one.near)), None)
-        own_row = any(_fits(place, definition) for definition in published.rows.values())
-        if home == key and not own_row and direction(place[1]) == 1:
-            near.append(place)
-    return near
+
+def _home(place: _Place, published: PublishedTables) -> str | None:
+    """The row of this task; of several (the sections of RewardBench) that of the metric, else the last."""
+    task, metric, _ = place
+    rows = [name for name, one in published.rows.items() if task in (*one.tasks, *one.near)]
+    of_metric = [name for name in rows if published.rows[name].metric == metric.partition(" (")[0]]
+    return (of_metric or rows or [None])[-1]
 
 
 def _beside(
@@ -178,7 +184,7 @@ def _beside(
 def not_comparable(score: Score, definition: Definition, model: MeasuredModel) -> list[str]:
     """Why a score may not stand beside the published figures; empty where it may."""
     reasons = []
-    if score.task != definition.task:
+    if score.task not in definition.tasks:
         reasons.append(f"{score.task} is defined otherwise than {definition.task} of suite {definition.suite}")
     elif score.metric != definition.metric:
         reasons.append(f"metric {score.metric}, published {definition.metric}")
@@ -188,7 +194,7 @@ def not_comparable(score: Score, definition: Definition, model: MeasuredModel) -
     if score.limited:
         of_all = f", {score.num_samples:,} of {num_items:,} items" if num_items else ""
         reasons.append(f"part of the task{of_all}")
-    elif num_items and score.task == definition.task and score.num_samples != num_items:
+    elif num_items and score.task in definition.tasks and score.num_samples != num_items:
         reasons.append(f"{score.num_samples:,} items, published on {num_items:,}")
     if definition.chat_template and score.template_digest == "none":
         reasons.append("without a chat template, published with one")
