@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import combinations
 from math import sqrt
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from smoltulu.flows.reading import read_file
 from smoltulu.recipes import PUBLISHED
 from smoltulu.schemas.published import Definition
+from smoltulu.tasks.comparison.paired import holm
 from smoltulu.tasks.tables.published import load_published, parse_published
+from smoltulu.tasks.tables.significance import Figure, unpaired_p
 
 
 def test_the_shipped_file_is_whole() -> None:
@@ -59,6 +62,20 @@ def test_sampling_error_by_hand() -> None:
     # The mean of two members of 100 and 25 items: sqrt(.25 / 100 + .25 / 25) / 2 = 0.0559
     assert definition(100, 25).stderr(50) == pytest.approx(5.590, abs=1e-3)
     assert definition(100).stderr(0) == 0
+
+
+def test_what_the_unpaired_test_sees_of_the_papers_table_9() -> None:
+    """As docs/tables.md says: of 21 pairs of columns, those that differ at 5 %, all of a row together."""
+    published = load_published()
+    columns = [name for name in published.tables["9"].models if "paper" in published.models[name].sources]
+    assert len(columns) == 7
+    seen = {}
+    for row in published.tables["9"].rows:
+        figures = [published.models[name].figures[row] for name in columns]
+        made = [Figure(figure, published.rows[row].stderr(figure)) for figure in figures]
+        p_values = [unpaired_p(one, other) for one, other in combinations(made, 2)]
+        seen[row] = sum(value < 0.05 for value in holm([value for value in p_values if value is not None]))
+    assert seen == {"arc": 17, "bbh": 8, "gsm8k": 11, "hellaswag": 17, "ifeval": 11, "mmlu_pro": 16, "piqa": 2}
 
 
 def test_rows_are_those_of_suite_paper() -> None:
