@@ -20,13 +20,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("artifacts.shared", "artifacts.upkeep"),
     # What a stage is: its contract, its process, its progress.
     ("tasks",),
-    ("tasks.models", "tasks.data", "tasks.world", "tasks.comparison"),
+    ("tasks.models", "tasks.data", "tasks.world"),
+    ("tasks.evaluation",),
+    ("tasks.comparison",),
     ("tasks.tables",),
     ("tasks.report", "tasks.trainer"),
     (
         "tasks.base_model",
         "tasks.contamination",
-        "tasks.evaluation",
         "tasks.languages",
         "tasks.publish",
         "tasks.training",

@@ -60,7 +60,7 @@ def stage_tables(models: Sequence[MeasuredModel], level: float = LEVEL) -> list[
         notes, rows = _Notes(), []
         for place, scores in _by_place(columns).items():
             figures = [_figure(model, score) for model, score in zip(columns, scores, strict=True)]
-            tests = row_tests(figures, level=level, better=direction(place[1]))
+            tests = row_tests(figures, level=level, better=_direction(scores))
             cells = tuple(
                 None if score is None else _cell(score, _plain(score), bold=number == tests.best)
                 for number, score in enumerate(scores)
@@ -124,7 +124,7 @@ def _near(key: str, grid: dict[_Place, list[Score | None]], published: Published
         place
         for place in grid
         if _home(place, published) == key
-        and direction(place[1]) == 1  # a share, as the figures of the table
+        and _direction(grid[place]) == 1  # a share, as the figures of the table
         and not any(_fits(place, definition) for definition in published.rows.values())
     ]
 
@@ -216,6 +216,10 @@ def _by_place(models: Sequence[MeasuredModel]) -> dict[_Place, list[Score | None
             row = grid.setdefault((score.task, score.metric, score.num_fewshot), [None] * len(models))
             row[number] = row[number] or score
     return grid
+
+
+def _direction(scores: Sequence[Score | None]) -> int:
+    return next(direction(score) for score in scores if score is not None)
 
 
 def _figure(model: MeasuredModel, score: Score | None, scale: float = 1.0) -> Figure | None:

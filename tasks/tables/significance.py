@@ -8,6 +8,7 @@ from itertools import combinations
 from math import hypot
 from statistics import NormalDist
 
+from smoltulu.schemas.evaluation import Score
 from smoltulu.tasks.comparison.evaluations import Measured, compare
 from smoltulu.tasks.comparison.paired import holm
 
@@ -16,10 +17,16 @@ _LESS_IS_BETTER = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perpl
 _NEITHER = ("mean_margin", "mean_margin_unnormalised")
 
 
-def direction(metric: str) -> int:
-    """1 where more is better, -1 where less is, 0 where models are not ranked by it (a margin has a scale)."""
-    name = metric.partition(",")[0]
-    return 0 if name in _NEITHER else -1 if name in _LESS_IS_BETTER else 1
+def direction(score: Score) -> int:
+    """1 where more is better, -1 where less is, 0 where models are not ranked by it (a margin has a scale of its own).
+
+    As the score says itself, or as its metric is known for.
+    """
+    name = score.metric.partition(",")[0]
+    if name in _NEITHER:
+        return 0
+    said = score.details.get("higher_is_better")
+    return 1 if (name not in _LESS_IS_BETTER if said is None else said) else -1
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from smoltulu.tasks.tables.significance import Figure, direction, row_tests, unpaired_p
-from tests.tasks.tables.scores import right
+from tests.tasks.tables.scores import right, score
 
 
 def ours(num_right: int, **changes: str) -> Figure:
@@ -71,8 +71,11 @@ def test_above_and_below_published() -> None:
     assert tests.above == ((), (), ())
 
 
-def test_direction_by_metric() -> None:
-    assert direction("acc,none") == 1 and direction("bits_per_byte,none") == -1 and direction("mean_margin") == 0
+def test_direction() -> None:
+    assert direction(score()) == 1 and direction(score(metric="bits_per_byte,none")) == -1
+    assert direction(score(metric="mean_margin")) == 0
+    assert direction(score(metric="distance,none", details={"higher_is_better": False})) == -1
+    assert direction(score(metric="ter,none", details={"higher_is_better": True})) == 1
 
 
 def test_false_claims_of_a_row() -> None:
