@@ -82,7 +82,7 @@ def _cell(cell: Cell | None) -> str:
     value = escape(cell.value)
     parts = [rf"\textbf{{{value}}}" if cell.bold else value]
     if cell.num_samples:
-        parts.append(escape(f"(n = {cell.num_samples}{', part' if cell.limited else ''})"))
+        parts.append(escape(f"({', '.join((f'n = {cell.num_samples}', *cell.marks))})"))
     parts += [rf"\textgreater{{}}\,{escape(letter)}" for letter in cell.above]
     parts += [rf"\textless{{}}\,{escape(letter)}" for letter in cell.below]
     if cell.not_comparable:

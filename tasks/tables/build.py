@@ -230,7 +230,9 @@ def _figure(model: MeasuredModel, score: Score | None, scale: float = 1.0) -> Fi
 
 
 def _cell(score: Score, value: str, bold: bool) -> Cell:
-    return Cell(value, f"{score.num_samples:,}", bold, limited=score.limited)
+    # `is_near_chance`: guessing gives such a score as well (tasks/evaluation).
+    marks = {"part": score.limited, "near chance": score.details.get("is_near_chance") is True}
+    return Cell(value, f"{score.num_samples:,}", bold, marks=tuple(name for name, there in marks.items() if there))
 
 
 def _plain(score: Score) -> str:

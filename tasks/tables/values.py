@@ -27,8 +27,17 @@ class MeasuredModel:
     max_length: int | None = None
 
     def measured(self, score: Score) -> Measured | None:
-        """The items of a score; None where none were kept."""
-        return next((one for one in self.items.values() if one.score == score and one.items), None)
+        """The items of a score; None where none were kept.
+
+        A score of some subsets of a task (a section of RewardBench) has those items of the whole.
+        """
+        exact = next((one for one in self.items.values() if one.score == score and one.items), None)
+        subsets = score.details.get("subsets")
+        if exact is not None or not isinstance(subsets, dict):
+            return exact
+        whole = [one.items for one in self.items.values() if one.score.task == score.task]
+        items = {name: item for one in whole for name, item in one.items() if item.row.get("subset") in subsets}
+        return Measured(score, items) if items else None
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Cell:
 
     above, below     letters of the published columns that it significantly differs from
     not_comparable   stands beside published figures, but was measured otherwise; a note says how
+    marks            words that a reader must see beside it: `part` of the task, `near chance`
     """
 
     value: str
@@ -54,7 +64,7 @@ class Cell:
     above: tuple[str, ...] = ()
     below: tuple[str, ...] = ()
     not_comparable: bool = False
-    limited: bool = False
+    marks: tuple[str, ...] = ()
     notes: tuple[int, ...] = ()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from smoltulu.tasks.comparison.evaluations import Item, Measured
 from smoltulu.tasks.tables.build import not_comparable, paper_table, stage_tables, tables_of
 from smoltulu.tasks.tables.published import load_published, parse_published
-from smoltulu.tasks.tables.values import Row, Table
+from smoltulu.tasks.tables.values import MeasuredModel, Row, Table
 from tests.tasks.tables.scores import model, right, score, texts
 
 PUBLISHED = load_published()
@@ -166,7 +168,7 @@ def test_stages_by_tasks() -> None:
         ["0.600 ± 0.010", None],
     ]
     part = language.rows[1].measured[0]
-    assert part is not None and part.limited
+    assert part is not None and part.marks == ("part",)
     assert [texts(row.measured) for row in rewards.rows] == [["0.900 ± 0.010"], ["14.4 ± 0.1"]]
     assert language.published == () and stage_tables([]) == [] and stage_tables([model("SFT")]) == []
 
@@ -192,6 +194,28 @@ def test_sections_of_rewardbench_and_a_part_of_it() -> None:
     assert hard is not None and hard.not_comparable
     [note] = row_of(table, "UFB").notes
     assert table.notes[note - 1] == "no test against the published figures: on how many items they stand is not known"
+
+
+def test_sections_of_rewardbench_are_tested_by_the_items_of_their_subsets() -> None:
+    """Hard: 10 of 20 pairs, then 20 of 20; Chat: 20 of 20 both. The whole: 30, then 40 of 40."""
+
+    def reward(label: str, num_hard: int) -> MeasuredModel:
+        rows = [{"subset": "easy" if i < 20 else "hard"} for i in range(40)]
+        items = {f"d{i}": Item(float(i < 20 + num_hard), "p", row=row) for i, row in enumerate(rows)}
+        whole = score("rewardbench", "micro_accuracy", (20 + num_hard) / 40, num_samples=40)
+        chat = score("rewardbench", "Chat", 1.0, num_samples=20, details={"subsets": {"easy": {}}})
+        hard = score("rewardbench", "Chat Hard", num_hard / 20, num_samples=20, details={"subsets": {"hard": {}}})
+        made = model(label, whole, chat, hard, subject="reward_model", kind="reward_model")
+        return replace(made, items={"rewardbench": Measured(whole, items)})
+
+    table = paper_table("8", PUBLISHED, [reward("a", 10), reward("b", 20)])
+    bold = {row.title: [cell and cell.bold for cell in row.measured] for row in table.rows if row.measured[0]}
+    assert bold == {"RB Chat": [False, False], "RB Chat Hard": [False, True], "RB Average": [False, True]}
+
+
+def test_a_score_near_chance_says_so() -> None:
+    [table] = stage_tables([model("SFT", score(value=0.5, details={"chance": 0.5, "is_near_chance": True}))])
+    assert table.rows[0].measured[0] is not None and table.rows[0].measured[0].marks == ("near chance",)
 
 
 def test_mean_of_sections_is_not_the_papers_average() -> None:
