@@ -38,8 +38,9 @@ def measured_model(
     if folder is not None:
         try:
             items = measured(folder, outputs)
-        except (OSError, ValueError) as error:
-            problem = f"{label}: the items cannot be read, so no score of it is tested: {error}"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last: of another version
+            said = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+            problem = f"{label}: the items cannot be read, so no score of it is tested: {said}"
     precision, max_length = settings.get("precision"), settings.get("max_length")
     return MeasuredModel(
         label,

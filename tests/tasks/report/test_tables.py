@@ -188,6 +188,8 @@ def test_items_that_cannot_be_read_end_no_report(tmp_path: Path) -> None:
     assert "SFT: the items cannot be read, so no score of it is tested: " in page
     (folders["evaluation-sft"] / "samples.jsonl").write_text('{"task": "tiny_')
     assert "samples.jsonl, line 1" in html_report(summary, manifests, folders, recipe)
+    (folders["evaluation-sft"] / "samples.jsonl").write_text('{"task": "tiny_arithmetic", "id": 1, "entry": 99}\n')
+    assert "so no score of it is tested: IndexError" in html_report(summary, manifests, folders, recipe)
 
 
 def test_a_model_of_an_evaluation(tmp_path: Path) -> None:
