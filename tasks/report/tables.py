@@ -30,7 +30,8 @@ def measured_model(
 
     config   of the evaluation's spec, as its manifest has it
     """
-    kind = config.get("kind")
+    kinds: tuple[ScoreKind, ...] = get_args(ScoreKind)
+    kind = next((kind for kind in kinds if kind == config.get("kind")), kinds[0])
     settings = config.get("settings")
     settings = settings if isinstance(settings, dict) else {}
     items: Mapping[str, Measured] = {}
@@ -45,7 +46,7 @@ def measured_model(
     return MeasuredModel(
         label,
         outputs.subject,
-        kind if kind in get_args(ScoreKind) else "language_model",
+        kind,
         outputs.scores,
         items,
         precision if isinstance(precision, str) else None,

@@ -134,7 +134,7 @@ def _home(place: _Place, published: PublishedTables) -> str | None:
     task, metric, _ = place
     rows = [name for name, one in published.rows.items() if task in (*one.tasks, *one.near)]
     of_metric = [name for name in rows if published.rows[name].metric == metric.partition(" (")[0]]
-    return (of_metric or rows or [None])[-1]
+    return next(reversed(of_metric or rows), None)
 
 
 def _beside(
@@ -157,7 +157,7 @@ def _beside(
         level=level,
         stands_beside=[not reason for reason in reasons],
     )
-    cells = []
+    cells: list[Cell | None] = []
     for number, (score, reason) in enumerate(zip(scores, reasons, strict=True)):
         if score is None:
             cells.append(None)
