@@ -86,6 +86,14 @@ def test_rows_are_those_of_suite_paper() -> None:
     assert named == {(task["name"], task["metric"]) for task in suites.SUITES["paper"]}
 
 
+def test_rows_of_table_8_are_what_rewardbench_reports() -> None:
+    rewardbench = pytest.importorskip("smoltulu.tasks.evaluation.rewardbench")
+    rows = load_published().rows
+    for name in ("rb_chat", "rb_chat_hard", "rb_safety", "rb_reasoning"):
+        assert sum(rows[name].num_items) == sum(rewardbench.SECTIONS[rows[name].metric].values())
+    assert sum(rows["rb_average"].num_items) == sum(rewardbench.SUBSETS.values())
+
+
 def _edit(*place: str, value: Any) -> Callable[[dict[str, Any]], None]:
     def change(values: dict[str, Any]) -> None:
         for name in place[:-1]:
