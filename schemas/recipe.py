@@ -158,7 +158,7 @@ class Recipe(StrictModel):
         if not (self.evaluation and self.evaluation.reward_benchmarks) or self.reward_model is not None:
             return []
         return [
-            "evaluation.reward_benchmarks: measure the reward model, and there is no block reward_model: they do nothing"
+            "evaluation.reward_benchmarks: there is no block reward_model whose model they would measure: they do nothing"
         ]
 
     def sampled_notes(self) -> list[str]:

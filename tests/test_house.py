@@ -22,7 +22,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tasks",),
     ("tasks.models", "tasks.data", "tasks.world"),
     ("tasks.evaluation",),
-    ("tasks.report", "tasks.trainer", "tasks.comparison"),
+    ("tasks.comparison",),
+    ("tasks.tables",),
+    ("tasks.report", "tasks.trainer"),
     (
         "tasks.base_model",
         "tasks.contamination",
