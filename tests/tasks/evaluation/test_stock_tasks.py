@@ -63,6 +63,8 @@ def _splits() -> dict[str, dict[str, list[dict[str, Any]]]]:
         "ifeval": {"train": _first(ifeval)},
         "leaderboard_mmlu_pro": {"validation": pro[20:], "test": pro[:NUM_ITEMS]},
     }  # fmt: skip
+    for task in ("arc_easy", "arc_challenge", "piqa"):  # asked for at 0 shots as well
+        splits[task]["train"] = splits[task].get("test") or splits[task]["validation"]
     for subset in BBH:
         bbh = (row for row in _rows("eval/bbh.jsonl.gz") if row["task"] == subset)
         splits[f"bbh_fewshot_{subset}"] = {"test": _first(bbh)}
