@@ -53,13 +53,14 @@ def _splits() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Task -> split -> rows, real ones."""
     labels = (DATA / "eval/piqa_valid_labels.lst").read_text().split()
     piqa = [{**row, "label": int(label)} for row, label in zip(_first(_rows("eval/piqa_valid.jsonl.gz")), labels)]  # noqa: B905
+    gsm8k = _first(_rows("eval/gsm8k_test.jsonl.gz"))
     pro = _first(_rows("eval/mmlu_pro_test.jsonl.gz"), 30)
     ifeval = (row for row in _rows("eval/ifeval.jsonl.gz") if not set(UNEVEN) & set(row["instruction_id_list"]))
     splits = {
         "arc_easy": {"test": _arc("eval/arc_easy_test.jsonl.gz")},
         "arc_challenge": {"test": _arc("eval/arc_challenge_test.jsonl.gz")},
         "piqa": {"validation": piqa},
-        "gsm8k": {"train": _first(_rows("train/gsm8k_train.jsonl.gz"), 20), "test": _first(_rows("eval/gsm8k_test.jsonl.gz"))},
+        "gsm8k": {"train": _first(_rows("train/gsm8k_train.jsonl.gz"), 20), "test": gsm8k},
         "ifeval": {"train": _first(ifeval)},
         "leaderboard_mmlu_pro": {"validation": pro[20:], "test": pro[:NUM_ITEMS]},
     }  # fmt: skip
