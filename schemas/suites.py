@@ -32,8 +32,8 @@ SUITES: dict[str, tuple[dict[str, Any], ...]] = {
         {"name": "piqa", "metric": "acc_norm,none"},
     ),
     # The nearest tasks of lm-eval to Tulu 3's development suite (arXiv:2411.15124, table 24). Not in it, as lm-eval has
-    # no task for them: PopQA and AlpacaEval 2, which also needs a judge. Nor HumanEval and HumanEval+: they run, without
-    # a sandbox, code that the model wrote, and load their metric from the Hub.
+    # no task for them: PopQA, and AlpacaEval 2, which also needs a judge. Nor HumanEval and HumanEval+: they run
+    # the model's code without a sandbox, and load their metric from the Hub.
     "tulu3": (
         {"name": "bbh_cot_fewshot", "metric": "exact_match,get-answer"},
         {"name": "drop", "metric": "f1,none", "num_fewshot": 3},

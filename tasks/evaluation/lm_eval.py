@@ -156,7 +156,7 @@ def read_splits(
 
 
 def rows_of_subset(split: str, rows: list[dict[str, Any]], subset: str) -> list[dict[str, Any]]:
-    """Those of one `subset` ("Number Theory" is number_theory). ValueError: there are none, of other subsets there are."""
+    """Those of one `subset` ("Number Theory" is number_theory). ValueError: there are none, but of other subsets."""
 
     def spelled(name: Any) -> str:
         return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("&", "and"))
