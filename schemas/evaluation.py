@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DataSource
+from smoltulu.schemas.reward_benchmarks import RewardBenchmark, check_labels
+from smoltulu.schemas.suites import expand
 
 ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]
 
@@ -39,12 +41,27 @@ class SampledAccuracy(StrictModel):
 class EvaluationSettings(StrictModel):
     """Run for base, SFT, DPO and RLVR models; pair accuracy for the reward model and DPO's implicit reward."""
 
-    tasks: tuple[EvaluationTask, ...] = science((), description="lm-eval tasks for every language model")
+    tasks: tuple[EvaluationTask, ...] = science(
+        (), description="lm-eval tasks for every language model; {suite: paper} stands for a list of them"
+    )
     sampled: SampledAccuracy | None = science(None)
+    reward_benchmarks: tuple[RewardBenchmark, ...] | None = science(
+        None, absent=None, description="benchmarks for the reward model, beside data.preference_eval"
+    )
     max_length: int = science(2048, ge=16, description="tokens, prompt and answer")
     apply_chat_template: bool = science(True)
     precision: Literal["float32", "bfloat16"] = science("bfloat16")
     seed: int = science(1234, ge=0)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _suites(cls, entries: Any) -> Any:
+        return expand(entries)
+
+    @model_validator(mode="after")
+    def _benchmarks_of_different_names(self) -> Self:
+        check_labels(self.reward_benchmarks or ())
+        return self
 
 
 class EvaluationStageConfig(StrictModel):

@@ -166,6 +166,7 @@ class Recipe(StrictModel):
             sources += [benchmark.source for benchmark in self.contamination.benchmarks]
         if self.evaluation:
             sources += [source for task in self.evaluation.tasks for source in task.files.values()]
+            sources += [source for one in self.evaluation.reward_benchmarks or () for source in one.sources]
         return [source for data in sets if data for source in data.sources] + sources
 
 

@@ -21,8 +21,10 @@ from smoltulu.schemas.evaluation import (
 )
 from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.evaluation import lm_eval as harness
-from smoltulu.tasks.evaluation import pair_accuracy, sampling
+from smoltulu.tasks.evaluation import pair_accuracy, reward_benchmarks, sampling
+from smoltulu.tasks.evaluation.samples import SAMPLES_FILE, Sample, marked, write_samples
 from smoltulu.tasks.models.classifiers import load_to_score
+from smoltulu.tasks.models.decoding import OnBatch
 from smoltulu.tasks.models.folders import (
     check_model_folder,
     device_of,
@@ -34,10 +36,8 @@ from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
 
-Sample = dict[str, Any]  # a line of the samples file
 PairValue = tuple[str, float, float | None, dict[str, Any]]  # metric, value, standard error, details
 
-SAMPLES_FILE = "samples.jsonl"
 RESULTS_FILE = "results.json"
 _STEPS_PER_TASK = 1000  # progress is reported in thousandths of a task
 _TASK_VERSION = "1"  # of our own measurements; raise it when one of them changes its meaning
@@ -59,8 +59,7 @@ def evaluate(
         scores, samples = _reward_model(config.settings, inputs, context)
     else:
         scores, samples = _implicit_reward(config.settings, inputs, context)
-    with (context.folder / SAMPLES_FILE).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_samples(context.folder / SAMPLES_FILE, samples)
     document = {"subject": config.subject, "kind": config.kind, "scores": [score.model_dump() for score in scores]}
     text = json.dumps({**document, "lm_eval": raw}, indent=1, ensure_ascii=False, default=str)
     (context.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
@@ -145,7 +144,7 @@ def _sampled(
             f"evaluation.max_length allow {max_length} tokens in all"
         )
     rows = _read_rows(inputs.verified_eval, sampled.num_prompts)
-    prompts, num_truncated = sampling.encode_prompts(
+    prompts, num_left_cut = sampling.encode_prompts(
         tokenizer, [row["prompt"] for row in rows], max_length - sampled.max_new_tokens
     )
     completions = sampling.generate(
@@ -174,28 +173,84 @@ def _sampled(
             "max_new_tokens": sampled.max_new_tokens,
             "seed": sampled.seed,
             "num_ungradable": accuracy.num_ungradable,
-            "num_truncated": num_truncated,
+            # Of samples; prompts that were cut are counted once.
+            "num_empty": sum(not one.text.strip() for samples in completions for one in samples),
+            "num_truncated": sum(not one.stopped for samples in completions for one in samples),
+            "num_left_cut": num_left_cut,
             "stopped_share": sum(record["num_stopped"] for record in accuracy.records) / num_samples,
             "stderr": "clustered by prompt",
         },
         **_source(inputs),
     )
     asked = _digests(rows, ("prompt",), ("verifier", "ground_truth"))
-    return score, [{"task": score.task, **record, **asked[record["id"]]} for record in accuracy.records]
+    samples = [{"task": score.task, **record, **asked[record["id"]]} for record in accuracy.records]
+    return score, [marked(one) for one in samples]
 
 
 def _reward_model(
     settings: EvaluationSettings, inputs: EvaluationInputs, context: StageContext
 ) -> tuple[list[Score], list[Sample]]:
-    pairs = _pairs(inputs)
+    """Pair accuracy on the recipe's own pairs, and every benchmark of `settings.reward_benchmarks`."""
+    benchmarks = settings.reward_benchmarks or ()
+    if inputs.preference_eval is None and not benchmarks:
+        raise ValueError(
+            "nothing to evaluate a reward model on: set data.preference_eval, or evaluation.reward_benchmarks"
+        )
     model, tokenizer = _load(inputs.model, inputs, settings, context, reward_model=True)
+    num_parts = len(benchmarks) + (inputs.preference_eval is not None)
+
+    def report(part: int, num_done: int, num_in_all: int) -> None:
+        context.report(int((part + num_done / num_in_all) * _STEPS_PER_TASK), num_parts * _STEPS_PER_TASK)
+
+    scores: list[Score] = []
+    samples: list[Sample] = []
+    if inputs.preference_eval is not None:
+        own_report = partial(report, 0) if benchmarks else context.report
+        scores, samples = _preference_pairs(settings, inputs, context, model, tokenizer, own_report)
+    for part, benchmark in enumerate(benchmarks, num_parts - len(benchmarks)):
+        made, records = reward_benchmarks.measure(
+            benchmark,
+            model,
+            tokenizer,
+            max_length=_max_length(model, settings),
+            batch_size=context.compute.per_device_eval_batch_size,
+            world=Path(inputs.world) if inputs.world else None,
+            digests=context.externals,
+            on_batch=partial(report, part),
+        )
+        scores += [
+            Score(
+                task=one.task,
+                metric=one.metric,
+                value=one.mean.value,
+                stderr=one.mean.stderr,
+                num_samples=one.mean.num,
+                limited=one.limited,
+                details=one.details,
+                **_source(inputs),
+            )
+            for one in made
+        ]
+        samples += records
+    return scores, samples
+
+
+def _preference_pairs(
+    settings: EvaluationSettings,
+    inputs: EvaluationInputs,
+    context: StageContext,
+    model: Any,
+    tokenizer: Any,
+    on_batch: OnBatch,
+) -> tuple[list[Score], list[Sample]]:
+    pairs = _pairs(inputs)
     ids, texts = pair_accuracy.encode_pairs(tokenizer, pairs, _max_length(model, settings))
     rewards = pair_accuracy.reward_scores(
         model,
         tokenizer,
         [text.ids for text in texts],
         batch_size=context.compute.per_device_eval_batch_size,
-        on_batch=context.report,
+        on_batch=on_batch,
     )
     measured = pair_accuracy.rank_pairs(rewards)
     asked = _digests(pairs, ("prompt",), ("chosen", "rejected"))
