@@ -99,8 +99,6 @@ def nightly_evaluation(
         try:
             night.measure(made)
             night.compare()
-            if night.found().is_nothing_new:
-                log.info("nothing new: %d evaluations, all told before", len(night.evaluations))
             night.repeat(made)
             found = night.found()
             for row in table(found.judged):

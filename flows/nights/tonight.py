@@ -178,6 +178,8 @@ class Tonight:
         if turn is None:
             return
         name, task_name = turn
+        if self.found().is_nothing_new:  # said before what takes long
+            self.log.info("%s; %s %s is measured again", self.found().message(), _model(name), task_name)
         again = self.graph.add(repetition.alone(self.graph.nodes[name], task_name))
         self.outcomes[again] = "Failed"
         try:
