@@ -3,8 +3,8 @@
 A night compares each new model with a pinned baseline and with the last different model. Every test of the night is
 one of a family (Holm). Two levels:
 
-watch   below 5 % that night. Equally good models raise one in about every second quarter (benchmarks/RESULTS.md), so
-        it is told, and fails nothing.
+watch   below 5 % that night. Equally good models raise one in most quarters (benchmarks/RESULTS.md), so it is told,
+        and fails nothing.
 loss    below the level that, spent every night, adds up to 5 % in a quarter, and not smaller than a minimum effect.
 """
 
