@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date, datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from smoltulu.artifacts.files import READ_ERRORS, make_folder, read_plain, sync, write_atomically, write_synced
 from smoltulu.artifacts.layout import ASIDE_PREFIX, LOCK, TOLD, history_path
 from smoltulu.artifacts.locks import holder_text, open_lock, take, write_holder
 from smoltulu.schemas.common import printable
 from smoltulu.schemas.nightly import MeasuredModel, Told
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 #: Raise it where a column changes its meaning; a file of another format is named and left where it is.
 FORMAT = 1
@@ -154,14 +157,19 @@ class _OtherFormat(ValueError):
     """A file of a format that this version does not read."""
 
 
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    types = {"str": pa.string(), "Kind": pa.string(), "float | None": pa.float64(), "int | None": pa.int64()}
+    return pa.schema([(name, types[kind]) for name, kind in _COLUMNS.items()], metadata={"format": str(FORMAT)})
+
+
 def _bytes(rows: Sequence[Row]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = {"str": pa.string(), "Kind": pa.string(), "float | None": pa.float64(), "int | None": pa.int64()}
-    schema = pa.schema([(name, types[kind]) for name, kind in _COLUMNS.items()], metadata={"format": str(FORMAT)})
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), sink, compression="zstd")
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=_schema()), sink, compression="zstd")
     return bytes(sink.getvalue())
 
 
@@ -179,9 +187,9 @@ def _read(file: Path) -> list[Row]:
     found = (table.schema.metadata or {}).get(b"format", b"none").decode(errors="replace")
     if found != str(FORMAT):
         raise _OtherFormat(f"it has format {printable(found)}; this version reads {FORMAT}")
-    if columns.keys() != _COLUMNS.keys():
+    if not table.schema.equals(_schema()):
         odd = sorted(columns.keys() ^ _COLUMNS.keys())
-        raise ValueError(f"it has other columns: {printable(', '.join(odd))[:200]}")
+        raise ValueError(f"it has other columns: {printable(', '.join(odd))[:200] or 'of other types'}")
     rows = [Row(*line) for line in zip(*(columns[name] for name in _COLUMNS), strict=True)]
     if not rows or rows[0].kind != "night" or any(not isinstance(row.at, str) for row in rows):
         raise ValueError("its first line is not that of a night")
