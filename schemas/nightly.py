@@ -27,6 +27,11 @@ class MeasuredModel(StrictModel):
     digest: Digest = Field(description="content of the evaluation")
     model_digest: Digest = Field(description="content of the model that it measured")
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What was measured how: the same weights measured again are no other model."""
+        return self.key, self.model_digest
+
 
 class Pin(StrictModel):
     """A baseline that somebody chose for one evaluation of a recipe; one that was let go stays, with who and when."""

@@ -8,6 +8,9 @@ from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.schemas.nightly import MeasuredModel
 from smoltulu.schemas.run import RunRecord
 
+#: Stage whose artifacts hold all scores of a model.
+EVALUATION = "evaluation"
+
 
 def chosen(catalogue: Catalogue, what: str, of: str | None = None) -> dict[str, MeasuredModel]:
     """Evaluation node -> what it measured: all of a run, or those of a key or tag. ValueError where there is none.
@@ -26,11 +29,12 @@ def _chosen(catalogue: Catalogue, what: str) -> dict[str, MeasuredModel]:
     found = catalogue.resolve(what)
     if isinstance(found, RunRecord):
         refs = {node: Ref(found.stages[node], key) for node, key in found.keys.items() if node in found.stages}
-        made = {node: _measured(catalogue, ref) for node, ref in refs.items() if scores_of(catalogue.known(ref))}
+        finished = {node: ref for node, ref in refs.items() if ref.stage == EVALUATION and catalogue.folder(ref).newest}
+        made = {node: _measured(catalogue, ref) for node, ref in finished.items()}
         if not made:
             raise ValueError(f"run {what} has no finished evaluation; run it first, or pin another")
         return made
-    refs_of = [found] if scores_of(catalogue.known(found)) else _of_model(catalogue, found)
+    refs_of = [found] if found.stage == EVALUATION else _of_model(catalogue, found)
     if not refs_of:
         raise ValueError(
             f"{found.stage}/{found.key[:12]} is neither an evaluation nor an evaluated model; evaluate it first"
@@ -50,7 +54,8 @@ def _of_model(catalogue: Catalogue, model: Ref) -> list[Ref]:
     return [
         ref
         for ref in catalogue.consumers.get(model.key, [])
-        if scores_of(manifest := catalogue.known(ref))
+        if ref.stage == EVALUATION
+        and scores_of(manifest := catalogue.known(ref))
         and any(given.binding == "model" and given.ref == model for given in inputs_of(manifest))
         and not str(manifest.get("node")).endswith("-again")
     ]

@@ -122,7 +122,7 @@ class Tonight:
         if (pin := self.pins.get(name)) is not None and pin.measured.model_digest != tonight.model_digest:
             found["baseline"] = pin.measured
         last = last_different(self.told.get(name, []), tonight.model_digest)
-        if last is not None and last not in found.values():
+        if last is not None and last.identity not in {one.identity for one in found.values()}:
             found["last"] = last
         return found
 
@@ -216,10 +216,9 @@ class Tonight:
     def _standing(self) -> list[str]:
         """Losses that an earlier night told and that still hold: of the same model, against the same reference."""
         now = {
-            (name, made.digest, made.model_digest, reference.digest, reference.model_digest)
+            (name, *self.measured_model(name).identity, *reference.identity)
             for name in self.evaluations
             if name in self.finished
-            for made in [self.measured_model(name)]
             for reference in self.references(name).values()
         }
         return [
@@ -282,8 +281,8 @@ def _comparison_row(
 ) -> Row:
     one, test = judged.comparison, judged.comparison.test
     return Row(
-        "comparison", at, run, node=name, model=made.model_digest, evaluation=made.digest, task=one.task,
-        metric=one.metric, value=one.after, against=against, reference=reference.digest,
+        "comparison", at, run, node=name, model=made.model_digest, key=made.key, evaluation=made.digest,
+        task=one.task, metric=one.metric, value=one.after, against=against, reference=reference.key,
         reference_model=reference.model_digest, reference_value=one.before,
         p_value=test.p_value if test else None, adjusted=judged.adjusted, num_items=test.num_items if test else None,
         num_lost=test.num_lost if test else None, num_gained=test.num_gained if test else None,

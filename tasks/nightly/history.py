@@ -42,8 +42,8 @@ class Row:
     failed      a model whose evaluation failed, and the `reason`
     repeated    a task measured again with the same weights: `verdict` (identical, harness changed, unknown)
 
-    evaluation, model            digests of the evaluation (its contents) and of the model that it measured
-    reference, reference_model   the same of what it is compared with
+    key, evaluation, model       of the evaluation: its key, the digest of its contents, and that of the model
+    reference, reference_model   key and model of the evaluation that it is compared with
     """
 
     kind: Kind
@@ -232,19 +232,19 @@ def last_different(told: Sequence[MeasuredModel], model_digest: str) -> Measured
 
 def is_told(rows: Sequence[Row], node: str, made: MeasuredModel) -> bool:
     """Whether a night told of this evaluation of this model. Two models may have the very same answers."""
-    wanted = ("score", node, made.digest, made.model_digest)
-    return any((row.kind, row.node, row.evaluation, row.model) == wanted for row in rows)
+    wanted = ("score", node, *made.identity)
+    return any((row.kind, row.node, row.key, row.model) == wanted for row in rows)
 
 
 def is_compared(rows: Sequence[Row], node: str, made: MeasuredModel, reference: MeasuredModel) -> bool:
     """Whether a night told how it differs from a reference."""
-    wanted = (node, made.digest, made.model_digest, reference.digest, reference.model_digest)
+    wanted = (node, *made.identity, *reference.identity)
     return any(row.kind == "comparison" and compared_pair(row) == wanted for row in rows)
 
 
 def compared_pair(row: Row) -> tuple[str, str, str, str, str]:
-    """What a line compares: node, evaluation and model, then those of the reference."""
-    return row.node, row.evaluation, row.model, row.reference, row.reference_model
+    """What a line compares: node, key and model of the evaluation, then those of the reference."""
+    return row.node, row.key, row.model, row.reference, row.reference_model
 
 
 def next_repetition(rows: Sequence[Row], candidates: Sequence[tuple[str, str]], today: date) -> tuple[str, str] | None:

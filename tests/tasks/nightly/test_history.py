@@ -36,7 +36,7 @@ def at(day: int) -> str:
 
 def model(number: int, weights: int | None = None) -> MeasuredModel:
     return MeasuredModel(
-        stage="evaluation", key="a" * 64, generation=f"gen-{number:04d}", digest=f"{number:064x}",
+        stage="evaluation", key=f"{number:063x}a", generation=f"gen-{number:04d}", digest=f"{number:064x}",
         model_digest=f"{number if weights is None else weights:064x}",
     )  # fmt: skip
 
@@ -193,11 +193,13 @@ def test_a_line_that_does_not_say_what_it_measured_is_no_reference() -> None:
 
 def test_what_was_told() -> None:
     made = score(1, model(2))
-    reference = {"reference": model(1).digest, "reference_model": model(1).model_digest}
+    reference = {"reference": model(1).key, "reference_model": model(1).model_digest}
     rows = night(1, made, replace(made, kind="comparison", against="last", **reference))
     assert is_told(rows, NODE, model(2)) and not is_told(rows, NODE, model(1))
     assert not is_told(rows, "evaluation-dpo", model(2))
     assert not is_told(rows, NODE, model(2, weights=3))  # the very same answers, of another model
+    again = model(2).model_copy(update={"generation": "gen-0009", "digest": "9" * 64})
+    assert is_told(rows, NODE, again)  # the same weights, measured again
     assert is_compared(rows, NODE, model(2), model(1))
     assert not is_compared(rows, NODE, model(2), model(3))
     assert not is_compared(rows, NODE, model(2), model(1, weights=3))
