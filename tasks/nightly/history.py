@@ -101,6 +101,8 @@ class History:
         with open_lock(self.folder / LOCK) as lock:
             take(lock.fileno(), lambda: waiting(holder_text(self.folder)))
             write_holder(lock)
+            for draft in self.folder.glob(".*.parquet.*"):  # of a night that was killed: nobody else writes now
+                draft.unlink(missing_ok=True)
             yield
 
     def read(self, set_aside: bool = True) -> list[Row]:

@@ -23,7 +23,7 @@ from uuid import UUID
 
 import psutil
 
-from smoltulu.artifacts.layout import RUNS
+from smoltulu.artifacts.layout import HISTORY, RUNS
 from smoltulu.flows.machine import machine, prefect_api
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs
@@ -338,7 +338,7 @@ def add(draw: Draw, num: int) -> None:
 
 
 def _moment_of_a_night(rng: random.Random) -> tuple[commands.Moment, str]:
-    part = rng.choice(("", "", RUNS))
+    part = rng.choice(("", "", RUNS, HISTORY))
     roles: tuple[str | None, ...] = ("parent",) if part else ("parent", "child", None)
     return commands.Moment.draw(rng, roles), part
 

@@ -120,6 +120,9 @@ def test_a_night_that_is_killed_while_it_writes_is_not_there(history: History, m
         history.add(night(2), [])
     monkeypatch.undo()
     assert [row.at for row in history.read()] == [at(1)] and not history.notes
+    assert list(history.folder.glob(".*.parquet.*"))
+    with history.alone(lambda holder: None):
+        assert not list(history.folder.glob(".*.parquet.*"))
 
 
 def test_of_two_nights_at_once_one_waits_for_the_other(history: History) -> None:
