@@ -112,8 +112,12 @@ def test_what_is_no_plain_file_is_never_waited_for(history: History) -> None:
 def test_a_night_that_is_killed_while_it_writes_is_not_there(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
     history.add(night(1), [])
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    replace_file = Path.replace
+
+    def killed(source: Path, target: Path) -> Path:
+        if target.suffix == ".parquet":
+            raise KeyboardInterrupt
+        return replace_file(source, target)
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
