@@ -25,7 +25,6 @@ from smoltulu.flows.graphs.stage_configs import (
     template_parts,
 )
 from smoltulu.flows.recipe import stage_order
-from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from smoltulu.schemas.evaluation import EvaluationStageConfig, EvaluationTask
 from smoltulu.schemas.models import ModelSource
@@ -37,7 +36,7 @@ from smoltulu.schemas.rlvr import PPOSettings
 from smoltulu.schemas.sampled import SampledSettings
 from smoltulu.tasks.data.hub import Reference, resolve_commit
 from smoltulu.tasks.data.sources import expand_path
-from smoltulu.tasks.evaluation.lm_eval import definitions_digest
+from smoltulu.tasks.evaluation.definitions import definition_digest
 from smoltulu.tasks.models.chat_template import load_chat_template
 from smoltulu.tasks.models.classifiers import check_one_score
 from smoltulu.tasks.models.folders import check_model_folder
@@ -366,8 +365,8 @@ class Graph(NodeGraph):
                 externals.update({f"{task.name}.{name}": digest for name, digest in digests.items()})
                 tasks.append(task.model_copy(update={"files": dict(zip(task.files, pinned, strict=True))}))
                 sources += pinned
-                if (LM_EVAL_TASKS / f"{task.name}.yaml").exists():
-                    externals["lm_eval_tasks"] = definitions_digest()
+                if (definition := definition_digest(task.name)) is not None:
+                    externals[f"{task.name}.definition"] = definition
             settings = settings.model_copy(update={"tasks": tuple(tasks)})
             inputs.update(self._world_if_generated(sources))
             if settings.sampled is not None:

@@ -22,8 +22,10 @@ from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.evaluation.answers import Answer, NotesEnds
 from smoltulu.tasks.evaluation.chance import chance_details, guessed
 from smoltulu.tasks.evaluation.choices import SharesContexts
+from smoltulu.tasks.evaluation.definitions import definition_digest
 from smoltulu.tasks.evaluation.gold import add_bits_per_byte, add_to_group
 from smoltulu.tasks.evaluation.ifeval import prepare_punkt
+from smoltulu.tasks.evaluation.kept import Kept, Resuming
 from smoltulu.tasks.evaluation.names import file_problems, local_only, unknown_task
 from smoltulu.tasks.evaluation.prepare import check_description, check_model, fit_examples, limit_answers
 from smoltulu.tasks.evaluation.samples import Sample, marked, sample_counts
@@ -46,17 +48,13 @@ def harness_name() -> str:
     return f"lm-eval {metadata.version('lm_eval')}"
 
 
-def definitions_digest() -> str:
-    """SHA-256 of the names and texts of the shipped task definitions."""
-    texts = [path.name + "\n" + path.read_text() for path in sorted(LM_EVAL_TASKS.glob("*.[yp][ay]*"))]
-    return text_digest("\n".join(texts))
-
-
 @cache
 def task_manager(*, stock: bool) -> TaskManager:
     """Index of task definitions: the shipped ones alone (0.03 s), or lm-eval's thousands as well (5 s)."""
     from lm_eval.tasks import TaskManager
 
+    # Said of every task with a `custom_dataset`, 27 times for BBH; and it is about lm-eval's command line.
+    logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs can be" not in str(record.msg))
     return TaskManager(include_path=str(LM_EVAL_TASKS), include_defaults=stock)
 
 
@@ -181,10 +179,12 @@ def run_task(
     world: str | None,
     externals: Mapping[str, str],
     on_progress: Callable[[float], None],
+    kept: Kept | None = None,
 ) -> tuple[Score, list[Sample], dict[str, Any]]:
     """Run one task over `model`.
 
     Args:
+        kept: answers that are there already; new ones are kept there.
         externals: content digests of local files, as the key has them.
         on_progress: called with the share of the task's requests that are answered, 0 to 1.
 
@@ -198,10 +198,10 @@ def run_task(
     import lm_eval
 
     loaded = _load(manager, task, world, externals)
-    if externals.get("lm_eval_tasks") not in (None, definitions_digest()):
+    if externals.get(f"{task.name}.definition") not in (None, definition_digest(task.name)):
         raise ValueError(
-            f"evaluation task {task.name!r}: the definitions in {LM_EVAL_TASKS} changed while the run went on, so they "
-            "are not those that the key stands for; leave them alone while a run reads them, and run again"
+            f"evaluation task {task.name!r}: its definition in {LM_EVAL_TASKS} changed while the run went on, so it is "
+            "not the one that the key stands for; leave it alone while a run reads it, and run again"
         )
     leaves = list(loaded["tasks"].values())
     details: dict[str, Any] = {}
@@ -216,8 +216,9 @@ def run_task(
         details.update(_fit_generation(leaf, model.max_length))
         fitted.append(fit_examples(leaf, model, _max_gen_toks(leaf), task.limit, chat=chat))
     model.set_cache_hook(_AnswerCounter(leaves, on_progress))
+    answering: Any = Resuming(model, kept)
     results = lm_eval.evaluate(
-        model,
+        answering,
         loaded,
         limit=task.limit,
         log_samples=True,
@@ -226,12 +227,11 @@ def run_task(
         fewshot_as_multiturn=chat,
     )
     assert results is not None  # this stage is one process
-    add_bits_per_byte(model, leaves, results, chat=chat)
+    add_bits_per_byte(answering, leaves, results, chat=chat)
     add_to_group(task.name, leaves, results, task.metric)
     on_progress(1.0)
     if any(fitted):
-        shots_of = [(leaf.get_config("num_fewshot"), one.num_with) for leaf, one in zip(leaves, fitted, strict=True) if one]
-        details["num_with_fewer_examples"] = sum(n for asked, given in shots_of for num, n in given.items() if num < asked)
+        details["num_with_fewer_examples"] = sum(one.num_with_fewer for one in fitted if one)
 
     values = {**results["results"].get(task.name, {}), **results.get("groups", {}).get(task.name, {})}
     metrics = {
@@ -255,7 +255,11 @@ def run_task(
     details.update(chance_details(metrics[task.metric], guessed(results, task.metric)))
     if details.get("is_near_chance"):
         logger.info(
-            "%s %s: %.4f is within noise of chance, %.4f", task.name, task.metric, metrics[task.metric], details["chance"]
+            "%s %s: %.4f is within noise of chance, %.4f",
+            task.name,
+            task.metric,
+            metrics[task.metric],
+            details["chance"],
         )
     samples = [
         marked(_compact(name, sample) | {"is_left_cut": sample["doc_id"] in cut[name]})
@@ -264,8 +268,11 @@ def run_task(
     ]
     counts = [results["n-samples"][leaf.task_name] for leaf in leaves]
     num_samples = sum(count["effective"] for count in counts)
-    stderr = values.get(task.metric.replace(",", "_stderr,"), _own_stderr(leaves, task.metric, results))
-    shots = results["n-shot"].get(task.name)
+    stderr = _own_stderr(leaves, task.metric, results)
+    if stderr is None:
+        stderr = values.get(task.metric.replace(",", "_stderr,"))
+    shots_of_leaves = {leaf.get_config("num_fewshot") for leaf in leaves}
+    shots = shots_of_leaves.pop() if len(shots_of_leaves) == 1 else None
     score = Score(
         task=task.name,
         metric=task.metric,
@@ -300,6 +307,7 @@ def _load(
     """lm-eval's task objects. Its `load` merges no dict with a definition by name; what it calls for that does."""
     if not task.files:
         return manager.load([task.name])
+    _kept_rows.cache_clear()  # each task reads its files anew, so that one which changed is seen
     digests = {
         split: digest
         for position, split in enumerate(task.files)

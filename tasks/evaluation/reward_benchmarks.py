@@ -21,6 +21,8 @@ from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.reward_benchmarks import RewardBenchmark
 from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.evaluation import pair_accuracy, rewardbench
+from smoltulu.tasks.evaluation.chance import chance_details
+from smoltulu.tasks.evaluation.kept import Kept, kept_scores
 from smoltulu.tasks.evaluation.reward_benchmark_rows import KNOWN_SUBSETS, Question, Read, check_fields, read_questions
 from smoltulu.tasks.evaluation.rewardbench import TIES, Mean, TiesPrompt
 from smoltulu.tasks.models.decoding import OnBatch
@@ -78,6 +80,7 @@ def measure(
     world: Path | None,
     digests: Mapping[str, str],
     on_batch: OnBatch,
+    kept: Kept | None = None,
 ) -> tuple[list[BenchmarkScore], list[dict[str, Any]]]:
     """Read a benchmark's rows, score them, and make its scores and one row of samples a question.
 
@@ -105,6 +108,7 @@ def measure(
         max_length=max_length if benchmark.truncation == "left" else None,
         batch_size=batch_size,
         on_batch=on_batch,
+        kept=kept,
     )
     scores = benchmark_scores(benchmark, read, answered)
     if scores[0].limited:
@@ -124,6 +128,7 @@ def score_answers(
     max_length: int | None,
     batch_size: int,
     on_batch: OnBatch = lambda num_done, num_texts: None,
+    kept: Kept | None = None,
 ) -> list[Answered]:
     """Score every answer.
 
@@ -144,7 +149,12 @@ def score_answers(
             longest,
         )
     texts = [whole.input_ids if max_length is None else whole.input_ids[-max_length:] for whole in wholes]
-    scores = pair_accuracy.reward_scores(model, tokenizer, texts, batch_size=batch_size, on_batch=on_batch)
+
+    def score(places: list[int], on_batch: OnBatch) -> list[float]:
+        own = [texts[place] for place in places]
+        return pair_accuracy.reward_scores(model, tokenizer, own, batch_size=batch_size, on_batch=on_batch)
+
+    scores = kept_scores(kept, "reward", texts, batch_size, on_batch, score)
     if broken := sum(not math.isfinite(score) for score in scores):
         raise ValueError(
             f"{broken:,} of {len(scores):,} answers have a score that is NaN or infinite: the model is broken; look at "
@@ -199,6 +209,7 @@ def _pairs(benchmark: RewardBenchmark, answered: Sequence[Answered], details: di
     if any(subsets):
         details["subsets"] = _as_details(subsets)
     micro = rewardbench.mean([one.right for one in answered])
+    details |= _chance(micro, answered)
     if benchmark.name != "rewardbench":
         limited = any(source.limit is not None for source in benchmark.sources)
         margins = rewardbench.mean([one.scores[0] - one.scores[1] for one in answered])
@@ -220,14 +231,14 @@ def _pairs(benchmark: RewardBenchmark, answered: Sequence[Answered], details: di
         four = rewardbench.weighted((1, one) for one in sections.values())
         about = {"aggregate": "plain mean of the four sections: the leaderboard's, without prior sets"}
         made.append(named.score("mean_of_sections", four, rewardbench.SUBSETS, about))
-    return made + [
-        named.score(section, one, rewardbench.SECTIONS[section], {"subsets": _as_details(_of(section, subsets))})
-        for section, one in sections.items()
-    ]
-
-
-def _of(section: str, subsets: Mapping[str, Mean]) -> dict[str, Mean]:
-    return {name: subsets[name] for name in rewardbench.SECTIONS[section] if name in subsets}
+    for section, one in sections.items():
+        own = [pair for pair in answered if pair.question.subset in rewardbench.SECTIONS[section]]
+        # Maths and code count alike.
+        parts = [[pair for pair in own if (pair.question.subset == "math-prm") is maths] for maths in (True, False)]
+        here = {name: subsets[name] for name in rewardbench.SECTIONS[section] if name in subsets}
+        about = {**_chance(one, *filter(None, parts)), "subsets": _as_details(here)}
+        made.append(named.score(section, one, rewardbench.SECTIONS[section], about))
+    return made
 
 
 def _rewardbench_2(
@@ -247,6 +258,7 @@ def _rewardbench_2(
     made = []
     if best:
         about = {"aggregate": "share of prompts of all subsets but Ties; k answers that tie for the best share 1/k"}
+        about |= _chance(rewardbench.mean(best), [one for one in answered if one.question.subset != TIES])
         made.append(named.score("best_of_4", rewardbench.mean(best), num_best, {**about, **details}))
     if not details["missing"]:
         six = rewardbench.weighted((1, one) for one in subsets.values())
@@ -260,6 +272,11 @@ def _rewardbench_2(
     if not best:
         made[0].details.update(details)
     return made
+
+
+def _chance(score: Mean, *parts: Sequence[Answered]) -> dict[str, Any]:
+    """What guessing gives, and whether the score is within its noise. Of parts, where they count alike."""
+    return chance_details(score.value, [[(one.right, len(one.scores)) for one in part] for part in parts])
 
 
 def _ties(answered: Sequence[Answered], kind: str) -> dict[str, TiesPrompt]:

@@ -13,7 +13,7 @@ from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.nodes import Binding
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.planning.plan import plan
-from smoltulu.flows.recipe import load_recipe
+from smoltulu.flows.recipe import RecipeError, check_evaluation, load_recipe
 from smoltulu.recipes import CHAT_TEMPLATES
 from smoltulu.tasks.models.chat_template import check_chat_template, load_chat_template
 from tests import ROOT
@@ -135,6 +135,17 @@ def test_a_reward_model_is_evaluated_on_benchmarks_alone(tmp_path: Path) -> None
     file.write_text("{}\n{}\n")
     again = Graph(load_recipe("tiny", overrides), resolve=lambda reference: "f" * 40)
     assert again.key("evaluation-reward-model") != key
+
+
+def test_benchmarks_without_a_reward_model_are_told() -> None:
+    entries = {"evaluation.reward_benchmarks": [{"name": "rewardbench"}]}
+    assert load_recipe("tiny", entries).evaluation_notes() == []
+    (note,) = load_recipe("tiny", {**entries, "reward_model": None, "rlvr": None}).evaluation_notes()
+    assert "there is no block reward_model: they do nothing" in note
+    source = {"path": "x.jsonl", "format": "preference", "fields": {"label": "x"}}
+    wrong = {"evaluation.reward_benchmarks": [{"name": "rewardbench", "sources": [source]}]}
+    with pytest.raises(RecipeError, match="has no field label"):
+        check_evaluation(load_recipe("tiny", wrong))
 
 
 def test_other_verdicts_change_rows_of_rlvr_and_what_is_made_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

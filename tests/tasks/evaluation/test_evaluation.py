@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import smoltulu.tasks.evaluation.cell
 import smoltulu.tasks.evaluation.stage
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.compute import ComputeSettings
@@ -397,7 +398,9 @@ def test_reward_model_and_implicit_reward_stages(tmp_path: Path, folder: Path) -
     reward = build_tiny_model(tmp_path / "reward", num_labels=1)
     outputs, metrics, samples, steps = _run(tmp_path / "a", {}, reward, "reward_model", preference_eval=rows)
     score, margin = outputs.scores
-    assert score.num_samples == 8 and score.metric == "pair_accuracy" and len(samples) == 8 and steps[-1] == (16, 16)
+    assert (
+        score.num_samples == 8 and score.metric == "pair_accuracy" and len(samples) == 8 and steps[-1] == (1000, 1000)
+    )
     assert score.value == sum(sample["chosen"] > sample["rejected"] for sample in samples) / 8
     assert margin.metric == "mean_margin" and margin.stderr is not None and margin.num_samples == 8
     assert margin.value == pytest.approx(sum(sample["chosen"] - sample["rejected"] for sample in samples) / 8)
@@ -483,20 +486,13 @@ def test_bfloat16_falls_back_with_a_warning_on_a_cpu(tmp_path: Path, folder: Pat
 
 @pytest.mark.parametrize("is_reward_model", [False, True])
 def test_in_bfloat16_the_weights_are_rounded_and_nothing_else(
-    tmp_path: Path, folder: Path, monkeypatch: Any, is_reward_model: bool
+    tmp_path: Path, folder: Path, is_reward_model: bool
 ) -> None:
     """As on a GPU. Rounded frequencies turn late positions by a radian; the score head was trained in float32."""
     import torch
 
-    from smoltulu.schemas.evaluation import EvaluationSettings
-
-    monkeypatch.setattr(smoltulu.tasks.evaluation.stage, "use_bfloat16", lambda precision, compute: True)
     path = build_tiny_model(tmp_path / "reward", num_labels=1) if is_reward_model else folder
-    inputs = EvaluationInputs(model=str(path), chat_template=TULU_TEMPLATE)
-    context = StageContext(tmp_path, tmp_path, ComputeSettings(device="cpu"), lambda *_, **__: None)
-    model, _ = smoltulu.tasks.evaluation.stage._load(
-        str(path), inputs, EvaluationSettings(), context, reward_model=is_reward_model
-    )
+    model, _ = smoltulu.tasks.evaluation.cell._load(str(path), TULU_TEMPLATE, is_reward_model, "bfloat16", "cpu")
     kept = {name for name, value in model.named_parameters() if value.dtype == torch.float32}
     assert kept == ({"score.weight"} if is_reward_model else set())
     buffers = dict(model.named_buffers())
@@ -508,11 +504,12 @@ def test_evaluation_in_bfloat16_sums_likelihoods_in_float32(tmp_path: Path, fold
     """As on a GPU. In bfloat16 a sum beyond 32 nats is rounded to a quarter, and choices tie."""
     import torch
 
-    monkeypatch.setattr(smoltulu.tasks.evaluation.stage, "use_bfloat16", lambda precision, compute: True)
+    monkeypatch.setattr(smoltulu.tasks.evaluation.cell, "use_bfloat16", lambda precision, compute: True)
+    monkeypatch.setattr(smoltulu.tasks.evaluation.stage, "dtype_of", lambda settings, compute: "bfloat16")
     seen: list[Any] = []
-    real = smoltulu.tasks.evaluation.stage.harness.run_task
+    real = smoltulu.tasks.evaluation.cell.harness.run_task
     monkeypatch.setattr(
-        smoltulu.tasks.evaluation.stage.harness,
+        smoltulu.tasks.evaluation.cell.harness,
         "run_task",
         lambda wrapped, *a, **k: seen.append(wrapped) or real(wrapped, *a, **k),
     )

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from smoltulu.schemas.evaluation import EvaluationSettings
 from smoltulu.schemas.reward_benchmarks import RewardBenchmark
 from smoltulu.tasks.data.sources import read_rows
-from smoltulu.tasks.evaluation.reward_benchmark_rows import Question, check_fields, read_questions
+from smoltulu.tasks.evaluation.reward_benchmark_rows import KNOWN_SUBSETS, Question, check_fields, read_questions
 from smoltulu.tasks.evaluation.rewardbench import SUBSETS, missing
+from tests import ROOT
 
 REAL_DATA = Path(os.environ.get("SMOLTULU_REAL_DATA", "../shared/data"))
 
@@ -197,3 +199,12 @@ def test_1403_of_2985_pairs_are_rebuilt_from_public_files() -> None:
     assert counts == {name: number for name, number in SUBSETS.items() if name.startswith(("llmbar", "hep"))}
     assert (counts.total(), read.num_rows, read.num_others, read.num_malformed) == (1403, 885 + 984, 466, 0)
     assert sum(missing(counts, SUBSETS).values()) == 2985 - 1403
+
+
+def test_the_examples_of_the_page_are_recipes() -> None:
+    page = (ROOT / "docs/reward-benchmarks.md").read_text("utf-8")
+    first, second = (part.partition("```")[0] for part in page.split("```yaml\n")[1:])
+    settings = EvaluationSettings.model_validate(yaml.safe_load(first)["evaluation"])
+    assert [one.label for one in settings.reward_benchmarks or ()] == [*KNOWN_SUBSETS, "ultrafeedback", "my_pairs"]
+    (rebuilt,) = (RewardBenchmark.model_validate(one) for one in yaml.safe_load(second))
+    assert [source.format for source in rebuilt.sources] == ["llmbar", "humanevalpack"]

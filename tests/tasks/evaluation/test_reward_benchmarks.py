@@ -151,6 +151,8 @@ def test_the_whole_rewardbench_has_both_aggregates() -> None:
         "mt-bench-hard"
     }
     assert not any(one.limited for one in scores.values())
+    near = {metric: one.details.get("is_near_chance") for (_, metric), one in scores.items()}
+    assert near == {"mean_of_sections": None, **dict.fromkeys(near.keys() - {"mean_of_sections"}, False)}
     assert all(one.mean.stderr > 0 for one in scores.values())
 
 
@@ -172,6 +174,21 @@ def test_a_part_of_rewardbench_is_named_partial() -> None:
     # A section that is whole keeps its name, but not the benchmark.
     answered = [pair(1, 0, name) for name in SUBSETS if name != "math-prm" for _ in range(SUBSETS[name])]
     assert ("rewardbench_partial", "Chat") in scores_of("rewardbench", answered)
+
+
+def test_a_score_within_noise_of_guessing_says_so() -> None:
+    scores = scores_of("rewardbench", [pair(n < 12, 0.5, "mt-bench-easy") for n in range(20)])  # by a coin: p = .503
+    assert [(one.details["chance"], one.details["is_near_chance"]) for one in scores.values()] == [(0.5, True)] * 2
+    # Of maths and of all code a half each: they count alike, and the whole is as a coin has it.
+    numbers = {name: number for name, number in SUBSETS.items() if name.startswith(("math", "hep"))}
+    answered = [pair(n % 2, 0.5, name) for name, number in numbers.items() for n in range(number)]
+    reasoning = scores_of("rewardbench", answered)["rewardbench_partial", "Reasoning"]
+    assert reasoning.details["is_near_chance"]
+    sure = scores_of("rewardbench", [pair(1, 0, "mt-bench-easy")] * 20)
+    assert not any(one.details["is_near_chance"] for one in sure.values())
+    four = [Answered(question(*"abcd", subset="Math"), [float(n % 4 == 0), 0.5, 0.0, 0.0]) for n in range(20)]
+    (first, *_) = scores_of("rewardbench_2", four).values()
+    assert (first.details["chance"], first.details["is_near_chance"]) == (0.25, True)
 
 
 def test_one_source_given_twice_is_refused() -> None:
