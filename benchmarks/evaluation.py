@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -137,6 +138,18 @@ def commit(store: Store, spec: Spec, outputs: dict[str, Any], fill: Any, inputs:
         return store.commit(spec, output, manifest)
 
 
+def as_artifact(store: Store, folder: Path) -> Path:
+    """A model's folder as that of a finished artifact: an evaluation knows a model by its content."""
+    spec = Spec(stage="base_model", version=1, config={"name": str(folder)}, inputs={}, externals={})
+
+    def fill(output: Path) -> None:
+        shutil.copytree(folder, output / "model")
+
+    outputs = {"folder": "model", "num_parameters": 1}
+    made: Path = commit(store, spec, outputs, fill, {}).folder
+    return made / "model"
+
+
 def evaluate(asked: dict[str, Any]) -> None:
     """Evaluate each model in a store, as the evaluation nodes of a run do."""
     from smoltulu.tasks.engine.runner import run_stage
@@ -206,6 +219,7 @@ def nothing_new(scratch: Path, model: Path, num_models: int = 5, num_tasks: int 
         network.model.norm.weight.data *= 1 + number / 10
         network.save_pretrained(models[-1])
         AutoTokenizer.from_pretrained(str(model)).save_pretrained(models[-1])
+        models[-1] = as_artifact(Store(folder / "models"), models[-1])
     (task,) = entries(write_rows(folder, {"arc_easy": num_tasks}))
     tasks = [{**task, "limit": 1 + number} for number in range(num_tasks)]
     command = evaluation_command(folder / "store", models, tasks)
@@ -295,13 +309,14 @@ def main() -> None:
     parts = asked.parts.split(",")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        tiny = build_tiny_model(scratch / "tiny", max_position_embeddings=MAX_LENGTH)
+        models = Store(scratch / "models")
+        tiny = as_artifact(models, build_tiny_model(scratch / "tiny", max_position_embeddings=MAX_LENGTH))
         if "lm-eval" in parts:
             print("| cold, seconds (median; ratio: of pairs) | `lm-eval run` | ours | ratio |\n|---|---:|---:|---:|")
             against_lm_eval(scratch, "two layers", tiny, {"arc_easy": 32, "piqa": 32, "gsm8k": 8}, asked.repeats)
             if asked.model:
                 limits = {"arc_easy": asked.limit, "piqa": asked.limit}
-                against_lm_eval(scratch, asked.model.name, asked.model.resolve(), limits, 1)
+                against_lm_eval(scratch, asked.model.name, as_artifact(models, asked.model.resolve()), limits, 1)
             print()
         print("| seconds, two-layer model | measured | goal |\n|---|---:|---:|")
         for name, part in {"added": adding_a_task, "nothing-new": nothing_new}.items():
