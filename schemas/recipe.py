@@ -158,7 +158,7 @@ class Recipe(StrictModel):
         if not (self.evaluation and self.evaluation.reward_benchmarks) or self.reward_model is not None:
             return []
         return [
-            "evaluation.reward_benchmarks: there is no block reward_model whose model they would measure: they do nothing"
+            "evaluation.reward_benchmarks: without a block reward_model there is no model that they measure"
         ]
 
     def sampled_notes(self) -> list[str]:
