@@ -6,11 +6,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from smoltulu.schemas.evaluation import EvaluationOutputs, Score
+from smoltulu.tasks.comparison.contributions import Contributions, Item, contributions
 from smoltulu.tasks.comparison.paired import PairedTest, holm, paired_test
 
 #: What must be the same for two scores to be compared, and how it is called.
@@ -21,25 +23,13 @@ _SAME = {
 #: The same of what a score says of itself in its details.
 _SAME_DETAILS = {
     "temperature": "temperature", "num_samples_per_prompt": "number of samples", "max_new_tokens": "length of answers",
-    "max_gen_toks": "length of answers", "seed": "seed",
+    "max_gen_toks": "length of answers", "seed": "seed", "backend": "backend", "precision": "precision",
+    "generation": "generation settings", "max_length": "maximal length", "model_settings": "model settings",
 }  # fmt: skip
-#: A score is the mean of its items up to this.
-_ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class Item:
-    """One measured item.
-
-    prompt   digest of what was asked
-    cluster  the member of a group that it belongs to
-    row      its line of the samples, for a reader
-    """
-
-    value: float
-    prompt: str | None = None
-    cluster: str = ""
-    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
+#: Metrics of lm-eval that are better when they are lower, where a score does not say it of itself.
+LOWER_IS_BETTER = ("bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity")
+#: The test over members needs so many: of five that all fell, the exact p-value is 2 / 2^5 = 0.06.
+MIN_MEMBERS = 6
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,10 @@ class Measured:
 class Comparison:
     """One score of one model, before and after.
 
-    reason  why it cannot be compared; then there is no test
+    test              its `num_lost` are the items that got worse, whichever way the metric counts
+    over_members      the same test over the members of a group, each one value: what it says of other such members
+    higher_is_better  False: a rise is a drop in quality
+    reason            why it cannot be compared; then there is no test
     """
 
     model: str
@@ -64,6 +57,14 @@ class Comparison:
     after: float
     test: PairedTest | None = None
     reason: str = ""
+    over_members: PairedTest | None = None
+    higher_is_better: bool = True
+
+    @property
+    def gain(self) -> float:
+        """By how much it got better; below 0: worse."""
+        change = self.after - self.before if self.test is None else self.test.difference
+        return change if self.higher_is_better else -change
 
     def verdict(self, adjusted: float | None, level: float) -> str:
         """`not comparable`, `same`, `within noise`, `drop` or `gain`. `adjusted`: the p-value, of all tests."""
@@ -73,13 +74,15 @@ class Comparison:
             return "same"
         if adjusted >= level:
             return "within noise"
-        return "drop" if self.test.difference < 0 else "gain"
+        return "drop" if self.gain < 0 else "gain"
 
 
-def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
+def measured(folder: Path, outputs: EvaluationOutputs, metric: str | None = None) -> dict[str, Measured]:
     """Task -> its headline score with its items, from the samples of the evaluation in `folder`.
 
     A task that the recipe names twice is there a second time, by task and metric.
+
+    metric  another one to judge by, e.g. `bits_per_byte`, with the filter of the headline; tasks without it are left out
 
     Raises:
         ValueError: a line of the samples that is no JSON object.
@@ -93,6 +96,9 @@ def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
             name += f" {score.num_fewshot} shots" if name in headlines else ""
         names.append(name)
         headlines.setdefault(name, Measured(score))  # the first is the headline
+    if metric is not None:
+        others = {name: _by_metric(one.score, metric) for name, one in headlines.items()}
+        headlines = {name: Measured(score) for name, score in others.items() if score is not None}
     if outputs.samples_file is None:
         return headlines
     members = _members(folder / outputs.results_file) if outputs.results_file else {}
@@ -102,11 +108,26 @@ def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
         task = members.get(row["task"], row["task"]) if entry is None else names[entry]
         if task not in headlines:
             continue
-        value = _value(row, headlines[task].score.metric)
-        if value is not None:
-            cluster = row["task"] if headlines[task].score.task != row["task"] else ""
-            headlines[task].items[item_name(row, task, seen)] = Item(value, row.get("prompt_hash"), cluster, row)
+        values = _values(row, headlines[task].score.metric)
+        if values is not None:
+            member = row["task"] if headlines[task].score.task != row["task"] else ""
+            headlines[task].items[item_name(row, task, seen)] = item_of(values, row.get("prompt_hash"), member, row)
     return headlines
+
+
+def item_of(values: float | list[float], prompt: str | None, member: str, row: Mapping[str, Any]) -> Item:
+    """An item of one value, or of the values of its parts."""
+    weight = float(row.get("weight", 1.0))
+    if isinstance(values, list):
+        return Item(fmean(values), prompt, member, tuple(values), weight, row)
+    return Item(values, prompt, member, (), weight, row)
+
+
+def _by_metric(score: Score, metric: str) -> Score | None:
+    """The same task's score by another metric, as its evaluation kept it."""
+    name = ",".join([metric, *score.metric.split(",")[1:]])
+    value = score.details.get("metrics", {}).get(name)
+    return None if value is None else score.model_copy(update={"metric": name, "value": float(value), "stderr": None})
 
 
 def json_lines(file: Path, column: str) -> Iterator[dict[str, Any]]:
@@ -128,13 +149,17 @@ def _members(file: Path) -> dict[str, str]:
     return {leaf: task for task, result in results.items() for leaf in result.get("n-samples", {}) if leaf != task}
 
 
-def _value(row: Mapping[str, Any], metric: str) -> float | None:
-    """What the headline's own metric and filter say of an item; None where this line is not of them."""
+def _values(row: Mapping[str, Any], metric: str) -> float | list[float] | None:
+    """What the headline's own metric and filter say of an item, or of its parts; None where this line is not of them."""
+    name, _, of_filter = metric.partition(",")
     if "metrics" not in row:
         value = row.get("right", row.get("mean"))
+    elif row.get("filter", of_filter) != of_filter:
+        return None
+    elif (parts := row.get("parts", {}).get(name)) is not None:
+        return [float(part) for part in parts]
     else:
-        name, _, of_filter = metric.partition(",")
-        value = row["metrics"].get(name) if row.get("filter", of_filter) == of_filter else None
+        value = row["metrics"].get(name)
     return None if value is None else float(value)
 
 
@@ -164,34 +189,39 @@ def _compare(model: str, task: str, before: Measured | None, after: Measured | N
         missing = "was not measured before" if before is None else "is not measured any more"
         return Comparison(model, task, only.score.metric, value, value, reason=missing)
     scores = (before.score.value, after.score.value)
-    reason = _difference(before, after)
-    weights = None if reason else _weights(before, after)
-    if weights is None:
-        reason = reason or "the score is no mean of its items"
-        return Comparison(model, task, after.score.metric, *scores, reason=reason)
-    old, new = ({name: weights[name] * item.value for name, item in side.items.items()} for side in (before, after))
-    return Comparison(model, task, after.score.metric, *scores, paired_test(old, new))
+    made = Comparison(
+        model, task, after.score.metric, *scores, reason=_difference(before, after), higher_is_better=_is_up(after.score)
+    )
+    if made.reason:
+        return made
+    added = contributions(before.items, after.items, scores)
+    if added is None:
+        return replace(made, reason="the score is no mean of its items")
+    test = paired_test(added.before, added.after, stratum_of=added.stratum_of)
+    return replace(made, test=_told(test, made), over_members=_over_members(added, made))
 
 
-def _weights(before: Measured, after: Measured) -> dict[str, float] | None:
-    """What each item counts, 1 on average, so that both scores are the mean of their items; None where none is so.
+def _over_members(added: Contributions, made: Comparison) -> PairedTest | None:
+    """The test of the members' means; None of fewer than `MIN_MEMBERS`, which never differ beyond noise."""
+    names: dict[str, list[str]] = {}
+    for name, member in added.stratum_of.items():
+        names.setdefault(member, []).append(name)
+    if len(names) < MIN_MEMBERS:
+        return None
+    sides = [{member: fmean(side[one] for one in of) for member, of in names.items()}
+             for side in (added.before, added.after)]  # fmt: skip
+    return _told(paired_test(*sides), made)
 
-    A group's score is the mean of its items, or of its members' means (then an item of a small member counts more).
-    """
-    sizes = Counter(item.cluster for item in after.items.values())
-    alike = dict.fromkeys(after.items, 1.0)
-    by_member = {name: len(after.items) / (len(sizes) * sizes[one.cluster]) for name, one in after.items.items()}
-    for weights in (alike, by_member):
-        if all(
-            abs(
-                math.fsum(weights[name] * item.value for name, item in side.items.items()) / len(weights)
-                - side.score.value
-            )
-            <= _ROUNDING * max(1.0, abs(side.score.value))
-            for side in (before, after)
-        ):
-            return weights
-    return None
+
+def _told(test: PairedTest, made: Comparison) -> PairedTest:
+    """With those counted as lost that got worse."""
+    return test if made.higher_is_better else replace(test, num_lost=test.num_gained, num_gained=test.num_lost)
+
+
+def _is_up(score: Score) -> bool:
+    """Whether a higher value is better: as the score says, or as its metric is known for."""
+    said = score.details.get("higher_is_better")
+    return bool(said) if said is not None else score.metric.partition(",")[0] not in LOWER_IS_BETTER
 
 
 def _difference(before: Measured, after: Measured) -> str:
@@ -221,7 +251,9 @@ def _difference(before: Measured, after: Measured) -> str:
 def flipped(before: Measured, after: Measured) -> list[tuple[Item, Item]]:
     """Items whose score changed, the lost ones first."""
     pairs = [(item, after.items[name]) for name, item in before.items.items() if name in after.items]
-    return sorted((pair for pair in pairs if pair[0].value != pair[1].value), key=lambda p: p[1].value - p[0].value)
+    sign = 1 if _is_up(after.score) else -1
+    changed = [pair for pair in pairs if pair[0].value != pair[1].value]
+    return sorted(changed, key=lambda pair: sign * (pair[1].value - pair[0].value))
 
 
 def verdicts(comparisons: list[Comparison], level: float) -> list[tuple[Comparison, float | None, str]]:

@@ -62,8 +62,8 @@ def test_two_models_by_stage_of_a_run_by_key_and_by_evaluation(store: HandStore,
     [row] = compared("brave-fox:sft", "brave-fox:dpo")
     assert row == {
         "task": "gsm8k", "metric": "exact_match,strict", "before": "0.2500", "after": "0.7500",
-        # 20 of 40 gained: standard error sqrt(0.25 / 39)
-        "difference": "+0.5000 ± 0.1569", "items": "40", "lost, gained": "0, 20", "p": f"{2 / 2**20:.3g}",
+        # One more each way: 20 / 42, and 2.023 times the root of (40^2 * 0.25 / 39 + 2 + 2 * 40 * 0.25 / 42) / 42^2.
+        "difference": "+0.5000", "interval": "+0.3043 to +0.6480", "items": "40", "lost, gained": "0, 20", "p": f"{2 / 2**20:.3g}",
         "p (Holm)": f"{2 / 2**20:.3g}", "visible": "0.3132", "verdict": "gain",
     }  # fmt: skip
     for names in (("sft", "dpo"), ("evaluation-sft", "evaluation-dpo")):
@@ -79,7 +79,7 @@ def test_two_models_by_stage_of_a_run_by_key_and_by_evaluation(store: HandStore,
 def test_what_cannot_be_compared_is_refused_with_what_can(store: HandStore, evaluated: dict[str, Ref]) -> None:
     other = evaluate(store, evaluated["sft"], 5, precision="bfloat16")
     said = call(store, "compare", evaluated["evaluation-dpo"].key, other.key, code=1).output
-    assert "measured in another precision: float32 -> bfloat16; evaluate both with one (evaluation.precision" in words(
+    assert "measured with another precision: float32 -> bfloat16; evaluate both with one (evaluation.precision" in words(
         said
     )
     said = call(store, "compare", evaluated["sft"].key, "brave-fox:dpo", code=1).output
@@ -143,7 +143,7 @@ def test_folders_of_another_precision_are_not_compared(store: HandStore, tmp_pat
     other = lm_eval_folder(tmp_path / "other", {"config": {"model_dtype": "torch.bfloat16"}})
     assert "same" in call(store, "compare", one, one).output
     said = words(call(store, "compare", one, other, code=1).output)
-    assert "measured in another precision: float32 -> bfloat16" in said and "lm-eval: dtype in --model_args" in said
+    assert "measured with another precision: float32 -> bfloat16" in said and "lm-eval: dtype in --model_args" in said
 
 
 @pytest.mark.parametrize(("changes", "text", "said"), [

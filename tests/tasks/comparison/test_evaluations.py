@@ -75,7 +75,7 @@ def test_a_group_is_compared_by_its_members(tmp_path: Path) -> None:
         return evaluation(tmp_path / name, rows, [group], results)
 
     last, tonight = night("last", 1.0), night("tonight", 0.0)
-    assert {item.cluster for item in last["bbh"].items.values()} == {"bbh_navigate", "bbh_snarks"}
+    assert {item.member for item in last["bbh"].items.values()} == {"bbh_navigate", "bbh_snarks"}
     made = one(last, tonight)
     assert made.test is not None and (made.test.num_items, made.test.num_lost) == (8, 8)
     assert verdicts([made], 0.05)[0][2] == "drop"
