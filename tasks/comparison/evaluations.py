@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from smoltulu.schemas.evaluation import EvaluationOutputs, Score
-from smoltulu.tasks.comparison.contributions import Contributions, Item, contributions
+from smoltulu.tasks.comparison.contributions import Item, contributions
 from smoltulu.tasks.comparison.paired import PairedTest, holm, paired_test
 
 #: What must be the same for two scores to be compared, and how it is called.
@@ -82,7 +82,7 @@ def measured(folder: Path, outputs: EvaluationOutputs, metric: str | None = None
 
     A task that the recipe names twice is there a second time, by task and metric.
 
-    metric  another one to judge by, e.g. `bits_per_byte`, with the filter of the headline; tasks without it are left out
+    metric  another one to judge by, e.g. `bits_per_byte`, with the headline's filter; tasks without it are left out
 
     Raises:
         ValueError: a line of the samples that is no JSON object.
@@ -150,7 +150,7 @@ def _members(file: Path) -> dict[str, str]:
 
 
 def _values(row: Mapping[str, Any], metric: str) -> float | list[float] | None:
-    """What the headline's own metric and filter say of an item, or of its parts; None where this line is not of them."""
+    """What the headline's metric and filter say of an item, or of its parts; None where the line is not of them."""
     name, _, of_filter = metric.partition(",")
     if "metrics" not in row:
         value = row.get("right", row.get("mean"))
@@ -190,7 +190,12 @@ def _compare(model: str, task: str, before: Measured | None, after: Measured | N
         return Comparison(model, task, only.score.metric, value, value, reason=missing)
     scores = (before.score.value, after.score.value)
     made = Comparison(
-        model, task, after.score.metric, *scores, reason=_difference(before, after), higher_is_better=_is_up(after.score)
+        model,
+        task,
+        after.score.metric,
+        *scores,
+        reason=_difference(before, after),
+        higher_is_better=_is_up(after.score),
     )
     if made.reason:
         return made
@@ -198,19 +203,19 @@ def _compare(model: str, task: str, before: Measured | None, after: Measured | N
     if added is None:
         return replace(made, reason="the score is no mean of its items")
     test = paired_test(added.before, added.after, stratum_of=added.stratum_of)
-    return replace(made, test=_told(test, made), over_members=_over_members(added, made))
+    return replace(made, test=_told(test, made), over_members=_over_members(before, after, made))
 
 
-def _over_members(added: Contributions, made: Comparison) -> PairedTest | None:
+def _over_members(before: Measured, after: Measured, made: Comparison) -> PairedTest | None:
     """The test of the members' means; None of fewer than `MIN_MEMBERS`, which never differ beyond noise."""
     names: dict[str, list[str]] = {}
-    for name, member in added.stratum_of.items():
-        names.setdefault(member, []).append(name)
+    for name, item in after.items.items():
+        names.setdefault(item.member, []).append(name)
     if len(names) < MIN_MEMBERS:
         return None
-    sides = [{member: fmean(side[one] for one in of) for member, of in names.items()}
-             for side in (added.before, added.after)]  # fmt: skip
-    return _told(paired_test(*sides), made)
+    means = [{member: fmean(side.items[name].value for name in of) for member, of in names.items()}
+             for side in (before, after)]  # fmt: skip
+    return _told(paired_test(*means), made)
 
 
 def _told(test: PairedTest, made: Comparison) -> PairedTest:

@@ -156,7 +156,7 @@ def clustered_test(
     elif len(changed) <= _MAX_ENUMERATED:
         p_value = sign_flips(changed.tolist())
     else:
-        # Where all fell by nearly the same, a t-test calls any number of them certain: no less than all signs would say.
+        # Where all fell by nearly the same, a t-test calls any number certain: no less than all signs would say.
         t_test = 2 * float(stdtr(degrees, -abs(mean) / stderr)) if stderr > _ROUNDING * abs(mean) else 0.0
         p_value = max(t_test, 2.0 ** (1 - len(changed)))
     return stderr, center - half, center + half, p_value
