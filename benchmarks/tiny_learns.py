@@ -30,6 +30,7 @@ from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.comparison.paired import paired_test
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.engine.runner import run_stage
+from smoltulu.tasks.evaluation.samples import read_samples
 
 SEED_FIELDS = (
     "world.seed",
@@ -84,8 +85,7 @@ def score(references: dict[str, ArtifactReference], node: str, task: str, metric
 def sampled(references: dict[str, ArtifactReference], node: str) -> dict[str, float]:
     """Prompt id -> verified share of its samples."""
     reference = references[node]
-    lines = (Path(reference.path) / reference.outputs["samples_file"]).read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_samples(Path(reference.path) / reference.outputs["samples_file"])
     return {row["id"]: row["mean"] for row in rows if row["task"] == "verified_sampled"}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DataSource
+from smoltulu.schemas.suites import expand
 
 ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]
 
@@ -39,12 +40,19 @@ class SampledAccuracy(StrictModel):
 class EvaluationSettings(StrictModel):
     """Run for base, SFT, DPO and RLVR models; pair accuracy for the reward model and DPO's implicit reward."""
 
-    tasks: tuple[EvaluationTask, ...] = science((), description="lm-eval tasks for every language model")
+    tasks: tuple[EvaluationTask, ...] = science(
+        (), description="lm-eval tasks for every language model; {suite: paper} stands for a list of them"
+    )
     sampled: SampledAccuracy | None = science(None)
     max_length: int = science(2048, ge=16, description="tokens, prompt and answer")
     apply_chat_template: bool = science(True)
     precision: Literal["float32", "bfloat16"] = science("bfloat16")
     seed: int = science(1234, ge=0)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _suites(cls, entries: Any) -> Any:
+        return expand(entries)
 
 
 class EvaluationStageConfig(StrictModel):

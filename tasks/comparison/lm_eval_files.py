@@ -10,7 +10,8 @@ from typing import Any
 
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.evaluation import Score
-from smoltulu.tasks.comparison.evaluations import Measured, item_name, item_of, json_lines
+from smoltulu.tasks.comparison.evaluations import Measured, item_name, item_of
+from smoltulu.tasks.evaluation.samples import json_lines
 
 _DIGEST_CHARACTERS = 16
 #: lm-eval's names of a backend, where they mean one that we have too.

@@ -64,7 +64,8 @@ def test_two_models_by_stage_of_a_run_by_key_and_by_evaluation(store: HandStore,
         "task": "gsm8k", "metric": "exact_match,strict", "before": "0.2500", "after": "0.7500",
         # One more each way: 20 / 42, and 2.023 times the root of (40^2 * 0.25 / 39 + 2 + 2 * 40 * 0.25 / 42) / 42^2.
         "difference": "+0.5000", "interval": "+0.3043 to +0.6480", "items": "40",
-        "lost, gained": "0, 20", "p": f"{2 / 2**20:.3g}", "p (Holm)": f"{2 / 2**20:.3g}", "visible": "0.3132", "verdict": "gain",
+        "lost, gained": "0, 20", "p": f"{2 / 2**20:.3g}", "p (Holm)": f"{2 / 2**20:.3g}",
+        "visible": "0.3132", "verdict": "gain",
     }  # fmt: skip
     for names in (("sft", "dpo"), ("evaluation-sft", "evaluation-dpo")):
         assert compared(*(evaluated[name].key for name in names)) == [row]

@@ -1,0 +1,58 @@
+"""Suites: names for lists of evaluation tasks, each task with its headline metric. Pure data.
+
+The entry `{suite: paper}` of `evaluation.tasks` stands for the tasks below. Other fields of the entry, such as `limit`,
+hold for each of them. What is stored and hashed are the tasks, so a list written out gives the same key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+SUITES: dict[str, tuple[dict[str, Any], ...]] = {
+    # The rows of SmolLM2's model card and of SmolTulu's paper, as lighteval made them (docs/evaluation.md).
+    "paper": (
+        {"name": "paper_arc", "metric": "acc_norm,none"},
+        {"name": "paper_bbh", "metric": "exact_match,none"},
+        {"name": "paper_gsm8k", "metric": "exact_match,none"},
+        {"name": "paper_hellaswag", "metric": "acc_norm,none"},
+        {"name": "paper_ifeval", "metric": "average_strict,none"},
+        {"name": "paper_mmlu_pro", "metric": "acc,none"},
+        {"name": "paper_piqa", "metric": "acc_norm,none"},
+    ),
+    # The two tasks of the generated world: no model or data of others is needed.
+    "tiny": (
+        {
+            "name": "tiny_arithmetic",
+            "metric": "exact_match,strict-match",
+            "files": {"test": {"generated": "eval_arithmetic.jsonl", "format": "text"}},
+        },
+        {
+            "name": "tiny_instructions",
+            "metric": "acc,none",
+            "files": {"test": {"generated": "eval_instructions.jsonl", "format": "text"}},
+        },
+    ),
+}
+
+
+def expand(entries: Any) -> Any:
+    """The entries of `evaluation.tasks` as given, with every suite replaced by its tasks. ValueError: unknown suite."""
+    if not isinstance(entries, (list, tuple)):
+        return entries  # pydantic says what is wrong
+    tasks: list[Any] = []
+    for entry in entries:
+        if isinstance(entry, dict) and "suite" in entry:
+            others = {name: value for name, value in entry.items() if name != "suite"}
+            tasks += [{**task, **others} for task in _suite(entry["suite"])]
+        else:
+            tasks.append(entry)
+    return tasks
+
+
+def _suite(name: Any) -> tuple[dict[str, Any], ...]:
+    if name not in tuple(SUITES):
+        near = difflib.get_close_matches(str(name), SUITES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown suite {name!r}; there are: {', '.join(sorted(SUITES))}{hint}")
+    return SUITES[name]
