@@ -3,8 +3,8 @@
     SMOLTULU_REAL_DATA=DATA python benchmarks/real_evaluation.py --model WORK/model --folder RESULTS --minutes 30
 
 WORK is made by real_model.py. Suite `paper` asks in the model's own template, as lighteval did for the model card;
-suite `harness` asks without one, as lm-eval does. PIQA, ARC and IFEval are whole; of BBH and GSM8K a declared part, on a
-CPU (`--limit` tries all tasks on few items; `--device cuda` measures all of them whole, in bfloat16, in minutes).
+suite `harness` asks without one, as lm-eval does. PIQA, ARC and IFEval are whole; of BBH and GSM8K a declared part, on
+a CPU (`--limit` tries all tasks on few items; `--device cuda` measures all of them whole, in bfloat16, in minutes).
 
 A slice ends after `--minutes`; the same command goes on. Finished tasks are kept in RESULTS, and so are an unfinished
 task's finished batches. Exit status: 0 all measured and within what is allowed, 1 one is not, 2 not all measured yet.

@@ -41,7 +41,13 @@ def made_up_model(folder: Path) -> None:
     from safetensors.numpy import save_file
 
     folder.mkdir()
-    sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 4,
+        "intermediate_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True, **sizes}))
     layer = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     names = {f"model.layers.0.{name}.weight": (4, 4) for name in layer} | {"model.embed_tokens.weight": (8, 4)}

@@ -49,7 +49,7 @@ def compare(
     from smoltulu.tasks.comparison import evaluations
 
     with failures():
-        sides = [_read(what, store, metric) for what in (before, after)]
+        sides = [_read(what, store, metric, texts=flips > 0) for what in (before, after)]
         comparisons = evaluations.compare("", *(measured for measured, _ in sides))
         _check_settings(*(settings for _, settings in sides))
         if metric and not comparisons:
@@ -137,7 +137,9 @@ def _short(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------- what a user names
 
 
-def _read(what: str, store: Path | None, metric: str | None) -> tuple[dict[str, Measured], dict[str, str]]:
+def _read(
+    what: str, store: Path | None, metric: str | None, *, texts: bool
+) -> tuple[dict[str, Measured], dict[str, str]]:
     """Scores with their items, and the settings that they share."""
     from smoltulu.schemas.evaluation import EvaluationOutputs
     from smoltulu.tasks.comparison.evaluations import measured
@@ -153,7 +155,7 @@ def _read(what: str, store: Path | None, metric: str | None) -> tuple[dict[str, 
     settings = manifest["spec"]["config"].get("settings", {})
     shared = {name: str(settings[name]) for name in _SETTINGS if name in settings}
     outputs = EvaluationOutputs.model_validate(manifest["outputs"])
-    return measured(folder, outputs, metric), {"backend": "transformers"} | shared
+    return measured(folder, outputs, metric, texts=texts), {"backend": "transformers"} | shared
 
 
 def _evaluation(catalogue: Catalogue, what: str) -> Ref:

@@ -16,7 +16,7 @@ from typing import Any
 _ROUNDING = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One measured item.
 

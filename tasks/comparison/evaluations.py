@@ -27,6 +27,11 @@ _SAME_DETAILS = {
     "max_gen_toks": "length of answers", "seed": "seed", "backend": "backend", "precision": "precision",
     "generation": "generation settings", "max_length": "maximal length", "model_settings": "model settings",
 }  # fmt: skip
+#: What a comparison reads of a sample.
+_NO_TEXTS = (
+    "task", "entry", "id", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics", "parts", "right", "mean",
+    "weight",
+)  # fmt: skip
 #: Metrics of lm-eval that are better when they are lower, where a score does not say it of itself.
 LOWER_IS_BETTER = ("bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity")
 #: The test over members needs so many: of five that all fell, the exact p-value is 2 / 2^5 = 0.06.
@@ -78,12 +83,15 @@ class Comparison:
         return "drop" if self.gain < 0 else "gain"
 
 
-def measured(folder: Path, outputs: EvaluationOutputs, metric: str | None = None) -> dict[str, Measured]:
+def measured(
+    folder: Path, outputs: EvaluationOutputs, metric: str | None = None, *, texts: bool = True
+) -> dict[str, Measured]:
     """Task -> its headline score with its items, from the samples of the evaluation in `folder`.
 
     A task that the recipe names twice is there a second time, by task and metric.
 
     metric  another one to judge by, e.g. `bits_per_byte`, with the headline's filter; tasks without it are left out
+    texts   whether the rows of the items hold prompts and answers too, for a reader
 
     Raises:
         ValueError: samples that cannot be read.
@@ -104,7 +112,7 @@ def measured(folder: Path, outputs: EvaluationOutputs, metric: str | None = None
         return headlines
     members = _members(folder / outputs.results_file) if outputs.results_file else {}
     seen: Counter[tuple[str, str]] = Counter()
-    for row in read_samples(folder / outputs.samples_file):
+    for row in read_samples(folder / outputs.samples_file, None if texts else _NO_TEXTS):
         entry = row.get("entry")  # older samples have none
         task = members.get(row["task"], row["task"]) if entry is None else names[entry]
         if task not in headlines:
@@ -156,12 +164,13 @@ def item_name(row: Mapping[str, Any], score: str, seen: Counter[tuple[str, str]]
 
     `seen`: how often each name came under each score so far; from the second time on a name has its number.
     """
-    names = [str(row[key]) for key in ("doc_hash", "target_hash") if row.get(key)] or [str(row.get("id", ""))]
-    if not names[0]:
+    document, target = row.get("doc_hash"), row.get("target_hash")
+    asked = f"{document}/{target}" if document and target else document or target or row.get("id", "")
+    if asked == "":
         raise ValueError(f"a sample of {row['task']} has no id and no doc_hash; evaluate this model again")
-    name = "/".join([row["task"], *names])
-    seen[score, name] += 1
-    return name if seen[score, name] == 1 else f"{name}#{seen[score, name]}"
+    name = f"{row['task']}/{asked}"
+    number = seen[score, name] = seen[score, name] + 1
+    return name if number == 1 else f"{name}#{number}"
 
 
 def compare(model: str, before: Mapping[str, Measured], after: Mapping[str, Measured]) -> list[Comparison]:
