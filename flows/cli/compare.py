@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from smoltulu.artifacts.upkeep.catalogue import Catalogue
     from smoltulu.schemas.run import RunRecord
     from smoltulu.tasks.comparison.evaluations import Comparison, Measured
+    from smoltulu.tasks.comparison.paired import PairedTest
 
 _POWER = 0.8
 #: Settings that all scores of an evaluation share, and where they are given.
@@ -73,7 +74,7 @@ def compare(
         if (test := one.over_members) is not None:
             echo(
                 f"{one.task}: of other members like its {test.num_items} (each one value): "
-                f"{test.difference:+.4f} [{test.low:+.4f}, {test.high:+.4f}], p {test.p_value:.3g}"
+                f"{_signed(one, test)['difference']} [{_signed(one, test)['interval']}], p {test.p_value:.3g}"
             )
         if not one.higher_is_better:
             echo(f"{one.task}: {one.metric} is better when it is lower; lost are the items where it rose")
@@ -94,8 +95,7 @@ def _values(one: Comparison, adjusted: float | None, verdict: str, level: float,
     squared = test.stderr**2 * (test.num_items - 1) + test.difference**2
     visible = smallest_visible(test.num_items, squared, level / num_tests, _POWER)
     return made | {
-        "difference": f"{test.difference:+.4f}",
-        "interval": f"{test.low:+.4f} to {test.high:+.4f}",
+        **_signed(one, test),
         "items": f"{test.num_items:,}",
         "lost, gained": f"{test.num_lost:,}, {test.num_gained:,}",
         "p": f"{test.p_value:.3g}",
@@ -103,6 +103,12 @@ def _values(one: Comparison, adjusted: float | None, verdict: str, level: float,
         "visible": f"{visible:.4f}" if squared else "-",
         "verdict": verdict,
     }
+
+
+def _signed(one: Comparison, test: PairedTest) -> dict[str, str]:
+    """Of the scores as they are: the test's is positive where they got better."""
+    ends = (test.difference, test.low, test.high) if one.higher_is_better else (-test.difference, -test.high, -test.low)
+    return {"difference": f"{ends[0]:+.4f}", "interval": f"{ends[1]:+.4f} to {ends[2]:+.4f}"}
 
 
 def _check_settings(before: dict[str, str], after: dict[str, str]) -> None:

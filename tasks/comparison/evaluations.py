@@ -50,7 +50,7 @@ class Measured:
 class Comparison:
     """One score of one model, before and after.
 
-    test              its `num_lost` are the items that got worse, whichever way the metric counts
+    test              a loss is what got worse, and a positive difference is better: where lower is, signs are turned
     over_members      the same test over the members of a group, each one value: what it says of other such members
     higher_is_better  False: a rise is a drop in quality
     reason            why it cannot be compared; then there is no test
@@ -69,8 +69,7 @@ class Comparison:
     @property
     def gain(self) -> float:
         """By how much it got better; below 0: worse."""
-        change = self.after - self.before if self.test is None else self.test.difference
-        return change if self.higher_is_better else -change
+        return self.after - self.before if self.higher_is_better else self.before - self.after
 
     def verdict(self, adjusted: float | None, level: float) -> str:
         """`not comparable`, `same`, `within noise`, `drop` or `gain`. `adjusted`: the p-value, of all tests."""
@@ -80,7 +79,7 @@ class Comparison:
             return "same"
         if adjusted >= level:
             return "within noise"
-        return "drop" if self.gain < 0 else "gain"
+        return "drop" if self.test.difference < 0 else "gain"
 
 
 def measured(
@@ -216,8 +215,12 @@ def _over_members(before: Measured, after: Measured, made: Comparison) -> Paired
 
 
 def _told(test: PairedTest, made: Comparison) -> PairedTest:
-    """With those counted as lost that got worse."""
-    return test if made.higher_is_better else replace(test, num_lost=test.num_gained, num_gained=test.num_lost)
+    """In terms of better and worse."""
+    if made.higher_is_better:
+        return test
+    lost, gained = test.num_gained, test.num_lost
+    signs = {"difference": -test.difference, "low": -test.high, "high": -test.low}
+    return replace(test, num_lost=lost, num_gained=gained, **signs)
 
 
 def _is_up(score: Score) -> bool:

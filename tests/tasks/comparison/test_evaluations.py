@@ -10,6 +10,8 @@ import pytest
 
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.tasks.comparison.evaluations import Comparison, Measured, compare, flipped, measured, verdicts
+from smoltulu.tasks.evaluation.lm_eval import _compact
+from smoltulu.tasks.evaluation.samples import write_samples
 
 SCORE = {
     "task": "gsm8k", "metric": "exact_match,strict-match", "num_samples": 4, "num_fewshot": 5,
@@ -324,7 +326,8 @@ def test_a_rise_of_what_is_better_lower_is_a_drop(tmp_path: Path) -> None:
     last, tonight = night("last", 1.0), night("tonight", 1.1)
     worse, better = one(last, tonight), one(tonight, last)
     assert worse.test is not None and (worse.test.num_lost, worse.test.num_gained) == (30, 0)
-    assert worse.test.difference == pytest.approx(0.1) and worse.gain == pytest.approx(-0.1)
+    assert worse.test.difference == pytest.approx(-0.1) and worse.gain == pytest.approx(-0.1)
+    assert worse.test.low < -0.1 < worse.test.high < 0 and worse.after - worse.before == pytest.approx(0.1)
     assert verdicts([worse, better], 0.05)[0][2] == "drop" and verdicts([worse, better], 0.05)[1][2] == "gain"
     assert flipped(last["gsm8k"], tonight["gsm8k"])[0][1].value > 1.1 - 1e-9
     # A score may say it itself.
@@ -362,3 +365,33 @@ def test_another_way_to_generate_is_named(tmp_path: Path) -> None:
             for i, value in enumerate(values)
         ]
         assert one(*sides).reason == f"another {words}: {values[0]} -> {values[1]}"
+
+
+def test_parts_and_texts_of_a_file_of_ours(tmp_path: Path) -> None:
+    """As Parquet holds them; what a comparison does not show it does not read."""
+    name = "inst_level_strict_acc,none"
+    rows = [
+        sample(i, 0.0, task="ifeval", filter="none", metrics={}, entry=0, parts={"inst_level_strict_acc": [1.0, i % 2]})
+        for i in range(4)
+    ]
+    write_samples(tmp_path / "samples.parquet", rows)
+    made = outputs([SCORE | {"task": "ifeval", "metric": name, "value": 0.75}])
+    made = made.model_copy(update={"samples_file": "samples.parquet", "results_file": None})
+    for texts in (True, False):
+        items = list(measured(tmp_path, made, texts=texts)["ifeval"].items.values())
+        assert [item.parts for item in items] == [(1.0, 0.0), (1.0, 1.0)] * 2
+        assert ("completion" in items[0].row) == texts
+    [one_of] = compare("", measured(tmp_path, made), measured(tmp_path, made, texts=False))
+    assert one_of.test is not None and one_of.test.num_items == 4
+
+
+def test_instructions_of_lm_eval_become_parts() -> None:
+    known = {
+        "doc_id": 1, "filter": "none", "target": 0, "doc_hash": "d", "prompt_hash": "p", "target_hash": "t",
+        "arguments": [["asked"]], "resps": [["answered"]], "filtered_resps": ["answered"],
+        "metrics": ["prompt_level_strict_acc", "inst_level_strict_acc", "odd"], "prompt_level_strict_acc": False,
+        "inst_level_strict_acc": [True, False], "odd": ["a"],
+    }  # fmt: skip
+    made = _compact("ifeval", known)
+    assert made["parts"] == {"inst_level_strict_acc": [1.0, 0.0]}
+    assert made["metrics"] == {"prompt_level_strict_acc": False}
