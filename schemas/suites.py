@@ -20,6 +20,29 @@ SUITES: dict[str, tuple[dict[str, Any], ...]] = {
         {"name": "paper_mmlu_pro", "metric": "acc,none"},
         {"name": "paper_piqa", "metric": "acc_norm,none"},
     ),
+    # lm-eval's own tasks with their own numbers of examples: comparable with everyone who runs lm-eval.
+    "harness": (
+        {"name": "arc_challenge", "metric": "acc_norm,none"},
+        {"name": "arc_easy", "metric": "acc_norm,none"},
+        {"name": "bbh_fewshot", "metric": "exact_match,none"},
+        {"name": "gsm8k", "metric": "exact_match,strict-match"},
+        {"name": "hellaswag", "metric": "acc_norm,none"},
+        {"name": "ifeval", "metric": "prompt_level_strict_acc,none"},
+        {"name": "leaderboard_mmlu_pro", "metric": "acc,none"},
+        {"name": "piqa", "metric": "acc_norm,none"},
+    ),
+    # The nearest tasks of lm-eval to Tulu 3's development suite (arXiv:2411.15124, table 24). Not in it, as lm-eval has
+    # no task for them: PopQA, and AlpacaEval 2, which also needs a judge. Nor HumanEval and HumanEval+: they run
+    # the model's code without a sandbox, and load their metric from the Hub.
+    "tulu3": (
+        {"name": "bbh_cot_fewshot", "metric": "exact_match,get-answer"},
+        {"name": "drop", "metric": "f1,none", "num_fewshot": 3},
+        {"name": "gsm8k_cot", "metric": "exact_match,flexible-extract"},
+        {"name": "hendrycks_math", "metric": "exact_match,none", "num_fewshot": 4},
+        {"name": "ifeval", "metric": "prompt_level_loose_acc,none"},
+        {"name": "mmlu", "metric": "acc,none", "num_fewshot": 0},
+        {"name": "truthfulqa_mc2", "metric": "acc,none"},
+    ),
     # The two tasks of the generated world: no model or data of others is needed.
     "tiny": (
         {

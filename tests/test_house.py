@@ -21,12 +21,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # What a stage is: its contract, its process, its progress.
     ("tasks",),
     ("tasks.models", "tasks.data", "tasks.world"),
+    ("tasks.evaluation",),
     ("tasks.report", "tasks.trainer", "tasks.comparison"),
     (
         "tasks.base_model",
         "tasks.contamination",
-        "tasks.evaluation",
         "tasks.languages",
+        "tasks.nightly",
         "tasks.publish",
         "tasks.training",
     ),
@@ -36,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("flows.reading",),
     ("flows.forms", "flows.logs", "flows.recipe", "flows.machine", "flows.follow_worker"),
     ("flows.graphs",),
-    ("flows.planning", "flows.runs", "flows.local", "flows.endings"),
+    ("flows.nights", "flows.planning", "flows.runs", "flows.local", "flows.endings"),
     ("flows.pipeline", "flows.audit"),
     ("flows.evaluation",),
     ("flows.cli",),

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from smoltulu.flows.cli import audit, chat, compare, output, store
+from smoltulu.flows.cli import audit, chat, compare, nightly, output, store
 
 Recipe = Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")]
 Overrides = Annotated[
@@ -193,6 +193,7 @@ def doctor(
 
 for command in (*store.COMMANDS, compare.compare, chat.chat, audit.audit):
     app.command()(command)
+app.add_typer(nightly.app, name="nightly")
 
 if __name__ == "__main__":
     app()

@@ -134,6 +134,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     notes = (
         *recipe.lowered_batches(),
         *recipe.audit_notes(),
+        *recipe.evaluation_notes(),
         *recipe.sampled_notes(),
         *_too_large(costs, rows),
         *unreachable,
@@ -313,7 +314,9 @@ def _external(name: str) -> str:
     task, _, number = name.rpartition("data.")
     if number.isdigit():
         return f"the data of {task.rstrip('.')}" if task else "your data" if number == "0" else f"your data ({name})"
-    words = {"base_model": "the folder of the base model", "lm_eval_tasks": "the definitions of the evaluation tasks"}
+    if name.endswith(".definition"):
+        return f"the definition of {name.removesuffix('.definition')}"
+    words = {"base_model": "the folder of the base model"}
     return words.get(name, name.replace("_", " "))
 
 

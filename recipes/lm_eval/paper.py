@@ -13,9 +13,8 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
-from statistics import fmean, stdev
 from typing import Any
 
 from lm_eval.api.samplers import ContextSampler
@@ -143,9 +142,12 @@ def gsm8k(**given: Any) -> Any:
     """{question, answer, shots}; without examples where local files have no `train`."""
     rows = [_problem(row) for row in _rows("test", **given)]
     sources = given.get("sources")
-    train = [] if sources is not None and "train" not in sources else [_problem(row) for row in _rows("train", **given)]
+    has_train = sources is None or "train" in sources
+    train = [_problem(row) for row in _rows("train", **given)] if has_train else []
     order, draws = gsm8k_draws(len(rows), len(train), min(NUM_GSM8K_SHOTS, len(train)))
-    return _dataset([{**rows[at], "shots": [train[one] for one in shots]} for at, shots in zip(order, draws, strict=True)])
+    return _dataset(
+        [{**rows[at], "shots": [train[one] for one in shots]} for at, shots in zip(order, draws, strict=True)]
+    )
 
 
 def _problem(row: Row) -> Row:
@@ -164,7 +166,9 @@ def bbh(subset: str, **given: Any) -> Any:
         if row.get("task", subset) == subset
     ]
     if not rows:
-        raise ValueError(f"paper_bbh: no row has the task {subset!r}; the split 'test' needs the rows of all 27 subsets")
+        raise ValueError(
+            f"paper_bbh: no row has the task {subset!r}; the split 'test' needs the rows of all 27 subsets"
+        )
     drawn = [rows[at] for at in balanced_rows([row["target"] for row in rows], NUM_BBH_SHOTS + 1)]
     # A row that is the scored one word for word is left out too.
     return _items(rows, lambda row: {**row, "shots": [shot for shot in drawn if shot != row][:NUM_BBH_SHOTS]})
@@ -206,8 +210,8 @@ def _choices(texts: Iterable[str], gold: Any) -> Row:
     for number, text in enumerate(listed):
         if not text.strip():
             raise ValueError(
-                f"choice {number} of {len(listed)} is empty, so its log-likelihood has no length to be divided by; every "
-                f"choice needs a text: correct the row or take it out"
+                f"choice {number} of {len(listed)} is empty, so its log-likelihood has no length to be divided by; "
+                "every choice needs a text: correct the row or take it out"
             )
     if not 0 <= int(gold) < len(listed):
         raise ValueError(f"the right choice is number {gold}, and there are {len(listed)}, from 0; correct the row")
@@ -245,7 +249,10 @@ def choice_scores(doc: Row, results: Sequence[tuple[float, bool]]) -> dict[str, 
     logliks = [loglik for loglik, *_ in results]
     lengths = [len(choice.removeprefix(" ")) for choice in doc["choices"]]
     per_character = [loglik / length for loglik, length in zip(logliks, lengths, strict=True)]
-    return {"acc_norm": float(_first_best(per_character) == doc["gold"]), "acc": float(_first_best(logliks) == doc["gold"])}
+    return {
+        "acc_norm": float(_first_best(per_character) == doc["gold"]),
+        "acc": float(_first_best(logliks) == doc["gold"]),
+    }
 
 
 def _first_best(values: Sequence[float]) -> int:
@@ -269,39 +276,3 @@ def stripped_scores(doc: Row, results: Sequence[str]) -> dict[str, float]:
     """Whether the whole output is the target. An output that the limit on its tokens ended is wrong."""
     ended = getattr(results[0], "stop", None) != "length"
     return {"exact_match": float(ended and results[0].strip() == doc["target"].strip())}
-
-
-def instruction_scores(doc: Row, results: Sequence[str]) -> dict[str, Any]:
-    """IFEval's strict accuracies. `average_strict` of an item is what its average is made of: one bool an instruction."""
-    from smoltulu.tasks.evaluation.ifeval import followed
-
-    followings = followed(doc, results[0])
-    return {
-        "average_strict": followings,
-        "prompt_level_strict_acc": float(all(followings)),
-        "inst_level_strict_acc": followings,
-        "num_followed_strict": float(sum(followings)),
-        "num_instructions": float(len(followings)),
-    }
-
-
-def instruction_level(items: Sequence[Sequence[bool]]) -> float:
-    """Share of all instructions that were followed."""
-    return sum(map(sum, items)) / sum(map(len, items))
-
-
-def average_strict(items: Sequence[Sequence[bool]]) -> float:
-    """Mean of the share of prompts with all instructions followed and the share of instructions followed."""
-    return (fmean(map(all, items)) + instruction_level(items)) / 2
-
-
-def _average_strict_stderr(items: Sequence[Sequence[bool]]) -> float | None:
-    """Standard error of `average_strict` over prompts; of the share of instructions, a ratio, to first order."""
-    if len(items) < 2:
-        return None
-    share, mean_length = instruction_level(items), fmean(map(len, items))
-    parts = [(all(one) + (sum(one) - share * len(one)) / mean_length) / 2 for one in items]
-    return stdev(parts) / math.sqrt(len(parts))
-
-
-average_strict.stderr = _average_strict_stderr  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, lru_cache
 from importlib import metadata
@@ -22,9 +23,11 @@ from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.evaluation.answers import Answer, NotesEnds
 from smoltulu.tasks.evaluation.chance import chance_details, guessed
 from smoltulu.tasks.evaluation.choices import SharesContexts
+from smoltulu.tasks.evaluation.definitions import definition_digest
 from smoltulu.tasks.evaluation.gold import add_bits_per_byte, add_to_group
 from smoltulu.tasks.evaluation.ifeval import prepare_punkt
-from smoltulu.tasks.evaluation.names import file_problems, local_only, unknown_task
+from smoltulu.tasks.evaluation.kept import Kept, Resuming
+from smoltulu.tasks.evaluation.names import file_problems, hub_subset, local_only, unknown_task
 from smoltulu.tasks.evaluation.prepare import check_description, check_model, fit_examples, limit_answers
 from smoltulu.tasks.evaluation.samples import Sample, is_parts, marked, sample_counts
 from smoltulu.tasks.models.tokens import added_tokens, check_prompts
@@ -46,17 +49,13 @@ def harness_name() -> str:
     return f"lm-eval {metadata.version('lm_eval')}"
 
 
-def definitions_digest() -> str:
-    """SHA-256 of the names and texts of the shipped task definitions."""
-    texts = [path.name + "\n" + path.read_text() for path in sorted(LM_EVAL_TASKS.glob("*.[yp][ay]*"))]
-    return text_digest("\n".join(texts))
-
-
 @cache
 def task_manager(*, stock: bool) -> TaskManager:
     """Index of task definitions: the shipped ones alone (0.03 s), or lm-eval's thousands as well (5 s)."""
     from lm_eval.tasks import TaskManager
 
+    # Said of every task with a `custom_dataset`, 27 times for BBH; and it is about lm-eval's command line.
+    logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs can be" not in str(record.msg))
     return TaskManager(include_path=str(LM_EVAL_TASKS), include_defaults=stock)
 
 
@@ -133,18 +132,42 @@ def check_tasks(tasks: tuple[EvaluationTask, ...]) -> TaskManager:
 
 
 def read_splits(
-    sources: dict[str, DataSource], world: str | None = None, digests: Mapping[str, str] = {}, **_: Any
+    sources: dict[str, DataSource],
+    world: str | None = None,
+    digests: Mapping[str, str] = {},
+    config_source: str = "",
+    **_: Any,
 ) -> dict[str, Any]:
     """lm-eval's `custom_dataset` over local files: split -> datasets.Dataset. `digests`: of splits, as for `read_rows`.
 
     Reads the files each time. The json builder of `datasets` would keep an old copy of a .gz file that has changed.
+
+    A member of a group takes the rows whose `subset` is the part of the Hub's dataset that the member's definition
+    (`config_source`, lm-eval gives it) reads; all rows where they have no such column.
     """
     from datasets import Dataset
 
+    rows = {split: file_rows(split, source, world, digests.get(split)) for split, source in sources.items()}
+    subset = hub_subset(Path(config_source))
     return {
-        split: Dataset.from_list(file_rows(split, source, world, digests.get(split)))
-        for split, source in sources.items()
+        split: Dataset.from_list(rows_of_subset(split, of_split, subset) if subset else of_split)
+        for split, of_split in rows.items()
     }
+
+
+def rows_of_subset(split: str, rows: list[dict[str, Any]], subset: str) -> list[dict[str, Any]]:
+    """Those of one `subset` ("Number Theory" is number_theory). ValueError: there are none, but of other subsets."""
+
+    def spelled(name: Any) -> str:
+        return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("&", "and"))
+
+    if not rows or "subset" not in rows[0]:
+        return rows
+    found = [row for row in rows if spelled(row["subset"]) == spelled(subset)]
+    if not found:
+        there = ", ".join(sorted({str(row["subset"]) for row in rows})[:40])
+        raise ValueError(f"split {split!r}: no row has the subset {subset!r}; there are: {there}. Add its rows")
+    return found
 
 
 def file_rows(split: str, source: DataSource, world: str | None, digest: str | None) -> list[dict[str, Any]]:
@@ -181,10 +204,12 @@ def run_task(
     world: str | None,
     externals: Mapping[str, str],
     on_progress: Callable[[float], None],
+    kept: Kept | None = None,
 ) -> tuple[Score, list[Sample], dict[str, Any]]:
     """Run one task over `model`.
 
     Args:
+        kept: answers that are there already; new ones are kept there.
         externals: content digests of local files, as the key has them.
         on_progress: called with the share of the task's requests that are answered, 0 to 1.
 
@@ -198,10 +223,10 @@ def run_task(
     import lm_eval
 
     loaded = _load(manager, task, world, externals)
-    if externals.get("lm_eval_tasks") not in (None, definitions_digest()):
+    if externals.get(f"{task.name}.definition") not in (None, definition_digest(task.name)):
         raise ValueError(
-            f"evaluation task {task.name!r}: the definitions in {LM_EVAL_TASKS} changed while the run went on, so they "
-            "are not those that the key stands for; leave them alone while a run reads them, and run again"
+            f"evaluation task {task.name!r}: its definition in {LM_EVAL_TASKS} changed while the run went on, so it is "
+            "not the one that the key stands for; leave it alone while a run reads it, and run again"
         )
     leaves = list(loaded["tasks"].values())
     details: dict[str, Any] = {}
@@ -216,8 +241,9 @@ def run_task(
         details.update(_fit_generation(leaf, model.max_length))
         fitted.append(fit_examples(leaf, model, _max_gen_toks(leaf), task.limit, chat=chat))
     model.set_cache_hook(_AnswerCounter(leaves, on_progress))
+    answering: Any = Resuming(model, kept)
     results = lm_eval.evaluate(
-        model,
+        answering,
         loaded,
         limit=task.limit,
         log_samples=True,
@@ -226,12 +252,11 @@ def run_task(
         fewshot_as_multiturn=chat,
     )
     assert results is not None  # this stage is one process
-    add_bits_per_byte(model, leaves, results, chat=chat)
+    add_bits_per_byte(answering, leaves, results, chat=chat)
     add_to_group(task.name, leaves, results, task.metric)
     on_progress(1.0)
     if any(fitted):
-        shots_of = [(leaf.get_config("num_fewshot"), one.num_with) for leaf, one in zip(leaves, fitted, strict=True) if one]
-        details["num_with_fewer_examples"] = sum(n for asked, given in shots_of for num, n in given.items() if num < asked)
+        details["num_with_fewer_examples"] = sum(one.num_with_fewer for one in fitted if one)
 
     values = {**results["results"].get(task.name, {}), **results.get("groups", {}).get(task.name, {})}
     metrics = {
@@ -254,9 +279,8 @@ def run_task(
         )
     details.update(chance_details(metrics[task.metric], guessed(results, task.metric)))
     if details.get("is_near_chance"):
-        logger.info(
-            "%s %s: %.4f is within noise of chance, %.4f", task.name, task.metric, metrics[task.metric], details["chance"]
-        )
+        found = (task.name, task.metric, metrics[task.metric], details["chance"])
+        logger.info("%s %s: %.4f is within noise of chance, %.4f", *found)
     samples = [
         marked(_compact(name, sample) | {"is_left_cut": sample["doc_id"] in cut[name]})
         for name, documents in results.get("samples", {}).items()
@@ -264,8 +288,11 @@ def run_task(
     ]
     counts = [results["n-samples"][leaf.task_name] for leaf in leaves]
     num_samples = sum(count["effective"] for count in counts)
-    stderr = values.get(task.metric.replace(",", "_stderr,"), _own_stderr(leaves, task.metric, results))
-    shots = results["n-shot"].get(task.name)
+    stderr = _own_stderr(leaves, task.metric, results)
+    if stderr is None:
+        stderr = values.get(task.metric.replace(",", "_stderr,"))
+    shots_of_leaves = {leaf.get_config("num_fewshot") for leaf in leaves}
+    shots = shots_of_leaves.pop() if len(shots_of_leaves) == 1 else None
     score = Score(
         task=task.name,
         metric=task.metric,
@@ -306,6 +333,7 @@ def _load(
     """lm-eval's task objects. Its `load` merges no dict with a definition by name; what it calls for that does."""
     if not task.files:
         return manager.load([task.name])
+    _kept_rows.cache_clear()  # each task reads its files anew, so that one which changed is seen
     digests = {
         split: digest
         for position, split in enumerate(task.files)

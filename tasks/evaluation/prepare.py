@@ -10,7 +10,6 @@ Definitions ask for it in their `metadata`, as lm-eval has no words for it:
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -44,8 +43,8 @@ def check_description(leaf: Any, *, shipped: bool) -> dict[str, Any]:
         return {}
     if shipped:
         raise ValueError(
-            f"evaluation task {leaf.task_name!r} has a description, and lm-eval makes that a system message under a chat "
-            "template; write it into doc_to_text, in the user's turn, or set evaluation.apply_chat_template: false"
+            f"evaluation task {leaf.task_name!r} has a description, and lm-eval makes that a system message under a "
+            "chat template; write it into doc_to_text, in the user's turn, or set evaluation.apply_chat_template: false"
         )
     logger.warning("%s: lm-eval gives the task's description as a system message", leaf.task_name)
     return {"description": "system message"}
@@ -67,19 +66,19 @@ def limit_answers(leaf: Any, num_tokens_of: Callable[[str], int], *, chat: bool)
 class FittedExamples:
     """Stands in for a task's `fewshot_context`: as many of its examples as fit, the first ones.
 
-    num_with: number of examples -> number of prompts that have so many
+    num_with_fewer: prompts that have fewer examples than were asked for
     """
 
     def __init__(self, leaf: Any, num_tokens_of: Callable[[str], int], room: int) -> None:
         self.context, self.num_tokens_of, self.room = leaf.fewshot_context, num_tokens_of, room
-        self.num_with: Counter[int] = Counter()
+        self.num_with_fewer = 0
 
     def __call__(self, doc: Any, num_fewshot: int, **given: Any) -> Any:
         for num in range(num_fewshot, -1, -1):
             text = self.context(doc, num_fewshot=num, **given)
             if self.num_tokens_of(text) <= self.room:
                 break
-        self.num_with[num] += 1
+        self.num_with_fewer += num < num_fewshot
         return text
 
 
@@ -99,8 +98,8 @@ def fit_examples(leaf: Any, model: HFLM, max_gen_toks: int, limit: int | None, *
     if (shortest := _first_fitting(lengths, room)) is not None:
         raise ValueError(
             f"evaluation task {leaf.task_name!r}: a prompt with one of its {num} examples has at least {shortest} "
-            f"tokens, and evaluation.max_length {model.max_length} leaves {room} beside an answer of {max_gen_toks}: no "
-            "example would ever fit. Raise max_length (if the model's positions allow) or set num_fewshot: 0"
+            f"tokens, and evaluation.max_length {model.max_length} leaves {room} beside an answer of {max_gen_toks}: "
+            "no example would ever fit. Raise max_length (if the model's positions allow) or set num_fewshot: 0"
         )
     leaf.fewshot_context = fitted
     return fitted
