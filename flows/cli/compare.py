@@ -161,6 +161,9 @@ def _read(
     settings = manifest["spec"]["config"].get("settings", {})
     shared = {name: str(settings[name]) for name in _SETTINGS if name in settings}
     outputs = EvaluationOutputs.model_validate(manifest["outputs"])
+    # What was asked for, or what the device had, where the scores say it.
+    if dtypes := {str(one.details["dtype"]) for one in outputs.scores if "dtype" in one.details}:
+        shared["precision"] = ", ".join(sorted(dtypes))
     return measured(folder, outputs, metric, texts=texts), {"backend": "transformers"} | shared
 
 

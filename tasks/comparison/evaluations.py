@@ -24,9 +24,11 @@ _SAME = {
 #: The same of what a score says of itself in its details.
 _SAME_DETAILS = {
     "temperature": "temperature", "num_samples_per_prompt": "number of samples", "max_new_tokens": "length of answers",
-    "max_gen_toks": "length of answers", "seed": "seed", "backend": "backend", "precision": "precision",
-    "generation": "generation settings", "max_length": "maximal length", "model_settings": "model settings",
+    "max_gen_toks": "length of answers", "seed": "seed", "generation": "generation settings",
+    "model_settings": "model settings",
 }  # fmt: skip
+#: Those that only newer scores say.
+_SAME_IF_SAID = {"backend": "backend", "dtype": "precision"}
 #: What a comparison reads of a sample.
 _NO_TEXTS = (
     "task", "entry", "id", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics", "parts", "right", "mean",
@@ -135,7 +137,9 @@ def _by_metric(score: Score, metric: str) -> Score | None:
     """The same task's score by another metric, as its evaluation kept it."""
     name = ",".join([metric, *score.metric.split(",")[1:]])
     value = score.details.get("metrics", {}).get(name)
-    return None if value is None else score.model_copy(update={"metric": name, "value": float(value), "stderr": None})
+    details = {name: one for name, one in score.details.items() if name != "higher_is_better"}
+    changes = {"metric": name, "value": float(value), "stderr": None, "details": details} if value is not None else None
+    return None if changes is None else score.model_copy(update=changes)
 
 
 def _members(file: Path) -> dict[str, str]:
@@ -238,6 +242,10 @@ def _difference(before: Measured, after: Measured) -> str:
     for name, words in _SAME_DETAILS.items():
         old, new = before.score.details.get(name), after.score.details.get(name)
         if old != new:
+            return f"another {words}: {old} -> {new}"
+    for name, words in _SAME_IF_SAID.items():
+        old, new = before.score.details.get(name), after.score.details.get(name)
+        if old != new and None not in (old, new):
             return f"another {words}: {old} -> {new}"
     if not after.items or not before.items:
         return "no items were kept"

@@ -356,7 +356,7 @@ def test_another_way_to_generate_is_named(tmp_path: Path) -> None:
     rows = [sample(i, 1.0) for i in range(4)]
     for name, values, words in (
         ("backend", ("transformers", "vllm"), "backend"),
-        ("precision", ("float32", "bfloat16"), "precision"),
+        ("dtype", ("float32", "bfloat16"), "precision"),
         ("generation", ('{"temperature": 0}', '{"temperature": 1}'), "generation settings"),
         ("max_gen_toks", (256, 512), "length of answers"),
     ):
