@@ -32,7 +32,7 @@ _SAME_IF_SAID = {"backend": "backend", "dtype": "precision"}
 #: What a comparison reads of a sample.
 _NO_TEXTS = (
     "task", "entry", "id", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics", "parts", "right", "mean",
-    "weight",
+    "subset", "weight",
 )  # fmt: skip
 #: Metrics of lm-eval that are better when they are lower, where a score does not say it of itself.
 LOWER_IS_BETTER = ("bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity")
@@ -120,7 +120,8 @@ def measured(
             continue
         values = _values(row, headlines[task].score.metric)
         if values is not None:
-            member = row["task"] if headlines[task].score.task != row["task"] else ""
+            is_member = headlines[task].score.task != row["task"]
+            member = row["task"] if is_member else row.get("subset", "")  # a reward benchmark has subsets
             headlines[task].items[item_name(row, task, seen)] = item_of(values, row.get("prompt_hash"), member, row)
     return headlines
 

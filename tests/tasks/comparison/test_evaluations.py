@@ -315,6 +315,19 @@ def test_items_may_have_weights(tmp_path: Path) -> None:
     assert (made.test.num_lost, made.test.num_gained) == (1, 1)
 
 
+def test_subsets_of_a_reward_benchmark_are_strata(tmp_path: Path) -> None:
+    """Two pairs of one subset, six of another; the score is the mean of the subsets' means."""
+
+    def night(name: str, right: set[int], value: float) -> dict[str, Measured]:
+        rows = [{"task": "pairs", "id": str(i), "right": i in right, "subset": "a" if i < 2 else "b"} for i in range(8)]
+        return evaluation(tmp_path / name, rows, [SCORE | {"task": "pairs", "metric": "accuracy", "value": value}])
+
+    made = one(night("before", {0, 1, 2, 3, 4}, 0.75), night("after", {0, 2, 3, 4}, 0.5))
+    assert made.test is not None and made.test.difference == pytest.approx(-0.25)
+    # One of two fell by 8 / (2 * 2): variance 2 within its subset.
+    assert made.test.stderr == pytest.approx((2 * 2) ** 0.5 / 8)
+
+
 def test_a_rise_of_what_is_better_lower_is_a_drop(tmp_path: Path) -> None:
     def night(name: str, bits: float, **details: Any) -> dict[str, Measured]:
         rows = [sample(i, 0.0, metrics={"bits_per_byte": bits + i / 100}, filter="none") for i in range(30)]
