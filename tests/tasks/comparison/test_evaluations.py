@@ -408,3 +408,33 @@ def test_instructions_of_lm_eval_become_parts() -> None:
     made = _compact("ifeval", known)
     assert made["parts"] == {"inst_level_strict_acc": [1.0, 0.0]}
     assert made["metrics"] == {"prompt_level_strict_acc": False}
+
+
+def test_seven_of_forty_over_seven_tasks_are_no_drop(tmp_path: Path) -> None:
+    """Exact p is 2 / 2^7 = 0.016, seven times that 0.11. The normal approximation says 0.004, and 0.03: a drop."""
+    from scipy.stats import norm
+
+    names = ["gsm8k", *(f"task{i}" for i in range(6))]
+
+    def night(name: str, num_lost: int) -> dict[str, Measured]:
+        rows = [sample(i, float(task != "gsm8k" or i >= num_lost), task=task) for task in names for i in range(40)]
+        scores = [SCORE | {"task": task, "value": 1 - num_lost / 40 * (task == "gsm8k")} for task in names]
+        return evaluation(tmp_path / name, rows, scores)
+
+    last = night("last", 0)
+    judged = {one.task: (p, verdict) for one, p, verdict in verdicts(compare("", last, night("seven", 7)), 0.05)}
+    assert judged["gsm8k"] == (pytest.approx(7 * 2 / 2**7), "within noise") and len(judged) == 7
+    changes = [-1.0] * 7 + [0.0] * 33
+    mean = sum(changes) / 40
+    stderr = (sum((change - mean) ** 2 for change in changes) / 39 / 40) ** 0.5
+    assert 7 * 2 * norm.cdf(mean / stderr) < 0.05
+    # Eleven are one: 2 / 2^11.
+    judged = {one.task: (p, verdict) for one, p, verdict in verdicts(compare("", last, night("eleven", 11)), 0.05)}
+    assert judged["gsm8k"] == (pytest.approx(7 * 2 / 2**11), "drop")
+
+
+def test_two_of_two_lost_are_no_drop(tmp_path: Path) -> None:
+    last = evaluation(tmp_path / "last", [sample(i, 1.0) for i in range(2)])
+    made = one(last, evaluation(tmp_path / "tonight", [sample(i, 0.0) for i in range(2)]))
+    assert made.test is not None and made.test.p_value == 0.5
+    assert verdicts([made], 0.05) == [(made, 0.5, "within noise")]
