@@ -216,16 +216,17 @@ def _over_members(before: Measured, after: Measured, made: Comparison) -> Paired
         return None
     means = [{member: fmean(side.items[name].value for name in of) for member, of in names.items()}
              for side in (before, after)]  # fmt: skip
-    return _told(paired_test(*means), made)
+    return _told(paired_test(means[0], means[1]), made)
 
 
 def _told(test: PairedTest, made: Comparison) -> PairedTest:
     """In terms of better and worse."""
     if made.higher_is_better:
         return test
-    lost, gained = test.num_gained, test.num_lost
-    signs = {"difference": -test.difference, "low": -test.high, "high": -test.low}
-    return replace(test, num_lost=lost, num_gained=gained, **signs)
+    return replace(
+        test, difference=-test.difference, low=-test.high, high=-test.low,
+        num_lost=test.num_gained, num_gained=test.num_lost,
+    )  # fmt: skip
 
 
 def _is_up(score: Score) -> bool:
