@@ -61,7 +61,7 @@ def contributions(before: Items, after: Items, scores: tuple[float, float]) -> C
     for way in ways:
         made = [way(items) for items in (before, after)]
         if all(_is_mean(list(values.values()), score) for values, score in zip(made, scores, strict=True)):
-            return Contributions(*made, {name: item.member for name, item in after.items()})
+            return Contributions(made[0], made[1], {name: item.member for name, item in after.items()})
     return None
 
 
