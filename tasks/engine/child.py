@@ -88,7 +88,7 @@ def main(job_file: str) -> int:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job['num_ranks']}"]
         os.execv(sys.executable, [sys.executable, *launcher, "-m", "smoltulu.tasks.engine.child", job_file])
     # Shared by all ranks and kept until exit; launchers do not pass descriptors on, so each process takes it itself.
-    writers = [open(Path(one["work"]).parent / WRITER, "a+") for one in (job, *job["cells"])]  # noqa: SIM115
+    writers = [open(Path(one["work"]).parent / WRITER, "a+") for one in (job, *job.get("cells", ()))]  # noqa: SIM115
     for writer in writers:
         fcntl.flock(writer.fileno(), fcntl.LOCK_SH)
     sender = Sender(os.environ.get(PIPE_VARIABLE))
@@ -101,7 +101,7 @@ def main(job_file: str) -> int:
     from smoltulu.tasks.stages import STAGES
 
     try:
-        if job["cells"]:
+        if job.get("cells"):
             run_cells(STAGES[job["stage"]], job, sender.progress)
         else:
             run(STAGES[job["stage"]], job, sender.progress, is_main=rank == 0)

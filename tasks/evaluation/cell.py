@@ -263,7 +263,6 @@ def _implicit_reward(
         raise ValueError("implicit_reward compares with the model DPO started from: give reference_model")
     check_model_folder(Path(inputs.reference_model))
     logps = []
-    batch_size = context.compute.per_device_eval_batch_size
     for position, folder in enumerate((inputs.model, inputs.reference_model)):
         # One model at a time, so that a policy and its reference need the memory of one.
         device = device_of(context.compute)
@@ -271,16 +270,8 @@ def _implicit_reward(
         if position == 0:
             ids, texts = pair_accuracy.encode_pairs(tokenizer, pairs, _max_length(model, config))
 
-        def score(places: list[int], on_batch: OnBatch, model: Any = model, tokenizer: Any = tokenizer) -> list[float]:
-            own = [texts[place] for place in places]
-            return pair_accuracy.completion_logps(model, tokenizer, own, batch_size=batch_size, on_batch=on_batch)
-
-        def report(num_done: int, num_in_all: int, position: int = position) -> None:
-            context.report(position * num_in_all + num_done, 2 * num_in_all)
-
-        label = ("policy", "reference")[position]
-        logps.append(kept_scores(kept, label, [text.ids for text in texts], batch_size, report, score))
-        del model, score
+        logps.append(_logps(("policy", "reference")[position], model, tokenizer, texts, context, kept))
+        del model
     mean, total, records = pair_accuracy.implicit_reward_accuracy(ids, texts, *logps)
     per_token = "log-probability ratio per completion token, eos included"
     summed = "log-probability ratio summed over the completion, eos included"
@@ -294,6 +285,27 @@ def _implicit_reward(
     asked = _digests(pairs, ("prompt",), ("chosen", "rejected"))
     samples = [{"task": "implicit_reward", **record, **asked[record["id"]]} for record in records]
     return _pair_scores("implicit_reward", len(ids), inputs, values), samples
+
+
+def _logps(
+    label: str,
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[pair_accuracy.EncodedText],
+    context: StageContext,
+    kept: Kept,
+) -> list[float]:
+    """Log-probability of each completion by one of the two models, `label`."""
+    batch_size = context.compute.per_device_eval_batch_size
+
+    def score(places: list[int], on_batch: OnBatch) -> list[float]:
+        own = [texts[place] for place in places]
+        return pair_accuracy.completion_logps(model, tokenizer, own, batch_size=batch_size, on_batch=on_batch)
+
+    def report(num_done: int, num_in_all: int) -> None:
+        context.report((label == "reference") * num_in_all + num_done, 2 * num_in_all)
+
+    return kept_scores(kept, label, [text.ids for text in texts], batch_size, report, score)
 
 
 def _pair_scores(task: str, num_pairs: int, inputs: EvaluationInputs, values: list[PairValue]) -> list[Score]:

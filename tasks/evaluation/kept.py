@@ -1,9 +1,9 @@
 """Answers of a measurement that goes on: a file of its `work`, a line for each shard, so that a kill loses one at most.
 
-The order of the requests is that of their texts' lengths, and shards are cut from it one after the other. So the batches
-of a measurement that was interrupted are those of one that was not, and so is every answer, bit for bit. The file lies
-in the work of the measurement's own key: nothing else reads it. Another version of a library would not answer alike, so
-its answers are not gone on from.
+The order of the requests is that of their texts' lengths, and shards are cut from it one after the other. So the
+batches of a measurement that was interrupted are those of one that was not, and so is every answer, bit for bit. The
+file lies in the work of the measurement's own key: nothing else reads it. Another version of a library would not answer
+alike, so its answers are not gone on from.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def in_shards(
     """The answer of each request, taken from `kept` or asked for a shard at a time.
 
     Args:
-        requests: text or tokens, by whose length they are ordered (the longest first), and what else decides the answer:
-            JSON values.
+        requests: text or tokens, by whose length they are ordered (the longest first), and what else decides the
+            answer: JSON values.
         num_items: of a shard.
         answer: gives the answers of requests by their positions; JSON values.
         items: of each request, where several belong together (the choices of a question): a shard holds whole items.

@@ -1,4 +1,4 @@
-"""Stage `evaluation`: all measurements of a model. Each is a cell (cell.py); here they are put together, without torch."""
+"""Stage `evaluation`: all measurements of a model. Each is a cell (cell.py); here they are put together."""
 
 from __future__ import annotations
 

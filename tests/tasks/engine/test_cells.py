@@ -1,4 +1,4 @@
-"""An evaluation by cells: found by the model's content, made in one process, kept where another one fails, killed for real."""
+"""An evaluation by cells: found by the model's content, made in one process, kept through failures and kills."""
 
 from __future__ import annotations
 
