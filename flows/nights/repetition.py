@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from smoltulu.artifacts.layout import REPEATED
 from smoltulu.artifacts.store import read_manifest
 from smoltulu.flows.graphs.nodes import Node
 from smoltulu.schemas.artifact import ArtifactReference
@@ -17,8 +18,6 @@ from smoltulu.tasks.comparison.night import Repeated, repeated
 from smoltulu.tasks.engine.environment import drift
 from smoltulu.tasks.evaluation.stage import cell_configs
 
-SUFFIX = "-again"
-
 
 def tasks_of(node: Node) -> list[str]:
     """What an evaluation measures, each of which can be measured alone."""
@@ -26,9 +25,15 @@ def tasks_of(node: Node) -> list[str]:
 
 
 def alone(node: Node, task: str) -> Node:
-    """The same evaluation of one of its tasks. Its cell is that of the whole, so that a refresh measures only that."""
-    config, cell = node.config, _cells(node)[task]
+    """The same evaluation of one of its tasks. Its cell is that of the whole, so that a refresh measures only that.
+
+    Where it measures nothing else, it is the whole.
+    """
+    config, cells = node.config, _cells(node)
     assert isinstance(config, EvaluationStageConfig)
+    if len(cells) == 1:
+        return node
+    cell = cells[task]
     only = {
         "tasks": (cell.task,) if cell.task else (),
         "sampled": cell.sampled,
@@ -37,7 +42,7 @@ def alone(node: Node, task: str) -> Node:
     left_out = ("preference_eval",) if cell.benchmark else ()  # else its pairs would be measured as well
     return replace(
         node,
-        name=f"{node.name}{SUFFIX}",
+        name=f"{node.name}{REPEATED}",
         config=config.model_copy(update={"settings": config.settings.model_copy(update=only)}),
         inputs={name: binding for name, binding in node.inputs.items() if name not in left_out},
     )

@@ -322,6 +322,15 @@ def test_a_tag_is_evaluated_as_the_recipes_own_models(nights: Nights) -> None:
     assert nights.night(models=["best"]).is_nothing_new
 
 
+def test_the_scores_of_a_model_are_not_shown_twice(nights: Nights) -> None:
+    nights.night()
+    nights.night()
+    assert nights.measured == [(f"{NODE}-again", True)]
+    ref = Ref("base_model", nights.graph().key("sft"))
+    assert [score["task"] for score in Catalogue(nights.root).scores(ref)] == ["gsm8k", "piqa"]
+    assert list(baselines.chosen(Catalogue(nights.root), ref.key)) == [NODE]
+
+
 def test_a_hub_revision_that_moved_is_named_and_compared(nights: Nights) -> None:
     name = "me/model@main"
     assert nights.night(models=[name]).new == ("sft", name)
@@ -385,5 +394,6 @@ def test_a_task_alone_is_the_cell_of_the_whole() -> None:
         assert repetition.tasks_of(whole) == expected
         for name in expected:
             one = repetition.alone(whole, name)
-            assert one.name == "evaluation-sft-again"
+            # What measures nothing else is the whole evaluation, whose scores are shown.
+            assert one.name == ("evaluation-sft-again" if len(expected) > 1 else "evaluation-sft")
             assert list(repetition._cells(one).values()) == [repetition._cells(whole)[name]]
