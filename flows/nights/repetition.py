@@ -20,8 +20,8 @@ from smoltulu.tasks.evaluation.stage import cell_configs
 
 
 def tasks_of(node: Node) -> list[str]:
-    """What an evaluation measures, each of which can be measured alone."""
-    return list(_cells(node))
+    """What an evaluation measures, each of which can be measured alone. Of a task that it asks twice, the first."""
+    return [name for name, cell in _cells(node).items() if name == cell.name]
 
 
 def alone(node: Node, task: str) -> Node:

@@ -386,7 +386,7 @@ def test_a_task_alone_is_the_cell_of_the_whole() -> None:
         return Node("evaluation-sft", STAGES["evaluation"], config, inputs=inputs)
 
     for kind, expected in (
-        ("language_model", ["gsm8k", "piqa", "gsm8k-2", "verified_sampled"]),
+        ("language_model", ["gsm8k", "piqa", "verified_sampled"]),
         ("reward_model", ["preference", benchmark.label]),
         ("implicit_reward", ["implicit_reward"]),
     ):
