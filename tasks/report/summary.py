@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from smoltulu.schemas.artifact import ArtifactReference, Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
-from smoltulu.schemas.evaluation import EvaluationOutputs, Measurement
+from smoltulu.schemas.evaluation import EvaluationOutputs, Measurement, Score
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
 from smoltulu.schemas.verifier_audit import PassRatesOutputs, VerifierAuditOutputs
@@ -19,6 +19,16 @@ from smoltulu.tasks.report import text
 from smoltulu.tasks.report.render import render
 
 Outputs = TypeVar("Outputs", bound=BaseModel)
+#: Counts in the details of a score, and how they are called.
+_ODD = {
+    "num_empty": "empty",
+    "num_unparsed": "unparsed",
+    "num_truncated": "cut at the limit",
+    "num_left_cut": "prompts cut",
+    "num_ungradable": "not graded",
+    "num_too_long": "pairs too long",
+    "num_ties": "ties",
+}
 
 
 def stage_runs(
@@ -64,8 +74,19 @@ def collect_scores(made: Sequence[tuple[ArtifactReference, Manifest]]) -> tuple[
         kind = manifest.spec.config.get("kind", "language_model")
         for score in outputs.scores:
             fields = score.model_dump(exclude={"details"})
+            fields |= {"counts": odd_answers(score), "is_near_chance": score.details.get("is_near_chance") is True}
             scores.append(RunScore(node=reference.node, kind=kind, subject=outputs.subject, **fields))
     return tuple(scores)
+
+
+def odd_answers(score: Score) -> dict[str, int]:
+    """How many answers, or prompts, were odd, by what they were; without zeros."""
+    details = dict(score.details)
+    if not details.keys() & {"num_empty", "num_unparsed", "num_left_cut"}:
+        # Before answers were counted, `num_truncated` was the number of prompts that were cut.
+        details["num_left_cut"] = details.pop("num_truncated", None)
+    counts = {words: details.get(name) for name, words in _ODD.items()}
+    return {words: count for words, count in counts.items() if isinstance(count, int) and count > 0}
 
 
 def summarise(
@@ -100,9 +121,11 @@ class ScoreCell:
     value: str  # 0.703 ± 0.020
     num_samples: str
     limited: bool
+    notes: tuple[str, ...] = ()  # near chance; 3 empty; 12 cut at the limit
 
     def __str__(self) -> str:
-        return f"{self.value} (n = {self.num_samples}{', part of the task' if self.limited else ''})"
+        notes = (", part of the task" if self.limited else "") + "".join(f", {note}" for note in self.notes)
+        return f"{self.value} (n = {self.num_samples}{notes})"
 
 
 @dataclass(frozen=True)
@@ -122,6 +145,11 @@ class ScoreTable:
     names: tuple[str, ...]  # heads of the names of a row
     columns: tuple[str, ...]
     rows: tuple[ScoreRow, ...]
+
+    @property
+    def has_near_chance(self) -> bool:
+        """Whether a score is within noise of chance."""
+        return any("near chance" in cell.notes for row in self.rows for cell in row.cells if cell)
 
     @property
     def has_limited(self) -> bool:
@@ -154,7 +182,14 @@ def score_tables(scores: Sequence[RunScore]) -> list[ScoreTable]:
 
 def score_cell(score: Measurement) -> ScoreCell:
     """One score as text."""
-    return ScoreCell(text.score(score.value, score.stderr), f"{score.num_samples:,}", score.limited)
+    counts, is_near_chance = {}, False
+    if isinstance(score, RunScore):
+        counts, is_near_chance = score.counts, score.is_near_chance
+    elif isinstance(score, Score):
+        counts, is_near_chance = odd_answers(score), score.details.get("is_near_chance") is True
+    notes = [f"{count:,} {words}" for words, count in counts.items()]
+    notes = ["near chance", *notes] if is_near_chance else notes
+    return ScoreCell(text.score(score.value, score.stderr), f"{score.num_samples:,}", score.limited, tuple(notes))
 
 
 def _score_row(names: tuple[str, ...], scores: Sequence[RunScore | None]) -> ScoreRow:
