@@ -22,7 +22,7 @@ def clean(value: object) -> str:
 
 
 def visible(value: object) -> str:
-    """Text in which what `clean` would replace is written out, `\\u202e`: for a reader who wants to see that it is there."""
+    """Text in which what `clean` would replace is written out (`\\u202e`), so that a reader sees that it is there."""
     return _UNSHOWABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", str(value))
 
 

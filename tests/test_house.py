@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("flows.reading",),
     ("flows.forms", "flows.logs", "flows.recipe", "flows.machine", "flows.follow_worker"),
     ("flows.graphs",),
-    ("flows.planning", "flows.runs", "flows.local", "flows.endings"),
+    ("flows.planning", "flows.runs", "flows.reporting", "flows.local", "flows.endings"),
     ("flows.pipeline", "flows.audit"),
     ("flows.evaluation",),
     ("flows.cli",),

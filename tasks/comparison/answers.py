@@ -13,7 +13,7 @@ from smoltulu.schemas.verdict import Answer, AnsweredPrompt, Fate
 from smoltulu.tasks.comparison.evaluations import Item, Measured
 
 NUM_PROMPTS = 20
-#: Of so many prompts, as many as there are, are shown whatever else there is; the rest is filled in the order of `Fate`.
+#: So many of each kind are shown, where there are as many, whatever else there is; the rest is filled in this order.
 _AT_LEAST: dict[str, int] = {"flipped": 10, "truncated": 4, "wrong": 4, "right": 2}
 _MARKS = {
     "is_empty": "empty",
@@ -29,8 +29,8 @@ Models = Sequence[tuple[str, Mapping[str, Measured]]]
 def choose_prompts(models: Models, num_prompts: int = NUM_PROMPTS) -> tuple[AnsweredPrompt, ...]:
     """Prompts that the last model answered in words, with the answers of every model that was asked them.
 
-    First those that it lost or gained against the model before it, then those where its answer was cut, then wrong ones,
-    then right ones; within each, tasks take turns.
+    First those that it lost or gained against the model before it, then those where its answer was cut, then wrong
+    ones, then right ones; within each, tasks take turns.
     """
     if not models:
         return ()

@@ -1,4 +1,4 @@
-"""Is it good? Each model of a run against the one before it and against the first, item by item, and what they answered.
+"""Is it good? Each model of a run against the one before it, and the last against the first, item by item.
 
 All tests of the page are adjusted together (Holm): one p-value of a page that shows many says little.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from smoltulu.schemas.evaluation import EvaluationOutputs, Measurement, Score
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
 from smoltulu.schemas.verifier_audit import PassRatesOutputs, VerifierAuditOutputs
-from smoltulu.tasks.report import text
+from smoltulu.tasks.report import text, verdict
 from smoltulu.tasks.report.render import render
 
 Outputs = TypeVar("Outputs", bound=BaseModel)
@@ -36,8 +36,9 @@ def stage_runs(
     made: Sequence[tuple[ArtifactReference, Manifest]],
     failed: Mapping[str, tuple[str, str]],
     seconds: Mapping[str, float],
+    running: Collection[str] = (),
 ) -> tuple[StageRun, ...]:
-    """One entry per planned (node, stage), in that order: made, failed with its error, or not run.
+    """One entry per planned (node, stage), in that order: made, failed with its error, running, or not run.
 
     `seconds` is node -> time spent in this run. A node without an entry counts the duration in its manifest, or 0 if
     cached: that duration belongs to the run that made it. `failed` is node -> (Failed or Cancelled, error).
@@ -54,6 +55,8 @@ def stage_runs(
             own = 0.0 if reference.outcome == "Cached" else manifest.duration_seconds
             of_artifact = reference.model_dump(include={"outcome", "key", "path", "metrics"})
             run = run.model_copy(update={**of_artifact, "seconds": seconds.get(node, own)})
+        elif node in running:
+            run = run.model_copy(update={"outcome": "Running"})
         runs.append(run)
     return tuple(runs)
 
@@ -95,6 +98,7 @@ def summarise(
     made: Sequence[tuple[ArtifactReference, Manifest]],
     failed: Mapping[str, tuple[str, str]] | None = None,
     seconds: Mapping[str, float] | None = None,
+    running: Collection[str] = (),
     error: str | None = None,
     **facts: Any,
 ) -> RunSummary:
@@ -104,11 +108,12 @@ def summarise(
     made      every finished node, cached or new
     failed    node -> (Failed or Cancelled, error)
     seconds   node -> seconds spent in this run
+    running   nodes that run now
     facts     the other fields of `RunSummary`
     """
     return RunSummary(
         error=None if error is None else _storable(error),
-        stages=stage_runs(planned, made, failed or {}, seconds or {}),
+        stages=stage_runs(planned, made, failed or {}, seconds or {}, running),
         scores=collect_scores(made),
         **facts,
     )
@@ -205,7 +210,14 @@ def _source(score: RunScore) -> str:
 def markdown(summary: RunSummary) -> str:
     """The final Markdown artifact: scores, stages, paths."""
     seconds = text.seconds_between(summary.started_at, summary.finished_at)
-    page = render("run.md.jinja", summary=summary, seconds=seconds, tables=score_tables(summary.scores))
+    page = render(
+        "run.md.jinja",
+        summary=summary,
+        seconds=seconds,
+        tables=score_tables(summary.scores),
+        headline=verdict.headline(summary.verdict),
+        sentences=verdict.sentences(summary.verdict),
+    )
     return page.rstrip() + "\n"
 
 
