@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from smoltulu.schemas.evaluation import EvaluationOutputs, Score
 from smoltulu.tasks.comparison.paired import PairedTest, holm, paired_test
+from smoltulu.tasks.evaluation.samples import read_samples
 
 #: What must be the same for two scores to be compared, and how it is called.
 _SAME = {
@@ -82,7 +83,7 @@ def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
     A task that the recipe names twice is there a second time, by task and metric.
 
     Raises:
-        ValueError: a line of the samples that is no JSON object.
+        ValueError: samples that cannot be read.
     """
     headlines: dict[str, Measured] = {}
     names: list[str] = []  # of each score; those of lm-eval come first, an entry of the recipe each
@@ -97,7 +98,7 @@ def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
         return headlines
     members = _members(folder / outputs.results_file) if outputs.results_file else {}
     seen: Counter[tuple[str, str]] = Counter()
-    for row in json_lines(folder / outputs.samples_file, "task"):
+    for row in read_samples(folder / outputs.samples_file):
         entry = row.get("entry")  # older samples have none
         task = members.get(row["task"], row["task"]) if entry is None else names[entry]
         if task not in headlines:
@@ -107,19 +108,6 @@ def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
             cluster = row["task"] if headlines[task].score.task != row["task"] else ""
             headlines[task].items[item_name(row, task, seen)] = Item(value, row.get("prompt_hash"), cluster, row)
     return headlines
-
-
-def json_lines(file: Path, column: str) -> Iterator[dict[str, Any]]:
-    """Objects with a `column`. Lines end at a newline only: a completion may hold U+2028, where `splitlines` cuts."""
-    with file.open(encoding="utf-8", newline="\n") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict) or column not in row:
-                    raise ValueError(f"no object with {column!r}")
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file.name}, line {number}: {error}; evaluate this model again") from error
-            yield row
 
 
 def _members(file: Path) -> dict[str, str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.evaluation import Score
-from smoltulu.tasks.comparison.evaluations import Item, Measured, item_name, json_lines
+from smoltulu.tasks.comparison.evaluations import Item, Measured, item_name
+from smoltulu.tasks.evaluation.samples import json_lines
 
 _DIGEST_CHARACTERS = 16
 

@@ -6,6 +6,7 @@ the task says 0. It never uses lm-eval's request and answer caches: their keys n
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -18,7 +19,9 @@ from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask, Score
 from smoltulu.tasks.data.sources import read_rows
+from smoltulu.tasks.evaluation.answers import Answer, NotesEnds
 from smoltulu.tasks.evaluation.names import file_problems, unknown_task
+from smoltulu.tasks.evaluation.samples import Sample, marked, sample_counts
 from smoltulu.tasks.models.tokens import added_tokens, check_prompts
 
 if TYPE_CHECKING:
@@ -67,7 +70,7 @@ def wrap(
 
     before = [] if chat else added_tokens(tokenizer)[0]
 
-    class SameTokens(HFLM):
+    class SameTokens(NotesEnds, HFLM):
         def tok_encode(
             self,
             string: str,
@@ -159,7 +162,7 @@ def run_task(
     world: str | None,
     externals: Mapping[str, str],
     on_progress: Callable[[float], None],
-) -> tuple[Score, list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[Score, list[Sample], dict[str, Any]]:
     """Run one task over `model`.
 
     Args:
@@ -210,14 +213,19 @@ def run_task(
             f"evaluation task {task.name!r} has no metric {task.metric!r}; "
             f"it reports: {', '.join(sorted(metrics)) or 'none'}"
         )
-    num_truncated = sum(_count_truncated(leaf, model) for leaf in leaves)
-    if num_truncated:
+    cut = {leaf.task_name: _left_cut(leaf, model) for leaf in leaves}
+    if num_left_cut := sum(map(len, cut.values())):
         logger.warning(
             "%s: %d prompts are longer than evaluation.max_length leaves room for; their beginning was cut off. "
             "Fewer shots or a longer max_length would help",
             task.name,
-            num_truncated,
+            num_left_cut,
         )
+    samples = [
+        marked(_compact(name, sample) | {"is_left_cut": sample["doc_id"] in cut[name]})
+        for name, documents in results.get("samples", {}).items()
+        for sample in documents
+    ]
     counts = [results["n-samples"][leaf.task_name] for leaf in leaves]
     num_samples = sum(count["effective"] for count in counts)
     stderr = values.get(task.metric.replace(",", "_stderr,"))
@@ -234,9 +242,8 @@ def run_task(
         template_digest=text_digest(chat_template) if settings.apply_chat_template else "none",
         limited=num_samples < sum(count["original"] for count in counts)
         or any(source.limit is not None for source in task.files.values()),
-        details={**details, "metrics": metrics, "num_truncated": num_truncated},
+        details={**details, "metrics": metrics, **sample_counts(samples, task.metric)},
     )
-    samples = [_compact(name, sample) for name, documents in results.get("samples", {}).items() for sample in documents]
     kept = {name: results[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in results}
     return score, samples, kept
 
@@ -329,8 +336,8 @@ class _AnswerCounter:
         self.on_progress(min(1.0, self.num_answers / self.num_requests))
 
 
-def _count_truncated(leaf: Any, model: HFLM) -> int:
-    """Documents whose prompt (and choice) did not fit, as lm-eval cuts them from the left."""
+def _left_cut(leaf: Any, model: HFLM) -> set[int]:
+    """Ids of the documents whose prompt (and choice) did not fit, as lm-eval cuts them from the left."""
     room = model.max_length
     if leaf.get_config("output_type") == "generate_until":
         room -= _max_gen_toks(leaf)
@@ -338,15 +345,22 @@ def _count_truncated(leaf: Any, model: HFLM) -> int:
         "".join(argument for argument in instance.args if isinstance(argument, str)) for instance in leaf.instances
     ]
     lengths = [len(ids) for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
-    return len({item.doc_id for item, length in zip(leaf.instances, lengths, strict=True) if length > room})
+    return {item.doc_id for item, length in zip(leaf.instances, lengths, strict=True) if length > room}
 
 
-def _compact(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+def _compact(task: str, sample: dict[str, Any]) -> Sample:
     """What a paired comparison and a reader need of one document. Equal hashes: two runs asked the same."""
-    record = {"task": task, "id": sample["doc_id"], "filter": sample["filter"], "target": str(sample["target"])[:200]}
+    record = {"task": task, "id": sample["doc_id"], "filter": sample["filter"], "target": str(sample["target"])}
     record |= {name: sample[name][:16] for name in ("doc_hash", "prompt_hash", "target_hash")}
+    record["prompt"] = str(sample["arguments"][0][0])
     record["metrics"] = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (int, float))}
-    answer = sample["resps"][0][0]
+    answer, parsed = sample["resps"][0][0], sample["filtered_resps"][0]
     if isinstance(answer, str):
-        record["completion"] = answer
+        record |= {"completion": str(answer), "parsed": parsed if isinstance(parsed, str) else json.dumps(parsed)}
+    elif isinstance(answer, tuple):
+        record["logliks"] = [float(choice[0][0]) for choice in sample["resps"]]
+    elif isinstance(answer, float):
+        record["logliks"] = [answer]
+    if isinstance(answer, Answer):
+        record |= {"stop": answer.stop, "num_tokens": answer.num_tokens}
     return record

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote: text without eos, and whether it stopped by itself."""
+    """What a model wrote: text without eos, whether it stopped by itself, and its tokens, eos included."""
 
     text: str
     stopped: bool
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def generate(
     texts = tokenizer.batch_decode(
         [one.ids[:-1] if one.stopped else one.ids for one in written], skip_special_tokens=True
     )
-    made = [Completion(text, one.stopped) for one, text in zip(written, texts, strict=True)]
+    made = [Completion(text, one.stopped, len(one.ids)) for one, text in zip(written, texts, strict=True)]
     return [made[start : start + num_samples] for start in range(0, len(made), num_samples)]
 
 
@@ -128,7 +129,10 @@ def verified_accuracy(
                     "scores": scores,
                     "mean": sum(scores) / len(scores),
                     "num_stopped": sum(sample.stopped for sample in samples),
-                    "completion": samples[0].text,  # of the first sample, for a reader
+                    # Of the first sample, for a reader.
+                    "completion": samples[0].text,
+                    "stop": "eos" if samples[0].stopped else "length",
+                    "num_tokens": samples[0].num_tokens,
                     "reason": ours[0].reason,
                 }
             )

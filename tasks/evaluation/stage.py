@@ -22,6 +22,7 @@ from smoltulu.schemas.evaluation import (
 from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.evaluation import lm_eval as harness
 from smoltulu.tasks.evaluation import pair_accuracy, sampling
+from smoltulu.tasks.evaluation.samples import SAMPLES_FILE, Sample, marked, write_samples
 from smoltulu.tasks.models.classifiers import load_to_score
 from smoltulu.tasks.models.folders import (
     check_model_folder,
@@ -34,10 +35,8 @@ from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
 
-Sample = dict[str, Any]  # a line of the samples file
 PairValue = tuple[str, float, float | None, dict[str, Any]]  # metric, value, standard error, details
 
-SAMPLES_FILE = "samples.jsonl"
 RESULTS_FILE = "results.json"
 _STEPS_PER_TASK = 1000  # progress is reported in thousandths of a task
 _TASK_VERSION = "1"  # of our own measurements; raise it when one of them changes its meaning
@@ -59,8 +58,7 @@ def evaluate(
         scores, samples = _reward_model(config.settings, inputs, context)
     else:
         scores, samples = _implicit_reward(config.settings, inputs, context)
-    with (context.folder / SAMPLES_FILE).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_samples(context.folder / SAMPLES_FILE, samples)
     document = {"subject": config.subject, "kind": config.kind, "scores": [score.model_dump() for score in scores]}
     text = json.dumps({**document, "lm_eval": raw}, indent=1, ensure_ascii=False, default=str)
     (context.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
@@ -145,7 +143,7 @@ def _sampled(
             f"evaluation.max_length allow {max_length} tokens in all"
         )
     rows = _read_rows(inputs.verified_eval, sampled.num_prompts)
-    prompts, num_truncated = sampling.encode_prompts(
+    prompts, num_left_cut = sampling.encode_prompts(
         tokenizer, [row["prompt"] for row in rows], max_length - sampled.max_new_tokens
     )
     completions = sampling.generate(
@@ -174,14 +172,18 @@ def _sampled(
             "max_new_tokens": sampled.max_new_tokens,
             "seed": sampled.seed,
             "num_ungradable": accuracy.num_ungradable,
-            "num_truncated": num_truncated,
+            # Of samples; prompts that were cut are counted once.
+            "num_empty": sum(not one.text.strip() for samples in completions for one in samples),
+            "num_truncated": sum(not one.stopped for samples in completions for one in samples),
+            "num_left_cut": num_left_cut,
             "stopped_share": sum(record["num_stopped"] for record in accuracy.records) / num_samples,
             "stderr": "clustered by prompt",
         },
         **_source(inputs),
     )
     asked = _digests(rows, ("prompt",), ("verifier", "ground_truth"))
-    return score, [{"task": score.task, **record, **asked[record["id"]]} for record in accuracy.records]
+    samples = [{"task": score.task, **record, **asked[record["id"]]} for record in accuracy.records]
+    return score, [marked(one) for one in samples]
 
 
 def _reward_model(

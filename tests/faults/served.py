@@ -29,6 +29,7 @@ from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.run import RunRecord
 from smoltulu.tasks.comparison.evaluations import measured
 from smoltulu.tasks.engine.runner import reference_to
+from smoltulu.tasks.evaluation.samples import read_samples, write_samples
 from tests.faults import commands
 from tests.faults.kills import Result, finish
 from tests.faults.sandbox import Run, Sandbox, limits
@@ -212,12 +213,12 @@ def _last_night(sandbox: Sandbox, baseline: Sandbox) -> None:
         reference: ArtifactReference = reference_to(found, node, "Cached")  # type: ignore[arg-type]
         shutil.copytree(reference.path, output)
         samples = output / reference.outputs["samples_file"]
-        rows = [json.loads(line) for line in samples.read_text().splitlines()]
+        rows = list(read_samples(samples))
         for row in rows[2:]:
             row["metrics" if "metrics" in row else "mean"] = (
                 dict.fromkeys(row["metrics"], 1.0) if "metrics" in row else 1.0
             )
-        samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_samples(samples, rows)
         manifest = sandbox.manifest(node)
         outputs = _agreeing(output, EvaluationOutputs.model_validate(manifest.outputs))
         manifest = manifest.model_copy(update={"outputs": outputs.model_dump(mode="json")})

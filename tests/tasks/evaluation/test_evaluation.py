@@ -21,6 +21,7 @@ from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.evaluation import lm_eval as lm_eval_tasks
 from smoltulu.tasks.evaluation.lm_eval import check_tasks, harness_name, task_manager
 from smoltulu.tasks.evaluation.names import unknown_task
+from smoltulu.tasks.evaluation.samples import COUNTS, SAMPLES_FILE, read_samples
 from smoltulu.tasks.evaluation.sampling import (
     Completion,
     encode_prompts,
@@ -201,7 +202,7 @@ def _run(
     outputs, metrics = evaluate(
         config, EvaluationInputs(model=str(model), chat_template=TULU_TEMPLATE, **inputs), context
     )
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    samples = list(read_samples(out / SAMPLES_FILE))
     return outputs, metrics, samples, steps
 
 
@@ -278,6 +279,15 @@ def test_tiny_tasks_and_sampling_end_to_end(tmp_path: Path, folder: Path) -> Non
     assert len(samples) == 5 + 3 + 6
     assert samples[2]["target"] == "4" and samples[2]["metrics"] == {"exact_match": 0.0}
     assert len({sample["prompt_hash"] for sample in samples[:5]}) == 5
+    # How each answer ended: these have at most 80 and 8 tokens.
+    for sample, limit in [*((one, 80) for one in samples[:8]), *((one, 8) for one in samples[8:])]:
+        assert sample["stop"] in ("eos", "length") and sample["is_truncated"] == (sample["stop"] == "length")
+        assert sample["num_tokens"] == limit or (sample["stop"] == "eos" and 0 < sample["num_tokens"] <= limit)
+    assert samples[0]["prompt"] == "<|user|>\nWhat is 0 plus 0?\n<|assistant|>\n"
+    for score, rows in ((arithmetic, samples[:5]), (instruction, samples[5:8])):
+        for mark, count in COUNTS.items():
+            assert score.details[count] == sum(row[mark] for row in rows)
+    assert {"num_empty", "num_truncated", "num_left_cut"} <= sampled.details.keys()
     assert [sample["id"] for sample in samples[8:]] == [f"row-{n}" for n in range(6)]
     assert steps == sorted(steps) and steps[-1] == (3000, 3000) and len(steps) > 10
     # What a comparison reads of them.
@@ -343,7 +353,7 @@ def test_a_stock_definition_runs_over_local_files(tmp_path: Path, folder: Path, 
     assert "exact_match,flexible-extract" in score.details["metrics"]
     # 256 new tokens asked, 128 in all: cut to a half, and prompts with two examples do not fit in the other.
     assert (score.details["max_gen_toks_asked"], score.details["max_gen_toks"]) == (256, 64)
-    assert score.details["num_truncated"] == 3
+    assert score.details["num_left_cut"] == 3
     assert "answers are cut at 64" in caplog.text and "3 prompts are longer" in caplog.text
     assert {sample["filter"] for sample in samples} == {"strict-match", "flexible-extract"}
     with pytest.raises(ValueError, match=r"needs the split 'train'"):
