@@ -105,14 +105,14 @@ def test_a_killed_run_is_said_to_be_killed_by_the_next_one(tmp_path: Path) -> No
     killed_run(root)
     page = reports_of(root) / "tiny-night" / PAGE
     assert "The run goes on" in words(page), "whole, though the process was killed"
-    _, _, later = begun(root, "tiny-later")
+    _, _, later = begun(root, "tiny-other")
     later.write_while_running({}, {}, {}, [])
     assert "Killed. The process of this run ended without a word, while these ran: sft." in words(page)
     index = (reports_of(root) / "index.html").read_text()
-    assert index.index("tiny-later") < index.index("tiny-night") and ">Killed<" in index and ">Running<" in index
+    assert index.index("tiny-other") < index.index("tiny-night") and ">Killed<" in index and ">Running<" in index
     assert json.loads((page.parent / SUMMARY).read_text())["state"] == "Killed"
     assert mark_killed(root) == [], "once"
-    assert (reports_of(root) / "latest").read_text() == "tiny-later"
+    assert (reports_of(root) / "latest").read_text() == "tiny-other"
 
 
 def test_the_command_writes_pages_again(tmp_path: Path) -> None:
