@@ -21,11 +21,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # What a stage is: its contract, its process, its progress.
     ("tasks",),
     ("tasks.models", "tasks.data", "tasks.world"),
+    ("tasks.evaluation",),
     ("tasks.report", "tasks.trainer", "tasks.comparison"),
     (
         "tasks.base_model",
         "tasks.contamination",
-        "tasks.evaluation",
         "tasks.languages",
         "tasks.publish",
         "tasks.training",
