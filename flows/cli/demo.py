@@ -128,8 +128,8 @@ def show(summary: RunSummary, out: Console) -> None:
         out.print(made)
 
     if summary.verdict.num_tests:
-        for pair, what in sentences(summary.verdict):
-            out.print(f"{pair}: {what}")
+        for pair, said in sentences(summary.verdict):
+            out.print(f"{pair}: {said}")
         out.print("points of 100 ± one standard error of the difference, item by item; 5 % for all tests together\n")
 
     made = table("stage", "outcome", "took", "artifact", title="stages")
