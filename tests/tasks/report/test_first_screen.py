@@ -78,7 +78,7 @@ def test_the_first_screen_says_whether_it_is_good_before_anything_else(tmp_path:
 def test_answers_stand_side_by_side(tmp_path: Path) -> None:
     source = page_of(tmp_path)
     words = words_of(source)
-    assert "greedy x lost by RLVR" in words and "SFT right" in words and "DPO 0.25 empty" in words
+    assert "greedy x lost by RLVR" in words and "SFT right" in words and "DPO 0.25 · empty" in words
     assert "RLVR wrong x by rlvr first of 4 samples, mean 0.25; x" in words
     assert "The samples keep the digest of this prompt only." in words
     assert "… and 7 characters more, in the samples" in words
