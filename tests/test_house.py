@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("flows.reading",),
     ("flows.forms", "flows.logs", "flows.recipe", "flows.machine", "flows.follow_worker"),
     ("flows.graphs",),
-    ("flows.nights", "flows.planning", "flows.runs", "flows.local", "flows.endings"),
+    ("flows.nights", "flows.planning", "flows.runs", "flows.reporting", "flows.local", "flows.endings"),
     ("flows.pipeline", "flows.audit"),
     ("flows.evaluation",),
     ("flows.cli",),
