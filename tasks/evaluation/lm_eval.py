@@ -307,8 +307,8 @@ def run_task(
         or any(source.limit is not None for source in task.files.values()),
         details={**details, "metrics": metrics, **_direction(results, task), **sample_counts(samples, task.metric)},
     )
-    kept = {name: results[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in results}
-    return score, samples, kept
+    parts = ("results", "groups", "versions", "n-shot", "n-samples")
+    return score, samples, {name: results[name] for name in parts if name in results}
 
 
 def _direction(results: Mapping[str, Any], task: EvaluationTask) -> dict[str, bool]:
