@@ -13,6 +13,8 @@ LM_EVAL_TASKS = PRESETS / "lm_eval"
 SWEEPS = PRESETS / "sweeps"
 #: The benchmarks that training data are checked against.
 BENCHMARK_REGISTRY = PRESETS / "benchmarks" / "registry.yaml"
+#: Published scores that ours are shown beside.
+PUBLISHED = PRESETS / "published" / "smoltulu.yaml"
 
 # In a checkout these lie beside `recipes/`, at the top; a wheel has copies there, in the folder of `smoltulu`.
 #: Deployments, as a checkout has them.

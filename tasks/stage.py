@@ -40,6 +40,15 @@ class Report(Protocol):
         """`step` of `num_steps` is done; metrics such as loss, reward, tokens_per_second."""
 
 
+def part_of(report: Report, number: int, num_parts: int) -> Report:
+    """Progress of one of several parts, told as progress of the whole."""
+
+    def part(step: int, num_steps: int, **metrics: float) -> None:
+        report(1000 * number + 1000 * step // (num_steps or 1), 1000 * num_parts, **metrics)
+
+    return part
+
+
 @dataclass(frozen=True)
 class StageContext:
     """Where a stage function works, and how.
@@ -74,6 +83,8 @@ class Stage:
     Some traits follow from the contracts: a stage whose config derives from `TrainingSettings` is a training, and one
     whose outputs are `ModelOutputs` makes a model. The others are fields:
 
+    cells(job)         jobs of other stages that it is put together of, by name. Those that are missing are made in one
+                       process; then `function` runs in the flow's own, with their folders as `inputs.cells`
     block              field of `Recipe` that asks for the stage, where the two names differ
     distributed        not a training, but runs in compute.num_processes processes
     eval_batch         not a training, but its memory grows with compute.per_device_eval_batch_size, which is halved
@@ -99,6 +110,7 @@ class Stage:
     function: Callable[[Any, Any, StageContext], tuple[BaseModel, dict[str, float]]]
     gate_failures: Callable[[Any, Any, Mapping[str, float]], list[str]] | None = None
     build: Callable[[Any, Any, StageContext], Any] | None = None
+    cells: Callable[[Any], Mapping[str, Any]] | None = None
     block: str | None = None
     distributed: bool = False
     eval_batch: bool = False

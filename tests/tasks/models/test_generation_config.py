@@ -12,6 +12,7 @@ import pytest
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationStageConfig
 from smoltulu.schemas.rlvr import GRPOSettings
+from smoltulu.tasks.evaluation.samples import read_samples
 from smoltulu.tasks.evaluation.stage import evaluate
 from smoltulu.tasks.models.folders import check_model_folder, load_language_model
 from smoltulu.tasks.stage import StageContext
@@ -86,7 +87,7 @@ def test_a_file_that_is_no_object_is_refused(folders: dict[str, Path], tmp_path:
         check_model_folder(tmp_path)
 
 
-def answers(model: Path, folder: Path) -> tuple[Any, list[str]]:
+def answers(model: Path, folder: Path) -> tuple[Any, list[dict[str, Any]]]:
     """Scores, and what the model wrote, of an lm-eval task and of sampled prompts."""
     rows = [{"question": f"What is {n} plus {n}?", "answer": f"#### {2 * n}"} for n in range(6)]
     folder.mkdir()
@@ -113,13 +114,13 @@ def answers(model: Path, folder: Path) -> tuple[Any, list[str]]:
         model=str(model), chat_template=TULU_TEMPLATE, verified_eval=str(write_rows(folder / "rows.parquet", prompts))
     )
     outputs, _ = evaluate(config, inputs, context(folder / "stage"))
-    return outputs.scores, (folder / "stage" / "out" / "samples.jsonl").read_text().splitlines()
+    return outputs.scores, list(read_samples(folder / "stage" / "out" / outputs.samples_file))
 
 
 def test_scores_are_those_without_it(folders: dict[str, Path], tmp_path: Path) -> None:
     plain, file, config = (answers(folders[name], tmp_path / name) for name in folders)
     assert file == plain and config == plain
-    assert any(len(json.loads(line)["completion"]) > 20 for line in plain[1])
+    assert any(len(row["completion"]) > 20 for row in plain[1])
 
 
 def rollouts(model: Path, folder: Path) -> list[dict[str, float]]:
