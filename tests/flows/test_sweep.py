@@ -187,6 +187,7 @@ _FLOW = "import json, sys; from smoltulu.flows.sweep import smoltulu_sweep; smol
 def run(sweep: dict[str, Any], folder: Path) -> tuple[int, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | {
         "PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
         "SMOLTULU_STORE": str(folder / "store"), "PYTHONPATH": f"{ROOT}/src:{ROOT}", "COLUMNS": "200",
     }  # fmt: skip
     done = subprocess.run(
