@@ -1,13 +1,15 @@
 """Suites: names for lists of evaluation tasks, each task with its headline metric. Pure data.
 
-The entry `{suite: paper}` of `evaluation.tasks` stands for the tasks below. Other fields of the entry, such as `limit`,
-hold for each of them. What is stored and hashed are the tasks, so a list written out gives the same key.
+The entry `{suite: paper}` of `evaluation.tasks` stands for the tasks below, `{suite: paper, limit: 20}` for their first
+items. What is stored and hashed are the tasks, so a list written out gives the same key.
 """
 
 from __future__ import annotations
 
 import difflib
 from typing import Any
+
+from smoltulu.schemas.common import StrictModel, science
 
 SUITES: dict[str, tuple[dict[str, Any], ...]] = {
     # The rows of SmolLM2's model card and of SmolTulu's paper, as lighteval made them (docs/evaluation.md).
@@ -59,14 +61,29 @@ SUITES: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
+class Suite(StrictModel):
+    """An entry of `evaluation.tasks` that stands for several, as a form or an editor sees it."""
+
+    suite: str = science(description=f"one of {', '.join(SUITES)}")
+    limit: int | None = science(None, ge=1, description="of each task, first documents only")
+
+
 def expand(entries: Any) -> Any:
-    """The entries of `evaluation.tasks` as given, with every suite replaced by its tasks. ValueError: unknown suite."""
+    """The entries of `evaluation.tasks` as given, with every suite replaced by its tasks.
+
+    ValueError: unknown suite, or a field that it has not.
+    """
     if not isinstance(entries, (list, tuple)):
         return entries  # pydantic says what is wrong
     tasks: list[Any] = []
     for entry in entries:
         if isinstance(entry, dict) and "suite" in entry:
             others = {name: value for name, value in entry.items() if name != "suite"}
+            if unknown := sorted(others.keys() - Suite.model_fields.keys()):
+                raise ValueError(
+                    f"a suite has the field limit only; got {', '.join(unknown)}. For more, write its tasks out "
+                    "(docs/evaluation.md)"
+                )
             tasks += [{**task, **others} for task in _suite(entry["suite"])]
         else:
             tasks.append(entry)
