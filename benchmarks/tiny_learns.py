@@ -5,7 +5,7 @@
 
 Runs the stages through the store (finished ones are taken from it), prints the table, exits 1 unless every row holds.
 With `--algorithms`, RLVR is trained from the same DPO model by each of them, under each reward: right answers must
-raise the held-out accuracy, a reward that does not look at the answer must leave it within noise.
+raise the held-out accuracy, a reward that does not look at the answer must not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference
-from smoltulu.tasks.comparison.paired import paired_test
+from smoltulu.tasks.comparison.paired import PairedTest, paired_test
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.evaluation.samples import read_samples
@@ -147,8 +149,23 @@ def checks(references: dict[str, ArtifactReference]) -> list[tuple[str, str, str
     ]
 
 
-def arm(seed: int, algorithm: str, reward: str, overrides: dict[str, Any], log: logging.Logger) -> tuple[str, bool]:
-    """RLVR by this algorithm under this reward: what it did to the DPO model, and whether that is as it should be."""
+@dataclass(frozen=True)
+class Arm:
+    """What RLVR did to the DPO model: sampled accuracy, paired over prompts, and greedy exact match, both in shares."""
+
+    sampled: PairedTest
+    greedy: float
+
+    def __str__(self) -> str:
+        test = self.sampled
+        return (
+            f"samples {100 * test.difference:+.1f} ± {100 * test.stderr:.1f} (p = {test.p_value:.1g}), "
+            f"greedy {100 * self.greedy:+.1f}"
+        )
+
+
+def arm(seed: int, algorithm: str, reward: str, overrides: dict[str, Any], log: logging.Logger) -> Arm:
+    """RLVR by this algorithm under this reward."""
     changes: dict[str, Any] = {"rlvr.reward": reward, "rlvr.seed": seed}
     if BLOCKS[algorithm]:
         changes = {"rlvr": BLOCKS[algorithm] | {"reward": reward, "seed": seed}}
@@ -158,28 +175,45 @@ def arm(seed: int, algorithm: str, reward: str, overrides: dict[str, Any], log: 
         for model in ("dpo", "rlvr")
     )
     before, after = sampled(references, "evaluation-dpo"), sampled(references, "evaluation-rlvr")
-    test = paired_test(before, after)
-    gain, stderr, p_value = test.difference, test.stderr, test.p_value
-    told = f"samples {100 * gain:+.1f} ± {100 * stderr:.1f} (p = {p_value:.1g}), greedy {100 * (rlvr - dpo):+.1f}"
+    return Arm(paired_test(before, after), rlvr - dpo)
+
+
+def judged(reward: str, arms: Sequence[Arm]) -> tuple[str, bool]:
+    """The verdict over seeds, in words, and whether it is as it should be.
+
+    Right answers: 5 points in the mean, in each seed beyond noise, and greedy loses at most a point. A reward that does
+    not look at the answer must gain nothing; what it loses is shown, as drift costs accuracy. `format_only` is shown
+    and not judged: the form is learned from right answers too.
+    """
+    gains = [one.sampled.difference for one in arms]
+    mean = sum(gains) / len(gains)
+    said = f"samples {100 * mean:+.1f} in the mean"
+    if reward == "format_only":
+        return said, True
     if reward == "verified":
-        return told, gain >= 0.05 and p_value < 0.05 and rlvr >= dpo - 0.01
-    # The form is learned from right answers too: it is shown, and not judged.
-    return told, reward == "format_only" or p_value >= 0.01 or gain < 0
+        is_clear = all(one.sampled.p_value < 0.05 and one.sampled.difference > 0 for one in arms)
+        holds = mean >= 0.05 and is_clear and all(one.greedy >= -0.01 for one in arms)
+        return f"{said}: {'ok' if holds else 'FAILS'}", holds
+    has_gained = any(one.sampled.p_value < 0.01 and one.sampled.difference > 0 for one in arms)
+    has_lost = any(one.sampled.p_value < 0.01 and one.sampled.difference < 0 for one in arms)
+    return f"{said}: {'GAINS' if has_gained else 'no gain, loses' if has_lost else 'within noise'}", not has_gained
 
 
 def show_arms(arguments: argparse.Namespace) -> bool:
     """The table of algorithms and rewards; whether all of them did what they should."""
-    table = Table("algorithm", "reward", *(f"seed {seed}" for seed in arguments.seeds), title="RLVR from one DPO model")
+    seeds = (f"seed {seed}" for seed in arguments.seeds)
+    table = Table("algorithm", "reward", *seeds, "verdict", title="RLVR from one DPO model")
     all_hold = True
     for algorithm in arguments.algorithms:
         for reward in arguments.rewards:
-            cells = []
-            for seed in arguments.seeds:
-                told, holds = arm(seed, algorithm, reward, arguments.overrides, logging.getLogger(f"seed {seed}"))
-                cells.append(f"{told} {'ok' if holds else 'FAILS'}")
-                all_hold = all_hold and holds
-            table.add_row(algorithm, reward, *cells)
-    Console(width=200).print(table)
+            arms = [
+                arm(seed, algorithm, reward, arguments.overrides, logging.getLogger(f"seed {seed}"))
+                for seed in arguments.seeds
+            ]
+            verdict, holds = judged(reward, arms)
+            table.add_row(algorithm, reward, *map(str, arms), verdict)
+            all_hold = all_hold and holds
+    Console(width=260).print(table)
     return all_hold
 
 

@@ -150,10 +150,7 @@ def test_cells_are_artifacts_like_any_other(tmp_path: Path) -> None:
     assert manifest["inputs"]["cells.tiny_arithmetic"]["key"] == cell.key
     assert catalogue.manifest(cell)["inputs"]["model"]["key"] == sft[1].key
     assert [relative.ref for relative in ancestors(catalogue, manifest)] == [Ref("base_model", sft[1].key), cell]
-    assert not list(verify_artifacts(catalogue, [cell], report_only=True)) or all(
-        finding.status not in ("damaged", "unreadable")
-        for finding in verify_artifacts(catalogue, [cell], report_only=True)
-    )
+    assert {one.status for one in verify_artifacts(catalogue, [cell], report_only=True)} == {"ok"}
     assert catalogue.scores(cell)[0]["task"] == "tiny_arithmetic"
     # The scores of a model are those of its evaluation, once.
     assert len(catalogue.scores(Ref("base_model", sft[1].key))) == 1
@@ -221,15 +218,16 @@ def test_killed_in_the_middle_of_a_task_it_goes_on_and_gives_the_same_samples(
     for one in (process, *child):
         os.kill(one.pid, signal.SIGKILL)
     process.wait()
-    num_shards = len(answers[0].read_bytes().splitlines()) - 1
-    assert 2 <= num_shards < 25, "killed too late to tell"
+    shards = [
+        json.loads(line) for line in answers[0].read_bytes().splitlines(keepends=True)[1:] if line.endswith(b"\n")
+    ]
+    assert 2 <= len(shards) < 25, "killed too late to tell"
     with answers[0].open("ab") as stream:
         stream.write(b'{"cut sho')  # as a kill leaves it
-    [spec] = killed.root.glob("base_model/*")
     job = job_of(_stored_model(killed), [task(file)])
     with caplog.at_level(logging.INFO):
         resumed = run_stage(job, killed, LOG)
-    assert f"goes on, {16 * num_shards} answers are there" in caplog.text
+    assert f"goes on, {sum(map(len, shards))} answers are there" in caplog.text
     whole = Store(tmp_path / "whole")
     once = run_stage(job_of(model_of(whole, "sft"), [task(file)]), whole, LOG)
     assert samples(resumed) == samples(once)
