@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chi2, f, t
 
-from smoltulu.tasks.surface.optimum import Optima, Optimum
+from smoltulu.tasks.surface.optimum import Optima, Optimum, main_budget
 
 Floats = NDArray[np.float64]
 Verdict = Literal["supported", "excluded", "not identified"]
@@ -64,8 +64,8 @@ class Slopes:
 
     @property
     def half_width(self) -> Floats:
-        """Half of each 95 % interval, (num_slopes,)"""
-        return t.ppf(1 - LEVEL / 2, max(self.num_df, 1)) * self.stderr
+        """Half of each 95 % interval, (num_slopes,); nan where single seeds tell no error"""
+        return t.ppf(1 - LEVEL / 2, self.num_df) * self.stderr if self.num_df else np.full(len(self.names), np.nan)
 
     def interval(self, name: str) -> tuple[float, float]:
         """95 % limits of a slope. KeyError where it was not fitted."""
@@ -108,6 +108,8 @@ def fit_slopes(found: Optima) -> Slopes:
     scale, misfit = _scatter(rest, over_seeds, over_items, to_slopes, design, num_spare)
     covariance = (np.cov(seeds.T) + np.cov(items.T))[1:, 1:] * scale
     num_df = sum(one.num_seeds - 1 for one in optima)
+    if scale > 1:  # then the error comes from the scatter as well, which has fewer
+        num_df = min(num_df, num_spare)
     return Slopes(
         names, fitted[1:], np.atleast_2d(covariance), num_df, misfit, tuple(problems), seeds[:, 1:], items[:, 1:]
     )
@@ -168,7 +170,9 @@ def verdicts(slopes: Slopes) -> dict[str, Verdict]:
     half = slopes.half_width[which]
     limit = 2 * f.ppf(1 - LEVEL, 2, max(slopes.num_df - 1, 1)) * slopes.num_df / max(slopes.num_df - 1, 1)
     away = {name: estimate - np.array(point) for name, point in ACCOUNTS.items()}
-    excluded = {name: bool(d @ np.linalg.solve(covariance, d) > limit) for name, d in away.items()}
+    # Scores without any noise have no error at all.
+    inverse = np.linalg.inv(covariance + 1e-12 * np.eye(2))
+    excluded = {name: bool(d @ inverse @ d > limit) for name, d in away.items()}
     words: dict[str, Verdict] = {}
     for name, d in away.items():
         near = bool((np.abs(d) + half <= TOLERANCE).all())
@@ -216,7 +220,7 @@ def _missing(found: Optima) -> list[str]:
     num_batches = {tokens: len({b for _, one, b, _ in places if one == tokens}) for tokens in budgets}
     if num_batches and max(num_batches.values()) < MIN_BATCHES:
         problems.append(f"{max(num_batches.values())} batch sizes at most; add some until there are {MIN_BATCHES}")
-    main = max(budgets, key=lambda tokens: (num_batches[tokens], -abs(tokens - np.median(budgets))), default=None)
+    main = main_budget(found.optima) if budgets else None
     for _, tokens, batch, num_seeds in places:
         needed = MIN_SEEDS if tokens == main else MIN_SEEDS_ELSEWHERE
         if num_seeds < needed:

@@ -13,15 +13,17 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import f
 
 from smoltulu.tasks.comparison.paired import holm
-from smoltulu.tasks.surface.optimum import WINDOW, Cells, Optima
+from smoltulu.tasks.surface.optimum import WINDOW, Cells, Optima, main_budget
 
 Floats = NDArray[np.float64]
 
 #: Tasks of each class that the permutation test needs: four against four can reach p = 0.029, two against two 0.33.
 MIN_TASKS = 4
 _MAX_PERMUTATIONS = 200_000
+_FULL_TERMS = 5
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,7 @@ def best_ratio(found: Optima) -> float:
 
     The flawed ones are left out of all tasks or of none: else a task's mean would be of other batch sizes.
     """
-    budgets = [one.log2_tokens for one in found.optima]
-    main = max(sorted(set(budgets)), key=budgets.count)
+    main = main_budget(found.optima)
     at_main = [one for one in found.optima if one.log2_tokens == main]
     return float(np.mean([one.log2_lr - one.log2_batch if not one.flaw else np.nan for one in at_main]))
 
@@ -110,12 +111,10 @@ class Nested:
 
 def nested_forms(cells: Cells, found: Optima) -> list[Nested]:
     """Full quadratic surface in log2 LR and log2 B, and parabolas in one of their combinations, within two octaves of
-    the optima of the budget with the most batch sizes. The level of a seed is taken out. Empty where too little is
-    left."""
-    from scipy.stats import f
-
-    budgets = [one.log2_tokens for one in found.optima]
-    main = max(sorted(set(budgets)), key=budgets.count)
+    the optima of the budget with the most batch sizes. The level of a seed at a size is taken out. Empty where too
+    little is left.
+    """
+    main = main_budget(found.optima)
     near = np.zeros(len(cells.items), dtype=bool)
     for one in found.optima:
         if one.log2_tokens == main and np.isfinite(one.log2_lr):
@@ -123,10 +122,11 @@ def nested_forms(cells: Cells, found: Optima) -> list[Nested]:
             near |= here & (cells.log2_tokens == main) & (np.abs(cells.log2_lr - one.log2_lr) <= WINDOW)
     near &= ~cells.diverged
     u, v, y = cells.log2_lr[near], cells.log2_batch[near], cells.items[near].mean(axis=1)
-    if len(y) < 12:
+    of_level = sorted({*zip(cells.seed[near], cells.log2_size[near], strict=True)})
+    if len(y) <= len(of_level) + _FULL_TERMS:
         return []
+    levels = np.stack([(cells.seed[near] == seed) & (cells.log2_size[near] == size) for seed, size in of_level], axis=1)
     u, v = u - u.mean(), v - v.mean()
-    levels = (cells.seed[near][:, None] == np.unique(cells.seed[near])).astype(float)
     forms = {
         "full": [u, v, u * u, u * v, v * v],
         "LR / B": [u - v, (u - v) ** 2],

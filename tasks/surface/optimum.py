@@ -7,6 +7,7 @@ learning rates alike does not move its optimum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,6 +63,7 @@ class Optimum:
 
     log2_lr     nan where there is none
     stderr      of it, over seeds and items; nan where a single seed was run
+    num_seeds   those that say something about it, with two rates or more near it; where none can be told: that were run
     flaw        why it may not be used; empty where it may
     """
 
@@ -96,11 +98,19 @@ class _Curve:
     items: Floats
 
 
+def main_budget(optima: Sequence[Optimum]) -> float:
+    """log2 tokens of the budget with the most batch sizes; of several the one in the middle. There must be one."""
+    budgets = np.unique([one.log2_tokens for one in optima])
+    batches = {tokens: {one.log2_batch for one in optima if one.log2_tokens == tokens} for tokens in budgets}
+    return float(max(budgets, key=lambda tokens: (len(batches[tokens]), -abs(tokens - np.median(budgets)))))
+
+
 def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima:
     """Optimum of every batch size, budget and size, each with what moves it.
 
     Resampled are seeds (within each place; deviations grow by sqrt(S / (S - 1)), as S seeds are few) and items (the
-    same for all cells). Equal `seed` and equal cells give equal draws of seeds: tasks of one sweep stay paired.
+    same for all cells). A place with a single seed is taken to be as uncertain as one seed of the others is. Equal
+    `seed` and equal cells give equal draws of seeds: tasks of one sweep stay paired.
     """
     keys = np.stack([cells.log2_batch, cells.log2_tokens, cells.log2_size], axis=1)
     places = np.unique(keys, axis=0)
@@ -110,9 +120,20 @@ def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima
     resampled, curvatures = _solve(curves, centers, usable, None, None)
     optima, curvature = resampled[0], float(curvatures[0])
 
-    draws = np.random.default_rng(seed)
-    seed_weights = [_seed_weights(len(of_place), num_resamples, draws) for of_place in curves]
+    # A generator for each place: where another task has fewer seeds near its optimum, the other places stay paired.
+    draws = [np.random.default_rng([seed, position]) for position in range(len(places))]
+    seed_weights = [
+        _seed_weights(len(of_place), num_resamples, own) for of_place, own in zip(curves, draws, strict=True)
+    ]
     over_seeds = _solve(curves, centers, usable, seed_weights, None)[0] - optima
+    num_seeds_of = np.array([len(of_place) for of_place in curves])
+    several = (num_seeds_of > 1) & usable
+    # The deviations, not the weights: a weight below 0 makes a place of uneven seeds bend the other way.
+    over_seeds[:, several] *= np.sqrt(num_seeds_of[several] / (num_seeds_of[several] - 1))
+    if several.any():
+        of_one_seed = np.sqrt(np.mean(num_seeds_of[several] * np.nanvar(over_seeds[:, several], axis=0)))
+        for position in np.flatnonzero(num_seeds_of == 1):
+            over_seeds[:, position] += of_one_seed * draws[position].normal(size=num_resamples)
     num_items = cells.items.shape[1]
     item_draws = np.random.default_rng([seed, num_items])
     item_weights = item_draws.multinomial(num_items, np.full(num_items, 1 / num_items), num_resamples) / num_items
@@ -120,7 +141,7 @@ def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima
     found = []
     for position, (place, grid) in enumerate(zip(places, grids, strict=True)):
         flaw = _flaw(grid, optima[position], usable[position], over_seeds[:, position], over_items[:, position])
-        num_seeds = len(curves[position])
+        num_seeds = len(curves[position]) if usable[position] else len(np.unique(grid.seed))
         log2_lr, stderr = (np.nan, np.nan) if flaw in ("too few rates", "no optimum") else (optima[position], np.nan)
         if num_seeds > 1 and np.isfinite(log2_lr):
             stderr = np.sqrt(np.nanvar(over_seeds[:, position]) + np.nanvar(over_items[:, position]))
@@ -156,11 +177,10 @@ class _Grid:
         self.bad = np.unique(self.u[self.diverged])
         good = ~np.isin(self.u, self.bad)
         self.rates = np.unique(self.u[good])
-        level = {one: self.items[good & (self.seed == one)].mean() for one in np.unique(self.seed[good])}
-        means = [
-            np.mean([self.items[row].mean() - level[self.seed[row]] for row in np.flatnonzero(self.u == rate)])
-            for rate in self.rates
-        ]
+        # Rates and seeds together: a seed that was run at the best rates only has a high level, no bad rates.
+        of_rate, of_seed = self.u[good][:, None] == self.rates, self.seed[good][:, None] == np.unique(self.seed[good])
+        design = np.concatenate([of_rate, of_seed], axis=1).astype(float)
+        means = np.linalg.lstsq(design, self.items[good].mean(axis=1), rcond=None)[0][: len(self.rates)]
         self.best = float(self.rates[int(np.argmax(means))]) if len(means) else np.nan
 
     def nearest(self, u: float) -> float:
@@ -168,13 +188,18 @@ class _Grid:
         return float(self.rates[np.argmin(np.abs(self.rates - u))])
 
     def curves(self, center: float) -> list[_Curve]:
-        """The points of each seed within the window; u is counted from `center`."""
+        """The points of each seed within the window; u is counted from `center`.
+
+        A seed with one rate there says nothing about the optimum: it is none of those that are counted and resampled.
+        """
         if not np.isfinite(center):
             return []
         inside = (np.abs(self.u - center) <= WINDOW + 1e-9) & ~np.isin(self.u, self.bad)
         made = []
         for one in np.unique(self.seed[inside]):
             rows = inside & (self.seed == one)
+            if rows.sum() < 2:
+                continue
             made.append(_Curve(self.u[rows] - center, self.items[rows]))
         return made
 
@@ -227,11 +252,10 @@ def _solve(
 
 
 def _seed_weights(num_seeds: int, num_resamples: int, draws: np.random.Generator) -> Floats:
-    """How often each seed counts, (num_resamples, num_seeds); the deviation from once is enlarged for few seeds."""
+    """How often each seed counts, (num_resamples, num_seeds)."""
     if num_seeds < 2:
         return np.ones((num_resamples, num_seeds))
-    counts = draws.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)
-    return 1 + (counts - 1) * np.sqrt(num_seeds / (num_seeds - 1))
+    return draws.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples).astype(float)
 
 
 def _flaw(grid: _Grid, optimum: float, usable: bool, over_seeds: Floats, over_items: Floats) -> Flaw:

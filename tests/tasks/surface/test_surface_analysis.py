@@ -16,7 +16,7 @@ from smoltulu.tasks.surface.claim import (
     permutation_test,
 )
 from smoltulu.tasks.surface.gaussian_process import gp_optimum
-from smoltulu.tasks.surface.optimum import Cells, find_optima
+from smoltulu.tasks.surface.optimum import Cells, Optima, Optimum, find_optima, main_budget
 
 NOISE_RATIO, DRIFT, ROOT, ALONE = ACCOUNTS
 BATCHES = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
@@ -153,6 +153,76 @@ def test_a_seeds_own_level_moves_no_optimum() -> None:
     assert [one.log2_lr for one in after.optima] == pytest.approx([one.log2_lr for one in before.optima], abs=1e-8)
 
 
+def only(cells: Cells, kept: Any) -> Cells:
+    return Cells(**{name: column[kept] for name, column in vars(cells).items()})
+
+
+def test_seeds_that_were_run_at_the_best_rate_only_change_no_optimum_and_no_error() -> None:
+    """They say nothing about where the optimum is: not as seeds of the rule, nor in the resampling."""
+    cells = planted(0.0, 0.0, np.random.default_rng(11), num_seeds=8)
+    three = find_optima(only(cells, cells.seed < 3))
+    more = find_optima(only(cells, (cells.seed < 3) | (cells.log2_lr == -12)))
+    assert more.optima == three.optima and {one.num_seeds for one in more.optima} == {3}
+    assert not identifies_nothing(fit_slopes(more))
+    one = slopes_of(only(cells, (cells.seed < 1) | (cells.log2_lr == -12)))
+    assert any("1 of 3 seeds" in reason for reason in identifies_nothing(one))
+
+
+def test_a_seed_with_missing_cells_bends_no_parabola_the_other_way() -> None:
+    cells = planted(0.0, 0.0, np.random.default_rng(12), num_seeds=2, noise=0.3)
+    found = find_optima(only(cells, (cells.seed == 0) | (np.abs(cells.log2_lr + 12) <= 0.5) | (cells.log2_lr == -13)))
+    assert {one.flaw for one in found.optima} == {""}
+
+
+def test_places_with_a_single_seed_are_as_uncertain_as_one_seed_elsewhere() -> None:
+    """Three batches with two seeds, and with one seed at a second budget: the intervals hold what was planted."""
+    draws = np.random.default_rng(13)
+    design = {20.0: ((3.0, 4.0, 5.0), np.arange(-15.0, -8)), 18.0: ((3.0, 4.0, 5.0), None)}
+    hits = 0
+    for _ in range(60):
+        cells = planted(0.5, -0.3, draws, design=design)
+        slopes = slopes_of(only(cells, (cells.seed < 2) & ((cells.log2_tokens == 20) | (cells.seed < 1))))
+        low, high = slopes.interval("gamma")
+        hits += low <= -0.3 <= high
+    assert hits >= 0.9 * 60
+    single = slopes_of(only(cells, cells.seed < 1))
+    assert np.isnan(single.interval("gamma")).all()
+
+
+def test_scores_without_noise_have_a_verdict() -> None:
+    cells = planted(0.5, 0.0, np.random.default_rng(0), noise=0.0)
+    best = -12.3 + 0.5 * (cells.log2_batch - 4.5)
+    exact = Cells(**{**vars(cells), "items": -((cells.log2_lr - best) ** 2)[:, None]})
+    words = verdicts(slopes_of(exact))
+    assert {name for name, word in words.items() if word == "supported"} == {ROOT}
+    assert [word for name, word in words.items() if name != ROOT] == ["excluded"] * 3
+
+
+def test_optima_that_lie_on_no_plane_have_the_degrees_of_freedom_of_their_scatter() -> None:
+    off = [0.3, -0.6, 0.3, -0.3, 0.6, -0.3]
+    optima = tuple(Optimum(3.0 + n % 3, 20.0 + n // 3, 27.0, -12 + off[n], 0.01, 3) for n in range(6))
+    draws = np.random.default_rng(0)
+    slopes = fit_slopes(Optima(optima, -1.0, 0.01 * draws.normal(size=(200, 6)), np.zeros((200, 6))))
+    assert slopes.num_df == 6 - 3 and slopes.misfit < 1e-6
+    assert slopes.stderr == pytest.approx(np.sqrt(np.sum(np.square(off)) / 3 * np.array([1 / 4, 4 / 6])), rel=0.3)
+
+
+def test_tasks_stay_paired_where_one_lacks_a_seed_at_one_place() -> None:
+    """Deviations of the places that both have are drawn alike: only so are they averaged over a class."""
+    cells = planted(0.0, 0.0, np.random.default_rng(14), level=0.0)
+    less = only(cells, (cells.log2_batch > 2) | (cells.seed < 1))
+    both = zip(find_optima(cells).over_seeds.T, find_optima(less).over_seeds.T, strict=True)
+    assert min(np.corrcoef(one, other)[0, 1] for one, other in list(both)[1:]) > 0.9
+
+
+def test_the_main_budget_has_the_most_batch_sizes_then_lies_in_the_middle() -> None:
+    def optima(*places: tuple[float, float]) -> list[Optimum]:
+        return [Optimum(batch, tokens, 27.0, -12.0, 0.1, 3) for batch, tokens in places]
+
+    assert main_budget(optima((3, 24), (3, 26), (3, 28), (3, 26))) == 26
+    assert main_budget(optima((3, 24), (4, 24), (3, 26), (3, 28))) == 24
+
+
 def test_a_class_is_the_mean_of_its_tasks_and_surer_than_one() -> None:
     draws = np.random.default_rng(8)
     tasks = [slopes_of(planted(0.5, 0.0, draws, noise=2.0)) for _ in range(4)]
@@ -195,6 +265,19 @@ def test_nested_forms_prefer_the_planted_one() -> None:
         assert forms[form].p_value > 0.001 and all(
             one.p_value < 1e-6 for one in forms.values() if one.form not in (form, "full")
         )
+
+
+def test_nested_forms_need_more_cells_than_terms_and_know_sizes() -> None:
+    cells = planted(0.5, 0.0, np.random.default_rng(10), noise=0.3, level=0.0, num_seeds=8)
+    found = find_optima(cells)
+    few = (cells.log2_tokens == 26) & (cells.log2_lr == -13) & (cells.log2_batch < 4)
+    assert len(nested_forms(only(cells, few), found)) == 4  # 16 cells, 8 seeds and 5 terms
+    assert nested_forms(only(cells, few & ((cells.log2_batch == 2) | (cells.seed < 4))), found) == []
+    # A larger model that scores 50 more everywhere is another level, no misfit.
+    larger = Cells(**{**vars(cells), "log2_size": cells.log2_size + 1, "items": cells.items + 50})
+    both = Cells(**{name: np.concatenate([column, vars(larger)[name]]) for name, column in vars(cells).items()})
+    forms = {one.form: one for one in nested_forms(both, find_optima(both))}
+    assert min(forms.values(), key=lambda one: one.bic).form == "LR / sqrt(B)" and forms["LR"].p_value < 1e-6
 
 
 def test_the_items_that_choose_do_not_report() -> None:
