@@ -59,6 +59,21 @@ def try_lock(path: Path) -> Iterator[bool]:
             yield True
 
 
+def is_held(path: Path) -> bool:
+    """Whether somebody holds a lock file now: makes no file, writes none, and keeps no lock."""
+    try:
+        descriptor = open_plain(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextlib.contextmanager
 def hold_if_idle(folder: Path) -> Iterator[str | None]:
     """Hold the locks of a key's folder until the block ends, and yield None; where it is in use, yield by whom."""

@@ -23,6 +23,7 @@ from smoltulu.flows.logs import RunFailed, shield_run_logs
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.flows.sweeping.grid import SweepCell, cells_of, load_sweep
 from smoltulu.flows.sweeping.states import (
+    CellRecord,
     counted,
     counts_of,
     forget_outcome,
@@ -49,10 +50,12 @@ class _Cells(NodeGraph):
     def __init__(self, name: str, cells: list[SweepCell]) -> None:
         super().__init__(name, cells[0].graph.compute)
         for cell in cells:
-            for node in (*cell.shared_nodes, *cell.own_nodes):
-                own = f"{cell.place.name}.{node}" if node in cell.own_nodes else node
-                self.nodes.setdefault(own, cell.graph.nodes[node])
-                self._keys.setdefault(own, cell.graph.key(node))
+            own = cell.own_nodes
+            for node in (*cell.shared_nodes, *own):
+                name, key = f"{cell.place.name}.{node}" if node in own else node, cell.graph.key(node)
+                if self._keys.get(name, key) != key:  # of another size or arm
+                    name = f"{name}.{key[:12]}"
+                self.nodes[name], self._keys[name] = cell.graph.nodes[node], key
 
 
 @with_form
@@ -76,16 +79,18 @@ def smoltulu_sweep(sweep: SweepParameter = "surface-tiny", blocks: Blocks = []) 
     known = [block.name for block in asked.blocks]
     if unknown := [name for name in blocks if name not in known]:
         raise ValueError(f"sweep {asked.name} has no block {unknown[0]!r}; its blocks: {', '.join(known)}")
-    cells = [cell for cell in cells_of(asked) if not blocks or cell.block in blocks]
-    store = open_store(cells[0].graph.compute)
+    whole = list(cells_of(asked))
+    store = open_store(whole[0].graph.compute)
     folder = sweep_folder(store.root, asked.name)
-    remember(folder, cells)
+    record_of = dict(zip(whole, remember(store.root, folder, whole), strict=True))
+    cells = [cell for cell in whole if not blocks or cell.block in blocks]
     log.info("sweep %s: %d cells, store %s", asked.name, len(cells), store.root)
     record = begin_run(
         store, f"{asked.name}-{runtime.flow_run.name}", _Cells(asked.name, cells), str(runtime.flow_run.id)
     )
     interruption = Interruption()
     shared: dict[str, ArtifactReference] = {}  # by key
+    broken: dict[str, str] = {}  # key of what cells share and could not be made -> why
     outcomes: dict[str, str] = {}
     futures: list[PrefectFuture[Any]] = []
 
@@ -104,9 +109,10 @@ def smoltulu_sweep(sweep: SweepParameter = "surface-tiny", blocks: Blocks = []) 
         except Exception as error:
             if (ending := interruption.state_of_stage(error)) is not None:
                 return ending
+            is_result = isinstance(error, Diverged) and node == cell.training
             if node in cell.own_nodes:
-                write_outcome(folder, cell.keys[1], "diverged" if isinstance(error, Diverged) else "failed", str(error))
-            if isinstance(error, Diverged):
+                write_outcome(folder, record_of[cell], "diverged" if is_result else "failed", str(error))
+            if is_result:
                 return Completed(name="Diverged", message=str(error), data={})
             raise
         return Completed(name=made[nodes[-1]].outcome, data=made)
@@ -115,34 +121,40 @@ def smoltulu_sweep(sweep: SweepParameter = "surface-tiny", blocks: Blocks = []) 
     try:
         for cell in cells:
             for node in cell.shared_nodes:
-                if (key := cell.graph.key(node)) not in shared:
-                    future = make.with_options(name=cell.graph.nodes[node].stage.name, task_run_name=node).submit(
-                        cell, (node,)
-                    )
-                    futures.append(future)
-                    shared[key] = future.result()[node]  # type: ignore[index]
-        waiting = [cell for cell in cells if not _has_ended(store, folder, cell, shared)]
+                key, stage = cell.graph.key(node), cell.graph.nodes[node].stage.name
+                if key in shared or _why_not(cell, broken) is not None:
+                    continue
+                futures.append(make.with_options(name=stage, task_run_name=node).submit(cell, (node,)))
+                try:
+                    shared[key] = futures[-1].result()[node]
+                except Exception as error:
+                    broken[key] = str(error)
+            if (why := _why_not(cell, broken)) is not None:
+                write_outcome(folder, record_of[cell], "failed", why)
+                outcomes[cell.place.name] = "Failed"
+        able = [cell for cell in cells if cell.place.name not in outcomes]
+        waiting = [cell for cell in able if not _has_ended(store, record_of[cell], folder, cell, shared)]
         log.info("%d of %d cells are missing", len(waiting), len(cells))
         ended: SimpleQueue[SweepCell] = SimpleQueue()
         num_running = 0
         for cell in waiting:
             if num_running == asked.num_workers:
-                outcomes |= _told(ended.get(), store, folder, log)
+                outcomes |= _told(record_of[ended.get()], store, folder, log)
                 num_running -= 1
-            forget_outcome(folder, cell.keys[1])
+            forget_outcome(folder, record_of[cell])
             future = make.with_options(name="cell", task_run_name=cell.place.name).submit(cell, cell.own_nodes)
             future.add_done_callback(partial(_put, ended, cell))
             futures.append(future)
             num_running += 1
         for _ in range(num_running):
-            outcomes |= _told(ended.get(), store, folder, log)
+            outcomes |= _told(record_of[ended.get()], store, folder, log)
         state = "Failed" if "Failed" in outcomes.values() else "Completed"
     except BaseException as error:
         state = interruption.stop(error, futures)
         raise
     finally:
         end_run(store, record, state, outcomes)
-    counts = counts_of(states_of(store.root, folder, remember(folder, cells)))
+    counts = counts_of(states_of(store.root, folder, [record_of[cell] for cell in cells]))
     message = f"sweep {asked.name}: {counted(counts)}"
     log.info(message)
     if state == "Failed":
@@ -154,9 +166,16 @@ def _put(queue: SimpleQueue[SweepCell], cell: SweepCell, _future: PrefectFuture[
     queue.put(cell)
 
 
-def _has_ended(store: Store, folder: Path, cell: SweepCell, shared: dict[str, ArtifactReference]) -> bool:
+def _why_not(cell: SweepCell, broken: dict[str, str]) -> str | None:
+    """Why a cell cannot run: what it shares with others could not be made. None where all of it is there so far."""
+    return next((broken[key] for node in cell.shared_nodes if (key := cell.graph.key(node)) in broken), None)
+
+
+def _has_ended(
+    store: Store, record: CellRecord, folder: Path, cell: SweepCell, shared: dict[str, ArtifactReference]
+) -> bool:
     """Whether a cell has scores that are made from these inputs, or diverged."""
-    outcome = outcome_of(folder, cell.keys[1])
+    outcome = outcome_of(folder, record)
     if outcome is not None and outcome.state == "diverged":
         return True
     made: dict[str, ArtifactReference] = {}
@@ -171,8 +190,8 @@ def _has_ended(store: Store, folder: Path, cell: SweepCell, shared: dict[str, Ar
     return True
 
 
-def _told(cell: SweepCell, store: Store, folder: Path, log: Any) -> dict[str, str]:
-    (one,) = states_of(store.root, folder, remember(folder, [cell]))
+def _told(cell: CellRecord, store: Store, folder: Path, log: Any) -> dict[str, str]:
+    (one,) = states_of(store.root, folder, [cell])
     log.info("%s: %s%s", cell.place.name, one.state, f" ({one.message.partition('; ')[0]})" if one.message else "")
     return {cell.place.name: "Completed" if one.state == "done" else one.state.capitalize()}
 

@@ -47,7 +47,9 @@ class LogRange(StrictModel):
     @property
     def exponents(self) -> tuple[float, ...]:
         """log2 of the values."""
-        return tuple(self.low + number * self.step for number in range(round((self.high - self.low) / self.step) + 1))
+        num_steps = round((self.high - self.low) / self.step)
+        # Rounded: two ranges that name the same value by other steps name the same cell.
+        return tuple(round(self.low + number * self.step, 12) for number in range(num_steps + 1))
 
 
 class SweepBlock(StrictModel):
@@ -128,6 +130,8 @@ class SweepSettings(StrictModel):
             problems.append(f"a score stands twice in tasks: {scores}; give each once")
         if len(self.sizes) > 1 and (unknown := [name for name, one in self.sizes.items() if not one.num_parameters]):
             problems.append(f"sizes.{unknown[0]}: give its num_parameters, as there are several sizes")
+        if len(self.sizes) > 1 and len({one.num_parameters for one in self.sizes.values()}) < len(self.sizes):
+            problems.append("two sizes have the same num_parameters; what else differs is an arm")
         for block in self.blocks:
             for what, known in (("sizes", self.sizes), ("arms", self.arms)):
                 problems += [
@@ -180,8 +184,9 @@ class Place(StrictModel):
     @property
     def name(self) -> str:
         """Of the cell, for people and files."""
-        extra = "".join(f"-{part}" for part in (self.size, self.arm) if part not in ("base", "main"))
-        return f"lr{self.log2_learning_rate:+g}-b{self.log2_batch:g}-t{self.max_tokens}-s{self.seed}{extra}"
+        arm = "" if self.arm == "main" else f"-{self.arm}"
+        size = "" if self.size == "base" else f".{self.size}"  # no name has a dot: no two places have one name
+        return f"lr{self.log2_learning_rate:+.12g}-b{self.log2_batch:.12g}-t{self.max_tokens}-s{self.seed}{arm}{size}"
 
 
 def places(sweep: SweepSettings) -> dict[Place, str]:

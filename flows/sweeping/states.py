@@ -1,11 +1,14 @@
 """In which state the cells of a sweep are, from what its runs wrote down and what lies in the store.
 
 `<store>/../sweeps/<name>/` holds `cells.json`, the keys of every cell that was ever asked for, and `outcomes/`, a file
-for every cell that ended without an artifact. No graph is built to read them.
+for every cell that ended without an artifact: a failed one by the key of its evaluation, a diverged one by that of its
+training, so that another evaluation finds it. Remove the file of a diverged cell to run it again. No graph is built to
+read them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from smoltulu.artifacts import layout
 from smoltulu.artifacts.files import private_folder, read_plain, write_atomically
-from smoltulu.artifacts.locks import try_lock
+from smoltulu.artifacts.locks import is_held
 from smoltulu.flows.sweeping.grid import SweepCell
 from smoltulu.schemas.common import StrictModel, first_problem
 from smoltulu.schemas.run import Key, StageName
@@ -62,8 +65,11 @@ def sweep_folder(store_root: Path, name: str) -> Path:
     return private_folder(store_root.parent / "sweeps") / name
 
 
-def remember(folder: Path, cells: Iterable[SweepCell]) -> list[CellRecord]:
-    """Write down the cells that a run asks for; those that an earlier one asked for stay."""
+def remember(store_root: Path, folder: Path, cells: Iterable[SweepCell]) -> list[CellRecord]:
+    """Write down the cells that a run asks for; those that an earlier one asked for stay.
+
+    ValueError where a cell that has ended is another training now: one surface would hold two recipes.
+    """
     asked = [
         CellRecord(
             place=cell.place,
@@ -74,8 +80,16 @@ def remember(folder: Path, cells: Iterable[SweepCell]) -> list[CellRecord]:
         )
         for cell in cells
     ]
-    known = {record.evaluation: record for record in remembered(folder)} if (folder / "cells.json").exists() else {}
-    known |= {record.evaluation: record for record in asked}
+    known = {record.place: record for record in remembered(folder)} if (folder / "cells.json").exists() else {}
+    others = [known[one.place] for one in asked if one.place in known and known[one.place].training != one.training]
+    ended = [one.cell for one in states_of(store_root, folder, others) if one.state in ("done", "diverged")]
+    if ended:
+        raise ValueError(
+            f"sweep {folder.name}: {len(ended)} of its cells have ended and would be other trainings now, the first is "
+            f"{ended[0].place.name}; take back what was changed (recipe, overrides, size or arm), or give the sweep "
+            "another name: what is equal is found again"
+        )
+    known |= {record.place: record for record in asked}
     (folder / "outcomes").mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "cells.json", _CELLS.dump_json(tuple(known.values())).decode())
     return asked
@@ -93,23 +107,25 @@ def remembered(folder: Path) -> tuple[CellRecord, ...]:
         raise ValueError(f"{file}: {why}; remove the file and run the sweep again: finished cells are kept") from None
 
 
-def write_outcome(folder: Path, evaluation_key: str, state: Literal["failed", "diverged"], message: str) -> None:
+def write_outcome(folder: Path, cell: CellRecord, state: Literal["failed", "diverged"], message: str) -> None:
     """Write down that a cell ended without scores."""
+    key = cell.training if state == "diverged" else cell.evaluation
     outcome = Outcome(state=state, message=message[:4000], ended_at=datetime.now(UTC).isoformat(timespec="seconds"))
-    write_atomically(folder / "outcomes" / f"{evaluation_key}.json", outcome.model_dump_json())
+    write_atomically(folder / "outcomes" / f"{key}.json", outcome.model_dump_json())
 
 
-def forget_outcome(folder: Path, evaluation_key: str) -> None:
+def forget_outcome(folder: Path, cell: CellRecord) -> None:
     """A cell runs again."""
-    (folder / "outcomes" / f"{evaluation_key}.json").unlink(missing_ok=True)
+    for key in (cell.training, cell.evaluation):
+        (folder / "outcomes" / f"{key}.json").unlink(missing_ok=True)
 
 
-def outcome_of(folder: Path, evaluation_key: str) -> Outcome | None:
+def outcome_of(folder: Path, cell: CellRecord) -> Outcome | None:
     """How a cell ended without scores; None where it did not, or where its file cannot be read: then it runs again."""
-    try:
-        return Outcome.model_validate_json(read_plain(folder / "outcomes" / f"{evaluation_key}.json", 1_000_000))
-    except (OSError, ValueError):
-        return None
+    for key in (cell.training, cell.evaluation):
+        with contextlib.suppress(OSError, ValueError):
+            return Outcome.model_validate_json(read_plain(folder / "outcomes" / f"{key}.json", 1_000_000))
+    return None
 
 
 def states_of(store_root: Path, folder: Path, cells: Iterable[CellRecord]) -> list[CellState]:
@@ -122,14 +138,11 @@ def _state(store_root: Path, folder: Path, cell: CellRecord, ended: set[str]) ->
     of_evaluation = layout.key_path(store_root, "evaluation", cell.evaluation)
     if _is_finished(of_evaluation):
         return CellState(cell, "done")
-    if cell.evaluation in ended and (outcome := outcome_of(folder, cell.evaluation)) is not None:
+    if {cell.training, cell.evaluation} & ended and (outcome := outcome_of(folder, cell)) is not None:
         return CellState(cell, outcome.state, outcome.message)
-    for path in (layout.key_path(store_root, cell.stage, cell.training), of_evaluation):
-        if (path / layout.LOCK).exists():
-            with try_lock(path / layout.LOCK) as is_idle:
-                if not is_idle:
-                    return CellState(cell, "running")
-    return CellState(cell, "pending")
+    of_training = layout.key_path(store_root, cell.stage, cell.training)
+    is_running = any(is_held(path / layout.LOCK) for path in (of_training, of_evaluation))
+    return CellState(cell, "running" if is_running else "pending")
 
 
 def _is_finished(path: Path) -> bool:

@@ -14,6 +14,7 @@ import pytest
 
 from smoltulu.artifacts.locks import try_lock
 from smoltulu.flows.recipe import RecipeError
+from smoltulu.flows.sweep import _Cells
 from smoltulu.flows.sweeping.grid import cells_of, load_sweep
 from smoltulu.flows.sweeping.scores import load_scores
 from smoltulu.flows.sweeping.states import (
@@ -134,18 +135,20 @@ def test_states(store: HandStore) -> None:
     folder = sweep_folder(store.root, "small")
     (folder / "outcomes").mkdir(parents=True)
     evaluate(store, 0, [1.0, 0.0])
-    write_outcome(folder, cells[0].evaluation, "failed", "an earlier attempt")
-    write_outcome(folder, cells[1].evaluation, "diverged", "loss is nan")
-    write_outcome(folder, cells[2].evaluation, "failed", "the disk is full")
+    write_outcome(folder, cells[0], "failed", "an earlier attempt")
+    write_outcome(folder, cells[1], "diverged", "loss is nan")
+    write_outcome(folder, cells[2], "failed", "the disk is full")
     with try_lock(store.root / "sft" / cells[3].training / "lock") as is_mine:
         assert is_mine
         states = states_of(store.root, folder, cells)
     assert [one.state for one in states] == ["done", "diverged", "failed", "running", "pending"]
     assert states[2].message == "the disk is full"
     assert counted(counts_of(states)) == "1 done, 1 diverged, 1 running, 1 pending, 1 failed"
-    forget_outcome(folder, cells[2].evaluation)
+    forget_outcome(folder, cells[2])
     assert states_of(store.root, folder, cells[2:3])[0].state == "pending"
-    (folder / "outcomes" / f"{cells[1].evaluation}.json").write_text("{")
+    again = cells[1].model_copy(update={"evaluation": "0" * 64})
+    assert states_of(store.root, folder, [again])[0].state == "diverged", "a metric that is added trains nothing"
+    (folder / "outcomes" / f"{cells[1].training}.json").write_text("{")
     assert states_of(store.root, folder, cells[1:2])[0].state == "pending"
 
 
@@ -153,12 +156,44 @@ def test_a_sweep_remembers_cells_that_are_not_asked_for_any_more(tmp_path: Path)
     folder = sweep_folder(tmp_path / "store", "small")
     with pytest.raises(ValueError, match="sweep small was never run in this store"):
         remembered(folder)
-    remember(folder, cells_of(load_sweep(WIDER)))
-    remember(folder, cells_of(load_sweep(SWEEP)))
+    remember(tmp_path / "store", folder, cells_of(load_sweep(WIDER)))
+    remember(tmp_path / "store", folder, cells_of(load_sweep(SWEEP)))
     assert [cell.place.log2_learning_rate for cell in remembered(folder)] == [-9, -8, -7]
     (folder / "cells.json").write_text("[{}]")
     with pytest.raises(ValueError, match="remove the file and run the sweep again"):
         remembered(folder)
+
+
+def test_a_cell_that_has_ended_stays_the_training_that_it_was(tmp_path: Path) -> None:
+    """Another evaluation takes the place of the one before; another recipe does only where nothing has ended."""
+    root = tmp_path / "store"
+    folder = sweep_folder(root, "small")
+    before = remember(root, folder, cells_of(load_sweep(SWEEP)))
+    measured = load_sweep(SWEEP | {"overrides": SMALL | {"evaluation.max_length": 120}})
+    after = remember(root, folder, cells_of(measured))
+    assert [one.training for one in after] == [one.training for one in before]
+    assert after[0].evaluation != before[0].evaluation and remembered(folder) == tuple(after)
+    other = load_sweep(SWEEP | {"overrides": SMALL | {"sft.weight_decay": 0.3}})
+    changed = remember(root, folder, cells_of(other))
+    assert remembered(folder) == tuple(changed) and changed[0].training != after[0].training
+    write_outcome(folder, changed[1], "diverged", "loss is nan")
+    with pytest.raises(ValueError, match=r"sweep small: 1 of its cells have ended .* lr-8-b3-t2000-s0; take back"):
+        remember(root, folder, cells_of(measured))
+    assert remembered(folder) == tuple(changed)
+
+
+def test_gc_keeps_what_the_cells_of_every_size_share() -> None:
+    sizes = {"base": {"num_parameters": 1}, "large": {"num_parameters": 2, "overrides": {"world.seed": 5}}}
+    cells = list(cells_of(load_sweep(SWEEP | {"sizes": sizes, "blocks": [BLOCK | {"sizes": list(sizes)}]})))
+    keys = set(_Cells("small", cells).keys().values())
+    assert keys == {cell.graph.key(node) for cell in cells for node in (*cell.shared_nodes, *cell.own_nodes)}
+
+
+def test_a_look_at_a_cell_leaves_nothing_behind(store: HandStore) -> None:
+    cell = record(store, 0)
+    before = sorted(store.root.rglob("*"))
+    assert states_of(store.root, sweep_folder(store.root, "small"), [cell])[0].state == "pending"
+    assert sorted(store.root.rglob("*")) == before
 
 
 def test_scores_as_arrays_by_hand(store: HandStore) -> None:
@@ -169,7 +204,7 @@ def test_scores_as_arrays_by_hand(store: HandStore) -> None:
     (folder / "outcomes").mkdir(parents=True)
     evaluate(store, 0, [1.0, 0.0])
     evaluate(store, 1, [1.0, 1.0])
-    write_outcome(folder, cells[2].evaluation, "diverged", "loss is nan")
+    write_outcome(folder, cells[2], "diverged", "loss is nan")
     accuracy, bits = load_scores(sweep, store.root, states_of(store.root, folder, cells))
     assert accuracy.cells.items[:2].tolist() == [[1.0, 0.0], [1.0, 1.0]] and np.isnan(accuracy.cells.items[2]).all()
     assert bits.cells.items[:2].tolist() == [[-1.0, -2.0], [-1.0, -1.0]]
@@ -204,8 +239,13 @@ def test_only_what_is_missing_runs_and_a_cell_that_fails_ends_nothing(tmp_path: 
     assert code == 0 and "sweep small: 2 done" in out and "2 of 2 cells are missing" in out, out[-3000:]
     code, out = run(WIDER, tmp_path)
     assert code == 0 and "sweep small: 3 done" in out and "1 of 3 cells are missing" in out, out[-3000:]
-    # A gate that no model passes: these cells fail, after they were trained.
+    # A gate that no model passes: these cells fail, after they were trained. Rows that no token of is left of: what the
+    # cells of the arm share fails, and they with it.
     gate = {"num_prompts": 2, "max_new_tokens": 8, "min_stopped_share": 1}
-    failing = SWEEP | {"overrides": SMALL | {"sft.gate": gate}, "blocks": [BLOCK, BLOCK | {"name": "b", "seeds": [5]}]}
+    failing = SWEEP | {
+        "overrides": SMALL | {"sft.gate": gate},
+        "arms": {"main": {}, "short": {"overrides": {"sft.max_length": 2}}},
+        "blocks": [BLOCK, BLOCK | {"name": "b", "seeds": [5], "arms": ["short", "main"]}],
+    }
     code, out = run(failing, tmp_path)
-    assert code != 0 and "sweep small: 2 done, 2 failed" in out, out[-3000:]
+    assert code != 0 and "sweep small: 2 done, 4 failed" in out, out[-3000:]

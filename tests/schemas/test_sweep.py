@@ -49,6 +49,19 @@ def test_an_extension_leaves_the_cells_that_are_there_as_they_are() -> None:
         assert place in places(after) and overrides_of(before, place) == overrides_of(after, place)
 
 
+def test_ranges_that_name_a_value_by_other_steps_name_the_same_cell() -> None:
+    assert LogRange(low=-3, high=-2, step=0.1).exponents[::2] == LogRange(low=-3, high=-2, step=0.2).exponents
+
+
+def test_no_two_places_have_one_name() -> None:
+    where = [("base", "main"), ("main", "main"), ("base", "base"), ("a-b", "main"), ("a", "b"), ("base", "a-b")]
+    names = {
+        Place(log2_learning_rate=-10, log2_batch=5, seed=3, max_tokens=4000, size=size, arm=arm).name
+        for size, arm in where
+    }
+    assert len(names) == len(where)
+
+
 def test_what_a_cell_sets() -> None:
     place = Place(log2_learning_rate=-10, log2_batch=5, seed=3, max_tokens=4000, arm="half-life")
     one = sweep(
@@ -82,6 +95,7 @@ def test_a_budget_of_rlvr_is_in_episodes() -> None:
         ({"blocks": [BLOCK | {"sizes": ["large"]}]}, "no 'large'; known: ['base']"),
         ({"blocks": [BLOCK | {"arms": ["lora"]}]}, "no 'lora'; known: ['main']"),
         ({"sizes": {"base": {}, "large": {"num_parameters": 9}}}, "sizes.base: give its num_parameters"),
+        ({"sizes": {"base": {"num_parameters": 9}, "wide": {"num_parameters": 9}}}, "same num_parameters"),
         ({"tasks": [{"task": "gsm8k", "metric": "acc,none"}]}, "task_class"),
         ({"tasks": SWEEP["tasks"] * 2}, "stands twice"),
         ({"blocks": [BLOCK | {"max_tokens": list(range(1, 2000))}]}, "20,000 are allowed at most"),
