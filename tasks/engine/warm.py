@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import importlib
+import itertools
 import json
 import os
 import select
@@ -21,12 +23,14 @@ import threading
 import traceback
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
 
 _MAX_MESSAGE = 1 << 16
 #: Variables that a stage may have its own values of: nothing that is imported reads them.
 OWN_VARIABLES = ("SMOLTULU_MESSAGES", "CUDA_VISIBLE_DEVICES")
+_ASKED_TO_END = (signal.SIGINT, signal.SIGTERM)
 #: Read at import, so that a fork has them: what trainings and evaluations begin with.
 _IMPORTED = (
     "torch",
@@ -42,8 +46,9 @@ _IMPORTED = (
 class WarmProcess:
     """A forked stage, as `subprocess.Popen` would show it."""
 
-    def __init__(self, server: _Server, stdout: IO[bytes]) -> None:
+    def __init__(self, server: _Server, request: int, stdout: IO[bytes]) -> None:
         self.stdout = stdout
+        self.request = request
         self.pid: int | None = None
         self.returncode: int | None = None
         self._server, self._ended = server, threading.Event()
@@ -67,7 +72,7 @@ class WarmProcess:
 
     def _send(self, number: int) -> None:
         # By the server, which has not reaped it yet: its number cannot be another process's.
-        self._server.send({"signal": int(number), "request": id(self)})
+        self._server.send({"signal": int(number), "request": self.request})
 
     def end(self, returncode: int) -> None:
         """Told by the server's listener."""
@@ -80,25 +85,32 @@ class _Server:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._processes: dict[int, WarmProcess] = {}
+        self._processes: dict[int, WarmProcess] = {}  # by request
+        self._requests = itertools.count()
         self._lock = threading.Lock()
         self.is_gone = False
-        started = threading.Event()
+        started: Future[subprocess.Popen[bytes]] = Future()
 
         def live() -> None:
             # The kernel ends the server with the thread that started it: this one stays as long as the flow.
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "smoltulu.tasks.engine.warm", str(there.fileno())],
-                pass_fds=(there.fileno(),),
-                stdin=subprocess.DEVNULL,
-                env=environment | {"SMOLTULU_PARENT": str(os.getpid())},
-            )
-            there.close()
-            started.set()
-            self._listen()
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "smoltulu.tasks.engine.warm", str(there.fileno())],
+                    pass_fds=(there.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    env=environment | {"SMOLTULU_PARENT": str(os.getpid())},
+                )
+            except Exception as error:
+                self._here.close()
+                started.set_exception(error)
+                return
+            finally:
+                there.close()
+            started.set_result(process)
+            self._listen(process)
 
         threading.Thread(target=live, name="warm-processes", daemon=True).start()
-        started.wait()
+        self.process = started.result()
 
     @property
     def pid(self) -> int:
@@ -106,27 +118,25 @@ class _Server:
 
     def start(self, job_file: Path, own: Mapping[str, str]) -> WarmProcess:
         reading, writing = os.pipe()
-        process = WarmProcess(self, os.fdopen(reading, "rb", buffering=0))
-        with self._lock:
-            self._processes[id(process)] = process
+        process = WarmProcess(self, next(self._requests), os.fdopen(reading, "rb", buffering=0))
+        message = json.dumps({"request": process.request, "job": str(job_file), "own": dict(own)}).encode()
         try:
-            message = json.dumps({"request": id(process), "job": str(job_file), "own": dict(own)}).encode()
             with self._lock:
-                if not self.is_gone:
-                    socket.send_fds(self._here, [message], [writing])
+                if self.is_gone:
+                    raise OSError(errno.EPIPE, "the server of warm processes is gone")
+                socket.send_fds(self._here, [message], [writing])
+                self._processes[process.request] = process
         except OSError:
-            self._lost()
+            process.end(-signal.SIGKILL)
         finally:
             os.close(writing)
-        if self.is_gone:
-            process.end(-signal.SIGKILL)
         return process
 
     def send(self, message: dict[str, Any]) -> None:
         with self._lock, contextlib.suppress(OSError):
             self._here.send(json.dumps(message).encode())
 
-    def _listen(self) -> None:
+    def _listen(self, server: subprocess.Popen[bytes]) -> None:
         while data := self._received():
             message = json.loads(data)
             with self._lock:
@@ -139,21 +149,20 @@ class _Server:
                 process.end(message["status"])
             else:
                 process.pid = message["pid"]
-        self._lost()
+        # The server has ended, and with it its stages: the kernel sees to that.
+        status = server.wait()
+        with self._lock:
+            self.is_gone = True
+            left, self._processes = list(self._processes.values()), {}
+            self._here.close()
+        for process in left:
+            process.end(status if status > 0 else -signal.SIGKILL)
 
     def _received(self) -> bytes:
         try:
             return self._here.recv(_MAX_MESSAGE)
         except OSError:
             return b""
-
-    def _lost(self) -> None:
-        """The server has ended, and with it its stages: the kernel sees to that."""
-        self.is_gone = True
-        with self._lock:
-            left, self._processes = list(self._processes.values()), {}
-        for process in left:
-            process.end(-signal.SIGKILL)
 
 
 _servers: dict[tuple[tuple[str, str], ...], _Server] = {}
@@ -183,8 +192,12 @@ def serve(descriptor: int) -> int:
     from smoltulu.tasks.process import die_with_parent
 
     die_with_parent(int(os.environ.pop("SMOLTULU_PARENT")))
+    # Ctrl-C and a machine that goes down ask every process to end: stages write a checkpoint if their server lives on.
+    for number in _ASKED_TO_END:
+        signal.signal(number, signal.SIG_IGN)
     for name in _IMPORTED:
-        importlib.import_module(name)
+        with contextlib.suppress(Exception):  # a stage that needs it tells so in its own log
+            importlib.import_module(name)
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*")
     connection = socket.socket(fileno=descriptor)
     waking, woken = os.pipe()
@@ -208,12 +221,19 @@ def serve(descriptor: int) -> int:
                     if request == message["request"]:
                         os.kill(pid, message["signal"])
             else:
-                pid = os.fork()
-                if pid == 0:
-                    _become_stage(message, descriptors[0], (connection.fileno(), waking, woken))
+                told = {"request": message["request"]}
+                signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED_TO_END)
+                try:
+                    if (pid := os.fork()) == 0:
+                        _become_stage(message, descriptors[0], (connection.fileno(), waking, woken))
+                    requests[pid] = message["request"]
+                    told["pid"] = pid
+                except OSError as error:
+                    os.write(descriptors[0], f"no process for it: {error}\n".encode())
+                    told["status"] = 1
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED_TO_END)
                 os.close(descriptors[0])
-                requests[pid] = message["request"]
-                connection.send(json.dumps({"request": message["request"], "pid": pid}).encode())
+                connection.send(json.dumps(told).encode())
         _reap(requests, connection)
 
 
@@ -225,8 +245,9 @@ def _reap(requests: dict[int, int], connection: socket.socket) -> None:
             return
         if pid == 0:
             return
-        message = {"request": requests.pop(pid), "status": os.waitstatus_to_exitcode(status)}
-        connection.send(json.dumps(message).encode())
+        if pid in requests:  # else a child of a library
+            message = {"request": requests.pop(pid), "status": os.waitstatus_to_exitcode(status)}
+            connection.send(json.dumps(message).encode())
 
 
 def _become_stage(message: dict[str, Any], output: int, inherited: tuple[int, ...]) -> None:
@@ -235,6 +256,9 @@ def _become_stage(message: dict[str, Any], output: int, inherited: tuple[int, ..
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED_TO_END)
         os.dup2(output, 1)
         os.dup2(output, 2)
         for descriptor in {output, *inherited} - {1, 2}:
@@ -248,8 +272,8 @@ def _become_stage(message: dict[str, Any], output: int, inherited: tuple[int, ..
         try:
             status = main(message["job"])
         except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 1
-            if not isinstance(stop.code, int):
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            if isinstance(stop.code, str):
                 print(stop.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()

@@ -21,7 +21,7 @@ from smoltulu.tasks.engine import launch, warm
 from smoltulu.tasks.engine.launch import StageFailed, stop_children
 from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.job import Job
-from tests.tasks.engine.test_runner import _SFT, dataset_job, sft_job, write_sft_world
+from tests.tasks.engine.test_runner import _SFT, dataset_job, sft_job, world_job, write_sft_world
 
 LOG = logging.getLogger("test")
 
@@ -122,3 +122,54 @@ def test_a_gpu_is_a_stages_own_and_threads_are_its_servers() -> None:
     environment = {"CUDA_VISIBLE_DEVICES": "1", "SMOLTULU_MESSAGES": "/x", "OMP_NUM_THREADS": "1"}
     assert warm.shared(environment) == warm.shared({**environment, "CUDA_VISIBLE_DEVICES": "0"})
     assert warm.shared(environment) != warm.shared({**environment, "OMP_NUM_THREADS": "7"})
+
+
+def test_a_signal_to_all_processes_ends_no_server_before_its_stage(sft_world: Path, tmp_path: Path) -> None:
+    """Ctrl-C and the end of a machine reach the server too, and the kernel kills its stages with it."""
+    made = []
+    job = warm_job(sft_job(sft_world), max_steps=120)
+    thread = threading.Thread(target=lambda: made.append(run_stage(job, Store(tmp_path), LOG)))
+    thread.start()
+    process = _running(tmp_path)
+    assert isinstance(process, warm.WarmProcess)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(process._server.pid, number)
+    thread.join(120)
+    assert [one.outcome for one in made] == ["Completed"]
+
+
+def _with_trl(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "modules" / "trl").mkdir(parents=True)
+    (folder / "modules" / "trl" / "__init__.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", f"{folder / 'modules'}:{os.environ.get('PYTHONPATH', '')}")
+
+
+def test_a_library_that_cannot_be_imported_ends_only_stages_that_need_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_trl(tmp_path, "raise ImportError('half installed')", monkeypatch)
+    assert run_stage(warm_job(world_job()), Store(tmp_path / "store"), LOG).outcome == "Completed"
+
+
+def test_a_server_that_crashes_tells_its_status_and_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_trl(tmp_path, "import os; os._exit(7)", monkeypatch)
+    with pytest.raises(StageFailed, match="ended with status 7"):
+        run_stage(warm_job(world_job()), Store(tmp_path / "store"), LOG)
+    assert not [one for one in psutil.Process().children() if one.status() == psutil.STATUS_ZOMBIE]
+
+
+def test_a_server_that_cannot_be_started_says_so_and_blocks_nobody() -> None:
+    told: list[str] = []
+
+    def ask() -> None:
+        try:
+            warm.server_for({"NAME": "with\0nul"})
+        except ValueError as error:
+            told.append(str(error))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(20)
+    assert told == ["embedded null byte"]
