@@ -176,6 +176,8 @@ def halves(num_items: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def chosen_place(cells: Cells, log2_tokens: float) -> Choice:
     """Best mean score over seeds by the choosing items at a budget, among places where no seed diverged.
 
+    Places with fewer seeds than the middle one are left out: the best of many single seeds is the luckiest.
+
     ValueError: no such place, or fewer than two items.
     """
     choosing, reporting = halves(cells.items.shape[1])
@@ -184,7 +186,8 @@ def chosen_place(cells: Cells, log2_tokens: float) -> Choice:
     here = cells.log2_tokens == log2_tokens
     places = np.stack([cells.log2_lr, cells.log2_batch, cells.log2_size], axis=1)
     made: list[tuple[float, Floats, Floats]] = []
-    for place in np.unique(places[here], axis=0):
+    found, num_seeds = np.unique(places[here], axis=0, return_counts=True)
+    for place in found[num_seeds >= np.floor(np.median(num_seeds))]:
         rows = here & (places == place).all(axis=1)
         if not cells.diverged[rows].any():
             mean = cells.items[rows].mean(axis=0)

@@ -244,7 +244,7 @@ def test_only_what_is_missing_runs_and_a_cell_that_fails_ends_nothing(tmp_path: 
     gate = {"num_prompts": 2, "max_new_tokens": 8, "min_stopped_share": 1}
     failing = SWEEP | {
         "overrides": SMALL | {"sft.gate": gate},
-        "arms": {"main": {}, "short": {"overrides": {"sft.max_length": 2}}},
+        "arms": {"main": {}, "short": {"overrides": {"sft.max_length": 8}}},
         "blocks": [BLOCK, BLOCK | {"name": "b", "seeds": [5], "arms": ["short", "main"]}],
     }
     code, out = run(failing, tmp_path)

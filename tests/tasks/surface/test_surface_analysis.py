@@ -289,6 +289,14 @@ def test_the_items_that_choose_do_not_report() -> None:
     assert (chosen.log2_lr, chosen.score, chosen.regret) == (-10.0, 0.0, 1.0)
 
 
+def test_a_place_with_fewer_seeds_than_the_others_is_not_chosen_by_its_luck() -> None:
+    u, seed = np.repeat([-10.0, -9.0, -8.0], 3), np.tile(np.arange(3), 3)
+    items = np.repeat(np.where(seed == 0, 3.0, 0.0) - (u + 9) ** 2, 4).reshape(9, 4)
+    one = np.zeros(9)
+    cells = only(Cells(u, one, one, one, seed, one.astype(bool), items), (u != -8) | (seed == 0))
+    assert chosen_place(cells, 0.0).log2_lr == -9
+
+
 def test_process_finds_the_optimum_of_a_lopsided_curve() -> None:
     u = np.repeat(np.arange(-16.0, -7), 3)
     draws = np.random.default_rng(0)
