@@ -40,7 +40,8 @@ def load_scores(
     """Scores of the cells of one arm that are done or diverged.
 
     Raises:
-        ValueError: nothing ended; a score that an evaluation lacks; other items in two cells.
+        ValueError: nothing ended; a score that an evaluation lacks; other items in two cells; a model that is another
+            by now.
     """
     ended = [one for one in states if one.cell.place.arm == arm and one.state in ("done", "diverged")]
     done = [one.cell for one in ended if one.state == "done"]
@@ -94,6 +95,13 @@ def _measured(store_root: Path, cell: CellRecord) -> dict[str, Measured]:
     if pointer is None:
         raise ValueError(f"the scores of cell {cell.place.name} are gone ({folder}); run the sweep again")
     manifest = read_manifest(folder / pointer.name)
+    of_training = layout.key_path(store_root, cell.stage, cell.training)
+    model, taken = layout.read_pointer(of_training), manifest.inputs.get("model")
+    if model is not None and taken is not None and read_manifest(of_training / model.name).digest != taken.digest:
+        raise ValueError(
+            f"the scores of cell {cell.place.name} are those of a model that was trained again since ({folder}); run "
+            "the sweep again"
+        )
     return measured(folder / pointer.name, EvaluationOutputs.model_validate(manifest.outputs))
 
 

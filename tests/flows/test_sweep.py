@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from smoltulu.artifacts.locks import try_lock
+from smoltulu.artifacts.manifests import Ref
 from smoltulu.flows.recipe import RecipeError
 from smoltulu.flows.sweep import _Cells
 from smoltulu.flows.sweeping.grid import cells_of, load_sweep
@@ -112,7 +114,7 @@ def record(store: HandStore, number: int, **place: Any) -> CellRecord:
     return CellRecord.model_validate(values)
 
 
-def evaluate(store: HandStore, number: int, right: list[float]) -> None:
+def evaluate(store: HandStore, number: int, right: list[float], **made_from: Any) -> Ref:
     rows = [
         {"task": "tiny_arithmetic", "entry": 0, "id": str(item), "doc_hash": f"d{item}", "target_hash": f"t{item}",
          "filter": "strict-match", "metrics": {"exact_match": value, "bits_per_byte": 2 - value}}
@@ -122,11 +124,12 @@ def evaluate(store: HandStore, number: int, right: list[float]) -> None:
         "task": "tiny_arithmetic", "metric": "exact_match,strict-match", "value": float(np.mean(right)),
         "num_samples": len(right), "harness": "h", "task_version": "1", "template_digest": "t",
     }  # fmt: skip
-    store.make(
+    return store.make(
         "evaluation",
         f"evaluation {number}",
         outputs={"subject": "sft", "scores": [score], "samples_file": "samples.jsonl"},
         files={"samples.jsonl": "".join(json.dumps(row) + "\n" for row in rows)},
+        **made_from,
     )
 
 
@@ -214,6 +217,18 @@ def test_scores_as_arrays_by_hand(store: HandStore) -> None:
     evaluate(store, 1, [1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match="have other items of tiny_arithmetic"):
         load_scores(sweep, store.root, states_of(store.root, folder, cells))
+
+
+def test_scores_of_a_model_that_was_trained_again_since_are_none(store: HandStore) -> None:
+    sweep = load_sweep(SWEEP | {"tasks": SWEEP["tasks"][:1]})
+    model = store.make("sft", "sft 0")
+    place = record(store, 0).model_dump() | {"training": model.key}
+    for taken, is_told in (({}, False), ({"model": "0" * 64}, True)):
+        made = evaluate(store, 0, [1.0, 0.0], inputs={"model": model}, taken=taken)
+        cell = CellRecord.model_validate(place | {"evaluation": made.key})
+        states = states_of(store.root, sweep_folder(store.root, "small"), [cell])
+        with pytest.raises(ValueError, match="trained again since") if is_told else contextlib.nullcontext():
+            load_scores(sweep, store.root, states)
 
 
 _FLOW = "import json, sys; from smoltulu.flows.sweep import smoltulu_sweep; smoltulu_sweep(json.loads(sys.argv[1]))"
