@@ -132,8 +132,8 @@ def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima
     over_seeds[:, several] *= np.sqrt(num_seeds_of[several] / (num_seeds_of[several] - 1))
     if several.any():
         of_one_seed = np.sqrt(np.mean(num_seeds_of[several] * np.nanvar(over_seeds[:, several], axis=0)))
-        for position in np.flatnonzero(num_seeds_of == 1):
-            over_seeds[:, position] += of_one_seed * draws[position].normal(size=num_resamples)
+        for alone in np.flatnonzero(num_seeds_of == 1):
+            over_seeds[:, alone] += of_one_seed * draws[alone].normal(size=num_resamples)
     num_items = cells.items.shape[1]
     item_draws = np.random.default_rng([seed, num_items])
     item_weights = item_draws.multinomial(num_items, np.full(num_items, 1 / num_items), num_resamples) / num_items
