@@ -11,6 +11,7 @@
   current             name of the newest generation; its time of change: last used
   damaged-gen-NNNN-…/ a generation that was set aside, with reason.txt
 <root>/runs/<run name>.json, <root>/tags/<tag>.json
+<root>/history/<recipe>/            nights of a recipe (tasks/nightly/history.py), pins.json, told.json
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ WORK, PULL, ASIDE_PREFIX, REASON = "work", "pull", "damaged-", "reason.txt"
 #: digests of the inputs that it is made from.
 CHECKPOINTS, MADE_FOR, MADE_FROM = "checkpoints", "generation", "inputs.json"
 #: Folders of the root that hold records, not artifacts.
-RUNS, TAGS = "runs", "tags"
+RUNS, TAGS, HISTORY = "runs", "tags", "history"
+#: Of a recipe's nights: the baselines, and what the next night may compare with. gc keeps what both name.
+PINS, TOLD = "pins.json", "told.json"
 KEY = re.compile(r"[0-9a-f]{64}")
 #: Digits that a number may have in a name: far more than will ever be counted.
 _MAX_DIGITS = 18
@@ -108,6 +111,13 @@ def key_path(root: Path, stage: str, key: str) -> Path:
 def record_path(root: Path, kind: str, name: str) -> Path:
     """File of a run or a tag; `kind`: `RUNS` or `TAGS`."""
     return root / kind / f"{name}.json"
+
+
+def history_path(root: Path, recipe: str) -> Path:
+    """Folder of a recipe's nights. ValueError where a name would lead elsewhere."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,99}", recipe):
+        raise ValueError(f"{recipe!r} is no recipe's name: lower-case letters, digits and '-', at most 100")
+    return root / HISTORY / recipe
 
 
 def made_for(folder: Path) -> str | None:

@@ -94,7 +94,12 @@ def smoltulu(
     check_stage_names(checked, until, refresh)
     check_evaluation(checked)
     token = os.environ.get("HF_TOKEN")
-    for sentence in (*checked.lowered_batches(), *checked.audit_notes(), *checked.sampled_notes()):
+    for sentence in (
+        *checked.lowered_batches(),
+        *checked.audit_notes(),
+        *checked.evaluation_notes(),
+        *checked.sampled_notes(),
+    ):
         log.warning(sentence)
     graph = Graph(checked, until)
     if checked.publish is not None and any(node.stage.makes(PublishOutputs) for node in graph.nodes.values()):

@@ -22,6 +22,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.schemas.rlvr import of_another_algorithm
 from smoltulu.tasks.evaluation.names import check_names
+from smoltulu.tasks.evaluation.reward_benchmark_rows import check_fields
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.verifiers.kinds import check_kind
 
@@ -203,6 +204,8 @@ def check_evaluation(recipe: Recipe) -> None:
     """Refuse evaluation tasks, metrics and held-out kinds that do not exist; a run would find out after trainings."""
     try:
         check_names(recipe.evaluation.tasks if recipe.evaluation else ())
+        for benchmark in (recipe.evaluation and recipe.evaluation.reward_benchmarks) or ():
+            check_fields(benchmark)
     except ValueError as error:
         raise RecipeError(str(error)) from None
     held_out = recipe.rlvr.held_out if recipe.rlvr else None

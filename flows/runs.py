@@ -24,9 +24,7 @@ def _plain(run_name: str) -> str:
     return plain.encode()[:_MAX_NAME_BYTES].decode(errors="ignore") or "run"
 
 
-def begin_run(
-    store: Store, run_name: str, graph: NodeGraph, flow_run_id: str, compared_with: dict[str, str] | None = None
-) -> RunRecord:
+def begin_run(store: Store, run_name: str, graph: NodeGraph, flow_run_id: str) -> RunRecord:
     """Record the start of a run, with the keys of all artifacts that it may use: gc keeps them while it runs.
 
     Another run of this name keeps its record and report: this one then gets the beginning of its id behind its name.
@@ -43,7 +41,6 @@ def begin_run(
         pid=os.getpid(),
         stages={name: node.stage.name for name, node in graph.nodes.items()},
         keys=graph.keys(),
-        compared_with=compared_with,
     )
     for longer in (name, f"{name}-{identity[:8]}", f"{name}-{identity}"):
         record = record.model_copy(update={"run_name": longer})

@@ -11,6 +11,8 @@ CHAT_TEMPLATES = PRESETS / "chat_templates"
 LM_EVAL_TASKS = PRESETS / "lm_eval"
 #: The benchmarks that training data are checked against.
 BENCHMARK_REGISTRY = PRESETS / "benchmarks" / "registry.yaml"
+#: Published scores that ours are shown beside.
+PUBLISHED = PRESETS / "published" / "smoltulu.yaml"
 
 # In a checkout these lie beside `recipes/`, at the top; a wheel has copies there, in the folder of `smoltulu`.
 #: Deployments, as a checkout has them.

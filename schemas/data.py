@@ -17,6 +17,9 @@ RowFormat = Literal[
     "preference_by_label",
     "rlvr",
     "text",
+    "best_of",
+    "llmbar",
+    "humanevalpack",
 ]
 DatasetKind = Literal["sft", "preference", "rlvr"]
 
@@ -53,7 +56,9 @@ class DataSource(StrictModel):
         max_length=MAX_NAME,
         description="rows that a model wrote: an entry of the recipe's block `sampled`; its format need not be given",
     )
-    format: RowFormat = science(description="how a row is read, see docs/data.md")
+    format: RowFormat = science(
+        description="how a row is read, see docs/data.md; the last three are of reward benchmarks only"
+    )
     fields: dict[str, str] = science({}, description="our field name -> column name, where they differ")
     verifier: str | None = science(
         None, description="rlvr only: verifier for every row, where rows name none, e.g. gsm8k or math@paper"

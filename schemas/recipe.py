@@ -153,6 +153,12 @@ class Recipe(StrictModel):
             "block verifier_audit ({} will do) tries them in minutes, before SFT. It enters the key of RLVR"
         ]
 
+    def evaluation_notes(self) -> list[str]:
+        """A sentence where benchmarks of reward models are named, and no reward model is made."""
+        if not (self.evaluation and self.evaluation.reward_benchmarks) or self.reward_model is not None:
+            return []
+        return ["evaluation.reward_benchmarks: without a block reward_model there is no model that they measure"]
+
     def sampled_notes(self) -> list[str]:
         """A sentence for every entry of `sampled` whose rows nothing is trained on."""
         return sampled_notes(self)
@@ -166,6 +172,7 @@ class Recipe(StrictModel):
             sources += [benchmark.source for benchmark in self.contamination.benchmarks]
         if self.evaluation:
             sources += [source for task in self.evaluation.tasks for source in task.files.values()]
+            sources += [source for one in self.evaluation.reward_benchmarks or () for source in one.sources]
         return [source for data in sets if data for source in data.sources] + sources
 
 

@@ -83,7 +83,8 @@ class RunRecord(StrictModel):
     report_path: str = Field("", description="the HTML report; empty until it is written")
     compared_with: dict[str, str] | None = Field(
         None,
-        description="of a night: node -> generation that its scores are compared with; empty once the verdict was told",
+        description="of a night of an older version: node -> generation that its scores are compared with; empty once "
+        "the verdict was told. Nights are in the store's history now",
     )
 
 

@@ -70,6 +70,8 @@ class Stage:
     Some traits follow from the contracts: a stage whose config derives from `TrainingSettings` is a training, and one
     whose outputs are `ModelOutputs` makes a model. The others are fields:
 
+    cells(job)         jobs of other stages that it is put together of, by name. Those that are missing are made in one
+                       process; then `function` runs in the flow's own, with their folders as `inputs.cells`
     block              field of `Recipe` that asks for the stage, where the two names differ
     distributed        not a training, but runs in compute.num_processes processes
     eval_batch         not a training, but its memory grows with compute.per_device_eval_batch_size, which is halved
@@ -95,6 +97,7 @@ class Stage:
     function: Callable[[Any, Any, StageContext], tuple[BaseModel, dict[str, float]]]
     gate_failures: Callable[[Any, Any, Mapping[str, float]], list[str]] | None = None
     build: Callable[[Any, Any, StageContext], Any] | None = None
+    cells: Callable[[Any], Mapping[str, Any]] | None = None
     block: str | None = None
     distributed: bool = False
     eval_batch: bool = False

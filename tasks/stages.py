@@ -6,6 +6,7 @@ from smoltulu.tasks.base_model.stage import base_model
 from smoltulu.tasks.contamination.index import benchmark_index
 from smoltulu.tasks.contamination.stage import contamination
 from smoltulu.tasks.data.stage import dataset
+from smoltulu.tasks.evaluation.cell import evaluation_cell
 from smoltulu.tasks.evaluation.stage import evaluation
 from smoltulu.tasks.languages.stage import languages
 from smoltulu.tasks.preflight.stage import preflight_of
@@ -44,6 +45,7 @@ STAGES |= {
         dpo,
         pass_rates,
         rlvr,
+        evaluation_cell,
         evaluation,
         publish,
     )

@@ -13,6 +13,7 @@ from smoltulu.artifacts.keys import artifact_key, canonical_json, folder_records
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.schemas.artifact import ExtendedTraining, InputRecord, Manifest, Spec
+from smoltulu.schemas.nightly import MeasuredModel, Pin, Pins, Told
 from smoltulu.schemas.run import RunRecord, TagRecord
 
 DAY = 86_400.0
@@ -159,6 +160,23 @@ class HandStore:
         (self.root / "tags").mkdir(exist_ok=True)
         record = TagRecord(stage=ref.stage, key=ref.key, tagged_at="2026-10-01T08:00:00+00:00")
         (self.root / "tags" / f"{name}.json").write_text(record.model_dump_json())
+
+    def pin(self, node: str, ref: Ref) -> None:
+        """The baseline of an evaluation, which a night told of as well."""
+        folder = self.root / "history" / "by-hand"
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = self.manifests[ref]
+        measured = MeasuredModel(
+            stage=ref.stage,
+            key=ref.key,
+            generation=(self.folder(ref) / "current").read_text(),
+            digest=manifest.digest,
+            model_digest=manifest.inputs["model"].digest,
+        )
+        at = "2026-10-01T08:00:00+00:00"
+        pin = Pin(node=node, measured=measured, named=ref.key, pinned_by="me@here", pinned_at=at)
+        (folder / "pins.json").write_text(Pins(pins=(pin,)).model_dump_json())
+        (folder / "told.json").write_text(Told(evaluations=(measured,)).model_dump_json())
 
     def folder(self, ref: Ref) -> Path:
         return self.root / ref.stage / ref.key

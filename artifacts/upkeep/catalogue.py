@@ -25,6 +25,7 @@ from smoltulu.artifacts.layout import KeyFolder
 from smoltulu.artifacts.manifests import InputRef, Ref, dig, inputs_of, num_bytes_of, picking, read_json, scores_of
 from smoltulu.schemas.artifact import STAGE_PATTERN
 from smoltulu.schemas.common import first_problem, printable
+from smoltulu.schemas.nightly import MeasuredModel, Pins, Told
 from smoltulu.schemas.run import RunRecord, TagRecord
 
 _QUOTED_KEY = re.compile(rb'"([0-9a-f]{64})"')
@@ -65,7 +66,7 @@ class Catalogue:
         """Every key that was ever begun."""
         found = []
         for stage in self._scan(self.root):
-            if stage.name in (layout.RUNS, layout.TAGS) or stage.name.startswith("."):
+            if stage.name in (layout.RUNS, layout.TAGS, layout.HISTORY) or stage.name.startswith("."):
                 continue
             if not (os.path.isdir(stage.path) and re.fullmatch(STAGE_PATTERN, stage.name)):
                 self._note(f"{stage.name}: not ours, left alone")
@@ -200,6 +201,23 @@ class Catalogue:
                 for node, key in run.keys.items():
                     newest.setdefault(key, run.compared_with.get(node, ""))
         return {key: generation for key, generation in newest.items() if generation}
+
+    def kept_by_nights(self) -> list[tuple[MeasuredModel, str]]:
+        """Evaluations that a recipe's nights need, and why: baselines, and what the next night may compare with."""
+        found: list[tuple[MeasuredModel, str]] = []
+        for entry in self._scan(self.root / layout.HISTORY):
+            if not _is_folder(entry):
+                continue
+            pins = self._history(Path(entry.path) / layout.PINS, Pins)
+            found += [(pin.measured, f"baseline of {entry.name}") for pin in pins.held().values()] if pins else []
+            told = self._history(Path(entry.path) / layout.TOLD, Told)
+            found += [
+                (one, f"the next night of {entry.name} compares with it") for one in (told.evaluations if told else ())
+            ]
+        return found
+
+    def _history(self, path: Path, model: type[Any]) -> Any:
+        return self._record(path, model) if os.path.lexists(path) else model()
 
     def run(self, name: str) -> RunRecord | None:
         """A run by its name; None where there is none that can be read."""

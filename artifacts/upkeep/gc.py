@@ -134,6 +134,9 @@ class _Planner:
             self.in_kept_run.add(Ref(tag.stage, tag.key))
         published = [ref for ref, folder in self.folders.items() if ref.stage in self.rules.keep_stages]
         self._keep([ref for ref in published if self.folders[ref].newest], "published")
+        nightly = self.catalogue.kept_by_nights()
+        for one, reason in nightly:
+            self._keep([Ref(one.stage, one.key)], reason)
         for run in runs[: self.rules.keep_runs]:
             self._keep_run(run, f"one of the newest {self.rules.keep_runs} runs")
         for ref, folder in self.folders.items():
@@ -146,7 +149,11 @@ class _Planner:
             elif self._is_resumable(folder) and self._changed(folder) > self.horizon:
                 self._keep([ref], f"unfinished work of the last {self.rules.keep_days:g} days")
 
-        # The next night compares with what one compared with that told no verdict.
+        # Those generations themselves, not only the newest of their keys.
+        for one, _ in nightly:
+            if one.generation in self.generations.get(ref := Ref(one.stage, one.key), {}):
+                self.kept_generations[ref].add(one.generation)
+        # Nights of older versions: the next compares with what one compared with that told no verdict.
         for key, name in self.catalogue.untold().items():
             evaluation = self.by_key.get(key)
             if evaluation in self.kept and name in self.generations[evaluation]:

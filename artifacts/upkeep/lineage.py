@@ -10,7 +10,7 @@ from smoltulu.artifacts.nearest import flat
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
 
 #: Inputs of every training and evaluation alike: said once for an artifact itself, not at each of its ancestors.
-_EVERYWHERE = ("chat_template:", "lm_eval_tasks:")
+_EVERYWHERE = ("chat_template: ", ".definition: ")
 
 
 @dataclass
@@ -51,7 +51,7 @@ def ancestors(catalogue: Catalogue, manifest: dict[str, Any]) -> list[Relative]:
             return relative
         seen.add((given.ref, given.digest))
         relative.scores = catalogue.scores(given.ref)
-        relative.sources = [source for source in sources_of(found) if not source.startswith(_EVERYWHERE)]
+        relative.sources = [source for source in sources_of(found) if not any(one in source for one in _EVERYWHERE)]
         relative.relatives = [visit(upstream) for upstream in _direct(found)]
         return relative
 

@@ -120,12 +120,12 @@ def _read(what: str, store: Path | None) -> tuple[dict[str, Measured], str | Non
     if Path(what).is_dir():
         return read_folder(Path(what)), precision_of(Path(what))
     catalogue = open_catalogue(store)
-    folder, manifest = finished(catalogue, _evaluation(catalogue, what))
+    folder, manifest = finished(catalogue, evaluation_of(catalogue, what))
     settings = manifest["spec"]["config"].get("settings", {})
     return measured(folder, EvaluationOutputs.model_validate(manifest["outputs"])), settings.get("precision")
 
 
-def _evaluation(catalogue: Catalogue, what: str) -> Ref:
+def evaluation_of(catalogue: Catalogue, what: str) -> Ref:
     """The evaluation that is meant. ValueError: nothing, or several, and which."""
     from smoltulu.artifacts.manifests import scores_of
     from smoltulu.flows.cli.store_views import refs_of_run

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from smoltulu.artifacts.keys import artifact_key
 from smoltulu.schemas.artifact import ArtifactReference, InputRecord, Spec
-from smoltulu.schemas.common import scientific
+from smoltulu.schemas.common import StrictModel, scientific
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.training import TrainingSettings
@@ -112,6 +112,12 @@ class NodeGraph:
             )
         self.nodes[node.name] = node
         return node.name
+
+    def add_made(self, name: str, stage: Stage, key: str) -> str:
+        """Add a node of an artifact that is there already, made by another graph: it is known by its key alone."""
+        self.nodes[name] = Node(name, stage, StrictModel())
+        self._keys[name] = key
+        return name
 
     def spec(self, name: str) -> Spec:
         """The spec of a node: its key is the digest of it."""

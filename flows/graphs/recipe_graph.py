@@ -25,18 +25,18 @@ from smoltulu.flows.graphs.stage_configs import (
     template_parts,
 )
 from smoltulu.flows.recipe import stage_order
-from smoltulu.recipes import LM_EVAL_TASKS
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from smoltulu.schemas.evaluation import EvaluationStageConfig, EvaluationTask
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
+from smoltulu.schemas.reward_benchmarks import RewardBenchmark
 from smoltulu.schemas.rlvr import PPOSettings
 from smoltulu.schemas.sampled import SampledSettings
 from smoltulu.tasks.data.hub import Reference, resolve_commit
 from smoltulu.tasks.data.sources import expand_path
-from smoltulu.tasks.evaluation.lm_eval import definitions_digest
+from smoltulu.tasks.evaluation.definitions import definition_digest
 from smoltulu.tasks.models.chat_template import load_chat_template
 from smoltulu.tasks.models.classifiers import check_one_score
 from smoltulu.tasks.models.folders import check_model_folder
@@ -355,6 +355,8 @@ class Graph(NodeGraph):
         if subject == "base-model":
             # A base model rarely ends an answer: sampling it would be slow and tell nothing.
             settings = settings.model_copy(update={"sampled": None})
+        benchmarks = settings.reward_benchmarks if kind == "reward_model" else None
+        settings = settings.model_copy(update={"reward_benchmarks": None})
         if kind == "language_model":
             tasks: list[EvaluationTask] = []
             sources: list[DataSource] = []
@@ -363,8 +365,8 @@ class Graph(NodeGraph):
                 externals.update({f"{task.name}.{name}": digest for name, digest in digests.items()})
                 tasks.append(task.model_copy(update={"files": dict(zip(task.files, pinned, strict=True))}))
                 sources += pinned
-                if (LM_EVAL_TASKS / f"{task.name}.yaml").exists():
-                    externals["lm_eval_tasks"] = definitions_digest()
+                if (definition := definition_digest(task.name)) is not None:
+                    externals[f"{task.name}.definition"] = definition
             settings = settings.model_copy(update={"tasks": tuple(tasks)})
             inputs.update(self._world_if_generated(sources))
             if settings.sampled is not None:
@@ -374,11 +376,17 @@ class Graph(NodeGraph):
             elif not settings.tasks:
                 return
         else:
-            if "dataset-preference-eval" not in self.nodes:
+            if "dataset-preference-eval" in self.nodes:
+                inputs["preference_eval"] = Binding("dataset-preference-eval", "file")
+            elif not benchmarks:
                 return
             # Pair accuracy depends on neither tasks nor sampling, so they must not change its key.
             settings = settings.model_copy(update={"tasks": (), "sampled": None})
-            inputs["preference_eval"] = Binding("dataset-preference-eval", "file")
+            if benchmarks:
+                pinned_benchmarks, digests, sources = self._pinned_benchmarks(benchmarks)
+                settings = settings.model_copy(update={"reward_benchmarks": pinned_benchmarks})
+                externals.update(digests)
+                inputs.update(self._world_if_generated(sources))
             if reference_model is not None:
                 inputs["reference_model"] = Binding(reference_model, "folder")
         suffix = "-implicit-reward" if kind == "implicit_reward" else ""
@@ -390,6 +398,20 @@ class Graph(NodeGraph):
             literals=self._template["literals"],
             externals=externals,
         )
+
+    def _pinned_benchmarks(
+        self, benchmarks: Iterable[RewardBenchmark]
+    ) -> tuple[tuple[RewardBenchmark, ...], dict[str, str], list[DataSource]]:
+        """Benchmarks with resolved revisions, digests of their local files by label and position, and all sources."""
+        made: list[RewardBenchmark] = []
+        externals: dict[str, str] = {}
+        sources: list[DataSource] = []
+        for one in benchmarks:
+            pinned, digests = self._references.pinned(one.sources)
+            externals.update({f"{one.label}.{name}": digest for name, digest in digests.items()})
+            made.append(one.model_copy(update={"sources": pinned}))
+            sources += pinned
+        return tuple(made), externals, sources
 
     def _publish(self, subject: str | None) -> None:
         if self.recipe.publish is None or subject is None:

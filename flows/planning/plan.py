@@ -21,13 +21,16 @@ from smoltulu.flows.planning.adoption import adoptable, specs_before
 from smoltulu.flows.planning.costs import NOTHING, Costs, Estimate, Total, totals
 from smoltulu.flows.planning.preflight_figures import PreflightFigures, preflight_figures
 from smoltulu.flows.recipe import check_stage_names
+from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.hub import Reference, is_commit, resolve_commit
 from smoltulu.tasks.data.sources import expand_path
+from smoltulu.tasks.engine.cells import cells_there
 from smoltulu.tasks.engine.environment import drift, environment
+from smoltulu.tasks.engine.runner import reference_to
 from smoltulu.tasks.models.weights import check_architecture_apart
 from smoltulu.tasks.report.text import local_minute
 from smoltulu.tasks.trainer.extension import find_source_run
@@ -102,6 +105,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     provisional = _provisional(graph)
     before = specs_before(graph)
     digests: dict[str, str] = {}
+    references: dict[str, ArtifactReference] = {}  # of what is here
     preflights: dict[str, Mapping[str, Any]] = {}
     unreachable: tuple[str, ...] = ()
     rows = []
@@ -121,8 +125,12 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
                     found = Found(manifest, store.root)
             if row.status == "runs" and (version := adoptable(graph, name, before, store)) is not None:
                 row = replace(row, reason=f"made by version {version}; adopt", nearest=None)
+            if row.status == "runs" and (said := _cells(graph, store, name, references)):
+                row = replace(row, reason=f"{row.reason}; {said}")
         if row.status == "cached":
             assert isinstance(found, Found)
+            if found.folder != store.root:
+                references[name] = reference_to(found, name, "Cached")
             manifest = found.manifest
             digests[name] = manifest.digest
             costs.cached(name, manifest.outputs, {file: record.size for file, record in manifest.files.items()})
@@ -134,6 +142,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     notes = (
         *recipe.lowered_batches(),
         *recipe.audit_notes(),
+        *recipe.evaluation_notes(),
         *recipe.sampled_notes(),
         *_too_large(costs, rows),
         *unreachable,
@@ -143,6 +152,20 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
     unresolved = (Unresolved(ref, needed, errors[ref]) for ref, needed in graph.unresolved.items())
     sums = _totals(graph, rows)
     return Plan(recipe.name, str(store.root), tuple(rows), tuple(unresolved), notes, sums)
+
+
+def _cells(graph: Graph, store: Store, name: str, references: Mapping[str, ArtifactReference]) -> str:
+    """How many of the cells of a stage are there already; empty where that cannot be said yet."""
+    node = graph.nodes[name]
+    if node.stage.cells is None or not {binding.node for binding in node.bindings().values()} <= references.keys():
+        return ""
+    try:
+        there = cells_there(graph.job(name, references), store)
+    except (OSError, ValueError):  # a run will say it; of the shared store the plan has said it
+        return ""
+    new = [cell for cell, found in there.items() if isinstance(found, Missing)]
+    few = f": new are {', '.join(new)}" if new and len(new) < len(there) else ""
+    return f"{len(there) - len(new)} of {len(there)} measurements are there{few}"
 
 
 def _resolve(reference: Reference) -> str:
@@ -313,7 +336,9 @@ def _external(name: str) -> str:
     task, _, number = name.rpartition("data.")
     if number.isdigit():
         return f"the data of {task.rstrip('.')}" if task else "your data" if number == "0" else f"your data ({name})"
-    words = {"base_model": "the folder of the base model", "lm_eval_tasks": "the definitions of the evaluation tasks"}
+    if name.endswith(".definition"):
+        return f"the definition of {name.removesuffix('.definition')}"
+    words = {"base_model": "the folder of the base model"}
     return words.get(name, name.replace("_", " "))
 
 

@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -30,8 +31,13 @@ ERROR_FILE = "error.json"
 OUT_OF_MEMORY_FILE = "out_of_memory.json"
 
 
+#: File of `work`: what the stage function returned. Written last: with it, all is there.
+RESULT_FILE = "result.json"
+
+
 def run(stage: Stage, job: dict, report: Report, is_main: bool) -> None:
     """Run a stage function and leave `result.json` beside the job."""
+    began = time.monotonic()
     work = Path(job["work"])
     context = StageContext(
         folder=Path(job["folder"]),
@@ -45,7 +51,31 @@ def run(stage: Stage, job: dict, report: Report, is_main: bool) -> None:
     outputs, metrics = stage.function(config, inputs, context)
     if is_main:
         result = {"outputs": stage.outputs.model_validate(outputs).model_dump(mode="json"), "metrics": metrics}
-        (work / "result.json").write_text(json.dumps(result))
+        write_atomically(work / RESULT_FILE, json.dumps({**result, "seconds": time.monotonic() - began}))
+
+
+def run_cells(stage: Stage, job: dict, report: Report) -> None:
+    """Run a stage once for every cell of a job that has no result yet; one that fails does not keep others from it.
+
+    Raises:
+        ValueError: what the user must fix in any of them.
+    """
+    cells = job["cells"]
+    failures = []
+    for number, cell in enumerate(cells):
+        if (Path(cell["work"]) / RESULT_FILE).exists():
+            continue
+
+        def share(step: int, num_steps: int, number: int = number, **metrics: float) -> None:
+            report(1000 * number + 1000 * step // (num_steps or 1), 1000 * len(cells), **metrics)
+
+        try:
+            run(stage, {**job, **cell}, share, is_main=True)
+        except ValueError as error:
+            traceback.print_exc()
+            failures.append(f"{cell['name']}: {error}")
+    if failures:
+        raise ValueError("; ".join(failures))
 
 
 def main(job_file: str) -> int:
@@ -58,8 +88,9 @@ def main(job_file: str) -> int:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job['num_ranks']}"]
         os.execv(sys.executable, [sys.executable, *launcher, "-m", "smoltulu.tasks.engine.child", job_file])
     # Shared by all ranks and kept until exit; launchers do not pass descriptors on, so each process takes it itself.
-    writer = open(Path(job["work"]).parent / WRITER, "a+")  # noqa: SIM115
-    fcntl.flock(writer.fileno(), fcntl.LOCK_SH)
+    writers = [open(Path(one["work"]).parent / WRITER, "a+") for one in (job, *job.get("cells", ()))]  # noqa: SIM115
+    for writer in writers:
+        fcntl.flock(writer.fileno(), fcntl.LOCK_SH)
     sender = Sender(os.environ.get(PIPE_VARIABLE))
     logger = logging.getLogger("smoltulu")
     logger.setLevel(logging.INFO)
@@ -70,7 +101,10 @@ def main(job_file: str) -> int:
     from smoltulu.tasks.stages import STAGES
 
     try:
-        run(STAGES[job["stage"]], job, sender.progress, is_main=rank == 0)
+        if job.get("cells"):
+            run_cells(STAGES[job["stage"]], job, sender.progress)
+        else:
+            run(STAGES[job["stage"]], job, sender.progress, is_main=rank == 0)
     except StageStopped as stopped:
         logger.info("%s", stopped)
         return STOPPED

@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from smoltulu.artifacts.files import remove_tree, write_atomically
 from smoltulu.artifacts.readable import log_text
@@ -57,8 +59,10 @@ class StageFailed(RuntimeError):
     """A stage's process ended without a result; the text holds the end of its log."""
 
 
-def run_child(job: Job, work: Path, output: Path, log: Log) -> None:
+def run_child(job: Job, work: Path, output: Path, log: Log, cells: Sequence[Mapping[str, Any]] = ()) -> None:
     """Run a stage in a process of its own; its result is in `work`, what it made in `output`.
+
+    `cells`: run it once for each of these instead, with what they give of config, inputs, folder and work of its own.
 
     One that runs out of memory is started again with smaller batches, which changes no result (a training has the same
     effective batch), and goes on from its last checkpoint. What fits is remembered in `work`: a later attempt begins
@@ -69,7 +73,7 @@ def run_child(job: Job, work: Path, output: Path, log: Log) -> None:
     if setting is not None and compute != job.compute:
         log.info("%s: begins with %s %d, which fitted into memory before", job.node, setting, getattr(compute, setting))
     deadline = None if compute.max_hours is None else time.monotonic() + 3600 * compute.max_hours
-    while (message := _run_once(job, compute, work, output, log, deadline)) is not None:
+    while (message := _run_once(job, compute, work, output, log, deadline, cells)) is not None:
         if setting is None:
             raise ValueError(f"{job.node}: out of memory. It said: {message}")
         size: int = getattr(compute, setting)
@@ -100,7 +104,13 @@ def _that_fits(job: Job, work: Path) -> ComputeSettings:
 
 
 def _run_once(
-    job: Job, compute: ComputeSettings, work: Path, output: Path, log: Log, deadline: float | None
+    job: Job,
+    compute: ComputeSettings,
+    work: Path,
+    output: Path,
+    log: Log,
+    deadline: float | None,
+    cells: Sequence[Mapping[str, Any]],
 ) -> str | None:
     """Run the stage; what was said where it ran out of memory, else None. Other ends without a result are raised."""
     for name in (ERROR_FILE, OUT_OF_MEMORY_FILE):
@@ -116,6 +126,7 @@ def _run_once(
         "work": str(work),
         "parent_pid": os.getpid(),
         "num_ranks": num_ranks,
+        "cells": list(cells),
     }
     job_file = work / "job.json"
     job_file.write_text(json.dumps(description))

@@ -14,14 +14,14 @@ from smoltulu.artifacts import readable
 from smoltulu.artifacts.checkpoints import fault, newest_checkpoint
 from smoltulu.artifacts.files import remove_tree
 from smoltulu.artifacts.layout import CHECKPOINTS
-from smoltulu.artifacts.manifests import Ref
 from smoltulu.artifacts.store import WAITING, Found, Log, Missing, Store
-from smoltulu.artifacts.upkeep.catalogue import Catalogue
-from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from smoltulu.schemas.artifact import ArtifactReference, FileRecord, Manifest
 from smoltulu.schemas.training import TrainingInputs, TrainingSettings
+from smoltulu.tasks.engine.cells import with_cells
+from smoltulu.tasks.engine.checks import check_inputs, manifest_of
+from smoltulu.tasks.engine.child import RESULT_FILE
 from smoltulu.tasks.engine.environment import drift, environment
-from smoltulu.tasks.engine.launch import DISK_ADVICE, StageFailed, run_child
+from smoltulu.tasks.engine.launch import DISK_ADVICE, run_child
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext
@@ -78,7 +78,8 @@ def _cached(found: Found, job: Job) -> ArtifactReference:
 
 def _make(job: Job, store: Store, folder: Path, log: Log) -> Found:
     """Run the stage and commit what it made. The caller holds the producer's lock."""
-    _check_inputs(job, store)
+    if job.stage.cells is None:  # else its cells read them, where any is to be made
+        check_inputs(job, store)
     work = store.open_work(folder, job.input_digests, lambda why: log.warning("%s: %s", job.node, why))
     if fault(work / DATASETS_FOLDER, full=True) is not None:
         remove_tree(work / DATASETS_FOLDER)
@@ -90,29 +91,17 @@ def _make(job: Job, store: Store, folder: Path, log: Log) -> Found:
     output.mkdir()
     # Two clocks: the wall's for people, the monotonic one for the duration, which a clock set back must not distort.
     started, began = datetime.now(UTC), time.monotonic()
+    if job.stage.cells is not None:
+        job = with_cells(job, store, work, log)
+        check_inputs(job, store, only="cells.")
     result = _run_function(job, work, output, log)
-    outputs = job.stage.outputs.model_validate(result["outputs"])
 
     def draft(files: dict[str, FileRecord], digest: str) -> Manifest:
-        manifest = Manifest(
-            key=folder.name,
-            spec=job.spec,
-            digest=digest,
-            inputs=dict(job.input_records),
-            outputs=outputs.model_dump(mode="json"),
-            metrics=result["metrics"],
-            files=files,
-            environment=environment(),
-            compute=job.compute.model_dump(mode="json"),
-            node=job.node,
-            started_at=started.isoformat(timespec="seconds"),
-            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            duration_seconds=time.monotonic() - began,
-            resumed_from_steps=tuple(result["resumed_from_steps"]),
-            extends=extended(work),
+        seconds = time.monotonic() - began
+        manifest = manifest_of(job, files, digest, result, started, seconds)
+        return manifest.model_copy(
+            update={"resumed_from_steps": tuple(result["resumed_from_steps"]), "extends": extended(work)}
         )
-        job.stage.outputs_of(manifest)  # else it would be refused at every hit, and made again for ever
-        return manifest
 
     return store.commit(job.spec, output, draft)
 
@@ -139,28 +128,6 @@ def _begin_with_stored(job: Job, store: Store, work: Path, log: Log) -> None:
         log.info("%s: goes on from %s, which had budget %s", job.node, source_run, f"{source_run.record.num_steps:,}")
 
 
-def _check_inputs(job: Job, store: Store) -> None:
-    """Read every byte that the stage is made from: weights that went bad would corrupt, unseen, all that follows."""
-    refs = {Ref(record.stage, record.key) for record in job.input_records.values()}
-    damaged, unreadable = [], []
-    for finding in verify_artifacts(Catalogue(store.root), sorted(refs), report_only=False):
-        what = f"{finding.ref.stage}/{finding.ref.key[:12]}: {'; '.join(finding.faults)}"
-        if finding.status == "damaged":
-            damaged.append(f"{what} ({finding.aside})")
-        elif finding.status == "unreadable":
-            unreadable.append(what)
-    if unreadable:
-        raise StageFailed(
-            f"{job.node}: what it is made from cannot be read: {'. '.join(unreadable)}. Nothing was set aside; look at "
-            "the disk and the rights, and run again"
-        )
-    if damaged:
-        raise StageFailed(
-            f"{job.node}: what it is made from was damaged on disk: {'. '.join(damaged)}. Run again to have that made "
-            "again"
-        )
-
-
 def _warn_of_drift(work: Path, node: str, log: Log) -> None:
     """Say where unfinished work was begun with other code or packages than it would go on with."""
     file, now = work / "environment.json", environment()
@@ -177,14 +144,14 @@ def _warn_of_drift(work: Path, node: str, log: Log) -> None:
 
 def _run_function(job: Job, work: Path, output: Path, log: Log) -> dict:
     """Run the stage function in a process of its own (or here, `launcher: inline`); its result as plain JSON values."""
-    (work / "result.json").unlink(missing_ok=True)
-    if job.compute.launcher == "inline":
+    (work / RESULT_FILE).unlink(missing_ok=True)
+    if job.compute.launcher == "inline" or job.stage.cells is not None:
         context = StageContext(output, work, job.compute, Progress(job.node, log), job.spec.externals)
         outputs, metrics = job.stage.function(job.config, job.inputs, context)
         result: dict[str, Any] = {"outputs": outputs.model_dump(mode="json"), "metrics": metrics}
     else:
         run_child(job, work, output, log)
-        result = json.loads((work / "result.json").read_text())
+        result = json.loads((work / RESULT_FILE).read_text())
     resumes = work / "resumed.jsonl"
     lines = resumes.read_text(errors="replace").split() if resumes.exists() else []
     result["resumed_from_steps"] = [int(line) for line in lines if line.isdecimal()]

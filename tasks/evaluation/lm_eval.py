@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,14 @@ from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask, Score
 from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.evaluation.answers import Answer, NotesEnds
-from smoltulu.tasks.evaluation.names import file_problems, unknown_task
+from smoltulu.tasks.evaluation.chance import chance_details, guessed
+from smoltulu.tasks.evaluation.choices import SharesContexts
+from smoltulu.tasks.evaluation.definitions import definition_digest
+from smoltulu.tasks.evaluation.gold import add_bits_per_byte, add_to_group
+from smoltulu.tasks.evaluation.ifeval import prepare_punkt
+from smoltulu.tasks.evaluation.kept import Kept, Resuming
+from smoltulu.tasks.evaluation.names import file_problems, hub_subset, local_only, unknown_task
+from smoltulu.tasks.evaluation.prepare import check_description, check_model, fit_examples, limit_answers
 from smoltulu.tasks.evaluation.samples import Sample, marked, sample_counts
 from smoltulu.tasks.models.tokens import added_tokens, check_prompts
 
@@ -41,17 +49,13 @@ def harness_name() -> str:
     return f"lm-eval {metadata.version('lm_eval')}"
 
 
-def definitions_digest() -> str:
-    """SHA-256 of the names and texts of the shipped task definitions."""
-    texts = [path.name + "\n" + path.read_text() for path in sorted(LM_EVAL_TASKS.glob("*.[yp][ay]*"))]
-    return text_digest("\n".join(texts))
-
-
 @cache
 def task_manager(*, stock: bool) -> TaskManager:
     """Index of task definitions: the shipped ones alone (0.03 s), or lm-eval's thousands as well (5 s)."""
     from lm_eval.tasks import TaskManager
 
+    # Said of every task with a `custom_dataset`, 27 times for BBH; and it is about lm-eval's command line.
+    logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs can be" not in str(record.msg))
     return TaskManager(include_path=str(LM_EVAL_TASKS), include_defaults=stock)
 
 
@@ -70,7 +74,7 @@ def wrap(
 
     before = [] if chat else added_tokens(tokenizer)[0]
 
-    class SameTokens(NotesEnds, HFLM):
+    class SameTokens(NotesEnds, SharesContexts, HFLM):
         def tok_encode(
             self,
             string: str,
@@ -119,25 +123,63 @@ def check_tasks(tasks: tuple[EvaluationTask, ...]) -> TaskManager:
     wanted = {task.name for task in tasks}
     manager = shipped if wanted <= set(shipped.all_tasks) else task_manager(stock=True)
     unknown = (unknown_task(name, manager.all_tasks, harness_name()) for name in wanted - set(manager.all_tasks))
-    of_files = (problem for task in tasks for problem in file_problems(task, shipped.all_tasks))
+    of_files = (problem for task in tasks for problem in file_problems(task, local_only()))
     if problems := [*sorted(unknown), *of_files]:
         raise ValueError("\n".join(problems))
+    if any("ifeval" in task.name or task.name == "leaderboard" for task in tasks):
+        prepare_punkt()  # lm-eval looks for it, and would download it, when it loads the task
     return manager
 
 
 def read_splits(
-    sources: dict[str, DataSource], world: str | None = None, digests: Mapping[str, str] = {}, **_: Any
+    sources: dict[str, DataSource],
+    world: str | None = None,
+    digests: Mapping[str, str] = {},
+    config_source: str = "",
+    **_: Any,
 ) -> dict[str, Any]:
     """lm-eval's `custom_dataset` over local files: split -> datasets.Dataset. `digests`: of splits, as for `read_rows`.
 
     Reads the files each time. The json builder of `datasets` would keep an old copy of a .gz file that has changed.
+
+    A member of a group takes the rows whose `subset` is the part of the Hub's dataset that the member's definition
+    (`config_source`, lm-eval gives it) reads; all rows where they have no such column.
     """
     from datasets import Dataset
 
+    rows = {split: file_rows(split, source, world, digests.get(split)) for split, source in sources.items()}
+    subset = hub_subset(Path(config_source))
     return {
-        split: Dataset.from_list(list(_rows(split, source, world, digests.get(split))))
-        for split, source in sources.items()
+        split: Dataset.from_list(rows_of_subset(split, of_split, subset) if subset else of_split)
+        for split, of_split in rows.items()
     }
+
+
+def rows_of_subset(split: str, rows: list[dict[str, Any]], subset: str) -> list[dict[str, Any]]:
+    """Those of one `subset` ("Number Theory" is number_theory). ValueError: there are none, but of other subsets."""
+
+    def spelled(name: Any) -> str:
+        return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("&", "and"))
+
+    if not rows or "subset" not in rows[0]:
+        return rows
+    found = [row for row in rows if spelled(row["subset"]) == spelled(subset)]
+    if not found:
+        there = ", ".join(sorted({str(row["subset"]) for row in rows})[:40])
+        raise ValueError(f"split {split!r}: no row has the subset {subset!r}; there are: {there}. Add its rows")
+    return found
+
+
+def file_rows(split: str, source: DataSource, world: str | None, digest: str | None) -> list[dict[str, Any]]:
+    """The rows of one split, with the names of `fields`. The last file is kept: each member of a group reads it."""
+    if digest is None:
+        return list(_rows(split, source, world, None))
+    return list(_kept_rows(split, source.model_dump_json(), world, digest))
+
+
+@lru_cache(maxsize=1)
+def _kept_rows(split: str, source: str, world: str | None, digest: str) -> tuple[dict[str, Any], ...]:
+    return tuple(_rows(split, DataSource.model_validate_json(source), world, digest))
 
 
 def _rows(split: str, source: DataSource, world: str | None, digest: str | None) -> Iterator[dict[str, Any]]:
@@ -162,10 +204,12 @@ def run_task(
     world: str | None,
     externals: Mapping[str, str],
     on_progress: Callable[[float], None],
+    kept: Kept | None = None,
 ) -> tuple[Score, list[Sample], dict[str, Any]]:
     """Run one task over `model`.
 
     Args:
+        kept: answers that are there already; new ones are kept there.
         externals: content digests of local files, as the key has them.
         on_progress: called with the share of the task's requests that are answered, 0 to 1.
 
@@ -179,28 +223,40 @@ def run_task(
     import lm_eval
 
     loaded = _load(manager, task, world, externals)
-    if externals.get("lm_eval_tasks") not in (None, definitions_digest()):
+    if externals.get(f"{task.name}.definition") not in (None, definition_digest(task.name)):
         raise ValueError(
-            f"evaluation task {task.name!r}: the definitions in {LM_EVAL_TASKS} changed while the run went on, so they "
-            "are not those that the key stands for; leave them alone while a run reads them, and run again"
+            f"evaluation task {task.name!r}: its definition in {LM_EVAL_TASKS} changed while the run went on, so it is "
+            "not the one that the key stands for; leave it alone while a run reads it, and run again"
         )
     leaves = list(loaded["tasks"].values())
     details: dict[str, Any] = {}
+    chat = settings.apply_chat_template
+    check_model(model, chat=chat)
+    fitted = []
     for leaf in leaves:
         _set_shots(leaf, task, settings.seed)
+        if chat:
+            details.update(check_description(leaf, shipped=task.name in task_manager(stock=False).all_tasks))
+        limit_answers(leaf, lambda text: len(model.tok_encode(text, add_special_tokens=False)), chat=chat)
         details.update(_fit_generation(leaf, model.max_length))
+        fitted.append(fit_examples(leaf, model, _max_gen_toks(leaf), task.limit, chat=chat))
     model.set_cache_hook(_AnswerCounter(leaves, on_progress))
+    answering: Any = Resuming(model, kept)
     results = lm_eval.evaluate(
-        model,
+        answering,
         loaded,
         limit=task.limit,
         log_samples=True,
         bootstrap_iters=10_000,
-        apply_chat_template=settings.apply_chat_template,
-        fewshot_as_multiturn=settings.apply_chat_template,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
     )
     assert results is not None  # this stage is one process
+    add_bits_per_byte(answering, leaves, results, chat=chat)
+    add_to_group(task.name, leaves, results, task.metric)
     on_progress(1.0)
+    if any(fitted):
+        details["num_with_fewer_examples"] = sum(one.num_with_fewer for one in fitted if one)
 
     values = {**results["results"].get(task.name, {}), **results.get("groups", {}).get(task.name, {})}
     metrics = {
@@ -221,6 +277,10 @@ def run_task(
             task.name,
             num_left_cut,
         )
+    details.update(chance_details(metrics[task.metric], guessed(results, task.metric)))
+    if details.get("is_near_chance"):
+        found = (task.name, task.metric, metrics[task.metric], details["chance"])
+        logger.info("%s %s: %.4f is within noise of chance, %.4f", *found)
     samples = [
         marked(_compact(name, sample) | {"is_left_cut": sample["doc_id"] in cut[name]})
         for name, documents in results.get("samples", {}).items()
@@ -228,8 +288,11 @@ def run_task(
     ]
     counts = [results["n-samples"][leaf.task_name] for leaf in leaves]
     num_samples = sum(count["effective"] for count in counts)
-    stderr = values.get(task.metric.replace(",", "_stderr,"))
-    shots = results["n-shot"].get(task.name)
+    stderr = _own_stderr(leaves, task.metric, results)
+    if stderr is None:
+        stderr = values.get(task.metric.replace(",", "_stderr,"))
+    shots_of_leaves = {leaf.get_config("num_fewshot") for leaf in leaves}
+    shots = shots_of_leaves.pop() if len(shots_of_leaves) == 1 else None
     score = Score(
         task=task.name,
         metric=task.metric,
@@ -248,32 +311,43 @@ def run_task(
     return score, samples, kept
 
 
+def _own_stderr(leaves: list[Any], metric: str, results: Mapping[str, Any]) -> float | None:
+    """Standard error of a metric whose aggregation brings one (`stderr`), as lm-eval knows only that of a mean."""
+    name, _, of_filter = metric.partition(",")
+    if len(leaves) != 1 or (stderr := getattr(leaves[0].aggregation().get(name), "stderr", None)) is None:
+        return None
+    samples = results["samples"][leaves[0].task_name]
+    found: float | None = stderr([sample[name] for sample in samples if sample["filter"] == of_filter])
+    return found
+
+
 def _load(
     manager: TaskManager, task: EvaluationTask, world: str | None, externals: Mapping[str, str]
 ) -> dict[str, Any]:
-    """lm-eval's task objects. The task is loaded in a group: only there lm-eval merges a dict with its definition."""
+    """lm-eval's task objects. Its `load` merges no dict with a definition by name; what it calls for that does."""
     if not task.files:
         return manager.load([task.name])
+    _kept_rows.cache_clear()  # each task reads its files anew, so that one which changed is seen
     digests = {
         split: digest
         for position, split in enumerate(task.files)
         if (digest := externals.get(f"{task.name}.data.{position}")) is not None
     }
     arguments = {"sources": task.files, "world": world, "digests": digests}
-    member: dict[str, Any] = {"task": task.name, "dataset_kwargs": arguments}
+    member: dict[str, Any] = {"dataset_kwargs": arguments}
     if task.name not in task_manager(stock=False).all_tasks:
         # The shipped definitions say themselves how they read their files.
         member |= {"custom_dataset": read_splits, "dataset_path": None, "dataset_name": None}
     if task.num_fewshot == 0:  # or lm-eval would want the examples' split as well
         member |= {"training_split": None, "fewshot_split": None, "fewshot_config": None}
     try:
-        loaded = manager.load([{"group": "local_files", "task": [member]}])
+        built = manager._factory.build(manager.task_index[task.name], overrides=member, registry=manager.task_index)
     except KeyError as error:
         raise ValueError(
             f"evaluation task {task.name!r} needs the split {error}; files give: {', '.join(sorted(task.files))}. "
             "Add the file, or set num_fewshot: 0 if only examples come from that split"
         ) from error
-    return {"tasks": loaded["tasks"]}
+    return manager.load(built if isinstance(built, list) else [built])
 
 
 def _set_shots(leaf: Any, task: EvaluationTask, seed: int) -> None:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def check_names(tasks: tuple[EvaluationTask, ...]) -> None:
 
     Without lm-eval, only what ships here is known, and nothing else is refused.
     """
-    known = own = shipped()
+    known, own = shipped(), local_only()
     if any(task.name not in known for task in tasks):
         stock = _stock()
         if stock is None:
@@ -74,7 +75,8 @@ def _problems(task: EvaluationTask, known: Mapping[str, Known]) -> Iterator[str]
         yield unknown_task(task.name, known)
         return
     metrics, without_examples = known[task.name]
-    if metrics is not None and task.metric not in metrics:
+    of_filter = task.metric.removeprefix("bits_per_byte,")  # we add it to every task that has a right answer
+    if metrics is not None and task.metric not in metrics and of_filter not in {one.split(",")[1] for one in metrics}:
         hint = _nearest(task.metric, metrics)
         reports = f"it reports: {', '.join(metrics)}" + (f"; {hint}" if hint else "")
         yield f"evaluation task {task.name!r} has no metric {task.metric!r}; {reports}"
@@ -92,7 +94,7 @@ def unknown_task(name: str, known: Iterable[str], harness: str = "lm-eval") -> s
 
 
 def file_problems(task: EvaluationTask, own: Container[str]) -> Iterator[str]:
-    """What is wrong with the files of a task. `own`: names of the shipped definitions, which read local files only."""
+    """What is wrong with the files of a task. `own`: names of the definitions that read local files only."""
     if task.name in own and not task.files:
         yield f"evaluation task {task.name!r} reads local files: give evaluation.tasks[...].files"
     for split, source in task.files.items():
@@ -103,6 +105,14 @@ def file_problems(task: EvaluationTask, own: Container[str]) -> Iterator[str]:
             )
 
 
+def hub_subset(definition: Path) -> str | None:
+    """The part of its Hub dataset that a definition reads (`dataset_name`); None where it names none."""
+    if not definition.is_file():
+        return None
+    name = yaml.load(definition.read_text(), _Loader).get("dataset_name")
+    return None if name is None else str(name)
+
+
 def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=3)
     return f"did you mean {' or '.join(near)}?" if near else ""
@@ -110,8 +120,29 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 def shipped() -> dict[str, Known]:
     """The definitions in recipes/lm_eval."""
-    definitions = [yaml.load(path.read_text(), _Loader) for path in sorted(LM_EVAL_TASKS.glob("*.yaml"))]
-    return {definition["task"]: _known(definition) for definition in definitions}
+    return {_name(definition): _known_whole(definition) for definition in _definitions()}
+
+
+def local_only() -> set[str]:
+    """Names of the shipped definitions that read local files and know no dataset of the Hub."""
+    return {_name(one) for one in _definitions() if "repository" not in (one.get("dataset_kwargs") or {})}
+
+
+@cache
+def _definitions() -> tuple[dict[str, Any], ...]:
+    return tuple(yaml.load(path.read_text(), _Loader) for path in sorted(LM_EVAL_TASKS.glob("*.yaml")))
+
+
+def _name(definition: Mapping[str, Any]) -> str:
+    return str(definition["group"] if "group" in definition else definition["task"])
+
+
+def _known_whole(definition: Mapping[str, Any]) -> Known:
+    """Of a shipped definition, whose list of metrics is whole; of a group, those that it aggregates."""
+    if "group" in definition:
+        filters = [{"name": name} for one in definition["aggregate_metric_list"] for name in [one["filter_list"]]]
+        definition = {**definition, "metric_list": definition["aggregate_metric_list"], "filter_list": filters[:1]}
+    return _known({**definition, "process_results": None})
 
 
 def _known(definition: Mapping[str, Any]) -> Known:

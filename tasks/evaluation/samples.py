@@ -39,7 +39,8 @@ Sample = dict[str, Any]
 
 SAMPLES_FILE = "samples.parquet"
 _TEXTS = (
-    "task", "id", "filter", "doc_hash", "prompt_hash", "target_hash", "prompt", "target", "completion", "parsed", "stop",
+    "task", "id", "filter", "doc_hash", "prompt_hash", "target_hash",
+    "prompt", "target", "completion", "parsed", "stop",
 )  # fmt: skip
 _NUMBERS = ("entry", "num_tokens")
 #: Mark of a row -> count in the details of its score.

@@ -14,6 +14,7 @@ from itertools import islice
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.tasks.evaluation.kept import BATCHES_PER_SHARD, Kept, in_shards
 from smoltulu.tasks.models.decoding import OnBatch, write
 from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
 from smoltulu.tasks.verifiers import Graders
@@ -73,31 +74,43 @@ def generate(
     temperature: float = 1.0,
     seed: int = 0,
     on_batch: OnBatch = lambda num_done, num_texts: None,
+    kept: Kept | None = None,
 ) -> list[list[Completion]]:
     """`num_samples` completions of every prompt (token ids); temperature 0 is greedy.
 
-    Prompts of similar length share a batch, and rows that reached eos leave it.
+    Prompts of similar length share a batch, and rows that reached eos leave it. `kept`: completions are kept there, and
+    taken from there.
     """
     import torch
 
     draws = torch.rand(
         (len(prompts), num_samples, max_new_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float32
     )
-    written = write(
-        model,
-        [prompt for prompt in prompts for _ in range(num_samples)],
-        draws.flatten(0, 1) if temperature > 0 else None,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        temperature=temperature,
-        stop_ids=stop_token_ids(tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        on_batch=on_batch,
-    )
-    texts = tokenizer.batch_decode(
-        [one.ids[:-1] if one.stopped else one.ids for one in written], skip_special_tokens=True
-    )
-    made = [Completion(text, one.stopped, len(one.ids)) for one, text in zip(written, texts, strict=True)]
+    flat, flat_draws = [list(prompt) for prompt in prompts for _ in range(num_samples)], draws.flatten(0, 1)
+    num_done = 0
+
+    def answer(places: list[int]) -> list[tuple[list[int], bool]]:
+        nonlocal num_done
+        written = write(
+            model,
+            [flat[place] for place in places],
+            flat_draws[places] if temperature > 0 else None,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            stop_ids=stop_token_ids(tokenizer),
+            pad_id=tokenizer.pad_token_id,
+            on_batch=lambda num, _: on_batch(num_done + num, len(flat)),
+        )
+        num_done += len(places)
+        return [(one.ids, one.stopped) for one in written]
+
+    settings = [max_new_tokens, temperature, seed]
+    requests = [(prompt, [*settings, place % num_samples]) for place, prompt in enumerate(flat)]
+    of_prompt = [place // num_samples for place in range(len(flat))]
+    written = in_shards(kept, requests, BATCHES_PER_SHARD * batch_size, answer, of_prompt)
+    texts = tokenizer.batch_decode([ids[:-1] if stopped else ids for ids, stopped in written], skip_special_tokens=True)
+    made = [Completion(text, stopped, len(ids)) for text, (ids, stopped) in zip(texts, written, strict=True)]
     return [made[start : start + num_samples] for start in range(0, len(made), num_samples)]
 
 

@@ -26,6 +26,7 @@ from smoltulu.tasks.report import text, verdict
 from smoltulu.tasks.report.charts import Point, parse_history
 from smoltulu.tasks.report.render import render
 from smoltulu.tasks.report.summary import Outputs, outputs_of, preflight_figures, score_tables
+from smoltulu.tasks.report.tables import tables_section
 
 #: Metrics that are shown first; all others are folded below them.
 FIRST_CURVES = (
@@ -72,7 +73,7 @@ def html_report(
     preflights = _outputs_of(PreflightOutputs, runs)
     sections: list[tuple[str, str, Any]] = [
         ("scores", "Scores", score_tables(summary.scores)),
-        # The place for sections of scores (tables beside published figures): (id, title, data of a macro, or markup).
+        ("tables", "Tables", tables_section({run.node: manifest for run, manifest in runs if manifest}, folders)),
         ("answers", "Answers side by side", answers),
         ("stages", "Stages", runs),
         ("curves", "Training", _curves(runs, folders)),

@@ -65,6 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> HandStore:
     scored = store.evaluate(sft, 0.25)
     store.run("first-run", {"base-model": base, "sft": sft, "evaluation-sft": scored})
     store.tag("best", sft)
+    store.pin("evaluation-sft", scored)
     store.checkpoint(store.begin("rlvr", "rlvr", {"model": sft}))
     return store
 
@@ -105,7 +106,7 @@ def each_copy(store: HandStore, where: Path) -> HandStore:
     return store
 
 
-_FILES = ("manifest", "spec", "current", "run", "tag", "lock", "marker", "work")
+_FILES = ("manifest", "spec", "current", "run", "tag", "pins", "told", "lock", "marker", "work")
 
 
 def file_of(root: Path, store: HandStore, kind: str) -> Path:
@@ -118,6 +119,8 @@ def file_of(root: Path, store: HandStore, kind: str) -> Path:
         "lock": root / sft.stage / sft.key / "lock",
         "run": root / "runs" / "first-run.json",
         "tag": root / "tags" / "best.json",
+        "pins": root / "history" / "by-hand" / "pins.json",
+        "told": root / "history" / "by-hand" / "told.json",
         "marker": rlvr / "work" / "checkpoints" / "checkpoint-10" / CHECKPOINT_MARKER,
         "work": rlvr / "work" / "generation",
     }[kind]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,9 +176,38 @@ def test_bad_input_is_one_clear_message_and_not_zero(place: Place, tmp_path: Pat
         assert set(place.store.rglob("manifest.json")) == before
 
 
-def test_nightly_measures_again_and_finds_no_difference(place: Place) -> None:
+def test_nightly_tells_what_is_new_and_then_that_nothing_is(place: Place) -> None:
+    """Two DPO models: the second is judged against the first, by the deployment; then nothing is measured again."""
+    other = {**SMALL, "dpo.learning_rate": 3e-5}
+    for overrides in (SMALL, other):
+        code, out = place.run(overrides=overrides, until="dpo")
+        assert code == 0, out[-4000:]
     code, out = place.run("smoltulu-eval/nightly", recipe="tiny", overrides=SMALL)
     assert code == 0, out[-4000:]
-    assert "verified_sampled" in out and "same" in out
+    assert "nothing to compare with yet" in out and "identical samples" in out  # the latter: one task, measured again
+    made = set(place.store.glob("evaluation/*/gen-*"))
+    code, out = place.run("smoltulu-eval/nightly", recipe="tiny", overrides=other)
+    assert code == 0, out[-4000:]
+    assert "new: dpo" in out and "dpo verified_sampled against last" in out and "nothing new" not in out
+    began = time.monotonic()
+    code, out = place.run("smoltulu-eval/nightly", recipe="tiny", overrides=other)
+    seconds = time.monotonic() - began
+    assert code == 0 and "nothing new" in out, out[-4000:]
+    said = [line for line in out.splitlines() if re.match(r"\d\d:\d\d:\d\d\.\d+ \|", line)]
+    first, told = said[0], next(line for line in said if "nothing new" in line)
+    print(f"nightly: nothing new {_clock(told) - _clock(first):.1f} s after the first line, {seconds:.1f} s in all")
+    assert _clock(told) - _clock(first) < 3
+    assert set(place.store.glob("evaluation/*/gen-*")) == made
+    with prefect_api.client(place.url) as server:
+        names = [f"smoltulu.evaluation.{name}" for name in ("night", "loss")]
+        found = server._client.post("/events/filter", json={"filter": {"event": {"name": names}}}).json()["events"]
+    assert [event["event"] for event in found] == names[:1] * 3
+    assert {event["resource"]["prefect.resource.id"] for event in found} == {"smoltulu.recipe.tiny"}
     code, out = place.run("smoltulu-eval/nightly", recipe="tiny", overrides={"sft.seed": 99})
     assert code == 0 and "nothing to evaluate" in out
+
+
+def _clock(line: str) -> float:
+    """Seconds of the day that a line of a log begins with."""
+    hours, minutes, seconds = line.partition(" ")[0].split(":")
+    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,16 @@ from uuid import UUID
 
 import psutil
 
-from smoltulu.artifacts.layout import RUNS
+from smoltulu.artifacts.layout import HISTORY, RUNS
 from smoltulu.flows.machine import machine, prefect_api
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.schemas.nightly import MeasuredModel
 from smoltulu.schemas.run import RunRecord
 from smoltulu.tasks.comparison.evaluations import measured
 from smoltulu.tasks.engine.runner import reference_to
 from smoltulu.tasks.evaluation.samples import read_samples, write_samples
+from smoltulu.tasks.nightly.history import History, Row
 from tests.faults import commands
 from tests.faults.kills import Result, finish
 from tests.faults.sandbox import Run, Sandbox, limits
@@ -46,7 +49,7 @@ REQUESTS = (
     *("/api/whoami-v2", "/api/validate-yaml", "/api/repos/create", "/api/models/.*/preupload/", "/objects/batch"),
     *("PUT /lfs/", "/lfs-verify", "/api/models/.*/commit/"),
 )
-_VERDICT = re.compile(r"(\S+ \S+): ([\d.]+) -> ([\d.]+), (same|within noise|drop|gain) \(p")
+_VERDICT = re.compile(r"(\S+ \S+) against last: ([\d.]+) -> ([\d.]+), (same|within noise|watch|loss|gain) \(p")
 _NIGHTS: dict[Path, commands.Unbroken] = {}
 _ONE_NIGHT = threading.Lock()
 _ONE_START = threading.Lock()
@@ -143,7 +146,7 @@ def _holding(folder: Path, secret: str) -> list[str]:
 
 
 def killed_night(sandbox: Sandbox, baseline: Sandbox, home: Path, moment: commands.Moment, part: str = "") -> Result:
-    """Kill a night's evaluation, evaluate again: the drop since the last night is told, once the scores are there.
+    """Kill a night's evaluation, evaluate again: the drop since the last model is told, once the scores are there.
 
     part  of the store, whose file-system events count
     """
@@ -162,9 +165,9 @@ def killed_night(sandbox: Sandbox, baseline: Sandbox, home: Path, moment: comman
     again = commands.start(sandbox, command, **environment)
     code, told = again.wait(), _VERDICT.findall(again.text)
     was_told = _VERDICT.findall(run.text) == verdict
-    # One that was killed after its verdict has told it; then there is no drop since.
-    is_same = was_told and code == 0 and {row[-1] for row in told} == {"same"}
-    if not verdict or not ((code, told) == (whole.code, verdict) or is_same):
+    # One that was killed after its verdict has told it; then there is nothing new since.
+    is_nothing_new = was_told and code == 0 and not told and "nothing new: " in again.text
+    if not verdict or not ((code, told) == (whole.code, verdict) or is_nothing_new):
         result.problems.append(f"another verdict: {told}, status {code}; unbroken: {verdict}; {again.text[-300:]}")
     result.problems += [f"lost: {path}" for path, data in before.items() if not _has(path, data)]
     for node in _evaluations(sandbox):
@@ -206,27 +209,47 @@ def _evaluations(sandbox: Sandbox) -> list[str]:
 
 
 def _last_night(sandbox: Sandbox, baseline: Sandbox) -> None:
-    """The baseline's store, where the last night's answers were right: tonight's scores are a drop."""
+    """The baseline's store, and a night that told of other models whose answers were right: tonight's are a drop.
+
+    Those models had the same keys and other weights, so that tonight's are measured.
+    """
     sandbox.copy_from(baseline)
+    at = (datetime.now(UTC) - timedelta(days=1)).isoformat(timespec="seconds")
+    rows, told = [Row("night", at, "last-night", verdict="well", num_items=0)], []
     for node in _evaluations(sandbox):
         found, output = sandbox.found(node), sandbox.folder(node) / "work" / "output"
         reference: ArtifactReference = reference_to(found, node, "Cached")  # type: ignore[arg-type]
         shutil.copytree(reference.path, output)
         samples = output / reference.outputs["samples_file"]
-        rows = list(read_samples(samples))
-        for row in rows[2:]:
+        lines = list(read_samples(samples))
+        for row in lines[2:]:
             row["metrics" if "metrics" in row else "mean"] = (
                 dict.fromkeys(row["metrics"], 1.0) if "metrics" in row else 1.0
             )
-        write_samples(samples, rows)
+        write_samples(samples, lines)
         manifest = sandbox.manifest(node)
         outputs = _agreeing(output, EvaluationOutputs.model_validate(manifest.outputs))
-        manifest = manifest.model_copy(update={"outputs": outputs.model_dump(mode="json")})
-        sandbox.store.commit(
+        other = manifest.inputs["model"].model_copy(update={"digest": "0" * 64})
+        changed = {"outputs": outputs.model_dump(mode="json"), "inputs": manifest.inputs | {"model": other}}
+        manifest = manifest.model_copy(update=changed)
+        made = sandbox.store.commit(
             sandbox.graph.spec(node),
             output,
             lambda files, digest, manifest=manifest: manifest.model_copy(update={"files": files, "digest": digest}),
         )
+        told.append(
+            MeasuredModel(
+                stage="evaluation",
+                key=manifest.key,
+                generation=made.folder.name,
+                digest=made.manifest.digest,
+                model_digest=other.digest,
+            )
+        )
+        of_it = {"node": node, "model": other.digest, "stage": "evaluation", "key": manifest.key}
+        of_it |= {"generation": made.folder.name, "evaluation": made.manifest.digest}
+        rows += [Row("score", at, "last-night", task=one.task, value=one.value, **of_it) for one in outputs.scores]
+    History(sandbox.root, sandbox.graph.name).add(rows, told)
 
 
 def _agreeing(output: Path, outputs: EvaluationOutputs) -> EvaluationOutputs:
@@ -315,7 +338,7 @@ def add(draw: Draw, num: int) -> None:
 
 
 def _moment_of_a_night(rng: random.Random) -> tuple[commands.Moment, str]:
-    part = rng.choice(("", "", RUNS))
+    part = rng.choice(("", "", RUNS, HISTORY))
     roles: tuple[str | None, ...] = ("parent",) if part else ("parent", "child", None)
     return commands.Moment.draw(rng, roles), part
 

@@ -66,7 +66,9 @@ def test_what_the_stages_say_of_themselves() -> None:
         return [name for name, stage in STAGES.items() if getattr(stage, trait)]
 
     assert which("distributed") == ["samples", "sample_scores", "reference_logps", "pass_rates"]
-    assert which("eval_batch") == ["samples", "sample_scores", "reference_logps", "pass_rates", "evaluation"]
+    assert which("eval_batch") == [
+        "samples", "sample_scores", "reference_logps", "pass_rates", "evaluation_cell", "evaluation",
+    ]  # fmt: skip
     assert which("keeps_rows") == ["contamination", "preflight"]
     assert which("copies_model") == ["publish"]
     assert set(STAGES) - set(which("grows_with_model")) == {

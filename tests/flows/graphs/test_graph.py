@@ -13,7 +13,7 @@ from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.nodes import Binding
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.planning.plan import plan
-from smoltulu.flows.recipe import load_recipe
+from smoltulu.flows.recipe import RecipeError, check_evaluation, load_recipe
 from smoltulu.recipes import CHAT_TEMPLATES
 from smoltulu.tasks.models.chat_template import check_chat_template, load_chat_template
 from tests import ROOT
@@ -101,11 +101,51 @@ def test_machinery_changes_no_key(overrides: dict[str, Any]) -> None:
         ({"verifier_audit.num_shuffled": 100}, AUDIT_AND_AFTER),
         ({"pass_rates.num_samples": 2}, {"pass-rates"}),
         ({"rlvr.temperature": 0.9}, {"pass-rates", "rlvr", "evaluation-rlvr", "publish"}),
+        # A benchmark of reward models is nothing to a policy, nor to DPO's implicit reward.
+        (
+            {
+                "evaluation.reward_benchmarks": [
+                    {
+                        "name": "pairs",
+                        "title": "held_out",
+                        "sources": [{"generated": "preference_eval.jsonl", "format": "preference"}],
+                    }
+                ]
+            },
+            {"evaluation-reward-model", "publish"},
+        ),
         ({"rlvr.leave_out": ["never"]}, {"rlvr", "evaluation-rlvr", "publish"}),
     ],
 )
 def test_a_field_changes_its_own_stage_and_what_depends_on_it(overrides: dict[str, Any], expected: set[str]) -> None:
     assert changed(overrides) == expected
+
+
+def test_a_reward_model_is_evaluated_on_benchmarks_alone(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("{}\n")
+    entry = {"name": "rewardbench", "sources": [{"path": str(file), "format": "preference"}]}
+    overrides = {"data.preference_eval": None, "evaluation.reward_benchmarks": [entry, {"name": "ultrafeedback"}]}
+    graph = Graph(load_recipe("tiny", overrides), resolve=lambda reference: "f" * 40)
+    node = graph.nodes["evaluation-reward-model"]
+    assert set(node.inputs) == {"model"} and "evaluation-dpo-implicit-reward" not in graph.nodes
+    assert "rewardbench.data.0" in node.externals
+    assert node.config.settings.reward_benchmarks[1].sources[0].revision == "f" * 40  # type: ignore[attr-defined]
+    key = graph.key("evaluation-reward-model")
+    file.write_text("{}\n{}\n")
+    again = Graph(load_recipe("tiny", overrides), resolve=lambda reference: "f" * 40)
+    assert again.key("evaluation-reward-model") != key
+
+
+def test_benchmarks_without_a_reward_model_are_told() -> None:
+    entries = {"evaluation.reward_benchmarks": [{"name": "rewardbench"}]}
+    assert load_recipe("tiny", entries).evaluation_notes() == []
+    (note,) = load_recipe("tiny", {**entries, "reward_model": None, "rlvr": None}).evaluation_notes()
+    assert "there is no block reward_model: they do nothing" in note
+    source = {"path": "x.jsonl", "format": "preference", "fields": {"label": "x"}}
+    wrong = {"evaluation.reward_benchmarks": [{"name": "rewardbench", "sources": [source]}]}
+    with pytest.raises(RecipeError, match="has no field label"):
+        check_evaluation(load_recipe("tiny", wrong))
 
 
 def test_other_verdicts_change_rows_of_rlvr_and_what_is_made_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,6 @@ from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSet, DatasetStageConfig, DataSource
 from smoltulu.tasks.data.sources import source_digest
-from smoltulu.tasks.evaluation.lm_eval import definitions_digest
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
 from tests.example_outputs import example_outputs
@@ -163,11 +162,6 @@ def test_the_keys_of_before_are_those_that_the_version_before_pinned() -> None:
     graph.nodes["world"] = replace(world, stage=replace(world.stage, version=1))
     before = specs_before(graph)
     assert {name: keys_of(before[name]) for name in KEYS_BEFORE} == KEYS_BEFORE
-
-
-def test_a_text_that_means_the_same_is_the_one_that_ships_now() -> None:
-    """Else the line is dead: delete it when recipes/lm_eval changes in earnest."""
-    assert list(STAGES["evaluation"].same_externals) == [definitions_digest()]
 
 
 def keys_of(spec: Spec) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import smoltulu.tasks.evaluation.cell
 import smoltulu.tasks.evaluation.stage
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.compute import ComputeSettings
@@ -277,7 +278,7 @@ def test_tiny_tasks_and_sampling_end_to_end(tmp_path: Path, folder: Path) -> Non
     assert arithmetic.num_fewshot == 0 and arithmetic.stderr is not None
     assert metrics == {f"{score.task}/{score.metric}": score.value for score in outputs.scores}
     assert len(samples) == 5 + 3 + 6
-    assert samples[2]["target"] == "4" and samples[2]["metrics"] == {"exact_match": 0.0}
+    assert samples[2]["target"] == "4" and samples[2]["metrics"]["exact_match"] == 0.0
     assert len({sample["prompt_hash"] for sample in samples[:5]}) == 5
     # How each answer ended: these have at most 80 and 8 tokens.
     for sample, limit in [*((one, 80) for one in samples[:8]), *((one, 8) for one in samples[8:])]:
@@ -367,7 +368,7 @@ def test_a_stock_definition_runs_over_local_files(tmp_path: Path, folder: Path, 
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"metric": "acc,none"}, r"no metric 'acc,none'; it reports: exact_match,strict-match"),
+        ({"metric": "acc,none"}, r"no metric 'acc,none'; it reports: .*exact_match,strict-match"),
         ({"num_fewshot": 3}, "defined without examples"),
         ({"files": {}}, "reads local files"),
         ({"files": {"test": {"repository": "openai/gsm8k", "format": "text"}}}, "got the repository"),
@@ -397,7 +398,9 @@ def test_reward_model_and_implicit_reward_stages(tmp_path: Path, folder: Path) -
     reward = build_tiny_model(tmp_path / "reward", num_labels=1)
     outputs, metrics, samples, steps = _run(tmp_path / "a", {}, reward, "reward_model", preference_eval=rows)
     score, margin = outputs.scores
-    assert score.num_samples == 8 and score.metric == "pair_accuracy" and len(samples) == 8 and steps[-1] == (16, 16)
+    assert (
+        score.num_samples == 8 and score.metric == "pair_accuracy" and len(samples) == 8 and steps[-1] == (1000, 1000)
+    )
     assert score.value == sum(sample["chosen"] > sample["rejected"] for sample in samples) / 8
     assert margin.metric == "mean_margin" and margin.stderr is not None and margin.num_samples == 8
     assert margin.value == pytest.approx(sum(sample["chosen"] - sample["rejected"] for sample in samples) / 8)
@@ -419,6 +422,57 @@ def test_reward_model_and_implicit_reward_stages(tmp_path: Path, folder: Path) -
         _run(tmp_path / "d", {}, reward, "reward_model")
 
 
+def test_reward_benchmarks_of_a_reward_model(tmp_path: Path, folder: Path) -> None:
+    own = [
+        {"prompt": f"What is {n}?", "chosen": f"{n} it is.", "rejected": "No", "topic": ["even", "odd"][n % 2]}
+        for n in range(6)
+    ]
+    llmbar = [
+        {"subset": "LLMBar_Natural", "input": f"Say {n}", "output_1": f"{n}", "output_2": "No", "label": 1}
+        for n in range(4)
+    ]
+    four = [
+        {"id": str(n), "subset": "Focus", "prompt": f"{n}?", "chosen": ["a"], "rejected": ["b", "c", "d"]}
+        for n in range(3)
+    ]
+    files = [_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("o", own), ("l", llmbar), ("f", four))]
+    mine = {"path": files[0], "format": "preference", "fields": {"subset": "topic"}}
+    settings = {
+        "reward_benchmarks": [
+            {"name": "pairs", "title": "mine", "sources": [mine]},
+            {"name": "rewardbench", "sources": [{"path": files[1], "format": "llmbar"}]},
+            {"name": "rewardbench_2", "sources": [{"path": files[2], "format": "best_of"}]},
+        ]
+    }
+    reward = build_tiny_model(tmp_path / "reward", num_labels=1)
+    outputs, metrics, samples, _ = _run(tmp_path / "a", settings, reward, "reward_model")
+    assert [(score.task, score.metric, score.num_samples) for score in outputs.scores] == [
+        ("mine", "accuracy", 6),
+        ("mine", "mean_margin", 6),
+        ("mine", "mean_of_subsets", 6),
+        ("rewardbench_partial", "micro_accuracy (4 of 2985)", 4),
+        ("rewardbench_partial", "Chat Hard (4 of 456)", 4),
+        ("rewardbench_2_partial", "best_of_4 (3 of 1763)", 3),
+        ("rewardbench_2_partial", "Focus (3 of 495)", 3),
+    ]
+    assert [score.limited for score in outputs.scores] == [False] * 3 + [True] * 4
+    assert metrics["mine/accuracy"] == sum(row["chosen"] > row["rejected"] for row in samples[:6]) / 6
+    # The headline is the mean of the items that a comparison finds.
+    found = measured(tmp_path / "a", outputs)
+    assert {name: len(one.items) for name, one in found.items()} == {
+        "mine": 6,
+        "rewardbench_partial": 4,
+        "rewardbench_2_partial": 3,
+    }
+    for one in found.values():
+        assert one.score.value == pytest.approx(sum(item.value for item in one.items.values()) / len(one.items))
+    with pytest.raises(ValueError, match="not a reward model"):
+        _run(tmp_path / "b", settings, folder, "reward_model")
+    two = build_tiny_model(tmp_path / "two", num_labels=2)
+    with pytest.raises(ValueError, match="gives one score; this one has num_labels 2"):
+        _run(tmp_path / "b", settings, two, "reward_model")
+
+
 def test_bfloat16_falls_back_with_a_warning_on_a_cpu(tmp_path: Path, folder: Path, caplog: Any) -> None:
     task = {
         "name": "tiny_arithmetic",
@@ -432,20 +486,13 @@ def test_bfloat16_falls_back_with_a_warning_on_a_cpu(tmp_path: Path, folder: Pat
 
 @pytest.mark.parametrize("is_reward_model", [False, True])
 def test_in_bfloat16_the_weights_are_rounded_and_nothing_else(
-    tmp_path: Path, folder: Path, monkeypatch: Any, is_reward_model: bool
+    tmp_path: Path, folder: Path, is_reward_model: bool
 ) -> None:
     """As on a GPU. Rounded frequencies turn late positions by a radian; the score head was trained in float32."""
     import torch
 
-    from smoltulu.schemas.evaluation import EvaluationSettings
-
-    monkeypatch.setattr(smoltulu.tasks.evaluation.stage, "use_bfloat16", lambda precision, compute: True)
     path = build_tiny_model(tmp_path / "reward", num_labels=1) if is_reward_model else folder
-    inputs = EvaluationInputs(model=str(path), chat_template=TULU_TEMPLATE)
-    context = StageContext(tmp_path, tmp_path, ComputeSettings(device="cpu"), lambda *_, **__: None)
-    model, _ = smoltulu.tasks.evaluation.stage._load(
-        str(path), inputs, EvaluationSettings(), context, reward_model=is_reward_model
-    )
+    model, _ = smoltulu.tasks.evaluation.cell._load(str(path), TULU_TEMPLATE, is_reward_model, "bfloat16", "cpu")
     kept = {name for name, value in model.named_parameters() if value.dtype == torch.float32}
     assert kept == ({"score.weight"} if is_reward_model else set())
     buffers = dict(model.named_buffers())
@@ -457,11 +504,12 @@ def test_evaluation_in_bfloat16_sums_likelihoods_in_float32(tmp_path: Path, fold
     """As on a GPU. In bfloat16 a sum beyond 32 nats is rounded to a quarter, and choices tie."""
     import torch
 
-    monkeypatch.setattr(smoltulu.tasks.evaluation.stage, "use_bfloat16", lambda precision, compute: True)
+    monkeypatch.setattr(smoltulu.tasks.evaluation.cell, "use_bfloat16", lambda precision, compute: True)
+    monkeypatch.setattr(smoltulu.tasks.evaluation.stage, "dtype_of", lambda settings, compute: "bfloat16")
     seen: list[Any] = []
-    real = smoltulu.tasks.evaluation.stage.harness.run_task
+    real = smoltulu.tasks.evaluation.cell.harness.run_task
     monkeypatch.setattr(
-        smoltulu.tasks.evaluation.stage.harness,
+        smoltulu.tasks.evaluation.cell.harness,
         "run_task",
         lambda wrapped, *a, **k: seen.append(wrapped) or real(wrapped, *a, **k),
     )

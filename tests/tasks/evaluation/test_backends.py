@@ -1,0 +1,154 @@
+"""What a backend of the evaluation must do: the same token ids, log-likelihoods, greedy answers and stops as the model.
+
+Another backend (vLLM, ...) is added to `BACKENDS`, and must pass all of this before `EvaluationCellConfig.backend`
+names it. What is expected comes from plain forward passes of the same weights, without the code under test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from smoltulu.tasks.evaluation.kept import Kept, Resuming
+from smoltulu.tasks.evaluation.lm_eval import wrap
+from smoltulu.tasks.models.folders import load_to_write, load_tokenizer
+from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
+
+TEXTS = ["What is 1 plus 1?", "so so so", "Hello", "The answer is a cat. " * 3]
+
+
+def _transformers(folder: Path, batch_size: int) -> Any:
+    tokenizer = load_tokenizer(folder, TULU_TEMPLATE)
+    model = load_to_write(folder, tokenizer, False)
+    return wrap(model, tokenizer, batch_size=batch_size, max_length=128, chat=True)
+
+
+#: Name -> makes what lm-eval asks, from a model folder and a batch size.
+BACKENDS: dict[str, Callable[[Path, int], Any]] = {"transformers": _transformers}
+
+pytestmark = pytest.mark.parametrize("make", BACKENDS.values(), ids=BACKENDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Any:
+    """The model without any backend."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+
+
+def asked(*arguments: Any, number: int = 0) -> Any:
+    return SimpleNamespace(args=arguments, task_name="task", doc_id=number)
+
+
+def prompt(backend: Any, text: str) -> str:
+    return str(backend.apply_chat_template([{"role": "user", "content": text}]))
+
+
+def test_token_ids_are_those_of_the_template(make: Callable[[Path, int], Any], folder: Path) -> None:
+    """No second bos, nothing after the header of the answer."""
+    backend, tokenizer = make(folder, 2), load_tokenizer(folder, TULU_TEMPLATE)
+    for text in TEXTS:
+        turn = [{"role": "user", "content": text}]
+        expected = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert backend.tok_encode(prompt(backend, text)) == expected
+
+
+def _loglik(plain: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    import torch
+
+    with torch.inference_mode():
+        logits = plain(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1].float()
+    logps = logits.log_softmax(-1)
+    wanted = torch.tensor(continuation)
+    return float(logps.gather(1, wanted[:, None]).sum()), bool((logps.argmax(-1) == wanted).all())
+
+
+def test_log_likelihoods_are_those_of_one_pass_each(make: Callable[[Path, int], Any], folder: Path, plain: Any) -> None:
+    backend = make(folder, 3)
+    requests = [
+        asked(prompt(backend, text), choice, number=number)
+        for number, text in enumerate(TEXTS)
+        for choice in (" a cat", " three dogs", "4")
+    ]
+    answers = backend.loglikelihood(requests)
+    for request, (value, is_greedy) in zip(requests, answers, strict=True):
+        context, continuation = (backend.tok_encode(one, add_special_tokens=False) for one in request.args)
+        expected = _loglik(plain, context, continuation)
+        assert value == pytest.approx(expected[0], abs=1e-3) and is_greedy == expected[1]
+    # What the model would write itself is greedy.
+    first = backend.tok_encode(prompt(backend, TEXTS[0]))
+    likeliest = _greedy(plain, first, 1)[0]
+    ((_, is_greedy),) = backend._loglikelihood_tokens([(("", ""), first, [likeliest])], disable_tqdm=True)
+    assert is_greedy
+
+
+def _greedy(plain: Any, context: list[int], num_tokens: int) -> list[int]:
+    import torch
+
+    ids = list(context)
+    with torch.inference_mode():
+        for _ in range(num_tokens):
+            ids.append(int(plain(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == plain.generation_config.eos_token_id:
+                break
+    return ids[len(context) :]
+
+
+def generate(backend: Any, num_tokens: int, until: list[str]) -> list[Any]:
+    settings = {"until": until, "max_gen_toks": num_tokens, "do_sample": False}
+    return list(backend.generate_until([asked(prompt(backend, text), dict(settings)) for text in TEXTS]))
+
+
+def test_answers_are_greedy_and_say_what_ended_them(make: Callable[[Path, int], Any], folder: Path, plain: Any) -> None:
+    backend = make(folder, 3)
+    for text, answer in zip(TEXTS, generate(backend, 12, []), strict=True):
+        ids = _greedy(plain, backend.tok_encode(prompt(backend, text)), 12)
+        has_ended = ids[-1] == plain.generation_config.eos_token_id
+        assert answer == backend.tok_decode(ids)
+        assert (answer.stop, answer.num_tokens) == ("eos" if has_ended else "length", len(ids))
+
+
+def test_a_stop_string_ends_an_answer(make: Callable[[Path, int], Any], folder: Path) -> None:
+    backend = make(folder, 3)
+    whole = generate(backend, 12, [])
+    stop = str(whole[0])[3:5]
+    for before, answer in zip(whole, generate(backend, 12, [stop]), strict=True):
+        assert str(answer) == str(before).split(stop)[0]
+        assert answer.stop == (stop if stop in before else before.stop)
+        assert answer.num_tokens <= before.num_tokens
+
+
+def test_answers_depend_on_neither_the_batch_nor_the_order(make: Callable[[Path, int], Any], folder: Path) -> None:
+    alone, together = make(folder, 1), make(folder, 4)
+    assert generate(alone, 10, []) == generate(together, 10, [])
+    requests = [asked(prompt(alone, text), " a cat", number=number) for number, text in enumerate(TEXTS)]
+    values = [value for value, _ in together.loglikelihood(requests)]
+    assert [value for value, _ in alone.loglikelihood(requests[::-1])][::-1] == pytest.approx(values, abs=1e-3)
+
+
+def test_kept_answers_are_not_asked_for_again(make: Callable[[Path, int], Any], folder: Path, tmp_path: Path) -> None:
+    backend = make(folder, 1)
+    requests = [asked(prompt(backend, TEXTS[number % 4]), " x", number=number) for number in range(20)]
+    first = Resuming(backend, Kept(tmp_path, "cpu")).loglikelihood(requests)
+    written = generate(Resuming(backend, Kept(tmp_path, "cpu")), 6, [])
+
+    class Silent:
+        batch_size = 1
+        apply_chat_template = backend.apply_chat_template
+
+    again = Resuming(Silent(), Kept(tmp_path, "cpu"))
+    assert again.loglikelihood(requests) == first == backend.loglikelihood(requests)
+    for before, after in zip(written, generate(again, 6, []), strict=True):
+        assert (before, before.stop, before.num_tokens) == (after, after.stop, after.num_tokens)
+    # Another device, or another version of a library, does not go on from them.
+    assert len(Kept(tmp_path, "cuda")) == 0
