@@ -35,6 +35,8 @@ CHECKPOINTS, MADE_FOR, MADE_FROM = "checkpoints", "generation", "inputs.json"
 RUNS, TAGS, HISTORY = "runs", "tags", "history"
 #: Of a recipe's nights: the baselines, and what the next night may compare with. gc keeps what both name.
 PINS, TOLD = "pins.json", "told.json"
+#: End of the name of a node that measures again a part of what is there: its scores are no others.
+REPEATED = "-again"
 KEY = re.compile(r"[0-9a-f]{64}")
 #: Digits that a number may have in a name: far more than will ever be counted.
 _MAX_DIGITS = 18

@@ -36,6 +36,15 @@ class Report(Protocol):
         """`step` of `num_steps` is done; metrics such as loss, reward, tokens_per_second."""
 
 
+def part_of(report: Report, number: int, num_parts: int) -> Report:
+    """Progress of one of several parts, told as progress of the whole."""
+
+    def part(step: int, num_steps: int, **metrics: float) -> None:
+        report(1000 * number + 1000 * step // (num_steps or 1), 1000 * num_parts, **metrics)
+
+    return part
+
+
 @dataclass(frozen=True)
 class StageContext:
     """Where a stage function works, and how.

@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tasks.languages",
         "tasks.nightly",
         "tasks.publish",
+        "tasks.surface",
         "tasks.training",
     ),
     ("tasks.preflight", "tasks.sampled", "tasks.verifier_audit"),

@@ -180,7 +180,12 @@ class Catalogue:
         if own := scores_of(self.known(ref)):
             return own
         manifests = (self.known(consumer) for consumer in self.consumers.get(ref.key, []))
-        of_it = (manifest for manifest in manifests if dig(manifest, "spec", "inputs", "model") == ref.key)
+        of_it = (
+            manifest
+            for manifest in manifests
+            if dig(manifest, "spec", "inputs", "model") == ref.key
+            and not str(manifest.get("node")).endswith(layout.REPEATED)
+        )
         return [score for manifest in of_it for score in scores_of(manifest)]
 
     # Runs and tags

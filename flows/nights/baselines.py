@@ -57,7 +57,7 @@ def _of_model(catalogue: Catalogue, model: Ref) -> list[Ref]:
         if ref.stage == EVALUATION
         and scores_of(manifest := catalogue.known(ref))
         and any(given.binding == "model" and given.ref == model for given in inputs_of(manifest))
-        and not str(manifest.get("node")).endswith("-again")
+        and not str(manifest.get("node")).endswith(layout.REPEATED)
     ]
 
 

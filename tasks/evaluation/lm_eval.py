@@ -29,7 +29,7 @@ from smoltulu.tasks.evaluation.ifeval import prepare_punkt
 from smoltulu.tasks.evaluation.kept import Kept, Resuming
 from smoltulu.tasks.evaluation.names import file_problems, hub_subset, local_only, unknown_task
 from smoltulu.tasks.evaluation.prepare import check_description, check_model, fit_examples, limit_answers
-from smoltulu.tasks.evaluation.samples import Sample, marked, sample_counts
+from smoltulu.tasks.evaluation.samples import Sample, is_parts, marked, sample_counts
 from smoltulu.tasks.models.tokens import added_tokens, check_prompts
 
 if TYPE_CHECKING:
@@ -305,10 +305,16 @@ def run_task(
         template_digest=text_digest(chat_template) if settings.apply_chat_template else "none",
         limited=num_samples < sum(count["original"] for count in counts)
         or any(source.limit is not None for source in task.files.values()),
-        details={**details, "metrics": metrics, **sample_counts(samples, task.metric)},
+        details={**details, "metrics": metrics, **_direction(results, task), **sample_counts(samples, task.metric)},
     )
-    kept = {name: results[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in results}
-    return score, samples, kept
+    parts = ("results", "groups", "versions", "n-shot", "n-samples")
+    return score, samples, {name: results[name] for name in parts if name in results}
+
+
+def _direction(results: Mapping[str, Any], task: EvaluationTask) -> dict[str, bool]:
+    """`higher_is_better` of the headline, where it is not: a comparison must know."""
+    is_up = results.get("higher_is_better", {}).get(task.name, {}).get(task.metric.partition(",")[0])
+    return {"higher_is_better": False} if is_up is False else {}
 
 
 def _own_stderr(leaves: list[Any], metric: str, results: Mapping[str, Any]) -> float | None:
@@ -428,6 +434,9 @@ def _compact(task: str, sample: dict[str, Any]) -> Sample:
     record |= {name: sample[name][:16] for name in ("doc_hash", "prompt_hash", "target_hash")}
     record["prompt"] = str(sample["arguments"][0][0])
     record["metrics"] = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (int, float))}
+    # A prompt of IFEval has several instructions: they are resampled together.
+    if parts := {name: [float(one) for one in sample[name]] for name in sample["metrics"] if is_parts(sample[name])}:
+        record["parts"] = parts
     answer, parsed = sample["resps"][0][0], sample["filtered_resps"][0]
     if isinstance(answer, str):
         record |= {"completion": str(answer), "parsed": parsed if isinstance(parsed, str) else json.dumps(parsed)}

@@ -31,6 +31,7 @@ from smoltulu.schemas.nightly import MeasuredModel
 from smoltulu.schemas.run import RunRecord
 from smoltulu.tasks.comparison.evaluations import measured
 from smoltulu.tasks.engine.runner import reference_to
+from smoltulu.tasks.evaluation.cell import evaluation_cell
 from smoltulu.tasks.evaluation.samples import read_samples, write_samples
 from smoltulu.tasks.nightly.history import History, Row
 from tests.faults import commands
@@ -211,9 +212,10 @@ def _evaluations(sandbox: Sandbox) -> list[str]:
 def _last_night(sandbox: Sandbox, baseline: Sandbox) -> None:
     """The baseline's store, and a night that told of other models whose answers were right: tonight's are a drop.
 
-    Those models had the same keys and other weights, so that tonight's are measured.
+    Those models had the same keys and other weights, so that tonight's are measured, each task of them.
     """
     sandbox.copy_from(baseline)
+    shutil.rmtree(sandbox.root / evaluation_cell.name)
     at = (datetime.now(UTC) - timedelta(days=1)).isoformat(timespec="seconds")
     rows, told = [Row("night", at, "last-night", verdict="well", num_items=0)], []
     for node in _evaluations(sandbox):

@@ -18,14 +18,15 @@ from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
 from smoltulu.artifacts.upkeep.removal import remove
 from smoltulu.artifacts.upkeep.tags import set_tag
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
-from smoltulu.flows.nights import baselines, events
+from smoltulu.flows.nights import baselines, events, repetition
 from smoltulu.flows.nights.subjects import Subjects, add_models, check_models
 from smoltulu.flows.nights.tonight import Tonight
 from smoltulu.flows.recipe import RecipeError
 from smoltulu.schemas.artifact import ArtifactReference, FileRecord, InputRecord, Manifest
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationStageConfig, EvaluationTask
+from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationStageConfig, EvaluationTask, SampledAccuracy
 from smoltulu.schemas.models import ModelSource
+from smoltulu.schemas.reward_benchmarks import RewardBenchmark
 from smoltulu.tasks.comparison.night import Night
 from smoltulu.tasks.data.hub import SourceUnavailable
 from smoltulu.tasks.engine.runner import reference_to
@@ -321,6 +322,15 @@ def test_a_tag_is_evaluated_as_the_recipes_own_models(nights: Nights) -> None:
     assert nights.night(models=["best"]).is_nothing_new
 
 
+def test_the_scores_of_a_model_are_not_shown_twice(nights: Nights) -> None:
+    nights.night()
+    nights.night()
+    assert nights.measured == [(f"{NODE}-again", True)]
+    ref = Ref("base_model", nights.graph().key("sft"))
+    assert [score["task"] for score in Catalogue(nights.root).scores(ref)] == ["gsm8k", "piqa"]
+    assert list(baselines.chosen(Catalogue(nights.root), ref.key)) == [NODE]
+
+
 def test_a_hub_revision_that_moved_is_named_and_compared(nights: Nights) -> None:
     name = "me/model@main"
     assert nights.night(models=[name]).new == ("sft", name)
@@ -355,3 +365,35 @@ def test_a_model_that_cannot_be_had_is_a_row(nights: Nights, tmp_path: Path) -> 
 def test_bad_models_are_refused(models: Any) -> None:
     with pytest.raises(RecipeError, match=r"^models: "):
         check_models(models)
+
+
+# --- What is measured again -----------------------------------------------------------------------------------------
+
+
+def test_a_task_alone_is_the_cell_of_the_whole() -> None:
+    """So that measuring it again measures that one, and nothing else of the model."""
+    source = {"path": "pairs.jsonl", "format": "preference"}
+    benchmark = RewardBenchmark.model_validate({"name": "pairs", "title": "ours", "sources": [source]})
+    settings = EvaluationSettings(
+        tasks=tuple(EvaluationTask(name=name, metric="acc,none") for name in ("gsm8k", "piqa", "gsm8k")),
+        sampled=SampledAccuracy(max_new_tokens=8),
+        reward_benchmarks=(benchmark,),
+    )
+    inputs = {"model": Binding("sft"), "preference_eval": Binding("pairs", "file")}
+
+    def node(kind: str) -> Node:
+        config = EvaluationStageConfig(subject="sft", kind=kind, settings=settings)
+        return Node("evaluation-sft", STAGES["evaluation"], config, inputs=inputs)
+
+    for kind, expected in (
+        ("language_model", ["gsm8k", "piqa", "verified_sampled"]),
+        ("reward_model", ["preference", benchmark.label]),
+        ("implicit_reward", ["implicit_reward"]),
+    ):
+        whole = node(kind)
+        assert repetition.tasks_of(whole) == expected
+        for name in expected:
+            one = repetition.alone(whole, name)
+            # What measures nothing else is the whole evaluation, whose scores are shown.
+            assert one.name == ("evaluation-sft-again" if len(expected) > 1 else "evaluation-sft")
+            assert list(repetition._cells(one).values()) == [repetition._cells(whole)[name]]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -51,7 +54,16 @@ def test_events_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_server_costs_no_verdict() -> None:
-    events.send("tiny", night(comparison("a", 20)))
+    """In a process of its own: Prefect's sender goes on trying in the background until that ends."""
+    code = (
+        "from smoltulu.flows.nights import events\nfrom smoltulu.tasks.comparison.night import Night\n"
+        "events.send('tiny', Night(failed={'sft': 'no room'}))\nprint('told')"
+    )
+    environment = os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "told\n"
 
 
 def _trigger(example: dict[str, Any]) -> EventTrigger:
