@@ -16,9 +16,6 @@ from smoltulu.tasks.comparison.answers import choose_prompts
 from smoltulu.tasks.comparison.evaluations import Comparison, Item, Measured, compare, measured, verdicts
 
 LEVEL = 0.05
-#: Metrics of which less is better.
-_LESS_IS_BETTER = ("bits_per_byte", "perplexity", "word_perplexity", "byte_perplexity")
-_WORSE: dict[Change, Change] = {"gain": "drop", "drop": "gain"}
 #: What is kept of a text: the rest of a page's answers would fill the memory beside a training.
 _MAX_CHARACTERS = 20_000
 
@@ -87,8 +84,6 @@ def _change(
     one: Comparison, adjusted: float | None, verdict: str, before: Measured | None, after: Measured | None
 ) -> ScoreChange:
     change: Change = verdict  # type: ignore[assignment]
-    if one.metric.partition(",")[0] in _LESS_IS_BETTER:
-        change = _WORSE.get(change, change)
     sides = [side for side in (before, after) if side is not None]
     test = one.test
     return ScoreChange(
