@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.artifacts.store import Store
@@ -106,18 +107,32 @@ def entries(files: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def timed(command: list[str]) -> float:
-    """Seconds of a whole process."""
+class Took(NamedTuple):
+    """Seconds of a process and its children: on the clock, and of CPU, which other work on the machine moves less."""
+
+    wall: float
+    cpu: float
+
+    def __str__(self) -> str:
+        return f"{self.wall:.1f} ({self.cpu:.1f})"
+
+
+def median(times: Sequence[Took]) -> Took:
+    return Took(*(statistics.median(column) for column in zip(*times, strict=True)))
+
+
+def timed(command: list[str]) -> Took:
+    """Run a command as a process of its own."""
     environment = {
         **os.environ, "PYTHONPATH": f"{PROJECT / 'src'}:{PROJECT}", "HF_HUB_OFFLINE": "1",
         "https_proxy": "http://127.0.0.1:9", "HF_DATASETS_CACHE": tempfile.mkdtemp(),
     }  # fmt: skip
-    began = time.monotonic()
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - began
+    wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(f"{' '.join(command)[:300]}\n{done.stderr[-3000:]}")
-    return seconds
+    return Took(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 # Artifacts.
@@ -188,12 +203,10 @@ def against_lm_eval(scratch: Path, name: str, model: Path, limits: dict[str, int
     for repeat in range(repeats):
         theirs.append(timed(lm_eval_command(folder / f"lm-eval-{repeat}", model, files)))
         ours.append(timed(evaluation_command(folder / f"store-{repeat}", [model], entries(files))))
-    ratio = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
+    ratios = [Took(one.wall / other.wall, one.cpu / other.cpu) for one, other in zip(ours, theirs, strict=True)]
     items = ", ".join(f"{task} {limit}" for task, limit in limits.items())
-    print(
-        f"| {name}: {items} | {statistics.median(theirs):.1f} | {statistics.median(ours):.1f} | {ratio:.2f} |",
-        flush=True,
-    )
+    ratio = "{:.2f} ({:.2f})".format(*median(ratios))
+    print(f"| {name}: {items} | {median(theirs)} | {median(ours)} | {ratio} |", flush=True)
 
 
 def adding_a_task(scratch: Path, model: Path) -> None:
@@ -203,7 +216,7 @@ def adding_a_task(scratch: Path, model: Path) -> None:
     alone = timed(evaluation_command(folder / "alone", [model], tasks[1:]))
     timed(evaluation_command(folder / "both", [model], tasks[:1]))
     added = timed(evaluation_command(folder / "both", [model], tasks))
-    print(f"| adding PIQA to ARC; PIQA alone: {alone:.1f} s | {added:.1f} | {alone + 2:.1f} |", flush=True)
+    print(f"| adding PIQA to ARC; PIQA alone: {alone} | {added} | {alone.wall + 2:.1f} |", flush=True)
 
 
 def nothing_new(scratch: Path, model: Path, num_models: int = 5, num_tasks: int = 7) -> None:
@@ -224,8 +237,8 @@ def nothing_new(scratch: Path, model: Path, num_models: int = 5, num_tasks: int 
     tasks = [{**task, "limit": 1 + number} for number in range(num_tasks)]
     command = evaluation_command(folder / "store", models, tasks)
     timed(command)
-    seconds = statistics.median(timed(command) for _ in range(3))
-    print(f"| nothing new: {num_tasks} tasks of {num_models} models | {seconds:.1f} | 3 |", flush=True)
+    took = median([timed(command) for _ in range(3)])
+    print(f"| nothing new: {num_tasks} tasks of {num_models} models | {took} | 3 |", flush=True)
 
 
 def comparing(scratch: Path, num_items: int = 40_000, num_tasks: int = 4) -> None:
@@ -263,8 +276,8 @@ def comparing(scratch: Path, num_items: int = 40_000, num_tasks: int = 4) -> Non
         keys.append(commit(store, spec, outputs.model_dump(mode="json"), fill, {}).manifest.key)
     program = "import sys; from smoltulu.flows.cli.main import app; app()"
     command = [sys.executable, "-c", program, "compare", *keys, "--store", str(store.root)]
-    seconds = statistics.median(timed(command) for _ in range(3))
-    print(f"| `smoltulu compare`, {num_items:,} items each | {seconds:.1f} | 5 |", flush=True)
+    took = median([timed(command) for _ in range(3)])
+    print(f"| `smoltulu compare`, {num_items:,} items each | {took} | 5 |", flush=True)
 
 
 def history(scratch: Path, num_nights: int = 90) -> None:
@@ -312,13 +325,13 @@ def main() -> None:
         models = Store(scratch / "models")
         tiny = as_artifact(models, build_tiny_model(scratch / "tiny", max_position_embeddings=MAX_LENGTH))
         if "lm-eval" in parts:
-            print("| cold, seconds (median; ratio: of pairs) | `lm-eval run` | ours | ratio |\n|---|---:|---:|---:|")
+            print("| cold, seconds (of CPU); medians | `lm-eval run` | ours | ratio |\n|---|---:|---:|---:|")
             against_lm_eval(scratch, "two layers", tiny, {"arc_easy": 32, "piqa": 32, "gsm8k": 8}, asked.repeats)
             if asked.model:
                 limits = {"arc_easy": asked.limit, "piqa": asked.limit}
                 against_lm_eval(scratch, asked.model.name, as_artifact(models, asked.model.resolve()), limits, 1)
             print()
-        print("| seconds, two-layer model | measured | goal |\n|---|---:|---:|")
+        print("| seconds (of CPU), two-layer model | measured | goal |\n|---|---:|---:|")
         for name, part in {"added": adding_a_task, "nothing-new": nothing_new}.items():
             if name in parts:
                 part(scratch, tiny)

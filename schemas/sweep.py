@@ -74,6 +74,13 @@ class SweepBlock(StrictModel):
         return self
 
 
+class Size(StrictModel):
+    """A model of another size, trained at the same places."""
+
+    num_parameters: int | None = science(None, ge=1, description="needed where a sweep has several sizes")
+    overrides: dict[str, Any] = science({}, description="dotted recipe fields, e.g. {base_model.path: ./360m}")
+
+
 class Arm(StrictModel):
     """Another way to train, at the same places."""
 
@@ -105,7 +112,7 @@ class SweepSettings(StrictModel):
     kind: Literal["surface", "scan"] = science("surface", description="a scan may be of any shape and has no verdict")
     overrides: dict[str, Any] = science({}, description="dotted recipe fields, the same for all cells")
     blocks: tuple[SweepBlock, ...] = science(min_length=1, description="in the order in which they run")
-    sizes: dict[_Name, dict[str, Any]] = science({"base": {}}, description="size -> dotted recipe fields")
+    sizes: dict[_Name, Size] = science({"base": Size()})
     arms: dict[_Name, Arm] = science({"main": Arm()})
     tasks: tuple[SweptTask, ...] = science(min_length=1)
     max_hours: float | None = machinery(None, gt=0, description="refuse to start a sweep that is forecast to take more")
@@ -119,10 +126,15 @@ class SweepSettings(StrictModel):
         scores = [(one.task, one.metric) for one in self.tasks]
         if len(set(scores)) != len(scores):
             problems.append(f"a score stands twice in tasks: {scores}; give each once")
+        if len(self.sizes) > 1 and (unknown := [name for name, one in self.sizes.items() if not one.num_parameters]):
+            problems.append(f"sizes.{unknown[0]}: give its num_parameters, as there are several sizes")
         for block in self.blocks:
             for what, known in (("sizes", self.sizes), ("arms", self.arms)):
-                if unknown := [name for name in getattr(block, what) if name not in known]:
-                    problems.append(f"block {block.name}: {what} has no {unknown[0]!r}; known: {sorted(known)}")
+                problems += [
+                    f"block {block.name}: {what} has no {name!r}; known: {sorted(known)}"
+                    for name in getattr(block, what)
+                    if name not in known
+                ]
         if self.kind == "surface" and not problems:
             main = max(self.blocks, key=lambda one: len(one.log2_batch.exponents))
             num_rates, num_batches = len(main.log2_learning_rate.exponents), len(main.log2_batch.exponents)
@@ -211,7 +223,7 @@ def overrides_of(sweep: SweepSettings, place: Place) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for what, fields in (
         ("overrides", sweep.overrides),
-        (f"sizes.{place.size}", sweep.sizes[place.size]),
+        (f"sizes.{place.size}", sweep.sizes[place.size].overrides),
         (f"arms.{place.arm}", arm.overrides),
         ("the cell's place", at_place),
     ):

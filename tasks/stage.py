@@ -29,6 +29,10 @@ class StageStopped(Exception):
     """The stage stopped on SIGTERM before it was done. A re-run resumes from what it wrote into `work`."""
 
 
+class Diverged(ValueError):
+    """The settings of a training led nowhere: loss, gradient or weights left all bounds. Of a sweep it is a result."""
+
+
 class Report(Protocol):
     """Progress of a stage: shown to the user, never part of a result."""
 

@@ -41,8 +41,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("flows.forms", "flows.logs", "flows.recipe", "flows.machine", "flows.follow_worker"),
     ("flows.graphs",),
     ("flows.nights", "flows.planning", "flows.runs", "flows.reporting", "flows.local", "flows.endings"),
-    ("flows.pipeline", "flows.audit"),
-    ("flows.evaluation",),
+    ("flows.pipeline", "flows.audit", "flows.sweeping"),
+    ("flows.evaluation", "flows.sweep"),
     ("flows.cli",),
 )
 _CONTRACT = ("tasks.stage", "tasks.job", "tasks.process", "tasks.progress")

@@ -92,7 +92,8 @@ def _change(
         change=change,
         before=one.before,
         after=one.after,
-        difference=None if test is None else test.difference,
+        # Of the scores as they are: the test's is positive where they got better.
+        difference=None if test is None else test.difference if one.higher_is_better else -test.difference,
         stderr=None if test is None else test.stderr,
         num_items=0 if test is None else test.num_items,
         p_value=None if test is None else test.p_value,

@@ -24,7 +24,7 @@ from smoltulu.artifacts.layout import WRITER
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.messages import PIPE_VARIABLE, Sender, ToFlow
 from smoltulu.tasks.process import die_with_parent, is_out_of_memory
-from smoltulu.tasks.stage import STOPPED, Report, Stage, StageContext, StageStopped, part_of
+from smoltulu.tasks.stage import STOPPED, Diverged, Report, Stage, StageContext, StageStopped, part_of
 
 #: Files of `work` that say why a stage ended; any rank may write them.
 ERROR_FILE = "error.json"
@@ -106,7 +106,9 @@ def main(job_file: str) -> int:
         return STOPPED
     except ValueError as error:
         traceback.print_exc()
-        write_atomically(Path(job["work"]) / ERROR_FILE, json.dumps({"message": str(error)}))
+        write_atomically(
+            Path(job["work"]) / ERROR_FILE, json.dumps({"message": str(error), "diverged": isinstance(error, Diverged)})
+        )
         return 2
     except Exception as error:
         traceback.print_exc()

@@ -26,7 +26,7 @@ from smoltulu.tasks.engine.messages import PIPE_VARIABLE, listen, pipe
 from smoltulu.tasks.engine.warm import OWN_VARIABLES, WarmProcess, server_for
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.progress import Progress
-from smoltulu.tasks.stage import STOPPED
+from smoltulu.tasks.stage import STOPPED, Diverged
 
 _TRAINING_ADVICE = (
     ", and no smaller one gives the same effective batch; set compute.activation_checkpointing, lower max_length, or "
@@ -168,7 +168,8 @@ def _run_once(
     # The files, not the status: torchrun has one of its own.
     if code > 0 and code != STOPPED:
         if (message := _message(work / ERROR_FILE)) is not None:
-            raise ValueError(f"{job.node}: {message}")
+            is_diverged = json.loads((work / ERROR_FILE).read_text()).get("diverged", False)
+            raise (Diverged if is_diverged else ValueError)(f"{job.node}: {message}")
         if (message := _message(work / OUT_OF_MEMORY_FILE)) is not None:
             return message
     # A crash that came after it shows its log; torchrun's own status does not tell one from the other.

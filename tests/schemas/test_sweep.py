@@ -81,6 +81,7 @@ def test_a_budget_of_rlvr_is_in_episodes() -> None:
         ({"blocks": [BLOCK, BLOCK]}, "share a name"),
         ({"blocks": [BLOCK | {"sizes": ["large"]}]}, "no 'large'; known: ['base']"),
         ({"blocks": [BLOCK | {"arms": ["lora"]}]}, "no 'lora'; known: ['main']"),
+        ({"sizes": {"base": {}, "large": {"num_parameters": 9}}}, "sizes.base: give its num_parameters"),
         ({"tasks": [{"task": "gsm8k", "metric": "acc,none"}]}, "task_class"),
         ({"tasks": SWEEP["tasks"] * 2}, "stands twice"),
         ({"blocks": [BLOCK | {"max_tokens": list(range(1, 2000))}]}, "20,000 are allowed at most"),
