@@ -116,7 +116,7 @@ def test_less_is_better_for_bits(tmp_path: Path) -> None:
             text.replace("exact_match", "bits_per_byte").replace("strict-match", "none")
         )
     [change] = assess((before, after))[0].comparisons[0].changes
-    assert change.change == "gain" and change.difference == pytest.approx(-1.0) and not change.is_share
+    assert change.change == "gain" and change.difference == pytest.approx(1.0) and not change.is_share
 
 
 def test_a_difference_of_two_scores_near_chance_is_marked(tmp_path: Path) -> None:
