@@ -36,6 +36,8 @@ _NO_TEXTS = (
 )  # fmt: skip
 #: Metrics of lm-eval that are better when they are lower, where a score does not say it of itself.
 LOWER_IS_BETTER = ("bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity")
+#: What reading an evaluation may raise: files that are damaged, or of another version.
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError)
 #: The test over members needs so many: of five that all fell, the exact p-value is 2 / 2^5 = 0.06.
 MIN_MEMBERS = 6
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.verdict import AnsweredPrompt, Change, ModelComparison, ScoreChange, Verdict
 from smoltulu.tasks.comparison.answers import choose_prompts
-from smoltulu.tasks.comparison.evaluations import Comparison, Item, Measured, compare, measured, verdicts
+from smoltulu.tasks.comparison.evaluations import READ_ERRORS, Comparison, Item, Measured, compare, measured, verdicts
 
 LEVEL = 0.05
 #: What is kept of a text: the rest of a page's answers would fill the memory beside a training.
@@ -45,7 +45,7 @@ def assess(evaluations: tuple[Evaluation, ...]) -> tuple[Verdict, tuple[Answered
     for one in evaluations:
         try:
             models[one.subject] = {name: _smaller(found) for name, found in measured(one.folder, one.outputs).items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except READ_ERRORS as error:
             models[one.subject] = {score.task: Measured(score) for score in one.outputs.scores[::-1]}
             unreadable[one.subject] = str(error) or type(error).__name__
     comparisons = compare_models(list(models.items()), unreadable)

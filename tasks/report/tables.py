@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.evaluation import EvaluationOutputs, ScoreKind
-from smoltulu.tasks.comparison.evaluations import Measured, measured
+from smoltulu.tasks.comparison.evaluations import READ_ERRORS, Measured, measured
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.latex import latex
 from smoltulu.tasks.report.render import render
@@ -39,7 +39,7 @@ def measured_model(
     if folder is not None:
         try:
             items = measured(folder, outputs)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last: of another version
+        except READ_ERRORS as error:
             said = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
             problem = f"{label}: the items cannot be read, so no score of it is tested: {said}"
     precision, max_length = settings.get("precision"), settings.get("max_length")

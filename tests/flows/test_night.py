@@ -397,3 +397,71 @@ def test_a_task_alone_is_the_cell_of_the_whole() -> None:
             # What measures nothing else is the whole evaluation, whose scores are shown.
             assert one.name == ("evaluation-sft-again" if len(expected) > 1 else "evaluation-sft")
             assert list(repetition._cells(one).values()) == [repetition._cells(whole)[name]]
+
+
+# --- What a night must not pass over --------------------------------------------------------------------------------
+
+
+def test_a_model_that_came_back_is_the_last_one(nights: Nights) -> None:
+    """Good, bad, good again, bad again: the second fall is as large as the first, and told as well."""
+    nights.night()
+    nights.train("second")
+    assert not nights.night(gsm8k=GONE).went_well
+    nights.train("first")
+    back = nights.night()
+    assert back.new == ("sft",) and back.went_well and "still standing" not in back.message()
+    assert nights.night().is_nothing_new
+    nights.train("third")
+    assert "LOSS: sft gsm8k 1.0000 -> 0.5000 against the last model" in nights.night(gsm8k=GONE).message()
+    nights.train("first")
+    nights.night()
+    nights.train("third")
+    assert "LOSS: sft gsm8k 1.0000 -> 0.5000 against the last model" in nights.night(gsm8k=GONE).message()
+
+
+def test_samples_that_cannot_be_read_are_the_end_of_one_model_only(nights: Nights) -> None:
+    set_tag(Catalogue(nights.root), "best", Ref("base_model", nights.graph().key("sft")))
+    nights.night(models=["best"])
+    nights.train("second")
+    nights.night(gsm8k=GONE, models=["best"], told=False)
+    newest = Catalogue(nights.root).folder(Ref("evaluation", nights.graph().key(NODE))).path
+    file = max(newest.glob("gen-*")) / "samples.jsonl"
+    whole = file.read_text()
+    file.write_text("[" + whole[1:])  # of the same size: damage that only reading finds
+    told = nights.night(gsm8k=GONE, models=["best"])
+    assert not told.went_well and "samples.jsonl, line 1" in (told.failed or {})[NODE]
+    assert "LOSS: best gsm8k" in told.message()
+    file.write_text(whole)
+    assert "LOSS: sft gsm8k" in nights.night(gsm8k=GONE, models=["best"]).message()
+
+
+def test_a_reference_that_could_not_be_read_is_compared_when_it_can_be(nights: Nights) -> None:
+    nights.night()
+    key = Catalogue(nights.root).folder(Ref("evaluation", nights.graph().key(NODE))).path
+    file = key / "gen-0001" / "samples.jsonl"
+    nights.train("second")
+    file.rename(file.with_suffix(".away"))
+    assert "nothing was compared" in nights.night(gsm8k=GONE).message()
+    assert "nothing was compared" in nights.night(gsm8k=GONE).message()
+    file.with_suffix(".away").rename(file)
+    assert "LOSS: sft gsm8k" in nights.night(gsm8k=GONE).message()
+
+
+def test_a_clock_that_was_ahead_once_hides_nothing(nights: Nights) -> None:
+    nights.day = 4000
+    nights.night()
+    nights.day = 0
+    nights.train("second")
+    told = nights.night(gsm8k=GONE)
+    assert "LOSS: sft gsm8k" in told.message() and "the clock is behind the last night" in told.message()
+    nights.train("third")
+    told = nights.night(gsm8k=GONE)
+    assert [one.verdict for one in told.judged] == ["same", "same"]  # against the second, not the first
+    assert nights.night(gsm8k=GONE).repeated and nights.night(gsm8k=GONE).repeated
+
+
+def test_a_baseline_that_no_evaluation_has_is_named(nights: Nights) -> None:
+    nights.night()
+    chosen = baselines.chosen(Catalogue(nights.root), _evaluation(nights), of="evaluation-stf")
+    pins.pin(nights.root, "tiny", chosen, "first")
+    assert "the baseline of evaluation-stf is of no evaluation of this night" in nights.night().message()
