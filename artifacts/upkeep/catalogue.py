@@ -179,14 +179,19 @@ class Catalogue:
         """Scores of a model from the evaluations of it, with `kind`; of an evaluation its own. Needs `consumers`."""
         if own := scores_of(self.known(ref)):
             return own
-        manifests = (self.known(consumer) for consumer in self.consumers.get(ref.key, []))
-        of_it = (
-            manifest
-            for manifest in manifests
-            if dig(manifest, "spec", "inputs", "model") == ref.key
-            and not str(manifest.get("node")).endswith(layout.REPEATED)
-        )
-        return [score for manifest in of_it for score in scores_of(manifest)]
+        return [score for one in self.evaluations_of(ref) for score in scores_of(self.known(one))]
+
+    def evaluations_of(self, model: Ref) -> list[Ref]:
+        """Finished evaluations that measured a model, its own; not those for which it was only the reference.
+
+        One that measured a part again counts where there is no other.
+        """
+        found = {
+            ref: str(manifest.get("node"))
+            for ref in self.consumers.get(model.key, [])
+            if scores_of(manifest := self.known(ref)) and dig(manifest, "spec", "inputs", "model") == model.key
+        }
+        return [ref for ref, node in found.items() if not node.endswith(layout.REPEATED)] or list(found)
 
     # Runs and tags
 

@@ -17,6 +17,7 @@ from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
 from smoltulu.artifacts.upkeep.removal import remove
 from smoltulu.artifacts.upkeep.tags import set_tag
+from smoltulu.flows.cli.compare import evaluation_of
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
 from smoltulu.flows.nights import baselines, events, repetition
 from smoltulu.flows.nights.subjects import Subjects, add_models, check_models
@@ -329,6 +330,7 @@ def test_the_scores_of_a_model_are_not_shown_twice(nights: Nights) -> None:
     ref = Ref("base_model", nights.graph().key("sft"))
     assert [score["task"] for score in Catalogue(nights.root).scores(ref)] == ["gsm8k", "piqa"]
     assert list(baselines.chosen(Catalogue(nights.root), ref.key)) == [NODE]
+    assert evaluation_of(Catalogue(nights.root), ref.key) == Ref("evaluation", nights.graph().key(NODE))
 
 
 def test_a_hub_revision_that_moved_is_named_and_compared(nights: Nights) -> None:
