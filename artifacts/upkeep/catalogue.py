@@ -213,21 +213,28 @@ class Catalogue:
         return {key: generation for key, generation in newest.items() if generation}
 
     def kept_by_nights(self) -> list[tuple[MeasuredModel, str]]:
-        """Evaluations that a recipe's nights need, and why: baselines, and what the next night may compare with."""
+        """Evaluations that a recipe's nights need, and why: baselines, and what the next night may compare with.
+
+        ValueError where that cannot be read: it is not passed over, what it names would be removed.
+        """
         found: list[tuple[MeasuredModel, str]] = []
         for entry in self._scan(self.root / layout.HISTORY):
             if not _is_folder(entry):
                 continue
             pins = self._history(Path(entry.path) / layout.PINS, Pins)
-            found += [(pin.measured, f"baseline of {entry.name}") for pin in pins.held().values()] if pins else []
+            found += [(pin.measured, f"baseline of {entry.name}") for pin in pins.held().values()]
             told = self._history(Path(entry.path) / layout.TOLD, Told)
-            found += [
-                (one, f"the next night of {entry.name} compares with it") for one in (told.evaluations if told else ())
-            ]
+            found += [(one, f"the next night of {entry.name} compares with it") for one in told.evaluations]
         return found
 
     def _history(self, path: Path, model: type[Any]) -> Any:
-        return self._record(path, model) if os.path.lexists(path) else model()
+        made = self._record(path, model) if os.path.lexists(path) else model()
+        if made is None:
+            raise ValueError(
+                f"{path} cannot be read, and gc would remove what it names; mend it, or move it away if nothing of it "
+                "is needed"
+            )
+        return made
 
     def run(self, name: str) -> RunRecord | None:
         """A run by its name; None where there is none that can be read."""

@@ -38,7 +38,7 @@ def measured_model(
     problem = ""
     if folder is not None:
         try:
-            items = measured(folder, outputs)
+            items = measured(folder, outputs, texts=False)
         except READ_ERRORS as error:
             said = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
             problem = f"{label}: the items cannot be read, so no score of it is tested: {said}"
