@@ -255,10 +255,13 @@ class Tonight:
         return [f"loss of {_model(row.node)} {row.task}, told on {row.at[:10]}" for row in newest.values()]
 
     def kept(self) -> list[MeasuredModel]:
-        """What the next night may compare with, for gc: the newest of each evaluation, and the different one before."""
+        """What the next night may compare with, for gc: the newest of each evaluation, and the different one before.
+
+        Those that the history names: of what was told of before there may be newer generations, which it does not name.
+        """
         told = {name: list(models) for name, models in self.told.items()}
         for name in self.evaluations:
-            if name in self.finished:
+            if name in self.finished and not self._is_told(name):
                 told.setdefault(name, []).append(self.measured_model(name))
         kept = []
         for models in told.values():

@@ -1,6 +1,6 @@
 """Is it good? Each model of a run against the one before it, and the last against the first, item by item.
 
-All tests of the page are adjusted together (Holm): one p-value of a page that shows many says little.
+All tests of the verdict are adjusted together (Holm): one p-value of a page that shows many says little.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _change(
         num_items=0 if test is None else test.num_items,
         p_value=None if test is None else test.p_value,
         adjusted=None if test is None else adjusted,
-        is_share=all(0 <= item.value <= 1 for side in sides for item in side.items.values()),
+        is_share=one.higher_is_better and all(0 <= item.value <= 1 for side in sides for item in side.items.values()),
         is_near_chance=all(side.score.details.get("is_near_chance") is True for side in sides),
         reason=one.reason if test is None else "",
     )

@@ -51,11 +51,12 @@ class Nights:
         self.answers: Answers = {}
         self.day = 0
         self.harness, self.template = "lm-eval 0.4.13", "t"
+        self.tasks = ("gsm8k", "piqa")
 
     def graph(self) -> NodeGraph:
         graph = NodeGraph("tiny", ComputeSettings())
         graph.add(Node("sft", STAGES["base_model"], ModelSource(repository="me/sft", revision="c" * 40)))
-        tasks = tuple(EvaluationTask(name=name, metric="acc,none") for name in ("gsm8k", "piqa"))
+        tasks = tuple(EvaluationTask(name=name, metric="acc,none") for name in self.tasks)
         config = EvaluationStageConfig(subject="sft", kind="language_model", settings=EvaluationSettings(tasks=tasks))
         inputs = {"model": Binding("sft", "folder")}
         graph.add(Node(NODE, STAGES["evaluation"], config, inputs=inputs, literals={"chat_template": "t"}))
@@ -460,6 +461,16 @@ def test_a_clock_that_was_ahead_once_hides_nothing(nights: Nights) -> None:
     told = nights.night(gsm8k=GONE)
     assert [one.verdict for one in told.judged] == ["same", "same"]  # against the second, not the first
     assert nights.night(gsm8k=GONE).repeated and nights.night(gsm8k=GONE).repeated
+
+
+def test_gc_keeps_what_the_history_names_where_an_evaluation_is_measured_again_as_a_whole(nights: Nights) -> None:
+    """One task: its repetition is a new generation of the evaluation, and the next night compares with the first."""
+    nights.tasks = ("gsm8k",)
+    for _ in range(3):
+        nights.night()
+    collect(nights)
+    nights.train("second")
+    assert "LOSS: sft gsm8k 1.0000 -> 0.5000 against the last model" in nights.night(gsm8k=GONE).message()
 
 
 def test_a_baseline_that_no_evaluation_has_is_named(nights: Nights) -> None:
