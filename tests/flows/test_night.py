@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -471,6 +472,18 @@ def test_gc_keeps_what_the_history_names_where_an_evaluation_is_measured_again_a
     collect(nights)
     nights.train("second")
     assert "LOSS: sft gsm8k 1.0000 -> 0.5000 against the last model" in nights.night(gsm8k=GONE).message()
+
+
+def test_an_evaluation_that_lacks_another_input_than_its_model_is_named(nights: Nights) -> None:
+    graph = nights.graph()
+    graph.add(Node("held-out", STAGES["base_model"], ModelSource(repository="me/other", revision="d" * 40)))
+    own = graph.nodes[NODE]
+    graph.add(
+        replace(own, name="evaluation-two", inputs={**own.inputs, "verified_eval": Binding("held-out", "folder")})
+    )
+    tonight = Tonight(graph, nights.store, History(nights.root, "tiny"), Subjects(), LOG)
+    assert tonight.evaluations == [NODE]
+    assert tonight.notes == ["evaluation-two is left out: the store has no held-out"]
 
 
 def test_a_baseline_that_no_evaluation_has_is_named(nights: Nights) -> None:
