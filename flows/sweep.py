@@ -63,7 +63,7 @@ class _Cells(NodeGraph):
     validate_parameters=False,
 )
 @described
-def smoltulu_sweep(sweep: SweepParameter = "surface-tiny", blocks: Blocks = []) -> Any:  # noqa: B006
+def smoltulu_sweep(sweep: SweepParameter, blocks: Blocks = []) -> Any:  # noqa: B006
     """Run the cells of a sweep that have no scores yet. A cell that fails ends nothing; one that diverges is a result.
 
     Grid, seeds and budgets can be extended at any time: finished cells are found by their keys.
@@ -175,7 +175,3 @@ def _told(cell: SweepCell, store: Store, folder: Path, log: Any) -> dict[str, st
     (one,) = states_of(store.root, folder, remember(folder, [cell]))
     log.info("%s: %s%s", cell.place.name, one.state, f" ({one.message.partition('; ')[0]})" if one.message else "")
     return {cell.place.name: "Completed" if one.state == "done" else one.state.capitalize()}
-
-
-if __name__ == "__main__":
-    smoltulu_sweep("surface-tiny")

@@ -22,7 +22,7 @@ class ScoreChange(StrictModel):
     change: Change = Field(description="gain is better, also where a lower value is")
     before: float
     after: float
-    difference: float | None = Field(None, description="mean of after - before, over items")
+    difference: float | None = Field(None, description="mean of after - before, over items; a gain may be below 0")
     stderr: float | None = Field(None, description="of the difference")
     num_items: int = Field(0, ge=0)
     p_value: float | None = Field(None, description="two-sided, of this test alone")

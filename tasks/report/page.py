@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
 from smoltulu.schemas.data import DatasetOutputs
+from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.held_out import HeldOutOutputs
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
@@ -27,6 +29,9 @@ from smoltulu.tasks.report.charts import Point, parse_history
 from smoltulu.tasks.report.render import render
 from smoltulu.tasks.report.summary import Outputs, outputs_of, preflight_figures, score_tables
 from smoltulu.tasks.report.tables import tables_section
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 #: Metrics that are shown first; all others are folded below them.
 FIRST_CURVES = (
@@ -73,7 +78,7 @@ def html_report(
     preflights = _outputs_of(PreflightOutputs, runs)
     sections: list[tuple[str, str, Any]] = [
         ("scores", "Scores", score_tables(summary.scores)),
-        ("tables", "Tables", tables_section({run.node: manifest for run, manifest in runs if manifest}, folders)),
+        ("tables", "Tables", _tables(_evaluations(runs, folders))),
         ("answers", "Answers side by side", answers),
         ("stages", "Stages", runs),
         ("curves", "Training", _curves(runs, folders)),
@@ -99,6 +104,26 @@ def html_report(
         # The section of scores also says that there are none.
         sections=[section for section in sections if section[2] or section[0] == "scores"],
     )
+
+
+@dataclass(frozen=True)
+class _Evaluations:
+    """The evaluations of a run, equal where their manifests and folders are."""
+
+    key: tuple[tuple[str, str, str], ...]
+    manifests: dict[str, Manifest] = field(compare=False)
+    folders: Mapping[str, Path] = field(compare=False)
+
+
+def _evaluations(runs: Sequence[tuple[StageRun, Manifest | None]], folders: Mapping[str, Path]) -> _Evaluations:
+    made = {run.node: manifest for run, manifest in runs if manifest and outputs_of(EvaluationOutputs, manifest)}
+    key = tuple((node, str(folders.get(node)), repr(manifest)) for node, manifest in made.items())
+    return _Evaluations(key, made, folders)
+
+
+@lru_cache(maxsize=2)  # the page is written after every stage, and few of them are evaluations
+def _tables(made: _Evaluations) -> Markup:
+    return tables_section(made.manifests, made.folders)
 
 
 @dataclass(frozen=True)

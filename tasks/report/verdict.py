@@ -77,8 +77,10 @@ def sentence(one: ModelComparison) -> tuple[str, str]:
 
 
 def difference_text(change: ScoreChange) -> str:
-    """`sampled +6.1 ± 0.6`, in points of 100 where the score is a share; a drop is marked by its sign."""
-    return f"{_name(change)} {signed(change)}"
+    """`sampled +6.1 ± 0.6`, in points of 100 where the score is a share; where the sign misleads, what it means."""
+    is_rise, is_better = (change.difference or 0.0) > 0, change.change == "gain"
+    meaning = "" if is_rise == is_better else " (better)" if is_better else " (worse)"
+    return f"{_name(change)} {signed(change)}{meaning}"
 
 
 def signed(change: ScoreChange) -> str:

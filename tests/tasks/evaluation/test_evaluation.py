@@ -284,6 +284,7 @@ def test_tiny_tasks_and_sampling_end_to_end(tmp_path: Path, folder: Path) -> Non
     for sample, limit in [*((one, 80) for one in samples[:8]), *((one, 8) for one in samples[8:])]:
         assert sample["stop"] in ("eos", "length") and sample["is_truncated"] == (sample["stop"] == "length")
         assert sample["num_tokens"] == limit or (sample["stop"] == "eos" and 0 < sample["num_tokens"] <= limit)
+    assert samples[8]["prompt"].startswith("<|user|>\n") and samples[8]["target"], "the report shows what was asked"
     assert samples[0]["prompt"] == "<|user|>\nWhat is 0 plus 0?\n<|assistant|>\n"
     for score, rows in ((arithmetic, samples[:5]), (instruction, samples[5:8])):
         for mark, count in COUNTS.items():

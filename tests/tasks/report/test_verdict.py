@@ -92,6 +92,12 @@ def test_a_difference_that_is_not_nothing_never_reads_as_nothing(
     assert signed(change("a", "gain", difference, stderr, is_share=is_share)) == words
 
 
+def test_a_fall_that_is_better_says_so() -> None:
+    bits = {"metric": "bits_per_byte,none", "is_share": False}
+    one = pair("sft", "dpo", change("a", "gain", -0.151, 0.001, **bits), change("b", "drop", 0.2, 0.001, **bits))
+    assert sentence(one)[1] == "a −0.151 ± 0.001 (better), b +0.200 ± 0.001 (worse)"
+
+
 def test_near_chance_is_said() -> None:
     one = pair("sft", "dpo", change("greedy", "gain", 0.02, 0.005, is_near_chance=True))
     assert sentence(one)[1] == "greedy (both near chance) +2.0 ± 0.5"
