@@ -74,8 +74,11 @@ def model_label(outputs: EvaluationOutputs, config: Mapping[str, Any]) -> str:
     return text.title(outputs.subject) + (", implicit reward" if config.get("kind") == "implicit_reward" else "")
 
 
-def tables_section(manifests: Mapping[str, Manifest], folders: Mapping[str, Path], level: float = LEVEL) -> Markup:
-    """What a run's report shows: stages × tasks, and each published table of which something was measured.
+def tables_section(
+    manifests: Mapping[str, Manifest], folders: Mapping[str, Path], level: float = LEVEL
+) -> tuple[Markup, list[str]]:
+    """What a run's report shows: stages × tasks, and each published table of which something was measured; and what of
+    the samples could not be read.
 
     Empty where no evaluation has finished. Arguments are by node, in the order of the columns.
     """
@@ -84,7 +87,7 @@ def tables_section(manifests: Mapping[str, Manifest], folders: Mapping[str, Path
     models, problems = models_of_run(manifests, folders)
     tables = tables_of(load_published(), models, (), level)
     shown = render("tables_section.html.jinja", tables=tables, problems=problems)
-    return Markup(shown.strip() if tables else "")
+    return Markup(shown.strip() if tables else ""), problems
 
 
 def markdown_tables(tables: Sequence[Table]) -> str:
