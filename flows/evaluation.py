@@ -35,6 +35,7 @@ from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.nightly.history import History
 from smoltulu.tasks.report import artifact_key
+from smoltulu.tasks.report.text import markdown_text
 
 Models = Annotated[
     list[str],
@@ -108,7 +109,7 @@ def nightly_evaluation(
                 )
             if found.judged:
                 key = artifact_key(f"{checked.name}-nightly")
-                create_table_artifact(key=key, table=table(found.judged), description=found.message())
+                create_table_artifact(key=key, table=table(found.judged), description=markdown_text(found.message()))
             events.send(checked.name, found)
             # From here on the verdict is told.
             history.add(night.rows(record.run_name), night.kept())

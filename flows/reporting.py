@@ -148,7 +148,10 @@ def verdict_of(made: Sequence[tuple[Manifest, Path]]) -> tuple[Verdict, tuple[An
         outputs = outputs_of(EvaluationOutputs, manifest)
         if outputs is not None and manifest.spec.config.get("kind") == "language_model":
             evaluations.append(Evaluation(outputs.subject, folder, manifest.digest, outputs))
-    return assess(tuple(evaluations))
+    verdict, answers = assess(tuple(evaluations))
+    if verdict.unreadable:
+        assess.cache_clear()  # what cannot be read may be read for the next page
+    return verdict, answers
 
 
 # ------------------------------------------------------------------------------------------------ runs that have ended

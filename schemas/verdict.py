@@ -26,8 +26,8 @@ class ScoreChange(StrictModel):
     stderr: float | None = Field(None, description="of the difference")
     num_items: int = Field(0, ge=0)
     p_value: float | None = Field(None, description="two-sided, of this test alone")
-    adjusted: float | None = Field(None, description="of all tests of the page (Holm)")
-    is_share: bool = Field(False, description="both lie in [0, 1]: told in points of 100")
+    adjusted: float | None = Field(None, description="of all tests of the verdict (Holm)")
+    is_share: bool = Field(False, description="all items lie in [0, 1], and more is better: told in points of 100")
     is_near_chance: bool = Field(False, description="both are within noise of chance")
     reason: str = Field("", description="why it cannot be compared")
 

@@ -179,14 +179,19 @@ class Catalogue:
         """Scores of a model from the evaluations of it, with `kind`; of an evaluation its own. Needs `consumers`."""
         if own := scores_of(self.known(ref)):
             return own
-        manifests = (self.known(consumer) for consumer in self.consumers.get(ref.key, []))
-        of_it = (
-            manifest
-            for manifest in manifests
-            if dig(manifest, "spec", "inputs", "model") == ref.key
-            and not str(manifest.get("node")).endswith(layout.REPEATED)
-        )
-        return [score for manifest in of_it for score in scores_of(manifest)]
+        return [score for one in self.evaluations_of(ref) for score in scores_of(self.known(one))]
+
+    def evaluations_of(self, model: Ref) -> list[Ref]:
+        """Finished evaluations that measured a model, its own; not those for which it was only the reference.
+
+        One that measured a part again counts where there is no other.
+        """
+        found = {
+            ref: str(manifest.get("node"))
+            for ref in self.consumers.get(model.key, [])
+            if scores_of(manifest := self.known(ref)) and dig(manifest, "spec", "inputs", "model") == model.key
+        }
+        return [ref for ref, node in found.items() if not node.endswith(layout.REPEATED)] or list(found)
 
     # Runs and tags
 
@@ -208,21 +213,28 @@ class Catalogue:
         return {key: generation for key, generation in newest.items() if generation}
 
     def kept_by_nights(self) -> list[tuple[MeasuredModel, str]]:
-        """Evaluations that a recipe's nights need, and why: baselines, and what the next night may compare with."""
+        """Evaluations that a recipe's nights need, and why: baselines, and what the next night may compare with.
+
+        ValueError where that cannot be read: it is not passed over, what it names would be removed.
+        """
         found: list[tuple[MeasuredModel, str]] = []
         for entry in self._scan(self.root / layout.HISTORY):
             if not _is_folder(entry):
                 continue
             pins = self._history(Path(entry.path) / layout.PINS, Pins)
-            found += [(pin.measured, f"baseline of {entry.name}") for pin in pins.held().values()] if pins else []
+            found += [(pin.measured, f"baseline of {entry.name}") for pin in pins.held().values()]
             told = self._history(Path(entry.path) / layout.TOLD, Told)
-            found += [
-                (one, f"the next night of {entry.name} compares with it") for one in (told.evaluations if told else ())
-            ]
+            found += [(one, f"the next night of {entry.name} compares with it") for one in told.evaluations]
         return found
 
     def _history(self, path: Path, model: type[Any]) -> Any:
-        return self._record(path, model) if os.path.lexists(path) else model()
+        made = self._record(path, model) if os.path.lexists(path) else model()
+        if made is None:
+            raise ValueError(
+                f"{path} cannot be read, and gc would remove what it names; mend it, or move it away if nothing of it "
+                "is needed"
+            )
+        return made
 
     def run(self, name: str) -> RunRecord | None:
         """A run by its name; None where there is none that can be read."""

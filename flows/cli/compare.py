@@ -179,7 +179,7 @@ def evaluation_of(catalogue: Catalogue, what: str) -> Ref:
     found = ref_of(catalogue, what, "evaluation", evaluations)
     if scores_of(catalogue.known(found)):
         return found
-    made = [ref for ref in catalogue.consumers.get(found.key, []) if _measures(catalogue.known(ref), found.key)]
+    made = catalogue.evaluations_of(found)
     if len(made) != 1:
         names = ", ".join(f"{ref.stage}/{ref.key[:12]}" for ref in made)
         raise ValueError(
@@ -187,10 +187,3 @@ def evaluation_of(catalogue: Catalogue, what: str) -> Ref:
             f"{what} ({found.stage}) was not evaluated; run the recipe up to evaluation"
         )  # fmt: skip
     return made[0]
-
-
-def _measures(manifest: dict[str, Any], key: str) -> bool:
-    """Whether it is a finished evaluation of the model `key` itself: DPO's implicit reward needs another one too."""
-    from smoltulu.artifacts.manifests import dig, scores_of
-
-    return bool(scores_of(manifest)) and dig(manifest, "inputs", "model", "key") == key

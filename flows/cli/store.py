@@ -148,7 +148,8 @@ def gc(
 
     catalogue = open_catalogue(store)
     publishing = frozenset(name for name, stage in STAGES.items() if stage.makes(PublishOutputs))
-    plan = plan_gc(catalogue, Rules(keep_days, keep_runs, publishing if keep_published else frozenset()))
+    with failures():
+        plan = plan_gc(catalogue, Rules(keep_days, keep_runs, publishing if keep_published else frozenset()))
     out = console(quiet=as_json)
     _print_plan(out, plan, every)
     outcome = remove(plan, catalogue.root) if yes else None

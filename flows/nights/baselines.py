@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smoltulu.artifacts import layout
-from smoltulu.artifacts.manifests import Ref, inputs_of, scores_of
+from smoltulu.artifacts.manifests import Ref, inputs_of
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.schemas.nightly import MeasuredModel
 from smoltulu.schemas.run import RunRecord
@@ -34,7 +34,7 @@ def _chosen(catalogue: Catalogue, what: str) -> dict[str, MeasuredModel]:
         if not made:
             raise ValueError(f"run {what} has no finished evaluation; run it first, or pin another")
         return made
-    refs_of = [found] if found.stage == EVALUATION else _of_model(catalogue, found)
+    refs_of = [found] if found.stage == EVALUATION else catalogue.evaluations_of(found)
     if not refs_of:
         raise ValueError(
             f"{found.stage}/{found.key[:12]} is neither an evaluation nor an evaluated model; evaluate it first"
@@ -47,18 +47,6 @@ def _chosen(catalogue: Catalogue, what: str) -> dict[str, MeasuredModel]:
             names = ", ".join(f"evaluation/{ref.key[:12]}" for ref in refs_of_node)
             raise ValueError(f"{what} was evaluated more than once as {node}: {names}; pin one of these")
     return {node: _measured(catalogue, refs_of_node[0]) for node, refs_of_node in by_node.items()}
-
-
-def _of_model(catalogue: Catalogue, model: Ref) -> list[Ref]:
-    """Finished evaluations that measured a model, its own; not those for which it was only the reference."""
-    return [
-        ref
-        for ref in catalogue.consumers.get(model.key, [])
-        if ref.stage == EVALUATION
-        and scores_of(manifest := catalogue.known(ref))
-        and any(given.binding == "model" and given.ref == model for given in inputs_of(manifest))
-        and not str(manifest.get("node")).endswith(layout.REPEATED)
-    ]
 
 
 def _measured(catalogue: Catalogue, ref: Ref) -> MeasuredModel:

@@ -74,6 +74,6 @@ def compared(model: str, task: str, before: ArtifactReference, again: ArtifactRe
 
 
 def of_evaluation(reference: ArtifactReference) -> Mapping[str, Measured]:
-    """Task -> its score with its items. OSError, ValueError where they cannot be read."""
+    """Task -> its score with its items. One of `READ_ERRORS` where they cannot be read."""
     outputs: Any = EvaluationOutputs.model_validate(reference.outputs)
     return measured(Path(reference.path), outputs)

@@ -16,10 +16,11 @@ from smoltulu.flows.nights.subjects import Subjects
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.nightly import MeasuredModel
-from smoltulu.tasks.comparison.evaluations import Comparison, Measured, compare
+from smoltulu.tasks.comparison.evaluations import READ_ERRORS, Comparison, Measured, compare
 from smoltulu.tasks.comparison.night import Against, Judged, Night, Repeated, judge
 from smoltulu.tasks.engine.runner import reference_to
 from smoltulu.tasks.nightly.history import (
+    UNREAD,
     History,
     Row,
     compared_pair,
@@ -28,6 +29,7 @@ from smoltulu.tasks.nightly.history import (
     last_different,
     next_repetition,
     num_missed,
+    time_of_night,
     told_models,
 )
 from smoltulu.tasks.nightly.pins import read_pins
@@ -69,17 +71,21 @@ class Tonight:
         self.finished.update(self.subjects.finished)
         self.failed.update(self.subjects.failed)
         for name, node in self.graph.nodes.items():
-            if name in self.finished or not self._may_have(name):
+            if name in self.finished:
+                continue
+            if lacking := self._lacking(name):
+                if node.stage.makes(EvaluationOutputs) and node.bindings()["model"].node not in lacking:
+                    self.notes.append(f"{name} is left out: the store has no {', '.join(lacking)}")
                 continue
             if node.stage.makes(EvaluationOutputs):
                 self.evaluations.append(name)
             if (found := self.store.obtain(self.graph.spec(name), self._digests(name), name, self.log)) is not None:
                 self.finished[name] = reference_to(found, name, "Cached")
 
-    def _may_have(self, name: str) -> bool:
-        """Whether its inputs are there, or will be fetched tonight."""
+    def _lacking(self, name: str) -> list[str]:
+        """Its inputs that are not there and will not be fetched tonight."""
         there = {*self.finished, *self.subjects.to_fetch}
-        return {binding.node for binding in self.graph.nodes[name].bindings().values()} <= there
+        return sorted({binding.node for binding in self.graph.nodes[name].bindings().values()} - there)
 
     def _digests(self, name: str) -> dict[str, str]:
         bindings = self.graph.nodes[name].bindings()
@@ -128,22 +134,33 @@ class Tonight:
 
     def compare(self) -> None:
         """Compare what no night compared yet: new models, and old ones with a new baseline."""
+        if odd := [name for name in self.pins if name not in self.graph.nodes]:
+            self.notes.append(f"the baseline of {', '.join(odd)} is of no evaluation of this night")
         for name in self.evaluations:
             if name not in self.finished:
                 continue
             tonight, model = self.measured_model(name), _model(name)
-            if not is_told(self.past, name, tonight):
-                self.new.append(model)
-                self._note_moved(name)
+            is_new = not self._is_told(name)
             references = {
                 against: reference
                 for against, reference in self.references(name).items()
-                if not is_compared(self.past, name, tonight, reference)
+                if is_new or not is_compared(self.past, name, tonight, reference)
             }
-            after = repetition.of_evaluation(self.finished[name]) if references else {}
+            try:
+                after = repetition.of_evaluation(self.finished[name]) if references else {}
+            except READ_ERRORS as error:  # it is told of, not compared, and tried again the next night
+                self.failed[name] = str(error) or type(error).__name__
+                self.log.error("%s cannot be compared: %s", name, self.failed[name])
+                continue
+            if is_new:
+                self.new.append(model)
+                self._note_moved(name)
             for against, reference in references.items():
                 for one in self._compare(model, after, reference):
                     self.compared.append((against, one, name, reference))
+
+    def _is_told(self, name: str) -> bool:
+        return is_told(self.told.get(name, ()), self.measured_model(name))
 
     def _compare(self, model: str, after: Mapping[str, Measured], reference: MeasuredModel) -> list[Comparison]:
         """The scores of both; where those of the reference cannot be read, that is said of each score, once."""
@@ -155,8 +172,8 @@ class Tonight:
             if found.manifest.digest != reference.digest:
                 raise ValueError("its evaluation has other content than was told")
             before = repetition.of_evaluation(reference_to(found, model, "Cached"))
-        except (OSError, ValueError) as error:
-            reason = f"what it is compared with cannot be read: {error}"
+        except READ_ERRORS as error:
+            reason = f"{UNREAD}: {str(error) or type(error).__name__}"
             return [
                 Comparison(model, name, one.score.metric, one.score.value, one.score.value, reason=reason)
                 for name, one in after.items()
@@ -196,12 +213,21 @@ class Tonight:
         """Of this night, UTC."""
         return self.now.date()
 
+    @property
+    def at(self) -> datetime:
+        """Time of this night in the history."""
+        return time_of_night(self.past, self.now)
+
     def judged(self) -> list[Judged]:
         """The comparisons of tonight with their verdicts, in their order."""
         return judge([(against, one) for against, one, _, _ in self.compared])
 
     def found(self) -> Night:
         """What the night found so far."""
+        notes = list(self.notes)
+        if (ahead := self.at - self.now).total_seconds() > 1:
+            last = self.now + ahead
+            notes.append(f"the clock is behind the last night, {last:%Y-%m-%d %H:%M} UTC: missed nights are not seen")
         return Night(
             num_evaluations=len(self.evaluations),
             new=tuple(self.new),
@@ -209,7 +235,7 @@ class Tonight:
             failed=self.failed,
             repeated=[one for _, one in self.repeated],
             num_missed=num_missed(self.past, self.today),
-            notes=self.notes,
+            notes=notes,
             standing=self._standing(),
         )
 
@@ -218,20 +244,24 @@ class Tonight:
         now = {
             (name, *self.measured_model(name).identity, *reference.identity)
             for name in self.evaluations
-            if name in self.finished
+            if name in self.finished and self._is_told(name)
             for reference in self.references(name).values()
         }
-        return [
-            f"loss of {_model(row.node)} {row.task}, told on {row.at[:10]}"
+        newest = {
+            (*compared_pair(row), row.task): row
             for row in self.past
             if row.verdict == "loss" and compared_pair(row) in now
-        ]
+        }
+        return [f"loss of {_model(row.node)} {row.task}, told on {row.at[:10]}" for row in newest.values()]
 
     def kept(self) -> list[MeasuredModel]:
-        """What the next night may compare with, for gc: the newest of each evaluation, and the different one before."""
+        """What the next night may compare with, for gc: the newest of each evaluation, and the different one before.
+
+        Those that the history names: of what was told of before there may be newer generations, which it does not name.
+        """
         told = {name: list(models) for name, models in self.told.items()}
         for name in self.evaluations:
-            if name in self.finished:
+            if name in self.finished and not self._is_told(name):
                 told.setdefault(name, []).append(self.measured_model(name))
         kept = []
         for models in told.values():
@@ -242,12 +272,12 @@ class Tonight:
 
     def rows(self, run: str) -> list[Row]:
         """The night as lines of the history."""
-        at, found = self.now.isoformat(timespec="seconds"), self.found()
+        at, found = self.at.isoformat(timespec="seconds"), self.found()
         verdict = "well" if found.went_well else "failed"
         rows = [Row("night", at, run, verdict=verdict, reason=found.message(), num_items=found.num_missed)]
         for name in self.evaluations:
-            if name in self.finished and not is_told(self.past, name, made := self.measured_model(name)):
-                rows += self._score_rows(at, run, name, made)
+            if name in self.finished and not self._is_told(name):
+                rows += self._score_rows(at, run, name, self.measured_model(name))
         for one, (against, _, name, reference) in zip(found.judged, self.compared, strict=True):
             rows.append(_comparison_row(at, run, name, self.measured_model(name), one, against, reference))
         rows += [Row("failed", at, run, node=name, reason=why) for name, why in self.failed.items()]

@@ -28,7 +28,7 @@ _SAME_DETAILS = {
     "model_settings": "model settings",
 }  # fmt: skip
 #: Those that only newer scores say.
-_SAME_IF_SAID = {"backend": "backend", "dtype": "precision"}
+_SAME_IF_SAID = {"backend": "backend", "dtype": "precision", "max_length": "maximal length"}
 #: What a comparison reads of a sample.
 _NO_TEXTS = (
     "task", "entry", "id", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics", "parts", "right", "mean",
@@ -36,6 +36,8 @@ _NO_TEXTS = (
 )  # fmt: skip
 #: Metrics of lm-eval that are better when they are lower, where a score does not say it of itself.
 LOWER_IS_BETTER = ("bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity")
+#: What reading an evaluation may raise: files that are damaged, or of another version.
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError)
 #: The test over members needs so many: of five that all fell, the exact p-value is 2 / 2^5 = 0.06.
 MIN_MEMBERS = 6
 
@@ -196,7 +198,7 @@ def _compare(model: str, task: str, before: Measured | None, after: Measured | N
         after.score.metric,
         *scores,
         reason=_difference(before, after),
-        higher_is_better=_is_up(after.score),
+        higher_is_better=is_up(after.score),
     )
     if made.reason:
         return made
@@ -229,7 +231,7 @@ def _told(test: PairedTest, made: Comparison) -> PairedTest:
     )  # fmt: skip
 
 
-def _is_up(score: Score) -> bool:
+def is_up(score: Score) -> bool:
     """Whether a higher value is better: as the score says, or as its metric is known for."""
     said = score.details.get("higher_is_better")
     return bool(said) if said is not None else score.metric.partition(",")[0] not in LOWER_IS_BETTER
@@ -266,7 +268,7 @@ def _difference(before: Measured, after: Measured) -> str:
 def flipped(before: Measured, after: Measured) -> list[tuple[Item, Item]]:
     """Items whose score changed, the lost ones first."""
     pairs = [(item, after.items[name]) for name, item in before.items.items() if name in after.items]
-    sign = 1 if _is_up(after.score) else -1
+    sign = 1 if is_up(after.score) else -1
     changed = [pair for pair in pairs if pair[0].value != pair[1].value]
     return sorted(changed, key=lambda pair: sign * (pair[1].value - pair[0].value))
 

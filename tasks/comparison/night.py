@@ -188,8 +188,10 @@ class Night:
             parts.append(f"no real drop in {num_compared:,} scores")
         elif not num_compared and lost:
             parts.append("nothing was compared")
-        elif not num_compared and self.new:
-            parts.append("nothing to compare with yet")
+        alone = [model for model in self.new if model not in {one.comparison.model for one in self.judged}]
+        if alone:
+            whom = f"{', '.join(alone)} " if self.judged else ""
+            parts.append(f"nothing to compare {whom}with yet")
         if lost:
             shown = ", ".join(
                 f"{one.comparison.model} {one.comparison.task} against {WORDS[one.against]} ({one.comparison.reason})"

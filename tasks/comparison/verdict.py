@@ -1,6 +1,6 @@
 """Is it good? Each model of a run against the one before it, and the last against the first, item by item.
 
-All tests of the page are adjusted together (Holm): one p-value of a page that shows many says little.
+All tests of the verdict are adjusted together (Holm): one p-value of a page that shows many says little.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.verdict import AnsweredPrompt, Change, ModelComparison, ScoreChange, Verdict
 from smoltulu.tasks.comparison.answers import choose_prompts
-from smoltulu.tasks.comparison.evaluations import Comparison, Item, Measured, compare, measured, verdicts
+from smoltulu.tasks.comparison.evaluations import READ_ERRORS, Comparison, Item, Measured, compare, measured, verdicts
 
 LEVEL = 0.05
 #: What is kept of a text: the rest of a page's answers would fill the memory beside a training.
@@ -45,7 +45,7 @@ def assess(evaluations: tuple[Evaluation, ...]) -> tuple[Verdict, tuple[Answered
     for one in evaluations:
         try:
             models[one.subject] = {name: _smaller(found) for name, found in measured(one.folder, one.outputs).items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except READ_ERRORS as error:
             models[one.subject] = {score.task: Measured(score) for score in one.outputs.scores[::-1]}
             unreadable[one.subject] = str(error) or type(error).__name__
     comparisons = compare_models(list(models.items()), unreadable)
@@ -98,7 +98,7 @@ def _change(
         num_items=0 if test is None else test.num_items,
         p_value=None if test is None else test.p_value,
         adjusted=None if test is None else adjusted,
-        is_share=all(0 <= item.value <= 1 for side in sides for item in side.items.values()),
+        is_share=one.higher_is_better and all(0 <= item.value <= 1 for side in sides for item in side.items.values()),
         is_near_chance=all(side.score.details.get("is_near_chance") is True for side in sides),
         reason=one.reason if test is None else "",
     )

@@ -75,7 +75,7 @@ def measure_cell(
         scores, samples = _reward_benchmark(config, config.benchmark, inputs, context, kept)
     else:
         scores, samples = _preference_pairs(config, inputs, context, kept)
-    about = {"backend": config.backend, "dtype": config.dtype}
+    about = {"backend": config.backend, "dtype": config.dtype, "max_length": config.max_length}
     scores = [score.model_copy(update={"details": score.details | about}) for score in scores]
     write_samples(context.folder / SAMPLES_FILE, samples)
     text = json.dumps(raw, indent=1, ensure_ascii=False, default=str)

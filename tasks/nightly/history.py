@@ -13,7 +13,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 Kind = Literal["night", "score", "comparison", "failed", "repeated"]
+#: Begins the reason of a comparison whose reference could not be read: that may have an end, so it is tried again.
+UNREAD = "what it is compared with cannot be read"
 
 
 @dataclass(frozen=True)
@@ -207,11 +209,26 @@ def num_missed(rows: Sequence[Row], today: date) -> int:
     return max(0, (today - max(nights)).days - 1) if nights else 0
 
 
-def _day(at: str) -> date | None:
+def time_of_night(rows: Sequence[Row], now: datetime) -> datetime:
+    """When a night is said to be, in whole seconds: now, but after every other, also where the clock was set back.
+
+    Which model is the last one is told by this order.
+    """
+    now = now.replace(microsecond=0)
+    newest = max((time for row in rows if row.kind == "night" and (time := _time(row.at))), default=None)
+    return now if newest is None or newest < now else newest + timedelta(seconds=1)
+
+
+def _time(at: str) -> datetime | None:
     try:
-        return datetime.fromisoformat(at).date()
+        time = datetime.fromisoformat(at)
     except ValueError:
         return None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _day(at: str) -> date | None:
+    return time.date() if (time := _time(at)) else None
 
 
 def told_models(rows: Sequence[Row]) -> dict[str, list[MeasuredModel]]:
@@ -232,16 +249,17 @@ def last_different(told: Sequence[MeasuredModel], model_digest: str) -> Measured
     return next((one for one in reversed(told) if one.model_digest != model_digest), None)
 
 
-def is_told(rows: Sequence[Row], node: str, made: MeasuredModel) -> bool:
-    """Whether a night told of this evaluation of this model. Two models may have the very same answers."""
-    wanted = ("score", node, *made.identity)
-    return any((row.kind, row.node, row.key, row.model) == wanted for row in rows)
+def is_told(told: Sequence[MeasuredModel], made: MeasuredModel) -> bool:
+    """Whether this evaluation of this model is the newest that nights told of: one that comes back is new again."""
+    return bool(told) and told[-1].identity == made.identity
 
 
 def is_compared(rows: Sequence[Row], node: str, made: MeasuredModel, reference: MeasuredModel) -> bool:
-    """Whether a night told how it differs from a reference."""
+    """Whether a night told how it differs from a reference, or why it cannot be said."""
     wanted = (node, *made.identity, *reference.identity)
-    return any(row.kind == "comparison" and compared_pair(row) == wanted for row in rows)
+    return any(
+        row.kind == "comparison" and compared_pair(row) == wanted and not row.reason.startswith(UNREAD) for row in rows
+    )
 
 
 def compared_pair(row: Row) -> tuple[str, str, str, str, str]:

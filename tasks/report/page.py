@@ -121,8 +121,15 @@ def _evaluations(runs: Sequence[tuple[StageRun, Manifest | None]], folders: Mapp
     return _Evaluations(key, made, folders)
 
 
-@lru_cache(maxsize=2)  # the page is written after every stage, and few of them are evaluations
 def _tables(made: _Evaluations) -> Markup:
+    shown, problems = _made_tables(made)
+    if problems:
+        _made_tables.cache_clear()  # what cannot be read may be read for the next page
+    return shown
+
+
+@lru_cache(maxsize=2)  # the page is written after every stage, and few of them are evaluations
+def _made_tables(made: _Evaluations) -> tuple[Markup, list[str]]:
     return tables_section(made.manifests, made.folders)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.evaluation import EvaluationOutputs, ScoreKind
-from smoltulu.tasks.comparison.evaluations import Measured, measured
+from smoltulu.tasks.comparison.evaluations import READ_ERRORS, Measured, measured
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.latex import latex
 from smoltulu.tasks.report.render import render
@@ -38,8 +38,8 @@ def measured_model(
     problem = ""
     if folder is not None:
         try:
-            items = measured(folder, outputs)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last: of another version
+            items = measured(folder, outputs, texts=False)
+        except READ_ERRORS as error:
             said = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
             problem = f"{label}: the items cannot be read, so no score of it is tested: {said}"
     precision, max_length = settings.get("precision"), settings.get("max_length")
@@ -74,8 +74,11 @@ def model_label(outputs: EvaluationOutputs, config: Mapping[str, Any]) -> str:
     return text.title(outputs.subject) + (", implicit reward" if config.get("kind") == "implicit_reward" else "")
 
 
-def tables_section(manifests: Mapping[str, Manifest], folders: Mapping[str, Path], level: float = LEVEL) -> Markup:
-    """What a run's report shows: stages × tasks, and each published table of which something was measured.
+def tables_section(
+    manifests: Mapping[str, Manifest], folders: Mapping[str, Path], level: float = LEVEL
+) -> tuple[Markup, list[str]]:
+    """What a run's report shows: stages × tasks, and each published table of which something was measured; and what of
+    the samples could not be read.
 
     Empty where no evaluation has finished. Arguments are by node, in the order of the columns.
     """
@@ -84,7 +87,7 @@ def tables_section(manifests: Mapping[str, Manifest], folders: Mapping[str, Path
     models, problems = models_of_run(manifests, folders)
     tables = tables_of(load_published(), models, (), level)
     shown = render("tables_section.html.jinja", tables=tables, problems=problems)
-    return Markup(shown.strip() if tables else "")
+    return Markup(shown.strip() if tables else ""), problems
 
 
 def markdown_tables(tables: Sequence[Table]) -> str:

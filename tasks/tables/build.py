@@ -226,7 +226,7 @@ def _figure(model: MeasuredModel, score: Score | None, scale: float = 1.0) -> Fi
     if score is None:
         return None
     stderr = None if score.stderr is None else scale * score.stderr
-    return Figure(scale * score.value, stderr, model.measured(score), model.precision)
+    return Figure(scale * score.value, stderr, model.measured(score), model.precision_of(score))
 
 
 def _cell(score: Score, value: str, bold: bool) -> Cell:
@@ -250,7 +250,7 @@ def _sources(models: Sequence[MeasuredModel], scores: Sequence[Score | None]) ->
     found = {
         f"{score.harness}, {score.task} version {score.task_version}"
         + ("" if score.num_fewshot is None else f", {score.num_fewshot}-shot")
-        + (f", {model.precision}" if model.precision else "")
+        + (f", {precision}" if (precision := model.precision_of(score)) else "")
         for model, score in zip(models, scores, strict=True)
         if score is not None
     }

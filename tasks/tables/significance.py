@@ -9,24 +9,18 @@ from math import hypot
 from statistics import NormalDist
 
 from smoltulu.schemas.evaluation import Score
-from smoltulu.tasks.comparison.evaluations import Measured, compare
+from smoltulu.tasks.comparison.evaluations import Measured, compare, is_up
 from smoltulu.tasks.comparison.paired import holm
 
-#: Scores of which less is better, by the name of their metric, and those of which neither is.
-_LESS_IS_BETTER = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity", "bpb", "brier_score")
+#: Metrics of which neither more nor less is better.
 _NEITHER = ("mean_margin", "mean_margin_unnormalised")
 
 
 def direction(score: Score) -> int:
-    """1 where more is better, -1 where less is, 0 where models are not ranked by it (a margin has a scale of its own).
-
-    As the score says itself, or as its metric is known for.
-    """
-    name = score.metric.partition(",")[0]
-    if name in _NEITHER:
+    """1 where more is better, -1 where less is, 0 where models are not ranked by it (a margin has its own scale)."""
+    if score.metric.partition(",")[0] in _NEITHER:
         return 0
-    said = score.details.get("higher_is_better")
-    return 1 if (name not in _LESS_IS_BETTER if said is None else said) else -1
+    return 1 if is_up(score) else -1
 
 
 @dataclass(frozen=True)

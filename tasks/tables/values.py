@@ -16,6 +16,7 @@ class MeasuredModel:
     label      what the column is called
     subject    the stage that made the model
     items      task -> score and items, as `tasks.comparison.evaluations.measured` reads them; for the paired tests
+    precision  that the recipe asked for
     """
 
     label: str
@@ -25,6 +26,11 @@ class MeasuredModel:
     items: Mapping[str, Measured] = field(default_factory=dict)
     precision: str | None = None
     max_length: int | None = None
+
+    def precision_of(self, score: Score) -> str | None:
+        """What it was measured in, which the device decides; what was asked for where the score does not say it."""
+        said = score.details.get("dtype")
+        return str(said) if said else self.precision
 
     def measured(self, score: Score) -> Measured | None:
         """The items of a score; None where none were kept.

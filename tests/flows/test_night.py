@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
 from smoltulu.artifacts.upkeep.removal import remove
 from smoltulu.artifacts.upkeep.tags import set_tag
+from smoltulu.flows.cli.compare import evaluation_of
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
 from smoltulu.flows.nights import baselines, events, repetition
 from smoltulu.flows.nights.subjects import Subjects, add_models, check_models
@@ -50,11 +52,12 @@ class Nights:
         self.answers: Answers = {}
         self.day = 0
         self.harness, self.template = "lm-eval 0.4.13", "t"
+        self.tasks = ("gsm8k", "piqa")
 
     def graph(self) -> NodeGraph:
         graph = NodeGraph("tiny", ComputeSettings())
         graph.add(Node("sft", STAGES["base_model"], ModelSource(repository="me/sft", revision="c" * 40)))
-        tasks = tuple(EvaluationTask(name=name, metric="acc,none") for name in ("gsm8k", "piqa"))
+        tasks = tuple(EvaluationTask(name=name, metric="acc,none") for name in self.tasks)
         config = EvaluationStageConfig(subject="sft", kind="language_model", settings=EvaluationSettings(tasks=tasks))
         inputs = {"model": Binding("sft", "folder")}
         graph.add(Node(NODE, STAGES["evaluation"], config, inputs=inputs, literals={"chat_template": "t"}))
@@ -329,6 +332,7 @@ def test_the_scores_of_a_model_are_not_shown_twice(nights: Nights) -> None:
     ref = Ref("base_model", nights.graph().key("sft"))
     assert [score["task"] for score in Catalogue(nights.root).scores(ref)] == ["gsm8k", "piqa"]
     assert list(baselines.chosen(Catalogue(nights.root), ref.key)) == [NODE]
+    assert evaluation_of(Catalogue(nights.root), ref.key) == Ref("evaluation", nights.graph().key(NODE))
 
 
 def test_a_hub_revision_that_moved_is_named_and_compared(nights: Nights) -> None:
@@ -397,3 +401,93 @@ def test_a_task_alone_is_the_cell_of_the_whole() -> None:
             # What measures nothing else is the whole evaluation, whose scores are shown.
             assert one.name == ("evaluation-sft-again" if len(expected) > 1 else "evaluation-sft")
             assert list(repetition._cells(one).values()) == [repetition._cells(whole)[name]]
+
+
+# --- What a night must not pass over --------------------------------------------------------------------------------
+
+
+def test_a_model_that_came_back_is_the_last_one(nights: Nights) -> None:
+    """Good, bad, good again, bad again: the second fall is as large as the first, and told as well."""
+    nights.night()
+    nights.train("second")
+    assert not nights.night(gsm8k=GONE).went_well
+    nights.train("first")
+    back = nights.night()
+    assert back.new == ("sft",) and back.went_well and "still standing" not in back.message()
+    assert nights.night().is_nothing_new
+    nights.train("third")
+    assert "LOSS: sft gsm8k 1.0000 -> 0.5000 against the last model" in nights.night(gsm8k=GONE).message()
+    nights.train("first")
+    nights.night()
+    nights.train("third")
+    assert "LOSS: sft gsm8k 1.0000 -> 0.5000 against the last model" in nights.night(gsm8k=GONE).message()
+
+
+def test_samples_that_cannot_be_read_are_the_end_of_one_model_only(nights: Nights) -> None:
+    set_tag(Catalogue(nights.root), "best", Ref("base_model", nights.graph().key("sft")))
+    nights.night(models=["best"])
+    nights.train("second")
+    nights.night(gsm8k=GONE, models=["best"], told=False)
+    newest = Catalogue(nights.root).folder(Ref("evaluation", nights.graph().key(NODE))).path
+    file = max(newest.glob("gen-*")) / "samples.jsonl"
+    whole = file.read_text()
+    file.write_text("[" + whole[1:])  # of the same size: damage that only reading finds
+    told = nights.night(gsm8k=GONE, models=["best"])
+    assert not told.went_well and "samples.jsonl, line 1" in (told.failed or {})[NODE]
+    assert "LOSS: best gsm8k" in told.message()
+    file.write_text(whole)
+    assert "LOSS: sft gsm8k" in nights.night(gsm8k=GONE, models=["best"]).message()
+
+
+def test_a_reference_that_could_not_be_read_is_compared_when_it_can_be(nights: Nights) -> None:
+    nights.night()
+    key = Catalogue(nights.root).folder(Ref("evaluation", nights.graph().key(NODE))).path
+    file = key / "gen-0001" / "samples.jsonl"
+    nights.train("second")
+    file.rename(file.with_suffix(".away"))
+    assert "nothing was compared" in nights.night(gsm8k=GONE).message()
+    assert "nothing was compared" in nights.night(gsm8k=GONE).message()
+    file.with_suffix(".away").rename(file)
+    assert "LOSS: sft gsm8k" in nights.night(gsm8k=GONE).message()
+
+
+def test_a_clock_that_was_ahead_once_hides_nothing(nights: Nights) -> None:
+    nights.day = 4000
+    nights.night()
+    nights.day = 0
+    nights.train("second")
+    told = nights.night(gsm8k=GONE)
+    assert "LOSS: sft gsm8k" in told.message() and "the clock is behind the last night" in told.message()
+    nights.train("third")
+    told = nights.night(gsm8k=GONE)
+    assert [one.verdict for one in told.judged] == ["same", "same"]  # against the second, not the first
+    assert nights.night(gsm8k=GONE).repeated and nights.night(gsm8k=GONE).repeated
+
+
+def test_gc_keeps_what_the_history_names_where_an_evaluation_is_measured_again_as_a_whole(nights: Nights) -> None:
+    """One task: its repetition is a new generation of the evaluation, and the next night compares with the first."""
+    nights.tasks = ("gsm8k",)
+    for _ in range(3):
+        nights.night()
+    collect(nights)
+    nights.train("second")
+    assert "LOSS: sft gsm8k 1.0000 -> 0.5000 against the last model" in nights.night(gsm8k=GONE).message()
+
+
+def test_an_evaluation_that_lacks_another_input_than_its_model_is_named(nights: Nights) -> None:
+    graph = nights.graph()
+    graph.add(Node("held-out", STAGES["base_model"], ModelSource(repository="me/other", revision="d" * 40)))
+    own = graph.nodes[NODE]
+    graph.add(
+        replace(own, name="evaluation-two", inputs={**own.inputs, "verified_eval": Binding("held-out", "folder")})
+    )
+    tonight = Tonight(graph, nights.store, History(nights.root, "tiny"), Subjects(), LOG)
+    assert tonight.evaluations == [NODE]
+    assert tonight.notes == ["evaluation-two is left out: the store has no held-out"]
+
+
+def test_a_baseline_that_no_evaluation_has_is_named(nights: Nights) -> None:
+    nights.night()
+    chosen = baselines.chosen(Catalogue(nights.root), _evaluation(nights), of="evaluation-stf")
+    pins.pin(nights.root, "tiny", chosen, "first")
+    assert "the baseline of evaluation-stf is of no evaluation of this night" in nights.night().message()

@@ -107,6 +107,17 @@ def test_a_pinned_evaluation_stays_where_gc_takes_all(store: HandStore) -> None:
     assert Ref("evaluation", pinned(store)["evaluation-sft"]) in store.finished()
 
 
+@pytest.mark.parametrize("file", ["pins.json", "told.json"])
+def test_gc_takes_nothing_where_it_cannot_see_what_nights_need(store: HandStore, file: str) -> None:
+    """Of a newer version, or cut short: a baseline that was removed would be gone when the file is mended."""
+    made = pipeline(store)
+    store.pin("evaluation-sft", made["evaluation-sft"])
+    (store.root / "history" / "by-hand" / file).write_text('{"pins": [')
+    output = call(store, "gc", "--yes", "--keep-days", "0", "--keep-runs", "0", code=1).output
+    assert f"{file} cannot be read" in output and "gc would remove what it names" in output
+    assert set(made.values()) <= store.finished()
+
+
 def test_pinning_imports_nothing_heavy(store: HandStore) -> None:
     store.run("first", pipeline(store))
     code = (

@@ -370,6 +370,7 @@ def test_another_way_to_generate_is_named(tmp_path: Path) -> None:
     for name, values, words in (
         ("backend", ("transformers", "vllm"), "backend"),
         ("dtype", ("float32", "bfloat16"), "precision"),
+        ("max_length", (1024, 2048), "maximal length"),
         ("generation", ('{"temperature": 0}', '{"temperature": 1}'), "generation settings"),
         ("max_gen_toks", (256, 512), "length of answers"),
     ):

@@ -86,6 +86,8 @@ def test_a_change_below_the_minimum_effect_is_no_loss_however_sure() -> None:
      "nothing was compared; 1 not comparable: sft bbh against the baseline (other documents: 1 of 4 are gone, 0 are "
      "new)"),
     (night(), True, "2 evaluations, new: sft; nothing to compare with yet"),
+    # A model without a reference beside one that has one.
+    (night(comparison("a"), new=("sft", "dpo")), True, "no real drop in 1 scores; nothing to compare dpo with yet"),
     (night(comparison("a"), failed={"dpo": "no room"}), False, "1 FAILED: dpo: no room; no real drop in 1 scores"),
     (night(*(comparison(str(i), reason="gone") for i in range(5))), True, "the baseline (gone) and 2 more"),
     (night(new=()), True, "nothing new: 2 evaluations, all told before"),

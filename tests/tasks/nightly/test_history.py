@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pytest
 from smoltulu.schemas.nightly import MeasuredModel, Told
 from smoltulu.tasks.nightly import history as module
 from smoltulu.tasks.nightly.history import (
+    UNREAD,
     History,
     Row,
     is_compared,
@@ -24,6 +25,7 @@ from smoltulu.tasks.nightly.history import (
     last_different,
     next_repetition,
     num_missed,
+    time_of_night,
     told_models,
 )
 
@@ -202,14 +204,25 @@ def test_what_was_told() -> None:
     made = score(1, model(2))
     reference = {"reference": model(1).key, "reference_model": model(1).model_digest}
     rows = night(1, made, replace(made, kind="comparison", against="last", **reference))
-    assert is_told(rows, NODE, model(2)) and not is_told(rows, NODE, model(1))
-    assert not is_told(rows, "evaluation-dpo", model(2))
-    assert not is_told(rows, NODE, model(2, weights=3))  # the very same answers, of another model
+    told = told_models([*night(1, score(1, model(1))), *rows])[NODE]
+    assert is_told(told, model(2)) and not is_told([], model(2))
+    assert not is_told(told, model(1))  # it came back
+    assert not is_told(told, model(2, weights=3))  # the very same answers, of another model
     again = model(2).model_copy(update={"generation": "gen-0009", "digest": "9" * 64})
-    assert is_told(rows, NODE, again)  # the same weights, measured again
+    assert is_told(told, again)  # the same weights, measured again
     assert is_compared(rows, NODE, model(2), model(1))
     assert not is_compared(rows, NODE, model(2), model(3))
     assert not is_compared(rows, NODE, model(2), model(1, weights=3))
+    unread = [replace(row, reason=f"{UNREAD}: Input/output error") for row in rows]
+    assert not is_compared(unread, NODE, model(2), model(1))
+
+
+def test_a_night_is_after_every_other_whatever_the_clock_says() -> None:
+    first = datetime(2026, 10, 1, 3, tzinfo=UTC)
+    assert time_of_night([], first) == first
+    assert time_of_night(night(1), first + timedelta(days=1, microseconds=5)) == first + timedelta(days=1)
+    for now in (first, first - timedelta(days=1)):
+        assert time_of_night(night(1), now) == first + timedelta(seconds=1)
 
 
 def test_tasks_take_turns_one_a_day() -> None:

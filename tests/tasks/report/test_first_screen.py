@@ -68,7 +68,7 @@ def test_the_first_screen_says_whether_it_is_good_before_anything_else(tmp_path:
         in first
     )
     assert "RLVR over DPO: sampled +6.1 ± 0.6, greedy not distinguishable" in first
-    assert "at 5 % for all 4 tests of this page together (Holm)" in first
+    assert "at 5 % for all 4 tests of this verdict together (Holm)" in first
     assert "DPO is compared with no other model: its samples cannot be read. x" in first
     assert "smoltulu chat tiny-20261121-070000:rlvr" in first and "chat tiny-20261121-070000:reward-model" not in first
     assert source.index('id="verdict"') < source.index('class="facts"') < source.index('id="scores"')

@@ -148,6 +148,11 @@ def test_models_of_another_template_or_precision_are_not_compared_and_named() ->
     assert [table.notes[number - 1] for number in row.notes] == [
         f"not compared item by item: base with SFT, base with DPO (another chat template: none -> {digest[:8]})"
     ]
+    # What was measured counts, and is shown, not what the recipe asked of a device that has it not.
+    on_cpu = right(10)
+    on_cpu.score.details["dtype"] = "float32"
+    [table] = stage_tables([model("SFT", on_cpu)])
+    assert table.rows[0].source.endswith(", float32")
     [table] = stage_tables([model("SFT", right(10)), model("DPO", right(30), precision="float32")])
     assert [cell and cell.bold for cell in table.rows[0].measured] == [False, False]
     assert "(measured in another precision: bfloat16 -> float32)" in table.notes[0]

@@ -73,6 +73,7 @@ def test_above_and_below_published() -> None:
 
 def test_direction() -> None:
     assert direction(score()) == 1 and direction(score(metric="bits_per_byte,none")) == -1
+    assert direction(score(metric="ter,none")) == -1  # as `compare` has it
     assert direction(score(metric="mean_margin")) == 0
     assert direction(score(metric="distance,none", details={"higher_is_better": False})) == -1
     assert direction(score(metric="ter,none", details={"higher_is_better": True})) == 1
