@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _MAX_MESSAGE = 1 << 16
+_ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 #: Variables that a stage may have its own values of: nothing that is imported reads them.
 OWN_VARIABLES = ("SMOLTULU_MESSAGES", "CUDA_VISIBLE_DEVICES")
 #: Read at import, so that a fork has them: what trainings and evaluations begin with.
@@ -79,26 +80,42 @@ class _Server:
     """The flow's side of a server."""
 
     def __init__(self, environment: dict[str, str]) -> None:
+        """OSError where no process can be started."""
         self._here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._processes: dict[int, WarmProcess] = {}
         self._lock = threading.Lock()
         self.is_gone = False
         started = threading.Event()
+        failures: list[OSError] = []
 
         def live() -> None:
             # The kernel ends the server with the thread that started it: this one stays as long as the flow.
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "smoltulu.tasks.engine.warm", str(there.fileno())],
-                pass_fds=(there.fileno(),),
-                stdin=subprocess.DEVNULL,
-                env=environment | {"SMOLTULU_PARENT": str(os.getpid())},
-            )
-            there.close()
-            started.set()
-            self._listen()
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "smoltulu.tasks.engine.warm", str(there.fileno())],
+                    pass_fds=(there.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    env=environment | {"SMOLTULU_PARENT": str(os.getpid())},
+                )
+            except OSError as error:
+                failures.append(error)
+                self._here.close()
+                return
+            finally:
+                there.close()
+                started.set()
+            try:
+                self._listen()
+            finally:
+                self._lost()
+                with self._lock:
+                    self._here.close()
+                self.process.wait()  # or it would stay as a zombie
 
         threading.Thread(target=live, name="warm-processes", daemon=True).start()
         started.wait()
+        if failures:
+            raise failures[0]
 
     @property
     def pid(self) -> int:
@@ -139,7 +156,6 @@ class _Server:
                 process.end(message["status"])
             else:
                 process.pid = message["pid"]
-        self._lost()
 
     def _received(self) -> bytes:
         try:
@@ -183,6 +199,8 @@ def serve(descriptor: int) -> int:
     from smoltulu.tasks.process import die_with_parent
 
     die_with_parent(int(os.environ.pop("SMOLTULU_PARENT")))
+    # A whole group is asked to stop (Slurm, `timeout`, Ctrl-C): stages write their checkpoints, and would end with us.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED_TO_STOP)
     for name in _IMPORTED:
         importlib.import_module(name)
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*")
@@ -225,8 +243,9 @@ def _reap(requests: dict[int, int], connection: socket.socket) -> None:
             return
         if pid == 0:
             return
-        message = {"request": requests.pop(pid), "status": os.waitstatus_to_exitcode(status)}
-        connection.send(json.dumps(message).encode())
+        if (request := requests.pop(pid, None)) is not None:  # else a process that a library left behind
+            message = {"request": request, "status": os.waitstatus_to_exitcode(status)}
+            connection.send(json.dumps(message).encode())
 
 
 def _become_stage(message: dict[str, Any], output: int, inherited: tuple[int, ...]) -> None:
@@ -235,6 +254,7 @@ def _become_stage(message: dict[str, Any], output: int, inherited: tuple[int, ..
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED_TO_STOP)
         os.dup2(output, 1)
         os.dup2(output, 2)
         for descriptor in {output, *inherited} - {1, 2}:

@@ -67,14 +67,22 @@ def _running(store: Path) -> launch.StageProcess:
     raise AssertionError("no checkpoint appeared")
 
 
+def _ask_all(process: warm.WarmProcess) -> None:
+    """As Slurm and `timeout` do: the stage has its time for a checkpoint, though its server is asked too."""
+    assert process.pid is not None
+    os.kill(process._server.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
+
+
 @pytest.mark.parametrize(
     ("end", "told"),
     [
         (lambda process: os.kill(process.pid, signal.SIGKILL), "was killed by signal 9"),
         (lambda process: stop_children(), "was stopped. Run again"),
         (lambda process: os.kill(process._server.pid, signal.SIGKILL), "was killed by signal 9"),
+        (lambda process: _ask_all(process), "was stopped. Run again"),
     ],
-    ids=["killed", "stopped", "its server killed"],
+    ids=["killed", "stopped", "its server killed", "its group asked to stop"],
 )
 def test_an_end_without_a_result_is_told_and_the_next_attempt_goes_on(
     sft_world: Path, tmp_path: Path, end: object, told: str
@@ -122,3 +130,29 @@ def test_a_gpu_is_a_stages_own_and_threads_are_its_servers() -> None:
     environment = {"CUDA_VISIBLE_DEVICES": "1", "SMOLTULU_MESSAGES": "/x", "OMP_NUM_THREADS": "1"}
     assert warm.shared(environment) == warm.shared({**environment, "CUDA_VISIBLE_DEVICES": "0"})
     assert warm.shared(environment) != warm.shared({**environment, "OMP_NUM_THREADS": "7"})
+
+
+def test_a_server_that_cannot_be_started_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    errors: list[OSError] = []
+
+    def start() -> None:
+        try:
+            warm.server_for({"PATH": "none"})
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert [type(error) for error in errors] == [FileNotFoundError]
+
+
+def test_a_server_that_ended_leaves_no_zombie() -> None:
+    server = warm._Server(dict(os.environ))
+    os.kill(server.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(server.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not psutil.pid_exists(server.pid) and server.is_gone
+    assert server.start(Path("job.json"), {}).wait(1) == -signal.SIGKILL
