@@ -417,10 +417,15 @@ class _AnswerCounter:
 
 
 def _left_cut(leaf: Any, model: HFLM) -> set[int]:
-    """Ids of the documents whose prompt (and choice) did not fit, as lm-eval cuts them from the left."""
-    room = model.max_length
-    if leaf.get_config("output_type") == "generate_until":
-        room -= _max_gen_toks(leaf)
+    """Ids of the documents whose prompt (and choice) did not fit, as lm-eval cuts them from the left.
+
+    The last token of a choice is no input. A text whose likelihood is asked for as a whole is read in windows, uncut.
+    """
+    kind = leaf.get_config("output_type")
+    if kind == "loglikelihood_rolling":
+        return set()
+    room = model.max_length - _max_gen_toks(leaf) if kind == "generate_until" else model.max_length + 1
+    room -= len(model.tok_encode(""))  # the bos before a plain text
     texts = [
         "".join(argument for argument in instance.args if isinstance(argument, str)) for instance in leaf.instances
     ]

@@ -14,7 +14,7 @@ from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask
 from smoltulu.tasks.evaluation import lm_eval as harness
 from smoltulu.tasks.evaluation.chance import chance_details, mean_p_value, p_value
 from smoltulu.tasks.evaluation.gold import add_to_group, bits_per_byte, right_answer, right_choice
-from tests.tiny_model import TULU_TEMPLATE, build_tiny_model, build_tokenizer
+from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model, build_tokenizer
 
 # Pure parts.
 
@@ -189,3 +189,28 @@ def test_instructions_have_no_right_answer(tmp_path: Path, folder: Path) -> None
         folder, tmp_path / "own.jsonl", {"name": "tiny_instructions", "metric": "acc,none"}, ours, chat=True
     )
     assert list(samples[0]["metrics"]) == ["acc"] and list(score.details["metrics"]) == ["acc,none"]
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
+@pytest.mark.parametrize(
+    ("kind", "longest"), [("multiple_choice", 25), ("generate_until", 14), ("loglikelihood_rolling", 99)]
+)
+def test_what_is_cut_is_counted_to_the_token(folder: Path, chat: bool, kind: str, longest: int) -> None:
+    """Of 24 inputs: the last token of a choice is none, an answer takes 10, and a plain text has bos before it."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = build_tokenizer()
+    bos = (EOS, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{EOS} $A", special_tokens=[bos])
+    model = harness.wrap(
+        AutoModelForCausalLM.from_pretrained(str(folder)), tokenizer, batch_size=2, max_length=24, chat=chat
+    )
+    num_before = 0 if chat else 1
+    texts = [tokenizer.decode(tokenizer.encode("so" * 200, add_special_tokens=False)[:size]) for size in range(1, 30)]
+    sizes = [len(model.tok_encode(text)) for text in texts]
+    assert sizes == [size + num_before for size in range(1, 30)]
+    instances = [SimpleNamespace(args=(text, {}), doc_id=size) for size, text in zip(sizes, texts, strict=True)]
+    config = {"output_type": kind, "generation_kwargs": {"max_gen_toks": 10}}
+    leaf = SimpleNamespace(get_config=config.get, instances=instances)
+    assert harness._left_cut(leaf, model) == {size for size in sizes if size > longest}
