@@ -161,11 +161,11 @@ def rows_of_subset(split: str, rows: list[dict[str, Any]], subset: str) -> list[
     def spelled(name: Any) -> str:
         return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("&", "and"))
 
-    if not rows or "subset" not in rows[0]:
+    if not any("subset" in row for row in rows):
         return rows
-    found = [row for row in rows if spelled(row["subset"]) == spelled(subset)]
+    found = [row for row in rows if spelled(row.get("subset")) == spelled(subset)]
     if not found:
-        there = ", ".join(sorted({str(row["subset"]) for row in rows})[:40])
+        there = ", ".join(sorted({str(row.get("subset")) for row in rows})[:40])
         raise ValueError(f"split {split!r}: no row has the subset {subset!r}; there are: {there}. Add its rows")
     return found
 
