@@ -14,6 +14,8 @@ from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask
 from smoltulu.tasks.evaluation import lm_eval as harness
 from smoltulu.tasks.evaluation.chance import chance_details, mean_p_value, p_value
 from smoltulu.tasks.evaluation.gold import add_to_group, bits_per_byte, right_answer, right_choice
+from smoltulu.tasks.evaluation.ifeval import prepare_punkt
+from tests.tasks.evaluation.paper_tasks import BBH_ROWS, IFEVAL
 from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model, build_tokenizer
 
 # Pure parts.
@@ -189,6 +191,22 @@ def test_instructions_have_no_right_answer(tmp_path: Path, folder: Path) -> None
         folder, tmp_path / "own.jsonl", {"name": "tiny_instructions", "metric": "acc,none"}, ours, chat=True
     )
     assert list(samples[0]["metrics"]) == ["acc"] and list(score.details["metrics"]) == ["acc,none"]
+
+
+def test_a_score_says_how_answers_were_limited_and_sentences_told_apart(tmp_path: Path, folder: Path) -> None:
+    task = {"name": "paper_ifeval", "metric": "average_strict,none"}
+    _, score, _ = _measure(folder, tmp_path / "ifeval.jsonl", task, [IFEVAL], chat=True)
+    told = {True: "nltk's punkt_tab", False: "punkt without its list of abbreviations"}
+    assert score.details["sentences"] == told[prepare_punkt()]
+    assert (score.details["max_gen_toks_asked"], score.details["max_gen_toks"]) == (1280, 128)
+
+    # Members have limits of their own: the largest is told, not that of the last one.
+    rows = [{"task": name, "input": "1", "target": "-"} for name in BBH_ROWS]
+    rows[3]["target"] = "- " * 9
+    task = {"name": "paper_bbh", "metric": "exact_match,none", "num_fewshot": 0, "limit": 1}
+    _, score, _ = _measure(folder, tmp_path / "bbh.jsonl", task, rows, chat=True)
+    longest = len(build_tokenizer().encode("- " * 9, add_special_tokens=False))
+    assert score.details["max_gen_toks"] == 32 + longest > 40 and "sentences" not in score.details
 
 
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
