@@ -366,7 +366,7 @@ class Graph(NodeGraph):
                     # Files are known by task and position: one set would be measured under the name of the other.
                     if externals.setdefault(f"{task.name}.{name}", digest) != digest:
                         raise ValueError(
-                            f"evaluation task {task.name!r} is listed twice with different files; give both entries the "
+                            f"evaluation task {task.name!r} is listed twice with different files; give both the "
                             "same ones, in the same order, or measure the second in a recipe of its own"
                         )
                 if digests and list(task.files) != sorted(task.files, reverse=True):
