@@ -160,7 +160,7 @@ def test_benchmarks_without_a_reward_model_are_told() -> None:
     entries = {"evaluation.reward_benchmarks": [{"name": "rewardbench"}]}
     assert load_recipe("tiny", entries).evaluation_notes() == []
     (note,) = load_recipe("tiny", {**entries, "reward_model": None, "rlvr": None}).evaluation_notes()
-    assert "there is no block reward_model: they do nothing" in note
+    assert "without a block reward_model there is no model that they measure" in note
     source = {"path": "x.jsonl", "format": "preference", "fields": {"label": "x"}}
     wrong = {"evaluation.reward_benchmarks": [{"name": "rewardbench", "sources": [source]}]}
     with pytest.raises(RecipeError, match="has no field label"):
