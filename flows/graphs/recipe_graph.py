@@ -362,7 +362,17 @@ class Graph(NodeGraph):
             sources: list[DataSource] = []
             for task in settings.tasks:
                 pinned, digests = self._references.pinned(task.files.values())
-                externals.update({f"{task.name}.{name}": digest for name, digest in digests.items()})
+                for name, digest in digests.items():
+                    # Files are known by task and position: one set would be measured under the name of the other.
+                    if externals.setdefault(f"{task.name}.{name}", digest) != digest:
+                        raise ValueError(
+                            f"evaluation task {task.name!r} is listed twice with different files; give both the "
+                            "same ones, in the same order, or measure the second in a recipe of its own"
+                        )
+                if digests and list(task.files) != sorted(task.files, reverse=True):
+                    # A key sorts the splits: without their order, `train` and `test` changed about would have one key.
+                    # One order (train, test) needs no mark, as keys of before have none.
+                    externals[f"{task.name}.splits"] = ",".join(task.files)
                 tasks.append(task.model_copy(update={"files": dict(zip(task.files, pinned, strict=True))}))
                 sources += pinned
                 if (definition := definition_digest(task.name)) is not None:

@@ -1,6 +1,8 @@
 """Cells: artifacts that another one is put together of. Those that are there are taken, the others made in one process.
 
 What is made of a cell is in the work of its own key: whoever asks for it next goes on from there, under whatever node.
+A cell's spec names what it reads by content (`externals`). So it is looked up by its key alone: the artifact that holds
+the same weights today, with another log beside them, makes it neither stale nor its unfinished work another's.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ def cells_there(job: Job, store: Store) -> dict[str, Found | Missing]:
     assert job.stage.cells is not None
     there: dict[str, Found | Missing] = {}
     for name, cell in job.stage.cells(job).items():
-        there[name] = found = store.find(cell.spec, cell.input_digests)
-        if isinstance(found, Missing) and (manifest := store.published(cell.spec, cell.input_digests)) is not None:
+        there[name] = found = store.find(cell.spec)
+        if isinstance(found, Missing) and (manifest := store.published(cell.spec, {})) is not None:
             there[name] = Found(manifest, store.root)
     return there
 
@@ -55,7 +57,7 @@ def with_cells(job: Job, store: Store, work: Path, log: Log) -> Job:
     found: dict[str, Found] = {}
     if not job.refresh:
         for name, cell in cells.items():
-            if (one := store.obtain(cell.spec, cell.input_digests, cell.node, log)) is not None:
+            if (one := store.obtain(cell.spec, {}, cell.node, log)) is not None:
                 found[name] = one
                 store.share(one, cell.node, log)
     if missing := {name: cell for name, cell in cells.items() if name not in found}:
@@ -85,9 +87,9 @@ def _make(job: Job, cells: Mapping[str, Job], store: Store, work: Path, log: Log
         for name, cell in sorted(cells.items(), key=lambda item: artifact_key(item[1].spec)):
             if cell.spec in [cells[other].spec for other in opened]:
                 continue  # asked for twice
-            before = store.find(cell.spec, cell.input_digests)
+            before = store.find(cell.spec)
             folder = held.enter_context(store.producer(cell.spec, partial(log.info, WAITING, cell.node)))
-            found = store.find(cell.spec, cell.input_digests)
+            found = store.find(cell.spec)
             # Another producer may have made it while we waited; a refresh is content with that.
             if isinstance(found, Found) and (not job.refresh or found != before):
                 made[name] = found
@@ -97,7 +99,7 @@ def _make(job: Job, cells: Mapping[str, Job], store: Store, work: Path, log: Log
                 log.warning("%s: %s; set aside as %s and made again", cell.node, found.reason, aside.name)
             opened[name] = store.open_work(
                 folder,
-                cell.input_digests,
+                {},
                 lambda why, node=cell.node: log.warning("%s: %s", node, why),  # type: ignore[misc]
             )
         try:

@@ -59,9 +59,12 @@ def run_cells(stage: Stage, job: dict, report: Report) -> None:
 
     Raises:
         ValueError: what the user must fix in any of them.
+        StageStopped, an error for want of memory: at once.
+        Any other error: the first one, once all have had their turn.
     """
     cells = job["cells"]
     failures = []
+    crash: Exception | None = None
     for number, cell in enumerate(cells):
         if (Path(cell["work"]) / RESULT_FILE).exists():
             continue
@@ -70,6 +73,14 @@ def run_cells(stage: Stage, job: dict, report: Report) -> None:
         except ValueError as error:
             traceback.print_exc()
             failures.append(f"{cell['name']}: {error}")
+        except Exception as error:
+            if isinstance(error, StageStopped) or is_out_of_memory(error):
+                raise
+            traceback.print_exc()
+            logging.getLogger("smoltulu").error("%s: failed: %s: %s", cell["name"], type(error).__name__, error)
+            crash = crash or error
+    if crash is not None:
+        raise crash
     if failures:
         raise ValueError("; ".join(failures))
 

@@ -126,9 +126,13 @@ def check_tasks(tasks: tuple[EvaluationTask, ...]) -> TaskManager:
     of_files = (problem for task in tasks for problem in file_problems(task, local_only()))
     if problems := [*sorted(unknown), *of_files]:
         raise ValueError("\n".join(problems))
-    if any("ifeval" in task.name or task.name == "leaderboard" for task in tasks):
+    if any(map(_tells_sentences_apart, tasks)):
         prepare_punkt()  # lm-eval looks for it, and would download it, when it loads the task
     return manager
+
+
+def _tells_sentences_apart(task: EvaluationTask) -> bool:
+    return "ifeval" in task.name or task.name == "leaderboard"
 
 
 def read_splits(
@@ -161,11 +165,11 @@ def rows_of_subset(split: str, rows: list[dict[str, Any]], subset: str) -> list[
     def spelled(name: Any) -> str:
         return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("&", "and"))
 
-    if not rows or "subset" not in rows[0]:
+    if not any("subset" in row for row in rows):
         return rows
-    found = [row for row in rows if spelled(row["subset"]) == spelled(subset)]
+    found = [row for row in rows if spelled(row.get("subset")) == spelled(subset)]
     if not found:
-        there = ", ".join(sorted({str(row["subset"]) for row in rows})[:40])
+        there = ", ".join(sorted({str(row.get("subset")) for row in rows})[:40])
         raise ValueError(f"split {split!r}: no row has the subset {subset!r}; there are: {there}. Add its rows")
     return found
 
@@ -238,7 +242,8 @@ def run_task(
         if chat:
             details.update(check_description(leaf, shipped=task.name in task_manager(stock=False).all_tasks))
         limit_answers(leaf, lambda text: len(model.tok_encode(text, add_special_tokens=False)), chat=chat)
-        details.update(_fit_generation(leaf, model.max_length))
+        for name, num in _fit_generation(leaf, model.max_length).items():
+            details[name] = max(num, details.get(name, 0))  # each member of BBH has its own
         fitted.append(fit_examples(leaf, model, _max_gen_toks(leaf), task.limit, chat=chat))
     model.set_cache_hook(_AnswerCounter(leaves, on_progress))
     answering: Any = Resuming(model, kept)
@@ -255,6 +260,8 @@ def run_task(
     add_bits_per_byte(answering, leaves, results, chat=chat)
     add_to_group(task.name, leaves, results, task.metric)
     on_progress(1.0)
+    if _tells_sentences_apart(task):  # two instructions depend on it, and machines differ
+        details["sentences"] = "nltk's punkt_tab" if prepare_punkt() else "punkt without its list of abbreviations"
     if any(fitted):
         details["num_with_fewer_examples"] = sum(one.num_with_fewer for one in fitted if one)
 
@@ -417,10 +424,15 @@ class _AnswerCounter:
 
 
 def _left_cut(leaf: Any, model: HFLM) -> set[int]:
-    """Ids of the documents whose prompt (and choice) did not fit, as lm-eval cuts them from the left."""
-    room = model.max_length
-    if leaf.get_config("output_type") == "generate_until":
-        room -= _max_gen_toks(leaf)
+    """Ids of the documents whose prompt (and choice) did not fit, as lm-eval cuts them from the left.
+
+    The last token of a choice is no input. A text whose likelihood is asked for as a whole is read in windows, uncut.
+    """
+    kind = leaf.get_config("output_type")
+    if kind == "loglikelihood_rolling":
+        return set()
+    room = model.max_length - _max_gen_toks(leaf) if kind == "generate_until" else model.max_length + 1
+    room -= len(model.tok_encode(""))  # the bos before a plain text
     texts = [
         "".join(argument for argument in instance.args if isinstance(argument, str)) for instance in leaf.instances
     ]

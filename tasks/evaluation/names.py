@@ -75,8 +75,11 @@ def _problems(task: EvaluationTask, known: Mapping[str, Known]) -> Iterator[str]
         yield unknown_task(task.name, known)
         return
     metrics, without_examples = known[task.name]
-    of_filter = task.metric.removeprefix("bits_per_byte,")  # we add it to every task that has a right answer
-    if metrics is not None and task.metric not in metrics and of_filter not in {one.split(",")[1] for one in metrics}:
+    # We add bits per byte to every task that has a right answer.
+    if metrics is not None and task.metric not in {
+        *metrics,
+        *(f"bits_per_byte,{one.split(',')[1]}" for one in metrics),
+    }:
         hint = _nearest(task.metric, metrics)
         reports = f"it reports: {', '.join(metrics)}" + (f"; {hint}" if hint else "")
         yield f"evaluation task {task.name!r} has no metric {task.metric!r}; {reports}"

@@ -145,7 +145,11 @@ def read_samples(file: Path, columns: Sequence[str] | None = None) -> Iterator[S
             yield _only(row | ({"id": str(row["id"])} if "id" in row else {}), columns)
         return
     for table in _groups(file, samples_schema(columns)):
-        for row in _rows(table):
+        try:
+            rows = list(_rows(table))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file.name} cannot be read: column {_OTHERS!r}: {error}; {_ADVICE}") from error
+        for row in rows:
             yield _only(row, columns)
 
 
@@ -190,7 +194,10 @@ def _rows(table: pa.Table) -> Iterator[Sample]:
     for number in range(table.num_rows):
         row = {name: value for name in names if (value := columns[name][number]) is not None}
         if others is not None and others[number] is not None:
-            row |= json.loads(others[number])
+            further = json.loads(others[number])
+            if not isinstance(further, dict) or not row.keys().isdisjoint(further):
+                raise ValueError("no object, or one with the fields of other columns")
+            row |= further
         yield row
 
 

@@ -137,11 +137,30 @@ def test_a_reward_model_is_evaluated_on_benchmarks_alone(tmp_path: Path) -> None
     assert again.key("evaluation-reward-model") != key
 
 
+def test_local_files_of_a_task_are_never_taken_for_others(tmp_path: Path) -> None:
+    """Paths are in no key, so their digests must say whose they are."""
+    sources = {}
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+        sources[name] = {"path": str(tmp_path / f"{name}.jsonl"), "format": "text"}
+
+    def key(*files: dict[str, Any]) -> str:
+        tasks = [{"name": "paper_gsm8k", "metric": "exact_match,none", "files": one} for one in files]
+        return Graph(load_recipe("tiny", {"evaluation.tasks": tasks})).key("evaluation-sft")
+
+    a, b = sources["a"], sources["b"]
+    as_given, named_anew = key({"train": a, "test": b}), key({"test": a, "train": b})
+    assert as_given != named_anew
+    with pytest.raises(ValueError, match="'paper_gsm8k' is listed twice with different files"):
+        key({"test": a}, {"test": b})
+    assert key({"test": a}, {"test": a})
+
+
 def test_benchmarks_without_a_reward_model_are_told() -> None:
     entries = {"evaluation.reward_benchmarks": [{"name": "rewardbench"}]}
     assert load_recipe("tiny", entries).evaluation_notes() == []
     (note,) = load_recipe("tiny", {**entries, "reward_model": None, "rlvr": None}).evaluation_notes()
-    assert "without a block reward_model there is no model" in note
+    assert "without a block reward_model there is no model that they measure" in note
     source = {"path": "x.jsonl", "format": "preference", "fields": {"label": "x"}}
     wrong = {"evaluation.reward_benchmarks": [{"name": "rewardbench", "sources": [source]}]}
     with pytest.raises(RecipeError, match="has no field label"):

@@ -24,16 +24,18 @@ from smoltulu.artifacts.upkeep.gc import Rules, plan_gc
 from smoltulu.artifacts.upkeep.lineage import ancestors
 from smoltulu.artifacts.upkeep.verify import verify_artifacts
 from smoltulu.schemas.artifact import ArtifactReference, FileRecord, InputRecord, Manifest, Spec
-from smoltulu.schemas.common import scientific
+from smoltulu.schemas.common import StrictModel, scientific
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.evaluation import EvaluationInputs, EvaluationOutputs, EvaluationStageConfig
 from smoltulu.tasks.engine.cells import cells_there
+from smoltulu.tasks.engine.child import RESULT_FILE, run_cells
 from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.evaluation.definitions import definition_digest
 from smoltulu.tasks.evaluation.kept import ANSWERS_FILE
 from smoltulu.tasks.evaluation.samples import read_samples
 from smoltulu.tasks.evaluation.stage import cells_of, content_digest
 from smoltulu.tasks.job import Job
+from smoltulu.tasks.stage import Stage, StageContext, StageStopped
 from smoltulu.tasks.stages import STAGES
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
 
@@ -41,12 +43,13 @@ LOG = logging.getLogger("test")
 COMPUTE = ComputeSettings(device="cpu", num_threads=1, min_free_disk_gb=0, per_device_eval_batch_size=2)
 
 
-def model_of(store: Store, name: str, seed: int = 0) -> tuple[str, InputRecord]:
+def model_of(store: Store, name: str, seed: int = 0, log: str = "") -> tuple[str, InputRecord]:
     """A finished model under a key of its own: its folder, and how an input of it is recorded."""
     spec = Spec(stage="base_model", version=1, config={"name": name}, inputs={}, externals={})
     with store.producer(spec, lambda whom: None) as folder:
         output = store.open_work(folder, {}) / "output"
         build_tiny_model(output / "model", seed=seed)
+        (output / "history.jsonl").write_text(log)
         found = store.commit(spec, output, lambda files, digest: _manifest(spec, folder.name, files, digest))
     return str(found.folder / "model"), InputRecord(stage="base_model", key=folder.name, digest=found.manifest.digest)
 
@@ -140,6 +143,18 @@ def test_a_task_that_is_added_runs_alone_and_equal_weights_share_cells(
         assert status(cells_there(job_of(sft, [task(file, **changed)]), store)) == {"tiny_arithmetic": False}
 
 
+def test_the_same_weights_made_again_with_another_log_are_not_measured_again(tmp_path: Path) -> None:
+    """A training that is repeated logs other seconds: its artifact has another digest, its weights have not."""
+    store, file = Store(tmp_path / "store"), rows_of(tmp_path, 4)
+    first = model_of(store, "sft", log="12 s")
+    run_stage(job_of(first, [task(file)]), store, LOG)
+    again = model_of(store, "sft", log="13 s")
+    assert again[1].digest != first[1].digest
+    assert status(cells_there(job_of(again, [task(file)]), store)) == {"tiny_arithmetic": True}
+    run_stage(job_of(again, [task(file)]), store, LOG)
+    assert made(store)["evaluation_cell"] == 1
+
+
 def test_cells_are_artifacts_like_any_other(tmp_path: Path) -> None:
     store, file = Store(tmp_path / "store"), rows_of(tmp_path, 4)
     sft = model_of(store, "sft")
@@ -171,6 +186,39 @@ def test_a_cell_that_fails_does_not_lose_the_finished_ones(tmp_path: Path) -> No
         run_stage(job_of(sft, [bad, choices(tmp_path)]), store, LOG)
     assert made(store) == {"base_model": 1, "evaluation_cell": 1}
     assert status(cells_there(job_of(sft, [choices(tmp_path)]), store)) == {"local_arc_easy": True}
+
+
+def test_a_cell_that_crashes_does_not_keep_the_others_from_their_turn(tmp_path: Path) -> None:
+    """Whatever the first does, as where its dataset cannot be had; only want of memory and a stop end all at once."""
+    turns: list[str] = []
+
+    def function(config: Settings, inputs: Settings, context: StageContext) -> tuple[Settings, dict[str, float]]:
+        turns.append(name := context.work.name)
+        if name in errors:
+            raise errors[name]
+        return Settings(), {}
+
+    stage = Stage("cell", 1, config=Settings, inputs=Settings, outputs=Settings, function=function)
+    cells: list[dict[str, Any]] = []
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+        one = {"name": name, "work": str(tmp_path / name), "folder": str(tmp_path / name)}
+        cells.append({**one, "config": {}, "inputs": {}, "externals": {}})
+    job = {"compute": COMPUTE.model_dump(mode="json"), "cells": cells}
+    errors: dict[str, Exception] = {"first": ConnectionError("no hub"), "second": ValueError("mend it")}
+    with pytest.raises(ConnectionError, match="no hub"):
+        run_cells(stage, job, lambda step, num_steps, **metrics: None)
+    assert turns == ["first", "second", "third"] and (tmp_path / "third" / RESULT_FILE).exists()
+    for error in (MemoryError(), StageStopped("asked to")):
+        turns.clear()
+        errors["first"] = error
+        with pytest.raises(type(error)):
+            run_cells(stage, job, lambda step, num_steps, **metrics: None)
+        assert turns == ["first"]
+
+
+class Settings(StrictModel):
+    """Nothing to set."""
 
 
 def test_a_damaged_cell_is_said_and_made_again(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask
 from smoltulu.tasks.evaluation import lm_eval as harness
 from smoltulu.tasks.evaluation.chance import chance_details, mean_p_value, p_value
 from smoltulu.tasks.evaluation.gold import add_to_group, bits_per_byte, right_answer, right_choice
-from tests.tiny_model import TULU_TEMPLATE, build_tiny_model, build_tokenizer
+from smoltulu.tasks.evaluation.ifeval import prepare_punkt
+from tests.tasks.evaluation.paper_tasks import BBH_ROWS, IFEVAL
+from tests.tiny_model import EOS, TULU_TEMPLATE, build_tiny_model, build_tokenizer
 
 # Pure parts.
 
@@ -189,3 +191,44 @@ def test_instructions_have_no_right_answer(tmp_path: Path, folder: Path) -> None
         folder, tmp_path / "own.jsonl", {"name": "tiny_instructions", "metric": "acc,none"}, ours, chat=True
     )
     assert list(samples[0]["metrics"]) == ["acc"] and list(score.details["metrics"]) == ["acc,none"]
+
+
+def test_a_score_says_how_answers_were_limited_and_sentences_told_apart(tmp_path: Path, folder: Path) -> None:
+    task = {"name": "paper_ifeval", "metric": "average_strict,none"}
+    _, score, _ = _measure(folder, tmp_path / "ifeval.jsonl", task, [IFEVAL], chat=True)
+    told = {True: "nltk's punkt_tab", False: "punkt without its list of abbreviations"}
+    assert score.details["sentences"] == told[prepare_punkt()]
+    assert (score.details["max_gen_toks_asked"], score.details["max_gen_toks"]) == (1280, 128)
+
+    # Members have limits of their own: the largest is told, not that of the last one.
+    rows = [{"task": name, "input": "1", "target": "-"} for name in BBH_ROWS]
+    rows[3]["target"] = "- " * 9
+    task = {"name": "paper_bbh", "metric": "exact_match,none", "num_fewshot": 0, "limit": 1}
+    _, score, _ = _measure(folder, tmp_path / "bbh.jsonl", task, rows, chat=True)
+    longest = len(build_tokenizer().encode("- " * 9, add_special_tokens=False))
+    assert score.details["max_gen_toks"] == 32 + longest > 40 and "sentences" not in score.details
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
+@pytest.mark.parametrize(
+    ("kind", "longest"), [("multiple_choice", 25), ("generate_until", 14), ("loglikelihood_rolling", 99)]
+)
+def test_what_is_cut_is_counted_to_the_token(folder: Path, chat: bool, kind: str, longest: int) -> None:
+    """Of 24 inputs: the last token of a choice is none, an answer takes 10, and a plain text has bos before it."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = build_tokenizer()
+    bos = (EOS, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{EOS} $A", special_tokens=[bos])
+    model = harness.wrap(
+        AutoModelForCausalLM.from_pretrained(str(folder)), tokenizer, batch_size=2, max_length=24, chat=chat
+    )
+    num_before = 0 if chat else 1
+    texts = [tokenizer.decode(tokenizer.encode("so" * 200, add_special_tokens=False)[:size]) for size in range(1, 30)]
+    sizes = [len(model.tok_encode(text)) for text in texts]
+    assert sizes == [size + num_before for size in range(1, 30)]
+    instances = [SimpleNamespace(args=(text, {}), doc_id=size) for size, text in zip(sizes, texts, strict=True)]
+    config = {"output_type": kind, "generation_kwargs": {"max_gen_toks": 10}}
+    leaf = SimpleNamespace(get_config=config.get, instances=instances)
+    assert harness._left_cut(leaf, model) == {size for size in sizes if size > longest}

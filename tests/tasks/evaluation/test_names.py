@@ -50,6 +50,7 @@ def test_the_shipped_names_are_those_of_lm_eval() -> None:
         (task("gsm8k", "acc,none"), "exact_match,flexible-extract"),
         (task("tiny_arithmetic", "exact_match,none"), "did you mean exact_match,strict-match?"),
         (task("arc_easy", "acc_nrom,none"), "did you mean acc_norm,none"),
+        (task("local_arc_easy", "none"), "has no metric 'none'; it reports: acc,none"),
         (task("tiny_arithmetic", "exact_match,strict-match", files={}), "reads local files: give evaluation.tasks"),
         (task("piqa", "acc,none", files={"test": {"repository": "a/b", "format": "text"}}), "got the repository 'a/b'"),
         (task("tiny_arithmetic", "exact_match,strict-match", num_fewshot=3), "remove num_fewshot: 3"),

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from smoltulu.tasks.evaluation.answers import end_of
-from smoltulu.tasks.evaluation.samples import join_samples, marked, read_samples, sample_counts, write_samples
+from smoltulu.tasks.evaluation.samples import (
+    join_samples,
+    marked,
+    read_samples,
+    sample_counts,
+    samples_schema,
+    write_samples,
+)
 
 GENERATED = {
     "task": "gsm8k", "entry": 2, "id": "7", "filter": "strict-match", "doc_hash": "d", "prompt_hash": "p",
@@ -59,6 +66,19 @@ def test_a_damaged_file_is_one_clear_error(tmp_path: Path, damage: str) -> None:
         list(read_samples(file))
     with pytest.raises(FileNotFoundError):
         list(read_samples(tmp_path / "gone.parquet"))
+
+
+@pytest.mark.parametrize("others", ["[" * 200_000, "{", "[1]", "3", '{"task": "another"}'])
+def test_a_row_of_another_hand_is_one_clear_error(tmp_path: Path, others: str) -> None:
+    """A shared store may hold what nobody here wrote."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file = tmp_path / "samples.parquet"
+    table = pa.Table.from_pylist([{"task": "arc", "id": "0", "others": others}], schema=samples_schema())
+    parquet.write_table(table, file, write_page_checksum=True)
+    with pytest.raises(ValueError, match=r"^samples\.parquet cannot be read: .*; evaluate this model again$"):
+        list(read_samples(file))
 
 
 def test_files_are_joined_each_under_its_entry(tmp_path: Path) -> None:

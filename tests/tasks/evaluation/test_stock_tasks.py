@@ -180,6 +180,9 @@ def test_members_of_a_group_take_the_rows_of_their_own_subset() -> None:
     assert harness.rows_of_subset("test", plain, "main") == plain
     with pytest.raises(ValueError, match=r"split 'test': no row has the subset 'algebra'; there are: Counting & Prob"):
         harness.rows_of_subset("test", rows, "algebra")
+    # A row without one is of no subset, wherever it stands.
+    assert harness.rows_of_subset("test", [*rows, *plain], "number_theory") == rows[:1]
+    assert harness.rows_of_subset("test", [*plain, *rows], "number_theory") == rows[:1]
 
 
 def test_a_stock_group_runs_over_one_local_file(tmp_path: Path) -> None:
