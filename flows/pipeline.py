@@ -9,7 +9,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any
 
-import yaml
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -19,8 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from smoltulu.artifacts import readable
-from smoltulu.artifacts.files import private_folder, write_atomically
-from smoltulu.artifacts.store import Found, Store, read_manifest
+from smoltulu.artifacts.store import read_manifest
 from smoltulu.flows.endings import Interruption, close_earlier_attempts
 from smoltulu.flows.follow_worker import follow_worker
 from smoltulu.flows.forms import choice, described, listed, with_form
@@ -33,15 +31,17 @@ from smoltulu.flows.recipe import (
     preset_descriptions,
     stage_descriptions,
 )
+from smoltulu.flows.reporting import RunReport
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.publish import PublishOutputs
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
-from smoltulu.schemas.run import RunRecord
+from smoltulu.schemas.run import RunSummary
 from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.publish.push import check_push_access, push_model
-from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
+from smoltulu.tasks.report import artifact_key, markdown, stage_table
+from smoltulu.tasks.report.verdict import sentences
 
 _PRESETS, _STAGES = preset_descriptions(), stage_descriptions()
 
@@ -110,6 +110,7 @@ def smoltulu(
     log.info("recipe %s: %d steps, store %s", checked.name, len(graph.nodes), store.root)
 
     record = begin_run(store, f"{checked.name}-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
+    report = RunReport(graph, store, record)
     interruption = Interruption()
     seconds: dict[str, float] = {}
     failures: dict[str, str] = {}
@@ -170,6 +171,8 @@ def smoltulu(
                     upstream = {earlier: futures[earlier] for earlier in before}
                     futures[name] = stage.with_options(name=node.stage.name, task_run_name=name).submit(name, upstream)
                     futures[name].add_done_callback(partial(_put, ended, name))
+            running = [name for name in futures if name not in done]
+            _look_on(report, made, failures, seconds, running)  # while they run
             done.add(ended.get())
             num_running -= 1
         for name, reference in made.items():
@@ -189,68 +192,38 @@ def smoltulu(
             outcomes |= dict.fromkeys(stopped, "Cancelled")
         # Written before the report and again after it: an error in the report must not leave the run "Running".
         run = end_run(store, record, state, outcomes)
-        page = _report(graph, store, run, finished, failures, seconds, error, pushed)
-        end_run(store, record, state, outcomes, report_path=str(page))
+        said = "; ".join(failures.values()) or (None if error is None else repr(error))
+        said = "cancelled" if state == "Cancelled" else said
+        summary = report.write(run, finished, failures, seconds, error=said, pushed=pushed)
+        end_run(store, record, state, outcomes, report_path=str(report.page))
+        _tell(graph, summary, report.page)
     if failures:
         raise RunFailed("; ".join(failures.values()))
     return {reference.node: reference.key for reference in finished}
+
+
+def _look_on(report: RunReport, *so_far: Any) -> None:
+    """Write the page of what there is so far. An error in it must not end the run."""
+    try:
+        report.write_while_running(*so_far)
+    except Exception as error:
+        get_run_logger().warning("the report is not up to date: %s", error)
 
 
 def _put(queue: SimpleQueue[str], name: str, _future: PrefectFuture[Any]) -> None:
     queue.put(name)
 
 
-def _report(
-    graph: Graph,
-    store: Store,
-    run: RunRecord,
-    made: list[ArtifactReference],
-    failures: dict[str, str],
-    seconds: dict[str, float],
-    error: BaseException | None,
-    pushed: str,
-) -> Path:
-    """Write summary.json and report.html of a run, and its Markdown artifact. Returns the path of the page."""
-    found = [(reference, store.find(graph.spec(reference.node))) for reference in made]
-    pairs = [(reference, result.manifest) for reference, result in found if isinstance(result, Found)]
-    reports = store.root.parent / "reports"
-    folder = private_folder(reports) / run.run_name
-    folder.mkdir(exist_ok=True)
-    published = next((ref for ref in made if graph.nodes[ref.node].stage.makes(PublishOutputs)), None)
-    said = "; ".join(failures.values()) or (None if error is None else repr(error))
-    summary = summarise(
-        planned=list(run.stages.items()),
-        made=pairs,
-        failed={node: (run.outcomes[node], text) for node, text in failures.items()},
-        seconds=seconds,
-        error="cancelled" if run.state == "Cancelled" else said,
-        pushed=pushed,
-        published=str(Path(published.path) / published.outputs["folder"]) if published else None,
-        summary_path=str(folder / "summary.json"),
-        report_path=str(folder / "report.html"),
-        **run.model_dump(include={"run_name", "recipe", "state", "started_at", "finished_at"}),
-    )
-    write_atomically(folder / "summary.json", summary.model_dump_json(indent=1))
-    recipe_yaml = yaml.dump(
-        graph.recipe.model_dump(mode="json"),
-        Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper),
-        sort_keys=False,
-        allow_unicode=True,
-    )
-    page = html_report(
-        summary,
-        {reference.node: manifest for reference, manifest in pairs},
-        {reference.node: Path(reference.path) for reference, _ in pairs},
-        recipe_yaml,
-    )
-    write_atomically(folder / "report.html", page)
-    write_atomically(reports / "latest", run.run_name)
-    num_cached = sum(reference.outcome == "Cached" for reference in made)
+def _tell(graph: Graph, summary: RunSummary, page: Path) -> None:
+    """Say in the log and in Prefect's UI what the run came to."""
+    log = get_run_logger()
+    num_cached = sum(run.outcome == "Cached" for run in summary.stages)
     if num_cached < len(graph.nodes):  # else the page of the run that made them is still complete
         create_markdown_artifact(key=artifact_key(f"{graph.recipe.name}-run"), markdown=markdown(summary))
-    where = (folder / "report.html").resolve()
-    get_run_logger().info("%d of %d stages cached; report: %s", num_cached, len(graph.nodes), where)
-    return folder / "report.html"
+    if summary.verdict.num_tests:
+        for pair, what in sentences(summary.verdict):
+            log.info("%s: %s", pair, what)
+    log.info("%d of %d stages cached; report: %s", num_cached, len(graph.nodes), page.resolve())
 
 
 if __name__ == "__main__":

@@ -9,8 +9,12 @@ PRESETS = Path(str(files(__name__))).resolve()
 CHAT_TEMPLATES = PRESETS / "chat_templates"
 #: Definitions of lm-eval tasks, `NAME.yaml` each, and the functions that they name.
 LM_EVAL_TASKS = PRESETS / "lm_eval"
+#: Sweeps over learning rate and batch size, `NAME.yaml` each.
+SWEEPS = PRESETS / "sweeps"
 #: The benchmarks that training data are checked against.
 BENCHMARK_REGISTRY = PRESETS / "benchmarks" / "registry.yaml"
+#: Published scores that ours are shown beside.
+PUBLISHED = PRESETS / "published" / "smoltulu.yaml"
 
 # In a checkout these lie beside `recipes/`, at the top; a wheel has copies there, in the folder of `smoltulu`.
 #: Deployments, as a checkout has them.

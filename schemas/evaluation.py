@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, machinery, science
 from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.reward_benchmarks import RewardBenchmark, check_labels
-from smoltulu.schemas.suites import expand
+from smoltulu.schemas.suites import Suite, expand
 
 ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]
 
@@ -53,7 +53,7 @@ class EvaluationSettings(StrictModel):
     precision: Literal["float32", "bfloat16"] = science("bfloat16")
     seed: int = science(1234, ge=0)
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", mode="before", json_schema_input_type=tuple[EvaluationTask | Suite, ...])
     @classmethod
     def _suites(cls, entries: Any) -> Any:
         return expand(entries)

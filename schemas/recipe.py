@@ -157,9 +157,7 @@ class Recipe(StrictModel):
         """A sentence where benchmarks of reward models are named, and no reward model is made."""
         if not (self.evaluation and self.evaluation.reward_benchmarks) or self.reward_model is not None:
             return []
-        return [
-            "evaluation.reward_benchmarks: measure the reward model, and there is no block reward_model: they do nothing"
-        ]
+        return ["evaluation.reward_benchmarks: without a block reward_model there is no model that they measure"]
 
     def sampled_notes(self) -> list[str]:
         """A sentence for every entry of `sampled` whose rows nothing is trained on."""

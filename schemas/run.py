@@ -12,8 +12,10 @@ from pydantic import Field
 from smoltulu.schemas.artifact import KEY_PATTERN, STAGE_PATTERN
 from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.evaluation import Measurement, ScoreKind
+from smoltulu.schemas.verdict import Verdict
 
-Outcome = Literal["Completed", "Cached", "Resumed", "Failed", "Cancelled", "Not run"]
+#: `Running` stands in reports that are written while a run goes on, `Killed` in those of a run whose process is gone.
+Outcome = Literal["Completed", "Cached", "Resumed", "Running", "Failed", "Cancelled", "Killed", "Not run"]
 StageName = Annotated[str, Field(pattern=STAGE_PATTERN)]
 Key = Annotated[str, Field(pattern=KEY_PATTERN)]
 
@@ -37,6 +39,10 @@ class RunScore(Measurement):
     node: str
     kind: ScoreKind
     subject: str = Field(description="stage whose model was measured")
+    counts: dict[str, int] = Field(
+        {}, description="what was odd of its answers (empty, cut, ...) -> how many; no zeros"
+    )
+    is_near_chance: bool = Field(False, description="within noise of what guessing gives")
 
 
 class RunSummary(StrictModel):
@@ -44,12 +50,16 @@ class RunSummary(StrictModel):
 
     run_name: str
     recipe: str = Field(description="name of the recipe")
-    state: str = Field(description="Completed, Failed, or another state of Prefect")
+    state: str = Field(
+        description="Running while it goes on, Killed where its process ended without a word; else a state of Prefect"
+    )
     started_at: str = Field(description="UTC, ISO 8601")
-    finished_at: str = Field(description="UTC, ISO 8601")
+    finished_at: str = Field(description="UTC, ISO 8601; empty while it runs, and where it was killed")
+    written_at: str = Field("", description="UTC, ISO 8601: when this was written")
     error: str | None = Field(None)
     stages: tuple[StageRun, ...]
     scores: tuple[RunScore, ...] = Field(())
+    verdict: Verdict = Field(Verdict(), description="which model is better than which, and how sure that is")
     published: str | None = Field(None, description="folder that is ready to be pushed")
     pushed: str = Field("", description="one sentence: where it was pushed to, or why it stayed local")
     summary_path: str | None = Field(None)

@@ -30,6 +30,13 @@ class TrainingSettings(StrictModel):
         description="instead of lr_scheduler_type and warmup_ratio, see docs/schedules.md",
     )
     weight_decay: float = science(0.0, ge=0)
+    adam_beta2: float = science(
+        0.999,
+        absent=0.999,
+        gt=0,
+        lt=1,
+        description="Adam's second moment, of PPO's critic too; small batches want more",
+    )
     adam_epsilon: float = science(1e-8, gt=0)
     max_grad_norm: float = science(1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = science(

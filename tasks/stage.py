@@ -29,11 +29,24 @@ class StageStopped(Exception):
     """The stage stopped on SIGTERM before it was done. A re-run resumes from what it wrote into `work`."""
 
 
+class Diverged(ValueError):
+    """The settings of a training led nowhere: loss, gradient or weights left all bounds. Of a sweep it is a result."""
+
+
 class Report(Protocol):
     """Progress of a stage: shown to the user, never part of a result."""
 
     def __call__(self, step: int, num_steps: int, **metrics: float) -> None:
         """`step` of `num_steps` is done; metrics such as loss, reward, tokens_per_second."""
+
+
+def part_of(report: Report, number: int, num_parts: int) -> Report:
+    """Progress of one of several parts, told as progress of the whole."""
+
+    def part(step: int, num_steps: int, **metrics: float) -> None:
+        report(1000 * number + 1000 * step // (num_steps or 1), 1000 * num_parts, **metrics)
+
+    return part
 
 
 @dataclass(frozen=True)

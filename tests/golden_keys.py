@@ -6,7 +6,7 @@ meant (a stage's version was raised, a preset changed), write the file anew and 
     python -m tests.golden_keys --write
 
 The file holds the key of every node, and once for every key the flat fields that it is made of. Revisions on the Hub
-stand for made-up commits and local data for made-up files, so that neither network nor data are needed.
+stand for made-up commits, local data and models for made-up files, so that neither network nor data are needed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from smoltulu.tasks.data.hub import Reference
 from smoltulu.tasks.data.sources import expand_path
 
 FILE = Path(__file__).with_suffix(".json")
+_FOLDERS = ("SMOLTULU_REAL_DATA", "SMOLTULU_REAL_MODEL")
 
 
 def made_up_commit(reference: Reference) -> str:
@@ -34,11 +35,34 @@ def made_up_commit(reference: Reference) -> str:
     return hashlib.sha1("/".join(reference).encode()).hexdigest()
 
 
+def made_up_model(folder: Path) -> None:
+    """A model folder of a few bytes: one layer of zeros."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 4,
+        "intermediate_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True, **sizes}))
+    layer = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    names = {f"model.layers.0.{name}.weight": (4, 4) for name in layer} | {"model.embed_tokens.weight": (8, 4)}
+    norms = ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm")
+    shapes = names | {f"model.{name}.weight": (4,) for name in norms}
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, folder / "model.safetensors")
+
+
 def golden_keys() -> dict[str, Any]:
     """{"keys": preset -> node -> key, "specs": key -> flat fields}, of the code as it is now."""
     keys: dict[str, dict[str, str]] = {}
     specs: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"SMOLTULU_REAL_DATA": folder}):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, dict.fromkeys(_FOLDERS, folder)):
+        made_up_model(Path(folder) / "model")
         for preset in preset_names():
             recipe = load_recipe(preset)
             for source in recipe.data_sources():

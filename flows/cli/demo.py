@@ -116,6 +116,7 @@ def _cancel(url: str, name: str) -> None:
 def show(summary: RunSummary, out: Console) -> None:
     """Print the scores, the outcome of every stage, and the paths of the model and the report."""
     from smoltulu.tasks.report.summary import score_tables
+    from smoltulu.tasks.report.verdict import sentences
 
     for scores in score_tables(summary.scores):
         columns = scores.columns
@@ -125,6 +126,11 @@ def show(summary: RunSummary, out: Console) -> None:
             cells = [cell.value if cell else "" for cell in row.cells]
             made.add_row(*row.names, "/".join(num_samples), *cells)
         out.print(made)
+
+    if summary.verdict.num_tests:
+        for pair, said in sentences(summary.verdict):
+            out.print(f"{pair}: {said}")
+        out.print("points of 100 ± one standard error of the difference, item by item; 5 % for all tests together\n")
 
     made = table("stage", "outcome", "took", "artifact", title="stages")
     for stage in summary.stages:

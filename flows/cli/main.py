@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from smoltulu.flows.cli import audit, chat, compare, nightly, output, store
+from smoltulu.flows.cli import audit, chat, compare, nightly, output, report, store, tables
 
 Recipe = Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")]
 Overrides = Annotated[
@@ -191,7 +191,7 @@ def doctor(
         output.fail(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
 
-for command in (*store.COMMANDS, compare.compare, chat.chat, audit.audit):
+for command in (*store.COMMANDS, compare.compare, tables.tables, chat.chat, report.report, audit.audit):
     app.command()(command)
 app.add_typer(nightly.app, name="nightly")
 

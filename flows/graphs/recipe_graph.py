@@ -403,7 +403,9 @@ class Graph(NodeGraph):
         self, benchmarks: Iterable[RewardBenchmark]
     ) -> tuple[tuple[RewardBenchmark, ...], dict[str, str], list[DataSource]]:
         """Benchmarks with resolved revisions, digests of their local files by label and position, and all sources."""
-        made, externals, sources = [], {}, []
+        made: list[RewardBenchmark] = []
+        externals: dict[str, str] = {}
+        sources: list[DataSource] = []
         for one in benchmarks:
             pinned, digests = self._references.pinned(one.sources)
             externals.update({f"{one.label}.{name}": digest for name, digest in digests.items()})

@@ -6,11 +6,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from smoltulu.schemas.evaluation import EvaluationOutputs, Score
+from smoltulu.tasks.comparison.contributions import Item, contributions
 from smoltulu.tasks.comparison.paired import PairedTest, holm, paired_test
 from smoltulu.tasks.evaluation.samples import read_samples
 
@@ -22,25 +24,20 @@ _SAME = {
 #: The same of what a score says of itself in its details.
 _SAME_DETAILS = {
     "temperature": "temperature", "num_samples_per_prompt": "number of samples", "max_new_tokens": "length of answers",
-    "max_gen_toks": "length of answers", "seed": "seed",
+    "max_gen_toks": "length of answers", "seed": "seed", "generation": "generation settings",
+    "model_settings": "model settings",
 }  # fmt: skip
-#: A score is the mean of its items up to this.
-_ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class Item:
-    """One measured item.
-
-    prompt   digest of what was asked
-    cluster  the member of a group that it belongs to
-    row      its line of the samples, for a reader
-    """
-
-    value: float
-    prompt: str | None = None
-    cluster: str = ""
-    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
+#: Those that only newer scores say.
+_SAME_IF_SAID = {"backend": "backend", "dtype": "precision"}
+#: What a comparison reads of a sample.
+_NO_TEXTS = (
+    "task", "entry", "id", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics", "parts", "right", "mean",
+    "subset", "weight",
+)  # fmt: skip
+#: Metrics of lm-eval that are better when they are lower, where a score does not say it of itself.
+LOWER_IS_BETTER = ("bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity")
+#: The test over members needs so many: of five that all fell, the exact p-value is 2 / 2^5 = 0.06.
+MIN_MEMBERS = 6
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,10 @@ class Measured:
 class Comparison:
     """One score of one model, before and after.
 
-    reason  why it cannot be compared; then there is no test
+    test              a loss is what got worse, and a positive difference is better: where lower is, signs are turned
+    over_members      the same test over the members of a group, each one value: what it says of other such members
+    higher_is_better  False: a rise is a drop in quality
+    reason            why it cannot be compared; then there is no test
     """
 
     model: str
@@ -65,6 +65,13 @@ class Comparison:
     after: float
     test: PairedTest | None = None
     reason: str = ""
+    over_members: PairedTest | None = None
+    higher_is_better: bool = True
+
+    @property
+    def gain(self) -> float:
+        """By how much it got better; below 0: worse."""
+        return self.after - self.before if self.higher_is_better else self.before - self.after
 
     def verdict(self, adjusted: float | None, level: float) -> str:
         """`not comparable`, `same`, `within noise`, `drop` or `gain`. `adjusted`: the p-value, of all tests."""
@@ -77,10 +84,15 @@ class Comparison:
         return "drop" if self.test.difference < 0 else "gain"
 
 
-def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
+def measured(
+    folder: Path, outputs: EvaluationOutputs, metric: str | None = None, *, texts: bool = True
+) -> dict[str, Measured]:
     """Task -> its headline score with its items, from the samples of the evaluation in `folder`.
 
     A task that the recipe names twice is there a second time, by task and metric.
+
+    metric  another one to judge by, e.g. `bits_per_byte`, with the headline's filter; tasks without it are left out
+    texts   whether the rows of the items hold prompts and answers too, for a reader
 
     Raises:
         ValueError: samples that cannot be read.
@@ -94,20 +106,41 @@ def measured(folder: Path, outputs: EvaluationOutputs) -> dict[str, Measured]:
             name += f" {score.num_fewshot} shots" if name in headlines else ""
         names.append(name)
         headlines.setdefault(name, Measured(score))  # the first is the headline
+    if metric is not None:
+        others = {name: _by_metric(one.score, metric) for name, one in headlines.items()}
+        headlines = {name: Measured(score) for name, score in others.items() if score is not None}
     if outputs.samples_file is None:
         return headlines
     members = _members(folder / outputs.results_file) if outputs.results_file else {}
     seen: Counter[tuple[str, str]] = Counter()
-    for row in read_samples(folder / outputs.samples_file):
+    for row in read_samples(folder / outputs.samples_file, None if texts else _NO_TEXTS):
         entry = row.get("entry")  # older samples have none
         task = members.get(row["task"], row["task"]) if entry is None else names[entry]
         if task not in headlines:
             continue
-        value = _value(row, headlines[task].score.metric)
-        if value is not None:
-            cluster = row["task"] if headlines[task].score.task != row["task"] else ""
-            headlines[task].items[item_name(row, task, seen)] = Item(value, row.get("prompt_hash"), cluster, row)
+        values = _values(row, headlines[task].score.metric)
+        if values is not None:
+            is_member = headlines[task].score.task != row["task"]
+            member = row["task"] if is_member else row.get("subset", "")  # a reward benchmark has subsets
+            headlines[task].items[item_name(row, task, seen)] = item_of(values, row.get("prompt_hash"), member, row)
     return headlines
+
+
+def item_of(values: float | list[float], prompt: str | None, member: str, row: Mapping[str, Any]) -> Item:
+    """An item of one value, or of the values of its parts."""
+    weight = float(row.get("weight", 1.0))
+    if isinstance(values, list):
+        return Item(fmean(values), prompt, member, tuple(values), weight, row)
+    return Item(values, prompt, member, (), weight, row)
+
+
+def _by_metric(score: Score, metric: str) -> Score | None:
+    """The same task's score by another metric, as its evaluation kept it."""
+    name = ",".join([metric, *score.metric.split(",")[1:]])
+    value = score.details.get("metrics", {}).get(name)
+    details = {name: one for name, one in score.details.items() if name != "higher_is_better"}
+    changes = {"metric": name, "value": float(value), "stderr": None, "details": details} if value is not None else None
+    return None if changes is None else score.model_copy(update=changes)
 
 
 def _members(file: Path) -> dict[str, str]:
@@ -116,13 +149,17 @@ def _members(file: Path) -> dict[str, str]:
     return {leaf: task for task, result in results.items() for leaf in result.get("n-samples", {}) if leaf != task}
 
 
-def _value(row: Mapping[str, Any], metric: str) -> float | None:
-    """What the headline's own metric and filter say of an item; None where this line is not of them."""
+def _values(row: Mapping[str, Any], metric: str) -> float | list[float] | None:
+    """What the headline's metric and filter say of an item, or of its parts; None where the line is not of them."""
+    name, _, of_filter = metric.partition(",")
     if "metrics" not in row:
         value = row.get("right", row.get("mean"))
+    elif row.get("filter", of_filter) != of_filter:
+        return None
+    elif (parts := row.get("parts", {}).get(name)) is not None:
+        return [float(part) for part in parts]
     else:
-        name, _, of_filter = metric.partition(",")
-        value = row["metrics"].get(name) if row.get("filter", of_filter) == of_filter else None
+        value = row["metrics"].get(name)
     return None if value is None else float(value)
 
 
@@ -131,12 +168,13 @@ def item_name(row: Mapping[str, Any], score: str, seen: Counter[tuple[str, str]]
 
     `seen`: how often each name came under each score so far; from the second time on a name has its number.
     """
-    names = [str(row[key]) for key in ("doc_hash", "target_hash") if row.get(key)] or [str(row.get("id", ""))]
-    if not names[0]:
+    document, target = row.get("doc_hash"), row.get("target_hash")
+    asked = f"{document}/{target}" if document and target else document or target or row.get("id", "")
+    if asked == "":
         raise ValueError(f"a sample of {row['task']} has no id and no doc_hash; evaluate this model again")
-    name = "/".join([row["task"], *names])
-    seen[score, name] += 1
-    return name if seen[score, name] == 1 else f"{name}#{seen[score, name]}"
+    name = f"{row['task']}/{asked}"
+    number = seen[score, name] = seen[score, name] + 1
+    return name if number == 1 else f"{name}#{number}"
 
 
 def compare(model: str, before: Mapping[str, Measured], after: Mapping[str, Measured]) -> list[Comparison]:
@@ -152,34 +190,49 @@ def _compare(model: str, task: str, before: Measured | None, after: Measured | N
         missing = "was not measured before" if before is None else "is not measured any more"
         return Comparison(model, task, only.score.metric, value, value, reason=missing)
     scores = (before.score.value, after.score.value)
-    reason = _difference(before, after)
-    weights = None if reason else _weights(before, after)
-    if weights is None:
-        reason = reason or "the score is no mean of its items"
-        return Comparison(model, task, after.score.metric, *scores, reason=reason)
-    old, new = ({name: weights[name] * item.value for name, item in side.items.items()} for side in (before, after))
-    return Comparison(model, task, after.score.metric, *scores, paired_test(old, new))
+    made = Comparison(
+        model,
+        task,
+        after.score.metric,
+        *scores,
+        reason=_difference(before, after),
+        higher_is_better=_is_up(after.score),
+    )
+    if made.reason:
+        return made
+    added = contributions(before.items, after.items, scores)
+    if added is None:
+        return replace(made, reason="the score is no mean of its items")
+    test = paired_test(added.before, added.after, stratum_of=added.stratum_of)
+    return replace(made, test=_told(test, made), over_members=_over_members(before, after, made))
 
 
-def _weights(before: Measured, after: Measured) -> dict[str, float] | None:
-    """What each item counts, 1 on average, so that both scores are the mean of their items; None where none is so.
+def _over_members(before: Measured, after: Measured, made: Comparison) -> PairedTest | None:
+    """The test of the members' means; None of fewer than `MIN_MEMBERS`, which never differ beyond noise."""
+    names: dict[str, list[str]] = {}
+    for name, item in after.items.items():
+        names.setdefault(item.member, []).append(name)
+    if len(names) < MIN_MEMBERS:
+        return None
+    means = [{member: fmean(side.items[name].value for name in of) for member, of in names.items()}
+             for side in (before, after)]  # fmt: skip
+    return _told(paired_test(means[0], means[1]), made)
 
-    A group's score is the mean of its items, or of its members' means (then an item of a small member counts more).
-    """
-    sizes = Counter(item.cluster for item in after.items.values())
-    alike = dict.fromkeys(after.items, 1.0)
-    by_member = {name: len(after.items) / (len(sizes) * sizes[one.cluster]) for name, one in after.items.items()}
-    for weights in (alike, by_member):
-        if all(
-            abs(
-                math.fsum(weights[name] * item.value for name, item in side.items.items()) / len(weights)
-                - side.score.value
-            )
-            <= _ROUNDING * max(1.0, abs(side.score.value))
-            for side in (before, after)
-        ):
-            return weights
-    return None
+
+def _told(test: PairedTest, made: Comparison) -> PairedTest:
+    """In terms of better and worse."""
+    if made.higher_is_better:
+        return test
+    return replace(
+        test, difference=-test.difference, low=-test.high, high=-test.low,
+        num_lost=test.num_gained, num_gained=test.num_lost,
+    )  # fmt: skip
+
+
+def _is_up(score: Score) -> bool:
+    """Whether a higher value is better: as the score says, or as its metric is known for."""
+    said = score.details.get("higher_is_better")
+    return bool(said) if said is not None else score.metric.partition(",")[0] not in LOWER_IS_BETTER
 
 
 def _difference(before: Measured, after: Measured) -> str:
@@ -191,6 +244,10 @@ def _difference(before: Measured, after: Measured) -> str:
     for name, words in _SAME_DETAILS.items():
         old, new = before.score.details.get(name), after.score.details.get(name)
         if old != new:
+            return f"another {words}: {old} -> {new}"
+    for name, words in _SAME_IF_SAID.items():
+        old, new = before.score.details.get(name), after.score.details.get(name)
+        if old != new and None not in (old, new):
             return f"another {words}: {old} -> {new}"
     if not after.items or not before.items:
         return "no items were kept"
@@ -209,7 +266,9 @@ def _difference(before: Measured, after: Measured) -> str:
 def flipped(before: Measured, after: Measured) -> list[tuple[Item, Item]]:
     """Items whose score changed, the lost ones first."""
     pairs = [(item, after.items[name]) for name, item in before.items.items() if name in after.items]
-    return sorted((pair for pair in pairs if pair[0].value != pair[1].value), key=lambda p: p[1].value - p[0].value)
+    sign = 1 if _is_up(after.score) else -1
+    changed = [pair for pair in pairs if pair[0].value != pair[1].value]
+    return sorted(changed, key=lambda pair: sign * (pair[1].value - pair[0].value))
 
 
 def verdicts(comparisons: list[Comparison], level: float) -> list[tuple[Comparison, float | None, str]]:

@@ -1,6 +1,8 @@
 """Tests of paired scores: the same items measured twice. Pure.
 
 Miller, "Adding error bars to evals" (arXiv 2411.00640): pair by item, count items that hang together as one cluster.
+Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data"
+(J. Educ. Behav. Stat. 37, 2012): the interval, with one item more that is lost and one that is gained.
 """
 
 from __future__ import annotations
@@ -8,11 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
-#: Clusters with a difference up to which every assignment of signs is counted: 2^16 sums.
-_MAX_ENUMERATED = 16
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Clusters with a difference up to which every assignment of signs is counted: 2^20 sums, 16 MB.
+_MAX_ENUMERATED = 20
+#: Of the sums of signs: those that differ by rounding alone count as equal.
+_ROUNDING = 1e-12
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,8 @@ class PairedTest:
     """What two measurements of the same items differ by.
 
     difference   mean of after - before, over items
-    stderr       of it, over clusters; 0 where none differs
+    stderr       of it, over clusters (within strata); 0 where none differs, or all by the same
+    low, high    95 % interval of it: never of no width
     p_value      two-sided, that both are equally good
     num_lost     items whose score fell; num_gained: rose
     """
@@ -29,6 +38,8 @@ class PairedTest:
     num_clusters: int
     difference: float
     stderr: float
+    low: float
+    high: float
     p_value: float
     num_lost: int
     num_gained: int
@@ -36,10 +47,10 @@ class PairedTest:
 
 def exact_mcnemar(num_lost: int, num_gained: int) -> float:
     """Two-sided p-value of McNemar's exact test: of the items that changed, as many are lost as gained by chance."""
-    from scipy.stats import binomtest
+    from scipy.special import bdtr  # scipy.stats takes two seconds to import
 
     num_changed = num_lost + num_gained
-    return float(binomtest(num_lost, num_changed, 0.5).pvalue) if num_changed else 1.0
+    return min(1.0, 2 * float(bdtr(min(num_lost, num_gained), num_changed, 0.5))) if num_changed else 1.0
 
 
 def sign_flips(sums: Sequence[float]) -> float:
@@ -47,31 +58,37 @@ def sign_flips(sums: Sequence[float]) -> float:
 
     Counts 2^len(sums) assignments.
     """
+    import numpy as np
+
     assert len(sums) <= _MAX_ENUMERATED
-    nonzero = [value for value in sums if value]
-    observed = abs(math.fsum(nonzero))
-    hits = sum(
-        abs(math.fsum(sign * value for sign, value in zip(signs, nonzero, strict=True))) >= observed * (1 - 1e-12)
-        for signs in product((1, -1), repeat=len(nonzero))
-    )
-    return float(hits / 2 ** len(nonzero))
+    flipped = np.zeros(1)
+    for value in sums:
+        flipped = np.concatenate([flipped + value, flipped - value])
+    observed = abs(math.fsum(sums)) - _ROUNDING * math.fsum(map(abs, sums))
+    return float(np.mean(np.abs(flipped) >= observed))
 
 
 def paired_test(
-    before: Mapping[str, float], after: Mapping[str, float], cluster_of: Mapping[str, str] | None = None
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    cluster_of: Mapping[str, str] | None = None,
+    stratum_of: Mapping[str, str] | None = None,
 ) -> PairedTest:
     """Test whether scores of the same items changed.
 
-    Exact where every item is right or wrong and none hang together (McNemar), or where few clusters changed (all
-    signs); else the t-test over clusters, whose sums are then many.
+    A cluster is drawn as a whole (a prompt with its instructions): another sample would have other clusters. A stratum
+    is there in every sample (a subset of BBH): another sample would have other items of the same strata.
 
     Args:
         before, after: item -> score.
-        cluster_of: item -> what it shares its luck with, e.g. the prompt of several instructions; none: each is alone.
+        cluster_of: item -> what it shares its luck with; none: each is alone.
+        stratum_of: item -> its stratum; none: all are in one.
 
     Raises:
-        ValueError: other items on one side, none, or a score that is no number.
+        ValueError: other items on one side, none, or a score that is no number; a cluster that is in two strata.
     """
+    import numpy as np
+
     if before.keys() != after.keys() or not before:
         odd = sorted(before.keys() ^ after.keys())
         raise ValueError(
@@ -85,41 +102,79 @@ def paired_test(
         )
     differences = {item: after[item] - before[item] for item in before}
     sums: dict[str, float] = {}
+    strata: dict[str, str] = {}
     for item, difference in differences.items():
         cluster = item if cluster_of is None else cluster_of[item]
         sums[cluster] = sums.get(cluster, 0.0) + difference
+        stratum = "" if stratum_of is None else stratum_of[item]
+        if strata.setdefault(cluster, stratum) != stratum:
+            raise ValueError(f"cluster {cluster!r} is in two strata, {strata[cluster]!r} and {stratum!r}; give it one")
     num_lost = sum(value < 0 for value in differences.values())
     num_gained = sum(value > 0 for value in differences.values())
-    num_items, mean = len(differences), math.fsum(differences.values()) / len(differences)
-    stderr = _stderr(list(sums.values()), num_items)
-    changed = [value for value in sums.values() if value]
-    if len(sums) == num_items and {abs(value) for value in changed} <= {1.0}:
-        p_value = exact_mcnemar(num_lost, num_gained)
+    values = [*before.values(), *after.values()]
+    # Where nothing changed, an item could have changed by this.
+    reach = 1.0 if min(values) >= 0 and max(values) <= 1 else max(values) - min(values)
+    test = clustered_test(
+        # So that their mean is that of the items.
+        np.array(list(sums.values())) * (len(sums) / len(differences)),
+        np.unique(list(strata.values()), return_inverse=True)[1],
+        is_counted=len(sums) == len(differences),
+        reach=reach,
+    )
+    mean = math.fsum(differences.values()) / len(differences)
+    return PairedTest(len(differences), len(sums), mean, *test, num_lost, num_gained)
+
+
+def clustered_test(
+    differences: np.ndarray, strata: np.ndarray, *, is_counted: bool, reach: float
+) -> tuple[float, float, float, float]:
+    """Standard error of the mean difference, its 95 % interval, and the p-value that it is 0.
+
+    The p-value is exact where every cluster is one item that is lost, gained or neither (McNemar), or where few changed
+    (all signs); else it is the t-test's.
+
+    Args:
+        differences: (clusters) after - before.
+        strata: (clusters) number of the stratum, from 0.
+        is_counted: each cluster is one item.
+        reach: what an item could have changed by, where none did.
+    """
+    import numpy as np
+    from scipy.special import stdtr, stdtrit
+
+    num, mean = len(differences), float(differences.mean())
+    stderr, degrees = _stderr(differences, strata)
+    changed = differences[differences != 0]
+    # As if one cluster more had fallen, and one risen, as far as the furthest: of lost and gained items Bonett and
+    # Price's, and where all changed alike, or none, it has a width.
+    furthest = float(np.abs(changed).max()) if len(changed) else reach
+    center = num * mean / (num + 2)
+    squares = (stderr * num) ** 2 + 2 * furthest**2 + 2 * num * mean**2 / (num + 2)
+    half = float(stdtrit(degrees, (1 + CONFIDENCE) / 2)) * math.sqrt(squares) / (num + 2)
+    if is_counted and np.all(np.abs(changed) == 1):
+        p_value = exact_mcnemar(int((changed < 0).sum()), int((changed > 0).sum()))
     elif len(changed) <= _MAX_ENUMERATED:
-        p_value = sign_flips(changed)
+        p_value = sign_flips(changed.tolist())
     else:
-        # No more than what all signs would say: where all fell alike, the t-test calls any number of them certain.
-        p_value = max(_t_test(list(sums.values())), 2.0 ** (1 - len(changed)))
-    return PairedTest(num_items, len(sums), mean, stderr, p_value, num_lost, num_gained)
+        # Where all fell by nearly the same, a t-test calls any number certain: no less than all signs would say.
+        t_test = 2 * float(stdtr(degrees, -abs(mean) / stderr)) if stderr > _ROUNDING * abs(mean) else 0.0
+        p_value = max(t_test, 2.0 ** (1 - len(changed)))
+    return stderr, center - half, center + half, p_value
 
 
-def _stderr(sums: Sequence[float], num_items: int) -> float:
-    """Of the mean over items: the spread of the sums of clusters about what their share of the mean would be."""
-    num_clusters = len(sums)
-    if num_clusters < 2:
-        return 0.0
-    center = math.fsum(sums) / num_clusters
-    variance = math.fsum((value - center) ** 2 for value in sums) / (num_clusters - 1)
-    return math.sqrt(num_clusters * variance) / num_items
+def _stderr(differences: np.ndarray, strata: np.ndarray) -> tuple[float, int]:
+    """Of the mean, by the spread within strata; and its degrees of freedom. Strata of one cluster are taken as one."""
+    import numpy as np
 
-
-def _t_test(sums: Sequence[float]) -> float:
-    from scipy.stats import ttest_1samp
-
-    center = math.fsum(sums) / len(sums)
-    if max(abs(value - center) for value in sums) <= 1e-12 * abs(center):
-        return 0.0  # all the same: no spread to divide by
-    return float(ttest_1samp(sums, 0.0).pvalue)
+    num = len(differences)
+    sizes = np.bincount(strata)
+    if np.any(sizes == 1):
+        strata = np.unique(np.where(sizes[strata] == 1, -1, strata), return_inverse=True)[1]
+        sizes = np.bincount(strata)
+    means = np.bincount(strata, weights=differences) / sizes
+    squares = np.bincount(strata, weights=(differences - means[strata]) ** 2)
+    variance = float((sizes * squares / np.maximum(sizes - 1, 1)).sum())
+    return math.sqrt(variance) / num, max(num - len(sizes), 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

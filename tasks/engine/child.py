@@ -24,7 +24,7 @@ from smoltulu.artifacts.layout import WRITER
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.messages import PIPE_VARIABLE, Sender, ToFlow
 from smoltulu.tasks.process import die_with_parent, is_out_of_memory
-from smoltulu.tasks.stage import STOPPED, Report, Stage, StageContext, StageStopped
+from smoltulu.tasks.stage import STOPPED, Diverged, Report, Stage, StageContext, StageStopped, part_of
 
 #: Files of `work` that say why a stage ended; any rank may write them.
 ERROR_FILE = "error.json"
@@ -65,12 +65,8 @@ def run_cells(stage: Stage, job: dict, report: Report) -> None:
     for number, cell in enumerate(cells):
         if (Path(cell["work"]) / RESULT_FILE).exists():
             continue
-
-        def share(step: int, num_steps: int, number: int = number, **metrics: float) -> None:
-            report(1000 * number + 1000 * step // (num_steps or 1), 1000 * len(cells), **metrics)
-
         try:
-            run(stage, {**job, **cell}, share, is_main=True)
+            run(stage, {**job, **cell}, part_of(report, number, len(cells)), is_main=True)
         except ValueError as error:
             traceback.print_exc()
             failures.append(f"{cell['name']}: {error}")
@@ -110,7 +106,9 @@ def main(job_file: str) -> int:
         return STOPPED
     except ValueError as error:
         traceback.print_exc()
-        write_atomically(Path(job["work"]) / ERROR_FILE, json.dumps({"message": str(error)}))
+        write_atomically(
+            Path(job["work"]) / ERROR_FILE, json.dumps({"message": str(error), "diverged": isinstance(error, Diverged)})
+        )
         return 2
     except Exception as error:
         traceback.print_exc()

@@ -23,9 +23,10 @@ from smoltulu.schemas.budget import smaller_batch
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.child import ERROR_FILE, OUT_OF_MEMORY_FILE
 from smoltulu.tasks.engine.messages import PIPE_VARIABLE, listen, pipe
+from smoltulu.tasks.engine.warm import OWN_VARIABLES, WarmProcess, server_for
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.progress import Progress
-from smoltulu.tasks.stage import STOPPED
+from smoltulu.tasks.stage import STOPPED, Diverged
 
 _TRAINING_ADVICE = (
     ", and no smaller one gives the same effective batch; set compute.activation_checkpointing, lower max_length, or "
@@ -50,8 +51,9 @@ _STOP_SECONDS = 8.0
 
 #: Seconds that a stage gets for its last step and checkpoint when its time is over: nobody waits for it.
 _LAST_STEP_SECONDS = 900.0
+StageProcess = subprocess.Popen[bytes] | WarmProcess
 #: Processes of stages, each with the GPU that it may use (CUDA_VISIBLE_DEVICES).
-_running: dict[subprocess.Popen, str] = {}
+_running: dict[StageProcess, str] = {}
 _running_lock = threading.Lock()
 
 
@@ -129,7 +131,6 @@ def _run_once(
         "cells": list(cells),
     }
     job_file = work / "job.json"
-    job_file.write_text(json.dumps(description))
     tail: deque[str] = deque(maxlen=_LOG_TAIL_LINES)
     progress = Progress(job.node, log)
 
@@ -150,14 +151,8 @@ def _run_once(
     with (work / "log.txt").open("ab") as log_file, pipe() as (messages, path):
         # This thread starts the child and waits for it: the child dies with the thread that started it.
         with _running_lock:
-            environment = _child_environment(compute, num_ranks)
-            process = subprocess.Popen(
-                [sys.executable, "-m", "smoltulu.tasks.engine.child", str(job_file)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment | {PIPE_VARIABLE: path},
-            )
+            environment = _child_environment(compute, num_ranks) | {PIPE_VARIABLE: path}
+            process = _start(description, job_file, environment, is_warm=compute.launcher == "warm" and num_ranks == 1)
             _running[process] = environment.get("CUDA_VISIBLE_DEVICES", "")
         limit = _TimeLimit(process, deadline)
         try:
@@ -173,7 +168,8 @@ def _run_once(
     # The files, not the status: torchrun has one of its own.
     if code > 0 and code != STOPPED:
         if (message := _message(work / ERROR_FILE)) is not None:
-            raise ValueError(f"{job.node}: {message}")
+            is_diverged = json.loads((work / ERROR_FILE).read_text()).get("diverged", False)
+            raise (Diverged if is_diverged else ValueError)(f"{job.node}: {message}")
         if (message := _message(work / OUT_OF_MEMORY_FILE)) is not None:
             return message
     # A crash that came after it shows its log; torchrun's own status does not tell one from the other.
@@ -196,10 +192,27 @@ def _run_once(
     return None
 
 
+def _start(description: dict[str, Any], job_file: Path, environment: dict[str, str], is_warm: bool) -> StageProcess:
+    """Start the process of a stage: a new one, or a fork of one that has imported everything."""
+    if is_warm:
+        server = server_for(environment)
+        job_file.write_text(json.dumps(description | {"parent_pid": server.pid}))
+        own = {name: environment[name] for name in OWN_VARIABLES if name in environment}
+        return server.start(job_file, own)
+    job_file.write_text(json.dumps(description))
+    return subprocess.Popen(
+        [sys.executable, "-m", "smoltulu.tasks.engine.child", str(job_file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+    )
+
+
 class _TimeLimit:
     """Asks a stage to stop when its time is over, as a cancellation does; ends it where it does not."""
 
-    def __init__(self, process: subprocess.Popen[bytes], deadline: float | None) -> None:
+    def __init__(self, process: StageProcess, deadline: float | None) -> None:
         self.is_over = False
         self._process, self._ended = process, threading.Event()
         if deadline is not None:

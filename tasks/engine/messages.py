@@ -15,9 +15,9 @@ import re
 import select
 import selectors
 import stat
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import IO, Protocol
 
 #: Variable of a stage's environment: where to open the pipe.
 PIPE_VARIABLE = "SMOLTULU_MESSAGES"
@@ -88,8 +88,17 @@ def pipe() -> Iterator[tuple[int, str]]:
         os.close(writing)
 
 
+class _Speaking(Protocol):
+    """A process with its output."""
+
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+
+    def poll(self) -> int | None: ...
+
+
 def listen(
-    process: subprocess.Popen[bytes],
+    process: _Speaking,
     messages: int,
     on_message: Callable[[dict], None],
     on_output: Callable[[bytes], None],

@@ -19,13 +19,13 @@ class Answer(str):
     stop        `eos`, `length` (it was ended by the limit on its tokens) or the stop string that ended it
     num_tokens  of the answer, the one that ended it included
 
-    None where the backend does not say.
+    None where the backend does not say, and where lm-eval makes what is right an answer too, to compare the two.
     """
 
     stop: str | None
     num_tokens: int | None
 
-    def __new__(cls, text: str, stop: str | None, num_tokens: int | None) -> Answer:
+    def __new__(cls, text: str, stop: str | None = None, num_tokens: int | None = None) -> Answer:
         made = super().__new__(cls, text)
         made.stop, made.num_tokens = stop, num_tokens
         return made

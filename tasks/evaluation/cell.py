@@ -184,7 +184,9 @@ def _sampled(
         },
         **_source(inputs),
     )
-    asked = _digests(rows, ("prompt",), ("verifier", "ground_truth"))
+    asked: dict[str, dict[str, str]] = _digests(rows, ("prompt",), ("verifier", "ground_truth"))
+    for row, ids in zip(rows, prompts, strict=True):
+        asked[str(row["id"])] |= {"prompt": tokenizer.decode(ids), "target": str(row["ground_truth"])}
     samples = [{"task": score.task, **record, **asked[record["id"]]} for record in accuracy.records]
     return [score], [marked(one) for one in samples]
 

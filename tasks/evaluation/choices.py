@@ -253,7 +253,7 @@ class SharesContexts:
             for number in numbers:
                 texts = requests[number][0]
                 _check_number(likelihood.sum, texts)
-                answers[number] = tuple(likelihood)
+                answers[number] = (likelihood.sum, likelihood.is_greedy)
                 if texts is not None:  # a window of a rolling request is not counted
                     lm.cache_hook.add_partial("loglikelihood", texts, answers[number])
         return answers

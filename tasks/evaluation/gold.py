@@ -1,8 +1,8 @@
 """Bits per byte of the right answer: it moves where accuracy is at its floor. Lower is better.
 
-Of a multiple choice it comes from the right choice's log-likelihood. A task that generates answers is asked once more: how
-likely is its right answer after the prompt? Bytes are those of the answer without white space before it, which belongs
-to the prompt in some tasks and templates and to the answer in others.
+Of a multiple choice it comes from the right choice's log-likelihood. A task that generates answers is asked once more:
+how likely is its right answer after the prompt? Bytes are those of the answer without white space before it, which
+belongs to the prompt in some tasks and templates and to the answer in others.
 
 Reference: Gu et al., "OLMES: A Standard for Language Model Evaluations", 2024, arXiv:2406.08446.
 """

@@ -23,8 +23,8 @@ from smoltulu.tasks.models.decoding import OnBatch
 
 #: File of `work`.
 ANSWERS_FILE = "answers.jsonl"
-#: Items of a shard for each unit of batch size.
-BATCHES_PER_SHARD = 8
+#: Items of a shard for each unit of batch size. A written answer takes hundreds of passes, so its shards are small.
+BATCHES_PER_SHARD, WRITTEN_BATCHES_PER_SHARD = 8, 2
 _LIBRARIES = ("torch", "transformers", "lm_eval")
 
 
@@ -175,7 +175,8 @@ class Resuming:
             for request in requests
         ]
         items = [(request.task_name, request.doc_id) for request in requests]
-        size = BATCHES_PER_SHARD * self._model.batch_size
+        num_batches = WRITTEN_BATCHES_PER_SHARD if method == "generate_until" else BATCHES_PER_SHARD
+        size = num_batches * self._model.batch_size
         return in_shards(self._kept, texts, size, answer, items)
 
 

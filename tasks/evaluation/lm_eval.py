@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, lru_cache
 from importlib import metadata
@@ -26,9 +27,9 @@ from smoltulu.tasks.evaluation.definitions import definition_digest
 from smoltulu.tasks.evaluation.gold import add_bits_per_byte, add_to_group
 from smoltulu.tasks.evaluation.ifeval import prepare_punkt
 from smoltulu.tasks.evaluation.kept import Kept, Resuming
-from smoltulu.tasks.evaluation.names import file_problems, local_only, unknown_task
+from smoltulu.tasks.evaluation.names import file_problems, hub_subset, local_only, unknown_task
 from smoltulu.tasks.evaluation.prepare import check_description, check_model, fit_examples, limit_answers
-from smoltulu.tasks.evaluation.samples import Sample, marked, sample_counts
+from smoltulu.tasks.evaluation.samples import Sample, is_parts, marked, sample_counts
 from smoltulu.tasks.models.tokens import added_tokens, check_prompts
 
 if TYPE_CHECKING:
@@ -131,18 +132,42 @@ def check_tasks(tasks: tuple[EvaluationTask, ...]) -> TaskManager:
 
 
 def read_splits(
-    sources: dict[str, DataSource], world: str | None = None, digests: Mapping[str, str] = {}, **_: Any
+    sources: dict[str, DataSource],
+    world: str | None = None,
+    digests: Mapping[str, str] = {},
+    config_source: str = "",
+    **_: Any,
 ) -> dict[str, Any]:
     """lm-eval's `custom_dataset` over local files: split -> datasets.Dataset. `digests`: of splits, as for `read_rows`.
 
     Reads the files each time. The json builder of `datasets` would keep an old copy of a .gz file that has changed.
+
+    A member of a group takes the rows whose `subset` is the part of the Hub's dataset that the member's definition
+    (`config_source`, lm-eval gives it) reads; all rows where they have no such column.
     """
     from datasets import Dataset
 
+    rows = {split: file_rows(split, source, world, digests.get(split)) for split, source in sources.items()}
+    subset = hub_subset(Path(config_source))
     return {
-        split: Dataset.from_list(file_rows(split, source, world, digests.get(split)))
-        for split, source in sources.items()
+        split: Dataset.from_list(rows_of_subset(split, of_split, subset) if subset else of_split)
+        for split, of_split in rows.items()
     }
+
+
+def rows_of_subset(split: str, rows: list[dict[str, Any]], subset: str) -> list[dict[str, Any]]:
+    """Those of one `subset` ("Number Theory" is number_theory). ValueError: there are none, but of other subsets."""
+
+    def spelled(name: Any) -> str:
+        return re.sub(r"[^a-z0-9]+", "_", str(name).lower().replace("&", "and"))
+
+    if not rows or "subset" not in rows[0]:
+        return rows
+    found = [row for row in rows if spelled(row["subset"]) == spelled(subset)]
+    if not found:
+        there = ", ".join(sorted({str(row["subset"]) for row in rows})[:40])
+        raise ValueError(f"split {split!r}: no row has the subset {subset!r}; there are: {there}. Add its rows")
+    return found
 
 
 def file_rows(split: str, source: DataSource, world: str | None, digest: str | None) -> list[dict[str, Any]]:
@@ -254,13 +279,8 @@ def run_task(
         )
     details.update(chance_details(metrics[task.metric], guessed(results, task.metric)))
     if details.get("is_near_chance"):
-        logger.info(
-            "%s %s: %.4f is within noise of chance, %.4f",
-            task.name,
-            task.metric,
-            metrics[task.metric],
-            details["chance"],
-        )
+        found = (task.name, task.metric, metrics[task.metric], details["chance"])
+        logger.info("%s %s: %.4f is within noise of chance, %.4f", *found)
     samples = [
         marked(_compact(name, sample) | {"is_left_cut": sample["doc_id"] in cut[name]})
         for name, documents in results.get("samples", {}).items()
@@ -285,10 +305,16 @@ def run_task(
         template_digest=text_digest(chat_template) if settings.apply_chat_template else "none",
         limited=num_samples < sum(count["original"] for count in counts)
         or any(source.limit is not None for source in task.files.values()),
-        details={**details, "metrics": metrics, **sample_counts(samples, task.metric)},
+        details={**details, "metrics": metrics, **_direction(results, task), **sample_counts(samples, task.metric)},
     )
-    kept = {name: results[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in results}
-    return score, samples, kept
+    parts = ("results", "groups", "versions", "n-shot", "n-samples")
+    return score, samples, {name: results[name] for name in parts if name in results}
+
+
+def _direction(results: Mapping[str, Any], task: EvaluationTask) -> dict[str, bool]:
+    """`higher_is_better` of the headline, where it is not: a comparison must know."""
+    is_up = results.get("higher_is_better", {}).get(task.name, {}).get(task.metric.partition(",")[0])
+    return {"higher_is_better": False} if is_up is False else {}
 
 
 def _own_stderr(leaves: list[Any], metric: str, results: Mapping[str, Any]) -> float | None:
@@ -408,6 +434,9 @@ def _compact(task: str, sample: dict[str, Any]) -> Sample:
     record |= {name: sample[name][:16] for name in ("doc_hash", "prompt_hash", "target_hash")}
     record["prompt"] = str(sample["arguments"][0][0])
     record["metrics"] = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (int, float))}
+    # A prompt of IFEval has several instructions: they are resampled together.
+    if parts := {name: [float(one) for one in sample[name]] for name in sample["metrics"] if is_parts(sample[name])}:
+        record["parts"] = parts
     answer, parsed = sample["resps"][0][0], sample["filtered_resps"][0]
     if isinstance(answer, str):
         record |= {"completion": str(answer), "parsed": parsed if isinstance(parsed, str) else json.dumps(parsed)}

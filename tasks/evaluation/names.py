@@ -105,6 +105,14 @@ def file_problems(task: EvaluationTask, own: Container[str]) -> Iterator[str]:
             )
 
 
+def hub_subset(definition: Path) -> str | None:
+    """The part of its Hub dataset that a definition reads (`dataset_name`); None where it names none."""
+    if not definition.is_file():
+        return None
+    name = yaml.load(definition.read_text(), _Loader).get("dataset_name")
+    return None if name is None else str(name)
+
+
 def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=3)
     return f"did you mean {' or '.join(near)}?" if near else ""

@@ -236,8 +236,8 @@ def _pairs(benchmark: RewardBenchmark, answered: Sequence[Answered], details: di
         # Maths and code count alike.
         parts = [[pair for pair in own if (pair.question.subset == "math-prm") is maths] for maths in (True, False)]
         here = {name: subsets[name] for name in rewardbench.SECTIONS[section] if name in subsets}
-        about = {**_chance(one, *filter(None, parts)), "subsets": _as_details(here)}
-        made.append(named.score(section, one, rewardbench.SECTIONS[section], about))
+        of_section = {**_chance(one, *filter(None, parts)), "subsets": _as_details(here)}
+        made.append(named.score(section, one, rewardbench.SECTIONS[section], of_section))
     return made
 
 

@@ -15,6 +15,7 @@ A row as it is written and read, where what does not apply is left out:
     num_tokens      tokens of the answer, the one that ended it included
     logliks         log-likelihood of each choice, nats
     metrics         name -> value
+    parts           name -> values, of a metric that judges several answers in one (IFEval's instructions)
     is_empty        nothing was written but white space
     is_unparsed     the filter found no answer in what was written
     is_truncated    the answer was ended by the limit on its tokens
@@ -68,6 +69,11 @@ def samples_schema(fields: Collection[str] | None = None) -> pa.Schema:
     if fields is None or len(columns) < len(set(fields)):
         columns.append((_OTHERS, pa.string()))
     return pa.schema(columns)
+
+
+def is_parts(value: Any) -> bool:
+    """Whether an item's metric is of several answers in one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, (bool, int, float)) for part in value)
 
 
 def marked(row: Sample) -> Sample:

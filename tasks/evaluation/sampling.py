@@ -14,7 +14,7 @@ from itertools import islice
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.tasks.evaluation.kept import BATCHES_PER_SHARD, Kept, in_shards
+from smoltulu.tasks.evaluation.kept import WRITTEN_BATCHES_PER_SHARD, Kept, in_shards
 from smoltulu.tasks.models.decoding import OnBatch, write
 from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
 from smoltulu.tasks.verifiers import Graders
@@ -108,7 +108,7 @@ def generate(
     settings = [max_new_tokens, temperature, seed]
     requests = [(prompt, [*settings, place % num_samples]) for place, prompt in enumerate(flat)]
     of_prompt = [place // num_samples for place in range(len(flat))]
-    written = in_shards(kept, requests, BATCHES_PER_SHARD * batch_size, answer, of_prompt)
+    written = in_shards(kept, requests, WRITTEN_BATCHES_PER_SHARD * batch_size, answer, of_prompt)
     texts = tokenizer.batch_decode([ids[:-1] if stopped else ids for ids, stopped in written], skip_special_tokens=True)
     made = [Completion(text, stopped, len(ids)) for text, (ids, stopped) in zip(texts, written, strict=True)]
     return [made[start : start + num_samples] for start in range(0, len(made), num_samples)]

@@ -30,7 +30,7 @@ from smoltulu.tasks.evaluation.cell import RESULTS_FILE, TASK_VERSION, evaluatio
 from smoltulu.tasks.evaluation.lm_eval import harness_name
 from smoltulu.tasks.evaluation.samples import SAMPLES_FILE, join_samples
 from smoltulu.tasks.job import Job
-from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.stage import Stage, StageContext, part_of
 
 #: Where a GPU shows itself before torch is imported.
 _GPU_FILES = ("/proc/driver/nvidia/gpus", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
@@ -77,10 +77,7 @@ def _made_here(
         work = context.work / "cells" / str(number)
         folder = work / "output"
         folder.mkdir(parents=True, exist_ok=True)
-
-        def report(step: int, num_steps: int, number: int = number, **metrics: float) -> None:
-            context.report(number * 1000 + 1000 * step // (num_steps or 1), len(cells) * 1000, **metrics)
-
+        report = part_of(context.report, number, len(cells))
         outputs, _ = measure_cell(cell, inputs, replace(context, folder=folder, work=work, report=report))
         (folder / "outputs.json").write_text(outputs.model_dump_json())
         yield name, str(folder)
@@ -108,8 +105,11 @@ def cell_configs(
     }  # fmt: skip
     cells: list[EvaluationCellConfig] = []
     if config.kind == "language_model":
-        of_task = {"seed": settings.seed, "apply_chat_template": settings.apply_chat_template}
-        of_task["harness"] = harness_name() if settings.tasks else ""
+        of_task = {
+            "seed": settings.seed,
+            "apply_chat_template": settings.apply_chat_template,
+            "harness": harness_name() if settings.tasks else "",
+        }
         cells += [EvaluationCellConfig(**{**ours, **of_task, "task": task}) for task in settings.tasks]
         if settings.sampled is not None:
             cells.append(EvaluationCellConfig(**ours, sampled=settings.sampled))

@@ -1,6 +1,6 @@
 """Report of a run: one self-contained HTML page.
 
-This module prepares plain values; templates/run.html.jinja and sections.html.jinja lay them out.
+This module prepares plain values; templates/run.html.jinja, verdict.html.jinja and sections.html.jinja lay them out.
 """
 
 from __future__ import annotations
@@ -8,23 +8,30 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
 from smoltulu.schemas.data import DatasetOutputs
+from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.held_out import HeldOutOutputs
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import Outcome, RunSummary, StageRun
 from smoltulu.schemas.sampled import SampledRowsOutputs
+from smoltulu.schemas.verdict import AnsweredPrompt, Verdict
 from smoltulu.schemas.verifier_audit import PassRatesOutputs, VerifierAuditOutputs
-from smoltulu.tasks.report import text
+from smoltulu.tasks.report import text, verdict
 from smoltulu.tasks.report.charts import Point, parse_history
 from smoltulu.tasks.report.render import render
 from smoltulu.tasks.report.summary import Outputs, outputs_of, preflight_figures, score_tables
+from smoltulu.tasks.report.tables import tables_section
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 #: Metrics that are shown first; all others are folded below them.
 FIRST_CURVES = (
@@ -51,17 +58,28 @@ _MAX_FIRST_CURVES = 6
 _MAX_OTHER_CURVES = 48
 #: Batches of rollouts at the end of a training whose samples are shown, besides the first.
 _NUM_LAST_STEPS = 2
+#: Makes a model that gives a score and writes nothing.
+_REWARD_MODEL = "reward_model"
 
 
 def html_report(
-    summary: RunSummary, manifests: Mapping[str, Manifest], folders: Mapping[str, Path], recipe_yaml: str
+    summary: RunSummary,
+    manifests: Mapping[str, Manifest],
+    folders: Mapping[str, Path],
+    recipe_yaml: str,
+    answers: Sequence[AnsweredPrompt] = (),
 ) -> str:
-    """The whole page. `manifests` and `folders` are by node, without nodes that were not made."""
+    """The whole page. `manifests` and `folders` are by node, without nodes that were not made.
+
+    A page may be written while the run goes on: what is not there yet is said.
+    """
     runs = [(run, manifests.get(run.node)) for run in summary.stages]
     datasets = _outputs_of(DatasetOutputs, runs)
     preflights = _outputs_of(PreflightOutputs, runs)
     sections: list[tuple[str, str, Any]] = [
         ("scores", "Scores", score_tables(summary.scores)),
+        ("tables", "Tables", _tables(_evaluations(runs, folders))),
+        ("answers", "Answers side by side", answers),
         ("stages", "Stages", runs),
         ("curves", "Training", _curves(runs, folders)),
         ("held_out", "Held-out prompts", _held_out(runs)),
@@ -79,11 +97,94 @@ def html_report(
     return render(
         "run.html.jinja",
         summary=summary,
-        seconds=text.seconds_between(summary.started_at, summary.finished_at),
+        said=_said(summary, runs),
+        searchable=bool(answers),
+        seconds=text.seconds_between(summary.started_at, summary.finished_at or summary.written_at),
         outcomes=", ".join(f"{outcomes[name]} {name.lower()}" for name in get_args(Outcome) if outcomes[name]),
         # The section of scores also says that there are none.
         sections=[section for section in sections if section[2] or section[0] == "scores"],
     )
+
+
+@dataclass(frozen=True)
+class _Evaluations:
+    """The evaluations of a run, equal where their manifests and folders are."""
+
+    key: tuple[tuple[str, str, str], ...]
+    manifests: dict[str, Manifest] = field(compare=False)
+    folders: Mapping[str, Path] = field(compare=False)
+
+
+def _evaluations(runs: Sequence[tuple[StageRun, Manifest | None]], folders: Mapping[str, Path]) -> _Evaluations:
+    made = {run.node: manifest for run, manifest in runs if manifest and outputs_of(EvaluationOutputs, manifest)}
+    key = tuple((node, str(folders.get(node)), repr(manifest)) for node, manifest in made.items())
+    return _Evaluations(key, made, folders)
+
+
+@lru_cache(maxsize=2)  # the page is written after every stage, and few of them are evaluations
+def _tables(made: _Evaluations) -> Markup:
+    return tables_section(made.manifests, made.folders)
+
+
+@dataclass(frozen=True)
+class Made:
+    """The newest language model of a run, and the models that it was made from, itself included."""
+
+    title: str
+    num_parameters: int
+    path: list[str]
+
+
+@dataclass(frozen=True)
+class Said:
+    """The first screen."""
+
+    verdict: Verdict
+    made: Made | None
+    headline: str
+    tone: str
+    sentences: list[tuple[str, str]]
+    chats: list[str]
+    num_there: int
+    running: list[str]
+    absent: list[tuple[str, str]]  # evaluations that are not there, and what became of them
+
+
+def _said(summary: RunSummary, runs: Sequence[tuple[StageRun, Manifest | None]]) -> Said:
+    models = {
+        run.node: (run, manifest, outputs)
+        for run, manifest in runs
+        if manifest and run.stage != _REWARD_MODEL and (outputs := outputs_of(ModelOutputs, manifest)) is not None
+    }
+    made = None
+    if models:
+        last, _, outputs = list(models.values())[-1]
+        made = Made(text.title(last.stage), outputs.num_parameters, [text.title(run.stage) for run in _path(models)])
+    there = ("Completed", "Cached", "Resumed")
+    return Said(
+        verdict=summary.verdict,
+        made=made,
+        headline=verdict.headline(summary.verdict),
+        tone=verdict.tone(summary.verdict),
+        sentences=verdict.sentences(summary.verdict),
+        chats=[f"smoltulu chat {summary.run_name}:{node}" for node in models],
+        num_there=sum(run.outcome in there for run in summary.stages),
+        running=[run.node for run in summary.stages if run.outcome in ("Running", "Killed")],
+        absent=[
+            (run.node, run.outcome) for run in summary.stages if run.stage == "evaluation" and run.outcome not in there
+        ],
+    )
+
+
+def _path(models: Mapping[str, tuple[StageRun, Manifest, ModelOutputs]]) -> list[StageRun]:
+    """From the first model to the last, each made from the one before it."""
+    by_key = {manifest.key: (run, manifest) for run, manifest, _ in models.values()}
+    run, manifest, _ = list(models.values())[-1]
+    path = [run]
+    while (start := manifest.inputs.get("model")) is not None and start.key in by_key and len(path) < len(models):
+        run, manifest = by_key[start.key]
+        path.insert(0, run)
+    return path
 
 
 def _verifier_audit(runs: Sequence[tuple[StageRun, Manifest | None]]) -> dict[str, Any]:

@@ -7,21 +7,27 @@ text within a line (of a paragraph, a heading, a table cell); the filters `code`
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.bars import histogram
 from smoltulu.tasks.report.charts import MAX_POINTS, line_chart, lineage_drawing
+from smoltulu.tasks.report.verdict import signed, task_title
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from jinja2.runtime import Context
 
 _DRAWINGS: tuple[Callable[..., str], ...] = (line_chart, lineage_drawing, histogram)
-_FORMATS = (text.number, text.percent, text.duration, text.size, text.moment)
+_FORMATS = (text.number, text.percent, text.duration, text.size, text.moment, text.visible, task_title, signed)
+#: Characters of a prompt or an answer that are shown without being asked for.
+MAX_SHORT = 400
 
 
 def render(template: str, **values: Any) -> str:
@@ -37,6 +43,13 @@ def anchor(node: str) -> str:
 def readable_json(value: Any) -> str:
     """Indented JSON; values without a JSON form are shown as in Python."""
     return json.dumps(value, indent=2, ensure_ascii=False, default=repr)
+
+
+def search_script() -> tuple[str, str]:
+    """The script of a search box, and what a page's policy has to say for it to run."""
+    script = (Path(__file__).parent / "templates" / "search.js.jinja").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"<script>{script}</script>", f"; script-src 'sha256-{digest}'"
 
 
 @cache
@@ -65,6 +78,8 @@ def _environment() -> Environment:
     environment.filters |= {"stage_title": text.title}
     environment.filters |= {"code": _marked(text.markdown_code, Markup), "fence": _marked(text.markdown_block, Markup)}
     environment.globals |= {draw.__name__: _marked(draw, Markup) for draw in _DRAWINGS} | {"MAX_POINTS": MAX_POINTS}
+    script, policy = search_script()
+    environment.globals |= {"MAX_SHORT": MAX_SHORT, "search_script": Markup(script), "search_policy": Markup(policy)}
     return environment
 
 

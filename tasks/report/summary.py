@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,14 +11,24 @@ from pydantic import BaseModel, ValidationError
 
 from smoltulu.schemas.artifact import ArtifactReference, Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
-from smoltulu.schemas.evaluation import EvaluationOutputs, Measurement
+from smoltulu.schemas.evaluation import EvaluationOutputs, Measurement, Score
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import RunScore, RunSummary, StageRun
 from smoltulu.schemas.verifier_audit import PassRatesOutputs, VerifierAuditOutputs
-from smoltulu.tasks.report import text
+from smoltulu.tasks.report import text, verdict
 from smoltulu.tasks.report.render import render
 
 Outputs = TypeVar("Outputs", bound=BaseModel)
+#: Counts in the details of a score, and how they are called.
+_ODD = {
+    "num_empty": "empty",
+    "num_unparsed": "unparsed",
+    "num_truncated": "cut at the limit",
+    "num_left_cut": "prompts cut",
+    "num_ungradable": "not graded",
+    "num_too_long": "pairs too long",
+    "num_ties": "ties",
+}
 
 
 def stage_runs(
@@ -26,8 +36,9 @@ def stage_runs(
     made: Sequence[tuple[ArtifactReference, Manifest]],
     failed: Mapping[str, tuple[str, str]],
     seconds: Mapping[str, float],
+    running: Collection[str] = (),
 ) -> tuple[StageRun, ...]:
-    """One entry per planned (node, stage), in that order: made, failed with its error, or not run.
+    """One entry per planned (node, stage), in that order: made, failed with its error, running, or not run.
 
     `seconds` is node -> time spent in this run. A node without an entry counts the duration in its manifest, or 0 if
     cached: that duration belongs to the run that made it. `failed` is node -> (Failed or Cancelled, error).
@@ -44,6 +55,8 @@ def stage_runs(
             own = 0.0 if reference.outcome == "Cached" else manifest.duration_seconds
             of_artifact = reference.model_dump(include={"outcome", "key", "path", "metrics"})
             run = run.model_copy(update={**of_artifact, "seconds": seconds.get(node, own)})
+        elif node in running:
+            run = run.model_copy(update={"outcome": "Running"})
         runs.append(run)
     return tuple(runs)
 
@@ -64,8 +77,19 @@ def collect_scores(made: Sequence[tuple[ArtifactReference, Manifest]]) -> tuple[
         kind = manifest.spec.config.get("kind", "language_model")
         for score in outputs.scores:
             fields = score.model_dump(exclude={"details"})
+            fields |= {"counts": odd_answers(score), "is_near_chance": score.details.get("is_near_chance") is True}
             scores.append(RunScore(node=reference.node, kind=kind, subject=outputs.subject, **fields))
     return tuple(scores)
+
+
+def odd_answers(score: Score) -> dict[str, int]:
+    """How many answers, or prompts, were odd, by what they were; without zeros."""
+    details = dict(score.details)
+    if not details.keys() & {"num_empty", "num_unparsed", "num_left_cut"}:
+        # Before answers were counted, `num_truncated` was the number of prompts that were cut.
+        details["num_left_cut"] = details.pop("num_truncated", None)
+    counts = {words: details.get(name) for name, words in _ODD.items()}
+    return {words: count for words, count in counts.items() if isinstance(count, int) and count > 0}
 
 
 def summarise(
@@ -74,6 +98,7 @@ def summarise(
     made: Sequence[tuple[ArtifactReference, Manifest]],
     failed: Mapping[str, tuple[str, str]] | None = None,
     seconds: Mapping[str, float] | None = None,
+    running: Collection[str] = (),
     error: str | None = None,
     **facts: Any,
 ) -> RunSummary:
@@ -83,11 +108,12 @@ def summarise(
     made      every finished node, cached or new
     failed    node -> (Failed or Cancelled, error)
     seconds   node -> seconds spent in this run
+    running   nodes that run now
     facts     the other fields of `RunSummary`
     """
     return RunSummary(
         error=None if error is None else _storable(error),
-        stages=stage_runs(planned, made, failed or {}, seconds or {}),
+        stages=stage_runs(planned, made, failed or {}, seconds or {}, running),
         scores=collect_scores(made),
         **facts,
     )
@@ -100,9 +126,11 @@ class ScoreCell:
     value: str  # 0.703 ± 0.020
     num_samples: str
     limited: bool
+    notes: tuple[str, ...] = ()  # near chance; 3 empty; 12 cut at the limit
 
     def __str__(self) -> str:
-        return f"{self.value} (n = {self.num_samples}{', part of the task' if self.limited else ''})"
+        notes = (", part of the task" if self.limited else "") + "".join(f", {note}" for note in self.notes)
+        return f"{self.value} (n = {self.num_samples}{notes})"
 
 
 @dataclass(frozen=True)
@@ -122,6 +150,11 @@ class ScoreTable:
     names: tuple[str, ...]  # heads of the names of a row
     columns: tuple[str, ...]
     rows: tuple[ScoreRow, ...]
+
+    @property
+    def has_near_chance(self) -> bool:
+        """Whether a score is within noise of chance."""
+        return any("near chance" in cell.notes for row in self.rows for cell in row.cells if cell)
 
     @property
     def has_limited(self) -> bool:
@@ -154,7 +187,14 @@ def score_tables(scores: Sequence[RunScore]) -> list[ScoreTable]:
 
 def score_cell(score: Measurement) -> ScoreCell:
     """One score as text."""
-    return ScoreCell(text.score(score.value, score.stderr), f"{score.num_samples:,}", score.limited)
+    counts, is_near_chance = {}, False
+    if isinstance(score, RunScore):
+        counts, is_near_chance = score.counts, score.is_near_chance
+    elif isinstance(score, Score):
+        counts, is_near_chance = odd_answers(score), score.details.get("is_near_chance") is True
+    notes = [f"{count:,} {words}" for words, count in counts.items()]
+    notes = ["near chance", *notes] if is_near_chance else notes
+    return ScoreCell(text.score(score.value, score.stderr), f"{score.num_samples:,}", score.limited, tuple(notes))
 
 
 def _score_row(names: tuple[str, ...], scores: Sequence[RunScore | None]) -> ScoreRow:
@@ -170,7 +210,14 @@ def _source(score: RunScore) -> str:
 def markdown(summary: RunSummary) -> str:
     """The final Markdown artifact: scores, stages, paths."""
     seconds = text.seconds_between(summary.started_at, summary.finished_at)
-    page = render("run.md.jinja", summary=summary, seconds=seconds, tables=score_tables(summary.scores))
+    page = render(
+        "run.md.jinja",
+        summary=summary,
+        seconds=seconds,
+        tables=score_tables(summary.scores),
+        headline=verdict.headline(summary.verdict),
+        sentences=verdict.sentences(summary.verdict),
+    )
     return page.rstrip() + "\n"
 
 

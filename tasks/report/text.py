@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from datetime import datetime
 
-from smoltulu.artifacts.readable import clean, duration, number, percent, score, seconds_between, size  # noqa: F401
+from smoltulu.artifacts.readable import (  # noqa: F401
+    clean,
+    duration,
+    number,
+    percent,
+    score,
+    seconds_between,
+    size,
+    visible,
+)
 from smoltulu.schemas.recipe import Recipe
 
 SHORT_KEY = 8

@@ -18,7 +18,6 @@ FIXED: dict[str, Any] = {
     "optim_args": None,
     "optim_target_modules": None,
     "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
     "lr_scheduler_kwargs": None,
     "label_smoothing_factor": 0.0,
     "neftune_noise_alpha": None,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.tasks.stage import Diverged
 from smoltulu.tasks.trainer.even_rows import is_blank
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ WINDOW = 50
 GROWTH = 1.5
 #: ... and by more than this: the mean of a loss near 0 doubles by chance.
 MIN_RISE = 0.1
+_ZERO = "loss is exactly 0"
 _SHOWN_ROWS = 8
 _SHOWN_CHARACTERS = 60
 
@@ -51,7 +53,7 @@ def fault_of_step(losses: Sequence[float], grad_norms: Sequence[float], zero_is_
         if not math.isfinite(grad_norm):
             return f"gradient norm is {grad_norm} (loss {loss:.4g})"
     if zero_is_fault and any(loss == 0 for loss in losses):
-        return "loss is exactly 0"
+        return _ZERO
     return None
 
 
@@ -183,7 +185,7 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
             if fault is not None:
                 rows = gather_object(rows_where(lambda loss: is_corrupt(loss, rule.zero_is_fault)))
                 rows = rows or gather_object(rows_where(lambda loss: True))
-                raise ValueError(
+                raise (ValueError if fault == _ZERO else Diverged)(
                     f"{fault} at step {state.global_step + 1:,}; the checkpoints before it are kept. {_listed(rows)}. "
                     + _advice(fault)
                 )
@@ -192,7 +194,7 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if control.should_save and not _all_finite(trainer.model):
-                raise ValueError(
+                raise Diverged(
                     f"weights hold NaN or infinity after step {state.global_step:,}, though loss and gradient were "
                     "finite: no checkpoint of them was written, those before it are kept. Lower learning_rate"
                 )
@@ -203,7 +205,7 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
             self.means.add(state.global_step, logs["loss"])
             means = self.means.early_and_late()
             if means is not None and has_diverged(*means):
-                raise ValueError(
+                raise Diverged(
                     f"the training diverges: at step {state.global_step:,} the mean loss of the last {WINDOW} steps is "
                     f"{means[1]:.4g}, that of the first {WINDOW} after warm-up was {means[0]:.4g}, and more than "
                     f"{GROWTH:g} times as much ends a training; the checkpoints before it are kept. Lower "

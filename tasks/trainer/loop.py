@@ -127,6 +127,7 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
         "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_ratio,  # transformers 5: below one it is a share of all steps
         "weight_decay": settings.weight_decay,
+        "adam_beta2": settings.adam_beta2,
         "adam_epsilon": settings.adam_epsilon,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,

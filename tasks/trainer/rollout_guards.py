@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.held_out import RolloutGuards
+from smoltulu.tasks.stage import Diverged
 from smoltulu.tasks.trainer.signal import METRIC
 
 if TYPE_CHECKING:
@@ -153,6 +154,6 @@ def rollout_guards(guards: RolloutGuards, num_warmup_steps: int = 0) -> TrainerC
             for rule in rules:
                 mean = self.means[rule.name].mean() if rule.metric in (logs or {}) else None
                 if mean is not None and rule.is_broken(mean):
-                    raise ValueError(said_of(rule, mean, state.global_step, guards.window))
+                    raise Diverged(said_of(rule, mean, state.global_step, guards.window))
 
     return RolloutGuard()

@@ -33,7 +33,7 @@ def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def test_every_preset_is_valid() -> None:
-    assert {"smoltulu-1130", "smoltulu-1207", "tulu3-8b", "tiny", "real-small"} <= set(preset_names())
+    assert {"smoltulu-1130", "smoltulu-1207", "tulu3-8b", "tiny", "real-small", "real-135m"} <= set(preset_names())
     for name in preset_names():
         assert load_recipe(name).name == name
 

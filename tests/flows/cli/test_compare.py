@@ -62,9 +62,10 @@ def test_two_models_by_stage_of_a_run_by_key_and_by_evaluation(store: HandStore,
     [row] = compared("brave-fox:sft", "brave-fox:dpo")
     assert row == {
         "task": "gsm8k", "metric": "exact_match,strict", "before": "0.2500", "after": "0.7500",
-        # 20 of 40 gained: standard error sqrt(0.25 / 39)
-        "difference": "+0.5000 ± 0.1569", "items": "40", "lost, gained": "0, 20", "p": f"{2 / 2**20:.3g}",
-        "p (Holm)": f"{2 / 2**20:.3g}", "visible": "0.3132", "verdict": "gain",
+        # One more each way: 20 / 42, and 2.023 times the root of (40^2 * 0.25 / 39 + 2 + 2 * 40 * 0.25 / 42) / 42^2.
+        "difference": "+0.5000", "interval": "+0.3043 to +0.6480", "items": "40",
+        "lost, gained": "0, 20", "p": f"{2 / 2**20:.3g}", "p (Holm)": f"{2 / 2**20:.3g}",
+        "visible": "0.3132", "verdict": "gain",
     }  # fmt: skip
     for names in (("sft", "dpo"), ("evaluation-sft", "evaluation-dpo")):
         assert compared(*(evaluated[name].key for name in names)) == [row]
@@ -79,8 +80,9 @@ def test_two_models_by_stage_of_a_run_by_key_and_by_evaluation(store: HandStore,
 def test_what_cannot_be_compared_is_refused_with_what_can(store: HandStore, evaluated: dict[str, Ref]) -> None:
     other = evaluate(store, evaluated["sft"], 5, precision="bfloat16")
     said = call(store, "compare", evaluated["evaluation-dpo"].key, other.key, code=1).output
-    assert "measured in another precision: float32 -> bfloat16; evaluate both with one (evaluation.precision" in words(
-        said
+    assert (
+        "measured with another precision: float32 -> bfloat16; evaluate both with one (evaluation.precision"
+        in words(said)
     )
     said = call(store, "compare", evaluated["sft"].key, "brave-fox:dpo", code=1).output
     assert "was evaluated 2 times: evaluation/" in said
@@ -143,7 +145,7 @@ def test_folders_of_another_precision_are_not_compared(store: HandStore, tmp_pat
     other = lm_eval_folder(tmp_path / "other", {"config": {"model_dtype": "torch.bfloat16"}})
     assert "same" in call(store, "compare", one, one).output
     said = words(call(store, "compare", one, other, code=1).output)
-    assert "measured in another precision: float32 -> bfloat16" in said and "lm-eval: dtype in --model_args" in said
+    assert "measured with another precision: float32 -> bfloat16" in said and "lm-eval: dtype in --model_args" in said
 
 
 @pytest.mark.parametrize(("changes", "text", "said"), [
@@ -160,6 +162,95 @@ def test_damaged_folders_are_refused_without_a_traceback(
     if text is not None:
         (tmp_path / "one" / "results_2026.json").write_text(text)
     assert said in words(call(store, "compare", one, one, code=1).output)
+
+
+def test_folders_of_other_generation_settings_are_not_compared(store: HandStore, tmp_path: Path) -> None:
+    """Greedy and sampled answers to the same prompts were once compared."""
+
+    def configs(temperature: float, **model: Any) -> dict[str, Any]:
+        task = {"output_type": "generate_until", "generation_kwargs": {"until": [], "temperature": temperature}}
+        return {"configs": {"t": task}, "config": {"model_dtype": "torch.float32", "model": "hf", "model_args": model}}
+
+    greedy = lm_eval_folder(tmp_path / "greedy", configs(0.0))
+    sampled = lm_eval_folder(tmp_path / "sampled", configs(1.0))
+    [row] = json.loads(call(store, "compare", greedy, sampled, "--json").stdout)
+    assert row["verdict"] == (
+        'not comparable: another generation settings: {"temperature": 0.0, "until": []} -> '
+        '{"temperature": 1.0, "until": []}'
+    )
+    bos = lm_eval_folder(tmp_path / "bos", configs(0.0, pretrained="b", add_bos_token=True))
+    other = lm_eval_folder(tmp_path / "other", configs(0.0, pretrained="a", batch_size=8))
+    [row] = json.loads(call(store, "compare", greedy, bos, "--json").stdout)
+    assert row["verdict"] == 'not comparable: another model settings: None -> {"add_bos_token": "True"}'
+    assert json.loads(call(store, "compare", greedy, other, "--json").stdout)[0]["verdict"] == "same"
+    vllm = lm_eval_folder(tmp_path / "vllm", {"config": {"model_dtype": "torch.float32", "model": "vllm"}})
+    said = words(call(store, "compare", greedy, vllm, code=1).output)
+    assert "measured with another backend: transformers -> vllm; evaluate both with one (lm-eval: --model hf)" in said
+
+
+def test_groups_and_instructions_of_folders_are_compared(store: HandStore, tmp_path: Path) -> None:
+    """A group of six subsets whose means count alike, a group of groups, and a metric of several parts an item."""
+    subsets = [f"s{i}" for i in range(6)]
+
+    def folder(name: str, num_right: int) -> str:
+        made = tmp_path / name
+        made.mkdir()
+        sizes = {subset: 4 + 2 * number for number, subset in enumerate(subsets)}
+        for subset, size in sizes.items():
+            rows = [
+                {"doc_id": i, "filter": "none", "metrics": ["acc", "parts"], "acc": float(i < num_right),
+                 "parts": [i < num_right, True], "resps": [["x"]], "target": "x",
+                 "doc_hash": f"{subset}{i}", "prompt_hash": "p", "target_hash": "t"}
+                for i in range(size)
+            ]  # fmt: skip
+            (made / f"samples_{subset}_2026.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        means = {subset: min(num_right, size) / size for subset, size in sizes.items()}
+        macro = sum(means.values()) / 6
+        results = {
+            "results": {one: {"acc,none": mean, "parts,none": (mean + 1) / 2} for one, mean in means.items()},
+            "groups": {"bbh": {"acc,none": macro, "alias": "bbh"}, "all": {"acc,none": macro}},
+            "group_subtasks": {"all": ["bbh"], "bbh": subsets}, "n-shot": dict.fromkeys([*subsets, "bbh", "all"], 0),
+            "versions": dict.fromkeys([*subsets, "bbh"], 1),
+            "n-samples": {s: {"effective": n} for s, n in sizes.items()},
+            "config": {"model_dtype": "torch.float32", "model": "hf"}, "lm_eval_version": "0.4.13",
+            "higher_is_better": {one: {"acc": True} for one in [*subsets, "bbh"]},
+        }  # fmt: skip
+        (made / "results_2026.json").write_text(json.dumps(results))
+        return str(made)
+
+    one, two = folder("one", 4), folder("two", 3)
+    rows = {row["task"]: row for row in json.loads(call(store, "compare", one, two, "--json").stdout)}
+    assert set(rows) == {f"{name} acc,none" for name in (*subsets, "bbh", "all")} | {f"{s} parts,none" for s in subsets}
+    # One of 4, 6, 8, 10, 12, 14 lost: the mean of the shares.
+    lost = sum(1 / size for size in (4, 6, 8, 10, 12, 14)) / 6
+    assert rows["bbh acc,none"]["difference"] == rows["all acc,none"]["difference"] == f"{-lost:+.4f}"
+    assert (rows["bbh acc,none"]["items"], rows["bbh acc,none"]["lost, gained"]) == ("54", "6, 0")
+    assert rows["bbh acc,none"]["p"] == f"{2 / 2**6:.3g}"
+    assert rows["s0 parts,none"]["difference"] == "-0.1250" and rows["s0 parts,none"]["lost, gained"] == "1, 0"
+    shown = words(call(store, "compare", one, two).output)
+    assert f"bbh acc,none: of other members like its 6 (each one value): {-lost:+.4f} [" in shown
+
+
+def test_bits_per_byte_that_rise_are_a_drop(store: HandStore, tmp_path: Path) -> None:
+    def folder(name: str, bits: float) -> str:
+        values = {"metrics": ["bits_per_byte"], "bits_per_byte": bits}
+        whole = {"results": {"t": {"bits_per_byte,none": bits}}, "n-samples": {"t": {"effective": 12}}}
+        made = lm_eval_folder(tmp_path / name, whole, **values)
+        rows = (tmp_path / name / "samples_t_2026.jsonl").read_text().splitlines()
+        many = [json.loads(rows[0]) | {"doc_id": i, "doc_hash": f"d{i}"} for i in range(12)]
+        (tmp_path / name / "samples_t_2026.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+        return made
+
+    low, high = folder("low", 1.0), folder("high", 1.25)
+    [row] = json.loads(call(store, "compare", low, high, "--json").stdout)
+    assert (row["difference"], row["lost, gained"], row["verdict"]) == ("+0.2500", "12, 0", "drop")
+    assert "is better when it is lower" in call(store, "compare", low, high).output
+    assert (
+        json.loads(call(store, "compare", high, low, "--metric", "bits_per_byte", "--json").stdout)[0]["verdict"]
+        == "gain"
+    )
+    said = call(store, "compare", low, high, "--metric", "acc", code=1).output
+    assert "neither evaluation has a task with the metric 'acc'; leave --metric out" in words(said)
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ import pytest
 
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.tasks.comparison.evaluations import Comparison, Measured, compare, flipped, measured, verdicts
+from smoltulu.tasks.evaluation.lm_eval import _compact
+from smoltulu.tasks.evaluation.samples import write_samples
 
 SCORE = {
     "task": "gsm8k", "metric": "exact_match,strict-match", "num_samples": 4, "num_fewshot": 5,
@@ -75,7 +77,7 @@ def test_a_group_is_compared_by_its_members(tmp_path: Path) -> None:
         return evaluation(tmp_path / name, rows, [group], results)
 
     last, tonight = night("last", 1.0), night("tonight", 0.0)
-    assert {item.cluster for item in last["bbh"].items.values()} == {"bbh_navigate", "bbh_snarks"}
+    assert {item.member for item in last["bbh"].items.values()} == {"bbh_navigate", "bbh_snarks"}
     made = one(last, tonight)
     assert made.test is not None and (made.test.num_items, made.test.num_lost) == (8, 8)
     assert verdicts([made], 0.05)[0][2] == "drop"
@@ -218,3 +220,221 @@ def test_a_task_that_is_named_twice_is_judged_twice(tmp_path: Path) -> None:
     assert counts == {
         "gsm8k": (40, 6, 2 / 2**6), "gsm8k exact_match,flexible-extract": (40, 0, 1.0), "maths": (40, 6, 2 / 2**6),
     }  # fmt: skip
+
+
+# --- Clusters, composites, directions -------------------------------------------------------------------------------
+
+
+def instructions(folder: Path, kept: list[list[bool]], metric: str, value: float) -> dict[str, Measured]:
+    """Prompts of IFEval, each with whether its instructions were followed."""
+    rows = [
+        sample(i, 0.0, task="ifeval", filter="none", metrics={}, parts={metric.partition(",")[0]: of})
+        for i, of in enumerate(kept)
+    ]
+    score = SCORE | {"task": "ifeval", "metric": metric, "value": value, "num_fewshot": 0}
+    return evaluation(folder, rows, [score])
+
+
+def test_instructions_are_resampled_by_prompt(tmp_path: Path) -> None:
+    """Twelve of thirty instructions lost are four of ten prompts, p = 2 / 2^4; as items they were 2 / 2^12."""
+    name = "inst_level_strict_acc,none"
+    before = instructions(tmp_path / "before", [[True] * 3] * 10, name, 1.0)
+    after = instructions(tmp_path / "after", [[False] * 3] * 4 + [[True] * 3] * 6, name, 18 / 30)
+    made = one(before, after)
+    assert made.test is not None and (made.test.num_items, made.test.num_lost) == (10, 4)
+    assert made.test.p_value == 0.125 and made.test.difference == pytest.approx(-0.4)
+    assert [(old.value, new.value) for old, new in flipped(before["ifeval"], after["ifeval"])] == [(1.0, 0.0)] * 4
+
+
+def test_the_share_of_instructions_weighs_prompts_by_their_number(tmp_path: Path) -> None:
+    """Prompts of 1 and 3 instructions: 3 of 4 kept before, 1 of 4 after, so -0.5; by prompt it would be -1/2 + 1/2."""
+    name = "inst_level_strict_acc,none"
+    made = one(
+        instructions(tmp_path / "before", [[False], [True, True, True]], name, 0.75),
+        instructions(tmp_path / "after", [[True], [False, False, False]], name, 0.25),
+    )
+    assert made.test is not None and made.test.difference == -0.5
+    assert (made.test.num_lost, made.test.num_gained, made.test.p_value) == (1, 1, 1.0)
+
+
+def test_a_score_of_prompts_and_instructions_is_compared(tmp_path: Path) -> None:
+    """IFEval's average: half by prompt, half by instruction. Before (1/2 + 3/4) / 2, after (0 + 2/4) / 2."""
+    before = instructions(tmp_path / "before", [[True, True], [True, False]], "average_strict,none", 0.625)
+    after = instructions(tmp_path / "after", [[True, False], [True, False]], "average_strict,none", 0.25)
+    made = one(before, after)
+    assert made.test is not None and made.test.difference == pytest.approx(-0.375)
+    assert (made.test.num_lost, made.test.num_gained) == (1, 0)
+    wrong = instructions(tmp_path / "wrong", [[True, False], [True, False]], "average_strict,none", 0.3)
+    assert one(before, wrong).reason == "the score is no mean of its items"
+
+
+def test_a_group_speaks_of_its_members_and_beside_it_of_others(tmp_path: Path) -> None:
+    """Eight subsets of four items, of each one lost: of these subsets p = 2 / 2^8; each a value, it is the same."""
+    subsets = [f"bbh_{i}" for i in range(8)]
+    results = {"bbh": {"n-samples": {name: {} for name in subsets}}}
+    group = SCORE | {"task": "bbh", "metric": "exact_match,get-answer"}
+
+    def night(name: str, num_lost: dict[str, int]) -> dict[str, Measured]:
+        rows = [
+            sample(i, float(i >= num_lost.get(task, 0)), task=task, filter="get-answer")
+            for task in subsets
+            for i in range(4)
+        ]
+        return evaluation(tmp_path / name, rows, [group], results)
+
+    last = night("last", {})
+    made = one(last, night("each", dict.fromkeys(subsets, 1)))
+    assert made.test is not None and made.over_members is not None
+    assert (made.test.num_items, made.test.p_value) == (32, 2 / 2**8)
+    # Within each subset one of four fell: its spread, not that between the subsets, which is none.
+    assert made.test.stderr == pytest.approx((0.25 / 32) ** 0.5)
+    assert (made.over_members.num_items, made.over_members.p_value) == (8, 2 / 2**8)
+    # Eight lost in two subsets are 2 / 2^8 of these subsets, and nothing of others: 2 of 8 fell.
+    made = one(last, night("two", {"bbh_0": 4, "bbh_1": 4}))
+    assert made.test is not None and made.over_members is not None
+    assert made.test.p_value == 2 / 2**8 and made.over_members.p_value == 0.5
+    few = one(
+        evaluation(tmp_path / "a", [sample(i, 1.0) for i in range(4)]),
+        evaluation(tmp_path / "b", [sample(i, 1.0) for i in range(4)]),
+    )
+    assert few.over_members is None
+
+
+def test_items_may_have_weights(tmp_path: Path) -> None:
+    """As RewardBench's, where a subset counts more than it has pairs: weights 3, 1, 1, 1."""
+
+    def night(name: str, right: list[float], value: float) -> dict[str, Measured]:
+        rows = [
+            {"task": "pairs", "id": str(i), "right": bool(one), "weight": 3.0 if i == 0 else 1.0}
+            for i, one in enumerate(right)
+        ]
+        return evaluation(tmp_path / name, rows, [SCORE | {"task": "pairs", "metric": "accuracy", "value": value}])
+
+    made = one(night("before", [1, 0, 0, 1], 4 / 6), night("after", [0, 0, 1, 1], 2 / 6))
+    assert made.test is not None and made.test.difference == pytest.approx(-2 / 6)
+    assert (made.test.num_lost, made.test.num_gained) == (1, 1)
+
+
+def test_subsets_of_a_reward_benchmark_are_strata(tmp_path: Path) -> None:
+    """Two pairs of one subset, six of another; the score is the mean of the subsets' means."""
+
+    def night(name: str, right: set[int], value: float) -> dict[str, Measured]:
+        rows = [{"task": "pairs", "id": str(i), "right": i in right, "subset": "a" if i < 2 else "b"} for i in range(8)]
+        return evaluation(tmp_path / name, rows, [SCORE | {"task": "pairs", "metric": "accuracy", "value": value}])
+
+    made = one(night("before", {0, 1, 2, 3, 4}, 0.75), night("after", {0, 2, 3, 4}, 0.5))
+    assert made.test is not None and made.test.difference == pytest.approx(-0.25)
+    # One of two fell by 8 / (2 * 2): variance 2 within its subset.
+    assert made.test.stderr == pytest.approx((2 * 2) ** 0.5 / 8)
+
+
+def test_a_rise_of_what_is_better_lower_is_a_drop(tmp_path: Path) -> None:
+    def night(name: str, bits: float, **details: Any) -> dict[str, Measured]:
+        rows = [sample(i, 0.0, metrics={"bits_per_byte": bits + i / 100}, filter="none") for i in range(30)]
+        value = bits + sum(range(30)) / 3000
+        return evaluation(
+            tmp_path / name, rows, [SCORE | {"metric": "bits_per_byte,none", "value": value, "details": details}]
+        )
+
+    last, tonight = night("last", 1.0), night("tonight", 1.1)
+    worse, better = one(last, tonight), one(tonight, last)
+    assert worse.test is not None and (worse.test.num_lost, worse.test.num_gained) == (30, 0)
+    assert worse.test.difference == pytest.approx(-0.1) and worse.gain == pytest.approx(-0.1)
+    assert worse.test.low < -0.1 < worse.test.high < 0 and worse.after - worse.before == pytest.approx(0.1)
+    assert verdicts([worse, better], 0.05)[0][2] == "drop" and verdicts([worse, better], 0.05)[1][2] == "gain"
+    assert flipped(last["gsm8k"], tonight["gsm8k"])[0][1].value > 1.1 - 1e-9
+    # A score may say it itself.
+    made = one(night("up", 1.0, higher_is_better=True), night("up too", 1.1, higher_is_better=True))
+    assert verdicts([made], 0.05)[0][2] == "gain"
+
+
+def test_another_metric_of_the_same_items_can_judge(tmp_path: Path) -> None:
+    """Accuracy is at its floor in both; the bits of the right answer moved."""
+
+    def night(name: str, bits: float) -> dict[str, Measured]:
+        rows = [sample(i, 0.0) for i in range(8)]
+        for row in rows:
+            row["metrics"]["bits_per_byte"] = bits
+        evaluation(tmp_path / name, rows)
+        kept = {"metrics": {"exact_match,strict-match": 0.0, "bits_per_byte,strict-match": bits}}
+        return measured(tmp_path / name, outputs([SCORE | {"value": 0.0, "details": kept}]), "bits_per_byte")
+
+    made = one(night("last", 2.0), night("tonight", 1.5))
+    assert made.metric == "bits_per_byte,strict-match" and made.test is not None
+    assert made.test.num_gained == 8 and verdicts([made], 0.05)[0][2] == "gain"
+    assert measured(tmp_path / "last", outputs([SCORE | {"value": 0.0}]), "bits_per_byte") == {}
+
+
+def test_another_way_to_generate_is_named(tmp_path: Path) -> None:
+    rows = [sample(i, 1.0) for i in range(4)]
+    for name, values, words in (
+        ("backend", ("transformers", "vllm"), "backend"),
+        ("dtype", ("float32", "bfloat16"), "precision"),
+        ("generation", ('{"temperature": 0}', '{"temperature": 1}'), "generation settings"),
+        ("max_gen_toks", (256, 512), "length of answers"),
+    ):
+        sides = [
+            evaluation(tmp_path / f"{name} {i}", rows, [SCORE | {"details": {name: value}}])
+            for i, value in enumerate(values)
+        ]
+        assert one(*sides).reason == f"another {words}: {values[0]} -> {values[1]}"
+
+
+def test_parts_and_texts_of_a_file_of_ours(tmp_path: Path) -> None:
+    """As Parquet holds them; what a comparison does not show it does not read."""
+    name = "inst_level_strict_acc,none"
+    rows = [
+        sample(i, 0.0, task="ifeval", filter="none", metrics={}, entry=0, parts={"inst_level_strict_acc": [1.0, i % 2]})
+        for i in range(4)
+    ]
+    write_samples(tmp_path / "samples.parquet", rows)
+    made = outputs([SCORE | {"task": "ifeval", "metric": name, "value": 0.75}])
+    made = made.model_copy(update={"samples_file": "samples.parquet", "results_file": None})
+    for texts in (True, False):
+        items = list(measured(tmp_path, made, texts=texts)["ifeval"].items.values())
+        assert [item.parts for item in items] == [(1.0, 0.0), (1.0, 1.0)] * 2
+        assert ("completion" in items[0].row) == texts
+    [one_of] = compare("", measured(tmp_path, made), measured(tmp_path, made, texts=False))
+    assert one_of.test is not None and one_of.test.num_items == 4
+
+
+def test_instructions_of_lm_eval_become_parts() -> None:
+    known = {
+        "doc_id": 1, "filter": "none", "target": 0, "doc_hash": "d", "prompt_hash": "p", "target_hash": "t",
+        "arguments": [["asked"]], "resps": [["answered"]], "filtered_resps": ["answered"],
+        "metrics": ["prompt_level_strict_acc", "inst_level_strict_acc", "odd"], "prompt_level_strict_acc": False,
+        "inst_level_strict_acc": [True, False], "odd": ["a"],
+    }  # fmt: skip
+    made = _compact("ifeval", known)
+    assert made["parts"] == {"inst_level_strict_acc": [1.0, 0.0]}
+    assert made["metrics"] == {"prompt_level_strict_acc": False}
+
+
+def test_seven_of_forty_over_seven_tasks_are_no_drop(tmp_path: Path) -> None:
+    """Exact p is 2 / 2^7 = 0.016, seven times that 0.11. The normal approximation says 0.004, and 0.03: a drop."""
+    from scipy.stats import norm
+
+    names = ["gsm8k", *(f"task{i}" for i in range(6))]
+
+    def night(name: str, num_lost: int) -> dict[str, Measured]:
+        rows = [sample(i, float(task != "gsm8k" or i >= num_lost), task=task) for task in names for i in range(40)]
+        scores = [SCORE | {"task": task, "value": 1 - num_lost / 40 * (task == "gsm8k")} for task in names]
+        return evaluation(tmp_path / name, rows, scores)
+
+    last = night("last", 0)
+    judged = {one.task: (p, verdict) for one, p, verdict in verdicts(compare("", last, night("seven", 7)), 0.05)}
+    assert judged["gsm8k"] == (pytest.approx(7 * 2 / 2**7), "within noise") and len(judged) == 7
+    changes = [-1.0] * 7 + [0.0] * 33
+    mean = sum(changes) / 40
+    stderr = (sum((change - mean) ** 2 for change in changes) / 39 / 40) ** 0.5
+    assert 7 * 2 * norm.cdf(mean / stderr) < 0.05
+    # Eleven are one: 2 / 2^11.
+    judged = {one.task: (p, verdict) for one, p, verdict in verdicts(compare("", last, night("eleven", 11)), 0.05)}
+    assert judged["gsm8k"] == (pytest.approx(7 * 2 / 2**11), "drop")
+
+
+def test_two_of_two_lost_are_no_drop(tmp_path: Path) -> None:
+    last = evaluation(tmp_path / "last", [sample(i, 1.0) for i in range(2)])
+    made = one(last, evaluation(tmp_path / "tonight", [sample(i, 0.0) for i in range(2)]))
+    assert made.test is not None and made.test.p_value == 0.5
+    assert verdicts([made], 0.05) == [(made, 0.5, "within noise")]

@@ -69,7 +69,8 @@ def test_all_tests_of_a_night_are_one_family_whatever_they_are_against() -> None
 
 def test_a_change_below_the_minimum_effect_is_no_loss_however_sure() -> None:
     def sure(difference: float) -> str:
-        test = PairedTest(100_000, 100_000, difference, 1e-4, 1e-12, 900, 0)
+        ends = {"low": difference - 2e-4, "high": difference + 2e-4}
+        test = PairedTest(100_000, 100_000, difference, 1e-4, p_value=1e-12, num_lost=900, num_gained=0, **ends)
         return verdict_of(Comparison("sft", "a", "acc", 0.5, 0.5 + difference, test), 1e-12)
 
     assert (sure(-MIN_EFFECT), sure(-MIN_EFFECT * 0.99), sure(0.5)) == ("loss", "watch", "gain")
@@ -117,7 +118,7 @@ def test_the_table_of_a_night() -> None:
 
 def measured(**items: dict[str, Any]) -> Measured:
     score = Score(task="a", metric="acc", value=1.0, num_samples=2, harness="h", task_version="1", template_digest="t")
-    return Measured(score, {name: Item(1.0, "p", "", row) for name, row in items.items()})
+    return Measured(score, {name: Item(1.0, "p", row=row) for name, row in items.items()})
 
 
 def test_the_same_weights_give_the_same_samples_or_the_harness_changed() -> None:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smoltulu.tasks.comparison.paired import exact_mcnemar, holm, paired_test, sign_flips, smallest_visible
+from smoltulu.tasks.comparison.paired import (
+    clustered_test,
+    exact_mcnemar,
+    holm,
+    paired_test,
+    sign_flips,
+    smallest_visible,
+)
 
 
 @pytest.mark.parametrize(("num_lost", "num_gained", "p_value"), [
@@ -124,3 +134,120 @@ def test_what_is_no_number_is_refused() -> None:
     for odd in (math.nan, math.inf):
         with pytest.raises(ValueError, match=r"needs numbers; 1 of 4 items have none, e\.g\. \['2'\]"):
             paired_test(before, before | {"2": odd})
+
+
+# --- Clusters, strata, intervals ------------------------------------------------------------------------------------
+
+
+def test_mcnemar_as_scipy_does() -> None:
+    from scipy.stats import binomtest
+
+    draw = random.Random(0)
+    for _ in range(200):
+        num_lost, num_gained = draw.randrange(60), draw.randrange(1, 60)
+        expected = binomtest(num_lost, num_lost + num_gained, 0.5).pvalue
+        assert exact_mcnemar(num_lost, num_gained) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_interval_is_bonett_and_prices() -> None:
+    """Of 40 items 4 lost and 1 gained: (2 - 5) / 42 and the root of (7 / 42 - (3 / 42)^2) / 42, times t(39) = 2.0227.
+
+    Theirs divides the squares by n, ours by n - 1 as the standard error does: 1 / 39 of the spread more.
+    """
+    before = {str(i): float(i < 20) for i in range(40)}
+    changed = {"0": 0.0, "1": 0.0, "2": 0.0, "3": 0.0, "30": 1.0}
+    made = paired_test(before, before | changed)
+    half = 2.0227 * math.sqrt((7 / 42 - (3 / 42) ** 2) / 42)
+    assert made.low == pytest.approx(-3 / 42 - half, abs=2e-3) and made.high == pytest.approx(-3 / 42 + half, abs=2e-3)
+    assert made.low < made.difference < made.high
+
+
+@pytest.mark.parametrize("change", [-0.5, 0.0, -1.0])
+def test_an_interval_is_never_without_width(change: float) -> None:
+    """A hundred items that all changed alike once had +- 0.0000; a hundred and first need not change so."""
+    before = {str(i): 1.0 for i in range(100)}
+    made = paired_test(before, {item: value + change for item, value in before.items()})
+    assert made.stderr == 0 and made.difference == change
+    assert made.low < change < made.high or made.low == pytest.approx(change, abs=0.02)
+    assert 0.01 < made.high - made.low < 0.08
+    # Where none changed it is as of one lost and one gained of 102.
+    if not change:
+        assert made.high == -made.low == pytest.approx(1.9842 * math.sqrt(2) / 102, abs=1e-4)
+
+
+def test_strata_are_in_every_sample() -> None:
+    """Differences 1, 1, 0, 0 and -1, -1, 0, 0: within the strata variance is 1/3 each, about the common mean 4/7."""
+    before = {f"{stratum}{i}": 0.5 for stratum in "ab" for i in range(4)}
+    after = before | {"a0": 1.5, "a1": 1.5, "b0": -0.5, "b1": -0.5}
+    together, within = paired_test(before, after), paired_test(before, after, stratum_of={k: k[0] for k in before})
+    assert together.stderr == pytest.approx(math.sqrt(4 / 7 / 8))
+    assert within.stderr == pytest.approx(math.sqrt(1 / 3 / 8)) and within.p_value == together.p_value == 1.0
+    with pytest.raises(ValueError, match="cluster 'x' is in two strata, 'a' and 'b'; give it one"):
+        paired_test(before, after, dict.fromkeys(before, "x"), {item: item[0] for item in before})
+    # Strata of one item have no spread of their own, and are taken as one.
+    alone = paired_test(before, after, stratum_of={item: item for item in before})
+    assert alone.stderr == together.stderr
+
+
+def _right_and_wrong(draw: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """12 % of the items change, by 0.02 more gained than lost."""
+    return draw.choice([-1.0, 0.0, 1.0], num, p=[0.05, 0.88, 0.07]), np.zeros(num, int), 0.02
+
+
+def _instructions(draw: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Prompts of one to three instructions, of which those of a prompt fall or rise together in half of the cases."""
+    sizes, together = 1 + np.arange(num) % 3, draw.random(num) < 0.5
+    steps = draw.choice([-1.0, 0.0, 1.0], (num, 3), p=[0.10, 0.82, 0.08])
+    steps[together] = steps[together, :1]
+    sums = (steps * (np.arange(3) < sizes[:, None])).sum(1)
+    return sums / sizes.mean(), np.zeros(num, int), -0.02
+
+
+def _subsets(draw: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Ten subsets that count alike, some large and some small, each with a change of its own."""
+    strata = np.minimum(np.arange(num) * 20 // num, 9)
+    sizes, changes = np.bincount(strata), np.linspace(-0.08, 0.08, 10)
+    values = draw.random(num)
+    steps = (values < (0.2 + changes[strata]) / 2).astype(float) - (values > 1 - (0.2 - changes[strata]) / 2)
+    return steps * num / 10 / sizes[strata], strata, 0.0
+
+
+def _shares(draw: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Shares of four samples, before and after; most prompts are always right or never."""
+    rates = draw.beta(0.5, 0.5, num)
+    after, before = draw.binomial(4, rates), draw.binomial(4, rates)
+    return (after - before) / 4, np.zeros(num, int), 0.0
+
+
+KINDS = (_right_and_wrong, _instructions, _subsets, _shares)
+
+
+@pytest.mark.parametrize("num_items", [40, 541, 10042])
+@pytest.mark.parametrize("kind", KINDS)
+def test_intervals_cover(kind: Callable[..., Any], num_items: int) -> None:
+    """95 % of them hold the true change: of 1,000 all but 50, and no more than chance allows (4 x 6.9)."""
+    draw = np.random.default_rng(num_items)
+    missed = 0
+    for _ in range(1000):
+        differences, strata, truth = kind(draw, num_items)
+        is_counted = kind is _right_and_wrong
+        _, low, high, _ = clustered_test(differences, strata, is_counted=is_counted, reach=1.0)
+        missed += not low <= truth <= high
+    assert missed <= 77
+    assert missed >= 22 or num_items == 40  # nor are they too wide
+
+
+@pytest.mark.parametrize("num_items", [40, 541, 10042])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equally_good_models_differ_in_5_percent(kind: Callable[..., Any], num_items: int) -> None:
+    """Under no change (each difference with a random sign) 50 of 1,000 lie under 0.05; under 0.001 it is one."""
+    draw = np.random.default_rng(num_items + 1)
+    p_values = []
+    for _ in range(1000):
+        differences, strata, _ = kind(draw, num_items)
+        signs = draw.choice([-1.0, 1.0], num_items)
+        is_counted = kind is _right_and_wrong
+        p_values.append(clustered_test(differences * signs, strata, is_counted=is_counted, reach=1.0)[3])
+    assert sum(p < 0.05 for p in p_values) <= 77 and sum(p < 0.001 for p in p_values) <= 5
+    # Exact tests of few changes say less; of many they spend what they may.
+    assert sum(p < 0.05 for p in p_values) >= 22 or num_items == 40

@@ -204,7 +204,7 @@ print("outcome", run_stage(job, store, logging.getLogger()).outcome, flush=True)
 def test_killed_in_the_middle_of_a_task_it_goes_on_and_gives_the_same_samples(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """SIGKILL, for real. A shard has 16 items here."""
+    """SIGKILL, for real. A shard has 4 items here: two batches of two."""
     file, killed = rows_of(tmp_path, 200), Store(tmp_path / "killed")
     process = subprocess.Popen([sys.executable, "-c", _RUN, str(killed.root), str(file)])
     deadline = time.monotonic() + 300

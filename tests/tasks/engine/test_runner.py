@@ -124,9 +124,7 @@ def sft_job(folder: Path) -> Job:
     return Job("sft", stage, settings, compute, spec, inputs)
 
 
-@pytest.fixture(scope="module")
-def sft_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sft")
+def write_sft_world(folder: Path) -> Path:
     build_tiny_model(folder / "model")
     rows = [
         {"id": f"0:{i}", "messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": str(i)}]}
@@ -137,6 +135,11 @@ def sft_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = training_inputs("sft", before, folder / "model", rows, sft_job(folder).config, COMPUTE)  # type: ignore[arg-type]
     shutil.copy(inputs.dataset, folder / "rows.parquet")
     return folder
+
+
+@pytest.fixture(scope="module")
+def sft_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sft_world(tmp_path_factory.mktemp("sft"))
 
 
 def start_sft(folder: Path, store: Path) -> subprocess.Popen[str]:

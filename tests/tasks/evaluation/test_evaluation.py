@@ -278,12 +278,13 @@ def test_tiny_tasks_and_sampling_end_to_end(tmp_path: Path, folder: Path) -> Non
     assert arithmetic.num_fewshot == 0 and arithmetic.stderr is not None
     assert metrics == {f"{score.task}/{score.metric}": score.value for score in outputs.scores}
     assert len(samples) == 5 + 3 + 6
-    assert samples[2]["target"] == "4" and samples[2]["metrics"] == {"exact_match": 0.0}
+    assert samples[2]["target"] == "4" and samples[2]["metrics"]["exact_match"] == 0.0
     assert len({sample["prompt_hash"] for sample in samples[:5]}) == 5
     # How each answer ended: these have at most 80 and 8 tokens.
     for sample, limit in [*((one, 80) for one in samples[:8]), *((one, 8) for one in samples[8:])]:
         assert sample["stop"] in ("eos", "length") and sample["is_truncated"] == (sample["stop"] == "length")
         assert sample["num_tokens"] == limit or (sample["stop"] == "eos" and 0 < sample["num_tokens"] <= limit)
+    assert samples[8]["prompt"].startswith("<|user|>\n") and samples[8]["target"], "the report shows what was asked"
     assert samples[0]["prompt"] == "<|user|>\nWhat is 0 plus 0?\n<|assistant|>\n"
     for score, rows in ((arithmetic, samples[:5]), (instruction, samples[5:8])):
         for mark, count in COUNTS.items():
@@ -368,7 +369,7 @@ def test_a_stock_definition_runs_over_local_files(tmp_path: Path, folder: Path, 
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"metric": "acc,none"}, r"no metric 'acc,none'; it reports: exact_match,strict-match"),
+        ({"metric": "acc,none"}, r"no metric 'acc,none'; it reports: .*exact_match,strict-match"),
         ({"num_fewshot": 3}, "defined without examples"),
         ({"files": {}}, "reads local files"),
         ({"files": {"test": {"repository": "openai/gsm8k", "format": "text"}}}, "got the repository"),

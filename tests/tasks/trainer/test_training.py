@@ -283,7 +283,8 @@ def test_every_setting_of_rlvr_reaches_trls_trainer(world: Path, tmp_path: Path)
     changes: dict[str, Any] = {
         "num_steps": 5, "num_generations": 4, "num_iterations": 2, "max_completion_length": 11, "temperature": 0.7,
         "beta": 0.25, "epsilon": 0.3, "loss_type": "dr_grpo", "scale_rewards": "batch", "weight_decay": 0.125,
-        "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "learning_rate": 0.02, "lr_scheduler_type": "cosine", "seed": 9,
+        "adam_beta2": 0.95, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "learning_rate": 0.02,
+        "lr_scheduler_type": "cosine", "seed": 9,
     }  # fmt: skip
     settings = STAGES["rlvr"][1].model_copy(update=changes | {"effective_batch_size": 8, "steps_per_generation": 3})
     args = build_rlvr(settings, inputs_of("rlvr", world, tmp_path), context(tmp_path, save_steps=7)).args

@@ -1,0 +1,124 @@
+"""`smoltulu tables`: scores of models side by side, and beside published ones. Needs no server, imports no torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from smoltulu.flows.cli.compare import evaluation_of
+from smoltulu.flows.cli.output import echo, failures
+from smoltulu.flows.cli.store import StoreOption, finished, open_catalogue
+
+if TYPE_CHECKING:
+    from smoltulu.artifacts.manifests import Ref
+    from smoltulu.artifacts.upkeep.catalogue import Catalogue
+    from smoltulu.schemas.published import PublishedTables
+    from smoltulu.tasks.tables.values import MeasuredModel
+
+
+class Form(StrEnum):
+    """How tables are written."""
+
+    markdown = "markdown"
+    latex = "latex"
+    html = "html"
+
+
+def tables(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            help="a run, or models and evaluations: RUN:STAGE (as tiny-…:sft), a tag, or first digits of a key"
+        ),
+    ],
+    table: Annotated[
+        list[str] | None,
+        typer.Option(help="stages, or 3, 6, 8, 9 of the paper, or another of the published file; several: 3,6,8,9"),
+    ] = None,
+    form: Annotated[Form, typer.Option("--format", help="how they are written")] = Form.markdown,
+    level: Annotated[float, typer.Option(min=1e-9, max=0.5, help="of significance, for all tests of a row")] = 0.05,
+    published: Annotated[
+        Path | None, typer.Option(help="a file of published figures of your own; default: the one that ships")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Show scores as tables: stages × tasks, and the paper's tables 3, 6, 8 and 9 with yours as further columns.
+
+    Bold is what is significantly better than all else in its row. What was measured otherwise than the published
+    figures is marked, with the reason. Without --table: every table of which something was measured.
+    """
+    from smoltulu.tasks.report.tables import FORMATS
+    from smoltulu.tasks.tables.build import tables_of
+
+    with failures():
+        catalogue = open_catalogue(store)
+        figures = _published(published)
+        models = _models(catalogue, what)
+        wanted = [name.strip() for names in table or () for name in names.split(",")]
+        made = tables_of(figures, models, wanted, level)
+        text = FORMATS[form.value](made)
+    for one in made:
+        if not one.has_scores:
+            echo(f"note: no model of {one.title!r} was measured by {', '.join(what)}", err=True)
+    echo(text.rstrip())
+
+
+def _published(file: Path | None) -> PublishedTables:
+    from smoltulu.flows.reading import Unreadable, read_file
+    from smoltulu.tasks.tables.published import load_published, parse_published
+
+    if file is None:
+        return load_published()
+    try:
+        return parse_published(read_file(file), str(file))
+    except Unreadable as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _models(catalogue: Catalogue, what: list[str]) -> list[MeasuredModel]:
+    """A column for each evaluation that is meant. ValueError: something that has none."""
+    from pydantic import ValidationError
+
+    from smoltulu.schemas.common import first_problem
+    from smoltulu.schemas.evaluation import EvaluationOutputs
+    from smoltulu.tasks.report.tables import measured_model, model_label
+
+    models: dict[Ref, MeasuredModel] = {}
+    for name in what:
+        for ref, prefix in _evaluations(catalogue, name).items():
+            folder, manifest = finished(catalogue, ref)
+            try:
+                outputs = EvaluationOutputs.model_validate(manifest["outputs"])
+            except ValidationError as error:
+                raise ValueError(
+                    f"{ref.stage}/{ref.key[:12]} is an evaluation of another version ({first_problem(error)}); "
+                    "evaluate this model again"
+                ) from None
+            config = manifest["spec"]["config"]
+            # One run needs no name; of several columns each says which it is.
+            label = " ".join(filter(None, (prefix if len(what) > 1 else "", model_label(outputs, config))))
+            model, problem = measured_model(label, outputs, config, folder)
+            if problem:
+                echo(f"note: {problem}", err=True)
+            models.setdefault(ref, model)
+    return list(models.values())
+
+
+def _evaluations(catalogue: Catalogue, what: str) -> dict[Ref, str]:
+    """Evaluations that a name stands for, and what tells them from others of the same stage."""
+    from smoltulu.artifacts.manifests import scores_of
+    from smoltulu.flows.cli.store_views import refs_of_run
+    from smoltulu.schemas.run import RunRecord
+
+    found = None if ":" in what else catalogue.resolve(what)
+    if not isinstance(found, RunRecord):
+        ref = evaluation_of(catalogue, what)
+        run, colon, _ = what.rpartition(":")
+        return {ref: run if colon else ref.key[:8]}
+    made = {ref: found.run_name for ref in refs_of_run(found).values() if scores_of(catalogue.known(ref))}
+    if not made:
+        raise ValueError(f"{found.run_name} has no finished evaluation; run it up to evaluation, or name another run")
+    return made

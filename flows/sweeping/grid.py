@@ -1,0 +1,114 @@
+"""From the file of a sweep to its cells: the graph of each, and the keys of its training and its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from smoltulu.flows.graphs.recipe_graph import Graph
+from smoltulu.flows.reading import Unreadable, read_file
+from smoltulu.flows.recipe import RecipeError, check_evaluation, check_secrets, load_recipe
+from smoltulu.recipes import SWEEPS
+from smoltulu.schemas.common import problems_of
+from smoltulu.schemas.sweep import Place, SweepSettings, overrides_of, places
+
+
+@dataclass(frozen=True)
+class SweepCell:
+    """One place of the grid, as a recipe with a few fields set.
+
+    graph       of the recipe, up to the swept stage
+    training    node of the swept stage; evaluation: of its model
+    """
+
+    place: Place
+    block: str
+    graph: Graph
+    training: str
+    evaluation: str
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """Of the training and of the evaluation."""
+        return self.graph.key(self.training), self.graph.key(self.evaluation)
+
+    @property
+    def own_nodes(self) -> tuple[str, ...]:
+        """What only this cell is made from, in graph order: its training, and what comes after it."""
+        nodes = self.graph.ancestors(self.evaluation)
+        return tuple(nodes[nodes.index(self.training) :])
+
+    @property
+    def shared_nodes(self) -> tuple[str, ...]:
+        """What cells have in common: base, rows, tokens, reference log-probabilities."""
+        own = self.own_nodes
+        return tuple(name for name in self.graph.ancestors(self.evaluation) if name not in own)
+
+
+def sweep_names() -> list[str]:
+    """Names of the shipped sweeps."""
+    return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+
+
+def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
+    """A shipped sweep by its name, the path of a YAML file, or a sweep written out.
+
+    Raises:
+        RecipeError: every problem at once; what cannot be read, or holds a secret.
+    """
+    if isinstance(name, SweepSettings):
+        return name
+    if isinstance(name, dict):
+        values: Any = name
+    else:
+        path = SWEEPS / f"{name}.yaml" if name in sweep_names() else Path(name)
+        if path.suffix not in (".yaml", ".yml") or not path.is_file():
+            raise RecipeError(
+                f"no sweep {name!r}; shipped are {', '.join(sweep_names()) or 'none'}; or give the path of a YAML file"
+            )
+        try:
+            values = read_file(path)
+        except Unreadable as error:
+            raise RecipeError(f"sweep {path.name}: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"a sweep is an object with name, recipe, stage, blocks and tasks; got {type(values).__name__}"
+        )
+    check_secrets(values, "sweep")
+    try:
+        return SweepSettings.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(
+            f"sweep {values.get('name', 'without a name')!r}:\n" + "\n".join(problems_of(error))
+        ) from None
+
+
+def cells_of(sweep: SweepSettings) -> Iterator[SweepCell]:
+    """Every cell, in the order in which they run.
+
+    Raises:
+        RecipeError: a place that the recipe does not allow; the first one says which.
+    """
+    is_checked = False
+    for place, block in places(sweep).items():
+        try:
+            recipe = load_recipe(sweep.recipe, {"compute.launcher": "warm"} | overrides_of(sweep, place))
+            if not is_checked:
+                check_evaluation(recipe)
+                is_checked = True
+            graph = Graph(recipe, sweep.stage)
+        except ValueError as error:
+            raise RecipeError(f"sweep {sweep.name}, cell {place.name}: {error}") from None
+        training = sweep.stage.replace("_", "-")
+        evaluation = f"evaluation-{training}"
+        for node in (training, evaluation):
+            if node not in graph.nodes:
+                raise RecipeError(
+                    f"sweep {sweep.name}: recipe {sweep.recipe} has no {node}; give it a block "
+                    f"{sweep.stage if node == training else 'evaluation'}"
+                )
+        yield SweepCell(place, block, graph, training, evaluation)

@@ -1,0 +1,168 @@
+"""In which state the cells of a sweep are, from what its runs wrote down and what lies in the store.
+
+`<store>/../sweeps/<name>/` holds `cells.json`, the keys of every cell that was ever asked for, and `outcomes/`, a file
+for every cell that ended without an artifact. No graph is built to read them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from smoltulu.artifacts import layout
+from smoltulu.artifacts.files import private_folder, read_plain, write_atomically
+from smoltulu.artifacts.locks import try_lock
+from smoltulu.flows.sweeping.grid import SweepCell
+from smoltulu.schemas.common import StrictModel, first_problem
+from smoltulu.schemas.run import Key, StageName
+from smoltulu.schemas.sweep import Place
+
+State = Literal["pending", "running", "failed", "diverged", "done"]
+_MAX_BYTES = 100_000_000
+
+
+class CellRecord(StrictModel):
+    """A cell as its sweep remembers it."""
+
+    place: Place
+    block: str
+    stage: StageName = Field(description="of the training")
+    training: Key
+    evaluation: Key
+
+
+class Outcome(StrictModel):
+    """How a cell ended that has no scores."""
+
+    state: Literal["failed", "diverged"]
+    message: str
+    ended_at: str = Field(description="UTC, ISO 8601")
+
+
+@dataclass(frozen=True)
+class CellState:
+    """A cell, its state, and the message of one that ended without scores."""
+
+    cell: CellRecord
+    state: State
+    message: str = ""
+
+
+_CELLS = TypeAdapter(tuple[CellRecord, ...])
+
+
+def sweep_folder(store_root: Path, name: str) -> Path:
+    """Where a sweep writes down what it knows."""
+    return private_folder(store_root.parent / "sweeps") / name
+
+
+def remember(folder: Path, cells: Iterable[SweepCell]) -> list[CellRecord]:
+    """Write down the cells that a run asks for; those that an earlier one asked for stay."""
+    asked = [
+        CellRecord(
+            place=cell.place,
+            block=cell.block,
+            stage=cell.graph.nodes[cell.training].stage.name,
+            training=cell.keys[0],
+            evaluation=cell.keys[1],
+        )
+        for cell in cells
+    ]
+    known = {record.evaluation: record for record in remembered(folder)} if (folder / "cells.json").exists() else {}
+    known |= {record.evaluation: record for record in asked}
+    (folder / "outcomes").mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "cells.json", _CELLS.dump_json(tuple(known.values())).decode())
+    return asked
+
+
+def remembered(folder: Path) -> tuple[CellRecord, ...]:
+    """The cells of a sweep. ValueError where it was never run, or its record is of another form."""
+    file = folder / "cells.json"
+    try:
+        return _CELLS.validate_json(read_plain(file, _MAX_BYTES))
+    except FileNotFoundError:
+        raise ValueError(f"sweep {folder.name} was never run in this store ({folder}); run it first") from None
+    except (OSError, ValidationError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise ValueError(f"{file}: {why}; remove the file and run the sweep again: finished cells are kept") from None
+
+
+def write_outcome(folder: Path, evaluation_key: str, state: Literal["failed", "diverged"], message: str) -> None:
+    """Write down that a cell ended without scores."""
+    outcome = Outcome(state=state, message=message[:4000], ended_at=datetime.now(UTC).isoformat(timespec="seconds"))
+    write_atomically(folder / "outcomes" / f"{evaluation_key}.json", outcome.model_dump_json())
+
+
+def forget_outcome(folder: Path, evaluation_key: str) -> None:
+    """A cell runs again."""
+    (folder / "outcomes" / f"{evaluation_key}.json").unlink(missing_ok=True)
+
+
+def outcome_of(folder: Path, evaluation_key: str) -> Outcome | None:
+    """How a cell ended without scores; None where it did not, or where its file cannot be read: then it runs again."""
+    try:
+        return Outcome.model_validate_json(read_plain(folder / "outcomes" / f"{evaluation_key}.json", 1_000_000))
+    except (OSError, ValueError):
+        return None
+
+
+def states_of(store_root: Path, folder: Path, cells: Iterable[CellRecord]) -> list[CellState]:
+    """The state of every cell. Scores in the store count more than what was written down before them."""
+    ended = {path.stem for path in (folder / "outcomes").glob("*.json")}
+    return [_state(store_root, folder, cell, ended) for cell in cells]
+
+
+def _state(store_root: Path, folder: Path, cell: CellRecord, ended: set[str]) -> CellState:
+    of_evaluation = layout.key_path(store_root, "evaluation", cell.evaluation)
+    if _is_finished(of_evaluation):
+        return CellState(cell, "done")
+    if cell.evaluation in ended and (outcome := outcome_of(folder, cell.evaluation)) is not None:
+        return CellState(cell, outcome.state, outcome.message)
+    for path in (layout.key_path(store_root, cell.stage, cell.training), of_evaluation):
+        if (path / layout.LOCK).exists():
+            with try_lock(path / layout.LOCK) as is_idle:
+                if not is_idle:
+                    return CellState(cell, "running")
+    return CellState(cell, "pending")
+
+
+def _is_finished(path: Path) -> bool:
+    try:
+        return layout.read_pointer(path) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def counts_of(states: Iterable[CellState]) -> dict[State, int]:
+    """Number of cells in each state, all of them named."""
+    counts: dict[State, int] = {"done": 0, "diverged": 0, "running": 0, "pending": 0, "failed": 0}
+    for one in states:
+        counts[one.state] += 1
+    return counts
+
+
+def counted(counts: dict[State, int]) -> str:
+    """In words, without what there is none of."""
+    return ", ".join(f"{number:,} {state}" for state, number in counts.items() if number) or "no cells"
+
+
+def as_json(states: Iterable[CellState]) -> str:
+    """For programs."""
+    return json.dumps(
+        [
+            {
+                **one.cell.model_dump(mode="json"),
+                "name": one.cell.place.name,
+                "state": one.state,
+                "message": one.message,
+            }
+            for one in states
+        ],
+        indent=1,
+    )

@@ -1,0 +1,248 @@
+"""The best learning rate of every batch size and budget, from scores of a grid. Pure.
+
+Near its optimum a score falls as a parabola in u = log2(learning rate). Each batch size and budget has its own optimum,
+all of a task share their curvature, and a seed has its own level at each of them: a seed's luck that hits all its
+learning rates alike does not move its optimum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+#: Octaves of learning rate on both sides of an optimum that its parabola is fitted to.
+WINDOW = 2.0
+_MAX_ROUNDS = 20
+#: An optimum whose parabola bends the other way in more of the resampled worlds than this is none.
+_MAX_SHARE_WITHOUT_OPTIMUM = 0.025
+
+Flaw = Literal["", "lowest rate", "highest rate", "next rate diverged", "too few rates", "no optimum"]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Scores of one task, a row a cell; larger is better. A cell that diverged has scores that nobody reads.
+
+    log2_lr, log2_batch, log2_tokens, log2_size  (num_cells,)
+    seed, diverged                               (num_cells,)
+    items                                        (num_cells, num_items), the same items in every cell
+    """
+
+    log2_lr: Floats
+    log2_batch: Floats
+    log2_tokens: Floats
+    log2_size: Floats
+    seed: NDArray[np.int64]
+    diverged: NDArray[np.bool_]
+    items: Floats
+
+    def __post_init__(self) -> None:
+        columns = (self.log2_lr, self.log2_batch, self.log2_tokens, self.log2_size, self.seed, self.diverged)
+        num_cells = len(self.items)
+        if self.items.ndim != 2 or not self.items.size or any(column.shape != (num_cells,) for column in columns):
+            raise ValueError(
+                f"cells need one value of every column a row of items (num_cells, num_items); got items "
+                f"{self.items.shape} and {[column.shape for column in columns]}"
+            )
+        if not np.isfinite(self.items[~self.diverged]).all():
+            raise ValueError("a cell that did not diverge has a score that is no number; call it diverged or failed")
+        places = np.stack([self.log2_lr, self.log2_batch, self.log2_tokens, self.log2_size, self.seed], axis=1)
+        if len(np.unique(places, axis=0)) != num_cells:
+            raise ValueError("two cells have the same learning rate, batch, budget, size and seed; keep one of them")
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best learning rate at one batch size, budget and size.
+
+    log2_lr     nan where there is none
+    stderr      of it, over seeds and items; nan where a single seed was run
+    flaw        why it may not be used; empty where it may
+    """
+
+    log2_batch: float
+    log2_tokens: float
+    log2_size: float
+    log2_lr: float
+    stderr: float
+    num_seeds: int
+    flaw: Flaw = ""
+
+
+@dataclass(frozen=True)
+class Optima:
+    """Optima of one task, and what they would have been with other seeds and other items.
+
+    curvature  what the score loses at one octave off its optimum, as a negative number; nan where there is no optimum
+    over_seeds, over_items  (num_resamples, num_optima), deviations from `optima`
+    """
+
+    optima: tuple[Optimum, ...]
+    curvature: float
+    over_seeds: Floats = field(repr=False)
+    over_items: Floats = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Points of one seed at one place. `items` (num_points, num_items)."""
+
+    u: Floats
+    items: Floats
+
+
+def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima:
+    """Optimum of every batch size, budget and size, each with what moves it.
+
+    Resampled are seeds (within each place; deviations grow by sqrt(S / (S - 1)), as S seeds are few) and items (the
+    same for all cells). Equal `seed` and equal cells give equal draws of seeds: tasks of one sweep stay paired.
+    """
+    keys = np.stack([cells.log2_batch, cells.log2_tokens, cells.log2_size], axis=1)
+    places = np.unique(keys, axis=0)
+    grids = [_Grid(cells, (keys == place).all(axis=1)) for place in places]
+    centers, curves = _windows(grids)
+    usable = [_has_shape(of_place) for of_place in curves]
+    resampled, curvatures = _solve(curves, centers, usable, None, None)
+    optima, curvature = resampled[0], float(curvatures[0])
+
+    draws = np.random.default_rng(seed)
+    seed_weights = [_seed_weights(len(of_place), num_resamples, draws) for of_place in curves]
+    over_seeds = _solve(curves, centers, usable, seed_weights, None)[0] - optima
+    num_items = cells.items.shape[1]
+    item_draws = np.random.default_rng([seed, num_items])
+    item_weights = item_draws.multinomial(num_items, np.full(num_items, 1 / num_items), num_resamples) / num_items
+    over_items = _solve(curves, centers, usable, None, item_weights)[0] - optima
+    found = []
+    for position, (place, grid) in enumerate(zip(places, grids, strict=True)):
+        flaw = _flaw(grid, optima[position], usable[position], over_seeds[:, position], over_items[:, position])
+        num_seeds = len(curves[position])
+        log2_lr, stderr = (np.nan, np.nan) if flaw in ("too few rates", "no optimum") else (optima[position], np.nan)
+        if num_seeds > 1 and np.isfinite(log2_lr):
+            stderr = np.sqrt(np.nanvar(over_seeds[:, position]) + np.nanvar(over_items[:, position]))
+        batch, tokens, size = (float(x) for x in place)
+        found.append(Optimum(batch, tokens, size, float(log2_lr), float(stderr), num_seeds, flaw))
+    return Optima(tuple(found), curvature, over_seeds, over_items)
+
+
+def _windows(grids: list[_Grid]) -> tuple[Floats, list[list[_Curve]]]:
+    """Where each parabola is fitted: around the tested rate that is nearest to its optimum, begun at the best one."""
+    centers = np.array([grid.best for grid in grids])
+    curves = [grid.curves(center) for grid, center in zip(grids, centers, strict=True)]
+    for _ in range(_MAX_ROUNDS):
+        optima = _solve(curves, centers, [_has_shape(of_place) for of_place in curves], None, None)[0][0]
+        wanted = np.array([
+            grid.nearest(optimum) if np.isfinite(optimum) else center
+            for grid, optimum, center in zip(grids, optima, centers, strict=True)
+        ])  # fmt: skip
+        if np.array_equal(wanted, centers, equal_nan=True):
+            break
+        centers = wanted
+        curves = [grid.curves(center) for grid, center in zip(grids, centers, strict=True)]
+    return centers, curves
+
+
+class _Grid:
+    """The cells of one place: its learning rates, which diverged, and mean scores over seeds."""
+
+    def __init__(self, cells: Cells, here: NDArray[np.bool_]) -> None:
+        self.u, self.seed = cells.log2_lr[here], cells.seed[here]
+        self.diverged, self.items = cells.diverged[here], cells.items[here]
+        # A rate at which any seed diverged is no place to train at: it ranks last.
+        self.bad = np.unique(self.u[self.diverged])
+        good = ~np.isin(self.u, self.bad)
+        self.rates = np.unique(self.u[good])
+        level = {one: self.items[good & (self.seed == one)].mean() for one in np.unique(self.seed[good])}
+        means = [
+            np.mean([self.items[row].mean() - level[self.seed[row]] for row in np.flatnonzero(self.u == rate)])
+            for rate in self.rates
+        ]
+        self.best = float(self.rates[int(np.argmax(means))]) if len(means) else np.nan
+
+    def nearest(self, u: float) -> float:
+        """The tested rate nearest to `u`."""
+        return float(self.rates[np.argmin(np.abs(self.rates - u))])
+
+    def curves(self, center: float) -> list[_Curve]:
+        """The points of each seed within the window; u is counted from `center`."""
+        if not np.isfinite(center):
+            return []
+        inside = (np.abs(self.u - center) <= WINDOW + 1e-9) & ~np.isin(self.u, self.bad)
+        made = []
+        for one in np.unique(self.seed[inside]):
+            rows = inside & (self.seed == one)
+            made.append(_Curve(self.u[rows] - center, self.items[rows]))
+        return made
+
+
+def _has_shape(curves: list[_Curve]) -> bool:
+    """Whether a parabola can be told: three different rates."""
+    return bool(curves) and len(np.unique(np.concatenate([curve.u for curve in curves]))) >= 3
+
+
+def _solve(
+    curves: list[list[_Curve]],
+    centers: Floats,
+    usable: list[bool],
+    seed_weights: list[Floats] | None,
+    item_weights: Floats | None,
+) -> tuple[Floats, Floats]:
+    """Least squares of y = level[place, seed] + slope[place] x + curvature x², x = u - center.
+
+    Args:
+        seed_weights: of each place (num_resamples, num_curves); None: each curve once.
+        item_weights: (num_resamples, num_items); None: the mean.
+
+    Returns:
+        optima (num_resamples, num_places) and curvature (num_resamples,); one row where nothing is resampled. nan where
+        the parabola bends the other way.
+    """
+    num = len(seed_weights[0]) if seed_weights else len(item_weights) if item_weights is not None else 1
+    sxx, sxq, sqq, sxy, sqy = (np.zeros((num, len(curves))) for _ in range(5))
+    for place, of_place in enumerate(curves):
+        if not usable[place]:
+            continue
+        for position, curve in enumerate(of_place):
+            x = curve.u - curve.u.mean()
+            q = curve.u**2 - (curve.u**2).mean()
+            y = curve.items.mean(axis=1)[:, None] if item_weights is None else curve.items @ item_weights.T
+            weight = np.ones(num) if seed_weights is None else seed_weights[place][:, position]
+            sxx[:, place] += weight * (x @ x)
+            sxq[:, place] += weight * (x @ q)
+            sqq[:, place] += weight * (q @ q)
+            sxy[:, place] += weight * (x @ y)
+            sqy[:, place] += weight * (q @ y)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope_of_q = np.where(sxx > 0, sxq / sxx, 0.0)
+        explained = (sqy - slope_of_q * sxy).sum(axis=1)
+        curvature = explained / (sqq - slope_of_q * sxq).sum(axis=1)
+        slope = np.where(sxx > 0, (sxy - curvature[:, None] * sxq) / sxx, np.nan)
+        optima = centers - slope / (2 * curvature[:, None])
+    optima[~(curvature < 0)] = np.nan
+    return optima, curvature
+
+
+def _seed_weights(num_seeds: int, num_resamples: int, draws: np.random.Generator) -> Floats:
+    """How often each seed counts, (num_resamples, num_seeds); the deviation from once is enlarged for few seeds."""
+    if num_seeds < 2:
+        return np.ones((num_resamples, num_seeds))
+    counts = draws.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)
+    return 1 + (counts - 1) * np.sqrt(num_seeds / (num_seeds - 1))
+
+
+def _flaw(grid: _Grid, optimum: float, usable: bool, over_seeds: Floats, over_items: Floats) -> Flaw:
+    if not usable:
+        return "too few rates"
+    without = max(float(np.isnan(over_seeds).mean()), float(np.isnan(over_items).mean()))
+    if not np.isfinite(optimum) or without > _MAX_SHARE_WITHOUT_OPTIMUM:
+        return "no optimum"
+    low, high = float(grid.rates[0]), float(grid.rates[-1])
+    if optimum <= low or grid.best == low:
+        return "lowest rate"
+    if optimum >= high or grid.best == high:
+        return "next rate diverged" if len(grid.bad) and grid.bad[-1] > high else "highest rate"
+    return ""

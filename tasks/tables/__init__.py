@@ -1,0 +1,1 @@
+"""Tables of scores: ours, and ours beside published ones."""

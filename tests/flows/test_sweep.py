@@ -1,0 +1,211 @@
+"""Sweeps: cells and their keys, states, scores as arrays, and the flow, which runs what is missing and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from smoltulu.artifacts.locks import try_lock
+from smoltulu.flows.recipe import RecipeError
+from smoltulu.flows.sweeping.grid import cells_of, load_sweep
+from smoltulu.flows.sweeping.scores import load_scores
+from smoltulu.flows.sweeping.states import (
+    CellRecord,
+    counted,
+    counts_of,
+    forget_outcome,
+    remember,
+    remembered,
+    states_of,
+    sweep_folder,
+    write_outcome,
+)
+from tests import ROOT
+from tests.hand_store import HandStore
+from tests.small_tiny import SMALL_TINY
+
+NOT_SWEPT = ("dpo.", "rlvr.")
+SMALL: dict[str, Any] = {
+    **{field: value for field, value in SMALL_TINY.items() if not field.startswith(NOT_SWEPT)},
+    **dict.fromkeys(("reward_model", "dpo", "rlvr", "pass_rates", "publish", "verifier_audit", "evaluation.sampled")),
+    "data.verified_eval": None,
+    "evaluation.max_length": 128,
+}
+BLOCK: dict[str, Any] = {
+    "name": "first",
+    "log2_learning_rate": {"low": -9, "high": -8},
+    "log2_batch": {"low": 3, "high": 3},
+    "seeds": [0],
+    "max_tokens": [2000],
+}
+SWEEP: dict[str, Any] = {
+    "name": "small",
+    "recipe": "tiny",
+    "stage": "sft",
+    "kind": "scan",
+    "overrides": SMALL,
+    "blocks": [BLOCK],
+    "tasks": [
+        {"task": "tiny_arithmetic", "metric": "exact_match,strict-match", "task_class": "reasoning"},
+        {"task": "tiny_instructions", "metric": "acc,none", "task_class": "pattern"},
+    ],
+}
+WIDER = SWEEP | {"blocks": [BLOCK, BLOCK | {"name": "second", "log2_learning_rate": {"low": -9, "high": -7}}]}
+
+
+def test_cells_share_all_but_their_training_and_its_scores() -> None:
+    cells = list(cells_of(load_sweep(SWEEP)))
+    assert [cell.place.name for cell in cells] == ["lr-9-b3-t2000-s0", "lr-8-b3-t2000-s0"]
+    first, second = cells
+    assert first.own_nodes == ("sft", "evaluation-sft")
+    for node in first.shared_nodes:
+        assert first.graph.key(node) == second.graph.key(node)
+    assert first.keys[0] != second.keys[0] and first.keys[1] != second.keys[1]
+    config = second.graph.nodes["sft"].config
+    assert (config.learning_rate, config.effective_batch_size) == (2.0**-8, 8)  # type: ignore[attr-defined]
+
+
+def test_a_wider_grid_keeps_the_keys_of_its_cells() -> None:
+    before = [cell.keys for cell in cells_of(load_sweep(SWEEP))]
+    after = [cell.keys for cell in cells_of(load_sweep(WIDER))]
+    assert after[:2] == before and len(after) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"recipe": "tyni"}, "cell lr-9-b3-t2000-s0: .*tyni"),
+        ({"overrides": SMALL | {"sft": None}}, "'sft.max_tokens' and 'sft' set the same field"),
+        ({"overrides": SMALL | {"evaluation": None}}, "has no evaluation-sft; give it a block evaluation|evaluation"),
+        ({"stage": "pretraining"}, "stage"),
+        ({"overrides": {"sft.weight_decay": "hf_" + "a1B2" * 9}}, "holds no secrets"),
+    ],
+)
+def test_what_is_no_sweep_of_this_recipe(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        list(cells_of(load_sweep(SWEEP | changes)))
+
+
+def test_an_unknown_sweep_names_the_shipped_ones() -> None:
+    with pytest.raises(RecipeError, match="no sweep 'surfase'; shipped are"):
+        load_sweep("surfase")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> HandStore:
+    return HandStore(tmp_path / "store")
+
+
+def record(store: HandStore, number: int, **place: Any) -> CellRecord:
+    """A cell whose keys are those of artifacts that the store may be given."""
+    where = {"log2_learning_rate": -9 + number, "log2_batch": 3, "seed": 0, "max_tokens": 2048} | place
+    keys = [store.begin(stage, f"{stage} {number}").key for stage in ("sft", "evaluation")]
+    values = {"place": where, "block": "first", "stage": "sft", "training": keys[0], "evaluation": keys[1]}
+    return CellRecord.model_validate(values)
+
+
+def evaluate(store: HandStore, number: int, right: list[float]) -> None:
+    rows = [
+        {"task": "tiny_arithmetic", "entry": 0, "id": str(item), "doc_hash": f"d{item}", "target_hash": f"t{item}",
+         "filter": "strict-match", "metrics": {"exact_match": value, "bits_per_byte": 2 - value}}
+        for item, value in enumerate(right)
+    ]  # fmt: skip
+    score = {
+        "task": "tiny_arithmetic", "metric": "exact_match,strict-match", "value": float(np.mean(right)),
+        "num_samples": len(right), "harness": "h", "task_version": "1", "template_digest": "t",
+    }  # fmt: skip
+    store.make(
+        "evaluation",
+        f"evaluation {number}",
+        outputs={"subject": "sft", "scores": [score], "samples_file": "samples.jsonl"},
+        files={"samples.jsonl": "".join(json.dumps(row) + "\n" for row in rows)},
+    )
+
+
+def test_states(store: HandStore) -> None:
+    cells = [record(store, number) for number in range(5)]
+    folder = sweep_folder(store.root, "small")
+    (folder / "outcomes").mkdir(parents=True)
+    evaluate(store, 0, [1.0, 0.0])
+    write_outcome(folder, cells[0].evaluation, "failed", "an earlier attempt")
+    write_outcome(folder, cells[1].evaluation, "diverged", "loss is nan")
+    write_outcome(folder, cells[2].evaluation, "failed", "the disk is full")
+    with try_lock(store.root / "sft" / cells[3].training / "lock") as is_mine:
+        assert is_mine
+        states = states_of(store.root, folder, cells)
+    assert [one.state for one in states] == ["done", "diverged", "failed", "running", "pending"]
+    assert states[2].message == "the disk is full"
+    assert counted(counts_of(states)) == "1 done, 1 diverged, 1 running, 1 pending, 1 failed"
+    forget_outcome(folder, cells[2].evaluation)
+    assert states_of(store.root, folder, cells[2:3])[0].state == "pending"
+    (folder / "outcomes" / f"{cells[1].evaluation}.json").write_text("{")
+    assert states_of(store.root, folder, cells[1:2])[0].state == "pending"
+
+
+def test_a_sweep_remembers_cells_that_are_not_asked_for_any_more(tmp_path: Path) -> None:
+    folder = sweep_folder(tmp_path / "store", "small")
+    with pytest.raises(ValueError, match="sweep small was never run in this store"):
+        remembered(folder)
+    remember(folder, cells_of(load_sweep(WIDER)))
+    remember(folder, cells_of(load_sweep(SWEEP)))
+    assert [cell.place.log2_learning_rate for cell in remembered(folder)] == [-9, -8, -7]
+    (folder / "cells.json").write_text("[{}]")
+    with pytest.raises(ValueError, match="remove the file and run the sweep again"):
+        remembered(folder)
+
+
+def test_scores_as_arrays_by_hand(store: HandStore) -> None:
+    sweep = load_sweep(SWEEP | {"tasks": [SWEEP["tasks"][0], {"task": "tiny_arithmetic", "metric": "bits_per_byte,none",
+        "task_class": "reasoning", "lower_is_better": True}]})  # fmt: skip
+    cells = [record(store, number) for number in range(3)]
+    folder = sweep_folder(store.root, "small")
+    (folder / "outcomes").mkdir(parents=True)
+    evaluate(store, 0, [1.0, 0.0])
+    evaluate(store, 1, [1.0, 1.0])
+    write_outcome(folder, cells[2].evaluation, "diverged", "loss is nan")
+    accuracy, bits = load_scores(sweep, store.root, states_of(store.root, folder, cells))
+    assert accuracy.cells.items[:2].tolist() == [[1.0, 0.0], [1.0, 1.0]] and np.isnan(accuracy.cells.items[2]).all()
+    assert bits.cells.items[:2].tolist() == [[-1.0, -2.0], [-1.0, -1.0]]
+    assert bits.means[:2].tolist() == [1.5, 1.0]
+    assert accuracy.cells.log2_lr.tolist() == [-9, -8, -7] and accuracy.cells.log2_tokens.tolist() == [11] * 3
+    assert accuracy.cells.diverged.tolist() == [False, False, True]
+    evaluate(store, 1, [1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="have other items of tiny_arithmetic"):
+        load_scores(sweep, store.root, states_of(store.root, folder, cells))
+
+
+_FLOW = "import json, sys; from smoltulu.flows.sweep import smoltulu_sweep; smoltulu_sweep(json.loads(sys.argv[1]))"
+
+
+def run(sweep: dict[str, Any], folder: Path) -> tuple[int, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | {
+        "PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
+        "SMOLTULU_STORE": str(folder / "store"), "PYTHONPATH": f"{ROOT}/src:{ROOT}", "COLUMNS": "200",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _FLOW, json.dumps(sweep)],
+        cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
+        check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+@pytest.mark.slow
+def test_only_what_is_missing_runs_and_a_cell_that_fails_ends_nothing(tmp_path: Path) -> None:
+    code, out = run(SWEEP, tmp_path)
+    assert code == 0 and "sweep small: 2 done" in out and "2 of 2 cells are missing" in out, out[-3000:]
+    code, out = run(WIDER, tmp_path)
+    assert code == 0 and "sweep small: 3 done" in out and "1 of 3 cells are missing" in out, out[-3000:]
+    # A gate that no model passes: these cells fail, after they were trained.
+    gate = {"num_prompts": 2, "max_new_tokens": 8, "min_stopped_share": 1}
+    failing = SWEEP | {"overrides": SMALL | {"sft.gate": gate}, "blocks": [BLOCK, BLOCK | {"name": "b", "seeds": [5]}]}
+    code, out = run(failing, tmp_path)
+    assert code != 0 and "sweep small: 2 done, 2 failed" in out, out[-3000:]
