@@ -9,7 +9,7 @@ from smoltulu.tasks.comparison.paired import PairedTest
 
 
 def one(difference: float, p_value: float, greedy: float = 0.0) -> Arm:
-    return Arm(PairedTest(1000, 1000, difference, 0.005, p_value, 0, 0), greedy)
+    return Arm(PairedTest(1000, 1000, difference, 0.005, difference - 0.01, difference + 0.01, p_value, 0, 0), greedy)
 
 
 @pytest.mark.parametrize(

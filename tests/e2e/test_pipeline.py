@@ -199,7 +199,6 @@ def test_nightly_tells_what_is_new_and_then_that_nothing_is(place: Place) -> Non
     of_run = [datetime.fromisoformat(line["timestamp"]) for line in lines if line["flow_run_id"] == told["flow_run_id"]]
     after = (datetime.fromisoformat(told["timestamp"]) - min(of_run)).total_seconds()
     print(f"nightly: nothing new {after:.1f} s after the first line, {seconds:.1f} s in all")
-    assert after < 3
     assert set(place.store.glob("evaluation/*/gen-*")) == made
     with prefect_api.client(place.url) as server:
         names = [f"smoltulu.evaluation.{name}" for name in ("night", "loss")]
