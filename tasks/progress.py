@@ -17,12 +17,15 @@ class Progress:
         self.node, self.log = node, log
         self.first: tuple[int, float] | None = None
         self.last_shown = -float("inf")
+        self.last_step = -1
 
     def __call__(self, step: int, num_steps: int, **metrics: float) -> None:
         now = time.monotonic()
         if self.first is None or step < self.first[0]:
             self.first = (step, now)
-        if now - self.last_shown < _SHOWN_EVERY_SECONDS and step != num_steps:
+        is_new_end = step == num_steps and step != self.last_step
+        self.last_step = step
+        if now - self.last_shown < _SHOWN_EVERY_SECONDS and not is_new_end:
             return
         self.last_shown = now
         parts = [f"step {step:,} of {num_steps:,}"]
