@@ -13,7 +13,8 @@ from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import RecipeError
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs, EvaluationStageConfig
-from smoltulu.schemas.models import ModelOutputs
+from smoltulu.schemas.models import ModelOutputs, ModelSource
+from smoltulu.schemas.training import RewardModelSettings
 from smoltulu.tasks.data.hub import resolve_commit
 from smoltulu.tasks.engine.runner import reference_to
 from smoltulu.tasks.stages import STAGES
@@ -78,7 +79,7 @@ def _add_tag(graph: Graph, name: str, catalogue: Catalogue, subjects: Subjects) 
         raise ValueError(f"tag {name!r} names {tag.stage}/{tag.key[:12]}, which is gone; make it again or untag it")
     subjects.finished[node] = reference_to(Found(read_manifest(folder / newest), folder / newest), node, "Cached")
     graph.add_made(node, stage, tag.key)
-    kind = "reward_model" if tag.stage == "reward_model" else "language_model"
+    kind = "reward_model" if issubclass(stage.config, RewardModelSettings) else "language_model"
     _evaluate(graph, node, name, kind)
 
 
@@ -86,9 +87,8 @@ def _add_from_hub(graph: Graph, name: str, subjects: Subjects, resolve: Callable
     repository, _, revision = name.partition("@")
     node = f"hub-{name}"
     commit = resolve("model", repository, revision or "main")
-    base = next(node for node in graph.nodes.values() if node.stage.name == "base_model")
-    source = type(base.config)(repository=repository, revision=commit)
-    graph.add(Node(node, STAGES["base_model"], source))
+    base = next(one for one in graph.nodes.values() if isinstance(one.config, ModelSource))
+    graph.add(Node(node, base.stage, ModelSource(repository=repository, revision=commit)))
     subjects.commits[_evaluate(graph, node, name, "language_model")] = commit
     subjects.to_fetch.append(node)
 

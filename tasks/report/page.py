@@ -60,6 +60,8 @@ _MAX_OTHER_CURVES = 48
 _NUM_LAST_STEPS = 2
 #: Makes a model that gives a score and writes nothing.
 _REWARD_MODEL = "reward_model"
+#: Measures a model. A node that was not made has no outputs to tell it by.
+_EVALUATION = "evaluation"
 
 
 def html_report(
@@ -178,7 +180,7 @@ def _said(summary: RunSummary, runs: Sequence[tuple[StageRun, Manifest | None]])
         num_there=sum(run.outcome in there for run in summary.stages),
         running=[run.node for run in summary.stages if run.outcome in ("Running", "Killed")],
         absent=[
-            (run.node, run.outcome) for run in summary.stages if run.stage == "evaluation" and run.outcome not in there
+            (run.node, run.outcome) for run in summary.stages if run.stage == _EVALUATION and run.outcome not in there
         ],
     )
 

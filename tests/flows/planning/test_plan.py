@@ -394,7 +394,7 @@ def test_plan_offline_says_what_it_cannot_know(with_1207: Store) -> None:
         "effective_batch_size: 32 -> 8, perhaps in unresolved revisions"
     )
     assert rows["sft"].estimate.num_steps == 250  # of rows and a model like these
-    assert len(planned.unresolved) == 25 and sum(item.needed for item in planned.unresolved) == 5
+    assert len(planned.unresolved) == 26 and sum(item.needed for item in planned.unresolved) == 6
     text = "\n".join(summary(planned))
     assert "allenai/tulu-3-sft-mixture@main" in text and "21 more" in text and "it needs 5 of 25" in text
 
@@ -544,7 +544,7 @@ def test_plan_offline_as_a_command_is_light_and_does_not_fail(tmp_path: Path) ->
     assert len(printed["stages"]) == len(graph_of("smoltulu-1130").nodes)
     # The base model is pinned; whatever hangs on a data set is not.
     certain = {stage["node"] for stage in printed["stages"] if not stage["provisional"]}
-    assert len(printed["unresolved"]) == 24 and certain == {"base-model", "evaluation-base-model"}
+    assert len(printed["unresolved"]) == 25 and certain == {"base-model", "evaluation-base-model"}
     assert printed["stages"][0]["estimate"]["num_steps"] is None
 
 
