@@ -396,7 +396,7 @@ def test_plan_offline_says_what_it_cannot_know(with_1207: Store) -> None:
     assert rows["sft"].estimate.num_steps == 250  # of rows and a model like these
     assert len(planned.unresolved) == 26 and sum(item.needed for item in planned.unresolved) == 6
     text = "\n".join(summary(planned))
-    assert "allenai/tulu-3-sft-mixture@main" in text and "21 more" in text and "it needs 5 of 25" in text
+    assert "allenai/tulu-3-sft-mixture@main" in text and "22 more" in text and "it needs 6 of 26" in text
 
 
 def test_plan_marks_only_what_hangs_on_an_unresolved_revision(tmp_path: Path) -> None:
