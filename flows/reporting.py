@@ -28,6 +28,7 @@ from smoltulu.tasks.comparison.verdict import Evaluation, assess
 from smoltulu.tasks.report import html_report, summarise
 from smoltulu.tasks.report.index import IndexedRun, index_page
 from smoltulu.tasks.report.summary import outputs_of
+from smoltulu.tasks.stages import made_by
 
 SUMMARY, PAGE, RECIPE, INDEX, LATEST = "summary.json", "report.html", "recipe.yaml", "index.html", "latest"
 
@@ -96,7 +97,7 @@ class RunReport:
         published = next((ref for ref in made if self.graph.nodes[ref.node].stage.makes(PublishOutputs)), None)
         verdict, answers = verdict_of([(manifest, Path(reference.path)) for reference, manifest in pairs])
         summary = summarise(
-            planned=list(run.stages.items()),
+            planned=[(node, stage, made_by(stage)) for node, stage in run.stages.items()],
             made=pairs,
             failed={node: (run.outcomes.get(node, "Failed"), text) for node, text in failures.items()},
             running=running,

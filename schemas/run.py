@@ -20,11 +20,16 @@ StageName = Annotated[str, Field(pattern=STAGE_PATTERN)]
 Key = Annotated[str, Field(pattern=KEY_PATTERN)]
 
 
+#: What becomes of a stage, as its contracts say.
+Makes = Literal["language model", "reward model", "scores", "other"]
+
+
 class StageRun(StrictModel):
     """One node of the graph in this run."""
 
     node: str = Field(description="name in the graph, e.g. evaluation-dpo")
     stage: str
+    makes: Makes = Field("other", description="what the stage is for, also where it made nothing yet")
     outcome: Outcome
     seconds: float = Field(0.0, ge=0, description="spent in this run; about 0 where cached")
     key: str = Field("", description="artifact key; empty where none was made")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.schemas.models import ModelOutputs
+from smoltulu.schemas.run import Makes
+from smoltulu.schemas.training import RewardModelSettings
 from smoltulu.tasks.base_model.stage import base_model
 from smoltulu.tasks.contamination.index import benchmark_index
 from smoltulu.tasks.contamination.stage import contamination
@@ -50,3 +54,13 @@ STAGES |= {
         publish,
     )
 }
+
+
+def made_by(name: str) -> Makes:
+    """What a stage of this name makes; `other` for one that is not known here, as records of a run may name any."""
+    stage = STAGES.get(name)
+    if stage is not None and stage.makes(EvaluationOutputs):
+        return "scores"
+    if stage is None or not stage.makes(ModelOutputs):
+        return "other"
+    return "reward model" if issubclass(stage.config, RewardModelSettings) else "language model"

@@ -171,13 +171,14 @@ def evaluation_of(catalogue: Catalogue, what: str) -> Ref:
     """The evaluation that is meant. ValueError: nothing, or several, and which."""
     from smoltulu.artifacts.manifests import scores_of
     from smoltulu.flows.cli.store_views import refs_of_run
+    from smoltulu.tasks.stages import made_by
 
     def evaluations(run: RunRecord) -> dict[str, Ref]:
         made = {node: ref for node, ref in refs_of_run(run).items() if scores_of(catalogue.known(ref))}
         return {node.removeprefix("evaluation-"): ref for node, ref in made.items()}
 
     found = ref_of(catalogue, what, "evaluation", evaluations)
-    if scores_of(catalogue.known(found)):
+    if made_by(found.stage) == "scores" and scores_of(catalogue.known(found)):
         return found
     made = catalogue.evaluations_of(found)
     if len(made) != 1:

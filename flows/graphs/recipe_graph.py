@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from smoltulu.artifacts.keys import folder_digest
+from smoltulu.flows.graphs.evaluation_settings import asked_of
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
 from smoltulu.flows.graphs.references import References
 from smoltulu.flows.graphs.sampled_nodes import Add, EntryNodes, add_sampled_nodes, node_name
@@ -26,17 +27,15 @@ from smoltulu.flows.graphs.stage_configs import (
 )
 from smoltulu.flows.recipe import stage_order
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
-from smoltulu.schemas.evaluation import EvaluationStageConfig, EvaluationTask
+from smoltulu.schemas.evaluation import EvaluationStageConfig, ScoreKind
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
-from smoltulu.schemas.reward_benchmarks import RewardBenchmark
 from smoltulu.schemas.rlvr import PPOSettings
 from smoltulu.schemas.sampled import SampledSettings
 from smoltulu.tasks.data.hub import Reference, resolve_commit
 from smoltulu.tasks.data.sources import expand_path
-from smoltulu.tasks.evaluation.definitions import definition_digest
 from smoltulu.tasks.models.chat_template import load_chat_template
 from smoltulu.tasks.models.classifiers import check_one_score
 from smoltulu.tasks.models.folders import check_model_folder
@@ -345,83 +344,33 @@ class Graph(NodeGraph):
             check_one_score(folders["critic"])
         return self._train("rlvr", start, others, folders)
 
-    def _evaluate(self, subject: str | None, kind: str, reference_model: str | None = None) -> None:
+    def _evaluate(self, subject: str | None, kind: ScoreKind, reference_model: str | None = None) -> None:
         """Evaluate a model: a language model on the tasks and on sampled answers, any other on preference pairs."""
         settings = self.recipe.evaluation
         if settings is None or subject is None:
             return
-        inputs: dict[str, Binding] = {"model": Binding(subject, "folder")}
-        externals = dict(self._template["externals"])
         if subject == "base-model":
             # A base model rarely ends an answer: sampling it would be slow and tell nothing.
             settings = settings.model_copy(update={"sampled": None})
-        benchmarks = settings.reward_benchmarks if kind == "reward_model" else None
-        settings = settings.model_copy(update={"reward_benchmarks": None})
-        if kind == "language_model":
-            tasks: list[EvaluationTask] = []
-            sources: list[DataSource] = []
-            for task in settings.tasks:
-                pinned, digests = self._references.pinned(task.files.values())
-                for name, digest in digests.items():
-                    # Files are known by task and position: one set would be measured under the name of the other.
-                    if externals.setdefault(f"{task.name}.{name}", digest) != digest:
-                        raise ValueError(
-                            f"evaluation task {task.name!r} is listed twice with different files; give both the "
-                            "same ones, in the same order, or measure the second in a recipe of its own"
-                        )
-                if digests and list(task.files) != sorted(task.files, reverse=True):
-                    # A key sorts the splits: without their order, `train` and `test` changed about would have one key.
-                    # One order (train, test) needs no mark, as keys of before have none.
-                    externals[f"{task.name}.splits"] = ",".join(task.files)
-                tasks.append(task.model_copy(update={"files": dict(zip(task.files, pinned, strict=True))}))
-                sources += pinned
-                if (definition := definition_digest(task.name)) is not None:
-                    externals[f"{task.name}.definition"] = definition
-            settings = settings.model_copy(update={"tasks": tuple(tasks)})
-            inputs.update(self._world_if_generated(sources))
-            if settings.sampled is not None:
-                if "dataset-verified-eval" not in self.nodes:
-                    return
-                inputs["verified_eval"] = Binding("dataset-verified-eval", "file")
-            elif not settings.tasks:
-                return
-        else:
-            if "dataset-preference-eval" in self.nodes:
-                inputs["preference_eval"] = Binding("dataset-preference-eval", "file")
-            elif not benchmarks:
-                return
-            # Pair accuracy depends on neither tasks nor sampling, so they must not change its key.
-            settings = settings.model_copy(update={"tasks": (), "sampled": None})
-            if benchmarks:
-                pinned_benchmarks, digests, sources = self._pinned_benchmarks(benchmarks)
-                settings = settings.model_copy(update={"reward_benchmarks": pinned_benchmarks})
-                externals.update(digests)
-                inputs.update(self._world_if_generated(sources))
-            if reference_model is not None:
-                inputs["reference_model"] = Binding(reference_model, "folder")
+        asked = asked_of(kind, settings, self._references, has_pairs="dataset-preference-eval" in self.nodes)
+        if asked is None or (asked.settings.sampled is not None and "dataset-verified-eval" not in self.nodes):
+            return
+        inputs = {"model": Binding(subject, "folder"), **self._world_if_generated(asked.sources)}
+        if asked.settings.sampled is not None:
+            inputs["verified_eval"] = Binding("dataset-verified-eval", "file")
+        if kind != "language_model" and "dataset-preference-eval" in self.nodes:
+            inputs["preference_eval"] = Binding("dataset-preference-eval", "file")
+        if reference_model is not None:
+            inputs["reference_model"] = Binding(reference_model, "folder")
         suffix = "-implicit-reward" if kind == "implicit_reward" else ""
         self._add(
             f"evaluation-{subject}{suffix}",
             STAGES["evaluation"],
-            EvaluationStageConfig(subject=subject.replace("-", "_"), kind=kind, settings=settings),
+            EvaluationStageConfig(subject=subject.replace("-", "_"), kind=kind, settings=asked.settings),
             inputs=inputs,
             literals=self._template["literals"],
-            externals=externals,
+            externals={**self._template["externals"], **asked.externals},
         )
-
-    def _pinned_benchmarks(
-        self, benchmarks: Iterable[RewardBenchmark]
-    ) -> tuple[tuple[RewardBenchmark, ...], dict[str, str], list[DataSource]]:
-        """Benchmarks with resolved revisions, digests of their local files by label and position, and all sources."""
-        made: list[RewardBenchmark] = []
-        externals: dict[str, str] = {}
-        sources: list[DataSource] = []
-        for one in benchmarks:
-            pinned, digests = self._references.pinned(one.sources)
-            externals.update({f"{one.label}.{name}": digest for name, digest in digests.items()})
-            made.append(one.model_copy(update={"sources": pinned}))
-            sources += pinned
-        return tuple(made), externals, sources
 
     def _publish(self, subject: str | None) -> None:
         if self.recipe.publish is None or subject is None:

@@ -7,9 +7,7 @@ from smoltulu.artifacts.manifests import Ref, inputs_of
 from smoltulu.artifacts.upkeep.catalogue import Catalogue
 from smoltulu.schemas.nightly import MeasuredModel
 from smoltulu.schemas.run import RunRecord
-
-#: Stage whose artifacts hold all scores of a model.
-EVALUATION = "evaluation"
+from smoltulu.tasks.stages import made_by
 
 
 def chosen(catalogue: Catalogue, what: str, of: str | None = None) -> dict[str, MeasuredModel]:
@@ -29,12 +27,14 @@ def _chosen(catalogue: Catalogue, what: str) -> dict[str, MeasuredModel]:
     found = catalogue.resolve(what)
     if isinstance(found, RunRecord):
         refs = {node: Ref(found.stages[node], key) for node, key in found.keys.items() if node in found.stages}
-        finished = {node: ref for node, ref in refs.items() if ref.stage == EVALUATION and catalogue.folder(ref).newest}
+        finished = {
+            node: ref for node, ref in refs.items() if made_by(ref.stage) == "scores" and catalogue.folder(ref).newest
+        }
         made = {node: _measured(catalogue, ref) for node, ref in finished.items()}
         if not made:
             raise ValueError(f"run {what} has no finished evaluation; run it first, or pin another")
         return made
-    refs_of = [found] if found.stage == EVALUATION else catalogue.evaluations_of(found)
+    refs_of = [found] if made_by(found.stage) == "scores" else catalogue.evaluations_of(found)
     if not refs_of:
         raise ValueError(
             f"{found.stage}/{found.key[:12]} is neither an evaluation nor an evaluated model; evaluate it first"

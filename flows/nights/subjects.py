@@ -13,11 +13,10 @@ from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import RecipeError
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.evaluation import EvaluationOutputs, EvaluationStageConfig
-from smoltulu.schemas.models import ModelOutputs, ModelSource
-from smoltulu.schemas.training import RewardModelSettings
+from smoltulu.schemas.models import ModelSource
 from smoltulu.tasks.data.hub import resolve_commit
 from smoltulu.tasks.engine.runner import reference_to
-from smoltulu.tasks.stages import STAGES
+from smoltulu.tasks.stages import STAGES, made_by
 
 
 @dataclass
@@ -70,8 +69,8 @@ def _add_tag(graph: Graph, name: str, catalogue: Catalogue, subjects: Subjects) 
     if name not in tags:
         raise ValueError(f"the store has no tag {name!r}; there: {', '.join(tags) or 'none'}")
     tag, node = tags[name], f"tag-{name}"
-    stage = STAGES.get(tag.stage)
-    if stage is None or not stage.makes(ModelOutputs):
+    stage, makes = STAGES.get(tag.stage), made_by(tag.stage)
+    if stage is None or makes not in ("language model", "reward model"):
         raise ValueError(f"tag {name!r} names {tag.stage}/{tag.key[:12]}, which is no model; tag the model itself")
     ref = Ref.checked(tag.stage, tag.key)
     folder, newest = catalogue.path(ref), catalogue.folder(ref).newest
@@ -79,8 +78,7 @@ def _add_tag(graph: Graph, name: str, catalogue: Catalogue, subjects: Subjects) 
         raise ValueError(f"tag {name!r} names {tag.stage}/{tag.key[:12]}, which is gone; make it again or untag it")
     subjects.finished[node] = reference_to(Found(read_manifest(folder / newest), folder / newest), node, "Cached")
     graph.add_made(node, stage, tag.key)
-    kind = "reward_model" if issubclass(stage.config, RewardModelSettings) else "language_model"
-    _evaluate(graph, node, name, kind)
+    _evaluate(graph, node, name, makes.replace(" ", "_"))
 
 
 def _add_from_hub(graph: Graph, name: str, subjects: Subjects, resolve: Callable[..., str]) -> None:

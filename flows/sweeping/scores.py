@@ -16,6 +16,7 @@ from smoltulu.flows.sweeping.states import CellRecord, CellState
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.sweep import SweepSettings, SweptTask
 from smoltulu.tasks.comparison.evaluations import Measured, measured
+from smoltulu.tasks.evaluation.stage import evaluation
 from smoltulu.tasks.surface.optimum import Cells
 
 
@@ -90,7 +91,7 @@ def load_scores(
 
 
 def _measured(store_root: Path, cell: CellRecord) -> dict[str, Measured]:
-    folder = layout.key_path(store_root, "evaluation", cell.evaluation)
+    folder = layout.key_path(store_root, evaluation.name, cell.evaluation)
     pointer = layout.read_pointer(folder)
     if pointer is None:
         raise ValueError(f"the scores of cell {cell.place.name} are gone ({folder}); run the sweep again")

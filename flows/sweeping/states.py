@@ -9,7 +9,6 @@ read them.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +24,7 @@ from smoltulu.flows.sweeping.grid import SweepCell
 from smoltulu.schemas.common import StrictModel, first_problem
 from smoltulu.schemas.run import Key, StageName
 from smoltulu.schemas.sweep import Place
+from smoltulu.tasks.evaluation.stage import evaluation
 
 State = Literal["pending", "running", "failed", "diverged", "done"]
 _MAX_BYTES = 100_000_000
@@ -135,7 +135,7 @@ def states_of(store_root: Path, folder: Path, cells: Iterable[CellRecord]) -> li
 
 
 def _state(store_root: Path, folder: Path, cell: CellRecord, ended: set[str]) -> CellState:
-    of_evaluation = layout.key_path(store_root, "evaluation", cell.evaluation)
+    of_evaluation = layout.key_path(store_root, evaluation.name, cell.evaluation)
     if _is_finished(of_evaluation):
         return CellState(cell, "done")
     if {cell.training, cell.evaluation} & ended and (outcome := outcome_of(folder, cell)) is not None:
@@ -163,19 +163,3 @@ def counts_of(states: Iterable[CellState]) -> dict[State, int]:
 def counted(counts: dict[State, int]) -> str:
     """In words, without what there is none of."""
     return ", ".join(f"{number:,} {state}" for state, number in counts.items() if number) or "no cells"
-
-
-def as_json(states: Iterable[CellState]) -> str:
-    """For programs."""
-    return json.dumps(
-        [
-            {
-                **one.cell.model_dump(mode="json"),
-                "name": one.cell.place.name,
-                "state": one.state,
-                "message": one.message,
-            }
-            for one in states
-        ],
-        indent=1,
-    )

@@ -19,7 +19,7 @@ from typing import Any
 
 from lm_eval.api.samplers import ContextSampler
 
-from smoltulu.tasks.evaluation.lm_eval import file_rows
+from smoltulu.tasks.evaluation.local_files import file_rows
 
 Row = dict[str, Any]
 

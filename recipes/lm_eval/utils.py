@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smoltulu.tasks.evaluation.lm_eval import read_splits
+from smoltulu.tasks.evaluation.local_files import read_splits
 from smoltulu.tasks.verifiers import verify
 
 

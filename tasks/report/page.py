@@ -58,10 +58,6 @@ _MAX_FIRST_CURVES = 6
 _MAX_OTHER_CURVES = 48
 #: Batches of rollouts at the end of a training whose samples are shown, besides the first.
 _NUM_LAST_STEPS = 2
-#: Makes a model that gives a score and writes nothing.
-_REWARD_MODEL = "reward_model"
-#: Measures a model. A node that was not made has no outputs to tell it by.
-_EVALUATION = "evaluation"
 
 
 def html_report(
@@ -163,7 +159,7 @@ def _said(summary: RunSummary, runs: Sequence[tuple[StageRun, Manifest | None]])
     models = {
         run.node: (run, manifest, outputs)
         for run, manifest in runs
-        if manifest and run.stage != _REWARD_MODEL and (outputs := outputs_of(ModelOutputs, manifest)) is not None
+        if manifest and run.makes == "language model" and (outputs := outputs_of(ModelOutputs, manifest)) is not None
     }
     made = None
     if models:
@@ -180,7 +176,7 @@ def _said(summary: RunSummary, runs: Sequence[tuple[StageRun, Manifest | None]])
         num_there=sum(run.outcome in there for run in summary.stages),
         running=[run.node for run in summary.stages if run.outcome in ("Running", "Killed")],
         absent=[
-            (run.node, run.outcome) for run in summary.stages if run.stage == _EVALUATION and run.outcome not in there
+            (run.node, run.outcome) for run in summary.stages if run.makes == "scores" and run.outcome not in there
         ],
     )
 

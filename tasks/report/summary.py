@@ -13,7 +13,7 @@ from smoltulu.schemas.artifact import ArtifactReference, Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
 from smoltulu.schemas.evaluation import EvaluationOutputs, Measurement, Score
 from smoltulu.schemas.preflight import PreflightOutputs
-from smoltulu.schemas.run import RunScore, RunSummary, StageRun
+from smoltulu.schemas.run import Makes, RunScore, RunSummary, StageRun
 from smoltulu.schemas.verifier_audit import PassRatesOutputs, VerifierAuditOutputs
 from smoltulu.tasks.report import text, verdict
 from smoltulu.tasks.report.render import render
@@ -32,21 +32,21 @@ _ODD = {
 
 
 def stage_runs(
-    planned: Sequence[tuple[str, str]],
+    planned: Sequence[tuple[str, str, Makes]],
     made: Sequence[tuple[ArtifactReference, Manifest]],
     failed: Mapping[str, tuple[str, str]],
     seconds: Mapping[str, float],
     running: Collection[str] = (),
 ) -> tuple[StageRun, ...]:
-    """One entry per planned (node, stage), in that order: made, failed with its error, running, or not run.
+    """One entry per planned (node, stage, what it makes), in that order: made, failed with its error, running, not run.
 
     `seconds` is node -> time spent in this run. A node without an entry counts the duration in its manifest, or 0 if
     cached: that duration belongs to the run that made it. `failed` is node -> (Failed or Cancelled, error).
     """
     by_node = {reference.node: (reference, manifest) for reference, manifest in made}
     runs = []
-    for node, stage in planned:
-        run = StageRun(node=node, stage=stage, outcome="Not run", seconds=seconds.get(node, 0.0))
+    for node, stage, makes in planned:
+        run = StageRun(node=node, stage=stage, makes=makes, outcome="Not run", seconds=seconds.get(node, 0.0))
         if node in failed:
             outcome, error = failed[node]
             run = run.model_copy(update={"outcome": outcome, "error": _storable(error)})
@@ -94,7 +94,7 @@ def odd_answers(score: Score) -> dict[str, int]:
 
 def summarise(
     *,
-    planned: Sequence[tuple[str, str]],
+    planned: Sequence[tuple[str, str, Makes]],
     made: Sequence[tuple[ArtifactReference, Manifest]],
     failed: Mapping[str, tuple[str, str]] | None = None,
     seconds: Mapping[str, float] | None = None,
@@ -104,7 +104,7 @@ def summarise(
 ) -> RunSummary:
     """The summary of a run.
 
-    planned   (node, stage) in the order of the graph
+    planned   (node, stage, what it makes) in the order of the graph
     made      every finished node, cached or new
     failed    node -> (Failed or Cancelled, error)
     seconds   node -> seconds spent in this run

@@ -159,13 +159,15 @@ def literals(node: ast.expr) -> set[str]:
 
 
 def decisions_by_name(path: Path) -> Iterator[str]:
-    """Comparisons with stage names, and literals that list them."""
+    """Comparisons with stage names, literals that list them, and constants that are called otherwise and hold one."""
     for node in ast.walk(ast.parse(path.read_text())):
         names: set[str] = set()
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             words = {getattr(side, "attr", getattr(side, "id", "")) for side in sides}
             names = set() if words & set(OTHER_WORDS) else {name for side in sides for name in literals(side)}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            names = literals(node.value) if isinstance(node.value, ast.Constant) else set()
         elif isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict):
             listed = literals(node) & STAGES.keys()
             names = listed if len(listed) > 1 and listed - _DATA_KINDS else set()
@@ -189,7 +191,7 @@ def test_no_file_decides_by_a_stages_name(path: Path) -> None:
     [
         'node.stage.name == "sft"', 'if stage in ("sft", "dpo"): pass', 'A = ("rlvr", "base_model")',
         'B = {"dpo": f, "sft": g}', '"publish" != row.stage',
-        'for block, needs in (("sft", "sft"), ("dpo", "preference")): pass',
+        'for block, needs in (("sft", "sft"), ("dpo", "preference")): pass', '_SCORES = "evaluation"',
     ],
 )  # fmt: skip
 def test_such_a_decision_is_seen(tmp_path: Path, code: str) -> None:

@@ -225,7 +225,7 @@ def test_an_evaluation_file_that_changed_since_the_key_was_made_is_refused(tmp_p
     source = DataSource.model_validate(_source(file))
     task = EvaluationTask(name="tiny_arithmetic", metric="exact_match,strict-match", files={"test": source})
     manager = check_tasks((task,))
-    digests = {"tiny_arithmetic.data.0": source_digest(source)}
+    digests = {"tiny_arithmetic.files.test": source_digest(source)}
     assert lm_eval_tasks._load(manager, task, None, digests)
     _jsonl(tmp_path / "test.jsonl", ARITHMETIC[1:])
     with pytest.raises(ValueError, match=r"test\.jsonl changed while the run went on"):

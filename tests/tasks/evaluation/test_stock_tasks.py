@@ -17,6 +17,7 @@ from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask
 from smoltulu.schemas.suites import SUITES, expand
 from smoltulu.tasks.evaluation import lm_eval as harness
 from smoltulu.tasks.evaluation import names
+from smoltulu.tasks.evaluation.local_files import rows_of_subset
 from tests.tiny_model import build_tiny_model, build_tokenizer
 
 DATA = Path(os.environ.get("SMOLTULU_REAL_DATA", "../shared/data"))
@@ -174,15 +175,15 @@ def test_every_task_of_the_suites_is_known_with_its_metric() -> None:
 
 def test_members_of_a_group_take_the_rows_of_their_own_subset() -> None:
     rows = [{"input": "a", "subset": "Number Theory"}, {"input": "b", "subset": "Counting & Probability"}]
-    assert harness.rows_of_subset("test", rows, "number_theory") == rows[:1]
-    assert harness.rows_of_subset("test", rows, "counting_and_probability") == rows[1:]
+    assert rows_of_subset("test", rows, "number_theory") == rows[:1]
+    assert rows_of_subset("test", rows, "counting_and_probability") == rows[1:]
     plain = [{"input": "a"}]
-    assert harness.rows_of_subset("test", plain, "main") == plain
+    assert rows_of_subset("test", plain, "main") == plain
     with pytest.raises(ValueError, match=r"split 'test': no row has the subset 'algebra'; there are: Counting & Prob"):
-        harness.rows_of_subset("test", rows, "algebra")
+        rows_of_subset("test", rows, "algebra")
     # A row without one is of no subset, wherever it stands.
-    assert harness.rows_of_subset("test", [*rows, *plain], "number_theory") == rows[:1]
-    assert harness.rows_of_subset("test", [*plain, *rows], "number_theory") == rows[:1]
+    assert rows_of_subset("test", [*rows, *plain], "number_theory") == rows[:1]
+    assert rows_of_subset("test", [*plain, *rows], "number_theory") == rows[:1]
 
 
 def test_a_stock_group_runs_over_one_local_file(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from smoltulu.schemas.artifact import ArtifactReference, FileRecord, InputRecord
 from smoltulu.schemas.run import RunSummary
 from smoltulu.tasks.report import artifact_key, html_report, markdown, stage_table, summarise
 from smoltulu.tasks.report.charts import bucketed, direct_parents, layered, line_chart, parse_history, ticks
-from smoltulu.tasks.stages import STAGES
+from smoltulu.tasks.stages import STAGES, made_by
 
 NASTY = '<script>alert(1)</script><img src="https://evil.example/x.png" onerror=alert(2)>"\'&\x00\u202e\ud800 `|*'
 PARENTS = {
@@ -218,7 +218,7 @@ def sample_run(folder: Path, label: str = "sft.jsonl", made: int | None = None) 
         state="Failed" if stopped else "Completed",
         started_at="2026-11-21T07:00:00+00:00",
         finished_at="2026-11-21T07:06:12+00:00",
-        planned=[(node, stage_of(node)) for node in PARENTS],
+        planned=[(node, stage_of(node), made_by(stage_of(node))) for node in PARENTS],
         made=pairs,
         failed={stopped: ("Failed", error)} if stopped and error else {},
         seconds={stopped: 12.0} if stopped else {},
