@@ -167,11 +167,10 @@ def _run_once(
                 del _running[process]
     # The files, not the status: torchrun has one of its own.
     if code > 0 and code != STOPPED:
-        if (message := _message(work / ERROR_FILE)) is not None:
-            is_diverged = json.loads((work / ERROR_FILE).read_text()).get("diverged", False)
-            raise (Diverged if is_diverged else ValueError)(f"{job.node}: {message}")
-        if (message := _message(work / OUT_OF_MEMORY_FILE)) is not None:
-            return message
+        if (said := _said(work / ERROR_FILE)) is not None:
+            raise (Diverged if said.get("diverged") else ValueError)(f"{job.node}: {said['message']}")
+        if (said := _said(work / OUT_OF_MEMORY_FILE)) is not None:
+            return str(said["message"])
     # A crash that came after it shows its log; torchrun's own status does not tell one from the other.
     if limit.is_over and (code in (STOPPED, -signal.SIGTERM, -signal.SIGKILL) or (code != 0 and num_ranks > 1)):
         raise StageFailed(
@@ -231,8 +230,12 @@ class _TimeLimit:
             self._process.kill()
 
 
-def _message(file: Path) -> str | None:
-    return log_text(json.loads(file.read_text())["message"]) if file.exists() else None
+def _said(file: Path) -> dict[str, Any] | None:
+    """What a stage wrote about its end: `message`, and `diverged` where it did."""
+    if not file.exists():
+        return None
+    said: dict[str, Any] = json.loads(file.read_text())
+    return said | {"message": log_text(said["message"])}
 
 
 def stop_children() -> None:

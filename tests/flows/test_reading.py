@@ -228,7 +228,7 @@ def test_a_field_that_is_overridden_twice_is_refused() -> None:
         ("tiny", {"sft.learning_rate": math.nan}),
         ("tiny", {"sft.seed": "1" * 15_000}),
         ("tiny", {"contamination.benchmarks.0.name": "a" * 5000}),
-        ("tiny", {"evaluation.tasks.0.name": "a" * 5000}),
+        ("tiny", {"evaluation.tasks": [{"name": "a" * 5000, "metric": "acc,none"}]}),
         ("tiny", {"data.sft.sources.0.generated": "a" * 5000}),
         ("tiny", {"compute.stages": {"a" * 200: {}}}),
         ({"extends": "tiny", 1: 2}, {}),

@@ -31,7 +31,7 @@ from smoltulu.schemas.world import WorldConfig
 from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.engine import launch
 from smoltulu.tasks.engine.environment import drift, environment
-from smoltulu.tasks.engine.launch import StageFailed, _message
+from smoltulu.tasks.engine.launch import StageFailed, _said
 from smoltulu.tasks.engine.messages import PIPE_VARIABLE
 from smoltulu.tasks.engine.runner import Job, _warn_of_drift, run_stage
 from smoltulu.tasks.stages import STAGES
@@ -298,4 +298,5 @@ def test_what_a_stage_process_says_reaches_no_terminal_as_a_command(
     for text in (log, str(caught.value), caplog.text):
         assert "red" in text and all(letter in "\n\t" or letter.isprintable() for letter in text)
     (tmp_path / "error.json").write_text(json.dumps({"message": said}))
-    assert _message(tmp_path / "error.json") == "red �]0;title� �2J �back"
+    said = _said(tmp_path / "error.json")
+    assert said is not None and said["message"] == "red �]0;title� �2J �back"
