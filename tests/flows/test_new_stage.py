@@ -215,7 +215,8 @@ def test_the_report_has_its_title_and_its_curves(tmp_path: Path, model: Path) ->
     assert isinstance(found, Found) and reference.outcome == "Completed"
     summary = summarise(
         run_name="probe", recipe="tiny", state="Completed", started_at="2026-11-01T10:00:00+00:00",
-        finished_at="2026-11-01T10:01:00+00:00", planned=[("sft2", "sft2")], made=[(reference, found.manifest)],
+        finished_at="2026-11-01T10:01:00+00:00", planned=[("sft2", "sft2", "language model")],
+        made=[(reference, found.manifest)],
     )  # fmt: skip
     score = RunScore(
         node="evaluation-sft2", kind="language_model", subject="sft2", task="arithmetic", metric="acc", value=0.5,

@@ -18,6 +18,7 @@ from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.report import html_report, summarise
+from smoltulu.tasks.stages import made_by
 from tests.small_tiny import SMALL_TINY
 from tests.tiny_model import build_tiny_model
 
@@ -236,7 +237,8 @@ def test_the_report_shows_what_became_of_the_prompts(made: dict[str, ArtifactRef
         manifests[name] = found.manifest
     run = summarise(
         run_name="probe", recipe="tiny", state="Completed", started_at="2026-11-01T10:00:00+00:00",
-        finished_at="2026-11-01T10:01:00+00:00", planned=[(name, laid_out.nodes[name].stage.name) for name in made],
+        finished_at="2026-11-01T10:01:00+00:00",
+        planned=[(name, (stage := laid_out.nodes[name].stage.name), made_by(stage)) for name in made],
         made=[(made[name], manifests[name]) for name in made],
     )  # fmt: skip
     page = html_report(run, manifests, {name: Path(reference.path) for name, reference in made.items()}, "")
