@@ -20,10 +20,10 @@ Surface = Callable[[str, Place], float | str | None]
 
 
 def settings(num_tasks: int = 2, **changes: Any) -> SweepSettings:
-    """A surface of 5 rates x 3 batches x 3 seeds at one budget and the same at a second; half of the tasks a class."""
+    """A surface of 6 rates x 3 batches x 3 seeds at one budget and the same at a second; half of the tasks a class."""
     block = {
         "name": "main",
-        "log2_learning_rate": {"low": -14, "high": -10},
+        "log2_learning_rate": {"low": -15, "high": -10},
         "log2_batch": {"low": 3, "high": 5},
         "seeds": [0, 1, 2],
         "max_tokens": [1 << 14, 1 << 16],
@@ -103,7 +103,7 @@ def plant(
             outputs={"subject": "sft", "scores": scores, "samples_file": "samples.parquet"},
             inputs={"model": model},
         )  # fmt: skip
-        records[-1] = record = record.model_copy(update={"evaluation": made.key})
+        records[-1] = record = record.model_copy(update={"training": model.key, "evaluation": made.key})
         write_samples(store.folder(made) / "gen-0001" / "samples.parquet", rows)
     (folder / "cells.json").write_bytes(TypeAdapter(tuple[CellRecord, ...]).dump_json(tuple(records)))
     return store

@@ -16,11 +16,12 @@ SUFFIXES = (".parquet", ".csv")
 #: Columns of the table, with their types in Parquet.
 _COLUMNS = {
     "cell": "string", "block": "string", "state": "string", "task": "string", "metric": "string",
-    "task_class": "string", "arm": "string", "size": "string", "num_parameters": "int64", "log2_learning_rate": "float64",
-    "learning_rate": "float64", "log2_batch": "float64", "effective_batch_rows": "int64",
-    "effective_batch_tokens": "float64", "max_tokens": "int64", "seed": "int64", "weight_decay": "float64",
-    "reduction": "string", "num_steps": "int64", "num_tokens": "int64", "mean": "float64", "stderr": "float64",
-    "num_items": "int64", "chance": "float64", "lower_is_better": "bool", "message": "string",
+    "task_class": "string", "arm": "string", "size": "string", "num_parameters": "int64",
+    "log2_learning_rate": "float64", "learning_rate": "float64", "log2_batch": "float64",
+    "effective_batch_rows": "int64", "effective_batch_tokens": "float64", "max_tokens": "int64", "seed": "int64",
+    "weight_decay": "float64", "reduction": "string", "num_steps": "int64", "num_tokens": "int64",
+    "mean": "float64", "stderr": "float64", "num_items": "int64", "chance": "float64", "lower_is_better": "bool",
+    "message": "string",
 }  # fmt: skip
 _OPTIMUM_COLUMNS = {
     "arm": "string", "task": "string", "metric": "string", "task_class": "string", "log2_batch": "float64",
