@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
-from smoltulu.flows.cli.output import echo, failures
+from smoltulu.flows.cli.output import echo, fail, failures, progress_log
 from smoltulu.flows.cli.store import JsonOption, StoreOption
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class _WithDefault(TyperGroup):
     """NAME alone, or NAME and options, is NAME run."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and not args[0].startswith("-") and (len(args) == 1 or args[1].startswith("-")):
             args = [args[0], "run", *args[1:]]
         return super().parse_args(ctx, args)
@@ -55,9 +55,47 @@ def _opened(context: typer.Context, store: Path | None) -> tuple[SweepSettings, 
 
 
 @app.command()
-def run(context: typer.Context, store: StoreOption = None) -> None:
-    """Run the cells that have no scores yet, in this process, and write the page. Ctrl-C loses no finished cell."""
-    raise NotImplementedError
+def run(
+    context: typer.Context,
+    block: Annotated[list[str] | None, typer.Option("--block", help="this block only; may be repeated")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="start no cell that is not forecast to end by then; run again to go on")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="what the stages of every cell say as well")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Run the cells that have no scores yet, in this process, and write the page. Ctrl-C loses no finished cell.
+
+    The exit code is 1 if a cell failed, 130 after Ctrl-C.
+    """
+    import logging
+
+    from smoltulu.flows.sweeping.engine import SweepRun, write_page_at_end
+    from smoltulu.flows.sweeping.local import run_here
+    from smoltulu.tasks.engine.launch import StageFailed
+
+    log = progress_log()
+    stage_log = log.getChild("stages")
+    stage_log.setLevel(logging.INFO if verbose else logging.WARNING)
+
+    def page() -> str:
+        written = write_page_at_end(begun, log)
+        if written:
+            echo(f"page      {written}")
+        return written
+
+    with failures(StageFailed):
+        sweep, _ = _opened(context, store)
+        begun = SweepRun(sweep, sweep.name, log, blocks=block or (), minutes=minutes)
+        again = f"smoltulu sweep {shlex.quote(context.obj)}"
+        try:
+            state = run_here(begun, stage_log, page)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            echo(f"stopped   {begun.counted()}; `{again}` goes on", err=True)
+            raise SystemExit(stop.code if isinstance(stop, SystemExit) else 130) from None
+    echo(f"cells     {begun.counted()}")
+    if state == "Failed":
+        fail(f"cells failed; `{again} status` says why, `{again}` runs them again")
 
 
 @app.command()
