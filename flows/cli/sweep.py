@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from smoltulu.flows.cli.output import echo, fail, failures, progress_log
+from smoltulu.flows.cli.output import echo, fail, failures, print_json, progress_log
 from smoltulu.flows.cli.store import JsonOption, StoreOption
 
 if TYPE_CHECKING:
@@ -43,11 +43,15 @@ def _named(
 
 
 def _opened(context: typer.Context, store: Path | None) -> tuple[SweepSettings, Path]:
+    return _open(context.obj, store)
+
+
+def _open(name: str, store: Path | None) -> tuple[SweepSettings, Path]:
     """The sweep, and the root of the store that its cells are in. ValueError for what the user has to fix."""
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.sweeping.grid import load_sweep, store_of
 
-    sweep = load_sweep(context.obj)
+    sweep = load_sweep(name)
     if store is not None:
         sweep = sweep.model_copy(update={"overrides": sweep.overrides | {"compute.store": str(store.absolute())}})
     os.chdir(PROJECT)  # a flow runs there, and relative paths start there
@@ -100,20 +104,87 @@ def run(
 
 @app.command()
 def status(context: typer.Context, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show how many cells are pending, running, failed, diverged and done, block by block."""
-    raise NotImplementedError
+    """Show how many cells of each block are done, diverged, running, pending and failed, why, and the time left."""
+    from smoltulu.flows.cli.sweep_views import show_status
+    from smoltulu.flows.sweeping.overview import status_of
+
+    with failures():
+        values = status_of(*_opened(context, store))
+    print_json(values) if as_json else show_status(values)
 
 
 @app.command()
 def plan(context: typer.Context, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show blocks, cells, hours and memory before anything runs."""
-    raise NotImplementedError
+    """Show blocks, cells, hours, memory and disk before anything runs. As `smoltulu plan NAME`."""
+    show_plan_of(context.obj, store, as_json)
 
 
-@app.command()
-def extend(context: typer.Context, store: StoreOption = None) -> None:
-    """Add a block to the sweep in this store."""
-    raise NotImplementedError
+def show_plan_of(name: str, store: Path | None, as_json: bool) -> None:
+    """Plan a sweep and show it."""
+    from smoltulu.flows.cli.sweep_views import show_plan
+    from smoltulu.flows.sweeping.overview import plan_of
+
+    with failures():
+        values = plan_of(*_open(name, store))
+    print_json(values) if as_json else show_plan(values)
+
+
+class _WithLists(TyperCommand):
+    """`--seeds 3 4` is `--seeds 3 --seeds 4`, negative numbers too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread, option = list[str](), ""
+        for text in args:
+            if text.startswith("--"):
+                option = "" if "=" in text else text
+                spread.append(text)
+            elif option and re.fullmatch(r"-?\d+(\.\d+)?", text):
+                spread += [text] if spread[-1] == option else [option, text]
+            else:
+                spread.append(text)
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=_WithLists)
+def extend(
+    context: typer.Context,
+    seeds: Annotated[list[int] | None, typer.Option(help="e.g. --seeds 3 4")] = None,
+    rates: Annotated[list[float] | None, typer.Option(help="log2 of learning rates, e.g. --rates -9 -8")] = None,
+    batches: Annotated[list[float] | None, typer.Option(help="log2 of batch sizes, e.g. --batches 2 7")] = None,
+    budgets: Annotated[list[int] | None, typer.Option(help="tokens (rlvr: episodes), e.g. --budgets 250000")] = None,
+    like: Annotated[
+        str | None, typer.Option(help="block whose other axes it takes; the first one unless given")
+    ] = None,
+    edges: Annotated[
+        int | None, typer.Option(min=1, help="at most so many cells, where a best learning rate is the last one")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the blocks, and write nothing")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Add cells to the sweep in this store: the axes of a block, but for those that are given; or rates beyond edges.
+
+    The sweep's own file stays as it is: blocks are written into extension.yaml of the sweep's folder, where every
+    command and run of this store finds them. Nothing is run.
+    """
+    import yaml
+
+    from smoltulu.flows.sweeping import extension
+
+    with failures():
+        sweep, root = _opened(context, store)
+        axes = {"seeds": seeds, "rates": rates, "batches": batches, "budgets": budgets}
+        given = {name: values for name, values in axes.items() if values}
+        if bool(given) == bool(edges):
+            raise ValueError("give what to add: --seeds, --rates, --batches, --budgets; or --edges with a number")
+        if edges and like:
+            raise ValueError(f"--like {like} has no meaning with --edges, which looks at all blocks; leave it out")
+        added = extension.add(sweep, root, like=like, edges=edges, dry_run=dry_run, **given)
+        for block in added.blocks:
+            echo(yaml.safe_dump([extension.written(block)], sort_keys=False, default_flow_style=None).rstrip())
+    where = "not written (--dry-run)" if dry_run else f"written to {added.file}"
+    echo(f"added     {added.num_cells:,} cells, {where}")
+    if not dry_run:
+        echo(f"run       smoltulu sweep {shlex.quote(context.obj)}")
 
 
 @app.command()
