@@ -16,6 +16,10 @@ from smoltulu.flows.cli.store import JsonOption, StoreOption
 
 if TYPE_CHECKING:
     from smoltulu.schemas.sweep import SweepSettings
+    from smoltulu.tasks.surface.analysis import Analysis
+
+#: Reasons of a verdict that are shown; the page has all.
+_NUM_REASONS = 4
 
 
 class _WithDefault(TyperGroup):
@@ -86,6 +90,7 @@ def run(
         written = write_page_at_end(begun, log)
         if written:
             echo(f"page      {written}")
+            _say_verdicts(begun.sweep, begun.store_root)
         return written
 
     with failures(StageFailed):
@@ -189,40 +194,77 @@ def extend(
 
 @app.command()
 def report(context: typer.Context, store: StoreOption = None) -> None:
-    """Write the page again, from what is done so far. Nothing is run."""
+    """Write the page again, from what is done so far, and say its verdicts. Nothing is run."""
     from smoltulu.flows.sweeping.results import write_page
 
     with failures():
-        sweep, root = _opened(context, store)
+        sweep, root = _extended(context, store)
         echo(f"page      {write_page(sweep, root)}")
+        _say_verdicts(sweep, root)
+
+
+def _extended(context: typer.Context, store: Path | None) -> tuple[SweepSettings, Path]:
+    """The sweep with what was added to it in this store, and the root of the store."""
+    from smoltulu.flows.sweeping.extension import with_extension
+    from smoltulu.flows.sweeping.states import sweep_folder
+
+    sweep, root = _opened(context, store)
+    return with_extension(sweep, sweep_folder(root, sweep.name)), root
+
+
+def _say_verdicts(sweep: SweepSettings, root: Path) -> None:
+    from smoltulu.flows.sweeping.gather import gather
+
+    for analysis in gather(sweep, root).analyses():
+        for line in verdict_lines(analysis):
+            echo(line)
+
+
+def verdict_lines(analysis: Analysis) -> list[str]:
+    """What is said of every class of an arm, why where nothing is identified, and of the claim about classes."""
+    from smoltulu.tasks.surface.words import claim_text, reasons, sentence, slope_texts
+
+    lines = []
+    arm = "" if analysis.arm == "main" else f"arm {analysis.arm}, "
+    for one in analysis.classes:
+        slopes = "; ".join(f"{what.partition(',')[0]} {value}" for what, value in slope_texts(one.said))
+        lines.append(f"verdict   {arm}{sentence(one.name, one.said)}{f' {slopes}' if slopes else ''}")
+        lines += [f"            {reason}" for reason in reasons(one.said)[:_NUM_REASONS]]
+    return lines + [f"claim     {arm}{claim_text(test)}" for test in analysis.claims]
 
 
 @app.command()
 def export(
     context: typer.Context,
     file: Annotated[Path | None, typer.Argument(help="table of all cells and scores: .parquet or .csv")] = None,
-    optuna: Annotated[Path | None, typer.Option(help="journal file of a new Optuna study")] = None,
+    optuna: Annotated[Path | None, typer.Option(help="journal file to write, which Optuna's dashboard shows")] = None,
     store: StoreOption = None,
 ) -> None:
-    """Write every cell and every score into a table, or into an Optuna study."""
+    """Write every cell and every score into a table, or into Optuna studies (one for each budget, size and arm)."""
+    from smoltulu.flows.sweeping.optuna_study import export_study
     from smoltulu.flows.sweeping.results import export_table
+    from smoltulu.flows.sweeping.states import remembered, states_of, sweep_folder
 
     with failures():
         if file is None and optuna is None:
             raise ValueError("name what to write: a table (cells.parquet, cells.csv), or --optuna study.journal")
-        file = file and file.absolute()
-        sweep, root = _opened(context, store)
+        file, optuna = file and file.absolute(), optuna and optuna.absolute()
+        sweep, root = _extended(context, store)
         if file is not None:
             echo(f"wrote     {export_table(sweep, root, file):,} rows to {file}")
+        if optuna is not None:
+            folder = sweep_folder(root, sweep.name)
+            states = states_of(root, folder, remembered(folder))
+            echo(f"wrote     {export_study(sweep, root, states, optuna):,} trials to {optuna}")
 
 
 def _weights(texts: list[str]) -> dict[str, float] | None:
     """`task=weight` or `class=weight` texts."""
-    weights = {}
+    weights: dict[str, float] = {}
     for text in texts:
         name, equals, value = text.rpartition("=")
         if not equals or not name or re.fullmatch(r"\d+(\.\d*)?|\.\d+", value) is None:
-            raise ValueError(f"--weight {text!r}: write a task and a number from 0 on, e.g. arc_challenge=2")
+            raise ValueError(f"--weight {text!r}: write a task or class and a number from 0 on, e.g. gsm8k=2")
         if name in weights:
             raise ValueError(f"--weight {name} is given twice; keep one")
         weights[name] = float(value)
@@ -233,27 +275,54 @@ def _weights(texts: list[str]) -> dict[str, float] | None:
 def recommend(
     context: typer.Context,
     weight: Annotated[
-        list[str] | None, typer.Option("--weight", "-w", help="what a task counts, e.g. gsm8k=2; may be repeated")
+        list[str] | None,
+        typer.Option("--weight", "-w", help="what a task or class counts, e.g. gsm8k=2; may be repeated"),
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="write it as a recipe patch (YAML)")] = None,
+    of: Annotated[str | None, typer.Option(help="class whose place --to writes; the first answer unless given")] = None,
+    to: Annotated[Path | None, typer.Option(help="recipe to write: extends the sweep's, with that place")] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which learning rate and batch to train with, for each class of tasks or for a weighting of yours."""
+    """Say which learning rate and batch to train with: for each class of tasks, for all, for a weighting of yours."""
+    from smoltulu.flows.cli.sweep_views import show_recommendation
     from smoltulu.flows.sweeping.results import recommend as recommended
 
     with failures():
         to = to and to.absolute()
-        sweep, root = _opened(context, store)
-        recommended(sweep, root, _weights(weight or []))
-        raise NotImplementedError
+        if to is not None and to.exists():
+            raise ValueError(f"{to} exists already, and is left as it is; name another file")
+        answer = recommended(*_extended(context, store), _weights(weight or []))
+        named = [choice.of for choice in answer.choices]
+        if of is not None and of not in named:
+            raise ValueError(f"--of {of!r}: there is no answer for it; there are {', '.join(named)}")
+        if to is not None:
+            with to.open("x") as stream:
+                stream.write(answer.as_yaml(named.index(of) if of else 0))
+    if as_json:
+        print_json(answer.model_dump(mode="json"))
+        return
+    show_recommendation(answer)
+    if to is not None:
+        echo(f"wrote     {to}, for {of or named[0]}")
 
 
 @app.command("import")
 def import_(
     context: typer.Context,
     optuna: Annotated[Path, typer.Option(help="journal file of an Optuna study")],
+    study: Annotated[str | None, typer.Option(help="of several in the file; all of arm main unless given")] = None,
     store: StoreOption = None,
 ) -> None:
     """Judge the trials of an Optuna study as if they were cells of this sweep. Nothing is written into the store."""
-    raise NotImplementedError
+    from smoltulu.flows.cli.sweep_views import show_optima
+    from smoltulu.flows.sweeping.optuna_study import import_study
+    from smoltulu.tasks.surface.analysis import analyse
+
+    with failures():
+        optuna = optuna.absolute()
+        sweep, _ = _opened(context, store)
+        scores = import_study(sweep, optuna, study)
+        analysis = analyse("main", [(one.task, one.cells) for one in scores], is_scan=sweep.kind == "scan")
+    show_optima(analysis)
+    for line in verdict_lines(analysis):
+        echo(line)

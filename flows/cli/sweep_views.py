@@ -1,11 +1,16 @@
-"""Tables of `smoltulu sweep NAME status` and `plan`."""
+"""Tables of the actions of `smoltulu sweep NAME`."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts import readable
 from smoltulu.flows.cli.output import console, table
+
+if TYPE_CHECKING:
+    from smoltulu.schemas.recommendation import Recommendation
+    from smoltulu.tasks.surface.analysis import Analysis
 
 _STATES = ("done", "diverged", "running", "pending", "failed")
 _COLOURS = {"done": "green", "diverged": "yellow", "running": "cyan", "failed": "red"}
@@ -98,3 +103,40 @@ def _time(values: dict[str, Any]) -> str:
     if unknown == values["missing"]:
         return "unknown"
     return readable.duration(values["seconds"]) + (f" + {unknown:,} unknown" if unknown else "")
+
+
+def show_recommendation(answer: Recommendation) -> None:
+    """A place for every class, with the interval of its optimum and what the choice costs."""
+    out = console()
+    figures = ("learning rate", "batch", "tokens", "interval", "regret")
+    made = table("for", *figures, "flags", title=f"{answer.sweep}, {answer.stage}", right=figures)
+    for one in answer.choices:
+        interval = "-" if one.low is None or one.high is None else f"{one.low:.2e} to {one.high:.2e}"
+        error = "" if one.regret_stderr is None else f" ± {one.regret_stderr:.2f}"
+        where = "".join(f", {name}" for name, usual in ((one.size, "base"), (one.arm, "main")) if name != usual)
+        made.add_row(
+            one.of + where,
+            f"{one.learning_rate:.3e}",
+            f"{one.effective_batch_size:,}",
+            f"{one.max_tokens:,}",
+            interval,
+            f"{one.regret:.2f}{error}",
+            "; ".join(one.flags),
+        )
+    out.print(made)
+    out.print("interval: 95 %, of the best rate at this batch; regret: in standard deviations of the scores of places")
+    for note in answer.notes:
+        out.print(f"note      {note}", soft_wrap=True)
+
+
+def show_optima(analysis: Analysis) -> None:
+    """The best learning rate of every task, batch and budget."""
+    figures = ("log2 batch", "log2 tokens", "log2 best rate", "stderr", "seeds")
+    made = table("task", *figures, "flaw", right=figures)
+    for task in analysis.tasks:
+        for one in task.found.optima:
+            best = "-" if math.isnan(one.log2_lr) else f"{one.log2_lr:.2f}"
+            error = "-" if math.isnan(one.stderr) else f"{one.stderr:.2f}"
+            values = f"{one.log2_batch:.4g}", f"{one.log2_tokens:.4g}", best, error, str(one.num_seeds)
+            made.add_row(task.task.task, *values, one.flaw)
+    console().print(made)
