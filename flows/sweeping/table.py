@@ -40,8 +40,8 @@ def cell_rows(found: Gathered) -> list[dict[str, Any]]:
             errors = one.cells.items.std(axis=1, ddof=1) / math.sqrt(num_items) if num_items > 1 else None
             for number, record in enumerate(one.of):
                 if math.isfinite(mean := float(one.means[number])):
-                    error = None if errors is None else float(errors[number])
-                    measured[record.place.name, one.task.task, one.task.metric] = (mean, error, num_items)
+                    stderr = None if errors is None else float(errors[number])
+                    measured[record.place.name, one.task.task, one.task.metric] = (mean, stderr, num_items)
     rows = []
     for cell in found.cells:
         place, training = cell.place, training_of(found.store_root, cell)
