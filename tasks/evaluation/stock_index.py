@@ -29,7 +29,7 @@ def _reader() -> Any:
     """A `load_yaml` that leaves functions unresolved, as the index asks for."""
     from lm_eval.tasks._yaml_loader import _Base
 
-    class Loader(_Base):  # type: ignore[misc]
+    class Loader(_Base):
         folder = ""
 
     Loader.add_constructor("!function", lambda loader, node: str(Path(loader.folder) / loader.construct_scalar(node)))
