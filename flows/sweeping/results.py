@@ -161,10 +161,7 @@ def _facts(found: Gathered) -> list[tuple[str, str]]:
         ("stage", sweep.stage),
         ("kind", sweep.kind),
         ("cells", ", ".join(f"{counts[state]:,} {state}" for state in get_args(State) if counts[state]) or "none"),
-        (
-            "budgets, episodes" if sweep.stage == "rlvr" else "budgets, tokens",
-            ", ".join(f"{budget:,}" for budget in budgets),
-        ),
+        (f"budgets, {unit}", ", ".join(f"{budget:,}" for budget in budgets)),
         ("seeds", f"{len(seeds)}"),
         ("sizes", ", ".join(sweep.sizes)),
         ("arms", ", ".join(sweep.arms)),
