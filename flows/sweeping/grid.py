@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -17,6 +17,11 @@ from smoltulu.flows.recipe import RecipeError, check_evaluation, check_secrets, 
 from smoltulu.recipes import SWEEPS
 from smoltulu.schemas.common import problems_of
 from smoltulu.schemas.sweep import Place, SweepSettings, overrides_of, places
+from smoltulu.tasks.data.hub import Reference, resolve_commit
+from smoltulu.tasks.data.sources import expand_path
+
+#: For an answer of the Hub; a plan waits less.
+_TIMEOUT_SECONDS, _PLAN_TIMEOUT_SECONDS = 30.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,20 @@ def sweep_names() -> list[str]:
     return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 
 
+def is_sweep(name: str) -> bool:
+    """Whether a name, or the path of a YAML file, is that of a sweep: it has blocks. What cannot be read is none."""
+    if name in sweep_names():
+        return True
+    path = Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return False
+    try:
+        values = read_file(path)
+    except (Unreadable, OSError):
+        return False
+    return isinstance(values, dict) and "blocks" in values
+
+
 def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
     """A shipped sweep by its name, the path of a YAML file, or a sweep written out.
 
@@ -67,7 +86,7 @@ def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
     if isinstance(name, dict):
         values: Any = name
     else:
-        path = SWEEPS / f"{name}.yaml" if name in sweep_names() else Path(name)
+        path = SWEEPS / f"{name}.yaml" if name in sweep_names() else Path(name).expanduser()
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
             raise RecipeError(
                 f"no sweep {name!r}; shipped are {', '.join(sweep_names()) or 'none'}; or give the path of a YAML file"
@@ -76,6 +95,9 @@ def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
             values = read_file(path)
         except Unreadable as error:
             raise RecipeError(f"sweep {path.name}: {error}") from None
+        recipe = values.get("recipe") if isinstance(values, dict) else None
+        if isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):  # as in recipes, from the file's folder on
+            values["recipe"] = str(path.absolute().parent / Path(recipe).expanduser())
     if not isinstance(values, dict):
         raise RecipeError(
             f"a sweep is an object with name, recipe, stage, blocks and tasks; got {type(values).__name__}"
@@ -89,21 +111,30 @@ def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
         ) from None
 
 
-def cells_of(sweep: SweepSettings) -> Iterator[SweepCell]:
-    """Every cell, in the order in which they run.
+def store_of(sweep: SweepSettings) -> Path:
+    """Root of the store that the cells of a sweep are in. RecipeError: as `load_recipe`."""
+    recipe = load_recipe(sweep.recipe, overrides_of(sweep, next(iter(places(sweep)))))
+    return expand_path(recipe.compute.store).absolute()
+
+
+def cells_of(sweep: SweepSettings, unresolved: Literal["refuse", "keep"] = "refuse") -> Iterator[SweepCell]:
+    """Every cell, in the order in which they run. A Hub revision is the same commit in all of them.
+
+    unresolved  keep, for a plan: a revision that cannot be resolved stays as written
 
     Raises:
         RecipeError: a place that the recipe does not allow; the first one says which.
     """
     is_checked = False
     digest_of = cache(folder_digest)  # half a second for a model of 135 M
+    resolve = _same_commits(_PLAN_TIMEOUT_SECONDS if unresolved == "keep" else _TIMEOUT_SECONDS)
     for place, block in places(sweep).items():
         try:
             recipe = load_recipe(sweep.recipe, {"compute.launcher": "warm"} | overrides_of(sweep, place))
             if not is_checked:
                 check_evaluation(recipe)
                 is_checked = True
-            graph = Graph(recipe, sweep.stage, digest_of=digest_of)
+            graph = Graph(recipe, sweep.stage, unresolved=unresolved, resolve=resolve, digest_of=digest_of)
         except ValueError as error:
             raise RecipeError(f"sweep {sweep.name}, cell {place.name}: {error}") from None
         training = sweep.stage.replace("_", "-")
@@ -115,3 +146,21 @@ def cells_of(sweep: SweepSettings) -> Iterator[SweepCell]:
                     f"{sweep.stage if node == training else 'evaluation'}"
                 )
         yield SweepCell(place, block, graph, training, evaluation)
+
+
+def _same_commits(timeout_seconds: float) -> Callable[[Reference], str]:
+    """Resolves each revision once, also where that fails: else a silent Hub would be asked for every cell."""
+    known: dict[Reference, str | ValueError] = {}
+
+    def resolve(reference: Reference) -> str:
+        if reference not in known:
+            try:
+                known[reference] = resolve_commit(*reference, timeout_seconds=timeout_seconds)
+            except ValueError as error:
+                known[reference] = error
+        found = known[reference]
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    return resolve

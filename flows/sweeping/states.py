@@ -65,12 +65,9 @@ def sweep_folder(store_root: Path, name: str) -> Path:
     return private_folder(store_root.parent / "sweeps") / name
 
 
-def remember(store_root: Path, folder: Path, cells: Iterable[SweepCell]) -> list[CellRecord]:
-    """Write down the cells that a run asks for; those that an earlier one asked for stay.
-
-    ValueError where a cell that has ended is another training now: one surface would hold two recipes.
-    """
-    asked = [
+def records_of(cells: Iterable[SweepCell]) -> list[CellRecord]:
+    """What is written down of cells."""
+    return [
         CellRecord(
             place=cell.place,
             block=cell.block,
@@ -80,6 +77,22 @@ def remember(store_root: Path, folder: Path, cells: Iterable[SweepCell]) -> list
         )
         for cell in cells
     ]
+
+
+def remember(store_root: Path, folder: Path, cells: Iterable[SweepCell]) -> list[CellRecord]:
+    """Write down the cells that a run asks for; those that an earlier one asked for stay. Errors: `check_unchanged`."""
+    asked = records_of(cells)
+    known = check_unchanged(store_root, folder, asked) | {record.place: record for record in asked}
+    (folder / "outcomes").mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "cells.json", _CELLS.dump_json(tuple(known.values())).decode())
+    return asked
+
+
+def check_unchanged(store_root: Path, folder: Path, asked: Iterable[CellRecord]) -> dict[Place, CellRecord]:
+    """The cells that are remembered, by their places.
+
+    ValueError where one that has ended is another training now: one surface would hold two recipes.
+    """
     known = {record.place: record for record in remembered(folder)} if (folder / "cells.json").exists() else {}
     others = [known[one.place] for one in asked if one.place in known and known[one.place].training != one.training]
     ended = [one.cell for one in states_of(store_root, folder, others) if one.state in ("done", "diverged")]
@@ -89,10 +102,7 @@ def remember(store_root: Path, folder: Path, cells: Iterable[SweepCell]) -> list
             f"{ended[0].place.name}; take back what was changed (recipe, overrides, size or arm), or give the sweep "
             "another name: what is equal is found again"
         )
-    known |= {record.place: record for record in asked}
-    (folder / "outcomes").mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "cells.json", _CELLS.dump_json(tuple(known.values())).decode())
-    return asked
+    return known
 
 
 def remembered(folder: Path) -> tuple[CellRecord, ...]:
@@ -134,6 +144,15 @@ def states_of(store_root: Path, folder: Path, cells: Iterable[CellRecord]) -> li
     return [_state(store_root, folder, cell, ended) for cell in cells]
 
 
+def known_states(store_root: Path, folder: Path, wanted: Iterable[Place]) -> dict[Place, CellState | None]:
+    """The state of every place as its last run remembers it; None where no run has asked for it yet."""
+    known = {record.place: record for record in remembered(folder)} if (folder / "cells.json").exists() else {}
+    found = list(wanted)
+    asked = states_of(store_root, folder, [known[place] for place in found if place in known])
+    state_of = {one.cell.place: one for one in asked}
+    return {place: state_of.get(place) for place in found}
+
+
 def _state(store_root: Path, folder: Path, cell: CellRecord, ended: set[str]) -> CellState:
     of_evaluation = layout.key_path(store_root, evaluation.name, cell.evaluation)
     if _is_finished(of_evaluation):
@@ -152,11 +171,11 @@ def _is_finished(path: Path) -> bool:
         return False
 
 
-def counts_of(states: Iterable[CellState]) -> dict[State, int]:
-    """Number of cells in each state, all of them named."""
+def counts_of(states: Iterable[CellState | None]) -> dict[State, int]:
+    """Number of cells in each state, all of them named. None: one that no run has asked for, which is pending."""
     counts: dict[State, int] = {"done": 0, "diverged": 0, "running": 0, "pending": 0, "failed": 0}
     for one in states:
-        counts[one.state] += 1
+        counts[one.state if one else "pending"] += 1
     return counts
 
 
