@@ -60,7 +60,9 @@ def bbh(**given: Any) -> Any:
     else:  # JSON files whose rows stand under `examples`, behind a loading script that is not run
         of_subsets = [_rows(file=f"data/{subset}.json", **given) for subset in ALGORITHMIC]
     if missing := [subset for subset, rows in zip(ALGORITHMIC, of_subsets, strict=True) if not rows]:
-        raise ValueError(f"gold_bbh: no row has the task {missing[0]!r}; the split 'test' needs {', '.join(ALGORITHMIC)}")
+        raise ValueError(
+            f"gold_bbh: no row has the task {missing[0]!r}; the split 'test' needs {', '.join(ALGORITHMIC)}"
+        )
     shuffled = [_shuffled([{"input": row["input"], "answer": row["target"]} for row in rows]) for rows in of_subsets]
     return _dataset([row for turn in zip_longest(*shuffled) for row in turn if row is not None])
 

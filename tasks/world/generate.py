@@ -136,9 +136,7 @@ def _skill_files(config: WorldConfig, skills: SkillSettings, plain: list[Row]) -
 
     return {
         "skills": [conversation(unseen(SKILLS)) for _ in range(skills.num_sft)],
-        "eval_skills": [
-            {"subset": one.skill, "prompt": one.prompt, "answer": one.answer} for one in held_out.values()
-        ],
+        "eval_skills": [{"subset": one.skill, "prompt": one.prompt, "answer": one.answer} for one in held_out.values()],
         "pretrain": [
             {"text": "\n".join(unseen(_PRETRAIN_SKILLS).plain for _ in range(_QUESTIONS_OF_A_TEXT))}
             if rng.random() < skills.pretrain_share
