@@ -87,7 +87,8 @@ def speed(folder: Path, num_rates: int) -> None:
             "num_steps": outputs["num_steps"],
         })  # fmt: skip
     graph = warm.cells[0].graph
-    world, base = (_folder(run.store_root / stage / graph.key(node)) for stage, node in (("world", "world"), ("base_model", "base-model")))  # fmt: skip
+    world = _folder(run.store_root / "world" / graph.key("world"))
+    base = _folder(run.store_root / "base_model" / graph.key("base-model"))
     job = {
         "model": str(base / "model"), "rows": str(world / "skills.jsonl"), "items": str(world / "eval_skills.jsonl"),
         "template": (CHAT_TEMPLATES / "tulu.jinja").read_text(), "cells": cells, "num_threads": os.cpu_count(),
@@ -130,7 +131,7 @@ def _peer(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     file = folder / "job.json"
     file.write_text(json.dumps(job))
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run([sys.executable, str(_PEER), str(file)], env=environment, capture_output=True, text=True)  # noqa: S603
+    done = subprocess.run([sys.executable, str(_PEER), str(file)], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

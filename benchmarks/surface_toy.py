@@ -2,9 +2,9 @@
 
 A Llama of 106,816 parameters learns a bigram chain (512 tokens; half of the rows have one successor, the other half a
 Dirichlet over 32; 2 % of the steps start anew, by Zipf's law). A quarter of the rows is changed, and it is fine-tuned
-on 131,072 tokens with a linear schedule. Measured is the exact KL(true || model): `acquire` on changed rows, `retain` on
-the others. Found before (4 seeds, batch 4 to 32 sequences of 64): log2 of the best rate -4.9, -4.5, -4.4, -4.5 for acquire
-(slope .14) and -8.2, -7.6, -7.1, -6.8 for retain (.47 to .52), 2.3 to 3.2 octaves apart.
+on 131,072 tokens with a linear schedule. Measured is the exact KL(true || model): `acquire` on changed rows, `retain`
+on the others. Found before (4 seeds, batch 4 to 32 sequences of 64): log2 of the best rate -4.9, -4.5, -4.4, -4.5 for
+acquire (slope .14) and -8.2, -7.6, -7.1, -6.8 for retain (.47 to .52), 2.3 to 3.2 octaves apart.
 
 Plain torch; every run is a line of a file, so that a second call goes on. Its optima come from `tasks/surface`.
 """

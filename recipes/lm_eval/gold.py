@@ -1,8 +1,8 @@
 """Items of the definitions gold_*.yaml: how likely is the right answer? Nothing is generated, so it costs one pass.
 
-`bits_per_byte` is the score; `acc` says whether greedy decoding would begin with the answer. For sweeps: bits move where
-accuracy is at its floor, and hundreds of models can be asked. Loaders give the split `test` of the Hub's dataset or of
-local files, shuffled as the items of paper_*.yaml are.
+`bits_per_byte` is the score; `acc` says whether greedy decoding would begin with the answer. For sweeps: bits move
+where accuracy is at its floor, and hundreds of models can be asked. Loaders give the split `test` of the Hub's dataset
+or of local files, shuffled: a limit takes a random part.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from smoltulu.tasks.evaluation.local_files import file_rows
 
 Row = dict[str, Any]
 
-#: BIG-Bench Hard's algorithmic subsets (Suzgun et al. 2022, arXiv:2210.09261, table 2; eleven tasks, two of them in three
-#: sizes).
+#: BIG-Bench Hard's algorithmic subsets: eleven tasks, two of them in three sizes. Source: Suzgun et al. 2022,
+#: arXiv:2210.09261, as recalled; its table was not at hand.
 ALGORITHMIC = (
     "boolean_expressions",
     "dyck_languages",
