@@ -7,8 +7,8 @@ toy         two metrics that want rates octaves apart, again (surface_toy.py); g
 
 Of `power`: planted are scores that lose 1 at one octave off the optimum, with `noise` a seed's standard deviation in
 the same unit, on the grid of the preset `surface-135m`: 9 learning rates x 6 batches x 3 seeds, and two more budgets
-with 5 rates around the ridge x 3 batches. Printed is how often each word is spoken, how often it is false, and how often
-the 95 % intervals hold the truth.
+with 5 rates around the ridge x 3 batches. Printed is how often each word is spoken, how often it is false, and how
+often the 95 % intervals hold the truth.
 """
 
 from __future__ import annotations
