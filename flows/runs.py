@@ -49,6 +49,14 @@ def begin_run(store: Store, run_name: str, graph: NodeGraph, flow_run_id: str) -
     return record
 
 
+def extend_run(store: Store, record: RunRecord, graph: NodeGraph) -> RunRecord:
+    """Record that a run uses more artifacts than it began with."""
+    stages = {name: node.stage.name for name, node in graph.nodes.items()}
+    longer = record.model_copy(update={"stages": record.stages | stages, "keys": record.keys | graph.keys()})
+    _write(store, longer)
+    return longer
+
+
 def end_run(store: Store, record: RunRecord, state: str, outcomes: dict[str, str], report_path: str = "") -> RunRecord:
     """Record the end of a run. `outcomes`: node -> outcome, of every node that was reached."""
     ended = record.model_copy(

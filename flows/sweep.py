@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
-from queue import SimpleQueue
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, runtime, task
@@ -14,48 +11,37 @@ from prefect.states import Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from smoltulu.artifacts.store import Found, Store
 from smoltulu.flows.endings import Interruption, close_earlier_attempts
 from smoltulu.flows.follow_worker import follow_worker
 from smoltulu.flows.forms import described, with_form
-from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.logs import RunFailed, shield_run_logs
-from smoltulu.flows.runs import begin_run, end_run
-from smoltulu.flows.sweeping.grid import SweepCell, cells_of, load_sweep
-from smoltulu.flows.sweeping.states import (
-    CellRecord,
-    counted,
-    counts_of,
-    forget_outcome,
-    outcome_of,
-    remember,
-    states_of,
-    sweep_folder,
-    write_outcome,
-)
-from smoltulu.schemas.artifact import ArtifactReference
-from smoltulu.tasks.engine.runner import reference_to, run_stage
+from smoltulu.flows.sweeping.engine import Made, References, SweepRun, make_nodes, write_page_at_end
+from smoltulu.flows.sweeping.grid import SweepCell, load_sweep
 from smoltulu.tasks.engine.stores import open_store
-from smoltulu.tasks.stage import Diverged
 
 SweepParameter = Annotated[
     str | dict[str, Any], Field(description="a shipped sweep, the path of a YAML file, or a sweep written out")
 ]
 Blocks = Annotated[list[str], Field(description="blocks to run, by their names; none: all of them, in their order")]
+#: Interruption of a run that goes on in this process, by the run's id. Tasks on other machines find none.
+_interruptions: dict[str, Interruption] = {}
 
 
-class _Cells(NodeGraph):
-    """Every node of every cell once, for the record of the run: gc keeps them while it runs."""
-
-    def __init__(self, name: str, cells: list[SweepCell]) -> None:
-        super().__init__(name, cells[0].graph.compute)
-        for cell in cells:
-            own = cell.own_nodes
-            for node in (*cell.shared_nodes, *own):
-                name, key = f"{cell.place.name}.{node}" if node in own else node, cell.graph.key(node)
-                if self._keys.get(name, key) != key:  # of another size or arm
-                    name = f"{name}.{key[:12]}"
-                self.nodes[name], self._keys[name] = cell.graph.nodes[node], key
+@task(cache_policy=NO_CACHE, persist_result=False)
+def make(cell: SweepCell, nodes: tuple[str, ...], upstream: References, store_root: str) -> State[Made]:
+    """Run nodes of a cell one after the other."""
+    # The task opens the store itself: it may run on another machine, in another working folder.
+    store = open_store(cell.graph.compute.model_copy(update={"store": store_root}), checked=False)
+    try:
+        made = make_nodes(cell, nodes, upstream, store, get_run_logger())
+    except Exception as error:
+        interruption = _interruptions.get(str(runtime.flow_run.id))
+        if interruption is not None and (ending := interruption.state_of_stage(error)) is not None:
+            return ending
+        raise
+    if made.diverged:
+        return Completed(name="Diverged", message=made.diverged, data=made)
+    return Completed(name=made.references[nodes[-1]].outcome, data=made)
 
 
 @with_form
@@ -75,122 +61,32 @@ def smoltulu_sweep(sweep: SweepParameter, blocks: Blocks = []) -> Any:  # noqa: 
     follow_worker()
     close_earlier_attempts()
     log = get_run_logger()
-    asked = load_sweep(sweep)
-    known = [block.name for block in asked.blocks]
-    if unknown := [name for name in blocks if name not in known]:
-        raise ValueError(f"sweep {asked.name} has no block {unknown[0]!r}; its blocks: {', '.join(known)}")
-    whole = list(cells_of(asked))
-    store = open_store(whole[0].graph.compute)
-    folder = sweep_folder(store.root, asked.name)
-    record_of = dict(zip(whole, remember(store.root, folder, whole), strict=True))
-    cells = [cell for cell in whole if not blocks or cell.block in blocks]
-    log.info("sweep %s: %d cells, store %s", asked.name, len(cells), store.root)
-    record = begin_run(
-        store, f"{asked.name}-{runtime.flow_run.name}", _Cells(asked.name, cells), str(runtime.flow_run.id)
-    )
-    interruption = Interruption()
-    shared: dict[str, ArtifactReference] = {}  # by key
-    broken: dict[str, str] = {}  # key of what cells share and could not be made -> why
-    outcomes: dict[str, str] = {}
+    if not isinstance(blocks, list) or not all(isinstance(name, str) for name in blocks):
+        raise ValueError(f'blocks: give a list of names, e.g. ["main"]; given: {blocks!r:.200}')
+    asked, flow_run_id = load_sweep(sweep), str(runtime.flow_run.id)
+    run = SweepRun(asked, f"{asked.name}-{runtime.flow_run.name}", log, blocks=blocks, flow_run_id=flow_run_id)
+    interruption = _interruptions[flow_run_id] = Interruption()
     futures: list[PrefectFuture[Any]] = []
 
-    @task(cache_policy=NO_CACHE, persist_result=False)
-    def make(cell: SweepCell, nodes: tuple[str, ...]) -> State[dict[str, ArtifactReference]]:
-        """Run nodes of a cell one after the other."""
-        made: dict[str, ArtifactReference] = {}
-        graph = cell.graph
-        try:
-            for node in nodes:
-                upstream = {
-                    binding.node: made.get(binding.node) or shared[graph.key(binding.node)]
-                    for binding in graph.nodes[node].bindings().values()
-                }
-                made[node] = run_stage(graph.job(node, upstream), store, get_run_logger())
-        except Exception as error:
-            if (ending := interruption.state_of_stage(error)) is not None:
-                return ending
-            is_result = isinstance(error, Diverged) and node == cell.training
-            if node in cell.own_nodes:
-                write_outcome(folder, record_of[cell], "diverged" if is_result else "failed", str(error))
-            if is_result:
-                return Completed(name="Diverged", message=str(error), data={})
-            raise
-        return Completed(name=made[nodes[-1]].outcome, data=made)
+    def submit(cell: SweepCell, nodes: tuple[str, ...], upstream: References) -> PrefectFuture[Any]:
+        is_shared = nodes[0] in cell.shared_nodes
+        name = cell.graph.nodes[nodes[0]].stage.name if is_shared else "cell"
+        named = make.with_options(name=name, task_run_name=nodes[0] if is_shared else cell.place.name)
+        futures.append(named.submit(cell, nodes, upstream, str(run.store_root)))
+        return futures[-1]
 
-    state = "Failed"
+    state, page = "Failed", ""
     try:
-        for cell in cells:
-            for node in cell.shared_nodes:
-                key, stage = cell.graph.key(node), cell.graph.nodes[node].stage.name
-                if key in shared or _why_not(cell, broken) is not None:
-                    continue
-                futures.append(make.with_options(name=stage, task_run_name=node).submit(cell, (node,)))
-                try:
-                    shared[key] = futures[-1].result()[node]
-                except Exception as error:
-                    broken[key] = str(error)
-            if (why := _why_not(cell, broken)) is not None:
-                write_outcome(folder, record_of[cell], "failed", why)
-                outcomes[cell.place.name] = "Failed"
-        able = [cell for cell in cells if cell.place.name not in outcomes]
-        waiting = [cell for cell in able if not _has_ended(store, record_of[cell], folder, cell, shared)]
-        log.info("%d of %d cells are missing", len(waiting), len(cells))
-        ended: SimpleQueue[SweepCell] = SimpleQueue()
-        num_running = 0
-        for cell in waiting:
-            if num_running == asked.num_workers:
-                outcomes |= _told(record_of[ended.get()], store, folder, log)
-                num_running -= 1
-            forget_outcome(folder, record_of[cell])
-            future = make.with_options(name="cell", task_run_name=cell.place.name).submit(cell, cell.own_nodes)
-            future.add_done_callback(partial(_put, ended, cell))
-            futures.append(future)
-            num_running += 1
-        for _ in range(num_running):
-            outcomes |= _told(record_of[ended.get()], store, folder, log)
-        state = "Failed" if "Failed" in outcomes.values() else "Completed"
+        state = run.run(submit)
+        page = write_page_at_end(run, log)
     except BaseException as error:
         state = interruption.stop(error, futures)
         raise
     finally:
-        end_run(store, record, state, outcomes)
-    counts = counts_of(states_of(store.root, folder, [record_of[cell] for cell in cells]))
-    message = f"sweep {asked.name}: {counted(counts)}"
+        del _interruptions[flow_run_id]
+        run.end(state, page)
+    message = run.counted()
     log.info(message)
     if state == "Failed":
         raise RunFailed(message)
     return Completed(name="Completed", message=message)
-
-
-def _put(queue: SimpleQueue[SweepCell], cell: SweepCell, _future: PrefectFuture[Any]) -> None:
-    queue.put(cell)
-
-
-def _why_not(cell: SweepCell, broken: dict[str, str]) -> str | None:
-    """Why a cell cannot run: what it shares with others could not be made. None where all of it is there so far."""
-    return next((broken[key] for node in cell.shared_nodes if (key := cell.graph.key(node)) in broken), None)
-
-
-def _has_ended(
-    store: Store, record: CellRecord, folder: Path, cell: SweepCell, shared: dict[str, ArtifactReference]
-) -> bool:
-    """Whether a cell has scores that are made from these inputs, or diverged."""
-    outcome = outcome_of(folder, record)
-    if outcome is not None and outcome.state == "diverged":
-        return True
-    made: dict[str, ArtifactReference] = {}
-    for node in cell.own_nodes:
-        bindings = cell.graph.nodes[node].bindings()
-        upstream = {name: made.get(one.node) or shared[cell.graph.key(one.node)] for name, one in bindings.items()}
-        digests = {name: reference.digest for name, reference in upstream.items()}
-        found = store.find(cell.graph.spec(node), digests)
-        if not isinstance(found, Found):
-            return False
-        made[node] = reference_to(found, node, "Cached")
-    return True
-
-
-def _told(cell: CellRecord, store: Store, folder: Path, log: Any) -> dict[str, str]:
-    (one,) = states_of(store.root, folder, [cell])
-    log.info("%s: %s%s", cell.place.name, one.state, f" ({one.message.partition('; ')[0]})" if one.message else "")
-    return {cell.place.name: "Completed" if one.state == "done" else one.state.capitalize()}

@@ -7,6 +7,7 @@ be extended at any time, and only what is missing runs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +19,7 @@ from smoltulu.schemas.common import MAX_NAME, MAX_PATH, StrictModel, machinery, 
 MIN_RATES, MIN_BATCHES = 5, 3
 MAX_CELLS = 20_000
 _MAX_VALUES = 200
+MAX_EXPONENT = 40
 
 _Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=40)]
 SweptStage = Literal["sft", "dpo", "reward_model", "rlvr"]
@@ -26,9 +28,24 @@ SweptStage = Literal["sft", "dpo", "reward_model", "rlvr"]
 class LogRange(StrictModel):
     """Powers of two: 2^low, 2^(low + step), ..., 2^high."""
 
-    low: float = science(ge=-40, le=40, description="log2 of the smallest value")
-    high: float = science(ge=-40, le=40, description="log2 of the largest value")
+    low: float = science(ge=-MAX_EXPONENT, le=MAX_EXPONENT, description="log2 of the smallest value")
+    high: float = science(ge=-MAX_EXPONENT, le=MAX_EXPONENT, description="log2 of the largest value")
     step: float = science(1.0, gt=0, le=8, description="octaves from one to the next; 0.5 is a factor of 1.41")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _are_exponents(cls, values: Any) -> Any:
+        if not isinstance(values, (dict, LogRange)):
+            raise ValueError(
+                f"{str(values)[:80]} is no range; grids are spaced by powers of 2: give {{low: -16, high: -8}} for "
+                "2^-16, 2^-15, ..., 2^-8, with a step for others"
+            )
+        for name in ("low", "high"):
+            value = values.get(name) if isinstance(values, dict) else None
+            if isinstance(value, (int, float)) and abs(value) > MAX_EXPONENT:
+                meant = f"; for {value:g} itself write {math.log2(value):.4g}" if value > 0 else ""
+                raise ValueError(f"{name} {value:g} is an exponent of 2, from -{MAX_EXPONENT} to {MAX_EXPONENT}{meant}")
+        return values
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
@@ -62,6 +79,11 @@ class SweepBlock(StrictModel):
     max_tokens: tuple[int, ...] = science(min_length=1, description="tokens of a cell; rlvr: episodes")
     sizes: tuple[_Name, ...] = science(("base",), min_length=1)
     arms: tuple[_Name, ...] = science(("main",), min_length=1)
+    hours: float | None = machinery(
+        None,
+        gt=0,
+        description="of the whole block, a cell at a time, as its author expects; what was measured counts more",
+    )
 
     @model_validator(mode="after")
     def _values_are_places(self) -> Self:
@@ -73,6 +95,16 @@ class SweepBlock(StrictModel):
             raise ValueError(f"seeds {list(self.seeds)} and max_tokens {list(self.max_tokens)}: from 0, and from 1 on")
         if odd := [2**x for x in self.log2_batch.exponents if abs(2**x - round(2**x)) > 1e-9 or x < 0]:
             raise ValueError(f"a batch of {odd[0]:.3g} rows: batches are whole rows; give whole exponents from 0 on")
+        if (high := self.log2_learning_rate.high) >= 0:
+            raise ValueError(
+                f"a learning rate of 2^{high:g}: rates are below 1, so their exponents below 0; for 1e-5 write -16.6"
+            )
+        fewest, rows = min(self.max_tokens), round(2**self.log2_batch.high)
+        if fewest < rows:
+            raise ValueError(
+                f"max_tokens {fewest:,} is less than one step with a batch of {rows:,} rows; give more tokens (rlvr: "
+                "episodes) or smaller batches"
+            )
         return self
 
 
@@ -103,6 +135,16 @@ class SweptTask(StrictModel):
     chance: float | None = science(None, description="score of a guess: a surface at its floor says nothing")
     lower_is_better: bool = science(False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_class(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("task_class"):
+            raise ValueError(
+                f"task {str(values.get('task'))[:80]!r} has no task_class; name one, e.g. reasoning or pattern, before "
+                "the sweep runs: classes are what is compared"
+            )
+        return values
+
 
 class SweepSettings(StrictModel):
     """One YAML file is one sweep."""
@@ -118,6 +160,12 @@ class SweepSettings(StrictModel):
     arms: dict[_Name, Arm] = science({"main": Arm()})
     tasks: tuple[SweptTask, ...] = science(min_length=1)
     max_hours: float | None = machinery(None, gt=0, description="refuse to start a sweep that is forecast to take more")
+    max_edge_cells: int = machinery(
+        0,
+        ge=0,
+        le=1000,
+        description="cells that a run may add where a best learning rate is the grid's lowest or highest",
+    )
     num_workers: int = machinery(2, ge=1, description="cells at a time, each in a process that stays")
 
     @model_validator(mode="after")
@@ -153,6 +201,10 @@ class SweepSettings(StrictModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def with_blocks(self, blocks: Sequence[SweepBlock]) -> SweepSettings:
+        """With these blocks behind its own. ValidationError where they are no blocks of this sweep."""
+        return SweepSettings.model_validate({**dict(self), "blocks": (*self.blocks, *blocks)})
 
 
 def _size(block: SweepBlock) -> int:

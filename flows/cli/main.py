@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from smoltulu.flows.cli import audit, chat, compare, nightly, output, report, store, tables
+from smoltulu.flows.cli import audit, chat, compare, nightly, output, report, store, sweep, tables
 
 Recipe = Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")]
 Overrides = Annotated[
@@ -194,6 +194,7 @@ def doctor(
 for command in (*store.COMMANDS, compare.compare, tables.tables, chat.chat, report.report, audit.audit):
     app.command()(command)
 app.add_typer(nightly.app, name="nightly")
+app.add_typer(sweep.app, name="sweep")
 
 if __name__ == "__main__":
     app()

@@ -15,6 +15,7 @@ from smoltulu.flows.recipe import RecipeError, check_evaluation, check_secrets, 
 from smoltulu.recipes import SWEEPS
 from smoltulu.schemas.common import problems_of
 from smoltulu.schemas.sweep import Place, SweepSettings, overrides_of, places
+from smoltulu.tasks.data.sources import expand_path
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
     if isinstance(name, dict):
         values: Any = name
     else:
-        path = SWEEPS / f"{name}.yaml" if name in sweep_names() else Path(name)
+        path = SWEEPS / f"{name}.yaml" if name in sweep_names() else Path(name).expanduser()
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
             raise RecipeError(
                 f"no sweep {name!r}; shipped are {', '.join(sweep_names()) or 'none'}; or give the path of a YAML file"
@@ -74,6 +75,9 @@ def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
             values = read_file(path)
         except Unreadable as error:
             raise RecipeError(f"sweep {path.name}: {error}") from None
+        recipe = values.get("recipe") if isinstance(values, dict) else None
+        if isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):  # as in recipes, from the file's folder on
+            values["recipe"] = str(path.absolute().parent / Path(recipe).expanduser())
     if not isinstance(values, dict):
         raise RecipeError(
             f"a sweep is an object with name, recipe, stage, blocks and tasks; got {type(values).__name__}"
@@ -85,6 +89,12 @@ def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
         raise RecipeError(
             f"sweep {values.get('name', 'without a name')!r}:\n" + "\n".join(problems_of(error))
         ) from None
+
+
+def store_of(sweep: SweepSettings) -> Path:
+    """Root of the store that the cells of a sweep are in. RecipeError: as `load_recipe`."""
+    recipe = load_recipe(sweep.recipe, overrides_of(sweep, next(iter(places(sweep)))))
+    return expand_path(recipe.compute.store).absolute()
 
 
 def cells_of(sweep: SweepSettings) -> Iterator[SweepCell]:

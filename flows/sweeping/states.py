@@ -65,12 +65,9 @@ def sweep_folder(store_root: Path, name: str) -> Path:
     return private_folder(store_root.parent / "sweeps") / name
 
 
-def remember(store_root: Path, folder: Path, cells: Iterable[SweepCell]) -> list[CellRecord]:
-    """Write down the cells that a run asks for; those that an earlier one asked for stay.
-
-    ValueError where a cell that has ended is another training now: one surface would hold two recipes.
-    """
-    asked = [
+def records_of(cells: Iterable[SweepCell]) -> list[CellRecord]:
+    """What is written down of cells."""
+    return [
         CellRecord(
             place=cell.place,
             block=cell.block,
@@ -80,6 +77,22 @@ def remember(store_root: Path, folder: Path, cells: Iterable[SweepCell]) -> list
         )
         for cell in cells
     ]
+
+
+def remember(store_root: Path, folder: Path, cells: Iterable[SweepCell]) -> list[CellRecord]:
+    """Write down the cells that a run asks for; those that an earlier one asked for stay. Errors: `check_unchanged`."""
+    asked = records_of(cells)
+    known = check_unchanged(store_root, folder, asked) | {record.place: record for record in asked}
+    (folder / "outcomes").mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "cells.json", _CELLS.dump_json(tuple(known.values())).decode())
+    return asked
+
+
+def check_unchanged(store_root: Path, folder: Path, asked: Iterable[CellRecord]) -> dict[Place, CellRecord]:
+    """The cells that are remembered, by their places.
+
+    ValueError where one that has ended is another training now: one surface would hold two recipes.
+    """
     known = {record.place: record for record in remembered(folder)} if (folder / "cells.json").exists() else {}
     others = [known[one.place] for one in asked if one.place in known and known[one.place].training != one.training]
     ended = [one.cell for one in states_of(store_root, folder, others) if one.state in ("done", "diverged")]
@@ -89,10 +102,7 @@ def remember(store_root: Path, folder: Path, cells: Iterable[SweepCell]) -> list
             f"{ended[0].place.name}; take back what was changed (recipe, overrides, size or arm), or give the sweep "
             "another name: what is equal is found again"
         )
-    known |= {record.place: record for record in asked}
-    (folder / "outcomes").mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "cells.json", _CELLS.dump_json(tuple(known.values())).decode())
-    return asked
+    return known
 
 
 def remembered(folder: Path) -> tuple[CellRecord, ...]:

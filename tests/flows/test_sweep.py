@@ -16,7 +16,7 @@ import pytest
 from smoltulu.artifacts.locks import try_lock
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.flows.recipe import RecipeError
-from smoltulu.flows.sweep import _Cells
+from smoltulu.flows.sweeping.engine import _Cells
 from smoltulu.flows.sweeping.grid import cells_of, load_sweep
 from smoltulu.flows.sweeping.scores import load_scores
 from smoltulu.flows.sweeping.states import (

@@ -1,0 +1,115 @@
+"""What is wrong with the cells of a sweep that no field of them shows: asked before anything is trained."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+
+from smoltulu.flows.sweeping.grid import SweepCell
+from smoltulu.flows.sweeping.states import CellRecord
+from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.schemas.budget import steps_for_tokens
+from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.schedules import Budgets
+from smoltulu.schemas.sweep import Place, SweepSettings
+from smoltulu.schemas.training import SupervisedSettings, TrainingSettings
+
+#: More tokens than asked for, as a share: above it a sweep says so, as a budget is what a surface compares.
+_ROUNDED_UP = 0.1
+#: Fields of schedules that are in optimizer steps, and what to give instead.
+_IN_STEPS = {"warmup_steps": "warmup_ratio", "decay_steps": "decay_ratio", "half_life_steps": "another decay_shape"}
+
+
+def check_fractions(sweep: SweepSettings, cells: Sequence[SweepCell]) -> None:
+    """ValueError where a schedule is given in steps: cells of other batches or budgets would have another schedule."""
+    if len({(cell.place.log2_batch, cell.place.max_tokens) for cell in cells}) < 2:
+        return
+    for cell in cells:
+        schedule = _settings(cell).schedule
+        if isinstance(schedule, Budgets):
+            raise ValueError(
+                f"sweep {sweep.name}: {sweep.stage}.schedule has budgets {list(schedule.budgets)} in steps, and its "
+                "cells have other numbers of steps; take a schedule whose parts are shares of the run (linear, cosine, "
+                "constant, wsd with decay_ratio)"
+            )
+        for field, instead in _IN_STEPS.items():
+            if value := getattr(schedule, field, None):
+                raise ValueError(
+                    f"sweep {sweep.name}: {sweep.stage}.schedule has {field} {value:g}, which is another share of the "
+                    f"run at every batch and budget; give {instead} instead"
+                )
+
+
+def check_apart(sweep: SweepSettings, records: Iterable[CellRecord]) -> None:
+    """ValueError where two arms, or two sizes, are the same trainings at every place that both have."""
+    trainings: dict[tuple[str, str], dict[Place, str]] = defaultdict(dict)
+    for record in records:
+        place = record.place
+        bare = place.model_copy(update={"size": "", "arm": ""})
+        trainings[place.size, place.arm][bare] = record.training
+    for one, other in combinations(trainings, 2):
+        if any(sweep.arms[arm].beta2_half_life_batch for _, arm in (one, other)):
+            continue  # at one batch it is the fixed beta2
+        common = trainings[one].keys() & trainings[other].keys()
+        if common and all(trainings[one][place] == trainings[other][place] for place in common):
+            raise ValueError(
+                f"sweep {sweep.name}: size {other[0]}, arm {other[1]} has duplicates of the cells of size {one[0]}, "
+                f"arm {one[1]} at all {len(common):,} places; give it overrides of its own, or remove it"
+            )
+
+
+def check_steps(sweep: SweepSettings, cells: Iterable[SweepCell], shared: Mapping[str, ArtifactReference]) -> list[str]:
+    """What to know of the number of steps of the cells, now that their rows are counted.
+
+    ValueError where a budget has fewer tokens than one step.
+
+    shared  by key; cells whose rows are not there are left out
+    """
+    told, most, worst = [], 0, (0.0, "")
+    save_steps = None
+    for cell in cells:
+        node, settings = cell.graph.nodes[cell.training], _settings(cell)
+        if not isinstance(settings, SupervisedSettings):
+            continue
+        rows = shared.get(cell.graph.key(node.bindings()["dataset"].node))
+        counts = {name: (rows.outputs if rows else {}).get(name) for name in ("num_rows", "num_tokens")}
+        num_rows, num_tokens = counts["num_rows"], counts["num_tokens"]
+        if not isinstance(num_rows, int) or not isinstance(num_tokens, int) or not num_rows or not num_tokens:
+            continue
+        batch, budget = settings.effective_batch_size, cell.place.max_tokens
+        per_step = batch * num_tokens / num_rows
+        if budget < per_step:
+            raise ValueError(
+                f"sweep {sweep.name}, cell {cell.place.name}: max_tokens {budget:,} is less than one step, which has "
+                f"{per_step:,.0f} tokens ({batch} rows of {num_tokens / num_rows:,.0f}); give at least that many, or "
+                f"batches of at most {int(budget * num_rows / num_tokens):,} rows"
+            )
+        num_steps = steps_for_tokens(budget, num_rows, num_tokens, batch)
+        most = max(most, num_steps)
+        worst = max(worst, (num_steps * per_step / budget - 1, f"{cell.place.name} ({num_steps} steps)"))
+        save_steps = _asked_save_steps(cell)
+    if worst[0] > _ROUNDED_UP:
+        told.append(
+            f"budgets are rounded up to whole steps: cell {worst[1]} has {worst[0]:.0%} more tokens than its "
+            "max_tokens; larger budgets or smaller batches come closer"
+        )
+    if save_steps is not None and 0 < most < save_steps:
+        told.append(
+            f"compute.save_steps {save_steps} is never reached: the longest cell has {most:,} steps. One that is "
+            "killed begins again; lower it to keep checkpoints, or leave it out"
+        )
+    return told
+
+
+def _settings(cell: SweepCell) -> TrainingSettings:
+    config = cell.graph.nodes[cell.training].config
+    assert isinstance(config, TrainingSettings)
+    return config
+
+
+def _asked_save_steps(cell: SweepCell) -> int | None:
+    """What the recipe says of checkpoints; None where it leaves that to the default."""
+    compute, stage = cell.graph.compute, cell.graph.nodes[cell.training].stage.name
+    save_steps = compute.of(stage).save_steps
+    return None if save_steps == ComputeSettings().save_steps else save_steps

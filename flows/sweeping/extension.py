@@ -1,0 +1,172 @@
+"""Blocks that were added to a sweep in a store: by `smoltulu sweep NAME extend`, and at edges by its runs.
+
+They lie in `extension.yaml` of the sweep's folder, as blocks of a sweep. The sweep's own file is never written. Take a
+block out of it to take it back: its finished cells stay in the store and on record.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from pydantic import ValidationError
+
+from smoltulu.artifacts.files import write_atomically
+from smoltulu.flows.reading import Unreadable, read_file
+from smoltulu.flows.sweeping.scores import TaskScores
+from smoltulu.schemas.common import problems_of
+from smoltulu.schemas.sweep import MAX_EXPONENT, LogRange, Place, SweepBlock, SweepSettings, places
+from smoltulu.tasks.surface.optimum import find_optima
+
+FILE = "extension.yaml"
+#: Beginning of the name of a block that a run added at an edge.
+EDGE = "edge-"
+
+
+def with_extension(sweep: SweepSettings, folder: Path) -> SweepSettings:
+    """A sweep with what was added to it here. ValueError where the file is none of blocks of this sweep."""
+    file = folder / FILE
+    if not file.exists():
+        return sweep
+    try:
+        values = read_file(file)
+        if not isinstance(values, dict) or values.keys() != {"blocks"} or not isinstance(values["blocks"], list):
+            raise ValueError("it holds no `blocks:` with a list of them")
+        return sweep.with_blocks([SweepBlock.model_validate(block) for block in values["blocks"]])
+    except (Unreadable, OSError, ValueError) as error:
+        why = "; ".join(problems_of(error)) if isinstance(error, ValidationError) else str(error)
+        raise ValueError(
+            f"{file}: {why}; correct it, or remove it: then the sweep has the blocks of its own file"
+        ) from None
+
+
+def write_extension(sweep: SweepSettings, folder: Path, blocks: Sequence[SweepBlock]) -> SweepSettings:
+    """Add blocks to what was added to a sweep before. Returns it with all of them."""
+    before = with_extension(sweep, folder)
+    whole = before.with_blocks(blocks)
+    added = [written(block) for block in whole.blocks[len(sweep.blocks) :]]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "# Added to the sweep in this store; the file of the sweep itself is as it was.\n"
+    write_atomically(folder / FILE, text + yaml.safe_dump({"blocks": added}, sort_keys=False, default_flow_style=None))
+    return whole
+
+
+def written(block: SweepBlock) -> dict[str, Any]:
+    """A block as it stands in a file, without what is left at its default."""
+    return block.model_dump(mode="json", exclude_defaults=True)
+
+
+def blocks_like(
+    sweep: SweepSettings,
+    like: SweepBlock,
+    seeds: Sequence[int] = (),
+    rates: Sequence[float] = (),
+    batches: Sequence[float] = (),
+    budgets: Sequence[int] = (),
+) -> list[SweepBlock]:
+    """Blocks with the axes of `like`, but for those that are given. Rates and batches are exponents of 2.
+
+    Several where the given exponents are no range with one step.
+    """
+    of_rates = ranges_of(rates) if rates else [like.log2_learning_rate]
+    of_batches = ranges_of(batches) if batches else [like.log2_batch]
+    names = _free_names(sweep, "more-")
+    return [
+        SweepBlock(
+            name=next(names),
+            log2_learning_rate=rate,
+            log2_batch=batch,
+            seeds=tuple(seeds) or like.seeds,
+            max_tokens=tuple(budgets) or like.max_tokens,
+            sizes=like.sizes,
+            arms=like.arms,
+        )
+        for rate, batch in product(of_rates, of_batches)
+    ]
+
+
+def ranges_of(exponents: Sequence[float]) -> list[LogRange]:
+    """Exponents as few ranges, each with one step: -9, -8, -7, -6.5 is -9 to -7 and -6.5."""
+    if len(set(exponents)) != len(exponents):
+        raise ValueError(f"{list(exponents)} has a value twice; give each once")
+    left = sorted(exponents)
+    found = []
+    while left:
+        run = left[:1]
+        step = left[1] - left[0] if len(left) > 1 else 1.0
+        while len(run) < len(left) and abs(left[len(run)] - run[-1] - step) < 1e-9:
+            run.append(left[len(run)])
+        if len(run) == 2 < len(left):  # two and a gap: the second may belong to what follows
+            run, step = run[:1], 1.0
+        found.append(LogRange(low=run[0], high=run[-1], step=step if len(run) > 1 else 1.0))
+        left = left[len(run) :]
+    return found
+
+
+def _free_names(sweep: SweepSettings, beginning: str) -> Iterator[str]:
+    taken = {block.name for block in sweep.blocks}
+    return (name for number in range(1, 1 << 20) if (name := f"{beginning}{number}") not in taken)
+
+
+def num_edge_cells(sweep: SweepSettings) -> int:
+    """Cells that runs have added at edges so far."""
+    return sum(name.startswith(EDGE) for name in places(sweep).values())
+
+
+class _Beyond(NamedTuple):
+    """A place next to an edge that holds an optimum, and the seeds that are there at the edge. `place.seed` is 0."""
+
+    place: Place
+    seeds: tuple[int, ...]
+
+
+def edge_blocks(sweep: SweepSettings, scores: Iterable[TaskScores], most: int) -> list[SweepBlock]:
+    """One more learning rate, with all seeds that are there, wherever the best of a task is the lowest or highest.
+
+    At most `most` cells; first the places where most tasks want more. A rate whose neighbour diverged is no edge.
+    """
+    wanted = Counter(beyond for of_task in scores for beyond in _edges(of_task))
+    names, known = _free_names(sweep, EDGE), places(sweep)
+    blocks = []
+    for beyond in sorted(wanted, key=lambda one: (-wanted[one], one.place.name)):
+        place, rate = beyond.place, beyond.place.log2_learning_rate
+        new = tuple(seed for seed in beyond.seeds if place.model_copy(update={"seed": seed}) not in known)
+        if not new or len(new) > most or not -MAX_EXPONENT <= rate < 0:
+            continue
+        most -= len(new)
+        blocks.append(
+            SweepBlock(
+                name=next(names),
+                log2_learning_rate=LogRange(low=rate, high=rate),
+                log2_batch=LogRange(low=place.log2_batch, high=place.log2_batch),
+                seeds=new,
+                max_tokens=(place.max_tokens,),
+                sizes=(place.size,),
+                arms=(place.arm,),
+            )
+        )
+    return blocks
+
+
+def _edges(of_task: TaskScores) -> Iterator[_Beyond]:
+    cells = of_task.cells
+    for optimum in find_optima(cells).optima:
+        if optimum.flaw not in ("lowest rate", "highest rate"):
+            continue
+        is_here = (
+            (cells.log2_batch == optimum.log2_batch)
+            & (cells.log2_tokens == optimum.log2_tokens)
+            & (cells.log2_size == optimum.log2_size)
+            & ~cells.diverged
+        )
+        here = [of_task.of[number].place for number in np.flatnonzero(is_here)]
+        rates = sorted({place.log2_learning_rate for place in here}, reverse=optimum.flaw == "highest rate")
+        seeds = sorted(place.seed for place in here if place.log2_learning_rate == rates[0])
+        if len(rates) > 1:
+            following = round(2 * rates[0] - rates[1], 12)
+            yield _Beyond(here[0].model_copy(update={"log2_learning_rate": following, "seed": 0}), tuple(seeds))
