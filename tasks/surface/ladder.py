@@ -30,7 +30,7 @@ class Prediction:
 
     log2_lr     nan where the optima do not tell it
     low, high   95 % limits of the optimum there; nan where nothing tells an error
-    slopes      alpha, gamma, delta: octaves of rate for each octave of batch, tokens, size; nan where one was not varied
+    slopes      alpha, gamma, delta: octaves of rate for each octave of batch, tokens, size; nan where there was one
     num_optima  that it rests on; num_spare: how many of them are more than the line needs
     problems    what it lacks, in words that name what to do; empty where it lacks nothing
     """
@@ -47,15 +47,17 @@ class Prediction:
 def predict(found: Optima, log2_batch: float, log2_tokens: float, log2_size: float) -> Prediction:
     """The optimum at a target from the optima that have no flaw.
 
-    The interval is the wider of two. By the seeds and items, as if the line were exact: Student's t with as many degrees
-    of freedom as there are repeated seeds. By the distance of the optima from the line, as for a new observation of any
-    regression: it holds whatever makes the optima scatter, and needs an optimum more than the line has coefficients.
+    The interval is the wider of two. By the seeds and items, as if the line were exact: Student's t with as many
+    degrees of freedom as there are repeated seeds. By the distance of the optima from the line, as for a new observation
+    of any regression: it holds whatever makes the optima scatter, and needs an optimum more than the line has
+    coefficients.
     """
     good = [position for position, one in enumerate(found.optima) if not one.flaw]
     optima = [found.optima[position] for position in good]
     target = (log2_batch, log2_tokens, log2_size)
     problems = [
-        f"batch 2^{one.log2_batch:g}, budget 2^{one.log2_tokens:g}, size 2^{one.log2_size:.1f}: {one.flaw}; extend the grid"
+        f"batch 2^{one.log2_batch:g}, budget 2^{one.log2_tokens:g}, size 2^{one.log2_size:.1f}: {one.flaw}; extend the "
+        "grid there"
         for one in found.optima
         if one.flaw
     ]
@@ -80,8 +82,8 @@ def predict(found: Optima, log2_batch: float, log2_tokens: float, log2_size: flo
         by_scatter = float(t.ppf(1 - LEVEL / 2, num_spare)) * math.sqrt(variance)
     else:
         problems.append(
-            "as many optima as the line has coefficients: nothing tells whether it is a line; add a third size, a batch "
-            "or a budget"
+            "as many optima as the line has coefficients: nothing tells whether it is a line; add a third size, a "
+            "batch or a budget"
         )
     half = float(np.fmax(by_seeds, by_scatter))
     if not math.isfinite(half):
@@ -106,8 +108,8 @@ def _untold(design: Floats, points: Floats, target: Sequence[float]) -> list[str
     if _is_told(design, 0):
         return []
     reasons = [
-        f"all usable optima have {what} 2^{values[0]:g} and the target has 2^{wanted:g}: nothing tells what a change of "
-        f"{what} does; add a second one to the proxies, or give the target theirs"
+        f"all usable optima have {what} 2^{values[0]:g} and the target has 2^{wanted:g}: nothing tells what a change "
+        f"of {what} does; add a second one to the proxies, or give the target theirs"
         for what, values, wanted in zip(_AXES, points.T, target, strict=True)
         if len(np.unique(values)) == 1 and values[0] != wanted
     ]
