@@ -158,8 +158,7 @@ def check_hours(ladder: LadderSettings, forecast: LadderForecast) -> str | None:
     if forecast.num_unknown:
         return (
             f"max_hours {ladder.max_hours:g} cannot be held against {forecast.num_unknown:,} cells: nothing like them "
-            "was run here. Give blocks and target their hours, or compute.device_tflops, for a forecast before the first "
-            "cell"
+            "was run here. Give blocks and target their hours, or compute.device_tflops, for a forecast at once"
         )
     return None
 

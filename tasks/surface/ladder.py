@@ -48,9 +48,9 @@ def predict(found: Optima, log2_batch: float, log2_tokens: float, log2_size: flo
     """The optimum at a target from the optima that have no flaw.
 
     The interval is the wider of two. By the seeds and items, as if the line were exact: Student's t with as many
-    degrees of freedom as there are repeated seeds. By the distance of the optima from the line, as for a new observation
-    of any regression: it holds whatever makes the optima scatter, and needs an optimum more than the line has
-    coefficients.
+    degrees of freedom as there are repeated seeds. By the distance of the optima from the line, as for a new
+    observation of any regression: it holds whatever makes the optima scatter, and needs an optimum more than the line
+    has coefficients.
     """
     good = [position for position, one in enumerate(found.optima) if not one.flaw]
     optima = [found.optima[position] for position in good]
