@@ -263,6 +263,11 @@ def whole_path(recipe: str) -> str:
     return str(Path(recipe).expanduser().absolute()) if _is_path(recipe) else recipe
 
 
+def stated(name_or_path: str) -> dict[str, Any]:
+    """What a preset or a recipe file says itself, with absolute paths and its `extends`. RecipeError as `load_recipe`."""
+    return _load(Path(name_or_path).expanduser()) if _is_path(name_or_path) else _preset(name_or_path, "there is no")
+
+
 def _is_path(name_or_path: str) -> bool:
     if name_or_path.lstrip().startswith(("{", '"')):  # JSON, as Prefect's -p takes it
         return False

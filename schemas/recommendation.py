@@ -46,9 +46,10 @@ class Recommendation(StrictModel):
     recipe: str
     stage: SweptStage
     choices: tuple[RecommendedPlace, ...] = Field(min_length=1)
-    patches: tuple[dict[str, Any], ...] = Field(description="of each choice: fields of a recipe, nested")
+    patches: tuple[dict[str, Any], ...] = Field(description="of each choice: a recipe that extends the sweep's")
+    recipes: tuple[str, ...] = Field(description="the patches as YAML; what is known of a place stands in comments")
     notes: tuple[str, ...] = ()
 
     def as_yaml(self, number: int = 0) -> str:
-        """A recipe that extends the sweep's with the place of one choice; what is known of it stands in comments."""
-        raise NotImplementedError
+        """A recipe file with the place of one choice."""
+        return self.recipes[number]

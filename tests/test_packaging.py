@@ -87,8 +87,8 @@ def test_entrypoints_import_and_take_their_parameters(deployment: dict[str, Any]
     path, _, name = deployment["entrypoint"].partition(":")
     flow = getattr(importlib.import_module(f"smoltulu.{path.removesuffix('.py').replace('/', '.')}"), name)
     assert isinstance(flow, Flow)
-    expected = {"nightly": "smoltulu-eval", "data": "smoltulu-audit"}.get(deployment["name"], "smoltulu")
-    assert flow.name == expected
+    others = {"nightly": "smoltulu-eval", "data": "smoltulu-audit", "surface": "smoltulu-sweep"}
+    assert flow.name == others.get(deployment["name"], "smoltulu")
     flow.validate_parameters(deployment.get("parameters", {}))
     assert deployment["work_pool"]["name"] == prefect_api.POOL
 
@@ -111,6 +111,7 @@ def test_installed_deployments_name_modules(monkeypatch: pytest.MonkeyPatch) -> 
         "tiny": "smoltulu.flows.pipeline.smoltulu",
         "nightly": "smoltulu.flows.evaluation.nightly_evaluation",
         "data": "smoltulu.flows.audit.audit_data",
+        "surface": "smoltulu.flows.sweep.smoltulu_sweep",
     }
     assert [{**entry, "entrypoint": ""} for entry in given] == [{**entry, "entrypoint": ""} for entry in DEPLOYMENTS]
 

@@ -135,11 +135,20 @@ def plan(
     refresh: Annotated[list[str] | None, typer.Option(help="stage to make again; may be repeated")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
 ) -> None:
-    """Show per stage what a run would do (cached, resumes or runs), why, and its cost. Needs no server."""
+    """Show per stage what a run would do (cached, resumes or runs), why, and its cost. Needs no server.
+
+    Of a sweep: its blocks, cells, hours, memory and disk.
+    """
     from smoltulu.flows.cli.plan import make_plan, plan_arguments, run_parameters, show
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.recipe import parse_overrides, whole_path
+    from smoltulu.flows.sweeping.grid import is_sweep
 
+    if is_sweep(recipe):
+        if override or until or refresh:
+            output.fail(f"{recipe} is a sweep, whose plan takes no --override, --until or --refresh; leave them out")
+        sweep.show_plan_of(recipe, None, as_json)
+        return
     arguments = plan_arguments(recipe, override or [])
     with output.failures():
         recipe = whole_path(recipe)

@@ -57,6 +57,7 @@ class PlanRow:
     notes        differences between now and the time when a cached artifact was made
     step         optimizer step at which it resumes, of num_steps; None if it does not resume
     preflight    figures of the rows of a training; None if their preflight is not cached
+    device_bytes  what a training holds at least on every device; None: not known, or no training
     trained      whether it is made from what a training makes: rows that a trained model writes, for example
     """
 
@@ -72,6 +73,7 @@ class PlanRow:
     num_steps: int | None = None
     estimate: Estimate = NOTHING
     preflight: PreflightFigures | None = None
+    device_bytes: int | None = None
     trained: bool = False
 
 
@@ -138,6 +140,8 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
                 preflights[name] = manifest.outputs
         else:
             row = replace(row, estimate=costs.estimate(name, row.step or 0, row.num_steps))
+        if isinstance(graph.nodes[name].config, TrainingSettings):
+            row = replace(row, device_bytes=costs.device_bytes(name))
         rows.append(replace(row, preflight=_figures(graph, name, preflights)))
     notes = (
         *recipe.lowered_batches(),

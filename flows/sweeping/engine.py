@@ -20,7 +20,7 @@ from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.runs import begin_run, end_run, extend_run
 from smoltulu.flows.sweeping.checks import check_apart, check_fractions, check_steps
 from smoltulu.flows.sweeping.extension import edge_blocks, num_edge_cells, with_extension, write_extension
-from smoltulu.flows.sweeping.forecast import by_block, check_limit, estimates, forecast_of
+from smoltulu.flows.sweeping.forecast import by_block, check_limit, estimate, forecast_of
 from smoltulu.flows.sweeping.grid import SweepCell, cells_of, store_of
 from smoltulu.flows.sweeping.results import write_page
 from smoltulu.flows.sweeping.scores import load_scores
@@ -120,7 +120,8 @@ class SweepRun:
         self.store_root = store_of(asked)
         self.folder = sweep_folder(self.store_root, asked.name)
         self._outcomes: dict[str, str] = {}  # by name of the cell
-        self._left: list[Place] = []
+        self._left: list[Place] = []  # that are asked for and have not ended
+        self._num_running = 0
         self._shared: References = {}  # by key
         self._broken: dict[str, str] = {}  # key of what cells share and could not be made -> why
         self._take(with_extension(asked, self.folder))
@@ -146,8 +147,9 @@ class SweepRun:
 
     def _check_limit(self) -> None:
         if self.sweep.max_hours is not None:
-            estimates(self.forecast, self.cells, self.store)
-            if (note := check_limit(self.sweep, by_block(self.sweep, self.forecast, self.states()))) is not None:
+            estimate(self.forecast, self.cells, self.store)
+            states = {one.cell.place: one for one in self.states()}
+            if (note := check_limit(self.sweep, by_block(self.sweep, self.forecast, states))) is not None:
                 self.log.warning("%s", note)
 
     def run(self, submit: Submit) -> str:
@@ -180,19 +182,18 @@ class SweepRun:
         self.log.info("%d of %d cells are missing%s", len(waiting), len(cells), self._time_left())
         self.forecast.begin()
         ended: SimpleQueue[tuple[SweepCell, Future]] = SimpleQueue()
-        num_running = 0
         for cell in waiting:
-            if num_running == self.sweep.num_workers:
+            if self._num_running == self.sweep.num_workers:
                 self._take_in(*ended.get())
-                num_running -= 1
             if self._is_late(cell):
-                self.log.warning("the time is over: %d cells are left for the next run", len(self._left) - num_running)
+                num_left = len(self._left) - self._num_running
+                self.log.warning("the time is over: %d cells are left for the next run", num_left)
                 break
             forget_outcome(self.folder, self._records[cell.place])
             future = submit(cell, cell.own_nodes, self._upstream(cell))
             future.add_done_callback(partial(_put, ended, cell))
-            num_running += 1
-        for _ in range(num_running):
+            self._num_running += 1
+        while self._num_running:
             self._take_in(*ended.get())
 
     def _make_shared(self, cell: SweepCell, submit: Submit) -> None:
@@ -220,6 +221,7 @@ class SweepRun:
 
     def _take_in(self, cell: SweepCell, future: Future) -> None:
         """A cell has ended."""
+        self._num_running -= 1
         state: State
         try:
             made = future.result()
@@ -243,7 +245,8 @@ class SweepRun:
         ended = Counter(self._outcomes.values())
         done = f"{ended['Completed'] + ended['Cached']} done"
         others = [f"{ended[name.capitalize()]} {name}" for name in ("diverged", "failed") if ended[name.capitalize()]]
-        return ", ".join([done, *others, f"{len(self._left)} to go"])
+        waiting = f"{len(self._left) - self._num_running} to go"
+        return ", ".join([done, *others, *([f"{self._num_running} running"] if self._num_running else []), waiting])
 
     def _time_left(self) -> str:
         seconds = self.forecast.time_left(self._left)

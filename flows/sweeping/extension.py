@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from pydantic import ValidationError
 
 from smoltulu.artifacts.files import write_atomically
 from smoltulu.flows.reading import Unreadable, read_file
-from smoltulu.flows.sweeping.scores import TaskScores
+from smoltulu.flows.sweeping.grid import cells_of
+from smoltulu.flows.sweeping.scores import TaskScores, load_scores
+from smoltulu.flows.sweeping.states import check_unchanged, records_of, remembered, states_of, sweep_folder
 from smoltulu.schemas.common import problems_of
 from smoltulu.schemas.sweep import MAX_EXPONENT, LogRange, Place, SweepBlock, SweepSettings, places
 from smoltulu.tasks.surface.optimum import find_optima
@@ -54,6 +57,57 @@ def write_extension(sweep: SweepSettings, folder: Path, blocks: Sequence[SweepBl
     text = "# Added to the sweep in this store; the file of the sweep itself is as it was.\n"
     write_atomically(folder / FILE, text + yaml.safe_dump({"blocks": added}, sort_keys=False, default_flow_style=None))
     return whole
+
+
+@dataclass(frozen=True)
+class Added:
+    """Blocks that were added, the file that they stand in, and the cells that none before them had."""
+
+    blocks: tuple[SweepBlock, ...]
+    file: Path
+    num_cells: int
+
+
+def add(
+    asked: SweepSettings,
+    store_root: Path,
+    *,
+    like: str | None = None,
+    edges: int | None = None,
+    dry_run: bool = False,
+    seeds: Sequence[int] = (),
+    rates: Sequence[float] = (),
+    batches: Sequence[float] = (),
+    budgets: Sequence[int] = (),
+) -> Added:
+    """Add blocks to a sweep in a store: `blocks_like` a block, or at most `edges` cells beyond edges.
+
+    Raises:
+        ValueError: no such block; blocks that are none of the sweep, that add nothing, that the recipe does not allow;
+            finished cells that would be other trainings now.
+    """
+    folder = sweep_folder(store_root, asked.name)
+    before = with_extension(asked, folder)
+    if edges is not None:
+        states = states_of(store_root, folder, remembered(folder))
+        blocks = []
+        for arm in sorted({one.cell.place.arm for one in states if one.state == "done"}):
+            scores = load_scores(before, store_root, states, arm)
+            blocks += edge_blocks(before.with_blocks(blocks), scores, edges - sum(len(one.seeds) for one in blocks))
+    else:
+        named = {block.name: block for block in before.blocks}
+        if like is not None and like not in named:
+            raise ValueError(f"sweep {asked.name} has no block {like!r}; its blocks: {', '.join(named)}")
+        blocks = blocks_like(before, named[like] if like else before.blocks[0], seeds, rates, batches, budgets)
+    after = before.with_blocks(blocks)
+    num_new = len(places(after)) - len(places(before))
+    if not num_new:
+        why = "no best learning rate is the last one of its grid" if edges else "all of these cells are there already"
+        raise ValueError(f"sweep {asked.name}: {why}; nothing was added")
+    check_unchanged(store_root, folder, records_of(cells_of(after)))
+    if not dry_run:
+        write_extension(asked, folder, blocks)
+    return Added(tuple(blocks), folder / FILE, num_new)
 
 
 def written(block: SweepBlock) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from typing import Literal, NamedTuple
 
 from smoltulu.artifacts import layout, readable
 from smoltulu.artifacts.store import Store, read_manifest
-from smoltulu.flows.planning.plan import PlanRow, plan
+from smoltulu.flows.planning.plan import plan
 from smoltulu.flows.sweeping.grid import SweepCell
 from smoltulu.flows.sweeping.states import CellRecord, CellState, State, counts_of
 from smoltulu.schemas.sweep import Place, SweepSettings, places
+from smoltulu.schemas.training import SupervisedSettings
 from smoltulu.tasks.evaluation.stage import evaluation
 
 #: Finished cells of a kind that are looked at.
@@ -163,13 +164,15 @@ def duration_of(store_root: Path, cell: CellRecord) -> Duration | None:
     return None if training is None or scoring is None else Duration(training, scoring)
 
 
-def forecast_of(sweep: SweepSettings, store_root: Path, states: Sequence[CellState]) -> Forecast:
+def forecast_of(sweep: SweepSettings, store_root: Path, states: Iterable[CellState | None]) -> Forecast:
     """What finished cells and the sweep itself say."""
     forecast = Forecast(sweep.num_workers, {name: size.num_parameters for name, size in sweep.sizes.items()})
     for one in states:
-        kind = kind_of(one.cell.place)
-        if one.state == "done" and len(forecast.measured[kind]) < _MAX_SAMPLES:
-            forecast.measured[kind] += [made] if (made := duration_of(store_root, one.cell)) else []
+        if one is None or one.state != "done":
+            continue
+        durations = forecast.measured[kind_of(one.cell.place)]
+        if len(durations) < _MAX_SAMPLES and (duration := duration_of(store_root, one.cell)) is not None:
+            durations.append(duration)
     own: dict[str, list[Place]] = defaultdict(list)
     for place, name in places(sweep).items():
         own[name].append(place)
@@ -180,21 +183,48 @@ def forecast_of(sweep: SweepSettings, store_root: Path, states: Sequence[CellSta
     return forecast
 
 
-def estimates(
-    forecast: Forecast, cells: Iterable[SweepCell], store: Store
-) -> dict[Kind, tuple[SweepCell, dict[str, PlanRow]]]:
-    """A plan of one cell of every kind, by stage node; its seconds are noted where nothing better is known."""
-    planned: dict[Kind, tuple[SweepCell, dict[str, PlanRow]]] = {}
+@dataclass(frozen=True)
+class Needs:
+    """What a plan says of a cell of one kind; None: not known.
+
+    device_bytes  that a training holds at least on its device: weights, gradients, Adam's moments
+    disk_bytes    of its model
+    shared        key -> (node, status), of what it has in common with others
+    """
+
+    device_bytes: int | None
+    disk_bytes: int | None
+    shared: dict[str, tuple[str, str]]
+
+
+def estimate(forecast: Forecast, cells: Iterable[SweepCell], store: Store) -> dict[Kind, Needs]:
+    """Plan one cell of every kind, note its seconds where the plan tells them, and return what else it needs."""
+    needs: dict[Kind, Needs] = {}
     for cell in cells:
         kind = kind_of(cell.place)
-        if kind in planned:
+        if kind in needs:
             continue
         rows = {row.node: row for row in plan(cell.graph.recipe, None, (), store, cell.graph).rows}
-        planned[kind] = cell, rows
-        seconds = rows[cell.training].estimate.seconds
+        training, scoring = rows[cell.training], rows[cell.evaluation]
+        shared = {rows[node].key: (node, rows[node].status) for node in cell.shared_nodes}
+        needs[kind] = Needs(training.device_bytes, training.estimate.disk_bytes, shared)
+        seconds = training.estimate.seconds
+        if seconds is None:
+            seconds = _by_operations(cell, training.device_bytes)
         if seconds is not None:
-            forecast.estimated[kind] = seconds + (rows[cell.evaluation].estimate.seconds or 0.0)
-    return planned
+            forecast.estimated[kind] = seconds + (scoring.estimate.seconds or 0.0)
+    return needs
+
+
+def _by_operations(cell: SweepCell, device_bytes: int | None) -> float | None:
+    """Seconds of a training whose budget is in tokens, by compute.device_tflops: its rows need not be there."""
+    node = cell.graph.nodes[cell.training]
+    settings, compute = node.config, cell.graph.compute_of(node)
+    if compute.device_tflops is None or device_bytes is None or not isinstance(settings, SupervisedSettings):
+        return None
+    size = device_bytes / settings.bytes_per_parameter
+    flops = node.stage.flops(settings) * size * cell.place.max_tokens
+    return float(flops / (compute.device_tflops * 1e12 * compute.num_processes))
 
 
 @dataclass(frozen=True)
@@ -218,24 +248,21 @@ class BlockForecast:
         return self.num_cells - self.counts["done"] - self.counts["diverged"]
 
 
-def by_block(sweep: SweepSettings, forecast: Forecast, states: Sequence[CellState]) -> list[BlockForecast]:
-    """Every block, in the order in which they run."""
-    block_of, of_block = places(sweep), defaultdict(list)
-    for one in states:
-        if one.cell.place in block_of:
-            of_block[block_of[one.cell.place]].append(one)
+def by_block(sweep: SweepSettings, forecast: Forecast, states: Mapping[Place, CellState | None]) -> list[BlockForecast]:
+    """Every block, in the order in which they run. `states`: None for a cell that no run has asked for."""
+    of_block: dict[str, list[Place]] = defaultdict(list)
+    for place, name in places(sweep).items():
+        if place in states:
+            of_block[name].append(place)
     made = []
     for block in sweep.blocks:
-        missing = [one.cell.place for one in of_block[block.name] if is_missing(one)]
+        here = of_block[block.name]
+        missing = [place for place in here if (one := states[place]) is None or one.state not in ("done", "diverged")]
         seconds, num_unknown = forecast.total(missing)
         bases = dict.fromkeys(known.basis for place in missing if (known := forecast.of(place)) is not None)
-        made.append(BlockForecast(block.name, counts_of(of_block[block.name]), seconds, num_unknown, tuple(bases)))
+        counts = counts_of(states[place] for place in here)
+        made.append(BlockForecast(block.name, counts, seconds, num_unknown, tuple(bases)))
     return made
-
-
-def is_missing(one: CellState) -> bool:
-    """Whether a run would make a cell."""
-    return one.state not in ("done", "diverged")
 
 
 def check_limit(sweep: SweepSettings, blocks: Sequence[BlockForecast]) -> str | None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from smoltulu.artifacts.keys import folder_digest
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.reading import Unreadable, read_file
 from smoltulu.flows.recipe import RecipeError, check_evaluation, check_secrets, load_recipe
 from smoltulu.recipes import SWEEPS
 from smoltulu.schemas.common import problems_of
 from smoltulu.schemas.sweep import Place, SweepSettings, overrides_of, places
+from smoltulu.tasks.data.hub import Reference, resolve_commit
 from smoltulu.tasks.data.sources import expand_path
 
+<<<<<<< HEAD
 #: Beginning of the name of a file that holds a ladder (ladder.py).
 LADDER = "ladder-"
+=======
+#: For an answer of the Hub; a plan waits less.
+_TIMEOUT_SECONDS, _PLAN_TIMEOUT_SECONDS = 30.0, 3.0
+>>>>>>> part-S3
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,20 @@ class SweepCell:
 def sweep_names() -> list[str]:
     """Names of the shipped sweeps."""
     return sorted(path.stem for path in SWEEPS.glob("*.yaml") if not path.stem.startswith(LADDER))
+
+
+def is_sweep(name: str) -> bool:
+    """Whether a name, or the path of a YAML file, is that of a sweep: it has blocks. What cannot be read is none."""
+    if name in sweep_names():
+        return True
+    path = Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return False
+    try:
+        values = read_file(path)
+    except (Unreadable, OSError):
+        return False
+    return isinstance(values, dict) and "blocks" in values
 
 
 def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
@@ -111,20 +133,24 @@ def store_of(sweep: SweepSettings) -> Path:
     return expand_path(recipe.compute.store).absolute()
 
 
-def cells_of(sweep: SweepSettings) -> Iterator[SweepCell]:
-    """Every cell, in the order in which they run.
+def cells_of(sweep: SweepSettings, unresolved: Literal["refuse", "keep"] = "refuse") -> Iterator[SweepCell]:
+    """Every cell, in the order in which they run. A Hub revision is the same commit in all of them.
+
+    unresolved  keep, for a plan: a revision that cannot be resolved stays as written
 
     Raises:
         RecipeError: a place that the recipe does not allow; the first one says which.
     """
     is_checked = False
+    digest_of = cache(folder_digest)  # half a second for a model of 135 M
+    resolve = _same_commits(_PLAN_TIMEOUT_SECONDS if unresolved == "keep" else _TIMEOUT_SECONDS)
     for place, block in places(sweep).items():
         try:
             recipe = load_recipe(sweep.recipe, {"compute.launcher": "warm"} | overrides_of(sweep, place))
             if not is_checked:
                 check_evaluation(recipe)
                 is_checked = True
-            graph = Graph(recipe, sweep.stage)
+            graph = Graph(recipe, sweep.stage, unresolved=unresolved, resolve=resolve, digest_of=digest_of)
         except ValueError as error:
             raise RecipeError(f"sweep {sweep.name}, cell {place.name}: {error}") from None
         training = sweep.stage.replace("_", "-")
@@ -136,3 +162,21 @@ def cells_of(sweep: SweepSettings) -> Iterator[SweepCell]:
                     f"{sweep.stage if node == training else 'evaluation'}"
                 )
         yield SweepCell(place, block, graph, training, evaluation)
+
+
+def _same_commits(timeout_seconds: float) -> Callable[[Reference], str]:
+    """Resolves each revision once, also where that fails: else a silent Hub would be asked for every cell."""
+    known: dict[Reference, str | ValueError] = {}
+
+    def resolve(reference: Reference) -> str:
+        if reference not in known:
+            try:
+                known[reference] = resolve_commit(*reference, timeout_seconds=timeout_seconds)
+            except ValueError as error:
+                known[reference] = error
+        found = known[reference]
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    return resolve

@@ -144,6 +144,15 @@ def states_of(store_root: Path, folder: Path, cells: Iterable[CellRecord]) -> li
     return [_state(store_root, folder, cell, ended) for cell in cells]
 
 
+def known_states(store_root: Path, folder: Path, wanted: Iterable[Place]) -> dict[Place, CellState | None]:
+    """The state of every place as its last run remembers it; None where no run has asked for it yet."""
+    known = {record.place: record for record in remembered(folder)} if (folder / "cells.json").exists() else {}
+    found = list(wanted)
+    asked = states_of(store_root, folder, [known[place] for place in found if place in known])
+    state_of = {one.cell.place: one for one in asked}
+    return {place: state_of.get(place) for place in found}
+
+
 def _state(store_root: Path, folder: Path, cell: CellRecord, ended: set[str]) -> CellState:
     of_evaluation = layout.key_path(store_root, evaluation.name, cell.evaluation)
     if _is_finished(of_evaluation):
@@ -162,11 +171,11 @@ def _is_finished(path: Path) -> bool:
         return False
 
 
-def counts_of(states: Iterable[CellState]) -> dict[State, int]:
-    """Number of cells in each state, all of them named."""
+def counts_of(states: Iterable[CellState | None]) -> dict[State, int]:
+    """Number of cells in each state, all of them named. None: one that no run has asked for, which is pending."""
     counts: dict[State, int] = {"done": 0, "diverged": 0, "running": 0, "pending": 0, "failed": 0}
     for one in states:
-        counts[one.state] += 1
+        counts[one.state if one else "pending"] += 1
     return counts
 
 

@@ -173,31 +173,48 @@ def halves(num_items: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return order[::2], order[1::2]
 
 
-def chosen_place(cells: Cells, log2_tokens: float) -> Choice:
-    """Best mean score over seeds by the choosing items at a budget, among places where no seed diverged.
+def candidates(cells: Cells, log2_tokens: float) -> list[tuple[Floats, Floats]]:
+    """((log2 LR, log2 batch, log2 size), items' means over seeds) of places at a budget where no seed diverged.
 
     Places with fewer seeds than the middle one are left out: the best of many single seeds is the luckiest.
+    """
+    here = cells.log2_tokens == log2_tokens
+    places = np.stack([cells.log2_lr, cells.log2_batch, cells.log2_size], axis=1)
+    made: list[tuple[Floats, Floats]] = []
+    found, num_seeds = np.unique(places[here], axis=0, return_counts=True)
+    if not len(found):
+        return made
+    for place in found[num_seeds >= np.floor(np.median(num_seeds))]:
+        rows = here & (places == place).all(axis=1)
+        if not cells.diverged[rows].any():
+            made.append((place, cells.items[rows].mean(axis=0)))
+    return made
 
-    ValueError: no such place, or fewer than two items.
+
+def chosen_place(cells: Cells, log2_tokens: float) -> Choice:
+    """Best mean score over seeds by the choosing items at a budget, among its candidates.
+
+    ValueError: no candidate, or fewer than two items.
     """
     choosing, reporting = halves(cells.items.shape[1])
     if not len(reporting):
         raise ValueError("one item cannot choose and report; give at least two")
-    here = cells.log2_tokens == log2_tokens
-    places = np.stack([cells.log2_lr, cells.log2_batch, cells.log2_size], axis=1)
-    made: list[tuple[float, Floats, Floats]] = []
-    found, num_seeds = np.unique(places[here], axis=0, return_counts=True)
-    for place in found[num_seeds >= np.floor(np.median(num_seeds))]:
-        rows = here & (places == place).all(axis=1)
-        if not cells.diverged[rows].any():
-            mean = cells.items[rows].mean(axis=0)
-            made.append((float(mean[choosing].mean()), mean[reporting], place))
+    made = candidates(cells, log2_tokens)
     if not made:
         raise ValueError(f"no place of budget 2^{log2_tokens:g} tokens ended without a diverged seed")
-    _, reported, place = max(made, key=lambda one: one[0])
-    best = max(made, key=lambda one: float(one[1].mean()))[1]
-    difference = best - reported
-    stderr = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else float("nan")
+    place, mean = max(made, key=lambda one: float(one[1][choosing].mean()))
+    score, regret, stderr = judged(made, mean, reporting)
     log2_lr, log2_batch, log2_size = (float(x) for x in place)
-    score, regret = float(reported.mean()), float(difference.mean())
     return Choice(log2_lr, log2_batch, log2_tokens, log2_size, score, regret, stderr)
+
+
+def judged(
+    made: Sequence[tuple[Floats, Floats]], mean: Floats, reporting: NDArray[np.int64]
+) -> tuple[float, float, float]:
+    """Score of a place by the reporting items, what the best candidate scores more there, and its standard error over
+    items (nan of a single one). `mean`: the items' means of the place, one of those in `made`.
+    """
+    reported = mean[reporting]
+    difference = max((one[reporting] for _, one in made), key=lambda one: float(one.mean())) - reported
+    stderr = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else float("nan")
+    return float(reported.mean()), float(difference.mean()), stderr

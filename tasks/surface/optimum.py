@@ -1,8 +1,9 @@
 """The best learning rate of every batch size and budget, from scores of a grid. Pure.
 
 Near its optimum a score falls as a parabola in u = log2(learning rate). Each batch size and budget has its own optimum,
-all of a task share their curvature, and a seed has its own level at each of them: a seed's luck that hits all its
-learning rates alike does not move its optimum.
+the batch sizes of a budget share their curvature, and a seed has its own level at each place: a seed's luck that hits all
+its learning rates alike does not move its optimum. Budgets share nothing: curves are flatter where little was trained,
+and a curvature of all of them would pull the optima of a small budget to the middle of their rates.
 """
 
 from __future__ import annotations
@@ -80,12 +81,13 @@ class Optimum:
 class Optima:
     """Optima of one task, and what they would have been with other seeds and other items.
 
-    curvature  what the score loses at one octave off its optimum, as a negative number; nan where there is no optimum
+    curvature  what the score loses at one octave off each optimum, as a negative number, (num_optima,); the same for all
+        of a budget and size; nan where there is no optimum
     over_seeds, over_items  (num_resamples, num_optima), deviations from `optima`
     """
 
     optima: tuple[Optimum, ...]
-    curvature: float
+    curvature: Floats
     over_seeds: Floats = field(repr=False)
     over_items: Floats = field(repr=False)
 
@@ -115,29 +117,33 @@ def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima
     keys = np.stack([cells.log2_batch, cells.log2_tokens, cells.log2_size], axis=1)
     places = np.unique(keys, axis=0)
     grids = [_Grid(cells, (keys == place).all(axis=1)) for place in places]
-    centers, curves = _windows(grids)
+    groups = np.unique(places[:, 1:], axis=0, return_inverse=True)[1].ravel()
+    centers, curves = _windows(grids, groups)
     usable = [_has_shape(of_place) for of_place in curves]
-    resampled, curvatures = _solve(curves, centers, usable, None, None)
-    optima, curvature = resampled[0], float(curvatures[0])
+    resampled, curvatures = _solve(curves, centers, groups, usable, None, None)
+    optima, curvature = resampled[0], curvatures[0]
 
     # A generator for each place: where another task has fewer seeds near its optimum, the other places stay paired.
     draws = [np.random.default_rng([seed, position]) for position in range(len(places))]
     seed_weights = [
         _seed_weights(len(of_place), num_resamples, own) for of_place, own in zip(curves, draws, strict=True)
     ]
-    over_seeds = _solve(curves, centers, usable, seed_weights, None)[0] - optima
+    over_seeds = _solve(curves, centers, groups, usable, seed_weights, None)[0] - optima
     num_seeds_of = np.array([len(of_place) for of_place in curves])
     several = (num_seeds_of > 1) & usable
     # The deviations, not the weights: a weight below 0 makes a place of uneven seeds bend the other way.
     over_seeds[:, several] *= np.sqrt(num_seeds_of[several] / (num_seeds_of[several] - 1))
     if several.any():
-        of_one_seed = np.sqrt(np.mean(num_seeds_of[several] * np.nanvar(over_seeds[:, several], axis=0)))
+        told = several & np.isfinite(over_seeds).any(axis=0)
+        of_one_seed = (
+            np.sqrt(np.mean(num_seeds_of[told] * np.nanvar(over_seeds[:, told], axis=0))) if told.any() else np.nan
+        )
         for alone in np.flatnonzero(num_seeds_of == 1):
             over_seeds[:, alone] += of_one_seed * draws[alone].normal(size=num_resamples)
     num_items = cells.items.shape[1]
     item_draws = np.random.default_rng([seed, num_items])
     item_weights = item_draws.multinomial(num_items, np.full(num_items, 1 / num_items), num_resamples) / num_items
-    over_items = _solve(curves, centers, usable, None, item_weights)[0] - optima
+    over_items = _solve(curves, centers, groups, usable, None, item_weights)[0] - optima
     found = []
     for position, (place, grid) in enumerate(zip(places, grids, strict=True)):
         flaw = _flaw(grid, optima[position], usable[position], over_seeds[:, position], over_items[:, position])
@@ -150,12 +156,12 @@ def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima
     return Optima(tuple(found), curvature, over_seeds, over_items)
 
 
-def _windows(grids: list[_Grid]) -> tuple[Floats, list[list[_Curve]]]:
+def _windows(grids: list[_Grid], groups: NDArray[np.int64]) -> tuple[Floats, list[list[_Curve]]]:
     """Where each parabola is fitted: around the tested rate that is nearest to its optimum, begun at the best one."""
     centers = np.array([grid.best for grid in grids])
     curves = [grid.curves(center) for grid, center in zip(grids, centers, strict=True)]
     for _ in range(_MAX_ROUNDS):
-        optima = _solve(curves, centers, [_has_shape(of_place) for of_place in curves], None, None)[0][0]
+        optima = _solve(curves, centers, groups, [_has_shape(of_place) for of_place in curves], None, None)[0][0]
         wanted = np.array([
             grid.nearest(optimum) if np.isfinite(optimum) else center
             for grid, optimum, center in zip(grids, optima, centers, strict=True)
@@ -212,18 +218,20 @@ def _has_shape(curves: list[_Curve]) -> bool:
 def _solve(
     curves: list[list[_Curve]],
     centers: Floats,
+    groups: NDArray[np.int64],
     usable: list[bool],
     seed_weights: list[Floats] | None,
     item_weights: Floats | None,
 ) -> tuple[Floats, Floats]:
-    """Least squares of y = level[place, seed] + slope[place] x + curvature x², x = u - center.
+    """Least squares of y = level[place, seed] + slope[place] x + curvature[group] x², x = u - center.
 
     Args:
+        groups: of each place the number of its budget and size, (num_places,).
         seed_weights: of each place (num_resamples, num_curves); None: each curve once.
         item_weights: (num_resamples, num_items); None: the mean.
 
     Returns:
-        optima (num_resamples, num_places) and curvature (num_resamples,); one row where nothing is resampled. nan where
+        optima and curvature, (num_resamples, num_places); one row where nothing is resampled. An optimum is nan where
         the parabola bends the other way.
     """
     num = len(seed_weights[0]) if seed_weights else len(item_weights) if item_weights is not None else 1
@@ -243,10 +251,11 @@ def _solve(
             sqy[:, place] += weight * (q @ y)
     with np.errstate(divide="ignore", invalid="ignore"):
         slope_of_q = np.where(sxx > 0, sxq / sxx, 0.0)
-        explained = (sqy - slope_of_q * sxy).sum(axis=1)
-        curvature = explained / (sqq - slope_of_q * sxq).sum(axis=1)
-        slope = np.where(sxx > 0, (sxy - curvature[:, None] * sxq) / sxx, np.nan)
-        optima = centers - slope / (2 * curvature[:, None])
+        of_group = np.eye(groups.max() + 1)[groups]  # (num_places, num_groups)
+        explained = (sqy - slope_of_q * sxy) @ of_group
+        curvature = (explained / ((sqq - slope_of_q * sxq) @ of_group))[:, groups]
+        slope = np.where(sxx > 0, (sxy - curvature * sxq) / sxx, np.nan)
+        optima = centers - slope / (2 * curvature)
     optima[~(curvature < 0)] = np.nan
     return optima, curvature
 

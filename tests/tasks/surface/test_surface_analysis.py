@@ -63,7 +63,7 @@ def test_without_noise_the_optimum_is_exact() -> None:
     for one in found.optima:
         assert one.log2_lr == pytest.approx(-12.3 + 0.5 * (one.log2_batch - 4.5) - 0.25 * (one.log2_tokens - 26))
         assert one.flaw == "" and one.num_seeds == 3
-    assert found.curvature == pytest.approx(-1.0)
+    assert found.curvature == pytest.approx(np.full(len(found.optima), -1.0))
     slopes = fit_slopes(found)
     assert slopes.names == ("alpha", "gamma")
     assert slopes.estimate == pytest.approx([0.5, -0.25])
