@@ -38,35 +38,43 @@ Drawing = Callable[["Axes", Any], None]
 def _style() -> Iterator[None]:
     import matplotlib
 
-    matplotlib.use("Agg")
     settings = {
-        "svg.fonttype": "none", "svg.hashsalt": "smoltulu", "text.parse_math": False, "axes.formatter.use_mathtext": False,
-        "font.size": 8, "axes.titlesize": 8.5, "axes.linewidth": 0.6, "hatch.linewidth": 0.5, "hatch.color": "#444444",
-        "axes.unicode_minus": True,
+        "svg.fonttype": "none", "svg.hashsalt": "smoltulu", "text.parse_math": False,
+        "axes.formatter.use_mathtext": False, "axes.unicode_minus": True, "font.size": 8, "axes.titlesize": 8.5,
+        "axes.linewidth": 0.6, "hatch.linewidth": 0.5, "hatch.color": "#444444",
     }  # fmt: skip
     with matplotlib.rc_context(settings):
         yield
 
 
-def svg(draw: Drawing) -> str:
-    """A panel as an `<svg>` element that fits into an HTML page: no date, no header, no metadata."""
+def pages(draws: Sequence[Drawing]) -> tuple[tuple[str, ...], bytes]:
+    """Panels as `<svg>` elements that fit into an HTML page (no date, no header, no metadata), and as one PDF with a
+    page a panel.
+    """
+    from matplotlib.backends.backend_pdf import PdfPages
     from matplotlib.figure import Figure
 
-    with _style():
-        figure = Figure(figsize=(_WIDTH, _HEIGHT))
-        draw(*_axes(figure, 0, 1))
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    text = text[text.index("<svg") :].rstrip() + "\n"
-    # The size in points would not shrink on a phone; the view box says the shape.
-    return re.sub(
-        r'(<svg[^>]*?) height="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1), count=1
-    )
+    drawn, buffer = [], io.BytesIO()
+    with _style(), PdfPages(buffer, metadata={"CreationDate": None}) as file:
+        for draw in draws:
+            figure = Figure(figsize=(_WIDTH, _HEIGHT))
+            draw(*_axes(figure, 0, 1))
+            text = io.StringIO()
+            figure.savefig(text, format="svg", metadata={"Date": None})
+            drawn.append(_element(text.getvalue()))
+            file.savefig(figure)
+    return tuple(drawn), buffer.getvalue()
 
 
-def pdf(draws: Sequence[Drawing], num_columns: int = 4) -> bytes:
-    """Panels side by side as one page."""
+def _element(text: str) -> str:
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    head, end, rest = text[text.index("<svg") :].partition(">")
+    # A size in points would not shrink on a phone; the view box says the shape.
+    return re.sub(r' (?:width|height)="[^"]*"', "", head) + end + rest.rstrip() + "\n"
+
+
+def sheet(draws: Sequence[Drawing], num_columns: int = 4) -> bytes:
+    """Panels side by side on one page of a PDF."""
     from matplotlib.figure import Figure
 
     with _style():
@@ -144,16 +152,24 @@ def surface(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str], *, pla
             _ridge(axes, panel, y)
         axes.set_xlim(*x)
         axes.set_ylim(*y)
+        axes.xaxis.set_major_locator(_round_ticks(6, integer=True))
+        axes.yaxis.set_major_locator(_round_ticks(8, integer=True))
         axes.set_title(title_of(panels, panel, sizes))
         axes.set_xlabel("log2 batch (rows a step)")
         axes.set_ylabel("log2 learning rate")
         if shown is None:
             bar.set_axis_off()
         else:
-            axes.figure.colorbar(shown, cax=bar)
+            axes.figure.colorbar(shown, cax=bar, ticks=_round_ticks(5))
             bar.tick_params(labelsize=7)
 
     return draw
+
+
+def _round_ticks(most: int, *, integer: bool = False) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, integer=integer)
 
 
 def _limits(panel: Panel) -> tuple[tuple[float, float], tuple[float, float]]:

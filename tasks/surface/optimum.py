@@ -1,9 +1,9 @@
 """The best learning rate of every batch size and budget, from scores of a grid. Pure.
 
 Near its optimum a score falls as a parabola in u = log2(learning rate). Each batch size and budget has its own optimum,
-the batch sizes of a budget share their curvature, and a seed has its own level at each place: a seed's luck that hits all
-its learning rates alike does not move its optimum. Budgets share nothing: curves are flatter where little was trained,
-and a curvature of all of them would pull the optima of a small budget to the middle of their rates.
+the batch sizes of a budget share their curvature, and a seed has its own level at each place: a seed's luck that hits
+all its learning rates alike does not move its optimum. Budgets share nothing: curves are flatter where little was
+trained, and one curvature for all would pull the optima of a small budget to the middle of their rates.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Optimum:
 class Optima:
     """Optima of one task, and what they would have been with other seeds and other items.
 
-    curvature  what the score loses at one octave off each optimum, as a negative number, (num_optima,); the same for all
-        of a budget and size; nan where there is no optimum
+    curvature  what the score loses at one octave off each optimum, as a negative number, (num_optima,); the same for
+        all of a budget and size; nan where there is no optimum
     over_seeds, over_items  (num_resamples, num_optima), deviations from `optima`
     """
 

@@ -1,4 +1,4 @@
-"""The page of a sweep: figures and values laid out by templates/sweep.html.jinja. The paper's own figure comes first."""
+"""The page of a sweep: figures and values, laid out by a template of tasks/report. The paper's figure comes first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from smoltulu.tasks.surface.panels import TaskPanels, arms_of, panels_of, paper_
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """A figure: panels as `<svg>` elements for the page, and the way to draw them for a PDF.
+    """A figure: panels as `<svg>` elements for the page, and all of them as a PDF.
 
     file   name of its files, without suffix
     kind   paper, surface, slices or arms
@@ -28,11 +28,7 @@ class DrawnFigure:
     kind: str
     title: str
     panels: tuple[str, ...]
-    draws: tuple[Drawing, ...]
-
-    def pdf(self) -> bytes:
-        """All panels on one page."""
-        return figures.pdf(self.draws)
+    pdf: bytes
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,9 @@ def draw_all(analyses: Sequence[Analysis], sizes: Mapping[float, str]) -> list[D
 
     def add(kind: str, title: str, draws: list[Drawing]) -> None:
         file = f"{len(made):02d}-{artifact_key(f'{kind} {title}')[:60].rstrip('-')}"
-        made.append(DrawnFigure(file, kind, title, tuple(figures.svg(draw) for draw in draws), tuple(draws)))
+        panels, pdf = figures.pages(draws)
+        # The paper's figure is one to print: side by side.
+        made.append(DrawnFigure(file, kind, title, panels, figures.sheet(draws) if kind == "paper" else pdf))
 
     paper = [figures.surface(panels, panel, sizes, plain=True) for panels, panel in paper_panels(analyses[0])]
     add("paper", "Score over learning rate and batch size", paper)

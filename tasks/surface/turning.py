@@ -28,11 +28,9 @@ def turning_page(analyses: Sequence[Analysis], sizes: Mapping[float, str]) -> st
                 if not len(panel.score):
                     continue
                 figure = graph_objects.Figure(_traces(panels, panel))
-                figure.update_layout(
-                    height=520, margin={"l": 0, "r": 0, "t": 10, "b": 0},
-                    scene={"xaxis": {"title": {"text": "log2 batch"}}, "yaxis": {"title": {"text": "log2 learning rate"}},
-                           "zaxis": {"title": {"text": "score"}}},
-                )  # fmt: skip
+                axes = {"xaxis": "log2 batch", "yaxis": "log2 learning rate", "zaxis": "score"}
+                scene = {axis: {"title": {"text": text}} for axis, text in axes.items()}
+                figure.update_layout(height=520, margin={"l": 0, "r": 0, "t": 10, "b": 0}, scene=scene)
                 # The title stands in HTML that we escape: plotly reads its own titles as markup.
                 parts.append(f"<h2>{escape(title_of(panels, panel, sizes)).replace(chr(10), ', ')}</h2>")
                 drawing = figure.to_html(
