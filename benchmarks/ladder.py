@@ -5,7 +5,7 @@
 
 `intervals` plants optima on a line (with and without scatter about it) and counts how often the 95 % interval at the
 target holds the truth. `transfer` trains models of two widths on the chain of words of river_valley.py, whose excess
-loss KL(true || model) is known, at six rates each, and says what the best rate of the narrow one costs the wide one.
+loss KL(true || model) is known, at eight rates each, and says what the best rate of the narrow one costs the wide one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 #: Octaves of rate for an octave of batch and of size, in the planted ladders.
 ALPHA, DELTA = 0.5, -0.4
 NARROW, WIDE = 32, 128
-RATES = range(-8, -2)
+RATES = range(-10, -2)
 
 
 def _truth(batch: float, size: float) -> float:

@@ -20,13 +20,10 @@ from smoltulu.schemas.sweep import Place, SweepSettings, overrides_of, places
 from smoltulu.tasks.data.hub import Reference, resolve_commit
 from smoltulu.tasks.data.sources import expand_path
 
-<<<<<<< HEAD
 #: Beginning of the name of a file that holds a ladder (ladder.py).
 LADDER = "ladder-"
-=======
 #: For an answer of the Hub; a plan waits less.
 _TIMEOUT_SECONDS, _PLAN_TIMEOUT_SECONDS = 30.0, 3.0
->>>>>>> part-S3
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from smoltulu.artifacts import readable
 from smoltulu.artifacts.store import Log, Store
 from smoltulu.flows.recipe import RecipeError, check_secrets, load_recipe
-from smoltulu.flows.sweeping.forecast import BlockForecast, Forecast, by_block, estimates, forecast_of
+from smoltulu.flows.sweeping.forecast import BlockForecast, by_block, estimate, forecast_of
 from smoltulu.flows.sweeping.grid import LADDER, cells_of, values_of
 from smoltulu.flows.sweeping.ladder_results import result_of
-from smoltulu.flows.sweeping.states import CellState, counts_of, records_of, states_of, sweep_folder
+from smoltulu.flows.sweeping.states import CellState, records_of, states_of, sweep_folder
 from smoltulu.recipes import SWEEPS
 from smoltulu.schemas.common import problems_of
 from smoltulu.schemas.ladder import LadderSettings
@@ -110,36 +110,21 @@ def forecast_ladder(ladder: LadderSettings, store: Store) -> LadderForecast:
     log2_lr = None
     with contextlib.suppress(ValueError):  # where nothing has run
         log2_lr = result_of(ladder, store.root).log2_lr
-    whole = ladder.whole(log2_lr)
-    note = ""
-    states: list[CellState]
+    whole, note = ladder.whole(log2_lr), ""
+    states: dict[Place, CellState | None] = dict.fromkeys(places(whole))
     try:
-        cells = list(cells_of(whole))
-        states = states_of(store.root, sweep_folder(store.root, ladder.proxies.name), records_of(cells))
-        forecast = forecast_of(whole, store.root, states)
-        estimates(forecast, cells, store)
-    except ValueError as error:
-        # A model or data set that is not here, and no network: what the file itself says is still told.
+        cells = list(cells_of(whole, unresolved="keep"))
+        found = states_of(store.root, sweep_folder(store.root, ladder.proxies.name), records_of(cells))
+        states |= {one.cell.place: one for one in found}
+        forecast = forecast_of(whole, store.root, states.values())
+        estimate(forecast, cells, store)
+    except ValueError as error:  # a model or data set that is not here: what the file itself says is still told
         note = f"the store was not looked at: {error}"
-        forecast, states = forecast_of(whole, store.root, []), []
-    missing = {one.cell.place for one in states if one.state not in ("done", "diverged")} if states else None
-    left = [place for place in places(whole) if missing is None or place in missing]
+        forecast = forecast_of(whole, store.root, ())
+    left = [place for place, one in states.items() if one is None or one.state not in ("done", "diverged")]
     flops = sum(6.0 * (whole.sizes[place.size].num_parameters or 0) * place.max_tokens for place in left)
-    blocks = by_block(whole, forecast, states) if states else _declared(whole, forecast)
-    return LadderForecast(tuple(blocks), sum(place.max_tokens for place in left), flops, note)
-
-
-def _declared(whole: SweepSettings, forecast: Forecast) -> list[BlockForecast]:
-    """Every cell is missing, and only what the file says is known."""
-    of_block: dict[str, list[Place]] = {block.name: [] for block in whole.blocks}
-    for place, name in places(whole).items():
-        of_block[name].append(place)
-    made = []
-    for name, own in of_block.items():
-        seconds, num_unknown = forecast.total(own)
-        counts = counts_of([]) | {"pending": len(own)}
-        made.append(BlockForecast(name, counts, seconds, num_unknown, ("declared",) if num_unknown < len(own) else ()))
-    return made
+    blocks = tuple(by_block(whole, forecast, states))
+    return LadderForecast(blocks, sum(place.max_tokens for place in left), flops, note)
 
 
 def check_hours(ladder: LadderSettings, forecast: LadderForecast) -> str | None:

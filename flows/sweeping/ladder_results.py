@@ -93,7 +93,7 @@ def result_of(ladder: LadderSettings, store_root: Path) -> LadderResult:
 
 
 def _states(sweep: SweepSettings, store_root: Path) -> list[CellState]:
-    """Of the cells that a sweep has now; others were asked for before."""
+    """Of the cells that a sweep has now; others were asked for before. ValueError where it was never run."""
     folder, wanted = sweep_folder(store_root, sweep.name), places(sweep)
     return states_of(store_root, folder, [one for one in remembered(folder) if one.place in wanted])
 

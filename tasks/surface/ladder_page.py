@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 from smoltulu.artifacts import readable
 from smoltulu.schemas.ladder import LadderSettings
 from smoltulu.tasks.report.render import render
+from smoltulu.tasks.surface.figures import pages
 from smoltulu.tasks.surface.ladder import STEP_LAW, Confirmation, Prediction, predict
 from smoltulu.tasks.surface.optimum import Optima
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 #: Colour-blind safe (Okabe and Ito).
 _LINE, _OPTIMA, _TESTED, _OTHERS = "#0072B2", "#000000", "#D55E00", "#009E73"
 _NUM_POINTS = 41
-#: Of the figure's SVG, so that equal values are equal bytes.
-_SALT = "smoltulu-ladder"
 
 
 def draw(
@@ -39,32 +37,25 @@ def draw(
     target   log2 of batch, tokens and parameters
     log2_lr  predicted rate as the target is trained with it; None where there is none
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_pdf import FigureCanvasPdf
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    _draw_line(axes, optima, prediction, target)
-    _draw_optima(axes, optima, prediction, target)
-    if log2_lr is not None:
-        _draw_target(axes, prediction, confirmation, target, log2_lr)
-    if "step-law" in overlays:
-        sizes = _sizes(optima, target)
-        rates = [math.log2(STEP_LAW.learning_rate(2.0**size, 2.0 ** target[1])) for size in sizes]
-        axes.plot(sizes, rates, color=_OTHERS, linestyle=":", label=f"{STEP_LAW.name} ({STEP_LAW.source})")
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("log2 parameters")
-    axes.set_ylabel("log2 learning rate")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False)
-    svg, pdf = io.StringIO(), io.BytesIO()
-    with rc_context({"svg.hashsalt": _SALT, "svg.fonttype": "path"}):
-        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
-        FigureCanvasPdf(figure).print_pdf(pdf, metadata={"CreationDate": None})
-    text = svg.getvalue()
-    return text[text.index("<svg") :], pdf.getvalue()
+    def drawn(axes: Axes, beside: Any) -> None:
+        beside.set_axis_off()
+        _draw_line(axes, optima, prediction, target)
+        _draw_optima(axes, optima, prediction, target)
+        if log2_lr is not None:
+            _draw_target(axes, prediction, confirmation, target, log2_lr)
+        if "step-law" in overlays:
+            sizes = _sizes(optima, target)
+            rates = [math.log2(STEP_LAW.learning_rate(2.0**size, 2.0 ** target[1])) for size in sizes]
+            axes.plot(sizes, rates, color=_OTHERS, linestyle=":", label=f"{STEP_LAW.name} ({STEP_LAW.source})")
+        axes.set_title(title)
+        axes.set_xlabel("log2 parameters")
+        axes.set_ylabel("log2 learning rate")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7, frameon=False)
+
+    (svg,), pdf = pages([drawn])
+    return svg, pdf
 
 
 def _sizes(optima: Optima, target: tuple[float, float, float]) -> np.ndarray[Any, Any]:
