@@ -39,7 +39,8 @@ def draw(
     """
 
     def drawn(axes: Axes, beside: Any) -> None:
-        beside.set_axis_off()
+        beside.remove()  # there is no colour bar: its place is the panel's
+        axes.set_position((0.14, 0.38, 0.82, 0.53))
         _draw_line(axes, optima, prediction, target)
         _draw_optima(axes, optima, prediction, target)
         if log2_lr is not None:
@@ -52,7 +53,9 @@ def draw(
         axes.set_xlabel("log2 parameters")
         axes.set_ylabel("log2 learning rate")
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False)
+            axes.legend(
+                loc="upper center", bbox_to_anchor=(0.45, -0.2), ncol=2, fontsize=6.5, frameon=False, columnspacing=1
+            )  # fmt: skip
 
     (svg,), pdf = pages([drawn])
     return svg, pdf
@@ -111,7 +114,7 @@ def _draw_target(
     if math.isfinite(confirmation.optimum):
         axes.plot(
             [target[2]], [log2_lr + confirmation.optimum], marker="_", markersize=16, linestyle="", color=_TESTED,
-            label="optimum of the target, by a parabola",
+            label="optimum of the target",
         )  # fmt: skip
 
 
