@@ -68,7 +68,7 @@ def run(
     """Run `prefect deployment run DEPLOYMENT --watch [...]`, after checking server, deployment and worker.
 
     Prefect itself waits silently if no worker polls. Everything after DEPLOYMENT goes to Prefect unchanged, except that
-    FILE in `-p recipe=FILE` becomes an absolute path: the flow runs in another folder.
+    FILE in `-p recipe=FILE` (sweep, ladder) becomes an absolute path: the flow runs in another folder.
     """
     from smoltulu.flows.machine import doctor, places, prefect_api
     from smoltulu.flows.recipe import check_parameter, did_you_mean, whole_path
@@ -81,10 +81,9 @@ def run(
             raise ValueError(
                 f"{', '.join(doubles)}: given more than once, and Prefect keeps the last; keep one of them"
             )
+        of_file = re.compile(r"((?:-p|--param=)?(?:recipe|sweep|ladder)=)(.*)", re.DOTALL)
         arguments = [
-            f"{before}recipe={whole_path(recipe)}" if equals and before in ("", "-p", "--param=") else text
-            for text in context.args
-            for before, equals, recipe in [text.partition("recipe=")]
+            match[1] + whole_path(match[2]) if (match := of_file.fullmatch(text)) else text for text in context.args
         ]
     home = places.default_home()
     url = doctor.api_url(home)
