@@ -20,6 +20,8 @@ from smoltulu.schemas.sweep import Place, SweepSettings, overrides_of, places
 from smoltulu.tasks.data.hub import Reference, resolve_commit
 from smoltulu.tasks.data.sources import expand_path
 
+#: Beginning of the name of a file that holds a ladder (ladder.py).
+LADDER = "ladder-"
 #: For an answer of the Hub; a plan waits less.
 _TIMEOUT_SECONDS, _PLAN_TIMEOUT_SECONDS = 30.0, 3.0
 
@@ -58,7 +60,7 @@ class SweepCell:
 
 def sweep_names() -> list[str]:
     """Names of the shipped sweeps."""
-    return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+    return sorted(path.stem for path in SWEEPS.glob("*.yaml") if not path.stem.startswith(LADDER))
 
 
 def is_sweep(name: str) -> bool:
@@ -83,21 +85,11 @@ def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
     """
     if isinstance(name, SweepSettings):
         return name
-    if isinstance(name, dict):
-        values: Any = name
-    else:
-        path = SWEEPS / f"{name}.yaml" if name in sweep_names() else Path(name).expanduser()
-        if path.suffix not in (".yaml", ".yml") or not path.is_file():
-            raise RecipeError(
-                f"no sweep {name!r}; shipped are {', '.join(sweep_names()) or 'none'}; or give the path of a YAML file"
-            )
-        try:
-            values = read_file(path)
-        except Unreadable as error:
-            raise RecipeError(f"sweep {path.name}: {error}") from None
-        recipe = values.get("recipe") if isinstance(values, dict) else None
-        if isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):  # as in recipes, from the file's folder on
-            values["recipe"] = str(path.absolute().parent / Path(recipe).expanduser())
+    values = name if isinstance(name, dict) else values_of(name, "sweep", sweep_names())
+    if isinstance(values, dict) and "proxies" in values:
+        raise RecipeError(
+            "this is a ladder, not a sweep; run it by `smoltulu ladder`, or by the deployment smoltulu-sweep/ladder"
+        )
     if not isinstance(values, dict):
         raise RecipeError(
             f"a sweep is an object with name, recipe, stage, blocks and tasks; got {type(values).__name__}"
@@ -109,6 +101,27 @@ def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
         raise RecipeError(
             f"sweep {values.get('name', 'without a name')!r}:\n" + "\n".join(problems_of(error))
         ) from None
+
+
+def values_of(name: str, what: str, shipped: list[str]) -> Any:
+    """What the YAML file of a sweep or a ladder holds; a recipe's file in it is found from the file's folder on.
+
+    RecipeError: no such file, or one that cannot be read.
+    """
+    path = SWEEPS / f"{name}.yaml" if name in shipped else Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise RecipeError(
+            f"no {what} {name!r}; shipped are {', '.join(shipped) or 'none'}; or give the path of a YAML file"
+        )
+    try:
+        values = read_file(path)
+    except Unreadable as error:
+        raise RecipeError(f"{what} {path.name}: {error}") from None
+    inner = values.get("proxies", values) if isinstance(values, dict) else None
+    recipe = inner.get("recipe") if isinstance(inner, dict) else None
+    if isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):  # as in recipes, from the file's folder on
+        inner["recipe"] = str(path.absolute().parent / Path(recipe).expanduser())
+    return values
 
 
 def store_of(sweep: SweepSettings) -> Path:
