@@ -88,7 +88,13 @@ def export_study(sweep: SweepSettings, store_root: Path, states: Sequence[CellSt
         )
         with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
             study.set_metric_names(metric_names(sweep))
-        about = {"sweep": sweep.name, "recipe": sweep.recipe, "stage": sweep.stage, "size": size, "arm": arm}
+        about: dict[str, Any] = {
+            "sweep": sweep.name,
+            "recipe": sweep.recipe,
+            "stage": sweep.stage,
+            "size": size,
+            "arm": arm,
+        }
         about |= {"max_tokens": max_tokens, "classes": {one.task: one.task_class for one in sweep.tasks}}
         for name, value in about.items():
             study.set_user_attr(name, value)
