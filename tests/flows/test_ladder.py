@@ -119,6 +119,12 @@ def test_ladders_and_sweeps_are_told_apart(tmp_path: Path) -> None:
         load_ladder(str(tmp_path / "list.yaml"))
 
 
+@pytest.mark.parametrize("name", [None, 5, ["ladder-tiny"], "x" * 5000 + ".yaml", "a\0.yaml", "", "."])
+def test_what_names_no_ladder(name: Any) -> None:
+    with pytest.raises(RecipeError, match=r"no ladder .*; shipped are ladder-smollm2, ladder-tiny"):
+        load_ladder(name)
+
+
 def test_only_a_ladder_of_mup_is_a_transfer() -> None:
     assert is_transfer(load_ladder("ladder-tiny"))
     assert not is_transfer(load_ladder(LADDER))
@@ -211,6 +217,15 @@ def test_a_target_that_only_diverges_is_told(store: HandStore) -> None:
     assert found.problems == (
         "every training of the target diverged; extend the proxies to lower rates, and predict again",
     )
+
+
+def test_a_prediction_that_is_no_rate(store: HandStore) -> None:
+    values = changed("proxies/blocks/0/log2_learning_rate", {"low": -6, "high": -1})
+    ladder = load_ladder(values)
+    run_by_hand(store, ladder.proxies, {"a": -4.5, "b": -3.5, "c": -2.5})  # -0.5 at the target
+    found = result_of(ladder, store.root)
+    assert found.log2_lr is None and found.decisive.prediction.log2_lr == pytest.approx(-0.5, abs=0.05)
+    assert "the target cannot be trained around 2^-0.5" in found.problems[-1] and "below 1" in found.problems[-1]
 
 
 def test_optima_at_the_edge_predict_nothing(store: HandStore) -> None:
