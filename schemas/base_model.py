@@ -15,7 +15,7 @@ class MupSettings(StrictModel):
     The model is a Granite, which has the multipliers. Sizes of a ladder share `base_width` and the width of a head.
     """
 
-    base_width: int = science(ge=8, description="hidden_size at which rates and initial weights are as given")
+    base_width: int = science(ge=1, description="hidden_size at which rates and initial weights are as given")
     embedding_multiplier: float = science(12.0, gt=0, description="of the embeddings' output (MiniCPM)")
     residual_scale: float = science(
         1.4, gt=0, description="a branch is added times this / sqrt(num_hidden_layers) (MiniCPM)"

@@ -18,15 +18,17 @@ TARGET, CONFIRMATION = "target", "confirmation"
 #: The predicted rate is rounded to this part of an octave: an optimum that moves by less finds its confirmation again.
 STEPS_PER_OCTAVE = 8
 _MIN_SIZES = 2
+#: Of parameters and of tokens.
+MAX_COUNT = 10**15
 
 
 class LadderTarget(StrictModel):
     """The model that the prediction is for, and how it is to be trained."""
 
-    num_parameters: int = science(ge=1, description="counted as those of the proxies")
+    num_parameters: int = science(ge=1, le=MAX_COUNT, description="counted as those of the proxies")
     overrides: dict[str, Any] = science({}, description="dotted recipe fields, e.g. {base_model.path: ./1.7b}")
     log2_batch: float = science(ge=0, le=40, description="of effective_batch_size")
-    max_tokens: int = science(ge=1, description="of the confirmation; rlvr: episodes")
+    max_tokens: int = science(ge=1, le=MAX_COUNT, description="of the confirmation; rlvr: episodes")
     seeds: tuple[int, ...] = science((0,), min_length=1)
     octaves: LogRange = science(
         LogRange(low=-1, high=1),
@@ -81,6 +83,8 @@ class LadderSettings(StrictModel):
             problems.append(f"proxies have arms {sorted(proxies.arms)}; a ladder follows one: keep main")
         if TARGET in proxies.sizes:
             problems.append(f"a proxy is called {TARGET}; call it otherwise")
+        if (most := max(x for block in proxies.blocks for x in block.max_tokens)) > MAX_COUNT:
+            problems.append(f"proxies have a budget of {most:.3g} tokens; {MAX_COUNT:.0e} are allowed at most")
         tasks = [one.task for one in proxies.tasks]
         if self.task is not None and self.task not in tasks:
             problems.append(f"task {self.task!r} is none of proxies.tasks; name one of {', '.join(tasks)}")

@@ -177,7 +177,7 @@ class SFTSettings(SupervisedSettings):
     mup_base_width: int | None = science(
         None,
         absent=None,
-        ge=8,
+        ge=1,
         description="muP: learning_rate is that of a model of this hidden_size; base_model.scratch.mup has the same",
     )
     gate: GateSettings = machinery(GateSettings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -108,10 +109,14 @@ def values_of(name: str, what: str, shipped: list[str]) -> Any:
 
     RecipeError: no such file, or one that cannot be read.
     """
-    path = SWEEPS / f"{name}.yaml" if name in shipped else Path(name).expanduser()
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+    path, is_there = Path(), False
+    if isinstance(name, str):
+        path = SWEEPS / f"{name}.yaml" if name in shipped else Path(name).expanduser()
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            is_there = path.suffix in (".yaml", ".yml") and path.is_file()
+    if not is_there:
         raise RecipeError(
-            f"no {what} {name!r}; shipped are {', '.join(shipped) or 'none'}; or give the path of a YAML file"
+            f"no {what} {name!r:.200}; shipped are {', '.join(shipped) or 'none'}; or give the path of a YAML file"
         )
     try:
         values = read_file(path)

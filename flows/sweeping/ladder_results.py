@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from smoltulu.artifacts.files import write_atomically
 from smoltulu.artifacts.readable import json_text
@@ -16,6 +17,7 @@ from smoltulu.flows.recipe import load_recipe
 from smoltulu.flows.sweeping.extension import with_extension
 from smoltulu.flows.sweeping.scores import TaskScores, load_scores
 from smoltulu.flows.sweeping.states import CellState, State, counts_of, remembered, states_of, sweep_folder
+from smoltulu.schemas.common import first_problem
 from smoltulu.schemas.ladder import STEPS_PER_OCTAVE, LadderSettings
 from smoltulu.schemas.sweep import SweepSettings, SweptTask, overrides_of, places
 from smoltulu.tasks.surface.ladder import Confirmation, Prediction, confirm, predict
@@ -78,7 +80,11 @@ def result_of(ladder: LadderSettings, store_root: Path) -> LadderResult:
     if (leap := _leap(ladder)) is not None:
         problems.append(leap)
     log2_lr = round(prediction.log2_lr * STEPS_PER_OCTAVE) / STEPS_PER_OCTAVE
-    confirmation = ladder.confirmation(log2_lr)
+    try:
+        confirmation = ladder.confirmation(log2_lr)
+    except ValidationError as error:
+        problems.append(f"the target cannot be trained around 2^{log2_lr:g}: {first_problem(error)}")
+        return LadderResult(ladder, tuple(made), None, counts, tuple(problems))
     if (sweep_folder(store_root, confirmation.name) / "cells.json").exists():
         states = _states(confirmation, store_root)
         counts[confirmation.name] = counts_of(states)

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from smoltulu.flows.recipe import RecipeError
 from smoltulu.flows.sweeping.grid import cells_of, load_sweep, sweep_names
 from smoltulu.flows.sweeping.ladder import check_hours, forecast_ladder, ladder_names, load_ladder, open_store_of
 from smoltulu.flows.sweeping.ladder_results import is_transfer, lines_of, result_of, write_ladder
 from smoltulu.flows.sweeping.states import CellRecord, sweep_folder, write_outcome
+from smoltulu.recipes import SWEEPS
 from smoltulu.schemas.ladder import LadderSettings
 from smoltulu.schemas.sweep import SweepSettings, places
-from tests.flows.test_sweep import SMALL
+from tests.flows.test_sweep import SMALL, run
 from tests.hand_store import HandStore
 
 HIDDEN = "base_model.scratch.hidden_size"
@@ -117,6 +119,12 @@ def test_ladders_and_sweeps_are_told_apart(tmp_path: Path) -> None:
         load_ladder(str(tmp_path / "list.yaml"))
 
 
+@pytest.mark.parametrize("name", [None, 5, ["ladder-tiny"], "x" * 5000 + ".yaml", "a\0.yaml", "", "."])
+def test_what_names_no_ladder(name: Any) -> None:
+    with pytest.raises(RecipeError, match=r"no ladder .*; shipped are ladder-smollm2, ladder-tiny"):
+        load_ladder(name)
+
+
 def test_only_a_ladder_of_mup_is_a_transfer() -> None:
     assert is_transfer(load_ladder("ladder-tiny"))
     assert not is_transfer(load_ladder(LADDER))
@@ -211,6 +219,15 @@ def test_a_target_that_only_diverges_is_told(store: HandStore) -> None:
     )
 
 
+def test_a_prediction_that_is_no_rate(store: HandStore) -> None:
+    values = changed("proxies/blocks/0/log2_learning_rate", {"low": -6, "high": -1})
+    ladder = load_ladder(values)
+    run_by_hand(store, ladder.proxies, {"a": -4.5, "b": -3.5, "c": -2.5})  # -0.5 at the target
+    found = result_of(ladder, store.root)
+    assert found.log2_lr is None and found.decisive.prediction.log2_lr == pytest.approx(-0.5, abs=0.05)
+    assert "the target cannot be trained around 2^-0.5" in found.problems[-1] and "below 1" in found.problems[-1]
+
+
 def test_optima_at_the_edge_predict_nothing(store: HandStore) -> None:
     ladder = load_ladder(LADDER)
     run_by_hand(store, ladder.proxies, dict.fromkeys("abc", -15.0))
@@ -267,3 +284,30 @@ def test_a_forecast_without_the_models(tmp_path: Path) -> None:
 def test_shipped_ladders_load() -> None:
     for name in ladder_names():
         assert np.isfinite(load_ladder(name).target.log2_batch)
+
+
+_FLOW = "import json, sys; from smoltulu.flows.ladder import smoltulu_ladder; smoltulu_ladder(json.loads(sys.argv[1]))"
+
+
+@pytest.mark.slow
+def test_a_real_ladder_and_a_second_call_that_trains_nothing(tmp_path: Path) -> None:
+    """Widths 16 and 32 with muP predict width 64, through the flow; minutes."""
+    values = yaml.safe_load((SWEEPS / "ladder-tiny.yaml").read_text())
+    proxies = values["proxies"]
+    proxies["overrides"] |= {"world.skills.num_sft": 4000, "world.num_pretrain": 500}
+    proxies["blocks"][0] |= {"seeds": [0], "sizes": ["w16", "w32"], "max_tokens": [65536]}
+    proxies["tasks"] = proxies["tasks"][:1]
+    values["target"] = {
+        "num_parameters": proxies["sizes"]["w64"]["num_parameters"], "overrides": proxies["sizes"]["w64"]["overrides"],
+        "log2_batch": 4, "max_tokens": 65536,
+    }  # fmt: skip
+    values |= {"name": "real", "proxies": proxies | {"name": "real-proxies"}}
+    code, out = run(values, tmp_path, _FLOW)
+    assert code == 0 and "predicted learning rate" in out and "confirmation: the best tested rate is" in out, out[
+        -5000:
+    ]
+    assert (tmp_path / "sweeps" / "real" / "ladder.html").is_file()
+    made = sorted((tmp_path / "store").rglob("manifest.json"))
+    code, out = run(values, tmp_path, _FLOW)
+    assert code == 0 and "0 of 12 cells are missing" in out, out[-5000:]
+    assert "0 of 3 cells are missing" in out and sorted((tmp_path / "store").rglob("manifest.json")) == made

@@ -234,14 +234,14 @@ def test_scores_of_a_model_that_was_trained_again_since_are_none(store: HandStor
 _FLOW = "import json, sys; from smoltulu.flows.sweep import smoltulu_sweep; smoltulu_sweep(json.loads(sys.argv[1]))"
 
 
-def run(sweep: dict[str, Any], folder: Path) -> tuple[int, str]:
+def run(sweep: dict[str, Any], folder: Path, flow: str = _FLOW) -> tuple[int, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | {
         "PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
         "SMOLTULU_STORE": str(folder / "store"), "PYTHONPATH": f"{ROOT}/src:{ROOT}", "COLUMNS": "200",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", _FLOW, json.dumps(sweep)],
+        [sys.executable, "-c", flow, json.dumps(sweep)],
         cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
         check=False,
     )  # fmt: skip
