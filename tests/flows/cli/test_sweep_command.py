@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from smoltulu.flows.cli.main import app
 from smoltulu.flows.sweeping.grid import load_sweep, sweep_names
+from smoltulu.flows.sweeping.overview import status_of
 from smoltulu.flows.sweeping.states import CellRecord, sweep_folder, write_outcome
 from smoltulu.recipes import SWEEPS
 from smoltulu.schemas.sweep import places
@@ -212,3 +213,40 @@ def test_sigterm_ends_a_run_and_its_processes(tmp_path: Path) -> None:
     assert run.returncode == 143 and "stopped   sweep small" in out, out
     listed = subprocess.run(["ps", "-o", "pid=,sid="], capture_output=True, text=True, check=True).stdout.split("\n")
     assert not [line for line in listed if line.split()[1:] == [str(run.pid)]]
+
+
+def test_status_imports_nothing_heavy(tmp_path: Path) -> None:
+    command = ["-m", "smoltulu.flows.cli.main", "sweep", "surface-tiny", "status", "--store", str(tmp_path / "store")]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command], capture_output=True, text=True, timeout=60, check=True
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+    assert not {"torch", "transformers", "trl", "prefect", "matplotlib", "scipy", "optuna"} & imported
+
+
+@pytest.mark.slow
+def test_status_of_ten_thousand_cells_takes_under_two_seconds(tmp_path: Path) -> None:
+    """Of the process's own time: half of them done, the others begun, diverged and failed."""
+    exponents = {"log2_learning_rate": {"low": -16, "high": -7}, "log2_batch": {"low": 0, "high": 9}}
+    axes = {"seeds": list(range(20)), "max_tokens": [1000, 2000, 4000, 8000, 16000]}
+    sweep = load_sweep(written(tmp_path, blocks=[BLOCK | exponents | axes]))
+    store = HandStore(tmp_path / "store")
+    folder = sweep_folder(store.root, "small")
+    (folder / "outcomes").mkdir(parents=True)
+    records = []
+    for number, place in enumerate(places(sweep)):
+        is_done = number < 5_000
+        training = (store.make if is_done else store.begin)("sft", f"sft {number}")
+        evaluation = evaluate(store, number, [1.0]) if is_done else store.begin("evaluation", f"evaluation {number}")
+        keys = {"training": training.key, "evaluation": evaluation.key}
+        records.append(CellRecord.model_validate({"place": place, "block": "first", "stage": "sft", **keys}))
+        if not is_done and number % 10 < 2:
+            write_outcome(folder, records[-1], "diverged" if number % 10 else "failed", "loss is nan")
+    (folder / "cells.json").write_text(json.dumps([one.model_dump() for one in records]))
+    begin = time.process_time()
+    values = status_of(sweep, store.root)
+    seconds = time.process_time() - begin
+    (block,) = values["blocks"]
+    assert [block[state] for state in ("done", "diverged", "failed", "pending")] == [5_000, 500, 500, 4_000]
+    assert seconds < 2, seconds
