@@ -1,22 +1,31 @@
-"""What the analysis of sweeps says of surfaces whose truth is known: `python benchmarks/surface.py power`.
+"""Sweeps over learning rate and batch size, measured: `python benchmarks/surface.py PART`.
 
-Planted are scores that lose 1 at one octave off the optimum, with `noise` a seed's standard deviation in the same unit,
-on the grid of the preset `surface-135m`: 9 learning rates x 6 batches x 3 seeds, and two more budgets with 5 rates
-around the ridge x 3 batches. Printed is how often each word is spoken, how often it is false, and how often the 95 %
-intervals hold the truth.
+power       what the analysis says of surfaces whose truth is known (below)
+speed       cells per hour of `surface-tiny` beside loops over TRL (surface_speed.py); on a quiet machine
+slice-135m  three cells of `surface-135m-short` on the real model, a CPU and minutes; variables as in recipe `real-135m`
+toy         two metrics that want rates octaves apart, again (surface_toy.py); goes on where it was stopped
+
+Of `power`: planted are scores that lose 1 at one octave off the optimum, with `noise` a seed's standard deviation in
+the same unit, on the grid of the preset `surface-135m`: 9 learning rates x 6 batches x 3 seeds, and two more budgets
+with 5 rates around the ridge x 3 batches. Printed is how often each word is spoken, how often it is false, and how
+often the 95 % intervals hold the truth.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from smoltulu.tasks.surface.accounts import ACCOUNTS, TOLERANCE, fit_slopes, verdicts
 from smoltulu.tasks.surface.optimum import Cells, find_optima
@@ -144,13 +153,32 @@ def _row(world: World, held: list, errors: list, spoken: Counter, num_false: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("part", choices=["power"])
-    parser.add_argument("--worlds", type=int, default=500, help="simulations of each truth")
-    parser.add_argument("--only", default="", help="truths whose name holds this")
+    parser.add_argument("part", choices=["power", "speed", "slice-135m", "toy"])
+    parser.add_argument("--folder", type=Path, default=Path("surface-benchmark"), help="store and runs, kept")
+    parser.add_argument("--worlds", type=int, default=500, help="power: simulations of each truth")
+    parser.add_argument("--only", default="", help="power: truths whose name holds this")
+    parser.add_argument("--rates", type=int, default=3, help="speed: learning rates, four cells each")
+    parser.add_argument("--workers", type=int, default=2, help="toy: runs at a time")
+    parser.add_argument("--minutes", type=float, default=60.0, help="toy: start no run after so many")
     given = parser.parse_args()
-    began = time.process_time()
-    power(given.worlds, given.only)
-    print(f"{time.process_time() - began:.0f} s of CPU")
+    folder = given.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    if given.part == "power":
+        began = time.process_time()
+        power(given.worlds, given.only)
+        print(f"{time.process_time() - began:.0f} s of CPU")
+    elif given.part == "speed":
+        from benchmarks.surface_speed import speed
+
+        speed(folder, given.rates)
+    elif given.part == "slice-135m":
+        from benchmarks.surface_speed import slice_135m
+
+        slice_135m(folder)
+    else:
+        from benchmarks.surface_toy import toy
+
+        toy(folder / "toy", given.workers, given.minutes)
 
 
 if __name__ == "__main__":

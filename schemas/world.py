@@ -7,6 +7,14 @@ from pydantic import Field
 from smoltulu.schemas.common import ArtifactPath, StrictModel, science
 
 
+class SkillSettings(StrictModel):
+    """Eight skills with short answers (tasks/world/skills.py), beside what the world has without them."""
+
+    num_sft: int = science(16_000, ge=1, description="conversations of skills.jsonl, all skills alike")
+    num_eval: int = science(100, ge=1, le=150, description="held-out questions of each skill")
+    pretrain_share: float = science(0.8, gt=0, le=1, description="share of the plain texts that are about skills")
+
+
 class WorldConfig(StrictModel):
     """A synthetic world without downloads. Everything in it follows from these fields; there is no other input."""
 
@@ -40,6 +48,8 @@ class WorldConfig(StrictModel):
     planted_preference: int = science(20, ge=0, description="held-out questions copied into preference prompts")
     planted_rlvr: int = science(20, ge=0, description="held-out questions copied into RLVR prompts")
 
+    skills: SkillSettings | None = science(None, absent=None)
+
 
 class WorldOutputs(StrictModel):
     """What `generate_world` wrote: file names relative to its folder, and the number of rows of each."""
@@ -57,5 +67,7 @@ class WorldOutputs(StrictModel):
     planted_leaks: ArtifactPath = Field(
         "planted_leaks.json", description="the truth about leaks, for tests and benchmarks only"
     )
+    skills: ArtifactPath | None = Field(None, description="rows {messages}; with `skills`")
+    eval_skills: ArtifactPath | None = Field(None, description="rows {subset, prompt, answer}; with `skills`")
     num_rows: dict[str, int] = Field(description="rows per jsonl file, by field name")
     num_planted: dict[str, int] = Field(description="planted leaks per training set")

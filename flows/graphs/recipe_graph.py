@@ -57,17 +57,20 @@ class Graph(NodeGraph):
         *,
         unresolved: Literal["refuse", "keep"] = "refuse",
         resolve: Callable[[Reference], str] = lambda reference: resolve_commit(*reference),
+        digest_of: Callable[[Path], str] = folder_digest,
     ) -> None:
         """Resolve all references from outside the store, and add the nodes up to stage `until`.
 
         unresolved  keep, for a plan: a revision that cannot be resolved stays as written (`self.unresolved`)
         resolve     returns the commit of a Hub reference, see `tasks.data.hub.resolve_commit`
+        digest_of   content digest of a model's folder: thousands of cells of a sweep read it once
 
         Raises ValueError for a missing file or folder, a template that does not render, a malformed name, and (unless
         `unresolved` is keep) for a revision that cannot be resolved.
         """
         super().__init__(recipe.name, recipe.compute)
         self.recipe = recipe
+        self._digest_of = digest_of
         #: What a verdict means is no setting, and yet decides what stages make.
         self._verifiers = {"verifiers": VERIFIERS_VERSION}
         self._references = References(hub_references(recipe), resolve, keep_unresolved=unresolved == "keep")
@@ -241,7 +244,7 @@ class Graph(NodeGraph):
         elif config.path is not None:
             folder = expand_path(config.path)
             check_model_folder(folder)
-            externals["base_model"] = folder_digest(folder)
+            externals["base_model"] = self._digest_of(folder)
         else:
             assert config.repository is not None
             revision = self._references.commit(Reference("model", config.repository, config.revision))
@@ -314,7 +317,7 @@ class Graph(NodeGraph):
             return None
         inputs = {"model": Binding(start, "folder"), "dataset": Binding(rows, "file"), **others}
         literals = {name: str(folder) for name, folder in folders.items()}
-        digests = {name: folder_digest(folder) for name, folder in folders.items()}
+        digests = {name: self._digest_of(folder) for name, folder in folders.items()}
         return self._add(
             block.replace("_", "-"),
             STAGES[block],

@@ -2,7 +2,9 @@
 
 Of a multiple choice it comes from the right choice's log-likelihood. A task that generates answers is asked once more:
 how likely is its right answer after the prompt? Bytes are those of the answer without white space before it, which
-belongs to the prompt in some tasks and templates and to the answer in others.
+belongs to the prompt in some tasks and templates and to the answer in others. What a chat template writes before an
+answer is no part of it either: lm-eval scores the newline behind `<|assistant|>`, which SFT never trains, and whose
+log-likelihood may be many times that of a short answer. It is asked for, and taken off.
 
 Reference: Gu et al., "OLMES: A Standard for Language Model Evaluations", 2024, arXiv:2406.08446.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -21,6 +23,16 @@ METRIC = "bits_per_byte"
 _NO_ANSWERS = ("tiny_instructions",)
 #: Where a task that runs code keeps a right answer; its `doc_to_target` is the test.
 _CODE_ANSWER = "canonical_solution"
+
+_Item = tuple[str, int]  # name of the task, number of the document
+
+
+class _Scored(NamedTuple):
+    """A right answer and its log-likelihood in nats behind its prompt."""
+
+    nats: float
+    prompt: str
+    answer: str
 
 
 def bits_per_byte(log_likelihood: float, answer: str) -> float | None:
@@ -76,20 +88,27 @@ def add_bits_per_byte(model: Any, leaves: Sequence[Any], results: dict[str, Any]
 
     An answer longer than the model reads has none: only a part of it was scored.
     """
-    asked = [request for leaf in leaves for request in answer_requests(leaf, chat=chat)]
-    answers = model.loglikelihood(asked, disable_tqdm=True) if asked else []
-    of_items = {
-        (request.task_name, request.doc_id): (float(value), request.args[1])
-        for request, (value, _) in zip(asked, answers, strict=True)
-    }
+    asked = {_item(one): one for leaf in leaves for one in answer_requests(leaf, chat=chat)}
+    scored: dict[_Item, _Scored] = {}
+    for leaf in leaves:
+        for sample in results["samples"][leaf.task_name]:
+            if METRIC not in sample and (one := _of_sample(leaf, sample)) is not None:
+                scored[leaf.task_name, sample["doc_id"]] = one
+    spaces = _space_requests(model, asked, scored) if chat else {}
+    # Those of an item follow each other: one pass over the prompt is enough for both.
+    both = [kind[item] for item in dict.fromkeys([*asked, *scored]) for kind in (asked, spaces) if item in kind]
+    answers = dict(zip(map(id, both), model.loglikelihood(both, disable_tqdm=True), strict=True)) if both else {}
+    scored |= {item: _Scored(float(answers[id(one)][0]), *one.args) for item, one in asked.items()}
+    for item, one in spaces.items():
+        scored[item] = scored[item]._replace(nats=scored[item].nats - float(answers[id(one)][0]))
     for leaf in leaves:
         values: dict[str, list[float]] = {}
         samples = results["samples"][leaf.task_name]
         for sample in samples:
-            scored = of_items.get((leaf.task_name, sample["doc_id"])) or _of_sample(leaf, sample)
-            if METRIC in sample or scored is None or _is_cut(model, scored[1]):
+            one = scored.get((leaf.task_name, sample["doc_id"]))
+            if METRIC in sample or one is None or _is_cut(model, one.answer):
                 continue
-            value = bits_per_byte(*scored)
+            value = bits_per_byte(one.nats, one.answer)
             if value is not None:
                 sample[METRIC] = value
                 sample["metrics"] = [*sample["metrics"], METRIC]
@@ -125,8 +144,31 @@ def add_to_group(group: str, leaves: Sequence[Any], results: dict[str, Any], met
         whole[error_key] = math.hypot(*(share * error for share, error in zip(shares, errors, strict=True)))
 
 
-def _of_sample(leaf: Any, sample: Mapping[str, Any]) -> tuple[float, str] | None:
-    """Log-likelihood and text of the right answer, of a task whose answers are log-likelihoods."""
+def _item(request: Instance) -> _Item:
+    return str(request.task_name), int(request.doc_id)
+
+
+def _space_requests(
+    model: Any, asked: Mapping[_Item, Instance], scored: Mapping[_Item, _Scored]
+) -> dict[_Item, Instance]:
+    """A request for the white space that ends a prompt, where it is tokens of its own and not part of the answer's."""
+    from lm_eval.api.instance import Instance
+
+    pairs = {item: one.args for item, one in asked.items()} | {item: one[1:] for item, one in scored.items()}
+    requests = {}
+    for item, (prompt, answer) in pairs.items():
+        bare = prompt.rstrip()
+        if bare == prompt or not bare:
+            continue
+        ids, before = model.tok_encode(prompt), model.tok_encode(bare)
+        if ids[: len(before)] == before and model.tok_encode(prompt + answer)[: len(ids)] == ids:
+            task, doc_id = item
+            requests[item] = Instance("loglikelihood", {}, (bare, prompt[len(bare) :]), 0, (task, doc_id, 1))
+    return requests
+
+
+def _of_sample(leaf: Any, sample: Mapping[str, Any]) -> _Scored | None:
+    """The right answer of a task whose answers are log-likelihoods."""
     kind = leaf.get_config("output_type")
     if kind == "loglikelihood":
         place: int | None = 0
@@ -138,7 +180,8 @@ def _of_sample(leaf: Any, sample: Mapping[str, Any]) -> tuple[float, str] | None
         return None
     if place is None or place >= len(sample["resps"]):
         return None
-    return float(sample["resps"][place][0][0]), str(sample["arguments"][place][1])
+    prompt, answer = sample["arguments"][place]
+    return _Scored(float(sample["resps"][place][0][0]), str(prompt), str(answer))
 
 
 def _is_cut(model: Any, text: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smoltulu.schemas.world import WorldConfig, WorldOutputs
+from smoltulu.schemas.world import SkillSettings, WorldConfig, WorldOutputs
 from smoltulu.tasks.world.constraints import Instruction, draw_instruction, violating_answer
 from smoltulu.tasks.world.pretrain import draw_plain_text
 from smoltulu.tasks.world.problems import (
@@ -24,6 +24,7 @@ from smoltulu.tasks.world.problems import (
     worked_solution,
     wrong_solution,
 )
+from smoltulu.tasks.world.skills import PATTERNS, REASONING, SKILLS, Question, draw_question
 
 Row = dict[str, Any]
 Task = Problem | Instruction
@@ -35,6 +36,9 @@ _ANCHOR = 3  # terms that pick the candidates of a full match; every question of
 _LEAK_FRAMES = ("{}", "{}", "Please help. {}", "{} Thank you.", "Hello! {}")
 _GREETINGS = (("Hello!", "Hello! What can I do for you?"), ("Can you help me?", "Yes. What is it?"))
 _TWO_TURN_SHARE = 0.03
+_QUESTIONS_OF_A_TEXT = 6
+#: Plain text is full of patterns, and has little to reason about.
+_PRETRAIN_SKILLS = REASONING + 3 * PATTERNS
 
 
 def generate_world(config: WorldConfig, folder: Path) -> WorldOutputs:
@@ -95,7 +99,12 @@ def generate_world(config: WorldConfig, folder: Path) -> WorldOutputs:
         "eval_verified": [_rlvr_row(eval_rng, config, task, task.prompt) for task in verified],
         "preference_eval": [_preference_row(eval_rng, config, task, task.prompt) for task in preference_eval],
     }
+    names: dict[str, str] = {}
+    if config.skills:
+        names = {"skills": "skills.jsonl", "eval_skills": "eval_skills.jsonl"}
+        files |= _skill_files(config, config.skills, files["pretrain"])
     outputs = WorldOutputs(
+        **names,
         num_rows={name: len(content) for name, content in files.items()},
         num_planted={name: len(truth[name]["rows"]) for name in truth},
     )
@@ -104,6 +113,37 @@ def generate_world(config: WorldConfig, folder: Path) -> WorldOutputs:
         (folder / getattr(outputs, name)).write_text(lines, encoding="utf-8")
     (folder / outputs.planted_leaks).write_text(json.dumps(truth, indent=2) + "\n", encoding="utf-8")
     return outputs
+
+
+def _skill_files(config: WorldConfig, skills: SkillSettings, plain: list[Row]) -> dict[str, list[Row]]:
+    """Conversations, held-out questions, and plain texts of which some are replaced by ones about skills."""
+    rng = _stream(config, "skills")
+    held_out: dict[tuple[str, str], Question] = {}
+    for skill in SKILLS:
+        asked = len(held_out)
+        while len(held_out) < asked + skills.num_eval:
+            question = draw_question(rng, skill)
+            held_out[question.key] = question
+
+    def unseen(skills: tuple[str, ...]) -> Question:
+        skill = rng.choice(skills)
+        while (question := draw_question(rng, skill)).key in held_out:
+            pass
+        return question
+
+    def conversation(question: Question) -> Row:
+        return {"messages": [_turn("user", question.prompt), _turn("assistant", question.answer)]}
+
+    return {
+        "skills": [conversation(unseen(SKILLS)) for _ in range(skills.num_sft)],
+        "eval_skills": [{"subset": one.skill, "prompt": one.prompt, "answer": one.answer} for one in held_out.values()],
+        "pretrain": [
+            {"text": "\n".join(unseen(_PRETRAIN_SKILLS).plain for _ in range(_QUESTIONS_OF_A_TEXT))}
+            if rng.random() < skills.pretrain_share
+            else text
+            for text in plain
+        ],
+    }
 
 
 def answer_of(rng: random.Random, config: WorldConfig, task: Task) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from smoltulu.flows.recipe import RecipeError
 from smoltulu.flows.sweeping.extension import (
     FILE,
     add,
+    best_blocks,
     blocks_like,
     edge_blocks,
     num_edge_cells,
@@ -163,3 +165,25 @@ def test_add_refuses_what_adds_nothing_or_would_change_finished_cells(tmp_path: 
 def test_edges_need_scores(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was never run in this store"):
         add(load_sweep(SWEEP), tmp_path / "store", edges=3)
+
+
+def test_more_seeds_in_the_best_places_of_each_class_by_hand() -> None:
+    """Reasoning is best at (-10, batch 3), then at its neighbours; pattern at (-9, batch 4)."""
+
+    def of(task: str, task_class: str, best: Place) -> TaskScores:
+        made = scores({2: -10, 3: -10, 4: -10})
+        at = [record.place for record in made.of]
+        apart = [
+            abs(one.log2_learning_rate - best.log2_learning_rate) + 2 * abs(one.log2_batch - best.log2_batch)
+            for one in at
+        ]
+        cells = replace(made.cells, items=-np.array(apart)[:, None])
+        return replace(made, task=made.task.model_copy(update={"task": task, "task_class": task_class}), cells=cells)
+
+    at = places(sweep())
+    first = next(one for one in at if (one.log2_learning_rate, one.log2_batch) == (-10, 3))
+    second = next(one for one in at if (one.log2_learning_rate, one.log2_batch) == (-9, 4))
+    both = [of("a", "reasoning", first), of("b", "pattern", second), of("b", "pattern", first)]
+    assert told(best_blocks(sweep(), both, 1, [5, 6])) == [(-10, 3, (5, 6)), (-9, 4, (5, 6))]
+    three = told(best_blocks(sweep(), both[:1], 3, [5]))
+    assert three[0] == (-10, 3, (5,)) and {one[:2] for one in three[1:]} == {(-11, 3), (-9, 3)}

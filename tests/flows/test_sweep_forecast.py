@@ -103,6 +103,14 @@ def test_blocks_by_hand() -> None:
     assert block.counts["pending"] == 2 and block.bases == ("declared",)
 
 
+def test_hours_of_a_block_are_shared_out_by_tokens() -> None:
+    """Two cells of 1,000 and two of 3,000 tokens in 8 hours: 1 hour and 3 hours each."""
+    sweep = load_sweep(SWEEP | {"blocks": [BLOCK | {"hours": 8, "max_tokens": [1000, 3000]}]})
+    known = forecast_of(sweep, Path("nowhere"), [])
+    assert known.of(place(max_tokens=1000)) == Seconds(3600, "declared")
+    assert known.of(place(max_tokens=3000)) == Seconds(3 * 3600, "declared")
+
+
 def test_a_forecast_above_the_limit_is_refused() -> None:
     sweep = declared(3.0, max_hours=2.5)
     blocks = by_block(sweep, forecast_of(sweep, Path("nowhere"), []), states(sweep))

@@ -144,7 +144,9 @@ def _nats(model: Any, prompt: str, answer: str) -> float:
 
     tokenizer = build_tokenizer()
     ids = tokenizer.encode(prompt + answer, add_special_tokens=False)
-    start = len(tokenizer.encode(prompt.rstrip(), add_special_tokens=False))
+    # What a template writes before an answer is no part of it; a space before a word is.
+    before = prompt if prompt.endswith("\n") else prompt.rstrip()
+    start = len(tokenizer.encode(before, add_special_tokens=False))
     with torch.no_grad():
         logps = model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
     return -sum(float(logps[place - 1, ids[place]]) for place in range(start, len(ids)))
