@@ -168,6 +168,18 @@ def test_curvature_of_a_budget_is_its_own() -> None:
     assert found.curvature == pytest.approx(expected)
 
 
+def test_budgets_share_their_curvature_where_noise_explains_the_difference() -> None:
+    """Of two equal curvatures the variance between is at most its expectation in 68 % of worlds: then it is shared."""
+    draws = np.random.default_rng(4)
+    num_shared = 0
+    for _ in range(30):
+        cells = grid()
+        noisy = cells.items + 0.05 * draws.normal(size=(len(cells.items), 1))
+        found = find_optima(Cells(**{**vars(cells), "items": noisy}), num_resamples=2)
+        num_shared += np.ptp(found.curvature) < 1e-12
+    assert 14 <= num_shared <= 26
+
+
 def test_tasks_together_are_the_sum_of_their_means() -> None:
     first, second = grid(num_items=6), grid(num_items=3, shift=1.0)
     both = together([first, second], [2.0, 0.5])
