@@ -252,6 +252,12 @@ def test_sentences() -> None:
     (one,) = analyse("main", [(task(), grid(tokens=(16.0, 18.0, 20.0)))]).tasks
     root = next(name for name in ACCOUNTS if "square root" in name)
     assert words.sentence("gsm8k", one.said) == f"gsm8k: supported is {root}. All other accounts are excluded."
+    whole = analyse("main", [(task(), grid(tokens=(16.0, 18.0, 20.0)))])
+    assert words.headline(whole, False) == f"reasoning: supported is {root}." and "A scan" in words.headline(
+        whole, True
+    )
+    other = analyse("main", [(task(), grid(alpha=0.75, tokens=(16.0, 18.0, 20.0)))])
+    assert words.headline(other, False) == "reasoning: none of the 4 accounts."
     alpha = dict(words.slope_texts(one.said))["α, of log2 batch"]
     estimate, low, high = (float(x) for x in re.findall(r"-?\d+\.\d+", alpha))
     assert low <= 0.5 <= high and estimate == pytest.approx(0.5, abs=0.06)
