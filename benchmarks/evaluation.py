@@ -31,6 +31,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.artifacts.store import Store
 from smoltulu.schemas.artifact import FileRecord, InputRecord, Manifest, Spec

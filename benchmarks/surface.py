@@ -27,8 +27,6 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.surface_speed import slice_135m, speed
-from benchmarks.surface_toy import toy
 from smoltulu.tasks.surface.accounts import ACCOUNTS, TOLERANCE, fit_slopes, verdicts
 from smoltulu.tasks.surface.optimum import Cells, find_optima
 
@@ -170,10 +168,16 @@ def main() -> None:
         power(given.worlds, given.only)
         print(f"{time.process_time() - began:.0f} s of CPU")
     elif given.part == "speed":
+        from benchmarks.surface_speed import speed
+
         speed(folder, given.rates)
     elif given.part == "slice-135m":
+        from benchmarks.surface_speed import slice_135m
+
         slice_135m(folder)
     else:
+        from benchmarks.surface_toy import toy
+
         toy(folder / "toy", given.workers, given.minutes)
 
 

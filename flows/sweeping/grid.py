@@ -125,7 +125,7 @@ def values_of(name: str, what: str, shipped: list[str]) -> Any:
         raise RecipeError(f"{what} {path.name}: {error}") from None
     inner = values.get("proxies", values) if isinstance(values, dict) else None
     recipe = inner.get("recipe") if isinstance(inner, dict) else None
-    if isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):  # as in recipes, from the file's folder on
+    if isinstance(inner, dict) and isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):  # as in recipes
         inner["recipe"] = str(path.absolute().parent / Path(recipe).expanduser())
     return values
 

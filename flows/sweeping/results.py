@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from smoltulu.artifacts.files import private_folder, write_atomically, write_synced
 from smoltulu.flows.reporting import now
 from smoltulu.flows.sweeping.gather import Gathered, gather
 from smoltulu.flows.sweeping.recommending import recommended
-from smoltulu.flows.sweeping.states import counts_of
+from smoltulu.flows.sweeping.states import State
 from smoltulu.flows.sweeping.table import SUFFIXES, cell_rows, optimum_rows, table_bytes
 from smoltulu.schemas.recommendation import Recommendation
 from smoltulu.schemas.sweep import SweepSettings, SweptTask
@@ -144,7 +145,7 @@ def _write_turning(file: Path, analyses: Sequence[Analysis], sizes: Mapping[floa
 
 def _facts(found: Gathered) -> list[tuple[str, str]]:
     sweep = found.sweep
-    counts = counts_of(found.cells)
+    counts = Counter(cell.state for cell in found.cells)
     budgets = sorted({cell.place.max_tokens for cell in found.cells})
     seeds = {cell.place.seed for cell in found.cells}
     unit = "episodes" if sweep.stage == "rlvr" else "tokens"
@@ -152,7 +153,7 @@ def _facts(found: Gathered) -> list[tuple[str, str]]:
         ("recipe", sweep.recipe),
         ("stage", sweep.stage),
         ("kind", sweep.kind),
-        ("cells", ", ".join(f"{number:,} {state}" for state, number in counts.items() if number) or "none"),
+        ("cells", ", ".join(f"{counts[state]:,} {state}" for state in get_args(State) if counts[state]) or "none"),
         (f"budgets, {unit}", ", ".join(f"{budget:,}" for budget in budgets)),
         ("seeds", f"{len(seeds)}"),
         ("sizes", ", ".join(sweep.sizes)),

@@ -33,15 +33,15 @@ _OPTIMUM_COLUMNS = {
 
 def cell_rows(found: Gathered) -> list[dict[str, Any]]:
     """A row for every cell and task, in the order of the cells. Values that are not there are None."""
-    measured: dict[tuple[str, str, str], tuple[float, float | None, int]] = {}
+    measured: dict[tuple[str, str, str], tuple[float | None, float | None, int | None]] = {}
     for scores in found.scores.values():
         for one in scores:
             num_items = one.cells.items.shape[1]
             errors = one.cells.items.std(axis=1, ddof=1) / math.sqrt(num_items) if num_items > 1 else None
             for number, record in enumerate(one.of):
                 if math.isfinite(mean := float(one.means[number])):
-                    error = None if errors is None else float(errors[number])
-                    measured[record.place.name, one.task.task, one.task.metric] = (mean, error, num_items)
+                    stderr = None if errors is None else float(errors[number])
+                    measured[record.place.name, one.task.task, one.task.metric] = (mean, stderr, num_items)
     rows = []
     for cell in found.cells:
         place, training = cell.place, training_of(found.store_root, cell)
@@ -55,13 +55,12 @@ def cell_rows(found: Gathered) -> list[dict[str, Any]]:
             "num_tokens": training.num_tokens, "message": cell.message or None,
         }  # fmt: skip
         for task in found.sweep.tasks:
-            mean, stderr, num_items = measured.get((place.name, task.task, task.metric), (None, None, None))
-            rows.append(
-                own | {
-                    "task": task.task, "metric": task.metric, "task_class": task.task_class, "chance": task.chance,
-                    "lower_is_better": task.lower_is_better, "mean": mean, "stderr": stderr, "num_items": num_items,
-                }
-            )  # fmt: skip
+            scored = measured.get((place.name, task.task, task.metric), (None, None, None))
+            of_task = dict(zip(("mean", "stderr", "num_items"), scored, strict=True)) | {
+                "task": task.task, "metric": task.metric, "task_class": task.task_class, "chance": task.chance,
+                "lower_is_better": task.lower_is_better,
+            }  # fmt: skip
+            rows.append(own | of_task)
     return rows
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import gc
 import importlib
 import itertools
 import json
@@ -38,6 +39,8 @@ _IMPORTED = (
     "datasets",
     "accelerate",
     "trl.trainer.sft_trainer",
+    "lm_eval.models.huggingface",
+    "lm_eval.tasks",
     "smoltulu.tasks.engine.child",
     "smoltulu.tasks.stages",
 )
@@ -198,6 +201,9 @@ def serve(descriptor: int) -> int:
     for name in _IMPORTED:
         with contextlib.suppress(Exception):  # a stage that needs it tells so in its own log
             importlib.import_module(name)
+    # A stage that collects garbage need not look at what was imported: half a second each time.
+    gc.collect()
+    gc.freeze()
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*")
     connection = socket.socket(fileno=descriptor)
     waking, woken = os.pipe()

@@ -390,7 +390,7 @@ def _fix_random_numbers(seed: int) -> None:
 
 evaluation_cell = Stage(
     name="evaluation_cell",
-    version=1,
+    version=2,
     config=EvaluationCellConfig,
     inputs=EvaluationInputs,
     outputs=EvaluationCellOutputs,

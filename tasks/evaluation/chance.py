@@ -18,11 +18,20 @@ def p_value(num_right: float, chances: Sequence[float]) -> float:
     Exact (binomial) where all items have one chance; else the normal approximation to the sum.
     """
     if len(set(chances)) == 1:
-        from scipy.stats import binomtest
-
-        return float(binomtest(round(num_right), len(chances), chances[0]).pvalue)
+        return _binomial_p_value(round(num_right), len(chances), chances[0])
     variance = math.fsum(chance * (1 - chance) for chance in chances)
     return math.erfc(abs(num_right - math.fsum(chances)) / math.sqrt(2 * variance))
+
+
+def _binomial_p_value(num_right: int, num: int, chance: float) -> float:
+    """Two-sided: all outcomes that are no likelier. As scipy.stats.binomtest, whose import would cost a second."""
+    odds, all_wrong = math.log(chance / (1 - chance)), num * math.log1p(-chance)
+    logs = [
+        math.lgamma(num + 1) - math.lgamma(k + 1) - math.lgamma(num - k + 1) + k * odds + all_wrong
+        for k in range(num + 1)
+    ]
+    limit = logs[num_right] + 1e-7  # equally likely ones are rounded apart
+    return min(1.0, math.fsum(math.exp(one) for one in logs if one <= limit))
 
 
 def mean_p_value(value: float, chances: Sequence[Sequence[float]]) -> float:

@@ -23,8 +23,12 @@ logger = logging.getLogger("smoltulu")
 
 Request = tuple[Sequence[int], Sequence[int]]  # tokens of a context and of its continuation
 
-#: Tokens of a pass for each unit of batch size. A pass of one item may be longer. Attention grows with their square.
+#: Tokens of a pass for each unit of batch size. A pass of one item may be longer.
 TOKENS_PER_BATCH_UNIT = 64
+#: At most so many tokens for each hidden dimension d. The attention of a token costs 4 d operations for every token of
+#: the pass, those of other items for nothing, and the rest of a layer 24 d²: with 2 d tokens, a third of that. Below
+#: the second number a pass costs what it costs to begin one.
+TOKENS_PER_DIMENSION, MIN_TOKENS = 2, 256
 #: Nats by which a sum may differ from one alone, or the model does not read the mask: whole nats, of random tokens.
 _TOLERANCE = {"torch.float32": 1e-3, "torch.float64": 1e-3}
 _TOLERANCE_ROUNDED = 0.5  # bfloat16 and float16
@@ -101,7 +105,9 @@ def choice_likelihoods(
     model: PreTrainedModel, requests: Sequence[Request], *, max_length: int, batch_size: int
 ) -> Iterator[tuple[list[int], Likelihood]]:
     """Numbers of requests and what is asked of them, pass by pass."""
-    for batch in passes(shared_contexts(requests, max_length), batch_size * TOKENS_PER_BATCH_UNIT):
+    of_width = TOKENS_PER_DIMENSION * getattr(model.config.get_text_config(), "hidden_size", 0)
+    num_tokens = min(batch_size * TOKENS_PER_BATCH_UNIT, max(of_width, MIN_TOKENS))
+    for batch in passes(shared_contexts(requests, max_length), num_tokens):
         asked = (numbers for item in batch for numbers in item.continuations.values())
         yield from zip(asked, _pass_likelihoods(model, batch), strict=True)
 

@@ -160,7 +160,9 @@ def surface(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str], *, pla
         if shown is None:
             bar.set_axis_off()
         else:
-            axes.figure.colorbar(shown, cax=bar, ticks=_round_ticks(5))
+            ticks = _round_ticks(5).tick_values(panels.low, panels.high)
+            # Beyond the scale they would pile up at its ends.
+            axes.figure.colorbar(shown, cax=bar, ticks=[one for one in ticks if panels.low <= one <= panels.high])
             bar.tick_params(labelsize=7)
 
     return draw

@@ -72,10 +72,8 @@ def _copy(rng: random.Random) -> tuple[str, str]:
 
 
 def _template(rng: random.Random) -> tuple[str, str]:
-    to, sender = rng.sample(NAMES, 2)
-    gift = rng.choice(_GIFTS)
-    letter = f"Dear {to}, thanks for the {gift}. Yours, {sender}"
-    return f"Letter to {to} from {sender}: {gift}", letter
+    name, gift, sender = rng.choice(NAMES), rng.choice(_GIFTS), rng.choice(_NOUNS)
+    return f"Letter: {name}, {gift}, {sender}", f"Dear {name}, thanks for the {gift}. Yours, the {sender}"
 
 
 def _letter_case(rng: random.Random) -> tuple[str, str]:

@@ -97,7 +97,7 @@ SIZES = {"base": {"num_parameters": 1000}, "large": {"num_parameters": 4000}}
         (settings(blocks=[WIDE | {"seeds": [0]}]), parabola(), ["1 of 3 seeds; add seeds"]),
         (scan(), lambda *_: None, ["6 diverged", "No cell has scores yet", "loss is nan"]),
         (scan(), lambda *_: "pending", ["6 pending", "No cell has scores yet"]),
-        (scan(), _failing, ["1 done, 2 diverged, 1 pending, 2 failed", "the disk is full"]),
+        (scan(), _failing, ["1 pending, 2 failed, 2 diverged, 1 done", "the disk is full"]),
         (scan(), lambda *_: 0.5, ["6 done", "no place can be recommended|learning_rate"]),
         (
             scan(sizes=SIZES, blocks=[BLOCK | {"sizes": ["base", "large"]}]),

@@ -31,20 +31,15 @@ def begin(sweep: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
     """`smoltulu sweep FILE run`."""
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump(sweep))
-    command = [
-        sys.executable,
-        "-m",
-        "smoltulu.flows.cli.main",
-        "sweep",
-        str(file),
-        "run",
-        "--store",
-        str(folder / "store"),
-    ]
+    arguments = ["sweep", str(file), "run", "--store", str(folder / "store")]
     return subprocess.Popen(
-        command, cwd=folder, env=os.environ | {"PYTHONPATH": f"{ROOT}/src:{ROOT}", "COLUMNS": "200"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, "-m", "smoltulu.flows.cli.main", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}/src:{ROOT}", "COLUMNS": "200"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def finish(sweep: dict[str, Any], folder: Path) -> str:

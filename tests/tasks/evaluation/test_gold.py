@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest
 
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask
 from smoltulu.tasks.evaluation import lm_eval as harness
@@ -74,6 +75,14 @@ def test_a_group_weighs_its_members_as_its_own_score_does(of_group: float) -> No
 
 
 # Chance.
+
+
+@pytest.mark.parametrize("num", [1, 7, 541, 12_032])
+@pytest.mark.parametrize("chance", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.26, 0.5, 1.0])
+def test_p_values_are_scipys(num: int, chance: float, share: float) -> None:
+    theirs = binomtest(round(share * num), num, chance).pvalue
+    assert p_value(round(share * num), [chance] * num) == pytest.approx(theirs, rel=1e-6, abs=1e-300)
 
 
 def test_p_values_by_hand() -> None:

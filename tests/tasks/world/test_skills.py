@@ -46,8 +46,8 @@ def expected(skill: str, prompt: str) -> str:
     if skill == "copy":
         return last
     if skill == "template":
-        to, sender = re.match(r"Letter to (\w+) from (\w+):", prompt).groups()  # type: ignore[union-attr]
-        return f"Dear {to}, thanks for the {last}. Yours, {sender}"
+        name, gift, sender = last.split(", ")
+        return f"Dear {name}, thanks for the {gift}. Yours, the {sender}"
     if skill == "letter_case":
         return " ".join(word.upper() for word in last.split())
     first = FOLLOWER[last.split()[1]]
