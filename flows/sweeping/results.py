@@ -18,6 +18,7 @@ from smoltulu.flows.sweeping.table import SUFFIXES, cell_rows, optimum_rows, tab
 from smoltulu.schemas.recommendation import Recommendation
 from smoltulu.schemas.sweep import SweepSettings, SweptTask
 from smoltulu.tasks.surface.analysis import Analysis
+from smoltulu.tasks.surface.figures import Labels
 from smoltulu.tasks.surface.page import CellRow, DrawnFigure, draw_all, sweep_page
 
 PAGE, TURNING = "report.html", "turning.html"
@@ -40,9 +41,10 @@ def write_page(sweep: SweepSettings, store_root: Path) -> Path:
         _replace(folder / f"cells{suffix}", table_bytes(rows, suffix))
         _replace(folder / f"optima{suffix}", table_bytes(optimum_rows(found, analyses), suffix, of_optima=True))
     sizes = {math.log2(one.num_parameters or 1): name for name, one in sweep.sizes.items()}
-    drawn = draw_all(analyses, sizes)
+    labels = Labels(sizes, unit_of(sweep))
+    drawn = draw_all(analyses, labels)
     _write_figures(folder / "figures", drawn)
-    turning = _write_turning(folder / TURNING, analyses, sizes)
+    turning = _write_turning(folder / TURNING, analyses, labels)
     notes = list(found.notes)
     try:
         answer = recommended(sweep, analyses, None) if analyses else None
@@ -103,6 +105,11 @@ def recommend(sweep: SweepSettings, store_root: Path, weights: dict[str, float] 
     return recommended(sweep, analyses, weights)
 
 
+def unit_of(sweep: SweepSettings) -> str:
+    """What a budget counts."""
+    return "episodes" if sweep.stage == "rlvr" else "tokens"
+
+
 def score_name(task: SweptTask) -> str:
     """`gsm8k, bits_per_byte`."""
     return f"{task.task}, {task.metric.removesuffix(',none')}"
@@ -131,11 +138,11 @@ def _write_figures(folder: Path, drawn: Sequence[DrawnFigure]) -> None:
             old.unlink(missing_ok=True)
 
 
-def _write_turning(file: Path, analyses: Sequence[Analysis], sizes: Mapping[float, str]) -> str:
+def _write_turning(file: Path, analyses: Sequence[Analysis], labels: Labels) -> str:
     """The page to turn, where plotly is installed. Returns its name, empty where there is none."""
     from smoltulu.tasks.surface.turning import turning_page
 
-    page = turning_page(analyses, sizes)
+    page = turning_page(analyses, labels)
     if page is None:
         file.unlink(missing_ok=True)  # of another time, with other cells
         return ""
@@ -147,8 +154,8 @@ def _facts(found: Gathered) -> list[tuple[str, str]]:
     sweep = found.sweep
     counts = Counter(cell.state for cell in found.cells)
     budgets = sorted({cell.place.max_tokens for cell in found.cells})
+    unit = unit_of(sweep)
     seeds = {cell.place.seed for cell in found.cells}
-    unit = "episodes" if sweep.stage == "rlvr" else "tokens"
     return [
         ("recipe", sweep.recipe),
         ("stage", sweep.stage),

@@ -146,7 +146,7 @@ def _scored(store_root: Path, cell: CellRecord, tasks: Sequence[SweptTask]) -> d
 def _from_columns(
     folder: Path, outputs: EvaluationOutputs, names: list[str], tasks: Sequence[SweptTask]
 ) -> dict[SweptTask, _Scored]:
-    """Scores whose values stand in the columns of the samples, twenty times as fast as row by row.
+    """Scores whose values stand in the columns of the samples, which are read in half the time of rows.
 
     Left out are those that do not: older files, measurements of our own, metrics of several parts.
     """
@@ -158,7 +158,8 @@ def _from_columns(
     if not table.num_rows or table["entry"].null_count:
         return {}
     entry = table["entry"].to_numpy()
-    of_filter = table["filter"].to_pylist()
+    of_filter = np.array(table["filter"].to_pylist(), dtype=object)
+    has_none = np.array(table["filter"].is_null())
     has_more = ~np.array(table["others"].is_null())
     metrics = table["metrics"].chunk(0)
     keys = np.array(metrics.keys.to_pylist(), dtype=object)
@@ -168,14 +169,13 @@ def _from_columns(
     for task in tasks:
         number = names.index(task.task)
         wanted = outputs.scores[number].metric.partition(",")[2]
-        here = entry == number
-        here &= np.array([one is None or one == wanted for one in of_filter])
+        here = (entry == number) & (has_none | (of_filter == wanted))
         is_metric = keys == task.metric.partition(",")[0]
         rows = row_of[is_metric]
         of_row = np.full(table.num_rows, np.nan)
         of_row[rows] = values[is_metric]
         is_whole = here.any() and not has_more[here].any() and np.isfinite(of_row[here]).all()
-        if is_whole and len(np.unique(rows)) == len(rows):
+        if is_whole and here[rows].sum() == here.sum():
             columns = table.select(["task", "id", "doc_hash", "target_hash"]).filter(_mask(here))
             found[task] = _Scored(of_row[here], columns)
     return found

@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,20 @@ _FLAGS = {
     "too few rates": "too few rates",
     "no optimum": "no optimum",
 }
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a sweep calls things.
+
+    sizes  log2 parameters -> name
+    unit   of a budget: tokens or episodes
+    """
+
+    sizes: Mapping[float, str] = field(default_factory=dict)
+    unit: str = "tokens"
+
+
 Drawing = Callable[["Axes", Any], None]
 
 
@@ -101,11 +116,11 @@ def _axes(figure: Figure, number: int, num_columns: int, num_rows: int = 1) -> t
     return figure.add_axes(place(0.15, 0.15, 0.64, 0.7)), figure.add_axes(place(0.82, 0.15, 0.035, 0.7))
 
 
-def title_of(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str]) -> str:
+def title_of(panels: TaskPanels, panel: Panel, labels: Labels) -> str:
     """Task and score, and below them budget and, where there are several, size and arm."""
-    second = f"{tokens_text(panel.log2_tokens)} tokens"
-    if len(sizes) > 1:
-        second += f", {sizes.get(panel.log2_size, '')}"
+    second = f"{tokens_text(panel.log2_tokens)} {labels.unit}"
+    if len(labels.sizes) > 1:
+        second += f", {labels.sizes.get(panel.log2_size, '')}"
     if panels.arm != "main":
         second += f", arm {panels.arm}"
     return f"{_short(panels.name)}\n{_short(second)}"
@@ -125,7 +140,7 @@ def _short(text: str, longest: int = 44) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def surface(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str], *, plain: bool = False) -> Drawing:
+def surface(panels: TaskPanels, panel: Panel, labels: Labels, *, plain: bool = False) -> Drawing:
     """Contours of the score over log2 batch (x) and log2 learning rate (y); darker is better.
 
     plain  the paper's own figure: contours and runs, without ridge and lines
@@ -154,7 +169,7 @@ def surface(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str], *, pla
         axes.set_ylim(*y)
         axes.xaxis.set_major_locator(_round_ticks(6, integer=True))
         axes.yaxis.set_major_locator(_round_ticks(8, integer=True))
-        axes.set_title(title_of(panels, panel, sizes))
+        axes.set_title(title_of(panels, panel, labels))
         axes.set_xlabel("log2 batch (rows a step)")
         axes.set_ylabel("log2 learning rate")
         if shown is None:
@@ -221,7 +236,7 @@ def _ridge(axes: Axes, panel: Panel, y: tuple[float, float]) -> None:
             axes.plot([point.log2_batch], [at], mark, color="#b02f26", ms=7, clip_on=False, gid="flag", zorder=7)
 
 
-def slices(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str]) -> Drawing:
+def slices(panels: TaskPanels, panel: Panel, labels: Labels) -> Drawing:
     """Scores over log2 learning rate, a line a batch size, with standard errors over seeds and fitted parabolas."""
 
     def draw(axes: Axes, bar: Axes) -> None:
@@ -239,14 +254,14 @@ def slices(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str]) -> Draw
             axes.axhline(panels.task.chance, color="#555555", lw=0.8, dashes=(1, 2), gid="chance")
         span = panels.high - panels.low
         axes.set_ylim(panels.low - 0.15 * span, panels.high + 0.15 * span)
-        axes.set_title(title_of(panels, panel, sizes))
+        axes.set_title(title_of(panels, panel, labels))
         axes.set_xlabel("log2 learning rate")
         axes.set_ylabel(_short(panels.task.metric.removesuffix(",none"), 30))
         bar.set_axis_off()
-        handles, labels = axes.get_legend_handles_labels()
+        handles, names = axes.get_legend_handles_labels()
         if handles:
             axes.legend(
-                handles, labels, title="batch", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
+                handles, names, title="batch", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
             )
 
     return draw
@@ -268,10 +283,10 @@ def arms(name: str, ridges: Mapping[str, Sequence[RidgePoint]]) -> Drawing:
         axes.set_xlabel("log2 batch (rows a step)")
         axes.set_ylabel("log2 best learning rate")
         bar.set_axis_off()
-        handles, labels = axes.get_legend_handles_labels()
+        handles, names = axes.get_legend_handles_labels()
         if handles:
             axes.legend(
-                handles, labels, title="arm", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
+                handles, names, title="arm", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
             )
 
     return draw

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from smoltulu.tasks.report.text import artifact_key
 from smoltulu.tasks.surface import figures, words
 from smoltulu.tasks.surface.accounts import ACCOUNTS
 from smoltulu.tasks.surface.analysis import Analysis, ClassAnalysis, Said, TaskAnalysis
-from smoltulu.tasks.surface.figures import Drawing
+from smoltulu.tasks.surface.figures import Drawing, Labels
 from smoltulu.tasks.surface.panels import TaskPanels, arms_of, panels_of, paper_panels
 
 
@@ -49,8 +49,8 @@ class CellRow:
     message: str
 
 
-def draw_all(analyses: Sequence[Analysis], sizes: Mapping[float, str]) -> list[DrawnFigure]:
-    """Every figure of a sweep. `sizes`: log2 parameters -> name."""
+def draw_all(analyses: Sequence[Analysis], labels: Labels) -> list[DrawnFigure]:
+    """Every figure of a sweep."""
     if not analyses:
         return []
     made: list[DrawnFigure] = []
@@ -61,14 +61,14 @@ def draw_all(analyses: Sequence[Analysis], sizes: Mapping[float, str]) -> list[D
         # The paper's figure is one to print: side by side.
         made.append(DrawnFigure(file, kind, title, panels, figures.sheet(draws) if kind == "paper" else pdf))
 
-    paper = [figures.surface(panels, panel, sizes, plain=True) for panels, panel in paper_panels(analyses[0])]
+    paper = [figures.surface(panels, panel, labels, plain=True) for panels, panel in paper_panels(analyses[0])]
     add("paper", "Score over learning rate and batch size", paper)
     for analysis in analyses:
         for one in analysis.tasks:
             panels = panels_of(one, analysis.arm)
             title = panels.name + ("" if analysis.arm == "main" else f", arm {analysis.arm}")
-            add("surface", title, [figures.surface(panels, panel, sizes) for panel in panels.panels])
-            add("slices", title, [figures.slices(panels, panel, sizes) for panel in panels.panels])
+            add("surface", title, [figures.surface(panels, panel, labels) for panel in panels.panels])
+            add("slices", title, [figures.slices(panels, panel, labels) for panel in panels.panels])
     if len(analyses) > 1:
         draws = [figures.arms(one.task.task, arms_of(analyses, one.task)) for one in analyses[0].units]
         add("arms", "Best learning rate by arm", draws)

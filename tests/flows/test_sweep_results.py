@@ -12,10 +12,16 @@ import pytest
 import yaml
 from pyarrow import parquet
 
+from smoltulu.artifacts.store import read_manifest
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.flows.sweeping.gather import gather
 from smoltulu.flows.sweeping.results import export_table, recommend, write_page
+from smoltulu.flows.sweeping.scores import load_scores
+from smoltulu.flows.sweeping.states import remembered, states_of, sweep_folder
+from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.sweep import Place, SweepSettings
+from smoltulu.tasks.comparison.evaluations import measured
+from smoltulu.tasks.evaluation.samples import read_samples, write_samples
 from tests.planted_sweep import Surface, parabola, plant, settings
 
 BLOCK: dict[str, Any] = {
@@ -230,3 +236,24 @@ def test_cells_of_an_earlier_grid_that_were_measured_otherwise_are_named(tmp_pat
     sweep = scan(tasks=[{"task": "task_0", "metric": "f1,none", "task_class": "reasoning"}])
     with pytest.raises(ValueError, match="an item has no 'f1'"):
         gather(sweep, tmp_path / "store")
+
+
+def test_scores_read_as_columns_are_those_read_row_by_row(tmp_path: Path) -> None:
+    """Also where one cell has its items in another order, and where one has further fields, so that rows are read."""
+    sweep = scan()
+    root = tmp_path / "store"
+    plant(root, sweep, parabola(), num_items=5)
+    cells = remembered(sweep_folder(root, sweep.name))
+    files = [root / "evaluation" / cell.evaluation / "gen-0001" / "samples.parquet" for cell in cells]
+    write_samples(files[1], list(read_samples(files[1]))[::-1])
+    write_samples(files[2], [row | {"parts": {"acc": [row["metrics"]["acc"]] * 2}} for row in read_samples(files[2])])
+    states = states_of(root, sweep_folder(root, sweep.name), cells)
+    for one in load_scores(sweep, root, states):
+        for number, cell in enumerate(one.of):
+            folder = root / "evaluation" / cell.evaluation / "gen-0001"
+            outputs = EvaluationOutputs.model_validate(read_manifest(folder).outputs)
+            items = measured(folder, outputs)[one.task.task].items
+            assert one.cells.items[number].tolist() == [items[name].value for name in sorted(items)]
+    write_samples(files[3], list(read_samples(files[3]))[:-1])
+    with pytest.raises(ValueError, match="have other items of task_1"):
+        load_scores(sweep, root, states)

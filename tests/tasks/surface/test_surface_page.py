@@ -104,7 +104,7 @@ def test_the_papers_figure_shows_accuracy_where_it_was_measured() -> None:
 def drawing(cells: Cells, **changes: Any) -> str:
     (one,) = analyse("main", [(task(**changes), cells)]).tasks
     panels = panels_of(one, "main")
-    return figures.pages([figures.surface(panels, panels.panels[0], {})])[0][0]
+    return figures.pages([figures.surface(panels, panels.panels[0], figures.Labels())])[0][0]
 
 
 def marks(text: str, group: str) -> int:
@@ -133,7 +133,7 @@ def test_a_drawing_loads_nothing_and_is_the_same_each_time() -> None:
     assert text.startswith("<svg") and not re.search(r'<svg[^>]* width="', text) and "viewBox" in text
     (one,) = analyse("main", [(task(), cells)]).tasks
     panels = panels_of(one, "main")
-    draw = figures.slices(panels, panels.panels[0], {})
+    draw = figures.slices(panels, panels.panels[0], figures.Labels())
     assert figures.pages([draw])[1] == figures.pages([draw])[1]
     assert figures.sheet([draw, draw]) == figures.sheet([draw, draw])
 
@@ -259,10 +259,10 @@ def test_arms_are_compared_at_the_main_budget_of_the_first() -> None:
 
 def test_the_page_to_turn_loads_nothing() -> None:
     pytest.importorskip("plotly")
-    page = turning_page([analyse("main", [(task("<script>x"), grid())])], {})
+    page = turning_page([analyse("main", [(task("<script>x"), grid())])], figures.Labels())
     assert page is not None and "<script>x" not in page and "&lt;script&gt;x" in page
     assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="http', page) and page.count("mesh3d") >= 2
-    assert turning_page([], {}) is None
+    assert turning_page([], figures.Labels()) is None
 
 
 @settings(max_examples=12, deadline=None)
@@ -277,8 +277,8 @@ def test_any_shape_of_a_sweep_can_be_analysed_and_drawn(data: st.DataObject) -> 
         panels = panels_of(one, "main")
         assert sum(len(panel.runs) for panel in panels.panels) == (~cells.diverged).sum()
         assert sum(int(panel.num_seeds.sum()) for panel in panels.panels) <= (~cells.diverged).sum()
-        draws = [figures.surface(panels, panel, {}) for panel in panels.panels]
-        draws += [figures.slices(panels, panel, {}) for panel in panels.panels]
+        draws = [figures.surface(panels, panel, figures.Labels()) for panel in panels.panels]
+        draws += [figures.slices(panels, panel, figures.Labels()) for panel in panels.panels]
         assert len(figures.pages(draws)[0]) == len(draws)
         assert all(is_drawable(panel) in (True, False) for panel in panels.panels)
         assert words.sentence("x", one.said)
