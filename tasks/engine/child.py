@@ -59,10 +59,11 @@ def run_cells(stage: Stage, job: dict, report: Report) -> None:
 
     Raises:
         ValueError: what the user must fix in any of them.
-        StageStopped, an error for want of memory: at once.
+        StageStopped, an error for want of memory that a smaller batch may mend: at once.
         Any other error: the first one, once all have had their turn.
     """
     cells = job["cells"]
+    is_smallest = job["compute"]["per_device_eval_batch_size"] == 1
     failures = []
     crash: Exception | None = None
     for number, cell in enumerate(cells):
@@ -74,7 +75,7 @@ def run_cells(stage: Stage, job: dict, report: Report) -> None:
             traceback.print_exc()
             failures.append(f"{cell['name']}: {error}")
         except Exception as error:
-            if isinstance(error, StageStopped) or is_out_of_memory(error):
+            if isinstance(error, StageStopped) or (is_out_of_memory(error) and not is_smallest):
                 raise
             traceback.print_exc()
             logging.getLogger("smoltulu").error("%s: failed: %s: %s", cell["name"], type(error).__name__, error)

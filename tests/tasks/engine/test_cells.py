@@ -189,7 +189,9 @@ def test_a_cell_that_fails_does_not_lose_the_finished_ones(tmp_path: Path) -> No
 
 
 def test_a_cell_that_crashes_does_not_keep_the_others_from_their_turn(tmp_path: Path) -> None:
-    """Whatever the first does, as where its dataset cannot be had; only want of memory and a stop end all at once."""
+    """Whatever the first does, as where its dataset cannot be had. A stop ends all at once, and so does want of memory
+    while a smaller batch may mend it.
+    """
     turns: list[str] = []
 
     def function(config: Settings, inputs: Settings, context: StageContext) -> tuple[Settings, dict[str, float]]:
@@ -215,6 +217,12 @@ def test_a_cell_that_crashes_does_not_keep_the_others_from_their_turn(tmp_path: 
         with pytest.raises(type(error)):
             run_cells(stage, job, lambda step, num_steps, **metrics: None)
         assert turns == ["first"]
+    turns.clear()
+    errors["first"] = MemoryError()
+    job["compute"]["per_device_eval_batch_size"] = 1
+    with pytest.raises(MemoryError):
+        run_cells(stage, job, lambda step, num_steps, **metrics: None)
+    assert turns == ["first", "second"]  # the third is there
 
 
 class Settings(StrictModel):
