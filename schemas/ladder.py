@@ -66,8 +66,7 @@ class LadderSettings(StrictModel):
     @model_validator(mode="after")
     def _leads_up(self) -> Self:
         proxies, target, problems = self.proxies, self.target, []
-        used = {name for block in proxies.blocks for name in block.sizes}
-        sizes = {name: size.num_parameters for name, size in proxies.sizes.items() if name in used}
+        sizes = {name: size.num_parameters for name, size in self.proxy_sizes.items()}
         if len(sizes) < _MIN_SIZES:
             problems.append(
                 f"proxies run {len(sizes)} size ({', '.join(sorted(sizes))}); a ladder needs {_MIN_SIZES}, better 3: "
@@ -102,6 +101,12 @@ class LadderSettings(StrictModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def proxy_sizes(self) -> dict[str, Size]:
+        """Those that a block runs."""
+        used = {name for block in self.proxies.blocks for name in block.sizes}
+        return {name: size for name, size in self.proxies.sizes.items() if name in used}
 
     @property
     def confirmation_name(self) -> str:
@@ -147,7 +152,7 @@ class LadderSettings(StrictModel):
         last = self.confirmation(log2_learning_rate)
         changes = {
             "name": self.name,
-            "sizes": self.proxies.sizes | last.sizes,
+            "sizes": self.proxy_sizes | last.sizes,
             "blocks": (*self.proxies.blocks, *last.blocks),
             "max_hours": self.max_hours,
         }

@@ -136,17 +136,23 @@ def plan(
 ) -> None:
     """Show per stage what a run would do (cached, resumes or runs), why, and its cost. Needs no server.
 
-    Of a sweep: its blocks, cells, hours, memory and disk.
+    Of a sweep or a ladder: its blocks, cells, hours, memory and disk.
     """
     from smoltulu.flows.cli.plan import make_plan, plan_arguments, run_parameters, show
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.recipe import parse_overrides, whole_path
     from smoltulu.flows.sweeping.grid import is_sweep
+    from smoltulu.flows.sweeping.ladder import is_ladder
 
     if is_sweep(recipe):
         if override or until or refresh:
             output.fail(f"{recipe} is a sweep, whose plan takes no --override, --until or --refresh; leave them out")
         sweep.show_plan_of(recipe, None, as_json)
+        return
+    if is_ladder(recipe):
+        if override or until or refresh:
+            output.fail(f"{recipe} is a ladder, whose plan takes no --override, --until or --refresh; leave them out")
+        ladder.ladder(recipe, "plan", None, as_json)
         return
     arguments = plan_arguments(recipe, override or [])
     with output.failures():

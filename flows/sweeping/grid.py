@@ -66,16 +66,17 @@ def sweep_names() -> list[str]:
 
 def is_sweep(name: str) -> bool:
     """Whether a name, or the path of a YAML file, is that of a sweep: it has blocks. What cannot be read is none."""
-    if name in sweep_names():
-        return True
+    return name in sweep_names() or file_has(name, "blocks")
+
+
+def file_has(name: str, field: str) -> bool:
+    """Whether a name is the path of a YAML file with this field at its top."""
     path = Path(name).expanduser()
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        return False
     try:
-        values = read_file(path)
-    except (Unreadable, OSError):
+        values = read_file(path) if path.suffix in (".yaml", ".yml") and path.is_file() else None
+    except (ValueError, OSError):
         return False
-    return isinstance(values, dict) and "blocks" in values
+    return isinstance(values, dict) and field in values
 
 
 def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:

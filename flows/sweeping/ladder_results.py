@@ -119,7 +119,7 @@ def _confirmed(
 
 
 def _leap(ladder: LadderSettings) -> str | None:
-    sizes = [math.log2(ladder.proxies.sizes[name].num_parameters or 1) for name in ladder.proxies.sizes]
+    sizes = [math.log2(size.num_parameters or 1) for size in ladder.proxy_sizes.values()]
     reach, span = math.log2(ladder.target.num_parameters) - max(sizes), max(sizes) - min(sizes)
     if reach <= _MAX_REACH * span:
         return None

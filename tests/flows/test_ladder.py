@@ -80,6 +80,8 @@ def test_the_confirmation_is_three_ordinary_rates_of_the_target() -> None:
     assert ladder.confirmation(-9.05).blocks == sweep.blocks, "an eighth of an octave is one confirmation"
     whole = ladder.whole()
     assert len(places(whole)) == 30 + 6
+    unused = LADDER["proxies"]["sizes"] | {"d": {"num_parameters": 2**16, "overrides": {HIDDEN: 64}}}
+    assert load_ladder(changed("proxies/sizes", unused)).whole().sizes.keys() == {"a", "b", "c", "target"}
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,14 @@ def test_plan(file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists(), "a plan leaves nothing behind"
 
 
+def test_the_plan_of_a_ladder_is_a_plan(file: Path) -> None:
+    for name in (str(file), "ladder-tiny"):
+        made = CliRunner().invoke(app, ["plan", name])
+        assert made.exit_code == 0 and "confirmation" in made.output, made.output
+    made = CliRunner().invoke(app, ["plan", "ladder-tiny", "-o", "sft.seed=1"])
+    assert made.exit_code == 1 and "is a ladder, whose plan takes no --override" in made.output
+
+
 def test_report(file: Path, tmp_path: Path) -> None:
     code, out = invoke(file, "report", "--store", tmp_path / "store")
     assert code == 1 and "small-proxies was never run in this store" in out
