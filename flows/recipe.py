@@ -264,7 +264,7 @@ def whole_path(recipe: str) -> str:
 
 
 def stated(name_or_path: str) -> dict[str, Any]:
-    """What a preset or a recipe file says itself, with absolute paths and its `extends`. RecipeError as `load_recipe`."""
+    """What a preset or a recipe file says itself, with absolute paths and its `extends`. RecipeError: none is there."""
     return _load(Path(name_or_path).expanduser()) if _is_path(name_or_path) else _preset(name_or_path, "there is no")
 
 

@@ -9,6 +9,19 @@ from pydantic import model_validator
 from smoltulu.schemas.common import StrictModel, machinery, science
 
 
+class MupSettings(StrictModel):
+    """Maximal update parametrisation: one learning rate for all widths (arXiv 2203.03466; MiniCPM 2404.06395, table 7).
+
+    The model is a Granite, which has the multipliers. Sizes of a ladder share `base_width` and the width of a head.
+    """
+
+    base_width: int = science(ge=1, description="hidden_size at which rates and initial weights are as given")
+    embedding_multiplier: float = science(12.0, gt=0, description="of the embeddings' output (MiniCPM)")
+    residual_scale: float = science(
+        1.4, gt=0, description="a branch is added times this / sqrt(num_hidden_layers) (MiniCPM)"
+    )
+
+
 class BaseModelConfig(StrictModel):
     """A small Llama, trained from random weights on plain texts: for recipes in which nothing is loaded."""
 
@@ -28,6 +41,10 @@ class BaseModelConfig(StrictModel):
     )
     rope_theta: float = science(
         500.0, gt=1.0, description="base of the rotary positions: low, as the sequences are short"
+    )
+
+    mup: MupSettings | None = science(
+        None, absent=None, description="initializer_range and learning_rate are then those of base_width; set 0.1"
     )
 
     learning_rate: float = science(3e-3, gt=0.0, le=1.0, description="peak; warm-up 5 % of the steps, then linear to 0")

@@ -174,7 +174,22 @@ class SFTSettings(SupervisedSettings):
         "truncate", absent="truncate", description="rows longer than max_length; truncate: cut at its end (Tulu 3)"
     )
     lora: LoraSettings | None = science(None, absent=None, description="none: every weight is trained (Tulu 3)")
+    mup_base_width: int | None = science(
+        None,
+        absent=None,
+        ge=1,
+        description="muP: learning_rate is that of a model of this hidden_size; base_model.scratch.mup has the same",
+    )
     gate: GateSettings = machinery(GateSettings())
+
+    @model_validator(mode="after")
+    def _mup_trains_matrices(self) -> Self:
+        if self.mup_base_width is not None and self.lora is not None:
+            raise ValueError(
+                f"mup_base_width {self.mup_base_width} scales the rates of a model's own matrices, and lora trains "
+                "none of them; keep one of the two"
+            )
+        return self
 
     @property
     def starts_from(self) -> str | None:

@@ -43,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("flows.nights", "flows.planning", "flows.runs", "flows.reporting", "flows.local", "flows.endings"),
     ("flows.pipeline", "flows.audit", "flows.sweeping"),
     ("flows.evaluation", "flows.sweep"),
+    ("flows.ladder",),
     ("flows.cli",),
 )
 _CONTRACT = ("tasks.stage", "tasks.job", "tasks.process", "tasks.progress")

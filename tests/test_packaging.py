@@ -87,7 +87,8 @@ def test_entrypoints_import_and_take_their_parameters(deployment: dict[str, Any]
     path, _, name = deployment["entrypoint"].partition(":")
     flow = getattr(importlib.import_module(f"smoltulu.{path.removesuffix('.py').replace('/', '.')}"), name)
     assert isinstance(flow, Flow)
-    others = {"nightly": "smoltulu-eval", "data": "smoltulu-audit", "surface": "smoltulu-sweep"}
+    others = {"nightly": "smoltulu-eval", "data": "smoltulu-audit"}
+    others |= dict.fromkeys(("surface", "ladder"), "smoltulu-sweep")
     assert flow.name == others.get(deployment["name"], "smoltulu")
     flow.validate_parameters(deployment.get("parameters", {}))
     assert deployment["work_pool"]["name"] == prefect_api.POOL
@@ -112,6 +113,7 @@ def test_installed_deployments_name_modules(monkeypatch: pytest.MonkeyPatch) -> 
         "nightly": "smoltulu.flows.evaluation.nightly_evaluation",
         "data": "smoltulu.flows.audit.audit_data",
         "surface": "smoltulu.flows.sweep.smoltulu_sweep",
+        "ladder": "smoltulu.flows.ladder.smoltulu_ladder",
     }
     assert [{**entry, "entrypoint": ""} for entry in given] == [{**entry, "entrypoint": ""} for entry in DEPLOYMENTS]
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from smoltulu.flows.cli import audit, chat, compare, nightly, output, report, store, sweep, tables
+from smoltulu.flows.cli import audit, chat, compare, ladder, nightly, output, report, store, sweep, tables
 
 Recipe = Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")]
 Overrides = Annotated[
@@ -68,7 +68,7 @@ def run(
     """Run `prefect deployment run DEPLOYMENT --watch [...]`, after checking server, deployment and worker.
 
     Prefect itself waits silently if no worker polls. Everything after DEPLOYMENT goes to Prefect unchanged, except that
-    FILE in `-p recipe=FILE` becomes an absolute path: the flow runs in another folder.
+    FILE in `-p recipe=FILE` (sweep, ladder) becomes an absolute path: the flow runs in another folder.
     """
     from smoltulu.flows.machine import doctor, places, prefect_api
     from smoltulu.flows.recipe import check_parameter, did_you_mean, whole_path
@@ -81,10 +81,9 @@ def run(
             raise ValueError(
                 f"{', '.join(doubles)}: given more than once, and Prefect keeps the last; keep one of them"
             )
+        of_file = re.compile(r"((?:-p|--param=)?(?:recipe|sweep|ladder)=)(.*)", re.DOTALL)
         arguments = [
-            f"{before}recipe={whole_path(recipe)}" if equals and before in ("", "-p", "--param=") else text
-            for text in context.args
-            for before, equals, recipe in [text.partition("recipe=")]
+            match[1] + whole_path(match[2]) if (match := of_file.fullmatch(text)) else text for text in context.args
         ]
     home = places.default_home()
     url = doctor.api_url(home)
@@ -137,17 +136,23 @@ def plan(
 ) -> None:
     """Show per stage what a run would do (cached, resumes or runs), why, and its cost. Needs no server.
 
-    Of a sweep: its blocks, cells, hours, memory and disk.
+    Of a sweep or a ladder: its blocks, cells, hours, memory and disk.
     """
     from smoltulu.flows.cli.plan import make_plan, plan_arguments, run_parameters, show
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.recipe import parse_overrides, whole_path
     from smoltulu.flows.sweeping.grid import is_sweep
+    from smoltulu.flows.sweeping.ladder import is_ladder
 
     if is_sweep(recipe):
         if override or until or refresh:
             output.fail(f"{recipe} is a sweep, whose plan takes no --override, --until or --refresh; leave them out")
         sweep.show_plan_of(recipe, None, as_json)
+        return
+    if is_ladder(recipe):
+        if override or until or refresh:
+            output.fail(f"{recipe} is a ladder, whose plan takes no --override, --until or --refresh; leave them out")
+        ladder.ladder(recipe, "plan", None, as_json)
         return
     arguments = plan_arguments(recipe, override or [])
     with output.failures():
@@ -200,7 +205,7 @@ def doctor(
         output.fail(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
 
-for command in (*store.COMMANDS, compare.compare, tables.tables, chat.chat, report.report, audit.audit):
+for command in (*store.COMMANDS, compare.compare, tables.tables, chat.chat, report.report, audit.audit, ladder.ladder):
     app.command()(command)
 app.add_typer(nightly.app, name="nightly")
 app.add_typer(sweep.app, name="sweep")

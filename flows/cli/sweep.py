@@ -163,6 +163,9 @@ def extend(
     edges: Annotated[
         int | None, typer.Option(min=1, help="at most so many cells, where a best learning rate is the last one")
     ] = None,
+    best: Annotated[
+        int | None, typer.Option(min=1, help="with --seeds: only in so many best places of each task class")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the blocks, and write nothing")] = False,
     store: StoreOption = None,
 ) -> None:
@@ -178,12 +181,17 @@ def extend(
     with failures():
         sweep, root = _opened(context, store)
         axes = {"seeds": seeds, "rates": rates, "batches": batches, "budgets": budgets}
-        given = {name: values for name, values in axes.items() if values}
+        given = [name for name, axis in axes.items() if axis]
         if bool(given) == bool(edges):
             raise ValueError("give what to add: --seeds, --rates, --batches, --budgets; or --edges with a number")
-        if edges and like:
-            raise ValueError(f"--like {like} has no meaning with --edges, which looks at all blocks; leave it out")
-        added = extension.add(sweep, root, like=like, edges=edges, dry_run=dry_run, **given)
+        if best and given != ["seeds"]:
+            raise ValueError("--best says where --seeds are added, and nothing else; give --seeds with it")
+        if (edges or best) and like:
+            raise ValueError(f"--like {like} has no meaning with --edges or --best; leave it out")
+        added = extension.add(
+            sweep, root, like=like, edges=edges, best=best, dry_run=dry_run,
+            seeds=seeds or (), rates=rates or (), batches=batches or (), budgets=budgets or (),
+        )  # fmt: skip
         for block in added.blocks:
             echo(yaml.safe_dump([extension.written(block)], sort_keys=False, default_flow_style=None).rstrip())
     where = "not written (--dry-run)" if dry_run else f"written to {added.file}"
@@ -288,6 +296,8 @@ def recommend(
     from smoltulu.flows.sweeping.results import recommend as recommended
 
     with failures():
+        if of is not None and to is None:
+            raise ValueError(f"--of {of} says which place --to writes; give --to as well, or leave it out")
         to = to and to.absolute()
         if to is not None and to.exists():
             raise ValueError(f"{to} exists already, and is left as it is; name another file")

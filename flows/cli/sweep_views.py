@@ -65,11 +65,12 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     needs, workers = plan["needs"], plan["num_workers"]
     lines = [_summary(plan)]
     if needs["device_bytes"] is not None:
-        one = needs["device_bytes"]
+        least, most = needs["device_bytes"]
+        a_cell = readable.size(most) if least == most else f"{readable.size(least)} to {readable.size(most)}"
         has = "" if plan["device_memory_gb"] is None else f"; compute.device_memory_gb is {plan['device_memory_gb']:g}"
         lines.append(
-            f"memory    {readable.size(one)} a cell at least (weights, gradients, optimizer), {workers} at a time: "
-            f"{readable.size(workers * one)} on one device; activations come on top{has}"
+            f"memory    {a_cell} a cell at least (weights, gradients, optimizer); {workers} of the largest at a time: "
+            f"{readable.size(workers * most)} on one device; activations come on top{has}"
         )
     if needs["disk_bytes"] is not None:
         unknown = needs["num_without_disk_bytes"]

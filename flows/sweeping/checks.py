@@ -18,7 +18,7 @@ from smoltulu.schemas.training import SupervisedSettings, TrainingSettings
 #: More tokens than asked for, as a share: above it a sweep says so, as a budget is what a surface compares.
 _ROUNDED_UP = 0.1
 #: Fields of schedules that are in optimizer steps, and what to give instead.
-_IN_STEPS = {"warmup_steps": "warmup_ratio", "decay_steps": "decay_ratio", "half_life_steps": "another decay_shape"}
+IN_STEPS = {"warmup_steps": "warmup_ratio", "decay_steps": "decay_ratio", "half_life_steps": "another decay_shape"}
 
 
 def check_fractions(sweep: SweepSettings, cells: Sequence[SweepCell]) -> None:
@@ -33,7 +33,7 @@ def check_fractions(sweep: SweepSettings, cells: Sequence[SweepCell]) -> None:
                 "cells have other numbers of steps; take a schedule whose parts are shares of the run (linear, cosine, "
                 "constant, wsd with decay_ratio)"
             )
-        for field, instead in _IN_STEPS.items():
+        for field, instead in IN_STEPS.items():
             if value := getattr(schedule, field, None):
                 raise ValueError(
                     f"sweep {sweep.name}: {sweep.stage}.schedule has {field} {value:g}, which is another share of the "

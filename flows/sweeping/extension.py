@@ -6,8 +6,9 @@ block out of it to take it back: its finished cells stay in the store and on rec
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -74,13 +75,15 @@ def add(
     *,
     like: str | None = None,
     edges: int | None = None,
+    best: int | None = None,
     dry_run: bool = False,
     seeds: Sequence[int] = (),
     rates: Sequence[float] = (),
     batches: Sequence[float] = (),
     budgets: Sequence[int] = (),
 ) -> Added:
-    """Add blocks to a sweep in a store: `blocks_like` a block, or at most `edges` cells beyond edges.
+    """Add blocks to a sweep in a store: `blocks_like` a block; at most `edges` cells beyond edges; or `seeds` in the
+    `best` places of each class.
 
     Raises:
         ValueError: no such block; blocks that are none of the sweep, that add nothing, that the recipe does not allow;
@@ -88,12 +91,17 @@ def add(
     """
     folder = sweep_folder(store_root, asked.name)
     before = with_extension(asked, folder)
-    if edges is not None:
+    blocks: list[SweepBlock] = []
+    if edges is not None or best is not None:
         states = states_of(store_root, folder, remembered(folder))
-        blocks = []
-        for arm in sorted({one.cell.place.arm for one in states if one.state == "done"}):
+        arms = dict.fromkeys(one.cell.place.arm for one in states if one.state == "done")
+        for arm in arms if edges is not None else ["main"]:
             scores = load_scores(before, store_root, states, arm)
-            blocks += edge_blocks(before.with_blocks(blocks), scores, edges - sum(len(one.seeds) for one in blocks))
+            whole = before.with_blocks(blocks)
+            if edges is not None:
+                blocks += edge_blocks(whole, scores, edges - sum(len(one.seeds) for one in blocks))
+            elif best is not None:
+                blocks += best_blocks(whole, scores, best, seeds)
     else:
         named = {block.name: block for block in before.blocks}
         if like is not None and like not in named:
@@ -172,6 +180,58 @@ def num_edge_cells(sweep: SweepSettings) -> int:
     return sum(name.startswith(EDGE) for name in places(sweep).values())
 
 
+def best_blocks(
+    sweep: SweepSettings, scores: Sequence[TaskScores], number: int, seeds: Sequence[int]
+) -> list[SweepBlock]:
+    """These seeds in the `number` best places of each class, at the budget and size with the most places.
+
+    A class's places are ranked by the mean over its tasks (one score of each) of the score in standard deviations.
+    """
+    chosen: dict[Place, None] = {}
+    for name in dict.fromkeys(one.task.task_class for one in scores):
+        ranks: dict[Place, float] = defaultdict(float)
+        for of_task in (one for one in _first_scores(scores) if one.task.task_class == name):
+            means = _main_surface(of_task)
+            spread = float(np.std(list(means.values()))) or 1.0
+            for place, mean in means.items():
+                ranks[place] += (mean - float(np.mean(list(means.values())))) / spread
+        chosen |= dict.fromkeys(sorted(ranks, key=lambda place: (-ranks[place], place.name))[:number])
+    names = _free_names(sweep, "best-")
+    return [_one_place(next(names), place, tuple(seeds)) for place in chosen]
+
+
+def _first_scores(scores: Sequence[TaskScores]) -> list[TaskScores]:
+    """Of each task the score that is named first."""
+    return list({one.task.task: one for one in reversed(scores)}.values())[::-1]
+
+
+def _main_surface(of_task: TaskScores) -> dict[Place, float]:
+    """Mean score over seeds of the places with the commonest budget and size; larger is better, `seed` is 0."""
+    values: dict[Place, list[float]] = defaultdict(list)
+    for record, mean, diverged in zip(
+        of_task.of, of_task.cells.items.mean(axis=1), of_task.cells.diverged, strict=True
+    ):
+        values[record.place.model_copy(update={"seed": 0})].append(-math.inf if diverged else float(mean))
+    common = Counter((place.max_tokens, place.size) for place in values).most_common(1)[0][0]
+    return {
+        place: float(np.mean(here))
+        for place, here in values.items()
+        if (place.max_tokens, place.size) == common and min(here) > -math.inf
+    }
+
+
+def _one_place(name: str, place: Place, seeds: tuple[int, ...]) -> SweepBlock:
+    return SweepBlock(
+        name=name,
+        log2_learning_rate=LogRange(low=place.log2_learning_rate, high=place.log2_learning_rate),
+        log2_batch=LogRange(low=place.log2_batch, high=place.log2_batch),
+        seeds=seeds,
+        max_tokens=(place.max_tokens,),
+        sizes=(place.size,),
+        arms=(place.arm,),
+    )
+
+
 class _Beyond(NamedTuple):
     """A place next to an edge that holds an optimum, and the seeds that are there at the edge. `place.seed` is 0."""
 
@@ -179,12 +239,13 @@ class _Beyond(NamedTuple):
     seeds: tuple[int, ...]
 
 
-def edge_blocks(sweep: SweepSettings, scores: Iterable[TaskScores], most: int) -> list[SweepBlock]:
+def edge_blocks(sweep: SweepSettings, scores: Sequence[TaskScores], most: int) -> list[SweepBlock]:
     """One more learning rate, with all seeds that are there, wherever the best of a task is the lowest or highest.
 
-    At most `most` cells; first the places where most tasks want more. A rate whose neighbour diverged is no edge.
+    At most `most` cells; first the places where most tasks want more. A rate whose neighbour diverged is no edge. Of a
+    task the score that is named first counts, as in verdicts: an accuracy at its floor has its best rate anywhere.
     """
-    wanted = Counter(beyond for of_task in scores for beyond in _edges(of_task))
+    wanted = Counter(beyond for of_task in _first_scores(scores) for beyond in _edges(of_task))
     names, known = _free_names(sweep, EDGE), places(sweep)
     blocks = []
     for beyond in sorted(wanted, key=lambda one: (-wanted[one], one.place.name)):
@@ -193,17 +254,7 @@ def edge_blocks(sweep: SweepSettings, scores: Iterable[TaskScores], most: int) -
         if not new or len(new) > most or not -MAX_EXPONENT <= rate < 0:
             continue
         most -= len(new)
-        blocks.append(
-            SweepBlock(
-                name=next(names),
-                log2_learning_rate=LogRange(low=rate, high=rate),
-                log2_batch=LogRange(low=place.log2_batch, high=place.log2_batch),
-                seeds=new,
-                max_tokens=(place.max_tokens,),
-                sizes=(place.size,),
-                arms=(place.arm,),
-            )
-        )
+        blocks.append(_one_place(next(names), place, new))
     return blocks
 
 

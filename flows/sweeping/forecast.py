@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +78,10 @@ class Forecast:
 
     def of(self, place: Place) -> Seconds | None:
         """Seconds of a cell; None where nothing is known that is like it."""
-        kind = kind_of(place)
+        return self.of_kind(kind_of(place))
+
+    def of_kind(self, kind: Kind) -> Seconds | None:
+        """Seconds of a cell of a kind."""
         if own := self.measured.get(kind):
             return Seconds(_middle(own), "measured")
         if (scaled := self._scaled(kind)) is not None:
@@ -112,11 +115,11 @@ class Forecast:
     def total(self, of: Iterable[Place]) -> tuple[float, int]:
         """Seconds that cells take in all, and the number of those of which nothing is known."""
         seconds, num_unknown = 0.0, 0
-        for place in of:
-            if (one := self.of(place)) is None:
-                num_unknown += 1
+        for kind, number in Counter(map(kind_of, of)).items():
+            if (one := self.of_kind(kind)) is None:
+                num_unknown += number
             else:
-                seconds += one.value / (self.num_workers if one.basis in ("measured", "scaled") else 1)
+                seconds += number * one.value / (self.num_workers if one.basis in ("measured", "scaled") else 1)
         return seconds, num_unknown
 
     # Of a run that goes on.
@@ -177,9 +180,12 @@ def forecast_of(sweep: SweepSettings, store_root: Path, states: Iterable[CellSta
     for place, name in places(sweep).items():
         own[name].append(place)
     for block in sweep.blocks:
-        if block.hours is not None:
-            for place in own[block.name]:
-                forecast.declared.setdefault(kind_of(place), 3600 * block.hours / len(own[block.name]))
+        if block.hours is not None:  # shared out by tokens and parameters
+            work = {
+                place: place.max_tokens * (sweep.sizes[place.size].num_parameters or 1) for place in own[block.name]
+            }
+            for place, share in work.items():
+                forecast.declared.setdefault(kind_of(place), 3600 * block.hours * share / sum(work.values()))
     return forecast
 
 
@@ -206,7 +212,7 @@ def estimate(forecast: Forecast, cells: Iterable[SweepCell], store: Store) -> di
             continue
         rows = {row.node: row for row in plan(cell.graph.recipe, None, (), store, cell.graph).rows}
         training, scoring = rows[cell.training], rows[cell.evaluation]
-        shared = {rows[node].key: (node, rows[node].status) for node in cell.shared_nodes}
+        shared = {rows[node].key: (node, str(rows[node].status)) for node in cell.shared_nodes}
         needs[kind] = Needs(training.device_bytes, training.estimate.disk_bytes, shared)
         seconds = training.estimate.seconds
         if seconds is None:
@@ -259,7 +265,8 @@ def by_block(sweep: SweepSettings, forecast: Forecast, states: Mapping[Place, Ce
         here = of_block[block.name]
         missing = [place for place in here if (one := states[place]) is None or one.state not in ("done", "diverged")]
         seconds, num_unknown = forecast.total(missing)
-        bases = dict.fromkeys(known.basis for place in missing if (known := forecast.of(place)) is not None)
+        kinds = dict.fromkeys(map(kind_of, missing))
+        bases = dict.fromkeys(known.basis for kind in kinds if (known := forecast.of_kind(kind)) is not None)
         counts = counts_of(states[place] for place in here)
         made.append(BlockForecast(block.name, counts, seconds, num_unknown, tuple(bases)))
     return made

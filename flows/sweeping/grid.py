@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,8 @@ from smoltulu.schemas.sweep import Place, SweepSettings, overrides_of, places
 from smoltulu.tasks.data.hub import Reference, resolve_commit
 from smoltulu.tasks.data.sources import expand_path
 
+#: Beginning of the name of a file that holds a ladder (ladder.py).
+LADDER = "ladder-"
 #: For an answer of the Hub; a plan waits less.
 _TIMEOUT_SECONDS, _PLAN_TIMEOUT_SECONDS = 30.0, 3.0
 
@@ -58,21 +61,22 @@ class SweepCell:
 
 def sweep_names() -> list[str]:
     """Names of the shipped sweeps."""
-    return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+    return sorted(path.stem for path in SWEEPS.glob("*.yaml") if not path.stem.startswith(LADDER))
 
 
 def is_sweep(name: str) -> bool:
     """Whether a name, or the path of a YAML file, is that of a sweep: it has blocks. What cannot be read is none."""
-    if name in sweep_names():
-        return True
+    return name in sweep_names() or file_has(name, "blocks")
+
+
+def file_has(name: str, field: str) -> bool:
+    """Whether a name is the path of a YAML file with this field at its top."""
     path = Path(name).expanduser()
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        return False
     try:
-        values = read_file(path)
-    except (Unreadable, OSError):
+        values = read_file(path) if path.suffix in (".yaml", ".yml") and path.is_file() else None
+    except (ValueError, OSError):
         return False
-    return isinstance(values, dict) and "blocks" in values
+    return isinstance(values, dict) and field in values
 
 
 def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
@@ -83,21 +87,11 @@ def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
     """
     if isinstance(name, SweepSettings):
         return name
-    if isinstance(name, dict):
-        values: Any = name
-    else:
-        path = SWEEPS / f"{name}.yaml" if name in sweep_names() else Path(name).expanduser()
-        if path.suffix not in (".yaml", ".yml") or not path.is_file():
-            raise RecipeError(
-                f"no sweep {name!r}; shipped are {', '.join(sweep_names()) or 'none'}; or give the path of a YAML file"
-            )
-        try:
-            values = read_file(path)
-        except Unreadable as error:
-            raise RecipeError(f"sweep {path.name}: {error}") from None
-        recipe = values.get("recipe") if isinstance(values, dict) else None
-        if isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):  # as in recipes, from the file's folder on
-            values["recipe"] = str(path.absolute().parent / Path(recipe).expanduser())
+    values = name if isinstance(name, dict) else values_of(name, "sweep", sweep_names())
+    if isinstance(values, dict) and "proxies" in values:
+        raise RecipeError(
+            "this is a ladder, not a sweep; run it by `smoltulu ladder`, or by the deployment smoltulu-sweep/ladder"
+        )
     if not isinstance(values, dict):
         raise RecipeError(
             f"a sweep is an object with name, recipe, stage, blocks and tasks; got {type(values).__name__}"
@@ -109,6 +103,31 @@ def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
         raise RecipeError(
             f"sweep {values.get('name', 'without a name')!r}:\n" + "\n".join(problems_of(error))
         ) from None
+
+
+def values_of(name: str, what: str, shipped: list[str]) -> Any:
+    """What the YAML file of a sweep or a ladder holds; a recipe's file in it is found from the file's folder on.
+
+    RecipeError: no such file, or one that cannot be read.
+    """
+    path, is_there = Path(), False
+    if isinstance(name, str):
+        path = SWEEPS / f"{name}.yaml" if name in shipped else Path(name).expanduser()
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            is_there = path.suffix in (".yaml", ".yml") and path.is_file()
+    if not is_there:
+        raise RecipeError(
+            f"no {what} {name!r:.200}; shipped are {', '.join(shipped) or 'none'}; or give the path of a YAML file"
+        )
+    try:
+        values = read_file(path)
+    except Unreadable as error:
+        raise RecipeError(f"{what} {path.name}: {error}") from None
+    inner = values.get("proxies", values) if isinstance(values, dict) else None
+    recipe = inner.get("recipe") if isinstance(inner, dict) else None
+    if isinstance(inner, dict) and isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):  # as in recipes
+        inner["recipe"] = str(path.absolute().parent / Path(recipe).expanduser())
+    return values
 
 
 def store_of(sweep: SweepSettings) -> Path:

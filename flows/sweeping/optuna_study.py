@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,8 +86,15 @@ def export_study(sweep: SweepSettings, store_root: Path, states: Sequence[CellSt
         study = optuna.create_study(
             storage=storage, study_name=f"{sweep.name} {max_tokens} {size} {arm}", directions=directions(sweep)
         )
-        study.set_metric_names(metric_names(sweep))
-        about = {"sweep": sweep.name, "recipe": sweep.recipe, "stage": sweep.stage, "size": size, "arm": arm}
+        with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+            study.set_metric_names(metric_names(sweep))
+        about: dict[str, Any] = {
+            "sweep": sweep.name,
+            "recipe": sweep.recipe,
+            "stage": sweep.stage,
+            "size": size,
+            "arm": arm,
+        }
         about |= {"max_tokens": max_tokens, "classes": {one.task: one.task_class for one in sweep.tasks}}
         for name, value in about.items():
             study.set_user_attr(name, value)

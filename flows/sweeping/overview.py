@@ -74,11 +74,11 @@ def plan_of(asked: SweepSettings, store_root: Path) -> dict[str, Any]:
 
 
 def _needs(needs: Mapping[Any, Needs], missing: Iterable[Place]) -> dict[str, Any]:
-    """The largest cell, and what the models of all missing ones take."""
+    """Of the smallest and the largest cell, and what the models of all missing ones take."""
     memory = [one.device_bytes for one in needs.values() if one.device_bytes is not None]
     disk = [needs[kind_of(place)].disk_bytes for place in missing]
     return {
-        "device_bytes": max(memory, default=None),
+        "device_bytes": [min(memory), max(memory)] if memory else None,
         "disk_bytes": sum(known) if (known := [one for one in disk if one is not None]) else None,
         "num_without_disk_bytes": len(disk) - len(known),
     }

@@ -58,7 +58,7 @@ def _unmistaken(analysis: Analysis, shares: Mapping[str, float], name: str) -> M
     """Our own weights of classes as weights of their tasks: a class may be called as a task is."""
     if name == "your weights":
         return shares
-    made = {}
+    made: dict[str, float] = {}
     for task_class, weight in shares.items():
         of_class = [one for one in analysis.units if one.task.task_class == task_class]
         made |= {f"{one.task.task}:{one.task.metric}": weight / len(of_class) for one in of_class}
@@ -159,4 +159,6 @@ def yaml_of(place: RecommendedPlace, patch: Mapping[str, Any], notes: Sequence[s
 
 
 def _with_error(value: float, stderr: float | None) -> str:
+    if value == 0:  # no place is better, so there is no difference to have an error
+        return "0"
     return f"{value:.3g}" + (f" ± {stderr:.2g}" if stderr is not None else "")

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from smoltulu.artifacts.files import private_folder, write_atomically, write_synced
 from smoltulu.flows.reporting import now
-from smoltulu.flows.sweeping.gather import Gathered, gather, training_of
+from smoltulu.flows.sweeping.gather import Gathered, gather
 from smoltulu.flows.sweeping.recommending import recommended
-from smoltulu.flows.sweeping.states import counts_of
+from smoltulu.flows.sweeping.states import State
+from smoltulu.flows.sweeping.table import SUFFIXES, cell_rows, optimum_rows, table_bytes
 from smoltulu.schemas.recommendation import Recommendation
 from smoltulu.schemas.sweep import SweepSettings, SweptTask
 from smoltulu.tasks.surface.analysis import Analysis
+from smoltulu.tasks.surface.figures import Labels
 from smoltulu.tasks.surface.page import CellRow, DrawnFigure, draw_all, sweep_page
-from smoltulu.tasks.surface.panels import ridge_half_widths
 
 PAGE, TURNING = "report.html", "turning.html"
-_FORMATS = (".parquet", ".csv")
 _MAX_FAILURES = 40
 
 
@@ -37,13 +37,14 @@ def write_page(sweep: SweepSettings, store_root: Path) -> Path:
     analyses = found.analyses()
     rows = cell_rows(found)
     folder = found.folder
-    for suffix in _FORMATS:
-        _replace(folder / f"cells{suffix}", _table_bytes(rows, suffix))
-        _replace(folder / f"optima{suffix}", _table_bytes(optimum_rows(found, analyses), suffix))
+    for suffix in SUFFIXES:
+        _replace(folder / f"cells{suffix}", table_bytes(rows, suffix))
+        _replace(folder / f"optima{suffix}", table_bytes(optimum_rows(found, analyses), suffix, of_optima=True))
     sizes = {math.log2(one.num_parameters or 1): name for name, one in sweep.sizes.items()}
-    drawn = draw_all(analyses, sizes)
+    labels = Labels(sizes, unit_of(sweep))
+    drawn = draw_all(analyses, labels)
     _write_figures(folder / "figures", drawn)
-    turning = _write_turning(folder / TURNING, analyses, sizes)
+    turning = _write_turning(folder / TURNING, analyses, labels)
     notes = list(found.notes)
     try:
         answer = recommended(sweep, analyses, None) if analyses else None
@@ -66,7 +67,7 @@ def write_page(sweep: SweepSettings, store_root: Path) -> Path:
         scores=[score_name(task) for task in sweep.tasks],
         rows=_page_rows(found, rows),
         failures=failures,
-        files=[f"{name}{suffix}" for name in ("cells", "optima") for suffix in _FORMATS],
+        files=[f"{name}{suffix}" for name in ("cells", "optima") for suffix in SUFFIXES],
         turning=turning,
         written_at=now(),
     )
@@ -81,14 +82,14 @@ def export_table(sweep: SweepSettings, store_root: Path, file: Path) -> int:
         ValueError: another suffix, no such folder, a sweep that was never run.
     """
     suffix = file.suffix.lower()
-    if suffix not in _FORMATS:
+    if suffix not in SUFFIXES:
         raise ValueError(
-            f"{file.name}: a table is written as {' or '.join(_FORMATS)}; give the file one of these suffixes"
+            f"{file.name}: a table is written as {' or '.join(SUFFIXES)}; give the file one of these suffixes"
         )
     if not file.parent.is_dir():
         raise ValueError(f"there is no folder {file.parent}; make it first")
     rows = cell_rows(gather(sweep, store_root))
-    _replace(file, _table_bytes(rows, suffix))
+    _replace(file, table_bytes(rows, suffix))
     return len(rows)
 
 
@@ -104,98 +105,14 @@ def recommend(sweep: SweepSettings, store_root: Path, weights: dict[str, float] 
     return recommended(sweep, analyses, weights)
 
 
+def unit_of(sweep: SweepSettings) -> str:
+    """What a budget counts."""
+    return "episodes" if sweep.stage == "rlvr" else "tokens"
+
+
 def score_name(task: SweptTask) -> str:
     """`gsm8k, bits_per_byte`."""
     return f"{task.task}, {task.metric.removesuffix(',none')}"
-
-
-#: Columns of the table, with their types in Parquet.
-_COLUMNS = {
-    "cell": "string", "block": "string", "state": "string", "task": "string", "metric": "string", "task_class": "string",
-    "arm": "string", "size": "string", "num_parameters": "int64", "log2_learning_rate": "float64",
-    "learning_rate": "float64", "log2_batch": "float64", "effective_batch_rows": "int64",
-    "effective_batch_tokens": "float64", "max_tokens": "int64", "seed": "int64", "weight_decay": "float64",
-    "reduction": "string", "num_steps": "int64", "num_tokens": "int64", "mean": "float64", "stderr": "float64",
-    "num_items": "int64", "chance": "float64", "lower_is_better": "bool", "message": "string",
-}  # fmt: skip
-_OPTIMUM_COLUMNS = {
-    "arm": "string", "task": "string", "metric": "string", "task_class": "string", "log2_batch": "float64",
-    "log2_tokens": "float64", "log2_parameters": "float64", "log2_best_learning_rate": "float64", "stderr": "float64",
-    "low": "float64", "high": "float64", "by_gaussian_process": "float64", "curvature": "float64", "num_seeds": "int64",
-    "flaw": "string",
-}  # fmt: skip
-
-
-def cell_rows(found: Gathered) -> list[dict[str, Any]]:
-    """A row for every cell and task, in the order of the cells. Values that are not there are None."""
-    measured: dict[tuple[str, str, str], tuple[float, float | None, int]] = {}
-    for scores in found.scores.values():
-        for one in scores:
-            num_items = one.cells.items.shape[1]
-            errors = one.cells.items.std(axis=1, ddof=1) / math.sqrt(num_items) if num_items > 1 else None
-            for number, record in enumerate(one.of):
-                if math.isfinite(mean := float(one.means[number])):
-                    error = None if errors is None else float(errors[number])
-                    measured[record.place.name, one.task.task, one.task.metric] = (mean, error, num_items)
-    rows = []
-    for cell in found.cells:
-        place, training = cell.place, training_of(found.store_root, cell)
-        own = {
-            "cell": place.name, "block": cell.block, "state": cell.state, "arm": place.arm, "size": place.size,
-            "num_parameters": found.sweep.sizes[place.size].num_parameters,
-            "log2_learning_rate": place.log2_learning_rate, "learning_rate": place.learning_rate,
-            "log2_batch": place.log2_batch, "effective_batch_rows": place.effective_batch_size,
-            "effective_batch_tokens": training.tokens_a_step, "max_tokens": place.max_tokens, "seed": place.seed,
-            "weight_decay": training.weight_decay, "reduction": training.reduction, "num_steps": training.num_steps,
-            "num_tokens": training.num_tokens, "message": cell.message or None,
-        }  # fmt: skip
-        for task in found.sweep.tasks:
-            mean, stderr, num_items = measured.get((place.name, task.task, task.metric), (None, None, None))
-            rows.append(
-                own | {
-                    "task": task.task, "metric": task.metric, "task_class": task.task_class, "chance": task.chance,
-                    "lower_is_better": task.lower_is_better, "mean": mean, "stderr": stderr, "num_items": num_items,
-                }
-            )  # fmt: skip
-    return rows
-
-
-def optimum_rows(found: Gathered, analyses: Sequence[Analysis]) -> list[dict[str, Any]]:
-    """A row for every optimum: what the ridges of the figures show."""
-    rows = []
-    for analysis in analyses:
-        for one in analysis.tasks:
-            half = ridge_half_widths(one.found)
-            for number, best in enumerate(one.found.optima):
-                rows.append({
-                    "arm": analysis.arm, "task": one.task.task, "metric": one.task.metric,
-                    "task_class": one.task.task_class, "log2_batch": best.log2_batch, "log2_tokens": best.log2_tokens,
-                    "log2_parameters": best.log2_size, "log2_best_learning_rate": best.log2_lr, "stderr": best.stderr,
-                    "low": best.log2_lr - half[number], "high": best.log2_lr + half[number],
-                    "by_gaussian_process": one.checks[number], "curvature": one.found.curvature[number],
-                    "num_seeds": best.num_seeds, "flaw": best.flaw or None,
-                })  # fmt: skip
-    return rows
-
-
-def _table_bytes(rows: Sequence[Mapping[str, Any]], suffix: str) -> bytes:
-    import pyarrow as pa
-    from pyarrow import csv, parquet
-
-    columns = _OPTIMUM_COLUMNS if rows and "flaw" in rows[0] else _COLUMNS
-    schema = pa.schema([(name, getattr(pa, "bool_" if kind == "bool" else kind)()) for name, kind in columns.items()])
-
-    def value(row: Mapping[str, Any], name: str) -> Any:
-        one = row.get(name)
-        return None if isinstance(one, float) and not math.isfinite(one) else one
-
-    table = pa.Table.from_pydict({name: [value(row, name) for row in rows] for name in columns}, schema=schema)
-    buffer = io.BytesIO()
-    if suffix == ".csv":
-        csv.write_csv(table, buffer)
-    else:
-        parquet.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
 
 
 def _replace(file: Path, data: bytes) -> None:
@@ -214,18 +131,18 @@ def _write_figures(folder: Path, drawn: Sequence[DrawnFigure]) -> None:
             name = f"{one.file}-{number}.svg"
             _replace(folder / name, ('<?xml version="1.0" encoding="utf-8"?>\n' + panel).encode())
             kept.add(name)
-        _replace(folder / f"{one.file}.pdf", one.pdf())
+        _replace(folder / f"{one.file}.pdf", one.pdf)
         kept.add(f"{one.file}.pdf")
     for old in [*folder.glob("[0-9][0-9]-*.svg"), *folder.glob("[0-9][0-9]-*.pdf")]:
         if old.name not in kept:
             old.unlink(missing_ok=True)
 
 
-def _write_turning(file: Path, analyses: Sequence[Analysis], sizes: Mapping[float, str]) -> str:
+def _write_turning(file: Path, analyses: Sequence[Analysis], labels: Labels) -> str:
     """The page to turn, where plotly is installed. Returns its name, empty where there is none."""
     from smoltulu.tasks.surface.turning import turning_page
 
-    page = turning_page(analyses, sizes)
+    page = turning_page(analyses, labels)
     if page is None:
         file.unlink(missing_ok=True)  # of another time, with other cells
         return ""
@@ -235,15 +152,15 @@ def _write_turning(file: Path, analyses: Sequence[Analysis], sizes: Mapping[floa
 
 def _facts(found: Gathered) -> list[tuple[str, str]]:
     sweep = found.sweep
-    counts = counts_of(found.cells)
+    counts = Counter(cell.state for cell in found.cells)
     budgets = sorted({cell.place.max_tokens for cell in found.cells})
+    unit = unit_of(sweep)
     seeds = {cell.place.seed for cell in found.cells}
-    unit = "episodes" if sweep.stage == "rlvr" else "tokens"
     return [
         ("recipe", sweep.recipe),
         ("stage", sweep.stage),
         ("kind", sweep.kind),
-        ("cells", ", ".join(f"{number:,} {state}" for state, number in counts.items() if number) or "none"),
+        ("cells", ", ".join(f"{counts[state]:,} {state}" for state in get_args(State) if counts[state]) or "none"),
         (f"budgets, {unit}", ", ".join(f"{budget:,}" for budget in budgets)),
         ("seeds", f"{len(seeds)}"),
         ("sizes", ", ".join(sweep.sizes)),
@@ -261,8 +178,9 @@ def _page_rows(found: Gathered, rows: Sequence[Mapping[str, Any]]) -> list[CellR
         place = cell.place
         made.append(
             CellRow(
-                place.name, cell.state, place.learning_rate, place.effective_batch_size, own[0]["effective_batch_tokens"],
-                place.max_tokens, place.seed, place.size, place.arm, cell.block, scores, cell.message,
+                place.name, cell.state, place.learning_rate, place.effective_batch_size,
+                own[0]["effective_batch_tokens"], place.max_tokens, place.seed, place.size, place.arm, cell.block,
+                scores, cell.message,
             )
         )  # fmt: skip
     return made

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.base_model import BaseModelConfig
+from smoltulu.tasks.models import mup
 from smoltulu.tasks.stage import Report
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import GraniteForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
 PAD = "<pad>"  # not the eos: a masked eos would never be learned
@@ -87,10 +88,10 @@ def train_tokenizer(texts: list[str], config: BaseModelConfig) -> PreTrainedToke
     )
 
 
-def new_model(config: BaseModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama in float32 with random weights that follow from `config.seed`."""
+def new_model(config: BaseModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM | GraniteForCausalLM:
+    """A Llama in float32 with random weights that follow from `config.seed`; with muP a Granite."""
     import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(config.seed)
     ids = {
@@ -98,27 +99,31 @@ def new_model(config: BaseModelConfig, tokenizer: PreTrainedTokenizerFast) -> Ll
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            tie_word_embeddings=config.tie_word_embeddings,
-            initializer_range=config.initializer_range,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            **ids,
-        )
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.initializer_range,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **ids,
+    }
+    if config.mup is None:
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    else:
+        factors = mup.multipliers(config.mup, config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
+        model = GraniteForCausalLM(GraniteConfig(**shape, **factors))
+        mup.scale_initial_weights(model, config.mup.base_width)
     # Later stages call a completion truncated when it does not end in one of these ids.
     model.generation_config = GenerationConfig(**ids)
     return model
 
 
 def _pretrain(
-    model: LlamaForCausalLM,
+    model: LlamaForCausalLM | GraniteForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     texts: list[str],
     config: BaseModelConfig,
@@ -131,6 +136,8 @@ def _pretrain(
         return {"num_tokens": 0.0}
     sequences = _pack(tokenizer, texts, config)  # (num_sequences, sequence_length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    if config.mup is not None:
+        mup.scale_rates(optimizer, model, config.mup.base_width)
     warmup = max(1, config.num_steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

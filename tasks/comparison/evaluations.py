@@ -100,13 +100,8 @@ def measured(
         ValueError: samples that cannot be read.
     """
     headlines: dict[str, Measured] = {}
-    names: list[str] = []  # of each score; those of lm-eval come first, an entry of the recipe each
-    for score in outputs.scores:
-        name = score.task
-        if name in headlines and "," in score.metric:
-            name = f"{name} {score.metric}"
-            name += f" {score.num_fewshot} shots" if name in headlines else ""
-        names.append(name)
+    names = score_names(outputs)
+    for name, score in zip(names, outputs.scores, strict=True):
         headlines.setdefault(name, Measured(score))  # the first is the headline
     if metric is not None:
         others = {name: _by_metric(one.score, metric) for name, one in headlines.items()}
@@ -126,6 +121,21 @@ def measured(
             member = row["task"] if is_member else row.get("subset", "")  # a reward benchmark has subsets
             headlines[task].items[item_name(row, task, seen)] = item_of(values, row.get("prompt_hash"), member, row)
     return headlines
+
+
+def score_names(outputs: EvaluationOutputs) -> list[str]:
+    """What each score is called: its task, and where a recipe names that twice, its metric and shots too.
+
+    Scores of lm-eval come first, an entry of the recipe each.
+    """
+    names: list[str] = []
+    for score in outputs.scores:
+        name = score.task
+        if name in names and "," in score.metric:
+            name = f"{name} {score.metric}"
+            name += f" {score.num_fewshot} shots" if name in names else ""
+        names.append(name)
+    return names
 
 
 def item_of(values: float | list[float], prompt: str | None, member: str, row: Mapping[str, Any]) -> Item:

@@ -153,6 +153,14 @@ def read_samples(file: Path, columns: Sequence[str] | None = None) -> Iterator[S
             yield _only(row, columns)
 
 
+def read_columns(file: Path, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a Parquet samples file, `others` among them where it is asked for. Raises as `read_samples`."""
+    import pyarrow as pa
+
+    schema = pa.schema([samples_schema().field(name) for name in columns])
+    return pa.concat_tables([*_groups(file, schema), schema.empty_table()])
+
+
 def _only(row: Sample, columns: Sequence[str] | None) -> Sample:
     return row if columns is None else {name: row[name] for name in columns if name in row}
 

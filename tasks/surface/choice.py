@@ -1,4 +1,4 @@
-"""Where to train: the best place for some tasks together, chosen by half of the items and judged by the other half. Pure.
+"""Where to train: the best place for tasks together, chosen by half of the items and judged by the other half. Pure.
 
 Tasks have units of their own. Each is counted in standard deviations of its places' means at the budget, so that a
 weight says how much a task matters, not how its metric is spelt.

@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,20 @@ _FLAGS = {
     "too few rates": "too few rates",
     "no optimum": "no optimum",
 }
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a sweep calls things.
+
+    sizes  log2 parameters -> name
+    unit   of a budget: tokens or episodes
+    """
+
+    sizes: Mapping[float, str] = field(default_factory=dict)
+    unit: str = "tokens"
+
+
 Drawing = Callable[["Axes", Any], None]
 
 
@@ -38,35 +53,43 @@ Drawing = Callable[["Axes", Any], None]
 def _style() -> Iterator[None]:
     import matplotlib
 
-    matplotlib.use("Agg")
     settings = {
-        "svg.fonttype": "none", "svg.hashsalt": "smoltulu", "text.parse_math": False, "axes.formatter.use_mathtext": False,
-        "font.size": 8, "axes.titlesize": 8.5, "axes.linewidth": 0.6, "hatch.linewidth": 0.5, "hatch.color": "#444444",
-        "axes.unicode_minus": True,
+        "svg.fonttype": "none", "svg.hashsalt": "smoltulu", "text.parse_math": False,
+        "axes.formatter.use_mathtext": False, "axes.unicode_minus": True, "font.size": 8, "axes.titlesize": 8.5,
+        "axes.linewidth": 0.6, "hatch.linewidth": 0.5, "hatch.color": "#444444",
     }  # fmt: skip
     with matplotlib.rc_context(settings):
         yield
 
 
-def svg(draw: Drawing) -> str:
-    """A panel as an `<svg>` element that fits into an HTML page: no date, no header, no metadata."""
+def pages(draws: Sequence[Drawing]) -> tuple[tuple[str, ...], bytes]:
+    """Panels as `<svg>` elements that fit into an HTML page (no date, no header, no metadata), and as one PDF with a
+    page a panel.
+    """
+    from matplotlib.backends.backend_pdf import PdfPages
     from matplotlib.figure import Figure
 
-    with _style():
-        figure = Figure(figsize=(_WIDTH, _HEIGHT))
-        draw(*_axes(figure, 0, 1))
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    text = text[text.index("<svg") :].rstrip() + "\n"
-    # The size in points would not shrink on a phone; the view box says the shape.
-    return re.sub(
-        r'(<svg[^>]*?) height="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1), count=1
-    )
+    drawn, buffer = [], io.BytesIO()
+    with _style(), PdfPages(buffer, metadata={"CreationDate": None}) as file:
+        for draw in draws:
+            figure = Figure(figsize=(_WIDTH, _HEIGHT))
+            draw(*_axes(figure, 0, 1))
+            text = io.StringIO()
+            figure.savefig(text, format="svg", metadata={"Date": None})
+            drawn.append(_element(text.getvalue()))
+            file.savefig(figure)
+    return tuple(drawn), buffer.getvalue()
 
 
-def pdf(draws: Sequence[Drawing], num_columns: int = 4) -> bytes:
-    """Panels side by side as one page."""
+def _element(text: str) -> str:
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    head, end, rest = text[text.index("<svg") :].partition(">")
+    # A size in points would not shrink on a phone; the view box says the shape.
+    return re.sub(r' (?:width|height)="[^"]*"', "", head) + end + rest.rstrip() + "\n"
+
+
+def sheet(draws: Sequence[Drawing], num_columns: int = 4) -> bytes:
+    """Panels side by side on one page of a PDF."""
     from matplotlib.figure import Figure
 
     with _style():
@@ -93,11 +116,11 @@ def _axes(figure: Figure, number: int, num_columns: int, num_rows: int = 1) -> t
     return figure.add_axes(place(0.15, 0.15, 0.64, 0.7)), figure.add_axes(place(0.82, 0.15, 0.035, 0.7))
 
 
-def title_of(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str]) -> str:
+def title_of(panels: TaskPanels, panel: Panel, labels: Labels) -> str:
     """Task and score, and below them budget and, where there are several, size and arm."""
-    second = f"{tokens_text(panel.log2_tokens)} tokens"
-    if len(sizes) > 1:
-        second += f", {sizes.get(panel.log2_size, '')}"
+    second = f"{tokens_text(panel.log2_tokens)} {labels.unit}"
+    if len(labels.sizes) > 1:
+        second += f", {labels.sizes.get(panel.log2_size, '')}"
     if panels.arm != "main":
         second += f", arm {panels.arm}"
     return f"{_short(panels.name)}\n{_short(second)}"
@@ -117,7 +140,7 @@ def _short(text: str, longest: int = 44) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def surface(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str], *, plain: bool = False) -> Drawing:
+def surface(panels: TaskPanels, panel: Panel, labels: Labels, *, plain: bool = False) -> Drawing:
     """Contours of the score over log2 batch (x) and log2 learning rate (y); darker is better.
 
     plain  the paper's own figure: contours and runs, without ridge and lines
@@ -144,16 +167,26 @@ def surface(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str], *, pla
             _ridge(axes, panel, y)
         axes.set_xlim(*x)
         axes.set_ylim(*y)
-        axes.set_title(title_of(panels, panel, sizes))
+        axes.xaxis.set_major_locator(_round_ticks(6, integer=True))
+        axes.yaxis.set_major_locator(_round_ticks(8, integer=True))
+        axes.set_title(title_of(panels, panel, labels))
         axes.set_xlabel("log2 batch (rows a step)")
         axes.set_ylabel("log2 learning rate")
         if shown is None:
             bar.set_axis_off()
         else:
-            axes.figure.colorbar(shown, cax=bar)
+            ticks = _round_ticks(5).tick_values(panels.low, panels.high)
+            # Beyond the scale they would pile up at its ends.
+            axes.figure.colorbar(shown, cax=bar, ticks=[one for one in ticks if panels.low <= one <= panels.high])
             bar.tick_params(labelsize=7)
 
     return draw
+
+
+def _round_ticks(most: int, *, integer: bool = False) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, integer=integer)
 
 
 def _limits(panel: Panel) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -203,7 +236,7 @@ def _ridge(axes: Axes, panel: Panel, y: tuple[float, float]) -> None:
             axes.plot([point.log2_batch], [at], mark, color="#b02f26", ms=7, clip_on=False, gid="flag", zorder=7)
 
 
-def slices(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str]) -> Drawing:
+def slices(panels: TaskPanels, panel: Panel, labels: Labels) -> Drawing:
     """Scores over log2 learning rate, a line a batch size, with standard errors over seeds and fitted parabolas."""
 
     def draw(axes: Axes, bar: Axes) -> None:
@@ -221,14 +254,14 @@ def slices(panels: TaskPanels, panel: Panel, sizes: Mapping[float, str]) -> Draw
             axes.axhline(panels.task.chance, color="#555555", lw=0.8, dashes=(1, 2), gid="chance")
         span = panels.high - panels.low
         axes.set_ylim(panels.low - 0.15 * span, panels.high + 0.15 * span)
-        axes.set_title(title_of(panels, panel, sizes))
+        axes.set_title(title_of(panels, panel, labels))
         axes.set_xlabel("log2 learning rate")
         axes.set_ylabel(_short(panels.task.metric.removesuffix(",none"), 30))
         bar.set_axis_off()
-        handles, labels = axes.get_legend_handles_labels()
+        handles, names = axes.get_legend_handles_labels()
         if handles:
             axes.legend(
-                handles, labels, title="batch", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
+                handles, names, title="batch", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
             )
 
     return draw
@@ -250,10 +283,10 @@ def arms(name: str, ridges: Mapping[str, Sequence[RidgePoint]]) -> Drawing:
         axes.set_xlabel("log2 batch (rows a step)")
         axes.set_ylabel("log2 best learning rate")
         bar.set_axis_off()
-        handles, labels = axes.get_legend_handles_labels()
+        handles, names = axes.get_legend_handles_labels()
         if handles:
             axes.legend(
-                handles, labels, title="arm", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
+                handles, names, title="arm", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
             )
 
     return draw

@@ -1,8 +1,8 @@
-"""The page of a sweep: figures and values laid out by templates/sweep.html.jinja. The paper's own figure comes first."""
+"""The page of a sweep: figures and values, laid out by a template of tasks/report. The paper's figure comes first."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from smoltulu.tasks.report.text import artifact_key
 from smoltulu.tasks.surface import figures, words
 from smoltulu.tasks.surface.accounts import ACCOUNTS
 from smoltulu.tasks.surface.analysis import Analysis, ClassAnalysis, Said, TaskAnalysis
-from smoltulu.tasks.surface.figures import Drawing
+from smoltulu.tasks.surface.figures import Drawing, Labels
 from smoltulu.tasks.surface.panels import TaskPanels, arms_of, panels_of, paper_panels
 
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """A figure: panels as `<svg>` elements for the page, and the way to draw them for a PDF.
+    """A figure: panels as `<svg>` elements for the page, and all of them as a PDF.
 
     file   name of its files, without suffix
     kind   paper, surface, slices or arms
@@ -28,11 +28,7 @@ class DrawnFigure:
     kind: str
     title: str
     panels: tuple[str, ...]
-    draws: tuple[Drawing, ...]
-
-    def pdf(self) -> bytes:
-        """All panels on one page."""
-        return figures.pdf(self.draws)
+    pdf: bytes
 
 
 @dataclass(frozen=True)
@@ -53,24 +49,26 @@ class CellRow:
     message: str
 
 
-def draw_all(analyses: Sequence[Analysis], sizes: Mapping[float, str]) -> list[DrawnFigure]:
-    """Every figure of a sweep. `sizes`: log2 parameters -> name."""
+def draw_all(analyses: Sequence[Analysis], labels: Labels) -> list[DrawnFigure]:
+    """Every figure of a sweep."""
     if not analyses:
         return []
     made: list[DrawnFigure] = []
 
     def add(kind: str, title: str, draws: list[Drawing]) -> None:
         file = f"{len(made):02d}-{artifact_key(f'{kind} {title}')[:60].rstrip('-')}"
-        made.append(DrawnFigure(file, kind, title, tuple(figures.svg(draw) for draw in draws), tuple(draws)))
+        panels, pdf = figures.pages(draws)
+        # The paper's figure is one to print: side by side.
+        made.append(DrawnFigure(file, kind, title, panels, figures.sheet(draws) if kind == "paper" else pdf))
 
-    paper = [figures.surface(panels, panel, sizes, plain=True) for panels, panel in paper_panels(analyses[0])]
+    paper = [figures.surface(panels, panel, labels, plain=True) for panels, panel in paper_panels(analyses[0])]
     add("paper", "Score over learning rate and batch size", paper)
     for analysis in analyses:
         for one in analysis.tasks:
             panels = panels_of(one, analysis.arm)
             title = panels.name + ("" if analysis.arm == "main" else f", arm {analysis.arm}")
-            add("surface", title, [figures.surface(panels, panel, sizes) for panel in panels.panels])
-            add("slices", title, [figures.slices(panels, panel, sizes) for panel in panels.panels])
+            add("surface", title, [figures.surface(panels, panel, labels) for panel in panels.panels])
+            add("slices", title, [figures.slices(panels, panel, labels) for panel in panels.panels])
     if len(analyses) > 1:
         draws = [figures.arms(one.task.task, arms_of(analyses, one.task)) for one in analyses[0].units]
         add("arms", "Best learning rate by arm", draws)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
 from smoltulu.tasks.surface.analysis import Analysis
-from smoltulu.tasks.surface.figures import title_of
+from smoltulu.tasks.surface.figures import Labels, title_of
 from smoltulu.tasks.surface.panels import Panel, TaskPanels, panels_of
 
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+#: plotly's surfaces compile functions and use blobs. Nothing may be loaded or sent.
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "worker-src blob:; base-uri 'none'; form-action 'none'"
+)
 
 
-def turning_page(analyses: Sequence[Analysis], sizes: Mapping[float, str]) -> str | None:
+def turning_page(analyses: Sequence[Analysis], labels: Labels) -> str | None:
     """One HTML file that loads nothing; None where plotly is not installed, or nothing has scores."""
     try:
         from plotly import graph_objects
@@ -28,13 +32,11 @@ def turning_page(analyses: Sequence[Analysis], sizes: Mapping[float, str]) -> st
                 if not len(panel.score):
                     continue
                 figure = graph_objects.Figure(_traces(panels, panel))
-                figure.update_layout(
-                    height=520, margin={"l": 0, "r": 0, "t": 10, "b": 0},
-                    scene={"xaxis": {"title": {"text": "log2 batch"}}, "yaxis": {"title": {"text": "log2 learning rate"}},
-                           "zaxis": {"title": {"text": "score"}}},
-                )  # fmt: skip
+                axes = {"xaxis": "log2 batch", "yaxis": "log2 learning rate", "zaxis": "score"}
+                scene = {axis: {"title": {"text": text}} for axis, text in axes.items()}
+                figure.update_layout(height=520, margin={"l": 0, "r": 0, "t": 10, "b": 0}, scene=scene)
                 # The title stands in HTML that we escape: plotly reads its own titles as markup.
-                parts.append(f"<h2>{escape(title_of(panels, panel, sizes)).replace(chr(10), ', ')}</h2>")
+                parts.append(f"<h2>{escape(title_of(panels, panel, labels)).replace(chr(10), ', ')}</h2>")
                 drawing = figure.to_html(
                     full_html=False, include_plotlyjs=not parts[1:], div_id=f"surface-{len(parts)}"
                 )

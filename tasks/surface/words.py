@@ -77,7 +77,8 @@ def claim_text(test: ClassTest, level: float = 0.05) -> str:
     if not math.isfinite(test.difference):
         return f"{one} and {other}: no best ratio is known of one of them ({sizes}); the missing cells are named above."
     higher, lower = (one, other) if test.difference > 0 else (other, one)
-    said = f"{higher} wants a log2 ratio LR / B that is {abs(test.difference):.2f} octaves above that of {lower} ({sizes})."
+    octaves = f"{abs(test.difference):.2f} octaves"
+    said = f"{higher} wants a log2 ratio LR / B that is {octaves} above that of {lower} ({sizes})."
     if not math.isfinite(test.p_value):
         return f"{said} Too few tasks to test: four against four can reach p = 0.029."
     told = "The classes differ" if test.adjusted < level else "That is within what any division of these tasks gives"
@@ -96,8 +97,8 @@ def check_text(tasks: Sequence[TaskAnalysis]) -> str:
         return "No usable optimum has three rates for the process."
     middle = sorted(gaps)[len(gaps) // 2]
     return (
-        f"Parabola and Gaussian process disagree by {middle:.2f} octaves in the middle of {len(gaps)} usable optima, by "
-        f"{max(gaps):.2f} at most."
+        f"Parabola and Gaussian process disagree by {middle:.2f} octaves in the middle of {len(gaps)} usable optima, "
+        f"by {max(gaps):.2f} at most."
     )
 
 
@@ -107,9 +108,12 @@ def headline(analysis: Analysis | None, is_scan: bool) -> str:
         return "No cell has scores yet."
     if is_scan:
         return "A scan: surfaces are shown, no verdict is given."
-    found = [(one.name, supported(one.said)) for one in analysis.classes]
-    told = [f"{name}: {account}" for name, account in found if account]
-    if not told:
-        return "No account is supported yet."
-    silent = [name for name, account in found if not account]
-    return "Supported: " + "; ".join(told) + (f". Not yet: {', '.join(silent)}." if silent else ".")
+    told = []
+    for one in analysis.classes:
+        if (account := supported(one.said)) is not None:
+            told.append(f"{one.name}: supported is {account}")
+        elif set(one.said.words.values()) == {"excluded"}:
+            told.append(f"{one.name}: none of the {len(ACCOUNTS)} accounts")
+        else:
+            told.append(f"{one.name}: not identified")
+    return "; ".join(told) + "."

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.training import SFTSettings, TrainingInputs
+from smoltulu.tasks.models import mup
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import IGNORED
 from smoltulu.tasks.stage import Stage, StageContext
@@ -130,6 +131,8 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
         processing_class=tokenizer,
     )
     even_out(trainer)
+    if config.mup_base_width is not None:
+        mup.follow(trainer, config.mup_base_width)
     return trainer
 
 

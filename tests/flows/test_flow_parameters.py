@@ -11,6 +11,7 @@ from prefect.utilities.callables import parameter_schema
 
 from smoltulu.flows.audit import audit_data
 from smoltulu.flows.evaluation import nightly_evaluation
+from smoltulu.flows.ladder import smoltulu_ladder
 from smoltulu.flows.pipeline import smoltulu
 from smoltulu.flows.recipe import check_stage_names, load_recipe, preset_names, recipe_stages, stage_descriptions
 from smoltulu.recipes import PREFECT_YAML
@@ -28,7 +29,7 @@ def accepts(**parameters: Any) -> bool:
 def test_the_form_describes_every_parameter_and_every_field() -> None:
     assert list(SCHEMA["properties"]) == ["recipe", "overrides", "until", "refresh"]
     assert all(field["description"] for field in SCHEMA["properties"].values())
-    for flow in (nightly_evaluation, audit_data):
+    for flow in (nightly_evaluation, audit_data, smoltulu_ladder):
         assert all(field["description"] for field in parameter_schema(flow).model_dump()["properties"].values())
     definitions = SCHEMA["definitions"]
     assert {"Recipe", "ExtendingRecipe", "DPOSettings", "ComputeSettings"} <= definitions.keys()

@@ -234,14 +234,24 @@ def test_scores_of_a_model_that_was_trained_again_since_are_none(store: HandStor
 _FLOW = "import json, sys; from smoltulu.flows.sweep import smoltulu_sweep; smoltulu_sweep(json.loads(sys.argv[1]))"
 
 
-def run(sweep: dict[str, Any], folder: Path) -> tuple[int, str]:
+_DASK = """
+import json, sys
+from prefect_dask import DaskTaskRunner
+from smoltulu.flows.sweep import smoltulu_sweep
+if __name__ == "__main__":
+    cluster = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    smoltulu_sweep.with_options(task_runner=DaskTaskRunner(cluster_kwargs=cluster))(json.loads(sys.argv[1]))
+"""
+
+
+def run(sweep: dict[str, Any], folder: Path, flow: str = _FLOW) -> tuple[int, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | {
         "PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
         "SMOLTULU_STORE": str(folder / "store"), "PYTHONPATH": f"{ROOT}/src:{ROOT}", "COLUMNS": "200",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", _FLOW, json.dumps(sweep)],
+        [sys.executable, "-c", flow, json.dumps(sweep)],
         cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
         check=False,
     )  # fmt: skip
@@ -264,3 +274,15 @@ def test_only_what_is_missing_runs_and_a_cell_that_fails_ends_nothing(tmp_path: 
     }
     code, out = run(failing, tmp_path)
     assert code != 0 and "sweep small: 2 done, 4 failed" in out, out[-3000:]
+
+
+@pytest.mark.slow
+def test_cells_run_on_dask_workers(tmp_path: Path) -> None:
+    """In processes of their own, which find what cells share, and whose failures come back."""
+    pytest.importorskip("prefect_dask")
+    code, out = run(SWEEP, tmp_path, _DASK)
+    assert code == 0 and "sweep small: 2 done" in out, out[-3000:]
+    gate = {"num_prompts": 2, "max_new_tokens": 8, "min_stopped_share": 1}
+    failing = SWEEP | {"name": "failing", "overrides": SMALL | {"sft.gate": gate}, "blocks": [BLOCK | {"seeds": [5]}]}
+    code, out = run(failing, tmp_path, _DASK)
+    assert code != 0 and "sweep failing: 2 failed" in out, out[-3000:]

@@ -386,6 +386,8 @@ def test_state_of_an_installed_package_lies_where_it_was_brought_up(tmp_path: Pa
         (["-p", "recipe=mine.yaml"], ["-p", "recipe={here}/mine.yaml"]),
         (["--param=recipe=x/y"], ["--param=recipe={here}/x/y"]),
         (["-p", "recipe=tiny"], ["-p", "recipe=tiny"]),
+        (["-p", "ladder=my.yaml"], ["-p", "ladder={here}/my.yaml"]),
+        (["-p", "sweep=surface-tiny"], ["-p", "sweep=surface-tiny"]),
         (["-p", 'overrides={"a": "recipe=b/c"}'], ["-p", 'overrides={"a": "recipe=b/c"}']),
     ],
 )

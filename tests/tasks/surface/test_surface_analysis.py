@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind
 
 from smoltulu.tasks.surface.accounts import ACCOUNTS, Slopes, fit_slopes, identifies_nothing, pooled, verdicts
 from smoltulu.tasks.surface.claim import (
@@ -238,6 +239,15 @@ def test_permutation_test_by_hand() -> None:
     assert permutation_test([1, 2, 3, 4], [5, 6, 7, 8]) == pytest.approx(2 / 70)
     assert np.isnan(permutation_test([1, 2], [3, 4]))
     assert permutation_test([1, 1, 1, 1], [1, 1, 1, 1]) == 1.0
+
+
+def test_permutations_that_are_too_many_to_count_are_drawn() -> None:
+    draws = np.random.default_rng(0)
+    first, second = draws.normal(size=12), draws.normal(size=12)  # 2,704,156 divisions
+    apart = permutation_test(first + 3, second - 3)
+    assert 0 < apart < 1e-4
+    shared = ttest_ind(first, second).pvalue
+    assert permutation_test(first, second) == pytest.approx(shared, abs=0.02)
 
 
 def test_class_claim() -> None:

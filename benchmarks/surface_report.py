@@ -1,0 +1,57 @@
+"""How long the page of a sweep takes: `python benchmarks/surface_report.py`. Its cells are planted, nothing is trained.
+
+9 learning rates x 6 batches x 6 seeds x 3 budgets, 972 cells, each measured on 8 tasks of 100 items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from smoltulu.flows.sweeping.gather import gather
+from smoltulu.flows.sweeping.results import export_table, recommend, write_page
+from smoltulu.schemas.sweep import SweepSettings
+from tests.planted_sweep import parabola, plant, settings
+
+
+def sweep(num_seeds: int, num_tasks: int) -> SweepSettings:
+    """The planted sweep."""
+    block = {
+        "name": "main",
+        "log2_learning_rate": {"low": -16, "high": -8},
+        "log2_batch": {"low": 2, "high": 7},
+        "seeds": list(range(num_seeds)),
+        "max_tokens": [1 << 22, 1 << 24, 1 << 26],
+    }
+    return settings(num_tasks, blocks=[block])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--items", type=int, default=100)
+    given = parser.parse_args()
+    asked = sweep(given.seeds, given.tasks)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "store"
+        plant(root, asked, parabola(gamma=-0.2), num_items=given.items)
+        steps = {
+            "read the scores": lambda: gather(asked, root),
+            "analyse them": gather(asked, root).analyses,
+            "page, figures and tables": lambda: write_page(asked, root),
+            "page, figures and tables, again": lambda: write_page(asked, root),
+            "recommend": lambda: recommend(asked, root, None),
+            "export": lambda: export_table(asked, root, Path(folder) / "cells.parquet"),
+        }
+        print("| step | seconds | CPU seconds |\n|---|---:|---:|")
+        for name, step in steps.items():
+            began, cpu = time.monotonic(), time.process_time()
+            step()
+            print(f"| {name} | {time.monotonic() - began:.1f} | {time.process_time() - cpu:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
