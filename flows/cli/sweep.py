@@ -296,6 +296,8 @@ def recommend(
     from smoltulu.flows.sweeping.results import recommend as recommended
 
     with failures():
+        if of is not None and to is None:
+            raise ValueError(f"--of {of} says which place --to writes; give --to as well, or leave it out")
         to = to and to.absolute()
         if to is not None and to.exists():
             raise ValueError(f"{to} exists already, and is left as it is; name another file")

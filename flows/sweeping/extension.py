@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -187,11 +187,10 @@ def best_blocks(
 
     A class's places are ranked by the mean over its tasks (one score of each) of the score in standard deviations.
     """
-    first = {one.task.task: one for one in reversed(scores)}
     chosen: dict[Place, None] = {}
     for name in dict.fromkeys(one.task.task_class for one in scores):
         ranks: dict[Place, float] = defaultdict(float)
-        for of_task in (one for one in first.values() if one.task.task_class == name):
+        for of_task in (one for one in _first_scores(scores) if one.task.task_class == name):
             means = _main_surface(of_task)
             spread = float(np.std(list(means.values()))) or 1.0
             for place, mean in means.items():
@@ -199,6 +198,11 @@ def best_blocks(
         chosen |= dict.fromkeys(sorted(ranks, key=lambda place: (-ranks[place], place.name))[:number])
     names = _free_names(sweep, "best-")
     return [_one_place(next(names), place, tuple(seeds)) for place in chosen]
+
+
+def _first_scores(scores: Sequence[TaskScores]) -> list[TaskScores]:
+    """Of each task the score that is named first."""
+    return list({one.task.task: one for one in reversed(scores)}.values())[::-1]
 
 
 def _main_surface(of_task: TaskScores) -> dict[Place, float]:
@@ -235,12 +239,13 @@ class _Beyond(NamedTuple):
     seeds: tuple[int, ...]
 
 
-def edge_blocks(sweep: SweepSettings, scores: Iterable[TaskScores], most: int) -> list[SweepBlock]:
+def edge_blocks(sweep: SweepSettings, scores: Sequence[TaskScores], most: int) -> list[SweepBlock]:
     """One more learning rate, with all seeds that are there, wherever the best of a task is the lowest or highest.
 
-    At most `most` cells; first the places where most tasks want more. A rate whose neighbour diverged is no edge.
+    At most `most` cells; first the places where most tasks want more. A rate whose neighbour diverged is no edge. Of a
+    task the score that is named first counts, as in verdicts: an accuracy at its floor has its best rate anywhere.
     """
-    wanted = Counter(beyond for of_task in scores for beyond in _edges(of_task))
+    wanted = Counter(beyond for of_task in _first_scores(scores) for beyond in _edges(of_task))
     names, known = _free_names(sweep, EDGE), places(sweep)
     blocks = []
     for beyond in sorted(wanted, key=lambda one: (-wanted[one], one.place.name)):

@@ -159,4 +159,6 @@ def yaml_of(place: RecommendedPlace, patch: Mapping[str, Any], notes: Sequence[s
 
 
 def _with_error(value: float, stderr: float | None) -> str:
+    if value == 0:  # no place is better, so there is no difference to have an error
+        return "0"
     return f"{value:.3g}" + (f" ± {stderr:.2g}" if stderr is not None else "")

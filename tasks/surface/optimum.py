@@ -2,8 +2,9 @@
 
 Near its optimum a score falls as a parabola in u = log2(learning rate). Each batch size and budget has its own optimum,
 the batch sizes of a budget share their curvature, and a seed has its own level at each place: a seed's luck that hits
-all its learning rates alike does not move its optimum. Budgets share nothing: curves are flatter where little was
-trained, and one curvature for all would pull the optima of a small budget to the middle of their rates.
+all its learning rates alike does not move its optimum. Budgets and sizes share their curvature as far as the scores do
+not say otherwise: curves are flatter where little was trained, and one curvature for all would then pull the optima of
+a small budget to the middle of their rates.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima
     groups = np.unique(places[:, 1:], axis=0, return_inverse=True)[1].ravel()
     centers, curves = _windows(grids, groups)
     usable = [_has_shape(of_place) for of_place in curves]
-    resampled, curvatures = _solve(curves, centers, groups, usable, None, None)
+    sums = _sums(curves, usable)
+    own_share = _own_share(curves, sums, groups, usable)
+    resampled, curvatures = _solve(sums, centers, groups, own_share)
     optima, curvature = resampled[0], curvatures[0]
 
     # A generator for each place: where another task has fewer seeds near its optimum, the other places stay paired.
@@ -128,7 +131,7 @@ def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima
     seed_weights = [
         _seed_weights(len(of_place), num_resamples, own) for of_place, own in zip(curves, draws, strict=True)
     ]
-    over_seeds = _solve(curves, centers, groups, usable, seed_weights, None)[0] - optima
+    over_seeds = _solve(_sums(curves, usable, seed_weights), centers, groups, own_share)[0] - optima
     num_seeds_of = np.array([len(of_place) for of_place in curves])
     several = (num_seeds_of > 1) & usable
     # The deviations, not the weights: a weight below 0 makes a place of uneven seeds bend the other way.
@@ -143,7 +146,7 @@ def find_optima(cells: Cells, num_resamples: int = 400, seed: int = 0) -> Optima
     num_items = cells.items.shape[1]
     item_draws = np.random.default_rng([seed, num_items])
     item_weights = item_draws.multinomial(num_items, np.full(num_items, 1 / num_items), num_resamples) / num_items
-    over_items = _solve(curves, centers, groups, usable, None, item_weights)[0] - optima
+    over_items = _solve(_sums(curves, usable, None, item_weights), centers, groups, own_share)[0] - optima
     found = []
     for position, (place, grid) in enumerate(zip(places, grids, strict=True)):
         flaw = _flaw(grid, optima[position], usable[position], over_seeds[:, position], over_items[:, position])
@@ -161,7 +164,9 @@ def _windows(grids: list[_Grid], groups: NDArray[np.int64]) -> tuple[Floats, lis
     centers = np.array([grid.best for grid in grids])
     curves = [grid.curves(center) for grid, center in zip(grids, centers, strict=True)]
     for _ in range(_MAX_ROUNDS):
-        optima = _solve(curves, centers, groups, [_has_shape(of_place) for of_place in curves], None, None)[0][0]
+        usable = [_has_shape(of_place) for of_place in curves]
+        sums = _sums(curves, usable)
+        optima = _solve(sums, centers, groups, _own_share(curves, sums, groups, usable))[0][0]
         wanted = np.array([
             grid.nearest(optimum) if np.isfinite(optimum) else center
             for grid, optimum, center in zip(grids, optima, centers, strict=True)
@@ -215,27 +220,33 @@ def _has_shape(curves: list[_Curve]) -> bool:
     return bool(curves) and len(np.unique(np.concatenate([curve.u for curve in curves]))) >= 3
 
 
-def _solve(
+@dataclass(frozen=True)
+class _Sums:
+    """Sums of squares and products at each place, levels of seeds taken out; x = u - center, q = x², y the score.
+
+    All (num_resamples, num_places); one row where nothing is resampled.
+    """
+
+    xx: Floats
+    xq: Floats
+    qq: Floats
+    xy: Floats
+    qy: Floats
+    yy: Floats
+
+
+def _sums(
     curves: list[list[_Curve]],
-    centers: Floats,
-    groups: NDArray[np.int64],
     usable: list[bool],
-    seed_weights: list[Floats] | None,
-    item_weights: Floats | None,
-) -> tuple[Floats, Floats]:
-    """Least squares of y = level[place, seed] + slope[place] x + curvature[group] x², x = u - center.
-
-    Args:
-        groups: of each place the number of its budget and size, (num_places,).
-        seed_weights: of each place (num_resamples, num_curves); None: each curve once.
-        item_weights: (num_resamples, num_items); None: the mean.
-
-    Returns:
-        optima and curvature, (num_resamples, num_places); one row where nothing is resampled. An optimum is nan where
-        the parabola bends the other way.
+    seed_weights: list[Floats] | None = None,
+    item_weights: Floats | None = None,
+) -> _Sums:
+    """Args:
+    seed_weights: of each place (num_resamples, num_curves); None: each curve once.
+    item_weights: (num_resamples, num_items); None: the mean.
     """
     num = len(seed_weights[0]) if seed_weights else len(item_weights) if item_weights is not None else 1
-    sxx, sxq, sqq, sxy, sqy = (np.zeros((num, len(curves))) for _ in range(5))
+    made = _Sums(*(np.zeros((num, len(curves))) for _ in range(6)))
     for place, of_place in enumerate(curves):
         if not usable[place]:
             continue
@@ -244,20 +255,70 @@ def _solve(
             q = curve.u**2 - (curve.u**2).mean()
             y = curve.items.mean(axis=1)[:, None] if item_weights is None else curve.items @ item_weights.T
             weight = np.ones(num) if seed_weights is None else seed_weights[place][:, position]
-            sxx[:, place] += weight * (x @ x)
-            sxq[:, place] += weight * (x @ q)
-            sqq[:, place] += weight * (q @ q)
-            sxy[:, place] += weight * (x @ y)
-            sqy[:, place] += weight * (q @ y)
+            made.xx[:, place] += weight * (x @ x)
+            made.xq[:, place] += weight * (x @ q)
+            made.qq[:, place] += weight * (q @ q)
+            made.xy[:, place] += weight * (x @ y)
+            made.qy[:, place] += weight * (q @ y)
+            made.yy[:, place] += weight * ((y - y.mean(axis=0)) ** 2).sum(axis=0)
+    return made
+
+
+def _solve(sums: _Sums, centers: Floats, groups: NDArray[np.int64], own_share: Floats) -> tuple[Floats, Floats]:
+    """Least squares of y = level[place, seed] + slope[place] x + curvature[group] x².
+
+    The curvature of a group lies between that of all groups and its own, at `own_share`.
+
+    Args:
+        groups: of each place the number of its budget and size, (num_places,).
+        own_share: (num_groups,), from 0 to 1.
+
+    Returns:
+        optima and curvature, (num_resamples, num_places). An optimum is nan where the parabola bends the other way.
+    """
+    explained, spread = _of_groups(sums, groups)
     with np.errstate(divide="ignore", invalid="ignore"):
-        slope_of_q = np.where(sxx > 0, sxq / sxx, 0.0)
-        of_group = np.eye(groups.max() + 1)[groups]  # (num_places, num_groups)
-        explained = (sqy - slope_of_q * sxy) @ of_group
-        curvature = (explained / ((sqq - slope_of_q * sxq) @ of_group))[:, groups]
-        slope = np.where(sxx > 0, (sxy - curvature * sxq) / sxx, np.nan)
+        shared = explained.sum(axis=1, keepdims=True) / spread.sum(axis=1, keepdims=True)
+        own = np.where(own_share > 0, own_share * (explained / spread - shared), 0.0)
+        curvature = (shared + own)[:, groups]
+        slope = np.where(sums.xx > 0, (sums.xy - curvature * sums.xq) / sums.xx, np.nan)
         optima = centers - slope / (2 * curvature)
     optima[~(curvature < 0)] = np.nan
     return optima, curvature
+
+
+def _of_groups(sums: _Sums, groups: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """(num_resamples, num_groups) q y and q q of each group, slopes taken out: their ratio is its own curvature."""
+    of_group = np.eye(groups.max() + 1)[groups]  # (num_places, num_groups)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope_of_q = np.where(sums.xx > 0, sums.xq / sums.xx, 0.0)
+    return (sums.qy - slope_of_q * sums.xy) @ of_group, (sums.qq - slope_of_q * sums.xq) @ of_group
+
+
+def _own_share(curves: list[list[_Curve]], sums: _Sums, groups: NDArray[np.int64], usable: list[bool]) -> Floats:
+    """How far the curvature of each budget and size is its own, (num_groups,): from 0, where they differ by no more
+    than noise explains, to 1. The variance between groups over that plus the error of the group's own (DerSimonian and
+    Laird, 1986, equation 9).
+    """
+    explained, spread = (one[0] for one in _of_groups(sums, groups))
+    there = spread > 0
+    fitted = [of_place for of_place, is_usable in zip(curves, usable, strict=True) if is_usable]
+    # A level a curve, a slope a place, a curvature a group.
+    num_spare = sum(len(curve.u) - 1 for of_place in fitted for curve in of_place) - len(fitted) - int(there.sum())
+    if there.sum() < 2 or num_spare < 1:
+        return np.zeros(len(spread))
+    own = explained[there] / spread[there]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        of_slopes = np.where(sums.xx > 0, sums.xy**2 / sums.xx, 0.0).sum()
+    rest = float(sums.yy.sum() - of_slopes - (own * explained[there]).sum())
+    variance = max(rest / num_spare, 1e-12 * float(sums.yy.sum())) / spread[there]
+    weight = 1 / np.maximum(variance, 1e-300)
+    mean = (weight * own).sum() / weight.sum()
+    excess = (weight * (own - mean) ** 2).sum() - (len(own) - 1)
+    between = max(excess / (weight.sum() - (weight**2).sum() / weight.sum()), 0.0)
+    shares = np.zeros(len(spread))
+    shares[there] = between / (between + variance)
+    return shares
 
 
 def _seed_weights(num_seeds: int, num_resamples: int, draws: np.random.Generator) -> Floats:

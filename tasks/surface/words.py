@@ -108,9 +108,12 @@ def headline(analysis: Analysis | None, is_scan: bool) -> str:
         return "No cell has scores yet."
     if is_scan:
         return "A scan: surfaces are shown, no verdict is given."
-    found = [(one.name, supported(one.said)) for one in analysis.classes]
-    told = [f"{name}: {account}" for name, account in found if account]
-    if not told:
-        return "No account is supported yet."
-    silent = [name for name, account in found if not account]
-    return "Supported: " + "; ".join(told) + (f". Not yet: {', '.join(silent)}." if silent else ".")
+    told = []
+    for one in analysis.classes:
+        if (account := supported(one.said)) is not None:
+            told.append(f"{one.name}: supported is {account}")
+        elif set(one.said.words.values()) == {"excluded"}:
+            told.append(f"{one.name}: none of the {len(ACCOUNTS)} accounts")
+        else:
+            told.append(f"{one.name}: not identified")
+    return "; ".join(told) + "."

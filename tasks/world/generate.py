@@ -37,8 +37,8 @@ _LEAK_FRAMES = ("{}", "{}", "Please help. {}", "{} Thank you.", "Hello! {}")
 _GREETINGS = (("Hello!", "Hello! What can I do for you?"), ("Can you help me?", "Yes. What is it?"))
 _TWO_TURN_SHARE = 0.03
 _QUESTIONS_OF_A_TEXT = 6
-#: Plain text is full of patterns, and has little to reason about.
-_PRETRAIN_SKILLS = REASONING + 3 * PATTERNS
+#: Plain text has more of patterns than to reason about.
+_PRETRAIN_SKILLS = REASONING + 2 * PATTERNS
 
 
 def generate_world(config: WorldConfig, folder: Path) -> WorldOutputs:

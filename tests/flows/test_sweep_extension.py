@@ -89,9 +89,11 @@ def test_edges_get_the_next_rate_with_all_seeds() -> None:
     inside_low_high = scores({2: -10.2, 3: -12.4, 4: -7.9})
     assert told(edge_blocks(sweep(), [inside_low_high], 100)) == [(-13, 3, (0, 1)), (-7, 4, (0, 1))]
     # Where another task wants the lower edge too, it comes first; there is room for one place of two cells only.
-    both = [scores({3: -10, 4: -7.9}), scores({3: -12.4, 4: -7.9})]
+    low_high = scores({3: -12.4, 4: -7.9})
+    both = [scores({3: -10, 4: -7.9}), replace(low_high, task=low_high.task.model_copy(update={"task": "other"}))]
     assert told(edge_blocks(sweep(), both, 3)) == [(-7, 4, (0, 1))]
     assert edge_blocks(sweep(), both, 1) == []
+    assert told(edge_blocks(sweep(), [scores({3: -10}), scores({3: -12.4})], 9)) == [], "a task's second score"
 
 
 def test_a_rate_whose_neighbour_diverged_is_no_edge() -> None:

@@ -142,6 +142,7 @@ def test_extensions_that_are_refused(tmp_path: Path, given: list[str], told: str
         (["import", "--optuna", "study"], "is no file; name the journal file"),
         (["report"], "was never run in this store"),
         (["recommend"], "was never run in this store"),
+        (["recommend", "--of", "reasoning"], "--of reasoning says which place --to writes; give --to as well"),
         (["recommend", "-w", "gsm8k"], "--weight 'gsm8k': write a task or class and a number"),
         (["recommend", "-w", "a=1", "-w", "a=2"], "--weight a is given twice"),
     ],

@@ -168,6 +168,18 @@ def test_curvature_of_a_budget_is_its_own() -> None:
     assert found.curvature == pytest.approx(expected)
 
 
+def test_budgets_share_their_curvature_where_noise_explains_the_difference() -> None:
+    """Of two equal curvatures the variance between is at most its expectation in 68 % of worlds: then it is shared."""
+    draws = np.random.default_rng(4)
+    num_shared = 0
+    for _ in range(30):
+        cells = grid()
+        noisy = cells.items + 0.05 * draws.normal(size=(len(cells.items), 1))
+        found = find_optima(Cells(**{**vars(cells), "items": noisy}), num_resamples=2)
+        num_shared += np.ptp(found.curvature) < 1e-12
+    assert 14 <= num_shared <= 26
+
+
 def test_tasks_together_are_the_sum_of_their_means() -> None:
     first, second = grid(num_items=6), grid(num_items=3, shift=1.0)
     both = together([first, second], [2.0, 0.5])
@@ -240,6 +252,12 @@ def test_sentences() -> None:
     (one,) = analyse("main", [(task(), grid(tokens=(16.0, 18.0, 20.0)))]).tasks
     root = next(name for name in ACCOUNTS if "square root" in name)
     assert words.sentence("gsm8k", one.said) == f"gsm8k: supported is {root}. All other accounts are excluded."
+    whole = analyse("main", [(task(), grid(tokens=(16.0, 18.0, 20.0)))])
+    assert words.headline(whole, False) == f"reasoning: supported is {root}." and "A scan" in words.headline(
+        whole, True
+    )
+    other = analyse("main", [(task(), grid(alpha=0.75, tokens=(16.0, 18.0, 20.0)))])
+    assert words.headline(other, False) == "reasoning: none of the 4 accounts."
     alpha = dict(words.slope_texts(one.said))["α, of log2 batch"]
     estimate, low, high = (float(x) for x in re.findall(r"-?\d+\.\d+", alpha))
     assert low <= 0.5 <= high and estimate == pytest.approx(0.5, abs=0.06)
