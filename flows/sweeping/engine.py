@@ -39,7 +39,7 @@ from smoltulu.flows.sweeping.states import (
     write_outcome,
 )
 from smoltulu.schemas.artifact import ArtifactReference
-from smoltulu.schemas.sweep import Place, SweepBlock, SweepSettings
+from smoltulu.schemas.sweep import Place, SweepBlock, SweepSettings, places
 from smoltulu.tasks.engine.runner import reference_to, run_stage
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.stage import Diverged
@@ -155,7 +155,8 @@ class SweepRun:
     def run(self, submit: Submit) -> str:
         """Run what is missing. Returns the state: Completed, or Failed where a cell failed."""
         self._run_cells(self.cells, submit)
-        while not self._blocks and (added := self._add_edges()):
+        # Of half a grid the best rate is often the last one: edges are for a grid that has ended.
+        while not self._blocks and not self._left and (added := self._added()):
             self._run_cells(added, submit)
         return "Failed" if "Failed" in self._outcomes.values() else "Completed"
 
@@ -269,29 +270,37 @@ class SweepRun:
         self._outcomes[cell.place.name] = "Cached"
         return True
 
-    def _add_edges(self) -> list[SweepCell]:
-        """Cells beyond edges that hold an optimum, written down as blocks of this store; empty where there are none."""
-        if (left := self.sweep.max_edge_cells - num_edge_cells(self.sweep)) <= 0:
-            return []
-        states, blocks = self.states(), list[SweepBlock]()
-        for arm in self.sweep.arms:
-            if not any(one.state == "done" and one.cell.place.arm == arm for one in states):
-                continue
-            try:
-                scores = load_scores(self.sweep, self.store_root, states, arm)
-            except ValueError as error:
-                self.log.warning("no cells at edges are added: %s", error)
+    def _added(self) -> list[SweepCell]:
+        """Cells that somebody added since this run began; without these, cells beyond edges that hold an optimum."""
+        before = set(self._records)
+        try:
+            whole = with_extension(self._own, self.folder)
+            if not places(whole).keys() - before:
+                whole = self._with_edges(whole)
+            if not places(whole).keys() - before:
                 return []
-            blocks += edge_blocks(self.sweep.with_blocks(blocks), scores, left - sum(len(one.seeds) for one in blocks))
-        if not blocks:
+            self._take(whole)
+            remember(self.store_root, self.folder, self._whole)
+        except ValueError as error:
+            self.log.warning("no cells are added: %s", error)
             return []
-        self._take(write_extension(self._own, self.folder, blocks))
-        remember(self.store_root, self.folder, self._whole)
         self._record = extend_run(self.store, self._record, _Cells(self.sweep.name, self.cells))
-        names = {block.name for block in blocks}
-        added = [cell for cell in self.cells if cell.block in names]
-        self.log.info("%d cells are added where the best learning rate of a task is the last one", len(added))
-        return added
+        return [cell for cell in self.cells if cell.place not in before]
+
+    def _with_edges(self, sweep: SweepSettings) -> SweepSettings:
+        """With blocks beyond edges that hold an optimum, written down in this store. ValueError as `load_scores`."""
+        if (left := sweep.max_edge_cells - num_edge_cells(sweep)) <= 0:
+            return sweep
+        states, blocks = self.states(), list[SweepBlock]()
+        for arm in sweep.arms:
+            if any(one.state == "done" and one.cell.place.arm == arm for one in states):
+                scores = load_scores(sweep, self.store_root, states, arm)
+                blocks += edge_blocks(sweep.with_blocks(blocks), scores, left - sum(len(one.seeds) for one in blocks))
+        if not blocks:
+            return sweep
+        num_cells = sum(len(one.seeds) for one in blocks)
+        self.log.info("%d cells are added where the best learning rate of a task is the last one", num_cells)
+        return write_extension(self._own, self.folder, blocks)
 
 
 def write_page_at_end(run: SweepRun, log: Log) -> str:

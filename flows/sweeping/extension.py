@@ -22,7 +22,7 @@ from smoltulu.artifacts.files import write_atomically
 from smoltulu.flows.reading import Unreadable, read_file
 from smoltulu.flows.sweeping.grid import cells_of
 from smoltulu.flows.sweeping.scores import TaskScores, load_scores
-from smoltulu.flows.sweeping.states import check_unchanged, records_of, remembered, states_of, sweep_folder
+from smoltulu.flows.sweeping.states import alone, check_unchanged, records_of, remembered, states_of, sweep_folder
 from smoltulu.schemas.common import problems_of
 from smoltulu.schemas.sweep import MAX_EXPONENT, LogRange, Place, SweepBlock, SweepSettings, places
 from smoltulu.tasks.surface.optimum import find_optima
@@ -50,13 +50,20 @@ def with_extension(sweep: SweepSettings, folder: Path) -> SweepSettings:
 
 
 def write_extension(sweep: SweepSettings, folder: Path, blocks: Sequence[SweepBlock]) -> SweepSettings:
-    """Add blocks to what was added to a sweep before. Returns it with all of them."""
-    before = with_extension(sweep, folder)
-    whole = before.with_blocks(blocks)
-    added = [written(block) for block in whole.blocks[len(sweep.blocks) :]]
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "# Added to the sweep in this store; the file of the sweep itself is as it was.\n"
-    write_atomically(folder / FILE, text + yaml.safe_dump({"blocks": added}, sort_keys=False, default_flow_style=None))
+    """Add blocks to what was added to a sweep before. Returns it with all of them; the last ones are these.
+
+    A name that was taken since they were made (a run adds cells while somebody extends its sweep) becomes a free one.
+    """
+    with alone(folder):
+        whole = with_extension(sweep, folder)
+        for block in blocks:
+            taken = {one.name for one in whole.blocks}
+            name = next(_free_names(whole, f"{block.name.rpartition('-')[0]}-")) if block.name in taken else block.name
+            whole = whole.with_blocks([block.model_copy(update={"name": name})])
+        added = [written(block) for block in whole.blocks[len(sweep.blocks) :]]
+        text = "# Added to the sweep in this store; the file of the sweep itself is as it was.\n"
+        text += yaml.safe_dump({"blocks": added}, sort_keys=False, default_flow_style=None)
+        write_atomically(folder / FILE, text)
     return whole
 
 
@@ -114,7 +121,7 @@ def add(
         raise ValueError(f"sweep {asked.name}: {why}; nothing was added")
     check_unchanged(store_root, folder, records_of(cells_of(after)))
     if not dry_run:
-        write_extension(asked, folder, blocks)
+        blocks = list(write_extension(asked, folder, blocks).blocks[-len(blocks) :])
     return Added(tuple(blocks), folder / FILE, num_new)
 
 

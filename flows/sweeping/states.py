@@ -9,7 +9,7 @@ read them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from smoltulu.artifacts import layout
 from smoltulu.artifacts.files import private_folder, read_plain, write_atomically
-from smoltulu.artifacts.locks import is_held
+from smoltulu.artifacts.locks import is_held, open_lock, take
 from smoltulu.flows.sweeping.grid import SweepCell
 from smoltulu.schemas.common import StrictModel, first_problem
 from smoltulu.schemas.run import Key, StageName
@@ -65,6 +65,15 @@ def sweep_folder(store_root: Path, name: str) -> Path:
     return private_folder(store_root.parent / "sweeps") / name
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold what a sweep wrote down, to read it and write it anew: two runs at once would lose what the other adds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_lock(folder / "lock") as lock:
+        take(lock.fileno(), lambda: None)
+        yield
+
+
 def records_of(cells: Iterable[SweepCell]) -> list[CellRecord]:
     """What is written down of cells."""
     return [
@@ -82,9 +91,10 @@ def records_of(cells: Iterable[SweepCell]) -> list[CellRecord]:
 def remember(store_root: Path, folder: Path, cells: Iterable[SweepCell]) -> list[CellRecord]:
     """Write down the cells that a run asks for; those that an earlier one asked for stay. Errors: `check_unchanged`."""
     asked = records_of(cells)
-    known = check_unchanged(store_root, folder, asked) | {record.place: record for record in asked}
-    (folder / "outcomes").mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "cells.json", _CELLS.dump_json(tuple(known.values())).decode())
+    with alone(folder):
+        known = check_unchanged(store_root, folder, asked) | {record.place: record for record in asked}
+        (folder / "outcomes").mkdir(exist_ok=True)
+        write_atomically(folder / "cells.json", _CELLS.dump_json(tuple(known.values())).decode())
     return asked
 
 
@@ -165,8 +175,10 @@ def _state(store_root: Path, folder: Path, cell: CellRecord, ended: set[str]) ->
 
 
 def _is_finished(path: Path) -> bool:
+    """Whether a generation is there; a pointer alone is left where one was removed or set aside."""
     try:
-        return layout.read_pointer(path) is not None
+        pointer = layout.read_pointer(path)
+        return pointer is not None and (path / pointer.name / layout.MANIFEST).is_file()
     except (OSError, ValueError):
         return False
 

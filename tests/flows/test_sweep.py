@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from smoltulu.flows.sweeping.grid import cells_of, load_sweep
 from smoltulu.flows.sweeping.scores import load_scores
 from smoltulu.flows.sweeping.states import (
     CellRecord,
+    alone,
     counted,
     counts_of,
     forget_outcome,
@@ -165,6 +168,33 @@ def test_a_sweep_remembers_cells_that_are_not_asked_for_any_more(tmp_path: Path)
     (folder / "cells.json").write_text("[{}]")
     with pytest.raises(ValueError, match="remove the file and run the sweep again"):
         remembered(folder)
+
+
+def test_two_runs_at_once_lose_no_cell_of_each_other(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    folder = sweep_folder(root, "small")
+    (other,) = (
+        one for one in remember(root, folder, cells_of(load_sweep(WIDER))) if one.place.log2_learning_rate == -7
+    )
+    (folder / "cells.json").unlink()
+    pool = ThreadPoolExecutor(1)
+    with alone(folder):
+        waiting = pool.submit(remember, root, folder, list(cells_of(load_sweep(SWEEP))))
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)
+        (folder / "cells.json").write_text(json.dumps([other.model_dump()]))
+    waiting.result(timeout=60)
+    assert {one.place.log2_learning_rate for one in remembered(folder)} == {-9, -8, -7}
+
+
+def test_a_cell_whose_scores_were_removed_is_pending(store: HandStore) -> None:
+    """A pointer stays behind where a generation is removed or set aside."""
+    cell = record(store, 0)
+    made = evaluate(store, 0, [1.0])
+    folder = sweep_folder(store.root, "small")
+    assert states_of(store.root, folder, [cell])[0].state == "done"
+    shutil.rmtree(store.folder(made) / "gen-0001")
+    assert states_of(store.root, folder, [cell])[0].state == "pending"
 
 
 def test_a_cell_that_has_ended_stays_the_training_that_it_was(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from smoltulu.flows.sweeping.engine import Made, References, SweepRun
+from smoltulu.flows.sweeping.extension import FILE, add
 from smoltulu.flows.sweeping.grid import SweepCell, load_sweep
 from smoltulu.flows.sweeping.states import counts_of, states_of, sweep_folder
 from smoltulu.schemas.artifact import ArtifactReference, Spec
@@ -157,7 +158,7 @@ def test_edges_are_added_until_there_are_none_and_never_again(tmp_path: Path, ca
     assert [block.name for block in run.sweep.blocks] == ["first", "edge-1", "edge-2"]
     assert counts_of(run.states())["done"] == 12
     again = SweepRun(sweep, "small", LOG)
-    assert again.sweep.blocks == run.sweep.blocks and again._add_edges() == []
+    assert again.sweep.blocks == run.sweep.blocks and again._added() == []
     (record, _) = sorted((store.root / "runs").glob("*.json"))
     kept = RunRecord.model_validate_json(record.read_text()).keys.values()
     assert {key for cell in run.cells for key in cell.keys} <= set(kept)
@@ -169,10 +170,56 @@ def test_edges_end_where_the_cells_that_may_be_added_are_used(tmp_path: Path) ->
     run = SweepRun(asked(store.root, blocks=[block], max_edge_cells=3, tasks=SWEEP["tasks"][:1]), "small", LOG)
     for cell in run.cells:
         store.score(cell)
-    assert [cell.place.log2_learning_rate for cell in run._add_edges()] == [-7, -7]
+    assert [cell.place.log2_learning_rate for cell in run._added()] == [-7, -7]
     for cell in run.cells[-2:]:
         store.score(cell)
-    assert run._add_edges() == [], "one is left, and the next rate has two seeds"
+    assert run._added() == [], "one is left, and the next rate has two seeds"
+
+
+def test_half_a_grid_has_no_edges(tmp_path: Path) -> None:
+    """-7 is the best rate of all, and the time is over after the first three of them: -8 is not asked for yet."""
+    store = _Planted(tmp_path / "store")
+    block = BLOCK | {"log2_learning_rate": {"low": -7, "high": -3}, "seeds": [0, 1]}
+    changes: dict[str, Any] = {"blocks": [block], "max_edge_cells": 5, "tasks": SWEEP["tasks"][:1], "num_workers": 1}
+    pool = Pool()
+    begun = list[SweepCell]()
+
+    def submit(cell: SweepCell, nodes: tuple[str, ...], upstream: References) -> Future[Made]:
+        if nodes[0] not in cell.shared_nodes:
+            store.score(cell)
+            begun.append(cell)
+            if len(begun) == 6:
+                run._deadline = 0.0
+        return pool(cell, nodes, upstream)
+
+    run = SweepRun(asked(store.root, **changes), "small", LOG, minutes=600)
+    assert run.run(submit) == "Completed" and len(begun) == 6
+    assert not (run.folder / FILE).exists()
+    run._deadline, run._left = None, []
+    assert [cell.place.log2_learning_rate for cell in run._added()] == [-8, -8], "as it would have been"
+
+
+def test_cells_that_are_added_while_a_run_goes_on_are_run(tmp_path: Path) -> None:
+    """By name as the run itself would call its own."""
+    sweep = asked(tmp_path / "store")
+    pool = Pool()
+
+    def submit(cell: SweepCell, nodes: tuple[str, ...], upstream: References) -> Future[Made]:
+        if cell.place.seed == 2 and nodes[0] not in cell.shared_nodes and not (run.folder / FILE).exists():
+            add(sweep, run.store_root, seeds=[9])
+        return pool(cell, nodes, upstream)
+
+    run = SweepRun(sweep, "small", LOG)
+    assert run.run(submit) == "Completed"
+    assert pool.started[-2:] == ["lr-9-b3-t2000-s9", "lr-8-b3-t2000-s9"] or pool.started[-1].endswith("s9")
+    assert [one.cell.place.seed for one in run.states()][-2:] == [9, 9] and not run._left
+
+
+def test_an_extension_that_is_broken_meanwhile_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = SweepRun(asked(tmp_path / "store"), "small", LOG)
+    (run.folder / FILE).write_text("blocks: [")
+    assert run.run(Pool()) == "Completed"
+    assert "no cells are added: " in caplog.text and "correct it, or remove it" in caplog.text
 
 
 def test_the_record_of_a_run_names_what_gc_must_keep(tmp_path: Path) -> None:

@@ -118,6 +118,16 @@ def test_an_extension_lies_in_the_store_and_the_sweep_is_as_it_was(tmp_path: Pat
     assert written(second)["name"] == "more-2" and "sizes" not in written(second)
 
 
+def test_two_who_extend_a_sweep_at_once_lose_nothing(tmp_path: Path) -> None:
+    folder = sweep_folder(tmp_path / "store", "small")
+    (first,) = blocks_like(sweep(), sweep().blocks[0], seeds=[7])
+    (second,) = blocks_like(sweep(), sweep().blocks[0], seeds=[8])
+    assert first.name == second.name == "more-1"
+    write_extension(sweep(), folder, [first])
+    whole = write_extension(sweep(), folder, [second])
+    assert [(one.name, one.seeds) for one in whole.blocks[1:]] == [("more-1", (7,)), ("more-2", (8,))]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
