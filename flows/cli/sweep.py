@@ -50,6 +50,12 @@ def _opened(context: typer.Context, store: Path | None) -> tuple[SweepSettings, 
     return _open(context.obj, store)
 
 
+def _command(context: typer.Context, store: Path | None, action: str = "") -> str:
+    """What to type next, in the same store."""
+    words = ["smoltulu", "sweep", context.obj, *([action] if action else [])]
+    return shlex.join([*words, *(["--store", str(store)] if store else [])])
+
+
 def _open(name: str, store: Path | None) -> tuple[SweepSettings, Path]:
     """The sweep, and the root of the store that its cells are in. ValueError for what the user has to fix."""
     from smoltulu.flows.machine.places import PROJECT
@@ -96,7 +102,7 @@ def run(
     with failures(StageFailed):
         sweep, _ = _opened(context, store)
         begun = SweepRun(sweep, sweep.name, log, blocks=block or (), minutes=minutes)
-        again = f"smoltulu sweep {shlex.quote(context.obj)}"
+        again = _command(context, store)
         try:
             state = run_here(begun, stage_log, page)
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -104,7 +110,7 @@ def run(
             raise SystemExit(stop.code if isinstance(stop, SystemExit) else 130) from None
     echo(f"cells     {begun.counted()}")
     if state == "Failed":
-        fail(f"cells failed; `{again} status` says why, `{again}` runs them again")
+        fail(f"cells failed; `{_command(context, store, 'status')}` says why, `{again}` runs them again")
 
 
 @app.command()
@@ -141,7 +147,7 @@ class _WithLists(TyperCommand):
         spread, option = list[str](), ""
         for text in args:
             if text.startswith("--"):
-                option = "" if "=" in text else text
+                option = text if text in ("--seeds", "--rates", "--batches", "--budgets") else ""
                 spread.append(text)
             elif option and re.fullmatch(r"-?\d+(\.\d+)?", text):
                 spread += [text] if spread[-1] == option else [option, text]
@@ -197,7 +203,7 @@ def extend(
     where = "not written (--dry-run)" if dry_run else f"written to {added.file}"
     echo(f"added     {added.num_cells:,} cells, {where}")
     if not dry_run:
-        echo(f"run       smoltulu sweep {shlex.quote(context.obj)}")
+        echo(f"run       {_command(context, store)}")
 
 
 @app.command()

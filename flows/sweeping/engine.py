@@ -146,8 +146,9 @@ class SweepRun:
         check_unchanged(self.store_root, self.folder, records)
 
     def _check_limit(self) -> None:
-        if self.sweep.max_hours is not None:
+        if self.sweep.max_hours is not None or self._deadline is not None:
             estimate(self.forecast, self.cells, self.store)
+        if self.sweep.max_hours is not None:
             states = {one.cell.place: one for one in self.states()}
             if (note := check_limit(self.sweep, by_block(self.sweep, self.forecast, states))) is not None:
                 self.log.warning("%s", note)

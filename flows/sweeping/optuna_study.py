@@ -21,7 +21,7 @@ import numpy as np
 from smoltulu.flows.sweeping.scores import TaskScores, load_scores
 from smoltulu.flows.sweeping.states import CellState
 from smoltulu.schemas.common import printable
-from smoltulu.schemas.sweep import SweepSettings
+from smoltulu.schemas.sweep import MAX_EXPONENT, SweepSettings
 from smoltulu.tasks.surface.optimum import Cells
 
 if TYPE_CHECKING:
@@ -155,7 +155,16 @@ def import_study(sweep: SweepSettings, file: Path, study: str | None = None) -> 
         # Another arm is another surface.
         studies = [one for one in studies if study is not None or one.user_attrs.get("arm", "main") == "main"]
         rows = [row for one in studies for row in _rows(sweep, one)]
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        OSError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         is_said = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
         said = str(error) if is_said else f"no journal of an Optuna study ({type(error).__name__}: {error})"
         raise ValueError(f"{file}: {printable(said)[:500]}") from None
@@ -174,7 +183,7 @@ def _rows(sweep: SweepSettings, study: optuna.study.Study) -> list[dict[str, Any
             f"{named} has the metrics {study.metric_names}; those of the sweep, in their order, are {known}"
         )
     max_tokens, size = study.user_attrs.get("max_tokens"), study.user_attrs.get("size", "base")
-    if not isinstance(max_tokens, int) or max_tokens < 1:
+    if not _is_whole(max_tokens) or max_tokens < 1:
         raise ValueError(
             f"{named} does not say its budget; study.set_user_attr('max_tokens', 64000000) does so, for 64 M tokens"
         )
@@ -192,16 +201,32 @@ def _rows(sweep: SweepSettings, study: optuna.study.Study) -> list[dict[str, Any
         if not diverged and trial.state.name != "COMPLETE":
             continue
         rate, batch = trial.params[_RATE], trial.params[_BATCH]
-        if not rate > 0 or not batch > 0:
-            raise ValueError(f"{named}, trial {trial.number}: learning rate {rate} and batch {batch} must be above 0")
+        if not all(_is_number(one) and 2.0**-MAX_EXPONENT <= one <= 2.0**MAX_EXPONENT for one in (rate, batch)):
+            raise ValueError(
+                f"{named}, trial {trial.number}: learning rate {rate!r} and batch {batch!r} must be above 0: numbers "
+                f"from 2^-{MAX_EXPONENT} to 2^{MAX_EXPONENT}"
+            )
         at = math.log2(rate), math.log2(batch)
         seed = trial.user_attrs.get("seed", repeats[at])
         repeats[at] += 1
-        if not isinstance(seed, int):
+        if not _is_whole(seed):
             raise ValueError(f"{named}, trial {trial.number}: the attribute seed is {seed!r}; give a whole number")
-        values = [] if diverged else list(trial.values)
+        values = [] if diverged else list(trial.values or ())
+        if not diverged and (len(values) != len(want) or not all(map(_is_number, values))):
+            raise ValueError(
+                f"{named}, trial {trial.number} has the scores {values}; give {len(want)} finite numbers, one a task"
+            )
         rows.append({"at": at, "seed": seed, "max_tokens": max_tokens, "size": size, "values": values})
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is an integer that an array can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62
 
 
 def _as_scores(sweep: SweepSettings, rows: Sequence[dict[str, Any]]) -> list[TaskScores]:

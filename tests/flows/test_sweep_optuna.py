@@ -168,3 +168,36 @@ def test_another_sweeps_metrics_are_refused(journal: Path) -> None:
         ValueError, match=r"has the metrics .*bits_per_byte.*; those of the sweep, in their order, are .*perplexity"
     ):
         import_study(sweep(tasks=other, blocks=[BLOCK]), journal)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("values", [0.5]),
+        ("values", [0.5, 0.5, 0.5]),
+        ("values", ["a", "b"]),
+        ("values", [float("inf"), 0.5]),
+        ("params", {"learning_rate": float("inf"), "effective_batch_size": 8}),
+        ("params", {"learning_rate": 1e-300, "effective_batch_size": 8}),
+        ("user_attrs", {"seed": 10**30}),
+        ("user_attrs", {"seed": True}),
+        ("user_attr", {"max_tokens": 10**400}),
+    ],
+)
+def test_a_journal_that_somebody_made_up_is_told(journal: Path, field: str, value: Any) -> None:
+    """Optuna itself checks none of it."""
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    for row in rows:
+        if field in row and (field != "user_attr" or "max_tokens" in row[field]) and row.get("state", 1) == 1:
+            row[field] = value
+    journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        ValueError, match=r"study\.journal: study 'small .*(numbers|whole number|does not say its budget)"
+    ):
+        import_study(sweep(), journal)
+
+
+def test_a_journal_without_an_end_is_none(journal: Path) -> None:
+    journal.write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="no journal of an Optuna study"):
+        import_study(sweep(), journal)

@@ -108,7 +108,11 @@ def test_extend_takes_lists(tmp_path: Path) -> None:
     assert "seeds: [3, 4]" in shown and "low: -9.0, high: -6.5, step: 2.5" in shown
     assert "added     4 cells, not written (--dry-run)" in shown
     shown = smoltulu("sweep", name, "extend", *store, "--budgets", "4000")
-    assert "added     2 cells, written to" in shown and "run       smoltulu sweep" in shown
+    assert "added     2 cells, written to" in shown
+    assert f"run       smoltulu sweep {name} --store {store[1]}" in shown, "in the same store"
+    folder = tmp_path / "elsewhere"
+    refused = smoltulu("sweep", name, "extend", "--seeds", "5", "--store", str(folder), "6", code=2)
+    assert "unexpected extra argument" in refused and not folder.exists(), "6 is no seed, and no store"
     values = json.loads(smoltulu("sweep", name, "status", *store, "--json"))
     assert [block["name"] for block in values["blocks"]] == ["first", "more-1"]
 
