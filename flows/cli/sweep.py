@@ -255,9 +255,10 @@ def export(
     store: StoreOption = None,
 ) -> None:
     """Write every cell and every score into a table, or into Optuna studies (one for each budget, size and arm)."""
+    from smoltulu.flows.sweeping.extension import known_of
     from smoltulu.flows.sweeping.optuna_study import export_study
     from smoltulu.flows.sweeping.results import export_table
-    from smoltulu.flows.sweeping.states import remembered, states_of, sweep_folder
+    from smoltulu.flows.sweeping.states import states_of, sweep_folder
 
     with failures():
         if file is None and optuna is None:
@@ -268,7 +269,7 @@ def export(
             echo(f"wrote     {export_table(sweep, root, file):,} rows to {file}")
         if optuna is not None:
             folder = sweep_folder(root, sweep.name)
-            states = states_of(root, folder, remembered(folder))
+            states = states_of(root, folder, known_of(sweep, folder))
             echo(f"wrote     {export_study(sweep, root, states, optuna):,} trials to {optuna}")
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from smoltulu.artifacts import readable
+from smoltulu.artifacts import layout, readable
 from smoltulu.artifacts.store import Found, Log, Store
 from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.runs import begin_run, end_run, extend_run
@@ -146,9 +146,8 @@ class SweepRun:
         check_unchanged(self.store_root, self.folder, records)
 
     def _check_limit(self) -> None:
-        if self.sweep.max_hours is not None or self._deadline is not None:
-            estimate(self.forecast, self.cells, self.store)
         if self.sweep.max_hours is not None:
+            estimate(self.forecast, self.cells, self.store)
             states = {one.cell.place: one for one in self.states()}
             if (note := check_limit(self.sweep, by_block(self.sweep, self.forecast, states))) is not None:
                 self.log.warning("%s", note)
@@ -263,9 +262,12 @@ class SweepRun:
         made = self._upstream(cell)
         for node in cell.own_nodes:
             bindings = cell.graph.nodes[node].bindings()
-            digests = {name: made[binding.node].digest for name, binding in bindings.items()}
-            found = self.store.find(cell.graph.spec(node), digests)
+            digests = {name: made[binding.node].digest for name, binding in bindings.items() if binding.node in made}
+            spec = cell.graph.spec(node)
+            found = self.store.find(spec, digests)
             if not isinstance(found, Found):
+                if node != cell.evaluation and layout.read_pointer(self.store.folder(spec)) is None:
+                    continue  # never made or removed since, as models are large: its scores say what it was
                 return False
             made[node] = reference_to(found, node, "Cached")
         self._outcomes[cell.place.name] = "Cached"

@@ -22,7 +22,15 @@ from smoltulu.artifacts.files import write_atomically
 from smoltulu.flows.reading import Unreadable, read_file
 from smoltulu.flows.sweeping.grid import cells_of
 from smoltulu.flows.sweeping.scores import TaskScores, load_scores
-from smoltulu.flows.sweeping.states import alone, check_unchanged, records_of, remembered, states_of, sweep_folder
+from smoltulu.flows.sweeping.states import (
+    CellRecord,
+    alone,
+    check_unchanged,
+    records_of,
+    remembered,
+    states_of,
+    sweep_folder,
+)
 from smoltulu.schemas.common import problems_of
 from smoltulu.schemas.sweep import MAX_EXPONENT, LogRange, Place, SweepBlock, SweepSettings, places
 from smoltulu.tasks.surface.optimum import find_optima
@@ -100,7 +108,7 @@ def add(
     before = with_extension(asked, folder)
     blocks: list[SweepBlock] = []
     if edges is not None or best is not None:
-        states = states_of(store_root, folder, remembered(folder))
+        states = states_of(store_root, folder, known_of(before, folder))
         arms = dict.fromkeys(one.cell.place.arm for one in states if one.state == "done")
         for arm in arms if edges is not None else ["main"]:
             scores = load_scores(before, store_root, states, arm)
@@ -123,6 +131,13 @@ def add(
     if not dry_run:
         blocks = list(write_extension(asked, folder, blocks).blocks[-len(blocks) :])
     return Added(tuple(blocks), folder / FILE, num_new)
+
+
+def known_of(sweep: SweepSettings, folder: Path) -> list[CellRecord]:
+    """The cells that runs of a sweep have asked for, without those of sizes and arms that it has no more."""
+    return [
+        record for record in remembered(folder) if record.place.size in sweep.sizes and record.place.arm in sweep.arms
+    ]
 
 
 def written(block: SweepBlock) -> dict[str, Any]:

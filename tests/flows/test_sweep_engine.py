@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from smoltulu.artifacts.manifests import Ref
 from smoltulu.flows.sweeping.engine import Made, References, SweepRun
 from smoltulu.flows.sweeping.extension import FILE, add
 from smoltulu.flows.sweeping.grid import SweepCell, load_sweep
@@ -118,6 +119,21 @@ def test_no_cell_starts_after_the_time_is_over(tmp_path: Path, caplog: pytest.Lo
     assert "the time is over: 6 cells are left for the next run" in caplog.messages
 
 
+def test_a_cell_whose_model_was_removed_has_its_scores(tmp_path: Path) -> None:
+    """Models are large. What was measured is told as done, and is not trained again, unless it is measured anew."""
+    store = _Planted(tmp_path / "store")
+    first = SweepRun(asked(store.root), "small", LOG)
+    for cell in first.cells[:2]:
+        store.score(cell)
+    pool = Pool()
+    run = SweepRun(asked(store.root), "small", LOG)
+    assert counts_of(run.states())["done"] == 2 and run.run(pool) == "Completed"
+    assert sum(name.startswith("lr") for name in pool.started) == 4
+    pool, lower = Pool(), {"evaluation.max_length": 120}
+    assert SweepRun(asked(store.root, overrides=lower), "small", LOG).run(pool) == "Completed"
+    assert sum(name.startswith("lr") for name in pool.started) == 6
+
+
 def test_a_forecast_above_the_limit_begins_nothing(tmp_path: Path) -> None:
     store = tmp_path / "store"
     with pytest.raises(ValueError, match="forecast to take 5 h 00 min, max_hours allows 4 h; run a part"):
@@ -135,7 +151,11 @@ class _Planted(HandStore):
         number, place = len(self.manifests), cell.place
         self.specs = {f"evaluation {number}": cell.graph.spec(cell.evaluation)}
         level = 0.9 - 0.05 * (place.log2_learning_rate + 7.3) ** 2 + 0.01 * place.seed
-        evaluate(self, number, [level, level + 0.05])
+        made_from = {
+            name: Ref(cell.graph.nodes[binding.node].stage.name, cell.graph.key(binding.node))
+            for name, binding in cell.graph.nodes[cell.evaluation].bindings().items()
+        }
+        evaluate(self, number, [level, level + 0.05], inputs=made_from, taken=dict.fromkeys(made_from, "d"))
 
 
 def test_edges_are_added_until_there_are_none_and_never_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

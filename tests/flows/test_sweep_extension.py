@@ -16,6 +16,7 @@ from smoltulu.flows.sweeping.extension import (
     best_blocks,
     blocks_like,
     edge_blocks,
+    known_of,
     num_edge_cells,
     ranges_of,
     with_extension,
@@ -23,10 +24,11 @@ from smoltulu.flows.sweeping.extension import (
     written,
 )
 from smoltulu.flows.sweeping.grid import cells_of, load_sweep
-from smoltulu.flows.sweeping.scores import TaskScores
-from smoltulu.flows.sweeping.states import CellRecord, remember, sweep_folder, write_outcome
+from smoltulu.flows.sweeping.scores import TaskScores, load_scores
+from smoltulu.flows.sweeping.states import CellRecord, remember, states_of, sweep_folder, write_outcome
 from smoltulu.schemas.sweep import Place, SweepBlock, SweepSettings, places
 from smoltulu.tasks.surface.optimum import Cells
+from tests import planted_sweep
 from tests.flows.test_sweep import BLOCK, SMALL, SWEEP
 
 SURFACE = BLOCK | {"log2_learning_rate": {"low": -12, "high": -8}, "log2_batch": {"low": 2, "high": 4}, "seeds": [0, 1]}
@@ -172,6 +174,18 @@ def test_add_refuses_what_adds_nothing_or_would_change_finished_cells(tmp_path: 
     with pytest.raises(ValueError, match="1 of its cells have ended and would be other trainings now"):
         add(other, root, seeds=[5])
     assert Place(log2_learning_rate=-9, log2_batch=3, seed=2, max_tokens=2000) in places(with_extension(asked, folder))
+
+
+def test_cells_of_a_size_that_was_taken_out_are_left_out(tmp_path: Path) -> None:
+    asked = planted_sweep.settings(sizes={"base": {"num_parameters": 1}, "large": {"num_parameters": 2}})
+    large = asked.blocks[0].model_copy(update={"name": "large", "sizes": ("large",), "max_tokens": (1 << 14,)})
+    planted_sweep.plant(tmp_path / "store", asked.with_blocks([large]), planted_sweep.parabola())
+    smaller = planted_sweep.settings()
+    folder = sweep_folder(tmp_path / "store", smaller.name)
+    states = states_of(tmp_path / "store", folder, known_of(smaller, folder))
+    assert {one.cell.place.size for one in states} == {"base"} and len(
+        load_scores(smaller, tmp_path / "store", states)
+    ) == 2
 
 
 def test_edges_need_scores(tmp_path: Path) -> None:
