@@ -310,18 +310,18 @@ def _load(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of names to values")
-    return {name: _whole_paths(value, name, path.absolute().parent) for name, value in values.items()}
+    return {name: whole_paths(value, name, path.absolute().parent) for name, value in values.items()}
 
 
-def _whole_paths(value: Any, field: str, folder: Path) -> Any:
+def whole_paths(value: Any, field: str, folder: Path) -> Any:
     """Make relative paths below a dotted field of a recipe file absolute: they start at the file's folder.
 
     A path that begins with a variable stays as it is: the caller sets the variable, relative to the working folder.
     """
     if isinstance(value, dict):
-        return {name: _whole_paths(item, f"{field}.{name}", folder) for name, item in value.items()}
+        return {name: whole_paths(item, f"{field}.{name}", folder) for name, item in value.items()}
     if isinstance(value, list):
-        return [_whole_paths(item, field, folder) for item in value]
+        return [whole_paths(item, field, folder) for item in value]
     if not isinstance(value, str) or value.startswith(("/", "~", "${")):
         return value
     is_path = field in ("compute.store", "compute.remote") or (field.endswith(".path") and ".fields." not in field)

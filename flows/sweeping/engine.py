@@ -269,6 +269,7 @@ class SweepRun:
                 if node != cell.evaluation and layout.read_pointer(self.store.folder(spec)) is None:
                     continue  # never made or removed since, as models are large: its scores say what it was
                 return False
+            self.store.touch(found)
             made[node] = reference_to(found, node, "Cached")
         self._outcomes[cell.place.name] = "Cached"
         return True

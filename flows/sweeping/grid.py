@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from smoltulu.artifacts.keys import folder_digest
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.reading import Unreadable, read_file
-from smoltulu.flows.recipe import RecipeError, check_evaluation, check_secrets, load_recipe
+from smoltulu.flows.recipe import RecipeError, check_evaluation, check_secrets, load_recipe, whole_paths
 from smoltulu.recipes import SWEEPS
 from smoltulu.schemas.common import problems_of
 from smoltulu.schemas.sweep import Place, SweepSettings, overrides_of, places
@@ -106,7 +106,7 @@ def load_sweep(name: str | dict[str, Any] | SweepSettings) -> SweepSettings:
 
 
 def values_of(name: str, what: str, shipped: list[str]) -> Any:
-    """What the YAML file of a sweep or a ladder holds; a recipe's file in it is found from the file's folder on.
+    """What the YAML file of a sweep or a ladder holds; relative paths in it start at the file's folder, as in recipes.
 
     RecipeError: no such file, or one that cannot be read.
     """
@@ -127,7 +127,19 @@ def values_of(name: str, what: str, shipped: list[str]) -> Any:
     recipe = inner.get("recipe") if isinstance(inner, dict) else None
     if isinstance(inner, dict) and isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):  # as in recipes
         inner["recipe"] = str(path.absolute().parent / Path(recipe).expanduser())
-    return values
+    return _whole_overrides(values, path.absolute().parent)
+
+
+def _whole_overrides(value: Any, folder: Path) -> Any:
+    """Make relative paths absolute in everything that is called `overrides`: dotted fields of a recipe."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: {field: whole_paths(item, str(field), folder) for field, item in inner.items()}
+        if name == "overrides" and isinstance(inner, dict)
+        else _whole_overrides(inner, folder)
+        for name, inner in value.items()
+    }
 
 
 def store_of(sweep: SweepSettings) -> Path:

@@ -62,13 +62,14 @@ _CELLS = TypeAdapter(tuple[CellRecord, ...])
 
 def sweep_folder(store_root: Path, name: str) -> Path:
     """Where a sweep writes down what it knows."""
-    return private_folder(store_root.parent / "sweeps") / name
+    return store_root.parent / "sweeps" / name
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold what a sweep wrote down, to read it and write it anew: two runs at once would lose what the other adds."""
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
     with open_lock(folder / "lock") as lock:
         take(lock.fileno(), lambda: None)
         yield

@@ -222,11 +222,26 @@ def test_gc_keeps_what_the_cells_of_every_size_share() -> None:
     assert keys == {cell.graph.key(node) for cell in cells for node in (*cell.shared_nodes, *cell.own_nodes)}
 
 
+def test_relative_paths_of_a_file_start_at_its_folder(tmp_path: Path) -> None:
+    """As in recipes: a flow runs in another folder."""
+    text = json.dumps(
+        SWEEP
+        | {"overrides": {"compute.store": "store", "sft.seed": 1}}
+        | {"sizes": {"base": {"overrides": {"base_model": {"path": "./model"}, "base_model.path": "${MODEL}"}}}}
+    )
+    (tmp_path / "mine.yaml").write_text(text)
+    sweep = load_sweep(str(tmp_path / "mine.yaml"))
+    assert sweep.overrides == {"compute.store": str(tmp_path / "store"), "sft.seed": 1}
+    of_size = sweep.sizes["base"].overrides
+    assert of_size == {"base_model": {"path": str(tmp_path / "model")}, "base_model.path": "${MODEL}"}
+    assert load_sweep(json.loads(text)).overrides["compute.store"] == "store"
+
+
 def test_a_look_at_a_cell_leaves_nothing_behind(store: HandStore) -> None:
     cell = record(store, 0)
-    before = sorted(store.root.rglob("*"))
+    before = sorted(store.root.parent.rglob("*"))
     assert states_of(store.root, sweep_folder(store.root, "small"), [cell])[0].state == "pending"
-    assert sorted(store.root.rglob("*")) == before
+    assert sorted(store.root.parent.rglob("*")) == before
 
 
 def test_scores_as_arrays_by_hand(store: HandStore) -> None:

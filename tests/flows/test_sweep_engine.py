@@ -129,6 +129,8 @@ def test_a_cell_whose_model_was_removed_has_its_scores(tmp_path: Path) -> None:
     run = SweepRun(asked(store.root), "small", LOG)
     assert counts_of(run.states())["done"] == 2 and run.run(pool) == "Completed"
     assert sum(name.startswith("lr") for name in pool.started) == 4
+    age = time.time() - (store.root / "evaluation" / run.cells[0].keys[1] / "current").stat().st_mtime
+    assert age < 3600, "used now, as gc sees it"
     pool, lower = Pool(), {"evaluation.max_length": 120}
     assert SweepRun(asked(store.root, overrides=lower), "small", LOG).run(pool) == "Completed"
     assert sum(name.startswith("lr") for name in pool.started) == 6
