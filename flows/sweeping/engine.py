@@ -198,7 +198,7 @@ class SweepRun:
             self._take_in(*ended.get())
 
     def _make_shared(self, cell: SweepCell, submit: Submit) -> None:
-        """What a cell shares with others; it fails where that cannot be made."""
+        """What a cell shares with others; where that cannot be made it fails, unless it has ended already."""
         for node in cell.shared_nodes:
             key = cell.graph.key(node)
             if key not in self._shared and key not in self._broken:
@@ -207,7 +207,11 @@ class SweepRun:
                 except Exception as error:
                     self._broken[key] = str(error)
             if key in self._broken:
-                self._close(cell, "failed", self._broken[key])
+                (now,) = states_of(self.store_root, self.folder, [self._records[cell.place]])
+                if now.state in ("done", "diverged"):
+                    self._outcomes[cell.place.name] = "Cached" if now.state == "done" else "Diverged"
+                else:
+                    self._close(cell, "failed", self._broken[key])
                 return
 
     def _upstream(self, cell: SweepCell) -> References:

@@ -7,6 +7,7 @@ block out of it to take it back: its finished cells stay in the store and on rec
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ def _free_names(sweep: SweepSettings, beginning: str) -> Iterator[str]:
 
 def num_edge_cells(sweep: SweepSettings) -> int:
     """Cells that runs have added at edges so far."""
-    return sum(name.startswith(EDGE) for name in places(sweep).values())
+    return sum(re.fullmatch(rf"{EDGE}\d+", name) is not None for name in places(sweep).values())
 
 
 def best_blocks(

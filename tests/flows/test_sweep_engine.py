@@ -102,6 +102,22 @@ def test_what_cells_share_and_cannot_be_made_fails_all_of_them(tmp_path: Path) -
     assert {one.state for one in states} == {"failed"} and states[0].message == "the disk is full; free some"
 
 
+def test_cells_that_have_ended_need_nothing_that_cells_share(tmp_path: Path) -> None:
+    """The Hub is silent, and gc took the base model: a sweep that has ended has not failed."""
+    store = _Planted(tmp_path / "store")
+    pool = Pool(**{"preflight-sft": "fails", "lr-8-b3-t2000-s2": "diverges"})
+    pool.ends["preflight-sft"] = ""
+    SweepRun(asked(store.root, num_workers=1), "small", LOG).run(pool)
+    run = SweepRun(asked(store.root), "small", LOG)
+    for cell in run.cells[:-1]:
+        store.score(cell)
+    pool.ends["preflight-sft"] = "fails"
+    assert run.run(pool) == "Completed" and counts_of(run.states())["failed"] == 0
+    assert not list((run.folder / "outcomes").glob(f"{run.cells[0].keys[1]}.json"))
+    wider = SweepRun(asked(store.root, blocks=[SIX | {"seeds": [0, 1, 2, 3]}]), "small", LOG)
+    assert wider.run(pool) == "Failed" and counts_of(wider.states())["failed"] == 2
+
+
 def test_blocks_that_are_asked_for(tmp_path: Path) -> None:
     more = SIX | {"name": "second", "seeds": [7]}
     run = SweepRun(asked(tmp_path / "store", blocks=[SIX, more]), "small", LOG, blocks=["second"])
@@ -233,7 +249,7 @@ def test_cells_that_are_added_while_a_run_goes_on_are_run(tmp_path: Path) -> Non
 
     run = SweepRun(sweep, "small", LOG)
     assert run.run(submit) == "Completed"
-    assert pool.started[-2:] == ["lr-9-b3-t2000-s9", "lr-8-b3-t2000-s9"] or pool.started[-1].endswith("s9")
+    assert {name for name in pool.started if name.endswith("s9")} == {"lr-9-b3-t2000-s9", "lr-8-b3-t2000-s9"}
     assert [one.cell.place.seed for one in run.states()][-2:] == [9, 9] and not run._left
 
 

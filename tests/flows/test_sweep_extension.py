@@ -107,6 +107,7 @@ def test_what_was_added_at_an_edge_is_not_added_again() -> None:
     wider = sweep().with_blocks(added)
     assert (num_edge_cells(sweep()), num_edge_cells(wider)) == (0, 2)
     assert edge_blocks(wider, [scores({4: -7.9})], 100) == []
+    assert num_edge_cells(sweep(blocks=[SURFACE | {"name": "edge-of-stability"}])) == 0, "a name of the user's"
 
 
 def test_an_extension_lies_in_the_store_and_the_sweep_is_as_it_was(tmp_path: Path) -> None:
