@@ -180,6 +180,13 @@ class SweepSettings(StrictModel):
             problems.append(f"sizes.{unknown[0]}: give its num_parameters, as there are several sizes")
         if len(self.sizes) > 1 and len({one.num_parameters for one in self.sizes.values()}) < len(self.sizes):
             problems.append("two sizes have the same num_parameters; what else differs is an arm")
+        for what, named in (("sizes", self.sizes), ("arms", self.arms)):
+            problems += [
+                f"{what}.{name} sets compute.store; a sweep has one store: set it in the sweep's overrides"
+                for name, one in named.items()
+                if "compute.store" in one.overrides
+                or (isinstance(compute := one.overrides.get("compute"), dict) and "store" in compute)
+            ]
         for block in self.blocks:
             for what, known in (("sizes", self.sizes), ("arms", self.arms)):
                 problems += [

@@ -110,6 +110,8 @@ def test_a_budget_of_rlvr_is_in_episodes() -> None:
         ({"blocks": [BLOCK | {"arms": ["lora"]}]}, "no 'lora'; known: ['main']"),
         ({"sizes": {"base": {}, "large": {"num_parameters": 9}}}, "sizes.base: give its num_parameters"),
         ({"sizes": {"base": {"num_parameters": 9}, "wide": {"num_parameters": 9}}}, "same num_parameters"),
+        ({"arms": {"main": {"overrides": {"compute.store": "x"}}}}, "arms.main sets compute.store; a sweep has one"),
+        ({"sizes": {"base": {"overrides": {"compute": {"store": "x"}}}}}, "sizes.base sets compute.store"),
         ({"tasks": [{"task": "gsm8k", "metric": "acc,none"}]}, "task_class"),
         ({"tasks": SWEEP["tasks"] * 2}, "stands twice"),
         ({"blocks": [BLOCK | {"max_tokens": list(range(16, 2000))}]}, "20,000 are allowed at most"),
