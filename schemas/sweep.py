@@ -20,6 +20,8 @@ MIN_RATES, MIN_BATCHES = 5, 3
 MAX_CELLS = 20_000
 _MAX_VALUES = 200
 MAX_EXPONENT = 40
+#: Octaves from one value to the next.
+MAX_STEP = 8
 
 _Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=40)]
 SweptStage = Literal["sft", "dpo", "reward_model", "rlvr"]
@@ -30,7 +32,7 @@ class LogRange(StrictModel):
 
     low: float = science(ge=-MAX_EXPONENT, le=MAX_EXPONENT, description="log2 of the smallest value")
     high: float = science(ge=-MAX_EXPONENT, le=MAX_EXPONENT, description="log2 of the largest value")
-    step: float = science(1.0, gt=0, le=8, description="octaves from one to the next; 0.5 is a factor of 1.41")
+    step: float = science(1.0, gt=0, le=MAX_STEP, description="octaves from one to the next; 0.5 is a factor of 1.41")
 
     @model_validator(mode="before")
     @classmethod

@@ -33,7 +33,7 @@ from smoltulu.flows.sweeping.states import (
     sweep_folder,
 )
 from smoltulu.schemas.common import problems_of
-from smoltulu.schemas.sweep import MAX_EXPONENT, LogRange, Place, SweepBlock, SweepSettings, places
+from smoltulu.schemas.sweep import MAX_EXPONENT, MAX_STEP, LogRange, Place, SweepBlock, SweepSettings, places
 from smoltulu.tasks.surface.optimum import find_optima
 
 FILE = "extension.yaml"
@@ -186,7 +186,8 @@ def ranges_of(exponents: Sequence[float]) -> list[LogRange]:
         step = left[1] - left[0] if len(left) > 1 else 1.0
         while len(run) < len(left) and abs(left[len(run)] - run[-1] - step) < 1e-9:
             run.append(left[len(run)])
-        if len(run) == 2 < len(left):  # two and a gap: the second may belong to what follows
+        # Two and a gap: the second may belong to what follows.
+        if len(run) == 2 < len(left) or step > MAX_STEP:
             run, step = run[:1], 1.0
         found.append(LogRange(low=run[0], high=run[-1], step=step if len(run) > 1 else 1.0))
         left = left[len(run) :]

@@ -47,6 +47,7 @@ def test_exponents_as_few_ranges_by_hand() -> None:
     assert told(-6.5, -9, -8, -7) == [(-9, -8, -7), (-6.5,)]
     assert told(2, 7, 8, 9) == [(2,), (7, 8, 9)]
     assert told(5) == [(5,)]
+    assert told(-10, -1) == [(-10,), (-1,)], "a step of 9 octaves is none"
     with pytest.raises(ValueError, match="has a value twice"):
         ranges_of([1, 1])
 
