@@ -72,7 +72,7 @@ def smoltulu_sweep(sweep: SweepParameter, blocks: Blocks = []) -> Any:  # noqa: 
         is_shared = nodes[0] in cell.shared_nodes
         name = cell.graph.nodes[nodes[0]].stage.name if is_shared else "cell"
         named = make.with_options(name=name, task_run_name=nodes[0] if is_shared else cell.place.name)
-        futures.append(named.submit(cell, nodes, upstream, str(run.store_root)))
+        futures.append(named.submit(cell.to_send, nodes, upstream, str(run.store_root)))
         return futures[-1]
 
     state, page = "Failed", ""

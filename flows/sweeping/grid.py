@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,11 @@ class SweepCell:
     def keys(self) -> tuple[str, str]:
         """Of the training and of the evaluation."""
         return self.graph.key(self.training), self.graph.key(self.evaluation)
+
+    @property
+    def to_send(self) -> SweepCell:
+        """With the nodes that it is made from alone: for a task, which may run on another machine."""
+        return replace(self, graph=self.graph.part(self.graph.ancestors(self.evaluation)))  # type: ignore[arg-type]
 
     @property
     def own_nodes(self) -> tuple[str, ...]:
