@@ -69,6 +69,16 @@ def sweep_names() -> list[str]:
     return sorted(path.stem for path in SWEEPS.glob("*.yaml") if not path.stem.startswith(LADDER))
 
 
+def ladder_names() -> list[str]:
+    """Names of the shipped ladders."""
+    return sorted(path.stem for path in SWEEPS.glob(f"{LADDER}*.yaml"))
+
+
+def is_ladder(name: str) -> bool:
+    """Whether a name, or the path of a YAML file, is that of a ladder: it has proxies. What cannot be read is none."""
+    return name in ladder_names() or file_has(name, "proxies")
+
+
 def is_sweep(name: str) -> bool:
     """Whether a name, or the path of a YAML file, is that of a sweep: it has blocks. What cannot be read is none."""
     return name in sweep_names() or file_has(name, "blocks")
