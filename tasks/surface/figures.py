@@ -54,10 +54,17 @@ def _style() -> Iterator[None]:
     import matplotlib
 
     settings = {
-        "svg.fonttype": "none", "svg.hashsalt": "smoltulu", "text.parse_math": False,
-        "axes.formatter.use_mathtext": False, "axes.unicode_minus": True, "font.size": 8, "axes.titlesize": 8.5,
-        "axes.linewidth": 0.6, "hatch.linewidth": 0.5, "hatch.color": "#444444",
-    }  # fmt: skip
+        "svg.fonttype": "none",
+        "svg.hashsalt": "smoltulu",
+        "text.parse_math": False,
+        "axes.formatter.use_mathtext": False,
+        "font.size": 8,
+        "axes.titlesize": 8.5,
+        "axes.titley": 1.02,  # given, as finding a place for it takes a tenth of the time
+        "axes.linewidth": 0.6,
+        "hatch.linewidth": 0.5,
+        "hatch.color": "#444444",
+    }
     with matplotlib.rc_context(settings):
         yield
 

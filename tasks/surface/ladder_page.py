@@ -146,7 +146,7 @@ def _told(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": f"{row['task']}, {row['metric']}" + (" (tested)" if row["is_decisive"] else ""),
         "predicted": _rate(row["predicted"]),
-        "interval": f"{_rate(row['low'])} to {_rate(row['high'])}",
+        "interval": f"{_rate(row['low'])} to {_rate(row['high'])}" if math.isfinite(row["low"]) else "unknown",
         "octaves": f"{row['high'] - row['low']:.2f}" if math.isfinite(row["high"] - row["low"]) else "-",
         "slopes": ", ".join(f"{name} {value:+.2f}" for name, value in slopes if math.isfinite(value)) or "-",
         "rests_on": f"{row['num_optima']} optima, {row['num_spare']} to spare",
