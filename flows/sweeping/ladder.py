@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from smoltulu.artifacts import readable
+from smoltulu.artifacts.readable import json_text
 from smoltulu.artifacts.store import Log, Store
 from smoltulu.flows.recipe import RecipeError, check_secrets, load_recipe
 from smoltulu.flows.sweeping.forecast import BlockForecast, by_block, estimate, forecast_of
@@ -16,7 +17,7 @@ from smoltulu.flows.sweeping.grid import LADDER, cells_of, file_has, values_of
 from smoltulu.flows.sweeping.ladder_results import result_of
 from smoltulu.flows.sweeping.states import CellState, records_of, states_of, sweep_folder
 from smoltulu.recipes import SWEEPS
-from smoltulu.schemas.common import problems_of
+from smoltulu.schemas.common import problems_of, scientific
 from smoltulu.schemas.ladder import LadderSettings
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.sweep import Place, SweepSettings, overrides_of, places
@@ -62,7 +63,10 @@ def load_ladder(name: str | dict[str, Any] | LadderSettings) -> LadderSettings:
 
 
 def check_common(ladder: LadderSettings) -> None:
-    """RecipeError where the target, or a proxy, is trained on other data or by other settings than the rest."""
+    """RecipeError where the target, or a proxy, is trained on other data or by other settings than the rest.
+
+    So too where it is in another store, or is the model of another size.
+    """
     whole = ladder.whole()
     recipe_of = {}
     for place in places(whole):
@@ -72,7 +76,18 @@ def check_common(ladder: LadderSettings) -> None:
             except ValueError as error:
                 raise RecipeError(f"ladder {ladder.name}, size {place.size}: {error}") from None
     first = next(iter(recipe_of))
+    size_of: dict[str, str] = {}
     for size, recipe in recipe_of.items():
+        if (other := size_of.setdefault(json_text(scientific(recipe.base_model)), size)) != size:
+            raise RecipeError(
+                f"ladder {ladder.name}: {other} and {size} are the same model; give each its own base_model "
+                "in overrides"
+            )
+        if recipe.compute.store != recipe_of[first].compute.store:
+            raise RecipeError(
+                f"ladder {ladder.name}: compute.store of size {size} differs from that of {first}; all cells are in "
+                "one store: set it in proxies.overrides"
+            )
         for field in (*_COMMON, whole.stage):
             if _plain(recipe, field, whole) != _plain(recipe_of[first], field, whole):
                 raise RecipeError(

@@ -234,13 +234,17 @@ def _without_nan(value: Any) -> Any:
 
 
 def is_transfer(ladder: LadderSettings) -> bool:
-    """Whether all sizes are made from nothing with muP, so that a rate is meant to carry over."""
+    """Whether all sizes are made from nothing with one muP and heads of one width, so that a rate is meant to carry
+    over.
+    """
     whole = ladder.whole()
     first = {place.size: place for place in reversed(places(whole))}.values()
     recipes = [load_recipe(whole.recipe, overrides_of(whole, place)) for place in first]
-    return all(
-        one.base_model.scratch is not None
-        and getattr(one.base_model.scratch, "mup", None) is not None
-        and getattr(getattr(one, whole.stage), "mup_base_width", None) is not None
-        for one in recipes
-    )
+    made = [one.base_model.scratch for one in recipes]
+    if any(getattr(getattr(one, whole.stage), "mup_base_width", None) is None for one in recipes):
+        return False
+    shared = {
+        scratch and (scratch.mup, scratch.initializer_range, scratch.hidden_size // scratch.num_attention_heads)
+        for scratch in made
+    }
+    return len(shared) == 1 and all(scratch is not None and scratch.mup is not None for scratch in made)

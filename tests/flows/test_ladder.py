@@ -99,6 +99,9 @@ def test_the_confirmation_is_three_ordinary_rates_of_the_target() -> None:
         ("target/overrides", {HIDDEN: 64, "world.seed": 5}, "world of size target differs from that of a; .* for all"),
         ("target/overrides", {HIDDEN: 64, "sft.weight_decay": 0.1}, "sft of size target differs from that of a"),
         ("target/overrides", {HIDDEN: 63}, r"(?s)size target: .*hidden_size 63"),
+        ("target/overrides", {HIDDEN: 48}, "c and target are the same model; give each its own base_model"),
+        ("proxies/sizes/b", {"num_parameters": 2**13, "overrides": {HIDDEN: 16}}, "a and b are the same model"),
+        ("target/overrides", {HIDDEN: 64, "compute.store": "/tmp/other"}, "compute.store of size target differs .* in"),
         ("target/learning_rate", 1e-3, "target.learning_rate: Extra inputs"),
         ("proxies/overrides", {"sft.weight_decay": "hf_" + "a1B2" * 9}, "holds no secrets"),
     ],
@@ -130,6 +133,9 @@ def test_what_names_no_ladder(name: Any) -> None:
 def test_only_a_ladder_of_mup_is_a_transfer() -> None:
     assert is_transfer(load_ladder("ladder-tiny"))
     assert not is_transfer(load_ladder(LADDER))
+    values = yaml.safe_load((SWEEPS / "ladder-tiny.yaml").read_text())
+    values["target"]["overrides"]["base_model.scratch.num_attention_heads"] = 4
+    assert not is_transfer(load_ladder(values)), "heads twice as wide"
 
 
 @pytest.fixture
