@@ -74,7 +74,7 @@ def result_of(ladder: LadderSettings, store_root: Path) -> LadderResult:
         optima = find_optima(scores.cells)
         made.append(TaskLadder(scores.task, optima, predict(optima, *at)))
     prediction = made[ladder.decisive].prediction
-    problems = list(prediction.problems)
+    problems = [*_unfinished(proxies, states, "the prediction may move"), *prediction.problems]
     if not math.isfinite(prediction.log2_lr):
         return LadderResult(ladder, tuple(made), None, counts, tuple(problems))
     if (leap := _leap(ladder)) is not None:
@@ -88,6 +88,7 @@ def result_of(ladder: LadderSettings, store_root: Path) -> LadderResult:
     if (sweep_folder(store_root, confirmation.name) / "cells.json").exists():
         states = _states(confirmation, store_root)
         counts[confirmation.name] = counts_of(states)
+        problems += _unfinished(confirmation, states, "the prediction is not tested to the end")
         if states and all(one.state in ("done", "diverged") for one in states):
             confirmed, why = _confirmed(confirmation, store_root, states, log2_lr)
             problems += why
@@ -102,6 +103,13 @@ def _states(sweep: SweepSettings, store_root: Path) -> list[CellState]:
     """Of the cells that a sweep has now; others were asked for before. ValueError where it was never run."""
     folder, wanted = sweep_folder(store_root, sweep.name), places(sweep)
     return states_of(store_root, folder, [one for one in remembered(folder) if one.place in wanted])
+
+
+def _unfinished(sweep: SweepSettings, states: Sequence[CellState], so: str) -> list[str]:
+    """A problem where cells that a sweep has now were not run, or failed."""
+    num_cells = len(places(sweep))
+    left = num_cells - sum(one.state in ("done", "diverged") for one in states)
+    return [f"{left:,} of {num_cells:,} cells of {sweep.name} are not finished: {so}; run it again"] if left else []
 
 
 def _confirmed(

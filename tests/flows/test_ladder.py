@@ -200,6 +200,20 @@ def test_a_ladder_from_its_scores(store: HandStore) -> None:
     assert "predicted learning rate 0.000691 (2^-10.50" in told and "at 0.5 times it" in told and "widen" in told
 
 
+def test_what_is_not_finished_is_told(store: HandStore) -> None:
+    """Proxies and a confirmation that were given a third seed after they ran."""
+    asked = load_ladder(LADDER)
+    run_by_hand(store, asked.proxies, BEST)
+    run_by_hand(store, asked.confirmation(-10.5), {"target": -10.5})
+    assert result_of(asked, store.root).problems == ()
+    values = changed("target/seeds", [0, 1, 2])
+    values["proxies"]["blocks"][0]["seeds"] = [0, 1, 2]
+    assert result_of(load_ladder(values), store.root).problems == (
+        "15 of 45 cells of small-proxies are not finished: the prediction may move; run it again",
+        "3 of 9 cells of small-confirmation are not finished: the prediction is not tested to the end; run it again",
+    )
+
+
 def test_the_page_of_a_ladder(store: HandStore) -> None:
     ladder = load_ladder(LADDER | {"overlays": ["step-law"], "description": "<b>bold</b>"})
     run_by_hand(store, ladder.proxies, BEST)
