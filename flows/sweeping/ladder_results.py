@@ -92,6 +92,11 @@ def result_of(ladder: LadderSettings, store_root: Path) -> LadderResult:
         if states and all(one.state in ("done", "diverged") for one in states):
             confirmed, why = _confirmed(confirmation, store_root, states, log2_lr)
             problems += why
+            if len(target.seeds) == 1 and not why:
+                problems.append(
+                    "the target was trained with one seed: the error of its regret is that of the items alone; give "
+                    "target.seeds more"
+                )
             made = [
                 TaskLadder(one.task, one.optima, one.prediction, found)
                 for one, found in zip(made, confirmed, strict=True)

@@ -214,6 +214,14 @@ def test_what_is_not_finished_is_told(store: HandStore) -> None:
     )
 
 
+def test_a_target_of_one_seed_has_no_error_of_seeds(store: HandStore) -> None:
+    ladder = load_ladder(changed("target/seeds", [0]))
+    run_by_hand(store, ladder.proxies, BEST)
+    run_by_hand(store, ladder.confirmation(-10.5), {"target": -10.5})
+    (problem,) = result_of(ladder, store.root).problems
+    assert problem.startswith("the target was trained with one seed: the error of its regret is that of the items")
+
+
 def test_the_page_of_a_ladder(store: HandStore) -> None:
     ladder = load_ladder(LADDER | {"overlays": ["step-law"], "description": "<b>bold</b>"})
     run_by_hand(store, ladder.proxies, BEST)
@@ -222,6 +230,7 @@ def test_the_page_of_a_ladder(store: HandStore) -> None:
     text = page.read_text()
     assert "<b>bold</b>" not in text and "not a transfer" in text and "Step Law (arXiv 2503.04715)" in text
     assert text.count("<svg") == 2 and "http-equiv" in text
+    assert "that which tiny_arithmetic, bits_per_byte,strict-match predicts: all rows say what that one costs" in text
     first = (page.parent / "ladder.svg").read_bytes()
     assert (page.parent / "ladder.pdf").read_bytes().startswith(b"%PDF")
     values = json.loads((page.parent / "ladder.json").read_text())
