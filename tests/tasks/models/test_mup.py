@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
+from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.recipe import RecipeError, load_recipe
 from smoltulu.schemas.base_model import BaseModelConfig, MupSettings
 from smoltulu.schemas.training import SFTSettings
@@ -172,7 +173,9 @@ def test_a_recipe_has_one_base_width() -> None:
     base = {"base_model.scratch.mup": {"base_width": 32}}
     with pytest.raises(RecipeError, match=r"sft.mup_base_width is 16, and .*mup has base_width 32; give both"):
         load_recipe("tiny-skills", sft | base)
-    assert load_recipe("tiny-skills", base | {"sft.mup_base_width": 32}).mup_notes() == []
+    following = load_recipe("tiny-skills", base | {"sft.mup_base_width": 32})
+    assert following.mup_notes() == []
+    assert Graph(following).key("sft") != Graph(load_recipe("tiny-skills", base)).key("sft")
     assert load_recipe("tiny-skills").mup_notes() == []
     (note,) = load_recipe("tiny-skills", base).mup_notes()
     assert note.startswith("sft: base_model.scratch.mup is set, and this") and note.endswith("; set sft.mup_base_width")
