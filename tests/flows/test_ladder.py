@@ -299,12 +299,11 @@ def test_a_forecast_above_the_limit_starts_nothing(tmp_path: Path) -> None:
 def test_a_forecast_without_the_models(tmp_path: Path) -> None:
     """Hub models and no network: cells, tokens and declared hours are told, and why not more."""
     values = json.loads(json.dumps(LADDER))
-    values["proxies"]["overrides"] |= {"base_model": {"path": str(tmp_path / "missing")}}
     for name in values["proxies"]["overrides"].copy():
         if name.startswith("base_model."):
             del values["proxies"]["overrides"][name]
-    for size in (*values["proxies"]["sizes"].values(), values["target"]):
-        size["overrides"] = {}
+    for number, size in enumerate((*values["proxies"]["sizes"].values(), values["target"])):
+        size["overrides"] = {"base_model": {"path": str(tmp_path / f"missing-{number}")}}
     values["target"]["hours"] = 1.0
     ladder = at_store(values, tmp_path / "store")
     forecast = forecast_ladder(ladder, open_store_of(ladder, checked=False))
