@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from smoltulu.artifacts import readable
-from smoltulu.artifacts.readable import json_text
 from smoltulu.artifacts.store import Log, Store
 from smoltulu.flows.recipe import RecipeError, check_secrets, load_recipe
 from smoltulu.flows.sweeping.forecast import BlockForecast, by_block, estimate, forecast_of
@@ -17,7 +16,7 @@ from smoltulu.flows.sweeping.grid import LADDER, cells_of, file_has, values_of
 from smoltulu.flows.sweeping.ladder_results import result_of
 from smoltulu.flows.sweeping.states import CellState, records_of, states_of, sweep_folder
 from smoltulu.recipes import SWEEPS
-from smoltulu.schemas.common import problems_of, scientific
+from smoltulu.schemas.common import problems_of
 from smoltulu.schemas.ladder import LadderSettings
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.sweep import Place, SweepSettings, overrides_of, places
@@ -78,7 +77,7 @@ def check_common(ladder: LadderSettings) -> None:
     first = next(iter(recipe_of))
     size_of: dict[str, str] = {}
     for size, recipe in recipe_of.items():
-        if (other := size_of.setdefault(json_text(scientific(recipe.base_model)), size)) != size:
+        if (other := size_of.setdefault(recipe.base_model.model_dump_json(), size)) != size:
             raise RecipeError(
                 f"ladder {ladder.name}: {other} and {size} are the same model; give each its own base_model "
                 "in overrides"
