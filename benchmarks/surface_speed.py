@@ -1,8 +1,9 @@
 """Cells per hour of the sweep `surface-tiny`: in warm workers, in a loop that starts a script per cell, in one process.
 
 All three train the same cells from the same base for the same number of optimizer steps, and measure the same 800
-questions. What cells share (world, base, tokens) and the start of the flow are not in the times: a sweep pays once.
-The loops are `surface_peers/trl_cell.py`; each has all cores, and one cell at a time.
+questions. What cells share (world, base, tokens) and the start of the flow are not in our times: a sweep pays once. The
+loops are `surface_peers/trl_cell.py`; each has all cores, and one cell at a time. A script tokenises the rows for its
+cell, the loop inside one process once: that is in the time of its first cell.
 """
 
 from __future__ import annotations

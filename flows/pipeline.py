@@ -98,6 +98,7 @@ def smoltulu(
         *checked.lowered_batches(),
         *checked.audit_notes(),
         *checked.evaluation_notes(),
+        *checked.mup_notes(),
         *checked.sampled_notes(),
     ):
         log.warning(sentence)

@@ -110,6 +110,14 @@ class Recipe(StrictModel):
                 if source.generated
             ]
         problems += sampled_problems(self)
+        scratch, followed = self.base_model.scratch, self.sft and self.sft.mup_base_width
+        made = scratch and scratch.mup and scratch.mup.base_width
+        if scratch is not None and followed is not None and followed != made:
+            problems.append(
+                f"sft.mup_base_width is {followed}, and base_model.scratch.mup "
+                + (f"has base_width {made}" if made else "is not set")
+                + "; give both the same, or remove sft.mup_base_width"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -158,6 +166,17 @@ class Recipe(StrictModel):
         if not (self.evaluation and self.evaluation.reward_benchmarks) or self.reward_model is not None:
             return []
         return ["evaluation.reward_benchmarks: without a block reward_model there is no model that they measure"]
+
+    def mup_notes(self) -> list[str]:
+        """A sentence for every training of a base with muP that does not follow it."""
+        if self.base_model.scratch is None or self.base_model.scratch.mup is None:
+            return []
+        return [
+            f"{block}: base_model.scratch.mup is set, and this training does not follow it: its learning rate does not "
+            "carry over to another width" + ("; set sft.mup_base_width" if block == "sft" else "")
+            for block, settings in self.trainings.items()
+            if getattr(settings, "mup_base_width", None) is None
+        ]
 
     def sampled_notes(self) -> list[str]:
         """A sentence for every entry of `sampled` whose rows nothing is trained on."""

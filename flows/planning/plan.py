@@ -147,6 +147,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         *recipe.lowered_batches(),
         *recipe.audit_notes(),
         *recipe.evaluation_notes(),
+        *recipe.mup_notes(),
         *recipe.sampled_notes(),
         *_too_large(costs, rows),
         *unreachable,

@@ -51,7 +51,10 @@ def load_ladder(name: str | dict[str, Any] | LadderSettings) -> LadderSettings:
 
 
 def check_common(ladder: LadderSettings) -> None:
-    """RecipeError where the target, or a proxy, is trained on other data or by other settings than the rest."""
+    """RecipeError where the target, or a proxy, is trained on other data or by other settings than the rest.
+
+    So too where it is in another store, or is the model of another size.
+    """
     whole = ladder.whole()
     recipe_of = {}
     for place in places(whole):
@@ -61,7 +64,18 @@ def check_common(ladder: LadderSettings) -> None:
             except ValueError as error:
                 raise RecipeError(f"ladder {ladder.name}, size {place.size}: {error}") from None
     first = next(iter(recipe_of))
+    size_of: dict[str, str] = {}
     for size, recipe in recipe_of.items():
+        if (other := size_of.setdefault(recipe.base_model.model_dump_json(), size)) != size:
+            raise RecipeError(
+                f"ladder {ladder.name}: {other} and {size} are the same model; give each its own base_model "
+                "in overrides"
+            )
+        if recipe.compute.store != recipe_of[first].compute.store:
+            raise RecipeError(
+                f"ladder {ladder.name}: compute.store of size {size} differs from that of {first}; all cells are in "
+                "one store: set it in proxies.overrides"
+            )
         for field in (*_COMMON, whole.stage):
             if _plain(recipe, field, whole) != _plain(recipe_of[first], field, whole):
                 raise RecipeError(

@@ -74,7 +74,7 @@ def result_of(ladder: LadderSettings, store_root: Path) -> LadderResult:
         optima = find_optima(scores.cells)
         made.append(TaskLadder(scores.task, optima, predict(optima, *at)))
     prediction = made[ladder.decisive].prediction
-    problems = list(prediction.problems)
+    problems = [*_unfinished(proxies, states, "the prediction may move"), *prediction.problems]
     if not math.isfinite(prediction.log2_lr):
         return LadderResult(ladder, tuple(made), None, counts, tuple(problems))
     if (leap := _leap(ladder)) is not None:
@@ -88,9 +88,15 @@ def result_of(ladder: LadderSettings, store_root: Path) -> LadderResult:
     if (sweep_folder(store_root, confirmation.name) / "cells.json").exists():
         states = _states(confirmation, store_root)
         counts[confirmation.name] = counts_of(states)
+        problems += _unfinished(confirmation, states, "the prediction is not tested to the end")
         if states and all(one.state in ("done", "diverged") for one in states):
             confirmed, why = _confirmed(confirmation, store_root, states, log2_lr)
             problems += why
+            if len(target.seeds) == 1 and not why:
+                problems.append(
+                    "the target was trained with one seed: the error of its regret is that of the items alone; give "
+                    "target.seeds more"
+                )
             made = [
                 TaskLadder(one.task, one.optima, one.prediction, found)
                 for one, found in zip(made, confirmed, strict=True)
@@ -102,6 +108,13 @@ def _states(sweep: SweepSettings, store_root: Path) -> list[CellState]:
     """Of the cells that a sweep has now; others were asked for before. ValueError where it was never run."""
     folder, wanted = sweep_folder(store_root, sweep.name), places(sweep)
     return states_of(store_root, folder, [one for one in remembered(folder) if one.place in wanted])
+
+
+def _unfinished(sweep: SweepSettings, states: Sequence[CellState], so: str) -> list[str]:
+    """A problem where cells that a sweep has now were not run, or failed."""
+    num_cells = len(places(sweep))
+    left = num_cells - sum(one.state in ("done", "diverged") for one in states)
+    return [f"{left:,} of {num_cells:,} cells of {sweep.name} are not finished: {so}; run it again"] if left else []
 
 
 def _confirmed(
@@ -234,13 +247,17 @@ def _without_nan(value: Any) -> Any:
 
 
 def is_transfer(ladder: LadderSettings) -> bool:
-    """Whether all sizes are made from nothing with muP, so that a rate is meant to carry over."""
+    """Whether all sizes are made from nothing with one muP and heads of one width, so that a rate is meant to carry
+    over.
+    """
     whole = ladder.whole()
     first = {place.size: place for place in reversed(places(whole))}.values()
     recipes = [load_recipe(whole.recipe, overrides_of(whole, place)) for place in first]
-    return all(
-        one.base_model.scratch is not None
-        and getattr(one.base_model.scratch, "mup", None) is not None
-        and getattr(getattr(one, whole.stage), "mup_base_width", None) is not None
-        for one in recipes
-    )
+    made = [one.base_model.scratch for one in recipes]
+    if any(getattr(getattr(one, whole.stage), "mup_base_width", None) is None for one in recipes):
+        return False
+    shared = {
+        scratch and (scratch.mup, scratch.initializer_range, scratch.hidden_size // scratch.num_attention_heads)
+        for scratch in made
+    }
+    return len(shared) == 1 and all(scratch is not None and scratch.mup is not None for scratch in made)

@@ -226,7 +226,8 @@ def content_digest(path: Path) -> str:
 
 evaluation = Stage(
     name="evaluation",
-    version=2,
+    # Rises with that of its cells: one that is there already would never ask for them.
+    version=1 + evaluation_cell.version,
     config=EvaluationStageConfig,
     inputs=EvaluationInputs,
     outputs=EvaluationOutputs,

@@ -135,6 +135,7 @@ def html(
         f"{readable.count(target.max_tokens)} tokens",
         figures=[Markup(svg) for svg in drawn],  # drawn here; matplotlib escapes its texts
         rows=[_told(row) for row in rows],
+        tested=next(f"{row['task']}, {row['metric']}" for row in rows if row["is_decisive"]),
         overlays=[f"{STEP_LAW.name} ({STEP_LAW.source}): {STEP_LAW.note}"] if "step-law" in ladder.overlays else [],
     )
 

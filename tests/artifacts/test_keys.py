@@ -290,7 +290,7 @@ def test_canonical_keys_every_field_of_the_training_stages_counts() -> None:
                 # can be said there by a plain value (the keys of schedules are in test_schedules.py).
                 alone = [
                     ("rlvr", "algorithm"), ("rlvr", "leave_out"), ("rlvr", "random_reward_probability"),
-                    ("rlvr", "held_out"), ("rlvr", "keep"), ("dpo", "label_smoothing"),
+                    ("rlvr", "held_out"), ("rlvr", "keep"), ("dpo", "label_smoothing"), ("sft", "mup_base_width"),
                 ]  # fmt: skip
                 assert path in alone or path[1] in ("schedule", "lora"), path
 

@@ -99,6 +99,9 @@ def test_the_confirmation_is_three_ordinary_rates_of_the_target() -> None:
         ("target/overrides", {HIDDEN: 64, "world.seed": 5}, "world of size target differs from that of a; .* for all"),
         ("target/overrides", {HIDDEN: 64, "sft.weight_decay": 0.1}, "sft of size target differs from that of a"),
         ("target/overrides", {HIDDEN: 63}, r"(?s)size target: .*hidden_size 63"),
+        ("target/overrides", {HIDDEN: 48}, "c and target are the same model; give each its own base_model"),
+        ("proxies/sizes/b", {"num_parameters": 2**13, "overrides": {HIDDEN: 16}}, "a and b are the same model"),
+        ("target/overrides", {HIDDEN: 64, "compute.store": "/tmp/other"}, "compute.store of size target differs .* in"),
         ("target/learning_rate", 1e-3, "target.learning_rate: Extra inputs"),
         ("proxies/overrides", {"sft.weight_decay": "hf_" + "a1B2" * 9}, "holds no secrets"),
     ],
@@ -130,6 +133,9 @@ def test_what_names_no_ladder(name: Any) -> None:
 def test_only_a_ladder_of_mup_is_a_transfer() -> None:
     assert is_transfer(load_ladder("ladder-tiny"))
     assert not is_transfer(load_ladder(LADDER))
+    values = yaml.safe_load((SWEEPS / "ladder-tiny.yaml").read_text())
+    values["target"]["overrides"]["base_model.scratch.num_attention_heads"] = 4
+    assert not is_transfer(load_ladder(values)), "heads twice as wide"
 
 
 @pytest.fixture
@@ -194,6 +200,28 @@ def test_a_ladder_from_its_scores(store: HandStore) -> None:
     assert "predicted learning rate 0.000691 (2^-10.50" in told and "at 0.5 times it" in told and "widen" in told
 
 
+def test_what_is_not_finished_is_told(store: HandStore) -> None:
+    """Proxies and a confirmation that were given a third seed after they ran."""
+    asked = load_ladder(LADDER)
+    run_by_hand(store, asked.proxies, BEST)
+    run_by_hand(store, asked.confirmation(-10.5), {"target": -10.5})
+    assert result_of(asked, store.root).problems == ()
+    values = changed("target/seeds", [0, 1, 2])
+    values["proxies"]["blocks"][0]["seeds"] = [0, 1, 2]
+    assert result_of(load_ladder(values), store.root).problems == (
+        "15 of 45 cells of small-proxies are not finished: the prediction may move; run it again",
+        "3 of 9 cells of small-confirmation are not finished: the prediction is not tested to the end; run it again",
+    )
+
+
+def test_a_target_of_one_seed_has_no_error_of_seeds(store: HandStore) -> None:
+    ladder = load_ladder(changed("target/seeds", [0]))
+    run_by_hand(store, ladder.proxies, BEST)
+    run_by_hand(store, ladder.confirmation(-10.5), {"target": -10.5})
+    (problem,) = result_of(ladder, store.root).problems
+    assert problem.startswith("the target was trained with one seed: the error of its regret is that of the items")
+
+
 def test_the_page_of_a_ladder(store: HandStore) -> None:
     ladder = load_ladder(LADDER | {"overlays": ["step-law"], "description": "<b>bold</b>"})
     run_by_hand(store, ladder.proxies, BEST)
@@ -202,6 +230,7 @@ def test_the_page_of_a_ladder(store: HandStore) -> None:
     text = page.read_text()
     assert "<b>bold</b>" not in text and "not a transfer" in text and "Step Law (arXiv 2503.04715)" in text
     assert text.count("<svg") == 2 and "http-equiv" in text
+    assert "that which tiny_arithmetic, bits_per_byte,strict-match predicts: all rows say what that one costs" in text
     first = (page.parent / "ladder.svg").read_bytes()
     assert (page.parent / "ladder.pdf").read_bytes().startswith(b"%PDF")
     values = json.loads((page.parent / "ladder.json").read_text())
@@ -270,12 +299,11 @@ def test_a_forecast_above_the_limit_starts_nothing(tmp_path: Path) -> None:
 def test_a_forecast_without_the_models(tmp_path: Path) -> None:
     """Hub models and no network: cells, tokens and declared hours are told, and why not more."""
     values = json.loads(json.dumps(LADDER))
-    values["proxies"]["overrides"] |= {"base_model": {"path": str(tmp_path / "missing")}}
     for name in values["proxies"]["overrides"].copy():
         if name.startswith("base_model."):
             del values["proxies"]["overrides"][name]
-    for size in (*values["proxies"]["sizes"].values(), values["target"]):
-        size["overrides"] = {}
+    for number, size in enumerate((*values["proxies"]["sizes"].values(), values["target"])):
+        size["overrides"] = {"base_model": {"path": str(tmp_path / f"missing-{number}")}}
     values["target"]["hours"] = 1.0
     ladder = at_store(values, tmp_path / "store")
     forecast = forecast_ladder(ladder, open_store_of(ladder, checked=False))

@@ -108,3 +108,10 @@ def test_a_batch_that_the_devices_cannot_form() -> None:
         RecipeError, match=r"cell lr-9-b3-t2000-s0: (?s:.*)batch_size 8 is not a multiple of num_processes 3"
     ):
         made({"overrides": overrides})
+
+
+def test_a_size_has_no_store_of_its_own() -> None:
+    sizes = {"base": {"num_parameters": 10}, "larger": {"num_parameters": 20, "overrides": {"compute.store": "/other"}}}
+    told = "compute.store is /other, that of the first cell .*; all cells are in one store"
+    with pytest.raises(RecipeError, match=told):
+        made({"sizes": sizes, "blocks": [BLOCK | {"sizes": ["base", "larger"]}]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
+from smoltulu.flows.graphs.recipe_graph import Graph
+from smoltulu.flows.recipe import RecipeError, load_recipe
 from smoltulu.schemas.base_model import BaseModelConfig, MupSettings
 from smoltulu.schemas.training import SFTSettings
 from smoltulu.tasks.base_model.scratch import build_base_model, new_model, train_tokenizer
@@ -126,6 +129,23 @@ def test_a_trainer_follows_and_its_model_is_a_granite(bases: dict[str, Path], tm
     assert reloaded.config.model_type == "granite" and reloaded.config.logits_scaling == 2.0
 
 
+@pytest.mark.parametrize("schedule", [None, {"kind": "wsd", "decay_ratio": 0.5}])
+def test_a_resume_goes_on_with_the_rates_of_every_group(
+    bases: dict[str, Path], tmp_path: Path, schedule: dict[str, Any] | None
+) -> None:
+    settings = {
+        "mup_base_width": 16, "learning_rate": 0.01, "max_steps": 4, "effective_batch_size": 8, "weight_decay": 0.1,
+        "warmup_ratio": 0.0, "schedule": schedule,
+    }  # fmt: skip
+    whole = run("sft", tmp_path / "whole", bases["mup"], CONVERSATIONS, settings)
+    shutil.copytree(tmp_path / "whole" / "work", tmp_path / "resumed" / "work")
+    shutil.rmtree(tmp_path / "resumed" / "work" / "checkpoints" / "checkpoint-4")
+    resumed = run("sft", tmp_path / "resumed", bases["mup"], CONVERSATIONS, settings)
+    assert (tmp_path / "resumed" / "work" / "resumed.jsonl").read_text() == "3\n"
+    weights = [(one.model / "model.safetensors").read_bytes() for one in (whole, resumed)]
+    assert weights[0] == weights[1]
+
+
 def test_packed_rows_have_the_loss_of_padded_ones(bases: dict[str, Path], tmp_path: Path) -> None:
     losses = []
     for packing in (False, True):
@@ -141,6 +161,24 @@ def test_a_model_of_another_parametrisation_is_refused(bases: dict[str, Path], t
     for name, base_width in (("plain", 16), ("mup", 32)):
         with pytest.raises(ValueError, match=f"mup_base_width {base_width} needs a model that was made with it"):
             trainer_of("sft", tmp_path / name, bases[name], CONVERSATIONS, {"mup_base_width": base_width})
+
+
+def test_a_recipe_has_one_base_width() -> None:
+    """Known before a base is made; a training that does not follow it is told."""
+    sft = {"sft.mup_base_width": 16}
+    with pytest.raises(
+        RecipeError, match=r"sft.mup_base_width is 16, and base_model.scratch.mup is not set; give both"
+    ):
+        load_recipe("tiny-skills", sft)
+    base = {"base_model.scratch.mup": {"base_width": 32}}
+    with pytest.raises(RecipeError, match=r"sft.mup_base_width is 16, and .*mup has base_width 32; give both"):
+        load_recipe("tiny-skills", sft | base)
+    following = load_recipe("tiny-skills", base | {"sft.mup_base_width": 32})
+    assert following.mup_notes() == []
+    assert Graph(following).key("sft") != Graph(load_recipe("tiny-skills", base)).key("sft")
+    assert load_recipe("tiny-skills").mup_notes() == []
+    (note,) = load_recipe("tiny-skills", base).mup_notes()
+    assert note.startswith("sft: base_model.scratch.mup is set, and this") and note.endswith("; set sft.mup_base_width")
 
 
 def test_adapters_have_no_width() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from smoltulu.flows.sweeping.grid import load_sweep
 from smoltulu.schemas.world import SkillSettings, WorldConfig
 from smoltulu.tasks.world.generate import generate_world
 from smoltulu.tasks.world.skills import FOLLOWER, PATTERNS, REASONING, SKILLS, draw_question
@@ -60,6 +61,22 @@ def test_answers_are_right(skill: str) -> None:
     for _ in range(200):
         question = draw_question(rng, skill)
         assert question.answer == expected(skill, question.prompt), question
+
+
+def test_the_sweep_knows_what_a_guess_scores() -> None:
+    """A remainder is one of 2 to 5: who knows no more than that is right in 32 %, whatever the learning rate."""
+    rng = random.Random(5)
+    drawn = [draw_question(rng, skill) for skill in SKILLS for _ in range(2000)]
+    chances = {
+        task.task.removeprefix("skill_"): task.chance
+        for task in load_sweep("surface-tiny").tasks
+        if task.metric == "exact_match,none"
+    }
+    for skill in SKILLS:
+        answers = Counter(question.answer for question in drawn if question.skill == skill)
+        likeliest = answers.most_common(1)[0][1] / 2000
+        assert likeliest < (chances[skill] or 0.0) + 0.1, f"{skill}: one answer is right in {likeliest:.0%}"
+    assert chances["modular"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 4, abs=0.001)
 
 
 def test_every_skill_is_asked_equally_and_what_is_held_out_is_nowhere_else(
