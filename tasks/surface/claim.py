@@ -192,12 +192,16 @@ def candidates(cells: Cells, log2_tokens: float) -> list[tuple[Floats, Floats]]:
     return made
 
 
-def chosen_place(cells: Cells, log2_tokens: float) -> Choice:
+def chosen_place(
+    cells: Cells, log2_tokens: float, split: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+) -> Choice:
     """Best mean score over seeds by the choosing items at a budget, among its candidates.
+
+    split  items that choose, and that report; every other one where it is not given
 
     ValueError: no candidate, or fewer than two items.
     """
-    choosing, reporting = halves(cells.items.shape[1])
+    choosing, reporting = halves(cells.items.shape[1]) if split is None else split
     if not len(reporting):
         raise ValueError("one item cannot choose and report; give at least two")
     made = candidates(cells, log2_tokens)
