@@ -18,7 +18,7 @@ from smoltulu.tasks.surface.accounts import (
     pooled,
     verdicts,
 )
-from smoltulu.tasks.surface.claim import ClassTest, Nested, best_ratio, class_claim, halves, nested_forms
+from smoltulu.tasks.surface.claim import ClassTest, Nested, best_ratio, class_claim, fewest_seeds, halves, nested_forms
 from smoltulu.tasks.surface.gaussian_process import gp_optimum
 from smoltulu.tasks.surface.optimum import Cells, Optima, Optimum, find_optima
 
@@ -100,7 +100,8 @@ def analyse(
     names = dict.fromkeys(one.task.task_class for one in units)
     classes = tuple(_of_class(name, [one for one in units if one.task.task_class == name], is_scan) for name in names)
     ratios = {one.task.task: np.nan if one.is_at_floor else best_ratio(one.found) for one in units}
-    claims = class_claim(ratios, {one.task.task: one.task.task_class for one in units})
+    num_seeds = min((fewest_seeds(one.found) for one in units), default=0)
+    claims = class_claim(ratios, {one.task.task: one.task.task_class for one in units}, num_seeds)
     return Analysis(arm, tasks, classes, tuple(claims))
 
 
@@ -109,7 +110,9 @@ def _of_task(task: SweptTask, cells: Cells, is_scan: bool, num_resamples: int) -
     slopes = fit_slopes(found)
     is_at_floor = _is_at_floor(task, cells)
     if is_at_floor:
-        floor = f"{task.task} is at its floor (chance {task.chance:g}): its surface says nothing; take another score of it"
+        floor = (
+            f"{task.task} is at its floor (chance {task.chance:g}): its surface says nothing; take another score of it"
+        )
         slopes = replace(slopes, problems=(floor, *slopes.problems))
     return TaskAnalysis(
         task,

@@ -115,9 +115,7 @@ def _split(num_items_of: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.i
     it stands alone. So no item chooses by one score of its task and reports by another.
     """
     starts = np.cumsum([0, *num_items_of[:-1]])
-    parts = [
-        tuple(start + half for half in halves(num)) for start, num in zip(starts, num_items_of, strict=True)
-    ]
+    parts = [tuple(start + half for half in halves(num)) for start, num in zip(starts, num_items_of, strict=True)]
     choosing, reporting = (np.concatenate(half) for half in zip(*parts, strict=True))
     return choosing, reporting
 

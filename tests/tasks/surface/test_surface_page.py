@@ -339,7 +339,10 @@ def test_no_item_chooses_by_one_score_and_reports_by_another() -> None:
     cells = grid(num_items=5, seeds=1, tokens=(16.0,), noise=0.0)
     items = cells.items.copy()
     # Items 0, 2 and 4 choose: by both scores one place; items 1 and 3 like another.
-    favourite, other = (cells.log2_lr == -13) & (cells.log2_batch == 4), (cells.log2_lr == -11) & (cells.log2_batch == 4)
+    favourite, other = (
+        (cells.log2_lr == -13) & (cells.log2_batch == 4),
+        (cells.log2_lr == -11) & (cells.log2_batch == 4),
+    )
     items[np.ix_(favourite, [0, 2, 4])] += 1.0
     items[np.ix_(other, [1, 3])] += 3.0
     both = Cells(**{**vars(cells), "items": items})
@@ -348,3 +351,29 @@ def test_no_item_chooses_by_one_score_and_reports_by_another() -> None:
     assert (chosen.log2_lr, chosen.log2_batch) == (-13, 4)
     first, second = chosen.tasks
     assert (first.score, first.regret) == pytest.approx((second.score, second.regret))
+
+
+def test_a_flag_points_to_an_edge_only_where_the_optimum_lies_there() -> None:
+    assert marks(drawing(only(grid(tokens=(16.0,)), grid(tokens=(16.0,)).log2_lr < -12)), "flag") == 1
+    triangle = drawing(grid(tokens=(16.0,), shift=-5.0))
+    diamond = drawing(only(grid(tokens=(16.0,)), grid(tokens=(16.0,)).log2_lr < -12))
+
+    def shape(text: str) -> int:
+        """Corners of the first flag."""
+        found = re.search(r'<g id="flag">.*?<path id="[^"]*" d="(.*?)"', text, re.DOTALL)
+        return len(re.findall("[ML]", found[1])) if found else 0
+
+    assert (shape(triangle), shape(diamond)) == (3, 4)
+
+
+def test_with_few_seeds_the_claim_is_not_tested() -> None:
+    """A run's luck that hits all tasks of a class alike looks like a difference of classes."""
+    shifts = {"reasoning": 0.0, "pattern": -1.0}
+    for seeds, told in ((2, "2 of 3 seeds: too few to test."), (3, "The classes differ")):
+        scores = [
+            (task(f"{name}_{n}", task_class=name), grid(seeds=seeds, shift=shift + 0.05 * n))
+            for name, shift in shifts.items()
+            for n in range(4)
+        ]
+        (test,) = analyse("main", scores, num_resamples=20).claims
+        assert told in words.claim_text(test) and abs(test.difference) == pytest.approx(1.0, abs=0.1)
