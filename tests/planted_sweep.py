@@ -56,7 +56,10 @@ def plant(
     seed: int = 0,
     details: dict[str, Any] | None = None,
 ) -> HandStore:
-    """Write trainings, evaluations and the sweep's own record. Items differ by more than seeds do. `details`: of scores."""
+    """Write trainings, evaluations and the sweep's own record. Items differ by more than seeds do.
+
+    details  of the scores
+    """
     store = HandStore(root)
     folder = sweep_folder(root, sweep.name)
     (folder / "outcomes").mkdir(parents=True, exist_ok=True)

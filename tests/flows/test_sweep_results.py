@@ -279,7 +279,7 @@ def test_a_score_is_that_of_its_own_filter(tmp_path: Path) -> None:
     (loose,) = load_scores(other, root, states)
     assert loose.means.tolist() == [9.0] * len(cells)
     gone = sweep.model_copy(update={"tasks": (SweptTask(task="task_0", metric="acc,none at all", task_class="a"),)})
-    with pytest.raises(ValueError, match="no items of acc,none at all .* headline is acc,strict"):
+    with pytest.raises(ValueError, match=r"no items of acc,none at all .* headline is acc,strict"):
         load_scores(gone, root, states)
 
 
