@@ -101,8 +101,10 @@ def analyse(
     classes = tuple(_of_class(name, [one for one in units if one.task.task_class == name], is_scan) for name in names)
     ratios = {one.task.task: np.nan if one.is_at_floor else best_ratio(one.found) for one in units}
     num_seeds = min((fewest_seeds(one.found) for one in units), default=0)
-    claims = class_claim(ratios, {one.task.task: one.task.task_class for one in units}, num_seeds)
-    return Analysis(arm, tasks, classes, tuple(claims))
+    class_of = {one.task.task: one.task.task_class for one in units}
+    # A scan has no verdict, neither of accounts nor of classes.
+    claims = () if is_scan else tuple(class_claim(ratios, class_of, num_seeds))
+    return Analysis(arm, tasks, classes, claims)
 
 
 def _of_task(task: SweptTask, cells: Cells, is_scan: bool, num_resamples: int) -> TaskAnalysis:

@@ -377,3 +377,4 @@ def test_with_few_seeds_the_claim_is_not_tested() -> None:
         ]
         (test,) = analyse("main", scores, num_resamples=20).claims
         assert told in words.claim_text(test) and abs(test.difference) == pytest.approx(1.0, abs=0.1)
+        assert not analyse("main", scores, is_scan=True, num_resamples=20).claims
