@@ -72,3 +72,24 @@ class Interruption:
                 if state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED):
                     self._state = "Cancelled"
         self._known.set()
+
+
+#: Interruptions of runs that go on in this process, by the run's id. Not in the module of a flow: what a task refers to
+#: there is sent with it to other machines, and an event cannot be.
+_of_runs: dict[str, Interruption] = {}
+
+
+def begin_interruptible(flow_run_id: str) -> Interruption:
+    """The interruption of a run that begins; its tasks in this process find it by `interruption_of`."""
+    made = _of_runs[flow_run_id] = Interruption()
+    return made
+
+
+def end_interruptible(flow_run_id: str) -> None:
+    """A run has ended."""
+    _of_runs.pop(flow_run_id, None)
+
+
+def interruption_of(flow_run_id: str) -> Interruption | None:
+    """That of a run; None in tasks on other machines and in other processes."""
+    return _of_runs.get(flow_run_id)

@@ -11,7 +11,7 @@ from prefect.states import Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from smoltulu.flows.endings import Interruption, close_earlier_attempts
+from smoltulu.flows.endings import begin_interruptible, close_earlier_attempts, end_interruptible, interruption_of
 from smoltulu.flows.follow_worker import follow_worker
 from smoltulu.flows.forms import described, with_form
 from smoltulu.flows.logs import RunFailed, shield_run_logs
@@ -23,8 +23,6 @@ SweepParameter = Annotated[
     str | dict[str, Any], Field(description="a shipped sweep, the path of a YAML file, or a sweep written out")
 ]
 Blocks = Annotated[list[str], Field(description="blocks to run, by their names; none: all of them, in their order")]
-#: Interruption of a run that goes on in this process, by the run's id. Tasks on other machines find none.
-_interruptions: dict[str, Interruption] = {}
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -35,7 +33,7 @@ def make(cell: SweepCell, nodes: tuple[str, ...], upstream: References, store_ro
     try:
         made = make_nodes(cell, nodes, upstream, store, get_run_logger())
     except Exception as error:
-        interruption = _interruptions.get(str(runtime.flow_run.id))
+        interruption = interruption_of(str(runtime.flow_run.id))
         if interruption is not None and (ending := interruption.state_of_stage(error)) is not None:
             return ending
         raise
@@ -65,14 +63,14 @@ def smoltulu_sweep(sweep: SweepParameter, blocks: Blocks = []) -> Any:  # noqa: 
         raise ValueError(f'blocks: give a list of names, e.g. ["main"]; given: {blocks!r:.200}')
     asked, flow_run_id = load_sweep(sweep), str(runtime.flow_run.id)
     run = SweepRun(asked, f"{asked.name}-{runtime.flow_run.name}", log, blocks=blocks, flow_run_id=flow_run_id)
-    interruption = _interruptions[flow_run_id] = Interruption()
+    interruption = begin_interruptible(flow_run_id)
     futures: list[PrefectFuture[Any]] = []
 
     def submit(cell: SweepCell, nodes: tuple[str, ...], upstream: References) -> PrefectFuture[Any]:
         is_shared = nodes[0] in cell.shared_nodes
         name = cell.graph.nodes[nodes[0]].stage.name if is_shared else "cell"
         named = make.with_options(name=name, task_run_name=nodes[0] if is_shared else cell.place.name)
-        futures.append(named.submit(cell, nodes, upstream, str(run.store_root)))
+        futures.append(named.submit(cell.to_send, nodes, upstream, str(run.store_root)))
         return futures[-1]
 
     state, page = "Failed", ""
@@ -83,7 +81,7 @@ def smoltulu_sweep(sweep: SweepParameter, blocks: Blocks = []) -> Any:  # noqa: 
         state = interruption.stop(error, futures)
         raise
     finally:
-        del _interruptions[flow_run_id]
+        end_interruptible(flow_run_id)
         run.end(state, page)
     message = run.counted()
     log.info(message)

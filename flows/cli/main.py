@@ -141,8 +141,7 @@ def plan(
     from smoltulu.flows.cli.plan import make_plan, plan_arguments, run_parameters, show
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.recipe import parse_overrides, whole_path
-    from smoltulu.flows.sweeping.grid import is_sweep
-    from smoltulu.flows.sweeping.ladder import is_ladder
+    from smoltulu.flows.sweeping.grid import is_ladder, is_sweep
 
     if is_sweep(recipe):
         if override or until or refresh:

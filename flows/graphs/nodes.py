@@ -153,6 +153,13 @@ class NodeGraph:
         size = node.config.effective_batch_size if isinstance(node.config, TrainingSettings) else None
         return self.compute.of(node.stage.name, size)
 
+    def part(self, names: Iterable[str]) -> NodeGraph:
+        """Some of its nodes, by the keys that they have here, without what they were found from: it can be pickled."""
+        made = NodeGraph(self.name, self.compute)
+        for name in names:
+            made.nodes[name], made._keys[name] = self.nodes[name], self.key(name)
+        return made
+
     def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
         """The job of a node, with the paths of its inputs: ready to run."""
         node = self.nodes[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,11 @@ class SweepCell:
         return self.graph.key(self.training), self.graph.key(self.evaluation)
 
     @property
+    def to_send(self) -> SweepCell:
+        """With the nodes that it is made from alone: for a task, which may run on another machine."""
+        return replace(self, graph=self.graph.part(self.graph.ancestors(self.evaluation)))  # type: ignore[arg-type]
+
+    @property
     def own_nodes(self) -> tuple[str, ...]:
         """What only this cell is made from, in graph order: its training, and what comes after it."""
         nodes = self.graph.ancestors(self.evaluation)
@@ -62,6 +67,16 @@ class SweepCell:
 def sweep_names() -> list[str]:
     """Names of the shipped sweeps."""
     return sorted(path.stem for path in SWEEPS.glob("*.yaml") if not path.stem.startswith(LADDER))
+
+
+def ladder_names() -> list[str]:
+    """Names of the shipped ladders."""
+    return sorted(path.stem for path in SWEEPS.glob(f"{LADDER}*.yaml"))
+
+
+def is_ladder(name: str) -> bool:
+    """Whether a name, or the path of a YAML file, is that of a ladder: it has proxies. What cannot be read is none."""
+    return name in ladder_names() or file_has(name, "proxies")
 
 
 def is_sweep(name: str) -> bool:

@@ -12,10 +12,9 @@ from smoltulu.artifacts import readable
 from smoltulu.artifacts.store import Log, Store
 from smoltulu.flows.recipe import RecipeError, check_secrets, load_recipe
 from smoltulu.flows.sweeping.forecast import BlockForecast, by_block, estimate, forecast_of
-from smoltulu.flows.sweeping.grid import LADDER, cells_of, file_has, values_of
+from smoltulu.flows.sweeping.grid import cells_of, ladder_names, values_of
 from smoltulu.flows.sweeping.ladder_results import result_of
 from smoltulu.flows.sweeping.states import CellState, records_of, states_of, sweep_folder
-from smoltulu.recipes import SWEEPS
 from smoltulu.schemas.common import problems_of
 from smoltulu.schemas.ladder import LadderSettings
 from smoltulu.schemas.recipe import Recipe
@@ -24,16 +23,6 @@ from smoltulu.tasks.engine.stores import open_store
 
 #: What all sizes must have in common, besides the swept stage: else another optimum need not come from the size.
 _COMMON = ("world", "data", "sampled", "contamination", "chat_template", "add_bos_token", "evaluation")
-
-
-def ladder_names() -> list[str]:
-    """Names of the shipped ladders."""
-    return sorted(path.stem for path in SWEEPS.glob(f"{LADDER}*.yaml"))
-
-
-def is_ladder(name: str) -> bool:
-    """Whether a name, or the path of a YAML file, is that of a ladder: it has proxies. What cannot be read is none."""
-    return name in ladder_names() or file_has(name, "proxies")
 
 
 def load_ladder(name: str | dict[str, Any] | LadderSettings) -> LadderSettings:

@@ -88,13 +88,13 @@ def predict(found: Optima, log2_batch: float, log2_tokens: float, log2_size: flo
     half = float(np.fmax(by_seeds, by_scatter))
     if not math.isfinite(half):
         problems.append("one seed at every place and no optimum to spare: no error can be told; add seeds or sizes")
-    slopes = tuple(
-        float(line[1 + axis]) if len(np.unique(points[:, axis])) > 1 and _is_told(design, 1 + axis) else nan
-        for axis in range(3)
-    )
-    return Prediction(
-        float(line[0]), float(line[0]) - half, float(line[0]) + half, slopes, len(optima), num_spare, tuple(problems)
-    )  # type: ignore[arg-type]
+
+    def slope(axis: int) -> float:
+        is_varied = len(np.unique(points[:, axis])) > 1
+        return float(line[1 + axis]) if is_varied and _is_told(design, 1 + axis) else nan
+
+    middle, slopes = float(line[0]), (slope(0), slope(1), slope(2))
+    return Prediction(middle, middle - half, middle + half, slopes, len(optima), num_spare, tuple(problems))
 
 
 def _is_told(design: Floats, coefficient: int) -> bool:

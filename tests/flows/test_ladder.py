@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from smoltulu.flows.recipe import RecipeError
-from smoltulu.flows.sweeping.grid import cells_of, load_sweep, sweep_names
-from smoltulu.flows.sweeping.ladder import check_hours, forecast_ladder, ladder_names, load_ladder, open_store_of
+from smoltulu.flows.sweeping.grid import cells_of, ladder_names, load_sweep, sweep_names
+from smoltulu.flows.sweeping.ladder import check_hours, forecast_ladder, load_ladder, open_store_of
 from smoltulu.flows.sweeping.ladder_results import is_transfer, lines_of, result_of, write_ladder
 from smoltulu.flows.sweeping.states import CellRecord, sweep_folder, write_outcome
 from smoltulu.recipes import SWEEPS

@@ -17,7 +17,7 @@ from smoltulu.artifacts.locks import try_lock
 from smoltulu.artifacts.manifests import Ref
 from smoltulu.flows.recipe import RecipeError
 from smoltulu.flows.sweeping.engine import _Cells
-from smoltulu.flows.sweeping.grid import cells_of, load_sweep
+from smoltulu.flows.sweeping.grid import SweepCell, cells_of, load_sweep
 from smoltulu.flows.sweeping.scores import load_scores
 from smoltulu.flows.sweeping.states import (
     CellRecord,
@@ -30,6 +30,7 @@ from smoltulu.flows.sweeping.states import (
     sweep_folder,
     write_outcome,
 )
+from smoltulu.schemas.artifact import ArtifactReference
 from tests import ROOT
 from tests.hand_store import HandStore
 from tests.small_tiny import SMALL_TINY
@@ -73,6 +74,27 @@ def test_cells_share_all_but_their_training_and_its_scores() -> None:
     assert first.keys[0] != second.keys[0] and first.keys[1] != second.keys[1]
     config = second.graph.nodes["sft"].config
     assert (config.learning_rate, config.effective_batch_size) == (2.0**-8, 8)  # type: ignore[attr-defined]
+
+
+def test_a_cell_can_be_sent_to_another_process() -> None:
+    cloudpickle = pytest.importorskip("cloudpickle")  # as Dask does it
+    cell = next(cells_of(load_sweep(SWEEP)))
+    sent = cloudpickle.loads(cloudpickle.dumps(cell.to_send))
+    assert sent.keys == cell.keys and sent.shared_nodes == cell.shared_nodes and sent.own_nodes == cell.own_nodes
+    job, there = (one.graph.job("sft", {name: _made(one, name) for name in one.shared_nodes}) for one in (cell, sent))
+    assert (job.spec, job.inputs, job.compute) == (there.spec, there.inputs, there.compute)
+
+
+def _made(cell: SweepCell, node: str) -> ArtifactReference:
+    outputs = {name: name for name in cell.graph.nodes[node].stage.outputs.model_fields}
+    return ArtifactReference(
+        stage=cell.graph.nodes[node].stage.name,
+        node=node,
+        key=cell.graph.key(node),
+        digest="d",
+        path="p",
+        outputs=outputs,
+    )
 
 
 def test_a_wider_grid_keeps_the_keys_of_its_cells() -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -212,8 +213,17 @@ def test_sigterm_ends_a_run_and_its_processes(tmp_path: Path) -> None:
     run.terminate()
     out = output_of(run)
     assert run.returncode == 143 and "stopped   sweep small" in out, out
-    listed = subprocess.run(["ps", "-o", "pid=,sid="], capture_output=True, text=True, check=True).stdout.split("\n")
-    assert not [line for line in listed if line.split()[1:] == [str(run.pid)]]
+    deadline = time.monotonic() + 10  # the kernel ends what waits for its parent
+    while left := [one for one in psutil.process_iter() if _is_of(one, run.pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def _is_of(process: psutil.Process, session: int) -> bool:
+    try:
+        return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, psutil.Error):
+        return False
 
 
 def test_status_imports_nothing_heavy(tmp_path: Path) -> None:
