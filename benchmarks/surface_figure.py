@@ -6,10 +6,13 @@ the optimum costs a seed's standard deviation. Dots are the optima that the anal
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.surface import World
 from smoltulu.tasks.surface.figures import COLOURS, pages, tokens_text

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from smoltulu.flows.sweeping.gather import gather
 from smoltulu.flows.sweeping.results import export_table, recommend, write_page

@@ -11,6 +11,8 @@ from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.reward_benchmarks import RewardBenchmark, check_labels
 from smoltulu.schemas.suites import Suite, expand
 
+#: Metrics of lm-eval that are better when they are lower, where a score does not say it of itself.
+LOWER_IS_BETTER = ("bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity")
 ScoreKind = Literal["language_model", "reward_model", "implicit_reward"]
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from smoltulu.schemas.common import MAX_NAME, MAX_PATH, StrictModel, machinery, science
+from smoltulu.schemas.evaluation import LOWER_IS_BETTER
 
 #: Learning rates and batch sizes that a surface needs at least; a scan needs none, and gets no verdict.
 MIN_RATES, MIN_BATCHES = 5, 3
@@ -146,6 +147,12 @@ class SweptTask(StrictModel):
                 "the sweep runs: classes are what is compared"
             )
         return values
+
+    @model_validator(mode="after")
+    def _has_its_direction(self) -> Self:
+        if (name := self.metric.partition(",")[0]) in LOWER_IS_BETTER and not self.lower_is_better:
+            raise ValueError(f"task {self.task!r}: {name} is better when it is lower; add lower_is_better: true")
+        return self
 
 
 class SweepSettings(StrictModel):

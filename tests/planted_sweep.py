@@ -48,9 +48,18 @@ def parabola(alpha: float = 0.5, gamma: float = 0.0, curvature: float = -0.1) ->
 
 
 def plant(
-    root: Path, sweep: SweepSettings, surface: Surface, num_items: int = 8, noise: float = 0.01, seed: int = 0
+    root: Path,
+    sweep: SweepSettings,
+    surface: Surface,
+    num_items: int = 8,
+    noise: float = 0.01,
+    seed: int = 0,
+    details: dict[str, Any] | None = None,
 ) -> HandStore:
-    """Write trainings, evaluations and the sweep's own record. Items differ by more than seeds do."""
+    """Write trainings, evaluations and the sweep's own record. Items differ by more than seeds do.
+
+    details  of the scores
+    """
     store = HandStore(root)
     folder = sweep_folder(root, sweep.name)
     (folder / "outcomes").mkdir(parents=True, exist_ok=True)
@@ -96,7 +105,7 @@ def plant(
                 })  # fmt: skip
             scores.append({
                 "task": name, "metric": headline, "value": 0.5, "num_samples": num_items, "harness": "h",
-                "task_version": "1", "template_digest": "t",
+                "task_version": "1", "template_digest": "t", "details": details or {},
             })  # fmt: skip
         made = store.make(
             "evaluation", f"evaluation {place.name}",

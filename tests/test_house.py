@@ -154,3 +154,14 @@ def test_what_pydantic_found_is_worded_in_one_place() -> None:
         if re.search(r"""\[['"]msg['"]\]""", path.read_text())
     }
     assert words == {"schemas/common.py", "flows/recipe.py"}
+
+
+def test_benchmarks_run_as_files() -> None:
+    """`python benchmarks/NAME.py` has only its own folder on the path."""
+    scripts = {path.name: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    needing = {
+        name
+        for name, text in scripts.items()
+        if "__main__" in text and re.search(r"^ *from (?:benchmarks|tests)\b", text, re.MULTILINE)
+    }
+    assert needing and not {name for name in needing if "sys.path.insert(0, str(Path(__file__)" not in scripts[name]}

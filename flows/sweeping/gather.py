@@ -83,7 +83,7 @@ def gather(sweep: SweepSettings, store_root: Path) -> Gathered:
     asked = places(sweep)
     notes = []
     others = [place for place in known if place not in asked]
-    if foreign := [place for place in others if place.size not in sweep.sizes or place.arm not in sweep.arms]:
+    if foreign := {place for place in others if place.size not in sweep.sizes or place.arm not in sweep.arms}:
         notes.append(f"{len(foreign)} cells of an earlier grid are of a size or arm that the sweep has no more")
     shown = [place for place in [*asked, *others] if place in known and place not in foreign]
     states = dict(zip(shown, states_of(store_root, folder, [known[place] for place in shown]), strict=True))

@@ -13,6 +13,9 @@ from smoltulu.schemas.sweep import SweepSettings
 from smoltulu.tasks.surface.analysis import Analysis
 from smoltulu.tasks.surface.choice import Chosen, choose, share_out
 
+_MAX_EXPONENT = 1000.0
+_MAX_NAME = 100  # of a recipe
+
 
 def recommended(
     sweep: SweepSettings, analyses: Sequence[Analysis], weights: Mapping[str, float] | None
@@ -37,7 +40,7 @@ def recommended(
             why = str(error)
             notes.append(f"{name}: {error}")
             continue
-        choices.append(_place(sweep, analysis, name, chosen))
+        choices.append(placed(sweep, analysis, name, chosen))
     if not choices:
         raise ValueError(f"sweep {sweep.name}: {why}")
     if len(analyses) > 1:
@@ -49,7 +52,7 @@ def recommended(
         stage=sweep.stage,
         choices=tuple(choices),
         patches=patches,
-        recipes=tuple(yaml_of(one, patch, notes) for one, patch in zip(choices, patches, strict=True)),
+        recipes=tuple(yaml_of(one, patch, unit_of(sweep), notes) for one, patch in zip(choices, patches, strict=True)),
         notes=tuple(notes),
     )
 
@@ -65,11 +68,13 @@ def _unmistaken(analysis: Analysis, shares: Mapping[str, float], name: str) -> M
     return made
 
 
-def _place(sweep: SweepSettings, analysis: Analysis, name: str, chosen: Chosen) -> RecommendedPlace:
+def placed(sweep: SweepSettings, analysis: Analysis, name: str, chosen: Chosen) -> RecommendedPlace:
+    """A choice as values: learning rates for their logarithms, scores as their metric is spelt."""
     sizes = {math.log2(one.num_parameters or 1): size for size, one in sweep.sizes.items()}
 
     def rate(log2: float) -> float | None:
-        return float(2.0**log2) if math.isfinite(log2) else None
+        # An interval of a nearly flat parabola may be wider than floats go.
+        return float(2.0 ** min(max(log2, -_MAX_EXPONENT), _MAX_EXPONENT)) if math.isfinite(log2) else None
 
     tasks = []
     for one in chosen.tasks:
@@ -119,7 +124,7 @@ def patch_of(sweep: SweepSettings, place: RecommendedPlace) -> dict[str, Any]:
         fields[f"{sweep.stage}.adam_beta2"] = 0.999 ** (place.effective_batch_size / arm.beta2_half_life_batch)
     own = stated(sweep.recipe)
     patch: dict[str, Any] = own if "extends" in own else {"extends": whole_path(sweep.recipe)}
-    patch = patch | {"name": f"{sweep.name}-best"}
+    patch = patch | {"name": f"{sweep.name[: _MAX_NAME - 5]}-best"}
     for dotted, value in fields.items():
         at = patch
         *outer, last = dotted.split(".")
@@ -131,11 +136,15 @@ def patch_of(sweep: SweepSettings, place: RecommendedPlace) -> dict[str, Any]:
     return patch
 
 
-def yaml_of(place: RecommendedPlace, patch: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
-    """A recipe file; what is known of the place stands in comments above it."""
+def unit_of(sweep: SweepSettings) -> str:
+    """What a budget counts."""
+    return "episodes" if sweep.stage == "rlvr" else "tokens"
+
+
+def yaml_of(place: RecommendedPlace, patch: Mapping[str, Any], unit: str, notes: Sequence[str] = ()) -> str:
+    """A recipe file; what is known of the place stands in comments above it. `unit`: of its budget."""
     import yaml
 
-    unit = "episodes" if "rlvr" in patch else "tokens"
     lines = [
         f"{place.of}: learning rate {place.learning_rate:.4g}, effective batch {place.effective_batch_size} rows",
         f"chosen among places that were run for {place.max_tokens:,} {unit} ({place.size}, arm {place.arm}); the best "
@@ -148,13 +157,14 @@ def yaml_of(place: RecommendedPlace, patch: Mapping[str, Any], notes: Sequence[s
         lines.append(f"best rate at this batch by the parabola: {place.optimum:.3g}, {interval}")
     lines.append(f"expected regret of the whole: {_with_error(place.regret, place.regret_stderr)} standard deviations")
     lines += [
-        f"  {one.task}, {one.metric} (weight {one.weight:.2g}): {one.score:.4g}, regret "
+        f"- {one.task}, {one.metric} (weight {one.weight:.2g}): {one.score:.4g}, regret "
         f"{_with_error(one.regret, one.regret_stderr)}"
         for one in place.tasks
     ]
     lines += [f"flag: {flag}" for flag in place.flags]
     lines += [f"note: {note}" for note in notes]
-    comments = "".join(f"# {clean(' '.join(line.split()) if line[:2] != '  ' else line)}\n" for line in lines)
+    # A line break in a name would end its comment.
+    comments = "".join(f"# {clean(' '.join(line.split()))}\n" for line in lines)
     return comments + yaml.safe_dump(dict(patch), sort_keys=False, allow_unicode=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from smoltulu.artifacts.files import private_folder, write_atomically, write_synced
 from smoltulu.flows.reporting import now
 from smoltulu.flows.sweeping.gather import Gathered, gather
-from smoltulu.flows.sweeping.recommending import recommended
+from smoltulu.flows.sweeping.recommending import recommended, unit_of
 from smoltulu.flows.sweeping.states import State
 from smoltulu.flows.sweeping.table import SUFFIXES, cell_rows, optimum_rows, table_bytes
 from smoltulu.schemas.recommendation import Recommendation
@@ -103,11 +103,6 @@ def recommend(sweep: SweepSettings, store_root: Path, weights: dict[str, float] 
     if not analyses:
         raise ValueError(f"sweep {sweep.name}: no cell has scores yet; run it first")
     return recommended(sweep, analyses, weights)
-
-
-def unit_of(sweep: SweepSettings) -> str:
-    """What a budget counts."""
-    return "episodes" if sweep.stage == "rlvr" else "tokens"
 
 
 def score_name(task: SweptTask) -> str:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from smoltulu.artifacts import layout
 from smoltulu.artifacts.store import read_manifest
 from smoltulu.flows.sweeping.states import CellRecord, CellState
-from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.schemas.evaluation import EvaluationOutputs, Score
 from smoltulu.schemas.sweep import SweepSettings, SweptTask
-from smoltulu.tasks.comparison.evaluations import Measured, item_name, measured, score_names
+from smoltulu.tasks.comparison.evaluations import Measured, is_up, item_name, measured, score_names
 from smoltulu.tasks.evaluation.samples import read_columns
 from smoltulu.tasks.evaluation.stage import evaluation
 from smoltulu.tasks.surface.optimum import Cells
@@ -128,7 +128,9 @@ def _scored(store_root: Path, cell: CellRecord, tasks: Sequence[SweptTask]) -> d
     folder, outputs = _evaluation(store_root, cell)
     names = score_names(outputs)
     for task in tasks:
-        if task.task not in names:
+        if task.task in names:
+            _check_direction(cell, task, outputs.scores[names.index(task.task)])
+        else:
             there = ", ".join(sorted(set(names))) or "none"
             raise ValueError(
                 f"cell {cell.place.name} was not measured on {task.task!r}; it has {there}. Name one of these in "
@@ -141,6 +143,21 @@ def _scored(store_root: Path, cell: CellRecord, tasks: Sequence[SweptTask]) -> d
             values = _values(items[task.task], task, cell)
             found[task] = _Scored(np.array(list(values.values())), names=tuple(values))
     return found
+
+
+def _check_direction(cell: CellRecord, task: SweptTask, score: Score) -> None:
+    """ValueError where the score says of itself that it is better when lower, and the sweep does not."""
+    if task.metric == score.metric and not task.lower_is_better and not is_up(score):
+        raise ValueError(
+            f"cell {cell.place.name}, {task.task}: {task.metric} is better when it is lower; set lower_is_better: true "
+            "in the sweep's tasks"
+        )
+
+
+def _filter_of(task: SweptTask, headline: str) -> str:
+    """The filter of the score that is asked for; that of the headline where it names none (`none`, or nothing)."""
+    asked = task.metric.partition(",")[2]
+    return headline.partition(",")[2] if asked in ("", "none") else asked
 
 
 def _from_columns(
@@ -168,7 +185,7 @@ def _from_columns(
     found = {}
     for task in tasks:
         number = names.index(task.task)
-        wanted = outputs.scores[number].metric.partition(",")[2]
+        wanted = _filter_of(task, outputs.scores[number].metric)
         here = (entry == number) & (has_none | (of_filter == wanted))
         is_metric = keys == task.metric.partition(",")[0]
         rows = row_of[is_metric]
@@ -206,7 +223,13 @@ def _evaluation(store_root: Path, cell: CellRecord) -> tuple[Path, EvaluationOut
 
 def _values(one: Measured, task: SweptTask, cell: CellRecord) -> dict[str, float]:
     """Item -> value of the score that the sweep asks for, which need not be the headline."""
-    if task.metric == one.score.metric:
+    headline = one.score.metric
+    if (wanted := _filter_of(task, headline)) != headline.partition(",")[2]:
+        raise ValueError(
+            f"cell {cell.place.name}, {task.task}: no items of {task.metric} were kept by filter {wanted!r}; its "
+            f"headline is {headline}. Name a score with a filter that was measured"
+        )
+    if task.metric == headline:
         return {name: item.value for name, item in one.items.items()}
     metric = task.metric.partition(",")[0]
     values = {}

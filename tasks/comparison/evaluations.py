@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from smoltulu.schemas.evaluation import EvaluationOutputs, Score
+from smoltulu.schemas.evaluation import LOWER_IS_BETTER, EvaluationOutputs, Score
 from smoltulu.tasks.comparison.contributions import Item, contributions
 from smoltulu.tasks.comparison.paired import PairedTest, holm, paired_test
 from smoltulu.tasks.evaluation.samples import read_samples
@@ -34,8 +34,6 @@ _NO_TEXTS = (
     "task", "entry", "id", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics", "parts", "right", "mean",
     "subset", "weight",
 )  # fmt: skip
-#: Metrics of lm-eval that are better when they are lower, where a score does not say it of itself.
-LOWER_IS_BETTER = ("bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity")
 #: What reading an evaluation may raise: files that are damaged, or of another version.
 READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError)
 #: The test over members needs so many: of five that all fell, the exact p-value is 2 / 2^5 = 0.06.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from smoltulu.tasks.surface.accounts import (
     pooled,
     verdicts,
 )
-from smoltulu.tasks.surface.claim import ClassTest, Nested, best_ratio, class_claim, nested_forms
+from smoltulu.tasks.surface.claim import ClassTest, Nested, best_ratio, class_claim, fewest_seeds, halves, nested_forms
 from smoltulu.tasks.surface.gaussian_process import gp_optimum
 from smoltulu.tasks.surface.optimum import Cells, Optima, Optimum, find_optima
 
@@ -99,14 +99,23 @@ def analyse(
     units = first_scores(tasks)
     names = dict.fromkeys(one.task.task_class for one in units)
     classes = tuple(_of_class(name, [one for one in units if one.task.task_class == name], is_scan) for name in names)
-    ratios = {one.task.task: best_ratio(one.found) for one in units}
-    claims = class_claim(ratios, {one.task.task: one.task.task_class for one in units})
-    return Analysis(arm, tasks, classes, tuple(claims))
+    ratios = {one.task.task: np.nan if one.is_at_floor else best_ratio(one.found) for one in units}
+    num_seeds = min((fewest_seeds(one.found) for one in units), default=0)
+    class_of = {one.task.task: one.task.task_class for one in units}
+    # A scan has no verdict, neither of accounts nor of classes.
+    claims = () if is_scan else tuple(class_claim(ratios, class_of, num_seeds))
+    return Analysis(arm, tasks, classes, claims)
 
 
 def _of_task(task: SweptTask, cells: Cells, is_scan: bool, num_resamples: int) -> TaskAnalysis:
     found = find_optima(cells, num_resamples)
     slopes = fit_slopes(found)
+    is_at_floor = _is_at_floor(task, cells)
+    if is_at_floor:
+        floor = (
+            f"{task.task} is at its floor (chance {task.chance:g}): its surface says nothing; take another score of it"
+        )
+        slopes = replace(slopes, problems=(floor, *slopes.problems))
     return TaskAnalysis(
         task,
         cells,
@@ -114,7 +123,7 @@ def _of_task(task: SweptTask, cells: Cells, is_scan: bool, num_resamples: int) -
         _said(slopes, is_scan),
         tuple(process_optimum(cells, one) for one in found.optima),
         tuple(nested_forms(cells, found)),
-        _is_at_floor(task, cells),
+        is_at_floor,
     )
 
 
@@ -135,13 +144,21 @@ def _said(slopes: Slopes, is_scan: bool) -> Said:
 
 
 def _is_at_floor(task: SweptTask, cells: Cells) -> bool:
-    """Whether the mean of the best place lies within two standard errors, over items, of chance."""
+    """Whether the best place lies within two standard errors, over items, of chance.
+
+    Half of the items choose that place, the others are compared: the best of many guesses is above chance by luck.
+    """
     if task.chance is None or cells.diverged.all():
         return False
-    best = max((mean for *_, mean in place_means(cells)), key=lambda one: float(one.mean()))
-    sign = -1.0 if task.lower_is_better else 1.0
-    stderr = best.std(ddof=1) / np.sqrt(len(best)) if len(best) > 1 else np.inf
-    return bool(best.mean() - sign * task.chance <= _FLOOR * stderr)
+    choosing, reporting = halves(cells.items.shape[1])
+    if len(reporting) < 2:
+        return True
+    best = max((mean for *_, mean in place_means(cells)), key=lambda one: float(one[choosing].mean()), default=None)
+    if best is None:  # a seed diverged at every place
+        return False
+    sign, reported = -1.0 if task.lower_is_better else 1.0, best[reporting]
+    stderr = reported.std(ddof=1) / np.sqrt(len(reported))
+    return bool(reported.mean() - sign * task.chance <= _FLOOR * stderr)
 
 
 def place_means(cells: Cells) -> list[tuple[float, float, float, float, int, Floats]]:

@@ -110,6 +110,16 @@ def together(cells_of: Sequence[Cells], factors: Sequence[float]) -> Cells:
     return Cells(**{**vars(cells_of[0]), "items": np.concatenate(parts, axis=1)})
 
 
+def _split(num_items_of: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Items of several tasks, one behind the other, that choose and that report: of each score the same halves as when
+    it stands alone. So no item chooses by one score of its task and reports by another.
+    """
+    starts = np.cumsum([0, *num_items_of[:-1]])
+    parts = [tuple(start + half for half in halves(num)) for start, num in zip(starts, num_items_of, strict=True)]
+    choosing, reporting = (np.concatenate(half) for half in zip(*parts, strict=True))
+    return choosing, reporting
+
+
 def choose(shares: Sequence[tuple[TaskAnalysis, float]]) -> Chosen:
     """Best place at the budget with the most batch sizes, and at the size with the most cells there.
 
@@ -137,14 +147,10 @@ def choose(shares: Sequence[tuple[TaskAnalysis, float]]) -> Chosen:
         )
     total = sum(weight for _, weight, _, _ in kept)
     whole = together([cells for *_, cells, _ in kept], [weight / total / scale for _, weight, _, scale in kept])
-    place = chosen_place(whole, tokens)
+    place = chosen_place(whole, tokens, _split([cells.items.shape[1] for *_, cells, _ in kept]))
     made = []
-    offset = 0
-    reporting = halves(whole.items.shape[1])[1]
     for one, weight, cells, _ in kept:
-        num_items = cells.items.shape[1]
-        own = reporting[(reporting >= offset) & (reporting < offset + num_items)] - offset
-        offset += num_items
+        own = halves(cells.items.shape[1])[1]
         places = candidates(cells, tokens)
         (mean,) = [mean for (lr, batch, _), mean in places if (lr, batch) == (place.log2_lr, place.log2_batch)]
         made.append(Judged(one, weight / total, *judged(places, mean, own)))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.stats import f
 
 from smoltulu.tasks.comparison.paired import holm
+from smoltulu.tasks.surface.accounts import MIN_SEEDS
 from smoltulu.tasks.surface.optimum import WINDOW, Cells, Optima, main_budget
 
 Floats = NDArray[np.float64]
@@ -31,8 +32,9 @@ class ClassTest:
     """Best log2 ratios of the tasks of two classes.
 
     difference  mean of the first class minus mean of the second, octaves
-    p_value     two-sided, over all ways to call as many of these tasks the first class; nan where a class is too small
+    p_value     two-sided, over all ways to call as many of these tasks the first class; nan where it was not tested
     adjusted    for all tests of the sweep (Holm)
+    untested    why it was not tested; empty where it was
     """
 
     classes: tuple[str, str]
@@ -40,6 +42,7 @@ class ClassTest:
     difference: float
     p_value: float
     adjusted: float
+    untested: str = ""
 
 
 def best_ratio(found: Optima) -> float:
@@ -50,6 +53,12 @@ def best_ratio(found: Optima) -> float:
     main = main_budget(found.optima)
     at_main = [one for one in found.optima if one.log2_tokens == main]
     return float(np.mean([one.log2_lr - one.log2_batch if not one.flaw else np.nan for one in at_main]))
+
+
+def fewest_seeds(found: Optima) -> int:
+    """Seeds of the place with the fewest of them, of those that `best_ratio` is the mean of."""
+    main = main_budget(found.optima)
+    return min(one.num_seeds for one in found.optima if one.log2_tokens == main)
 
 
 def permutation_test(first: Sequence[float], second: Sequence[float]) -> float:
@@ -71,8 +80,13 @@ def permutation_test(first: Sequence[float], second: Sequence[float]) -> float:
     return float(np.mean(np.abs(means) >= observed * (1 - 1e-12)))
 
 
-def class_claim(ratios: Mapping[str, float], class_of: Mapping[str, str]) -> list[ClassTest]:
+def class_claim(
+    ratios: Mapping[str, float], class_of: Mapping[str, str], num_seeds: int = MIN_SEEDS
+) -> list[ClassTest]:
     """Every two classes against each other. Tasks without an optimum are left out.
+
+    num_seeds  the fewest behind a ratio; under `MIN_SEEDS` nothing is tested: the luck of a run hits all tasks of a
+        class alike, and tasks as units do not show that
 
     ValueError: a task without class.
     """
@@ -84,7 +98,8 @@ def class_claim(ratios: Mapping[str, float], class_of: Mapping[str, str]) -> lis
         for name in classes
     }
     pairs = list(combinations(classes, 2))
-    p_values = [permutation_test(of_class[one], of_class[other]) for one, other in pairs]
+    too_few = f"{num_seeds} of {MIN_SEEDS} seeds: too few to test" if num_seeds < MIN_SEEDS else ""
+    p_values = [np.nan if too_few else permutation_test(of_class[one], of_class[other]) for one, other in pairs]
     known = [p for p in p_values if math.isfinite(p)]
     adjusted = iter(holm(known))
     made = []
@@ -92,7 +107,10 @@ def class_claim(ratios: Mapping[str, float], class_of: Mapping[str, str]) -> lis
         first, second = of_class[one], of_class[other]
         difference = float(np.mean(first) - np.mean(second)) if first and second else float("nan")
         after = next(adjusted) if math.isfinite(p_value) else float("nan")
-        made.append(ClassTest((one, other), (len(first), len(second)), difference, p_value, after))
+        few_tasks = "" if math.isfinite(p_value) else "Too few tasks to test: four against four can reach p = 0.029"
+        made.append(
+            ClassTest((one, other), (len(first), len(second)), difference, p_value, after, too_few or few_tasks)
+        )
     return made
 
 
@@ -192,12 +210,16 @@ def candidates(cells: Cells, log2_tokens: float) -> list[tuple[Floats, Floats]]:
     return made
 
 
-def chosen_place(cells: Cells, log2_tokens: float) -> Choice:
+def chosen_place(
+    cells: Cells, log2_tokens: float, split: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+) -> Choice:
     """Best mean score over seeds by the choosing items at a budget, among its candidates.
+
+    split  items that choose, and that report; every other one where it is not given
 
     ValueError: no candidate, or fewer than two items.
     """
-    choosing, reporting = halves(cells.items.shape[1])
+    choosing, reporting = halves(cells.items.shape[1]) if split is None else split
     if not len(reporting):
         raise ValueError("one item cannot choose and report; give at least two")
     made = candidates(cells, log2_tokens)

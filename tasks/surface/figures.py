@@ -215,7 +215,7 @@ def _hatch(axes: Axes, panel: Panel) -> None:
 
 
 def _ridge(axes: Axes, panel: Panel, y: tuple[float, float]) -> None:
-    """The usable optima with their 95 % region, flags at the others, and iso-lines of slope 1 and 1/2."""
+    """The usable optima with their 95 % region, flags for the others, and iso-lines of slope 1 and 1/2."""
     usable = [point for point in panel.ridge if not point.flaw]
     if usable:
         batch = [point.log2_batch for point in usable]
@@ -238,9 +238,19 @@ def _ridge(axes: Axes, panel: Panel, y: tuple[float, float]) -> None:
                       gid=f"iso-{slope:g}", zorder=2)  # fmt: skip
     for point in panel.ridge:
         if point.flaw:
-            at = y[1] if "highest" in point.flaw or "diverged" in point.flaw else y[0]
-            mark = "^" if at == y[1] else "v"
-            axes.plot([point.log2_batch], [at], mark, color="#b02f26", ms=7, clip_on=False, gid="flag", zorder=7)
+            at = y[1] if point.flaw in ("highest rate", "next rate diverged") else y[0]
+            # A triangle points to where the optimum lies; where none can be told it must not.
+            mark = "v" if point.flaw == "lowest rate" else "^" if at == y[1] else "D"
+            axes.plot(
+                [point.log2_batch],
+                [at],
+                mark,
+                color="#b02f26",
+                ms=5 if mark == "D" else 7,
+                clip_on=False,
+                gid="flag",
+                zorder=7,
+            )
 
 
 def slices(panels: TaskPanels, panel: Panel, labels: Labels) -> Drawing:
@@ -261,6 +271,7 @@ def slices(panels: TaskPanels, panel: Panel, labels: Labels) -> Drawing:
             axes.axhline(panels.task.chance, color="#555555", lw=0.8, dashes=(1, 2), gid="chance")
         span = panels.high - panels.low
         axes.set_ylim(panels.low - 0.15 * span, panels.high + 0.15 * span)
+        axes.xaxis.set_major_locator(_round_ticks(6, integer=True))
         axes.set_title(title_of(panels, panel, labels))
         axes.set_xlabel("log2 learning rate")
         axes.set_ylabel(_short(panels.task.metric.removesuffix(",none"), 30))

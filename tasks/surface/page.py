@@ -108,7 +108,7 @@ def sweep_page(
         headline=words.headline(analyses[0] if analyses else None, is_scan),
         notes=notes,
         arms=[_arm(one) for one in analyses],
-        claims=[words.claim_text(test) for test in analyses[0].claims] if analyses and not is_scan else [],
+        claims=[words.claim_text(test) for test in analyses[0].claims] if analyses else [],
         paper=[_shown(one) for one in drawn if one.kind == "paper"],
         surfaces=_pairs(drawn),
         compared=[_shown(one) for one in drawn if one.kind == "arms"],

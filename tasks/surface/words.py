@@ -80,7 +80,7 @@ def claim_text(test: ClassTest, level: float = 0.05) -> str:
     octaves = f"{abs(test.difference):.2f} octaves"
     said = f"{higher} wants a log2 ratio LR / B that is {octaves} above that of {lower} ({sizes})."
     if not math.isfinite(test.p_value):
-        return f"{said} Too few tasks to test: four against four can reach p = 0.029."
+        return f"{said} {test.untested}."
     told = "The classes differ" if test.adjusted < level else "That is within what any division of these tasks gives"
     return f"{said} {told}: permutation test p {p_text(test.p_value)}, adjusted (Holm) {p_text(test.adjusted)}."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -15,13 +16,15 @@ from pyarrow import parquet
 from smoltulu.artifacts.store import read_manifest
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.flows.sweeping.gather import gather
+from smoltulu.flows.sweeping.recommending import placed
 from smoltulu.flows.sweeping.results import export_table, recommend, write_page
 from smoltulu.flows.sweeping.scores import load_scores
 from smoltulu.flows.sweeping.states import remembered, states_of, sweep_folder
 from smoltulu.schemas.evaluation import EvaluationOutputs
-from smoltulu.schemas.sweep import Place, SweepSettings
+from smoltulu.schemas.sweep import Place, SweepSettings, SweptTask
 from smoltulu.tasks.comparison.evaluations import measured
 from smoltulu.tasks.evaluation.samples import read_samples, write_samples
+from smoltulu.tasks.surface.choice import choose, share_out
 from tests.planted_sweep import Surface, parabola, plant, settings
 
 BLOCK: dict[str, Any] = {
@@ -257,3 +260,56 @@ def test_scores_read_as_columns_are_those_read_row_by_row(tmp_path: Path) -> Non
     write_samples(files[3], list(read_samples(files[3]))[:-1])
     with pytest.raises(ValueError, match="have other items of task_1"):
         load_scores(sweep, root, states)
+
+
+def test_a_score_is_that_of_its_own_filter(tmp_path: Path) -> None:
+    """The headline's filter used to answer for every other one of the same metric."""
+    sweep = scan(tasks=[{"task": "task_0", "metric": "acc,strict", "task_class": "reasoning"}])
+    root = tmp_path / "store"
+    plant(root, sweep, parabola(), num_items=4)
+    cells = remembered(sweep_folder(root, sweep.name))
+    for cell in cells:
+        file = root / "evaluation" / cell.evaluation / "gen-0001" / "samples.parquet"
+        rows = list(read_samples(file))
+        write_samples(file, [*rows, *(row | {"filter": "loose", "metrics": {"acc": 9.0}} for row in rows)])
+    states = states_of(root, sweep_folder(root, sweep.name), cells)
+    (strict,) = load_scores(sweep, root, states)
+    assert strict.means.max() < 2
+    other = sweep.model_copy(update={"tasks": (SweptTask(task="task_0", metric="acc,loose", task_class="reasoning"),)})
+    (loose,) = load_scores(other, root, states)
+    assert loose.means.tolist() == [9.0] * len(cells)
+    gone = sweep.model_copy(update={"tasks": (SweptTask(task="task_0", metric="acc,none at all", task_class="a"),)})
+    with pytest.raises(ValueError, match=r"no items of acc,none at all .* headline is acc,strict"):
+        load_scores(gone, root, states)
+
+
+def test_a_score_that_is_better_when_lower_is_never_read_upside_down(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bits_per_byte is better when it is lower; add lower_is_better: true"):
+        scan(tasks=[{"task": "task_0", "metric": "bits_per_byte,none", "task_class": "reasoning"}])
+    # A metric whose name tells nothing, and whose score does.
+    sweep = scan(tasks=[{"task": "task_0", "metric": "loss,none", "task_class": "reasoning"}])
+    plant(tmp_path / "store", sweep, parabola(), details={"higher_is_better": False})
+    with pytest.raises(ValueError, match="loss,none is better when it is lower; set lower_is_better"):
+        gather(sweep, tmp_path / "store")
+
+
+def test_a_recipe_is_whole_whatever_its_names_are(tmp_path: Path) -> None:
+    """A line break in a name ended its comment; the name of a long sweep made a recipe that nothing could read."""
+    tasks = [{"task": "a\nsft: {learning_rate: 9}", "metric": "acc,none", "task_class": "reasoning"}]
+    sweep = scan(name="s" * 100, tasks=tasks, overrides={"rlvr.learning_rate": 1e-6})
+    plant(tmp_path / "store", sweep, parabola())
+    answer = recommend(sweep, tmp_path / "store")
+    assert yaml.safe_load(answer.as_yaml(0)) == answer.patches[0]
+    # What another stage of the recipe is set to says nothing of the unit of this one's budget.
+    assert "16,384 tokens" in answer.as_yaml(0)
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(answer.patches[0] | {"rlvr": {}}))
+    assert load_recipe(str(tmp_path / "best.yaml")).name == "s" * 95 + "-best"
+
+
+def test_an_interval_wider_than_floats_go_is_an_interval(tmp_path: Path) -> None:
+    sweep = settings(1)
+    plant(tmp_path / "store", sweep, parabola())
+    analyses = gather(sweep, tmp_path / "store").analyses()
+    chosen = choose(share_out(analyses[0].tasks, analyses[0].units, {"reasoning": 1.0}))
+    place = placed(sweep, analyses[0], "x", dataclasses.replace(chosen, low=-3e4, high=3e4))
+    assert place.low is not None and 0 < place.low < 1e-300 and place.high is not None and place.high > 1e300

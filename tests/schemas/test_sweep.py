@@ -22,7 +22,7 @@ SWEEP: dict[str, Any] = {
     "recipe": "tiny",
     "stage": "sft",
     "blocks": [BLOCK],
-    "tasks": [{"task": "tiny_arithmetic", "metric": "bits_per_byte,none", "task_class": "reasoning"}],
+    "tasks": [{"task": "tiny_arithmetic", "metric": "exact_match,none", "task_class": "reasoning"}],
 }
 
 

@@ -307,3 +307,74 @@ def test_any_shape_of_a_sweep_can_be_analysed_and_drawn(data: st.DataObject) -> 
         assert chosen.regret >= -1e-12 and all(one.regret >= -1e-12 for one in chosen.tasks)
     except ValueError as error:
         assert "run more cells" in str(error) or "diverged seed" in str(error)
+
+
+def test_guesses_are_at_their_floor_though_the_best_place_is_lucky() -> None:
+    """All items chose the place and were compared too: of 40 tasks of guesses 19 were marked."""
+    draws = np.random.default_rng(0)
+    num_marked = 0
+    for _ in range(20):
+        cells = grid()
+        guesses = (draws.random((len(cells.items), 200)) < 0.25).astype(float)
+        guessed = Cells(**{**vars(cells), "items": guesses})
+        num_marked += analyse("main", [(task(chance=0.25), guessed)], num_resamples=2).tasks[0].is_at_floor
+    assert num_marked >= 18
+
+
+def test_a_task_at_its_floor_says_nothing() -> None:
+    """Its surface may look like any other; neither it nor its class has a verdict, and no claim counts it."""
+    at_floor, other = task("low", chance=1.2), task("other")
+    cells = grid(tokens=(16.0, 18.0, 20.0))
+    analysis = analyse("main", [(at_floor, cells), (other, cells), (task("c", task_class="pattern"), cells)])
+    low, fine, _ = analysis.tasks
+    assert set(low.said.words.values()) == {"not identified"} and "at its floor (chance 1.2)" in low.said.reasons[0]
+    assert "supported" in fine.said.words.values()
+    assert set(analysis.classes[0].said.words.values()) == {"not identified"}
+    assert "low is at its floor" in analysis.classes[0].said.reasons[0]
+    assert analysis.claims[0].num_tasks == (1, 1)
+
+
+def test_no_item_chooses_by_one_score_and_reports_by_another() -> None:
+    """An odd number of items used to turn the halves of the second score."""
+    cells = grid(num_items=5, seeds=1, tokens=(16.0,), noise=0.0)
+    items = cells.items.copy()
+    # Items 0, 2 and 4 choose: by both scores one place; items 1 and 3 like another.
+    favourite, other = (
+        (cells.log2_lr == -13) & (cells.log2_batch == 4),
+        (cells.log2_lr == -11) & (cells.log2_batch == 4),
+    )
+    items[np.ix_(favourite, [0, 2, 4])] += 1.0
+    items[np.ix_(other, [1, 3])] += 3.0
+    both = Cells(**{**vars(cells), "items": items})
+    analysis = analyse("main", [(task(), both), (task(metric="f1,none"), both)])
+    chosen = choose(share_out(analysis.tasks, analysis.units, {"gsm8k:acc,none": 1.0, "gsm8k:f1,none": 1.0}))
+    assert (chosen.log2_lr, chosen.log2_batch) == (-13, 4)
+    first, second = chosen.tasks
+    assert (first.score, first.regret) == pytest.approx((second.score, second.regret))
+
+
+def test_a_flag_points_to_an_edge_only_where_the_optimum_lies_there() -> None:
+    assert marks(drawing(only(grid(tokens=(16.0,)), grid(tokens=(16.0,)).log2_lr < -12)), "flag") == 1
+    triangle = drawing(grid(tokens=(16.0,), shift=-5.0))
+    diamond = drawing(only(grid(tokens=(16.0,)), grid(tokens=(16.0,)).log2_lr < -12))
+
+    def shape(text: str) -> int:
+        """Corners of the first flag."""
+        found = re.search(r'<g id="flag">.*?<path id="[^"]*" d="(.*?)"', text, re.DOTALL)
+        return len(re.findall("[ML]", found[1])) if found else 0
+
+    assert (shape(triangle), shape(diamond)) == (3, 4)
+
+
+def test_with_few_seeds_the_claim_is_not_tested() -> None:
+    """A run's luck that hits all tasks of a class alike looks like a difference of classes."""
+    shifts = {"reasoning": 0.0, "pattern": -1.0}
+    for seeds, told in ((2, "2 of 3 seeds: too few to test."), (3, "The classes differ")):
+        scores = [
+            (task(f"{name}_{n}", task_class=name), grid(seeds=seeds, shift=shift + 0.05 * n))
+            for name, shift in shifts.items()
+            for n in range(4)
+        ]
+        (test,) = analyse("main", scores, num_resamples=20).claims
+        assert told in words.claim_text(test) and abs(test.difference) == pytest.approx(1.0, abs=0.1)
+        assert not analyse("main", scores, is_scan=True, num_resamples=20).claims
