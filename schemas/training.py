@@ -5,7 +5,7 @@ Every default names its source; `ours` where no source gives one.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -139,7 +139,12 @@ class GateSettings(StrictModel):
 
 
 class SupervisedSettings(TrainingSettings):
-    """Stages that go over a set of rows: for so many epochs, optimizer steps or tokens."""
+    """Stages that go over a set of rows: for so many epochs, optimizer steps or tokens.
+
+    reduction   how the loss of an effective batch is averaged
+    """
+
+    reduction: ClassVar[str] = "mean over pairs"
 
     num_train_epochs: float = science(1.0, gt=0)
     max_steps: int | None = science(None, ge=1, description="optimizer steps, instead of epochs")
@@ -169,6 +174,8 @@ Overlong = Literal["truncate", "drop"]
 
 class SFTSettings(SupervisedSettings):
     """Loss on assistant tokens and the closing eos only."""
+
+    reduction: ClassVar[str] = "mean over tokens"
 
     overlong: Overlong = science(
         "truncate", absent="truncate", description="rows longer than max_length; truncate: cut at its end (Tulu 3)"

@@ -68,7 +68,7 @@ def _room(module: str) -> str:
     if top in ("schemas", "recipes") or not rest:
         return top
     second = f"{top}.{rest.partition('.')[0]}"
-    if (ROOT / second.replace(".", "/")).is_dir():
+    if (ROOT / second.replace(".", "/") / "__init__.py").is_file():  # artifacts/store is also where a run keeps things
         return second
     return "tasks" if module in _CONTRACT else top if top == "artifacts" else module
 
@@ -109,7 +109,7 @@ def test_every_room_says_what_it_is() -> None:
     rooms = {_room(module) for module in MODULES} - {"schemas", "recipes"}
     for room in sorted(rooms):
         folder = ROOT / room.replace(".", "/")
-        if folder.is_dir():
+        if (folder / "__init__.py").is_file():
             readme = folder / "README.md"
             assert readme.is_file(), f"{room} has no README.md"
             assert len(readme.read_text().splitlines()) <= 20, f"{readme} is longer than a look"

@@ -10,14 +10,13 @@ from smoltulu.schemas.data import DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings, EvaluationTask, ScoreKind
 from smoltulu.schemas.reward_benchmarks import RewardBenchmark
 from smoltulu.tasks.evaluation.definitions import definition_digest
-from smoltulu.tasks.evaluation.lm_eval import harness_name
 
 
 @dataclass(frozen=True)
 class Asked:
     """The part of `evaluation` that applies to a kind of model: what applies to others must not change its key.
 
-    externals  name -> digest of a local file or of a task's definition; lm-eval's version
+    externals  name -> digest of a local file, or of a task's definition
     sources    of tasks or benchmarks
     """
 
@@ -70,8 +69,6 @@ def _tasks(
         sources += files.values()
         if (definition := definition_digest(task.name)) is not None:
             externals[f"{task.name}.definition"] = definition
-    if made:  # another version may ask otherwise: its scores are others
-        externals["harness"] = harness_name()
     return tuple(made), externals, tuple(sources)
 
 

@@ -330,7 +330,7 @@ def _difference(name: str, old: object, new: object, node: str | None) -> str:
         last = field.rpartition(".")[2]
         which = f"input {last}" if last == node else f"input {last} ({node})"
         return f"{which} is new" if old is None else f"{which} is another artifact"
-    if section == "externals" and field != "harness":  # that one says itself what it is
+    if section == "externals":
         what = _external(field)
         return f"{what} is new" if old is None else f"it read {what}" if new is None else f"{what} has another content"
     return f"{'stage version' if name == 'version' else field}: {_short(old)} -> {_short(new)}"

@@ -12,11 +12,10 @@ from smoltulu.artifacts.store import read_manifest
 from smoltulu.flows.sweeping.scores import TaskScores, load_scores
 from smoltulu.flows.sweeping.states import CellRecord, CellState, State, remembered, states_of, sweep_folder
 from smoltulu.schemas.artifact import Manifest
+from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.schemas.sweep import Place, SweepSettings, places
+from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.surface.analysis import Analysis, analyse
-
-#: How the loss of an effective batch is averaged, by stage; RLVR says it itself.
-_REDUCTIONS = {"sft": "mean over tokens", "dpo": "mean over pairs", "reward_model": "mean over pairs"}
 
 
 @dataclass(frozen=True)
@@ -152,10 +151,11 @@ def _training(stage: str, manifest: Manifest) -> Training:
         value = values.get(name)
         return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
-    loss = config.get("loss_type") if stage == "rlvr" else None
+    settings = STAGES[stage].config
+    loss = config.get("loss_type") if issubclass(settings, RLVRSettings) else None
     return Training(
         number(config, "weight_decay"),
-        f"{loss} (TRL)" if loss else _REDUCTIONS.get(stage),
+        f"{loss} (TRL)" if loss else getattr(settings, "reduction", None),
         number(outputs, "num_steps"),
         number(outputs, "num_tokens"),
     )

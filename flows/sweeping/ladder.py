@@ -71,11 +71,6 @@ def check_common(ladder: LadderSettings) -> None:
                 f"ladder {ladder.name}: {other} and {size} are the same model; give each its own base_model "
                 "in overrides"
             )
-        if recipe.compute.store != recipe_of[first].compute.store:
-            raise RecipeError(
-                f"ladder {ladder.name}: compute.store of size {size} differs from that of {first}; all cells are in "
-                "one store: set it in proxies.overrides"
-            )
         for field in (*_COMMON, whole.stage):
             if _plain(recipe, field, whole) != _plain(recipe_of[first], field, whole):
                 raise RecipeError(

@@ -9,7 +9,9 @@ from typing import Any
 from smoltulu.artifacts.readable import clean
 from smoltulu.flows.recipe import stated, whole_path
 from smoltulu.schemas.recommendation import Recommendation, RecommendedPlace, TaskRegret
+from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.schemas.sweep import SweepSettings
+from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.surface.analysis import Analysis
 from smoltulu.tasks.surface.choice import Chosen, choose, share_out
 
@@ -138,7 +140,7 @@ def patch_of(sweep: SweepSettings, place: RecommendedPlace) -> dict[str, Any]:
 
 def unit_of(sweep: SweepSettings) -> str:
     """What a budget counts."""
-    return "episodes" if sweep.stage == "rlvr" else "tokens"
+    return "episodes" if issubclass(STAGES[sweep.stage].config, RLVRSettings) else "tokens"
 
 
 def yaml_of(place: RecommendedPlace, patch: Mapping[str, Any], unit: str, notes: Sequence[str] = ()) -> str:

@@ -202,7 +202,12 @@ def test_nightly_tells_what_is_new_and_then_that_nothing_is(place: Place) -> Non
     assert set(place.store.glob("evaluation/*/gen-*")) == made
     with prefect_api.client(place.url) as server:
         names = [f"smoltulu.evaluation.{name}" for name in ("night", "loss")]
-        found = server._client.post("/events/filter", json={"filter": {"event": {"name": names}}}).json()["events"]
+        deadline = time.monotonic() + 60  # the server writes events down a moment after they were sent
+        while True:
+            found = server._client.post("/events/filter", json={"filter": {"event": {"name": names}}}).json()["events"]
+            if len(found) >= 3 or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
     assert [event["event"] for event in found] == names[:1] * 3
     assert {event["resource"]["prefect.resource.id"] for event in found} == {"smoltulu.recipe.tiny"}
     code, out = place.run("smoltulu-eval/nightly", recipe="tiny", overrides={"sft.seed": 99})

@@ -101,7 +101,7 @@ def test_the_confirmation_is_three_ordinary_rates_of_the_target() -> None:
         ("target/overrides", {HIDDEN: 63}, r"(?s)size target: .*hidden_size 63"),
         ("target/overrides", {HIDDEN: 48}, "c and target are the same model; give each its own base_model"),
         ("proxies/sizes/b", {"num_parameters": 2**13, "overrides": {HIDDEN: 16}}, "a and b are the same model"),
-        ("target/overrides", {HIDDEN: 64, "compute.store": "/tmp/other"}, "compute.store of size target differs .* in"),
+        ("target/overrides", {HIDDEN: 64, "compute.store": "/tmp/other"}, "sizes.target sets compute.store; a sweep"),
         ("target/learning_rate", 1e-3, "target.learning_rate: Extra inputs"),
         ("proxies/overrides", {"sft.weight_decay": "hf_" + "a1B2" * 9}, "holds no secrets"),
     ],

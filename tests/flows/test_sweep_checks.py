@@ -112,6 +112,6 @@ def test_a_batch_that_the_devices_cannot_form() -> None:
 
 def test_a_size_has_no_store_of_its_own() -> None:
     sizes = {"base": {"num_parameters": 10}, "larger": {"num_parameters": 20, "overrides": {"compute.store": "/other"}}}
-    told = "compute.store is /other, that of the first cell .*; all cells are in one store"
+    told = "sizes.larger sets compute.store; a sweep has one store"
     with pytest.raises(RecipeError, match=told):
         made({"sizes": sizes, "blocks": [BLOCK | {"sizes": ["base", "larger"]}]})

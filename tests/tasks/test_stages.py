@@ -134,8 +134,8 @@ def test_the_order_of_a_run_is_that_of_the_list_unless_one_starts_from_a_later_o
 
 # --- Nobody goes by a stage's name ------------------------------------------------------------------------------------
 
-#: Graphs lay out stages, so they name them.
-GO_BY_NAME = ("flows/graphs/recipe_graph.py", "flows/graphs/audit_graph.py")
+#: Graphs lay out stages, so they name them. A ladder compares blocks of recipes; some are called as a stage is.
+GO_BY_NAME = ("flows/graphs/recipe_graph.py", "flows/graphs/audit_graph.py", "flows/sweeping/ladder.py")
 #: Fields that hold other things which are called as a stage is: a kind of score, of rows, of a repository.
 OTHER_WORDS = ("kind",)
 _DATA_KINDS = set(get_args(DatasetKind))
