@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 from prefect.states import Completed
-from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from smoltulu.flows.follow_worker import follow_worker
@@ -25,7 +24,6 @@ LadderParameter = Annotated[
 @with_form
 @flow(
     name="smoltulu-sweep",
-    task_runner=ThreadPoolTaskRunner(),  # type: ignore[arg-type]
     persist_result=False,
     validate_parameters=False,
 )

@@ -12,6 +12,7 @@ import typer
 from smoltulu.artifacts import readable
 from smoltulu.flows.cli.output import console, echo, fail, failures, print_json, progress_log, table
 from smoltulu.flows.cli.store import JsonOption, StoreOption
+from smoltulu.flows.cli.sweep import run_to_its_end
 
 if TYPE_CHECKING:
     from smoltulu.schemas.ladder import LadderSettings
@@ -109,16 +110,8 @@ def _sweep(sweep: Any, again: str, log: Any) -> None:
     import logging
 
     from smoltulu.flows.sweeping.engine import SweepRun, write_page_at_end
-    from smoltulu.flows.sweeping.local import run_here
 
     stage_log = log.getChild("stages")
     stage_log.setLevel(logging.WARNING)
     begun = SweepRun(sweep, sweep.name, log)
-    try:
-        state = run_here(begun, stage_log, lambda: write_page_at_end(begun, log))
-    except (KeyboardInterrupt, SystemExit) as stop:
-        echo(f"stopped   {begun.counted()}; `{again}` goes on", err=True)
-        raise SystemExit(stop.code if isinstance(stop, SystemExit) else 130) from None
-    echo(f"cells     {begun.counted()}")
-    if state == "Failed":
-        fail(f"cells failed; `smoltulu sweep` status of {sweep.name} says why, `{again}` runs them again")
+    run_to_its_end(begun, stage_log, lambda: write_page_at_end(begun, log), again, "the lines above say why")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from smoltulu.flows.cli.output import echo, fail, failures, print_json, progress
 from smoltulu.flows.cli.store import JsonOption, StoreOption
 
 if TYPE_CHECKING:
+    from smoltulu.flows.sweeping.engine import SweepRun
     from smoltulu.schemas.sweep import SweepSettings
     from smoltulu.tasks.surface.analysis import Analysis
 
@@ -85,7 +87,6 @@ def run(
     import logging
 
     from smoltulu.flows.sweeping.engine import SweepRun, write_page_at_end
-    from smoltulu.flows.sweeping.local import run_here
     from smoltulu.tasks.engine.launch import StageFailed
 
     log = progress_log()
@@ -102,15 +103,25 @@ def run(
     with failures(StageFailed):
         sweep, _ = _opened(context, store)
         begun = SweepRun(sweep, sweep.name, log, blocks=block or (), minutes=minutes)
-        again = _command(context, store)
-        try:
-            state = run_here(begun, stage_log, page)
-        except (KeyboardInterrupt, SystemExit) as stop:
-            echo(f"stopped   {begun.counted()}; `{again}` goes on", err=True)
-            raise SystemExit(stop.code if isinstance(stop, SystemExit) else 130) from None
+        why = f"`{_command(context, store, 'status')}` says why"
+        run_to_its_end(begun, stage_log, page, _command(context, store), why)
+
+
+def run_to_its_end(begun: SweepRun, stage_log: Any, page: Callable[[], str], again: str, why: str) -> None:
+    """Run what is missing in this process, and say what it came to. Exits where a cell failed, or it was stopped.
+
+    again  the command that goes on; why  where a failed cell's message stands, as a sentence
+    """
+    from smoltulu.flows.sweeping.local import run_here
+
+    try:
+        state = run_here(begun, stage_log, page)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        echo(f"stopped   {begun.counted()}; `{again}` goes on", err=True)
+        raise SystemExit(stop.code if isinstance(stop, SystemExit) else 130) from None
     echo(f"cells     {begun.counted()}")
     if state == "Failed":
-        fail(f"cells failed; `{_command(context, store, 'status')}` says why, `{again}` runs them again")
+        fail(f"cells failed; {why}, `{again}` runs them again")
 
 
 @app.command()

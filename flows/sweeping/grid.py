@@ -169,10 +169,9 @@ def cells_of(sweep: SweepSettings, unresolved: Literal["refuse", "keep"] = "refu
     unresolved  keep, for a plan: a revision that cannot be resolved stays as written
 
     Raises:
-        RecipeError: a place that the recipe does not allow; the first one says which. A size or arm with a store of its
-            own.
+        RecipeError: a place that the recipe does not allow; the first one says which.
     """
-    is_checked, store = False, ""
+    is_checked = False
     digest_of = cache(folder_digest)  # half a second for a model of 135 M
     resolve = _same_commits(_PLAN_TIMEOUT_SECONDS if unresolved == "keep" else _TIMEOUT_SECONDS)
     for place, block in places(sweep).items():
@@ -180,12 +179,7 @@ def cells_of(sweep: SweepSettings, unresolved: Literal["refuse", "keep"] = "refu
             recipe = load_recipe(sweep.recipe, {"compute.launcher": "warm"} | overrides_of(sweep, place))
             if not is_checked:
                 check_evaluation(recipe)
-                is_checked, store = True, recipe.compute.store
-            if recipe.compute.store != store:
-                raise ValueError(
-                    f"its compute.store is {recipe.compute.store}, that of the first cell {store}; all cells are in "
-                    "one store: set it in the sweep's overrides"
-                )
+                is_checked = True
             graph = Graph(recipe, sweep.stage, unresolved=unresolved, resolve=resolve, digest_of=digest_of)
         except ValueError as error:
             raise RecipeError(f"sweep {sweep.name}, cell {place.name}: {error}") from None

@@ -195,6 +195,7 @@ def serve(descriptor: int) -> int:
     from smoltulu.tasks.process import die_with_parent
 
     die_with_parent(int(os.environ.pop("SMOLTULU_PARENT")))
+    on_interrupt = signal.getsignal(signal.SIGINT)  # ignored where the flow was begun in the background
     # Ctrl-C and a machine that goes down ask every process to end: stages write a checkpoint if their server lives on.
     for number in _ASKED_TO_END:
         signal.signal(number, signal.SIG_IGN)
@@ -231,7 +232,7 @@ def serve(descriptor: int) -> int:
                 signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED_TO_END)
                 try:
                     if (pid := os.fork()) == 0:
-                        _become_stage(message, descriptors[0], (connection.fileno(), waking, woken))
+                        _become_stage(message, descriptors[0], (connection.fileno(), waking, woken), on_interrupt)
                     requests[pid] = message["request"]
                     told["pid"] = pid
                 except OSError as error:
@@ -256,14 +257,14 @@ def _reap(requests: dict[int, int], connection: socket.socket) -> None:
             connection.send(json.dumps(message).encode())
 
 
-def _become_stage(message: dict[str, Any], output: int, inherited: tuple[int, ...]) -> None:
+def _become_stage(message: dict[str, Any], output: int, inherited: tuple[int, ...], on_interrupt: Any) -> None:
     """Run the job in this process, which was just forked, and end it. Never returns."""
     status = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, on_interrupt)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED_TO_END)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -276,13 +276,18 @@ def slices(panels: TaskPanels, panel: Panel, labels: Labels) -> Drawing:
         axes.set_xlabel("log2 learning rate")
         axes.set_ylabel(_short(panels.task.metric.removesuffix(",none"), 30))
         bar.set_axis_off()
-        handles, names = axes.get_legend_handles_labels()
-        if handles:
-            axes.legend(
-                handles, names, title="batch", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
-            )
+        _legend(axes, "batch")
 
     return draw
+
+
+def _legend(axes: Axes, title: str) -> None:
+    """Beside the axes; none where nothing is drawn."""
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles, names, title=title, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
+        )
 
 
 def arms(name: str, ridges: Mapping[str, Sequence[RidgePoint]]) -> Drawing:
@@ -301,11 +306,7 @@ def arms(name: str, ridges: Mapping[str, Sequence[RidgePoint]]) -> Drawing:
         axes.set_xlabel("log2 batch (rows a step)")
         axes.set_ylabel("log2 best learning rate")
         bar.set_axis_off()
-        handles, names = axes.get_legend_handles_labels()
-        if handles:
-            axes.legend(
-                handles, names, title="arm", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
-            )
+        _legend(axes, "arm")
 
     return draw
 

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from smoltulu.flows.cli.main import app
 from smoltulu.flows.sweeping.grid import load_sweep, sweep_names
-from smoltulu.flows.sweeping.overview import status_of
 from smoltulu.flows.sweeping.states import CellRecord, sweep_folder, write_outcome
 from smoltulu.recipes import SWEEPS
 from smoltulu.schemas.sweep import places
@@ -184,10 +183,9 @@ def test_a_run_that_is_stopped_goes_on_with_what_is_missing(tmp_path: Path) -> N
         if "; 1 done, 3 to go" in line or ": done; 1 done" in line:
             break
     time.sleep(1.0)
-    begin = time.monotonic()
     os.killpg(first.pid, signal.SIGINT)
     out = output_of(first)
-    assert first.returncode == 130 and time.monotonic() - begin < 30 and "goes on" in out, out
+    assert first.returncode == 130 and "goes on" in out, out
     assert "Traceback" not in out
     stopped = json.loads(smoltulu("sweep", name, "status", "--store", str(store), "--json"))
     (block,) = stopped["blocks"]
@@ -196,9 +194,7 @@ def test_a_run_that_is_stopped_goes_on_with_what_is_missing(tmp_path: Path) -> N
     out = output_of(second)
     assert second.returncode == 0 and f"{4 - block['done']} of 4 cells are missing" in out, out
     assert "sweep small: 4 done" in out and "page      " in out and "verdict   reasoning" in out, out
-    begin = time.monotonic()
-    third = started(name, store=store)
-    assert "0 of 4 cells are missing" in output_of(third) and time.monotonic() - begin < 30
+    assert "0 of 4 cells are missing" in output_of(started(name, store=store))
 
     # The flow keeps to it: a task that is asked for later is measured, and nothing is trained.
     trainings = sorted((store / "sft").iterdir())
@@ -240,30 +236,3 @@ def test_status_imports_nothing_heavy(tmp_path: Path) -> None:
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
     assert not {"torch", "transformers", "trl", "prefect", "matplotlib", "scipy", "optuna"} & imported
-
-
-@pytest.mark.slow
-def test_status_of_ten_thousand_cells_takes_under_two_seconds(tmp_path: Path) -> None:
-    """Of the process's own time: half of them done, the others begun, diverged and failed."""
-    exponents = {"log2_learning_rate": {"low": -16, "high": -7}, "log2_batch": {"low": 0, "high": 9}}
-    axes = {"seeds": list(range(20)), "max_tokens": [1000, 2000, 4000, 8000, 16000]}
-    sweep = load_sweep(written(tmp_path, blocks=[BLOCK | exponents | axes]))
-    store = HandStore(tmp_path / "store")
-    folder = sweep_folder(store.root, "small")
-    (folder / "outcomes").mkdir(parents=True)
-    records = []
-    for number, place in enumerate(places(sweep)):
-        is_done = number < 5_000
-        training = (store.make if is_done else store.begin)("sft", f"sft {number}")
-        evaluation = evaluate(store, number, [1.0]) if is_done else store.begin("evaluation", f"evaluation {number}")
-        keys = {"training": training.key, "evaluation": evaluation.key}
-        records.append(CellRecord.model_validate({"place": place, "block": "first", "stage": "sft", **keys}))
-        if not is_done and number % 10 < 2:
-            write_outcome(folder, records[-1], "diverged" if number % 10 else "failed", "loss is nan")
-    (folder / "cells.json").write_text(json.dumps([one.model_dump() for one in records]))
-    begin = time.process_time()
-    values = status_of(sweep, store.root)
-    seconds = time.process_time() - begin
-    (block,) = values["blocks"]
-    assert [block[state] for state in ("done", "diverged", "failed", "pending")] == [5_000, 500, 500, 4_000]
-    assert seconds < 2, seconds

@@ -138,6 +138,25 @@ def test_a_signal_to_all_processes_ends_no_server_before_its_stage(sft_world: Pa
     assert [one.outcome for one in made] == ["Completed"]
 
 
+def test_a_stage_ignores_ctrl_c_where_its_flow_does(
+    sft_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a stage of its own process inherits it: a flow that a script began in the background goes on."""
+    monkeypatch.setenv("SMOLTULU_BEGUN", "in the background")  # a server of its own
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        made = []
+        job = warm_job(sft_job(sft_world), max_steps=60)
+        thread = threading.Thread(target=lambda: made.append(run_stage(job, Store(tmp_path), LOG)))
+        thread.start()
+        process = _running(tmp_path)
+        os.kill(process.pid, signal.SIGINT)
+        thread.join(120)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [one.outcome for one in made] == ["Completed"]
+
+
 def _with_trl(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "modules" / "trl").mkdir(parents=True)
     (folder / "modules" / "trl" / "__init__.py").write_text(text)
