@@ -103,7 +103,7 @@ class DataSource(StrictModel):
     ties: Unwanted | None = science(
         None,
         absent=None,
-        description="preference only: pairs with the same answers, the same scores, or a judgement that says tie; none: "
+        description="preference only: pairs with the same answers, the same scores, or a judgement of tie; none: "
         "the same scores are counted and kept, the others are malformed",
     )
     empty_answers: Unwanted | None = science(

@@ -15,7 +15,7 @@ from smoltulu.tasks.data.formats.preference import answers_of, prompt_of
 from smoltulu.tasks.data.formats.sft import with_tools
 from smoltulu.tasks.data.formats.values import MalformedRow, is_empty
 
-_GOOD = {True: True, False: False, 1: True, 0: False, "true": True, "false": False, "1": True, "0": False}
+_GOOD = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 
 #: Why a row is in no pair.
 NO_PARTNER = {

@@ -186,9 +186,9 @@ def _with_prompt_column(prompt: list[Message], row: Row) -> list[Message]:
             row.unread.add(str(column))
         return with_system(prompt, row)
     turns = [_untrained(message) for message in read_turns(given, "prompt", row)]
-    if turns == prompt or turns[1:] == prompt and turns[0]["role"] in ("system", "developer"):
+    if turns == prompt or (turns[1:] == prompt and turns[0]["role"] in ("system", "developer")):
         return with_system(turns, row)
-    if prompt[1:] == turns and prompt[0]["role"] in ("system", "developer") or _ends_with(prompt, turns):
+    if (prompt[1:] == turns and prompt[0]["role"] in ("system", "developer")) or _ends_with(prompt, turns):
         return with_system(prompt, row)
     raise MalformedRow("prompt is not what chosen and rejected begin with")
 

@@ -27,7 +27,11 @@ _REFUSED: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("Vicuna (USER: … ASSISTANT: …)", re.compile(r".{0,500}?\bUSER: ", re.DOTALL), "ASSISTANT:"),
     ("a chat template's <|user|> … <|assistant|>", re.compile(r"\s*(?:<s>)?<\|(?:system|user)\|>"), "<|assistant|>"),
     ("Llama 2's [INST] … [/INST]", re.compile(r"\s*(?:<s>)?\s*\[INST\]"), "[/INST]"),
-    ("Llama 3's <|start_header_id|>", re.compile(r"\s*(?:<\|begin_of_text\|>)?<\|start_header_id\|>"), "<|end_header_id|>"),
+    (
+        "Llama 3's <|start_header_id|>",
+        re.compile(r"\s*(?:<\|begin_of_text\|>)?<\|start_header_id\|>"),
+        "<|end_header_id|>",
+    ),
     ("Gemma's <start_of_turn>", re.compile(r"\s*(?:<bos>)?<start_of_turn>"), "<start_of_turn>"),
     ("HelpSteer's <extra_id_1>", re.compile(r".*?<extra_id_1>(?:User|Assistant)", re.DOTALL), "<extra_id_1>"),
     ("Alpaca's ### Instruction: … ### Response:", re.compile(r".{0,500}?### Instruction:", re.DOTALL), "### Response:"),
