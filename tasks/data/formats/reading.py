@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from smoltulu.schemas.data import DataSource, SourceReport
+from smoltulu.tasks.data.files import BrokenRow
 from smoltulu.tasks.data.formats.columns import Row, counted_name
 from smoltulu.tasks.data.formats.forms import FORMS
 from smoltulu.tasks.data.formats.kto import Partners
@@ -31,6 +32,8 @@ def adapt(row: Any, source: DataSource) -> dict[str, Any]:
 
 
 def _adapted(row: Any, source: DataSource) -> tuple[dict[str, Any], Row]:
+    if isinstance(row, BrokenRow):
+        raise MalformedRow(row.reason)
     if not isinstance(row, dict):
         raise MalformedRow("row is not an object")
     read = Row(row, source)
@@ -129,6 +132,8 @@ class SourceCounts:
 
 def shortened(row: Any) -> str:
     """A row for a message."""
+    if isinstance(row, BrokenRow):
+        return ascii(row.text[:_EXAMPLE_CHARACTERS])
     # ascii, so that a lone surrogate can be shown; default=str, because parquet cells may be dates.
     text = json.dumps(row, ensure_ascii=True, default=str)
     return text if len(text) <= _EXAMPLE_CHARACTERS else text[: _EXAMPLE_CHARACTERS - 1] + "…"
