@@ -503,7 +503,8 @@ def test_plan_reads_no_datasets_for_a_plain_folder(tmp_path: Path) -> None:
     tree(tmp_path, "train-1.jsonl", "train-2.jsonl")
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     code = (
-        "import sys; from smoltulu.schemas.data import DataSource; from smoltulu.tasks.data.sources import source_digest;"
+        "import sys; from smoltulu.schemas.data import DataSource;"
+        "from smoltulu.tasks.data.sources import source_digest;"
         f"source_digest(DataSource(path={str(tmp_path)!r}, format='text'));"
         "print([n for n in ('torch', 'datasets', 'pyarrow', 'huggingface_hub') if n in sys.modules])"
     )

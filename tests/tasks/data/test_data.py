@@ -80,7 +80,7 @@ def test_rows_that_are_no_objects_are_passed_on(tmp_path):
         ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl, line 2, column 7: not JSON"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"line 2: not UTF-8"),
         ("a.jsonl", b"1" * 5000, r"line 1: JSON that cannot be read"),
-        ("a.jsonl", b"[" * 100_000, r"line 1, column 1: JSON that cannot be read"),
+        ("a.jsonl", b"[" * 100_000, r"line 1, column 2: JSON that cannot be read"),
         ("a.json", b'[{"a": 1},\n {"a" 2}]', r"a\.json, line 2, column 7: not JSON"),
         ("a.json", b'{"data": []}', r"holds a dict with the keys \['data'\]"),
         ("a.json.gz", gzip.compress(b"[" + b'{"a": 1},' * 9000)[:-20], r"not a whole gzip file"),
