@@ -198,7 +198,15 @@ def _show_languages(result: AuditResult, out: Console) -> None:
     for share in languages.shares:
         of_all, of_determined = readable.percent(share.share), readable.percent(share.share_of_determined)
         made.add_row(share.name, f"{share.num_rows:,}", of_all, of_determined)
+    if languages.num_other:
+        made.add_row(
+            "Other", f"{languages.num_other:,}", readable.percent(languages.num_other / languages.num_rows), ""
+        )
     for reason, count in languages.undetermined.items():
         name = Text(f"undetermined: {reason.replace('_', ' ')}", "dim")
         made.add_row(name, f"{count:,}", readable.percent(count / languages.num_rows), "")
     out.print(made)
+    if (both := languages.comparison) is not None:
+        same = readable.percent(both.num_same / both.num_rows)
+        said = f"{both.detector} agrees on {same} of the {both.num_rows:,} rows that it judged too"
+        out.print(f"languages  {said}")
