@@ -128,6 +128,16 @@ class AuditGraph(NodeGraph):
         return results
 
 
+def audited_data(data: Sequence[str], settings: AuditSettings) -> tuple[AuditedData, ...]:
+    """Every data set, found and pinned, with the format of its rows. ValueError where one cannot be had or read."""
+    sources = [_source(text, settings) for text in data]
+    commits = resolve_commits(
+        [hub_reference(source) for source in sources if source.repository],
+        lambda reference: resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS),
+    )
+    return tuple(_audited(number, _pinned(source, commits), settings) for number, source in enumerate(sources))
+
+
 def _source(text: str, settings: AuditSettings) -> DataSource:
     """A local path if it exists, else a Hub data set."""
     common: dict[str, Any] = {"format": settings.format or "text", "fields": settings.fields, "limit": settings.limit}
