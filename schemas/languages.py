@@ -55,9 +55,9 @@ class LanguageSettings(StrictModel):
         min_length=2,
         description="ISO 639-1 codes of the table; any other language is `other`",
     )
-    decide_among: Literal["all", "languages"] = science(
+    decide_among: Literal["all", "listed"] = science(
         "all",
-        description="all: every language that the detector knows; languages: those named alone, so that a row in "
+        description="all: every language that the detector knows; listed: those of `languages` alone, so that a row in "
         "another one is given to a neighbour",
     )
     compare_rows: int = science(

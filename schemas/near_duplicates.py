@@ -36,6 +36,14 @@ class NearDuplicateRules(StrictModel):
     )
     shingle: Literal["words", "characters"] = science("words", description="what a shingle is made of")
     shingle_size: int = science(3, ge=1, le=64, description="words or characters of a shingle")
+    paraphrases: float | None = science(
+        None,
+        absent=None,
+        ge=0.5,
+        le=1,
+        description="cosine of word vectors from which a row is told to mean the same as one of another set or of a "
+        "benchmark; needs smoltulu[paraphrases]; removes nothing",
+    )
     num_perm: int = science(128, ge=16, le=1024, description="hash functions of a MinHash signature")
 
     def bands(self) -> tuple[int, int]:
@@ -111,6 +119,11 @@ class NearDuplicateOutputs(StrictModel):
     )
     clusters_file: ArtifactPath = Field("clusters.parquet", description="kept row, its set, and all rows alike to it")
     page_file: ArtifactPath = Field("near_duplicates.html")
+    paraphrases_file: ArtifactPath | None = Field(
+        None, description="row, row_id, other_set, other_row, other_id, cosine, same_numbers: the likest of a row"
+    )
+    num_paraphrases: int | None = Field(None, description="rows; those that are near-duplicates are not counted again")
+    num_paraphrases_same_numbers: int | None = Field(None, description="of these, with the same numbers in both texts")
     kind: DatasetKind
     policy: Literal["report", "remove"]
     minhash: str = Field(description="library and version of the signatures")

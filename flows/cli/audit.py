@@ -67,6 +67,9 @@ def audit(
         float, typer.Option(help="with --compare: Jaccard similarity from which rows are nearly the same")
     ] = 0.8,
     compare_text: Annotated[str, typer.Option(help="with --compare: user (turns) or all")] = "user",
+    paraphrases: Annotated[
+        float | None, typer.Option(help="with --compare: cosine of word vectors from which a row is told, e.g. 0.9")
+    ] = None,
 ) -> None:
     """Check data sets for benchmark instances and count their languages. Trains nothing, needs no server."""
     from smoltulu.schemas.audit import AuditSettings
@@ -102,7 +105,9 @@ def audit(
             from smoltulu.flows.cli.audit_compare import run_compare
             from smoltulu.schemas.near_duplicates import NearDuplicateRules
 
-            rules = NearDuplicateRules.model_validate({"threshold": similarity, "text": compare_text})
+            rules = NearDuplicateRules.model_validate(
+                {"threshold": similarity, "text": compare_text, "paraphrases": paraphrases}
+            )
             shared = run_compare(data, settings, rules, out)
             if as_json:
                 print_json(shared)

@@ -67,6 +67,8 @@ def compared(graph: CompareGraph, made: dict[str, ArtifactReference], rules: Nea
                 "num_near": outputs.num_near_duplicates - exact,
                 "num_without_text": outputs.num_without_text,
                 "num_unfinished": outputs.num_unfinished,
+                "num_paraphrases": outputs.num_paraphrases,
+                "num_paraphrases_same_numbers": outputs.num_paraphrases_same_numbers,
                 "folder": folder,
             }
         )
@@ -135,6 +137,10 @@ def show(result: dict[str, Any], rules: NearDuplicateRules, out: Console) -> Non
     )
     out.print("note       a row of one set is counted once, however many rows of the other it is alike to")
     for name, one in zip("AB", result["sets"], strict=True):
+        if one["num_paraphrases"] is not None:
+            same = f"{one['num_paraphrases_same_numbers']:,} of them with the same numbers"
+            said = f"{one['num_paraphrases']:,} more of {name} may say the same in other words, {same}"
+            out.print(f"rows       {said}; read them in paraphrases.parquet")
         if one["num_without_text"]:
             out.print(f"rows       {one['num_without_text']:,} of {name} have no word and were compared with nothing")
         if one["num_unfinished"]:

@@ -43,7 +43,7 @@ def detector_version(detector: Detector) -> str:
 def make_detector(settings: LanguageSettings) -> Detect:
     """A function from prose to a code; the same text gives the same answer.
 
-    It decides among all languages that the detector knows, or with `decide_among: languages` among these alone.
+    It decides among all languages that the detector knows, or with `decide_among: listed` among those of `languages` alone.
     """
     return _lingua(settings) if settings.detector == "lingua" else _fasttext(settings)
 
@@ -51,7 +51,7 @@ def make_detector(settings: LanguageSettings) -> Detect:
 def _lingua(settings: LanguageSettings) -> Detect:
     from lingua import IsoCode639_1, LanguageDetectorBuilder
 
-    if settings.decide_among == "languages":
+    if settings.decide_among == "listed":
         codes = [getattr(IsoCode639_1, code.upper()) for code in settings.languages]
         listed = LanguageDetectorBuilder.from_iso_codes_639_1(*codes).build()
         return lambda prose: _code(listed.detect_language_of(prose))

@@ -7,15 +7,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from smoltulu.schemas.near_duplicates import NearDuplicateInputs, NearDuplicateOutputs, NearDuplicateRules
 from smoltulu.tasks.data.rows import rows_at
+from smoltulu.tasks.near_duplicates.results import Match
 from smoltulu.tasks.near_duplicates.shingles import compared_text
 from smoltulu.tasks.report.render import render
-
-if TYPE_CHECKING:
-    from smoltulu.tasks.near_duplicates.stage import Match
 
 #: Pairs of each set that are shown: those that are least alike, where a threshold is judged.
 _PAIRS_PER_SET = 10

@@ -10,18 +10,26 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.near_duplicates import (
-    DuplicateCount,
     NearDuplicateInputs,
     NearDuplicateOutputs,
     NearDuplicateRules,
     NearDuplicateStageConfig,
 )
 from smoltulu.tasks.data import rows as rows_file
+from smoltulu.tasks.near_duplicates.results import (
+    Match,
+    Paraphrase,
+    count_matches,
+    write_clusters,
+    write_kept,
+    write_pairs,
+    write_paraphrases,
+)
 from smoltulu.tasks.near_duplicates.shingles import compared_text, plain_words, shingles
 from smoltulu.tasks.stage import Stage, StageContext
 
@@ -54,19 +62,6 @@ class ItemSet:
     def num_items(self) -> int:
         """How many there are."""
         return len(self.rows)
-
-
-@dataclass(frozen=True)
-class Match:
-    """A row that is alike to something: of the set `itself` it is a kept row before it."""
-
-    row: int
-    row_id: str
-    other_set: str
-    other_row: int
-    other_id: str
-    jaccard: float
-    exact: bool
 
 
 def find_near_duplicates(
@@ -104,8 +99,11 @@ def find_near_duplicates(
         name: context.folder / fields[name].default for name in ("file", "pairs_file", "clusters_file", "page_file")
     }
     write_kept(source, names["file"], removed)
-    _write_pairs(names["pairs_file"], matches, set(removed))
-    num_clusters = _write_clusters(names["clusters_file"], matches)
+    write_pairs(names["pairs_file"], matches, set(removed))
+    num_clusters = write_clusters(names["clusters_file"], matches)
+    meant = _paraphrases(inputs, rules, set(duplicates)) if rules.paraphrases is not None else None
+    if meant is not None:
+        write_paraphrases(context.folder / "paraphrases.parquet", meant)
     outputs = NearDuplicateOutputs(
         kind=config.kind,
         policy=rules.policy,
@@ -118,6 +116,9 @@ def find_near_duplicates(
         num_without_text=without_text,
         num_unfinished=unfinished,
         counts=count_matches(matches),
+        paraphrases_file=None if meant is None else "paraphrases.parquet",
+        num_paraphrases=None if meant is None else len(meant),
+        num_paraphrases_same_numbers=None if meant is None else sum(one.same_numbers for one in meant),
     )
     write_page(names["page_file"], outputs, rules, matches, inputs)
     if unfinished:
@@ -236,93 +237,36 @@ def _matches(found: Found, sets: list[ItemSet], texts: Texts) -> list[Match]:
     return matches
 
 
-def count_matches(matches: Sequence[Match]) -> tuple[DuplicateCount, ...]:
-    """Rows by their source, and by set and source of what they are alike to; most rows first."""
-    rows: dict[tuple[str, str, str], dict[int, bool]] = defaultdict(dict)
-    others: dict[tuple[str, str, str], set[int]] = defaultdict(set)
-    for match in matches:
-        benchmark = match.other_set.startswith("benchmark ")
-        place = (source_of(match.row_id), match.other_set, "" if benchmark else source_of(match.other_id))
-        rows[place][match.row] = rows[place].get(match.row, False) or match.exact
-        others[place].add(match.other_row)
-    counts = [
-        DuplicateCount(
-            source=source,
-            other_set=other_set,
-            other_source=other_source,
-            num_rows=len(found),
-            num_exact=sum(found.values()),
-            num_others=len(others[source, other_set, other_source]),
-        )
-        for (source, other_set, other_source), found in rows.items()
-    ]
-    return tuple(sorted(counts, key=lambda one: (-one.num_rows, one.source, one.other_set, one.other_source)))
-
-
-def source_of(row_id: str) -> str:
-    """The number of the source in an id of a row, which is `<source>:<row>`."""
-    return row_id.partition(":")[0]
-
-
-def write_kept(source: Path, kept: Path, removed: Sequence[int]) -> None:
-    """The rows file without the rows of these numbers; row groups stay as they are otherwise."""
-    import shutil
-
+def _paraphrases(inputs: NearDuplicateInputs, rules: NearDuplicateRules, known: set[int]) -> list[Paraphrase]:
+    """Of rows that are no near-duplicates, those that mean the same as a text of another set, by their word vectors."""
     import numpy as np
-    import pyarrow as pa
-    from pyarrow import parquet
 
-    if not removed:
-        shutil.copyfile(source, kept)
-        return
-    gone = np.asarray(removed)
-    with (
-        rows_file.open_rows(source) as opened,
-        parquet.ParquetWriter(kept, opened.schema_arrow, **rows_file.WRITE_OPTIONS) as output,
-    ):
-        for group, (start, stop) in enumerate(pairwise(rows_file.group_starts(opened))):
-            is_kept = np.ones(stop - start, dtype=bool)
-            is_kept[gone[(gone >= start) & (gone < stop)] - start] = False
-            if is_kept.any():
-                rows = opened.read_row_group(group, use_threads=False)
-                output.write_table(rows if is_kept.all() else rows.filter(pa.array(is_kept)))
+    from smoltulu.tasks.near_duplicates.paraphrases import batches, check_model, embed, most_alike, numbers_of
 
-
-def _write_pairs(file: Path, matches: Sequence[Match], removed: set[int]) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    columns = {
-        "row": pa.array([match.row for match in matches], pa.int64()),
-        "row_id": pa.array([match.row_id for match in matches], pa.string()),
-        "other_set": pa.array([match.other_set for match in matches], pa.string()),
-        "other_row": pa.array([match.other_row for match in matches], pa.int64()),
-        "other_id": pa.array([match.other_id for match in matches], pa.string()),
-        "jaccard": pa.array([match.jaccard for match in matches], pa.float64()),
-        "exact": pa.array([match.exact for match in matches], pa.bool_()),
-        "removed": pa.array([match.row in removed for match in matches], pa.bool_()),
-    }
-    parquet.write_table(pa.table(columns), file, compression="zstd")
-
-
-def _write_clusters(file: Path, matches: Sequence[Match]) -> int:
-    """A line for everything that rows are alike to, largest first. Returns the number of lines."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    rows: dict[tuple[str, int, str], list[int]] = defaultdict(list)
-    for match in matches:
-        rows[match.other_set, match.other_row, match.other_id].append(match.row)
-    ordered = sorted(rows.items(), key=lambda item: (-len(item[1]), item[0]))
-    columns = {
-        "kept_set": pa.array([place[0] for place, _ in ordered], pa.string()),
-        "kept_row": pa.array([place[1] for place, _ in ordered], pa.int64()),
-        "kept_id": pa.array([place[2] for place, _ in ordered], pa.string()),
-        "num_rows": pa.array([len(found) for _, found in ordered], pa.int64()),
-        "rows": pa.array([found for _, found in ordered], pa.list_(pa.int64())),
-    }
-    parquet.write_table(pa.table(columns), file, compression="zstd")
-    return len(ordered)
+    assert rules.paraphrases is not None
+    check_model()
+    if not inputs.others and inputs.index is None:
+        logger.warning("near_duplicates.paraphrases: there is no other set and no benchmark to compare the rows with")
+    vectors: list[np.ndarray] = []
+    places: list[tuple[str, int, str, tuple[str, ...]]] = []
+    found: list[Paraphrase] = []
+    others = np.zeros((0, 1), np.float16)
+    for name, items in _sets(inputs, rules):
+        if name == ITSELF and vectors:
+            others = np.concatenate(vectors)
+        for batch in batches(items):
+            made = embed([text for _, _, text in batch])
+            if name != ITSELF:
+                vectors.append(made.astype(np.float16))
+                places += [(name, row, item_id, numbers_of(text)) for row, item_id, text in batch]
+            elif vectors:
+                for alike in most_alike(made, others, rules.paraphrases):
+                    row, row_id, text = batch[alike.number]
+                    other_set, other_row, other_id, numbers = places[alike.other]
+                    if row not in known:
+                        same = numbers_of(text) == numbers
+                        found.append(Paraphrase(row, row_id, other_set, other_row, other_id, alike.cosine, same))
+    return found
 
 
 near_duplicates = Stage(

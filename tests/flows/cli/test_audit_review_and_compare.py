@@ -115,12 +115,11 @@ def test_without_a_terminal_the_hits_are_printed(place: Path) -> None:
     assert "A baker sells nine loaves" in out and "Please solve" in out
 
 
-def test_no_hits_are_said(tmp_path: Path, place: Path) -> None:
-    code, out, _ = run_command(place, "b.jsonl", "-b", "gsm8k", "--detector", "none", "--review")
-    assert code == 0 and "hit 1 of 1" in out  # the second row is a copy in capitals
-    write_jsonl(place / "none.jsonl", [{"instruction": "Name a river", "output": "Elbe"}])
-    code, out, _ = run_command(place, "none.jsonl", "-b", "gsm8k", "--detector", "none", "--review")
-    assert code == 0 and "no hits to review" in out
+def test_no_hits_are_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hits = reviewed(place)
+    hits.hits.clear()
+    review(hits, "my set", console())
+    assert capsys.readouterr().out == "my set: no hits to review\n"
 
 
 # What two sets share.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from smoltulu.flows.graphs.nodes import Binding
 from smoltulu.flows.graphs.recipe_graph import Graph
+from smoltulu.flows.local import run_graph
 from smoltulu.flows.recipe import load_recipe, recipe_stages
+from smoltulu.schemas.near_duplicates import NearDuplicateOutputs
 from smoltulu.schemas.recipe import Recipe
+from smoltulu.tasks.engine.stores import open_store
 
 
 def graph(**overrides: Any) -> Graph:
@@ -78,31 +81,30 @@ def test_until_contamination_stops_before_it() -> None:
     assert "near-duplicates-rlvr" in Graph(recipe, "near_duplicates").nodes
 
 
-@pytest.mark.timeout(120)
-def test_the_stage_runs_in_a_recipe_and_its_counts_stand_in_the_report(tmp_path: Path) -> None:
-    """The real thing from the world to the comparison, without a training."""
-    import logging
-
-    from smoltulu.flows.local import run_graph
-    from smoltulu.schemas.near_duplicates import NearDuplicateOutputs
-    from smoltulu.tasks.engine.stores import open_store
-    from smoltulu.tasks.report.render import render
-
+def test_the_stage_runs_in_a_recipe(tmp_path: Path) -> None:
+    """The real thing on a file, without a training: a copy in capitals goes, its manifest names what it was made of."""
+    words = ["lighthouse", "river", "violin", "market", "teacher"]
+    texts = [f"Please write a short and quiet poem about the old {word} at the end of the road" for word in words]
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "No."}] for text in texts]
+    turns.append([{"role": "user", "content": texts[2].upper()}, {"role": "assistant", "content": "Yes."}])
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns), encoding="utf-8")
+    blocks = ("contamination", "reward_model", "dpo", "rlvr", "pass_rates", "verifier_audit", "evaluation", "publish")
     recipe = load_recipe(
         "tiny",
         {
-            "near_duplicates": {"policy": "remove", "shingle_size": 1, "threshold": 0.9},
-            "world": {"seed": 0, "num_sft": 300, "num_preference": 50, "num_rlvr": 50},
+            "near_duplicates": {"policy": "remove", "threshold": 0.9},
+            "data": {"sft": {"sources": [{"path": str(file), "format": "messages"}]}},
             "compute.store": str(tmp_path / "store"),
-            "data.preference": None, "data.rlvr": None, "reward_model": None, "dpo": None, "rlvr": None,
-            "pass_rates": None, "verifier_audit": None, "evaluation": None, "publish": None,
+            "world": None,
+            **dict.fromkeys(blocks),
         },
-    )  # fmt: skip
-    made = Graph(recipe, "near_duplicates")
-    references = run_graph(made, open_store(recipe.compute), logging.getLogger("test"))
-    outputs = NearDuplicateOutputs.model_validate(references["near-duplicates-sft"].outputs)
-    assert 0 < outputs.num_removed < outputs.num_rows_read
-    assert outputs.num_rows == outputs.num_rows_read - outputs.num_removed
-    assert "itself" in {count.other_set for count in outputs.counts}
-    page = render("near_duplicates.html.jinja", found=outputs, rules=recipe.near_duplicates, pairs=[])
-    assert f"{outputs.num_removed} removed" in page
+    )
+    store = open_store(recipe.compute)
+    references = run_graph(Graph(recipe, "near_duplicates"), store, logging.getLogger("test"))
+    made = references["near-duplicates-sft"]
+    outputs = NearDuplicateOutputs.model_validate(made.outputs)
+    assert (outputs.num_rows_read, outputs.num_removed, outputs.num_rows) == (6, 1, 5)
+    manifest = json.loads((Path(made.path) / "manifest.json").read_text())
+    assert manifest["inputs"]["dataset"]["key"] == references["dataset-sft"].key
+    assert "itself" in (Path(made.path) / outputs.page_file).read_text()

@@ -132,7 +132,7 @@ def test_all_languages_are_known_and_those_outside_the_list_are_other(detector: 
 
 def test_deciding_among_the_list_gives_a_neighbour(detector: str) -> None:
     """The former way, for whoever needs its figures."""
-    chosen = LanguageSettings(detector=detector, decide_among="languages")
+    chosen = LanguageSettings(detector=detector, decide_among="listed")
     detect = make_detector(chosen)
     assert judge_text(SENTENCES["de"][0], chosen, detect) == ("de", None)
     assert judge_text(SENTENCES["uk"][1], chosen, detect)[0] in (*DEFAULT_LANGUAGES, None)

@@ -439,3 +439,74 @@ def test_pieces_are_the_whole_text() -> None:
     rng = random.Random(6)
     for one, other in pairwise([" ".join(sentence(rng, 10)) for _ in range(20)]):
         assert "".join(text for text, _ in marked(one, other)[0]) == one
+
+
+# Paraphrases.
+
+
+def test_the_most_alike_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smoltulu.tasks.near_duplicates import paraphrases
+
+    rows = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
+    others = np.array([[0.8, 0.6], [1, 0], [0.8, 0.6], [-1, 0]], np.float16)
+    for size in (16_384, 1):
+        monkeypatch.setattr(paraphrases, "_OTHERS_AT_A_TIME", size)
+        found = list(paraphrases.most_alike(rows, others, 0.9))
+        assert [(one.number, one.other) for one in found] == [(0, 1), (2, 0)]
+        assert [one.cosine for one in found] == pytest.approx([1, 0.96], abs=1e-3)
+    assert not list(paraphrases.most_alike(rows, others[:0], 0.5))
+
+
+def test_numbers_of_a_text() -> None:
+    from smoltulu.tasks.near_duplicates.paraphrases import numbers_of
+
+    assert numbers_of("She paid $1,200.50 for 3 of 12, and 3 more.") == ("12", "1200.50", "3", "3")
+
+
+def test_paraphrases_are_told_and_stay(tmp_path: Path) -> None:
+    pytest.importorskip("wordllama")
+    question = "A farmer has 12 cows and sells 5 of them. How many cows are left?"
+    other = {"prompt": [{"role": "user", "content": question}]}
+    rows = [
+        conversation(0, "A farmer sells 5 cows. How many are left, if 12 cows were owned by the farmer?"),
+        conversation(1, "A farmer sells 7 cows. How many are left, if 19 cows were owned by the farmer?"),
+        conversation(2, "Write a poem about the northern lights over a frozen lake."),
+        conversation(3, question.upper()),
+    ]
+    outputs, folder = run(tmp_path, rows, policy="remove", paraphrases=0.75, others={"verified_eval": [other]})
+    assert [row["id"] for row in read_rows(folder / "rows.parquet")] == ["0:0", "0:1", "0:2"]
+    assert (outputs.num_paraphrases, outputs.num_paraphrases_same_numbers) == (2, 1)
+    told = pq.read_table(folder / "paraphrases.parquet").to_pylist()
+    assert [(one["row"], one["other_set"], one["other_id"], one["same_numbers"]) for one in told] == [
+        (0, "verified_eval", "0:0", True), (1, "verified_eval", "0:0", False),
+    ]  # fmt: skip
+
+
+def test_paraphrases_need_no_network() -> None:
+    import subprocess
+    import sys
+
+    pytest.importorskip("wordllama")
+    program = """
+import socket
+def refuse(*arguments, **options): raise AssertionError("the network was asked for")
+socket.socket.connect = refuse
+socket.getaddrinfo = refuse
+from smoltulu.tasks.near_duplicates.paraphrases import embed
+print(embed(["a red house", ""]).shape, abs(embed(["a red house"])).sum() > 1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "(2, 256) True", done.stderr
+
+
+def test_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smoltulu.tasks.near_duplicates import paraphrases
+
+    pytest.importorskip("wordllama")
+    paraphrases._load.cache_clear()
+    monkeypatch.setattr(paraphrases, "_FILES", dict.fromkeys(paraphrases._FILES, "0"))
+    with pytest.raises(ValueError, match="is not the model that this version was made with"):
+        paraphrases.check_model()
+    monkeypatch.setattr(paraphrases, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"install `smoltulu\[paraphrases\]`"):
+        paraphrases.check_model()
