@@ -43,7 +43,7 @@ def detector_version(detector: Detector) -> str:
 def make_detector(settings: LanguageSettings) -> Detect:
     """A function from prose to a code; the same text gives the same answer.
 
-    It decides among all languages that the detector knows, or with `decide_among: listed` among those of `languages` alone.
+    It decides among all languages that the detector knows; with `decide_among: listed` among `languages` alone.
     """
     return _lingua(settings) if settings.detector == "lingua" else _fasttext(settings)
 
