@@ -9,8 +9,8 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.tasks.data.rows import rows_at, turns_of
-from smoltulu.tasks.report.hits import around_match
+from smoltulu.tasks.data.rows import rows_at, texts_of
+from smoltulu.tasks.report.hits import around_match, place_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -57,14 +57,15 @@ class Hits:
         self.hits = [Reviewed(**hit) for hit in table]
         self._queries, self._rows = queries, rows
 
-    def texts(self, hit: Reviewed) -> tuple[list[str], tuple[str, str, str]]:
-        """(query fields; the turn before the match, the match, the turn after it)."""
+    def texts(self, hit: Reviewed) -> tuple[list[str], str, tuple[str, str, str]]:
+        """(query fields; where the hit is; the turn before the match, the match, the turn after it)."""
         from pyarrow import parquet
 
         instance = parquet.read_table(self._queries, columns=["fields"], filters=[("instance", "=", hit.instance)])
         (fields,) = instance.column("fields").to_pylist()
-        turn = turns_of(rows_at(self._rows, [hit.row])[hit.row])[hit.turn]
-        return fields, around_match(str(turn["content"]), hit.text)
+        row = rows_at(self._rows, [hit.row])[hit.row]
+        _, turn = texts_of(row)[hit.turn]
+        return fields, place_of(row, hit.turn, turn, hit.text), around_match(turn, hit.text)
 
 
 def review(hits: Hits, label: str, out: Console, read_key: Callable[[], str] | None = None) -> None:
@@ -127,7 +128,7 @@ def _show(hits: Hits, position: int, label: str, out: Console) -> None:
     from rich.text import Text
 
     hit = hits.hits[position]
-    fields, (before, match, after) = hits.texts(hit)
+    fields, place, (before, match, after) = hits.texts(hit)
     query = "\n\n".join(fields)
     passage = Text(before)
     passage.append(match, _STYLE)
@@ -137,7 +138,7 @@ def _show(hits: Hits, position: int, label: str, out: Console) -> None:
     made = Table(title=f"{label}: hit {position + 1:,} of {len(hits.hits):,}", title_justify="left", expand=True)
     made.add_column(f"{hit.benchmark} {hit.benchmark_row}", ratio=1, overflow="fold")
     score = "" if hit.score == 1 else f", score {hit.score:.3f}"
-    made.add_column(f"row {hit.row_id}, turn {hit.turn}{score}", ratio=1, overflow="fold")
+    made.add_column(f"row {hit.row_id}, {place}{score}", ratio=1, overflow="fold")
     cells: list[RenderableType] = [shared_words(query, match or before), passage]
     made.add_row(*cells)
     out.print(made)
@@ -170,12 +171,10 @@ def _folded(word: str) -> str:
 def review_result(result: Any, out: Console) -> None:
     """Review the hits of an `AuditResult`."""
     folders = {stage: Path(folder) for stage, folder in result.folders.items()}
-    review(
-        Hits(
-            folders["contamination"] / result.contamination.hits_file,
-            folders["benchmark_index"] / "queries.parquet",
+    for mode, outputs in result.checks.items():
+        hits = Hits(
+            folders[result.stage("contamination", mode)] / outputs.hits_file,
+            folders[result.stage("benchmark_index", mode)] / "queries.parquet",
             folders["dataset"] / result.dataset.file,
-        ),
-        result.label,
-        out,
-    )
+        )
+        review(hits, result.label if not result.also else f"{result.label}, {mode}", out)
