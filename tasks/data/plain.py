@@ -6,7 +6,6 @@ has anything else goes the long way, one by one, and so does a block that Arrow 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from smoltulu.tasks.data.json_rows import Lines
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+_LINE_FEED, _SPACE = 0x0A, 0x20
 _ROLES = ("system", "user", "assistant")
 
 
@@ -45,7 +44,10 @@ def plain_rows(block: Lines, source: DataSource) -> Plain | None:
     import pyarrow.json
 
     data, column = block.data, source.fields.get("messages", "messages")
-    if b"\\u0000" in data or _BLANK_LINE.search(data) or data[:1] == b"\n":
+    characters = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(characters == _LINE_FEED)
+    firsts = characters[ends[:-1] + 1 if len(ends) and ends[-1] == len(data) - 1 else ends + 1]
+    if characters[0] <= _SPACE or (firsts <= _SPACE).any():  # maybe a blank line
         return None
     try:
         if not data.isascii():
@@ -61,7 +63,7 @@ def plain_rows(block: Lines, source: DataSource) -> Plain | None:
     except (pa.ArrowException, UnicodeDecodeError):
         return None
     # As many values as lines, so one on each.
-    if table.num_rows != data.count(b"\n") + (not data.endswith(b"\n")):
+    if table.num_rows != len(ends) + (not data.endswith(b"\n")):
         return None
     is_plain, unread = _plain_and_unread(table, column)
     if is_plain is None:
@@ -129,6 +131,9 @@ def _plain_and_unread(table: pa.Table, column: str) -> tuple[np.ndarray | None, 
             has[name] = values.is_valid().to_numpy()
         else:
             return None, {}
+    text = turns.values.field("content").buffers()[2]
+    if text is not None and len(text) and np.frombuffer(text, np.uint8).min() == 0:  # a NUL character
+        return None, {}
     is_plain = _are_plain(turns)
     counts = {}
     for name, given in has.items():

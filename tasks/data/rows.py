@@ -47,7 +47,7 @@ GROUP_CHARACTERS = 16 << 20
 #: Texts hardly repeat as a whole: a dictionary of them, or their least and greatest, would only cost time.
 WRITE_OPTIONS: dict[str, Any] = {
     "compression": "zstd",
-    "compression_level": 3,
+    "compression_level": 1,
     "use_dictionary": False,
     "write_statistics": False,
 }
