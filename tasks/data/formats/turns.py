@@ -107,7 +107,7 @@ def _read_turn(turn: Any, name: str, row: Row) -> Message | None:
     reasoning = _reasoning(left, thoughts, name)
     trained = _trained(left, role, name)
     named, answers = (_label(left.pop(key, None), key, name) for key in ("name", "tool_call_id"))
-    row.finish_turn(left, name)
+    row.finish_turn(left, f"{name}[]")
     if content is None and not calls:
         if not has_content:
             raise MalformedRow(f"a turn of {name} is not an object with role and content")
@@ -173,7 +173,7 @@ def _content(value: Any, name: str, row: Row) -> tuple[str | None, list[str]]:
             shown = kind[:40] if isinstance(kind, str) and key not in left and kind != "text" else "no text"
             raise MalformedRow(f"a part of a turn of {name} is {shown!r}: only parts of text are read")
         (thoughts if key != "text" else texts).append(text)
-        row.finish_turn(left, f"{name}[].content")
+        row.finish_turn(left, f"{name}[].content[]")
     return "".join(texts), thoughts
 
 
