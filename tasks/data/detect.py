@@ -108,7 +108,7 @@ def detect_format(rows: Iterable[Any]) -> DetectedFormat:
     if found is None:
         raise ValueError(
             f"the columns {', '.join(map(repr, columns.names[:40]))} fit no known form. {_nearest(columns)}Expected "
-            f"are: {_EXPECTED}. Say how they are read: a format ({', '.join(sorted(FORMS.keys() - {'text'}))}) and, "
+            f"are: {_EXPECTED}. Say how they are read: a format ({', '.join(sorted(FORMS.keys() - {'text', 'all_text'}))}) and, "
             "where names differ, fields such as prompt=COLUMN"
         )
     return found
