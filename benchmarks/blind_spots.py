@@ -76,7 +76,7 @@ WRAPPINGS: dict[str, Callable[[str], str]] = {
     "tabs for spaces": lambda text: text.replace(" ", "\t"),
     "HTML-escaped": html.escape,
     "HTML-escaped twice": lambda text: html.escape(html.escape(text)),
-    "HTML with tags": lambda text: f"<p><b>{html.escape(text)}</b></p>".replace("\n", "<br/>").replace(". ", ".</b> <b>"),
+    "HTML with tags": lambda text: f"<p><b>{html.escape(text)}</b>".replace("\n", "<br>").replace(". ", ".</b> <i>"),
     "JSON-escaped": lambda text: json.dumps(text),
     "JSON-escaped, not ASCII": lambda text: json.dumps(text, ensure_ascii=False),
     "JSON in JSON": lambda text: json.dumps(json.dumps({"question": text})),
