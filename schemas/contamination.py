@@ -10,7 +10,7 @@ from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DataSet, DatasetKind, DataSource
 
 MatchMode = Literal["full", "ngram"]
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class Benchmark(StrictModel):

@@ -27,6 +27,7 @@ from smoltulu.tasks.data.files import (
     suffix_of,
 )
 from smoltulu.tasks.data.hub import SourceUnavailable, resolve_commit
+from smoltulu.tasks.data.rows import stored_rows
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -116,7 +117,7 @@ def read_rows(
     if source.sampled is not None:
         if source.sampled not in sampled:
             raise ValueError(f"data source {source.sampled!r} is sampled, and its rows were not given")
-        return islice(read_file(Path(sampled[source.sampled])), source.limit)
+        return islice(stored_rows(Path(sampled[source.sampled])), source.limit)
     # Looking for the files is done now, so that a missing one is reported before the first row is asked for.
     files = local_files(source, world)
     rows = islice((row for file in files for row in read_file(file)), source.limit)

@@ -25,6 +25,20 @@ Span = tuple[int, int]
 Place = Literal["end", "front", "middle"]
 PLACES: tuple[Place, ...] = ("end", "front", "middle")
 
+
+class Prompt(Messages):
+    """Messages that also say which tools they offer, for libraries that hand on a prompt as one value."""
+
+    def __init__(self, messages: Messages, tools: Tools | None = None) -> None:
+        super().__init__(messages)
+        self.tools = tools
+
+
+def tools_of(messages: Messages) -> Tools | None:
+    """The tools of a `Prompt`; other messages offer none."""
+    return getattr(messages, "tools", None)
+
+
 _PLAIN_ROLES = ("system", "user", "assistant")
 _OF_TOOLS = -1  # in place of a turn's number
 
@@ -74,7 +88,7 @@ class _Marked:
         return value
 
     def mark_descriptions(self, value: Any) -> Any:
-        """A tool with marks in what it is called and described as. Types and the like a template may spell otherwise."""
+        """A tool, its names and descriptions marked. Types and the like a template may spell otherwise."""
         if isinstance(value, list):
             return [self.mark_descriptions(inner) for inner in value]
         if not isinstance(value, dict):
