@@ -38,8 +38,9 @@ def printable(text: str) -> str:
 
 #: Most characters of what becomes the name of a file or part of an address, and of a path.
 MAX_NAME, MAX_PATH = 200, 4096
-#: The values that `science(absent=...)` takes: compared by type and value, written in a schema as they are.
-Scalar = bool | int | float | str | None
+#: The values that `science(absent=...)` takes, the empty tuple among them: compared by type and value, written in a
+#: schema as they are.
+Scalar = bool | int | float | str | tuple[()] | None
 _ALWAYS_IN_KEY: Any = object()
 
 
@@ -52,7 +53,7 @@ def science(default: Any = ..., *, absent: Scalar = _ALWAYS_IN_KEY, **kwargs: An
     """
     extra: dict[str, Any] = {"role": "science"}
     if absent is not _ALWAYS_IN_KEY:
-        assert absent is None or isinstance(absent, (bool, int, float, str)), absent
+        assert absent is None or absent == () or isinstance(absent, (bool, int, float, str)), absent
         extra["absent"] = absent
     return Field(default, json_schema_extra=extra, **kwargs)
 

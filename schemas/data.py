@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from smoltulu.schemas.common import MAX_NAME, MAX_PATH, ArtifactPath, StrictModel, machinery, science
 
@@ -13,8 +13,12 @@ RowFormat = Literal[
     "prompt_completion",
     "instruction",
     "question_answer",
+    "transcript",
     "preference",
     "preference_by_label",
+    "preference_by_strength",
+    "preference_by_score",
+    "kto",
     "rlvr",
     "text",
     "best_of",
@@ -22,6 +26,26 @@ RowFormat = Literal[
     "humanevalpack",
 ]
 DatasetKind = Literal["sft", "preference", "rlvr"]
+#: What becomes of pairs that a data set has for a reason of its own: left out and counted, or a fault.
+Unwanted = Literal["drop", "malformed"]
+
+#: Names that other tools and data sets have for a form -> what a source says here.
+_OTHER_NAMES = {
+    "sharegpt": "format: messages, fields: {messages: conversations}",
+    "chatml": "format: messages",
+    "openai": "format: messages",
+    "conversations": "format: messages, fields: {messages: conversations}",
+    "alpaca": "format: instruction",
+    "dolly": "format: instruction, fields: {input: context, output: response}",
+    "openorca": "format: question_answer, fields: {answer: response}",
+    "math": "format: question_answer, fields: {question: problem, answer: solution}",
+    "orca_dpo": "format: preference, fields: {prompt: question}",
+    "dpo": "format: preference",
+    "hh_rlhf": "format: preference",
+    "ultrafeedback": "format: preference, or preference_by_score for the raw rows with `completions`",
+    "helpsteer": "format: preference_by_strength",
+    "helpsteer2": "format: preference_by_strength",
+}
 
 
 class DataSource(StrictModel):
@@ -70,6 +94,39 @@ class DataSource(StrictModel):
         "same name is meant, e.g. {gsm8k: gsm8k_strict, ifeval: ifeval@paper}; case does not count",
     )
     limit: int | None = science(None, ge=1, description="first rows only")
+    ignore: tuple[str, ...] = science(
+        (),
+        absent=(),
+        description="columns, and keys of turns, that are left out although they change what a row means, e.g. "
+        "[images, weight]; the report counts the rows that had one",
+    )
+    ties: Unwanted | None = science(
+        None,
+        absent=None,
+        description="preference only: pairs with the same answers, the same scores, or a judgement of tie; none: "
+        "the same scores are counted and kept, the others are malformed",
+    )
+    empty_answers: Unwanted | None = science(
+        None, absent=None, description="preference only: pairs with a null or empty answer; none: malformed"
+    )
+    rejected_above_chosen: Literal["keep", "drop", "malformed"] = science(
+        "keep", absent="keep", description="preference only: pairs whose scores say the opposite; always counted"
+    )
+    min_margin: float | None = science(
+        None,
+        absent=None,
+        ge=0,
+        description="preference only: pairs whose scores (or strength) are less apart are dropped; rows without scores "
+        "are malformed then",
+    )
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _name_of_ours(cls, value: Any) -> Any:
+        known = _OTHER_NAMES.get(str(value).lower().replace("-", "_"))
+        if known is not None:
+            raise ValueError(f"{value!r} is not what the form is called here; write {known}")
+        return value
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -135,13 +192,25 @@ class DatasetStageConfig(StrictModel):
 
 
 class SourceReport(StrictModel):
-    """What reading one source gave."""
+    """What reading one source gave. A row is normalised, malformed, dropped, or merged with another one."""
 
     label: str
     num_rows: int = Field(ge=0)
     num_malformed: int = Field(ge=0)
     reasons: dict[str, int] = Field(description="reason -> number of rows")
     examples: tuple[str, ...] = Field(description="first malformed rows: position, reason and the row, shortened")
+    dropped: dict[str, int] = Field({}, description="reason -> number of rows without a fault that are left out")
+    num_merged: int = Field(0, ge=0, description="rows that became a part of another one: the second of a KTO pair")
+    noticed: dict[str, int] = Field({}, description="what is odd about rows that were kept -> number of rows")
+    unread: dict[str, int] = Field(
+        {}, description="column, or key of a turn, that no field reads -> number of normalised rows that have it"
+    )
+    ignored: dict[str, int] = Field({}, description="entry of `ignore` -> number of rows that have it")
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows without a fault that are left out, because a setting says so or their partner is missing."""
+        return sum(self.dropped.values())
 
 
 class DatasetOutputs(StrictModel):
