@@ -12,8 +12,11 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
 from smoltulu.schemas.rlvr import RLVRInputs, RLVRSettings
+from smoltulu.tasks.data.formats import adapt
 from smoltulu.tasks.data.rows import stored_rows
+from smoltulu.tasks.data.stage import build_dataset
 from smoltulu.tasks.models.folders import load_tokenizer
 from smoltulu.tasks.models.tokens import IGNORED, conversations, prompt_ids
 from smoltulu.tasks.sampled.samples import asked_of, stored_prompt
@@ -87,6 +90,61 @@ def test_preference_pairs_with_tools_train(model: Path, tmp_path: Path) -> None:
     config, inputs, given = stage_arguments("dpo", tmp_path, model, rows, settings, HERMES)
     FUNCTIONS["dpo"](config, inputs, given)
     assert parquet.read_table(inputs.dataset).num_rows == 2
+
+
+def test_from_a_users_file_to_a_step(model: Path, tmp_path: Path) -> None:
+    """Tools, reasoning, a weight of 0: what the file says is what is trained on."""
+    function = {"name": "weather", "arguments": '{"city": "Bonn"}'}
+    lines: list[dict[str, Any]] = [
+        {
+            "messages": [
+                turn("user", "Rain in Bonn?"),
+                {"role": "assistant", "content": None, "reasoning": "I must look.", "tool_calls": [
+                    {"id": "a1", "type": "function", "function": function}]},
+                {"role": "tool", "content": "dry", "tool_call_id": "a1"},
+                turn("assistant", "No rain."),
+            ],
+            "tools": json.dumps(TOOLS),
+        },
+        {"messages": [turn("user", "a"), BAD | {"weight": 0}, turn("user", "b"), GOOD | {"weight": 1}]},
+        {"messages": [turn("user", "a"), turn("assistant", "plain")]},
+    ]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = DataSource(path=str(file), format="messages")
+    data = DatasetStageConfig(kind="sft", data=DataSet(sources=(source,)))
+    made = context(tmp_path / "dataset")
+    outputs, _ = build_dataset(data, DatasetInputs(), made)
+    assert outputs.num_rows == 3
+    rows = list(stored_rows(made.folder / outputs.file))
+    assert rows[0]["messages"][1] == {
+        "role": "assistant", "content": "", "reasoning_content": "I must look.",
+        "tool_calls": [{"id": "a1", "type": "function", "function": function | {"arguments": {"city": "Bonn"}}}],
+    }  # fmt: skip
+    assert rows[0]["tools"] == TOOLS and rows[1]["messages"][1] == BAD | {"train": False}
+    assert rows[2] == {"id": "0:2", "messages": lines[2]["messages"]}
+    settings = {"max_steps": 1, "max_length": 600, "effective_batch_size": 2}
+    config, inputs, given = stage_arguments("sft", tmp_path / "sft", model, rows, settings, HERMES)
+    tokenizer = load_tokenizer(model, HERMES)
+    trained = [
+        tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+        for row in parquet.read_table(inputs.dataset).to_pylist()
+    ]
+    call_text = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call><|im_end|>'
+    assert trained == [
+        f"<think>\nI must look.\n</think>\n{call_text}No rain.<|im_end|>", "GOOD answer<|im_end|>", "plain<|im_end|>",
+    ]  # fmt: skip
+    FUNCTIONS["sft"](config, inputs, given)
+    assert (given.folder / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("is_implicit", [False, True])
+def test_turns_of_a_pairs_prompt_keep_whether_they_count(is_implicit: bool) -> None:
+    """It matters where `trained_turns` is all."""
+    prompt = [turn("user", "a"), BAD | {"train": False}, turn("user", "b")]
+    sides = {"chosen": [turn("assistant", "c")], "rejected": [turn("assistant", "d")]}
+    row = {name: prompt + side for name, side in sides.items()} if is_implicit else {"prompt": prompt, **sides}
+    assert adapt(row, DataSource(path="x.jsonl", format="preference")) == {"prompt": prompt, **sides}
 
 
 def test_the_preflight_counts_rich_rows_and_says_which_a_template_refuses(model: Path, tmp_path: Path) -> None:
