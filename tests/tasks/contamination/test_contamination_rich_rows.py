@@ -31,7 +31,7 @@ def expected(rows: list[dict[str, Any]], roles: tuple[str, ...]) -> list[tuple[i
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from(["sft", "preference", "rlvr"]), st.integers(1, 200), st.integers(1, 4))
 def test_every_text_of_every_turn_is_read_under_its_role(
     tmp_path_factory: pytest.TempPathFactory, data: Any, kind: Any, shard_bytes: int, group_rows: int

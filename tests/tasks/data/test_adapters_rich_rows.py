@@ -66,7 +66,7 @@ def rows_of(kind: str) -> st.SearchStrategy[list[dict[str, Any]]]:
     return st.lists(st.one_of(st.fixed_dictionaries(plain), rich), max_size=8)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data(), st.sampled_from(sorted(COLUMNS)), st.integers(1, 4), st.integers(1, 60))
 def test_rows_are_read_as_they_were_written(
     tmp_path_factory: pytest.TempPathFactory, data: Any, kind: Any, group_rows: int, group_characters: int
