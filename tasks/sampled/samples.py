@@ -153,7 +153,7 @@ def asked_prompts(
     num_rows = 0
     for number, row in enumerate(stored_rows(dataset)):
         num_rows += 1
-        said = canonical_json(_messages(row) + [row["tools"]] * ("tools" in row))
+        said = canonical_json([*_messages(row), *([row["tools"]] if "tools" in row else [])])
         firsts.setdefault(sha256(said.encode()).digest(), (number, str(row["id"])))
     if not num_rows:
         raise ValueError("there are no rows whose prompts could be asked; look at the data set that `prompts` names")
