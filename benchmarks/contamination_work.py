@@ -175,6 +175,7 @@ def scan(
 
     from smoltulu.tasks.contamination.merge import merge, write_kept
     from smoltulu.tasks.contamination.rows import plan_shards
+    from smoltulu.tasks.contamination.scan import ShortRule
 
     file = Path(path)
     shard_bytes = min(64 << 20, uncompressed_bytes(file) // (4 * processes) + 1)
@@ -207,7 +208,7 @@ def scan(
             wall.append(time.perf_counter() - started)
             if keep_rows:
                 used = time.process_time()
-                write_kept(file, out / "hits.parquet", out / "kept.parquet", out / "removed.jsonl", min_terms=1)
+                write_kept(file, out / "hits.parquet", out / "kept.parquet", out / "removed.jsonl", ShortRule())
                 kept_cpu.append(time.process_time() - used)
             shutil.rmtree(out)
     peaks[os.getpid()] = peak_rss_mb()
