@@ -1,8 +1,8 @@
 """Policy `span`: rows without the passages that hit, instead of without the rows.
 
 A passage is cut until no counting hit is left in its turn. A row goes as a whole where that leaves a turn without text,
-or both completions of a preference row the same, and where a hit is in reasoning, a call or tools: a part of those would
-mean something else.
+or both completions of a preference row the same, and where a hit is in reasoning, a call or tools: without a part,
+those would say something else.
 """
 
 from __future__ import annotations
@@ -115,7 +115,12 @@ def _cut(turns: Sequence[Turn], index: Index, rules: ContaminationRules, short: 
 
 
 def _hit_elsewhere(
-    rows: pa.Table, turns: Sequence[Turn], wanted: Sequence[int], index: Index, rules: ContaminationRules, short: ShortRule
+    rows: pa.Table,
+    turns: Sequence[Turn],
+    wanted: Sequence[int],
+    index: Index,
+    rules: ContaminationRules,
+    short: ShortRule,
 ) -> dict[int, str]:
     """Rows that still hit, once cut, because a turn has more than its content, and where."""
     if TOOLS not in rows.schema.names:
