@@ -21,11 +21,13 @@ RowFormat = Literal[
     "kto",
     "rlvr",
     "text",
+    "all_text",
     "best_of",
     "llmbar",
     "humanevalpack",
 ]
-DatasetKind = Literal["sft", "preference", "rlvr"]
+#: texts: rows of an audit, whatever their form.
+DatasetKind = Literal["sft", "preference", "rlvr", "texts"]
 #: What becomes of pairs that a data set has for a reason of its own: left out and counted, or a fault.
 Unwanted = Literal["drop", "malformed"]
 
@@ -63,13 +65,21 @@ class DataSource(StrictModel):
     subset: str | None = science(
         None,
         max_length=MAX_NAME,
-        description="Hub configuration name, e.g. `main` of openai/gsm8k; `*`: all of them, `limit` rows of each",
+        description="configuration of a Hub dataset, or of a folder whose card has some, e.g. `main` of openai/gsm8k; "
+        "`*`: all of them, `limit` rows of each on the Hub",
     )
-    split: str = science("train", max_length=MAX_NAME, description="Hub split")
+    split: str | None = science(
+        None,
+        none_in_key="train",
+        max_length=MAX_NAME,
+        description="split of a Hub dataset (none: train) or of a path; part of one as `datasets` writes it: "
+        "train[:1000], train+test; a folder with files of several splits needs it",
+    )
     path: str | None = machinery(
         None,
         max_length=MAX_PATH,
-        description="local .jsonl, .json, .parquet or .csv (.gz allowed) or a folder of them; keyed by content digest; "
+        description="local .jsonl, .ndjson, .json, .csv or .tsv (.gz, .zst, .xz, .bz2 allowed), .parquet, .arrow, or a "
+        "folder of them, also one that save_to_disk wrote; keyed by content digest; "
         "${VARIABLE} and ${VARIABLE:-default} are expanded; relative to the recipe file's folder, and to the working "
         "folder where it begins with a variable or there is no file",
     )
@@ -81,7 +91,7 @@ class DataSource(StrictModel):
         description="rows that a model wrote: an entry of the recipe's block `sampled`; its format need not be given",
     )
     format: RowFormat = science(
-        description="how a row is read, see docs/data.md; the last three are of reward benchmarks only"
+        description="how a row is read, see docs/data.md; all_text: audits only; the last three: reward benchmarks only"
     )
     fields: dict[str, str] = science({}, description="our field name -> column name, where they differ")
     verifier: str | None = science(
@@ -94,6 +104,14 @@ class DataSource(StrictModel):
         "same name is meant, e.g. {gsm8k: gsm8k_strict, ifeval: ifeval@paper}; case does not count",
     )
     limit: int | None = science(None, ge=1, description="first rows only")
+    on_bad_line: Literal["stop", "count"] = science(
+        "stop",
+        absent="stop",
+        description="a line that cannot be read (torn, NUL bytes, not UTF-8): stop, or a malformed row",
+    )
+    columns: tuple[str, ...] | None = science(
+        None, absent=None, min_length=1, description="format all_text only: columns whose texts are read; none: all"
+    )
     ignore: tuple[str, ...] = science(
         (),
         absent=(),
@@ -205,6 +223,7 @@ class SourceReport(StrictModel):
     unread: dict[str, int] = Field(
         {}, description="column, or key of a turn, that no field reads -> number of normalised rows that have it"
     )
+    texts: dict[str, int] = Field({}, description="format all_text only: column -> number of its texts that were read")
     ignored: dict[str, int] = Field({}, description="entry of `ignore` -> number of rows that have it")
 
     @property
@@ -217,7 +236,7 @@ class DatasetOutputs(StrictModel):
     """Normalised rows of one kind as Parquet (tasks/data/rows.py).
 
     sft: {"id", "messages"} · preference: {"id", "prompt", "chosen", "rejected"}, each a list of messages ·
-    rlvr: {"id", "prompt": messages, "verifier", "ground_truth"}.
+    rlvr: {"id", "prompt": messages, "verifier", "ground_truth"} · texts: {"id", "messages", "origins"}.
     """
 
     file: ArtifactPath = Field("rows.parquet")

@@ -75,6 +75,15 @@ def _said_of_dropped(report: SourceReport) -> str:
     return "".join(f"; {report.label}: {reason}: {number:,} rows" for reason, number in report.dropped.items())
 
 
+def _said_of_malformed(report: SourceReport, allowed: str) -> str:
+    share = report.num_malformed / report.num_rows
+    reasons = "; ".join(f"{reason}: {number}" for reason, number in report.reasons.items())
+    return (
+        f"{report.label}: {report.num_malformed} of {report.num_rows} rows are malformed ({share:.2%}){allowed}. "
+        f"Reasons: {reasons}. First examples:\n  " + "\n  ".join(report.examples)
+    )
+
+
 def _accept(reports: list[SourceReport], max_malformed_share: float) -> None:
     """Check every source by itself: a small one that is all malformed must not hide behind a large one.
 
@@ -85,15 +94,11 @@ def _accept(reports: list[SourceReport], max_malformed_share: float) -> None:
         if report.num_rows == 0:
             problems.append(f"{report.label}: no rows at all; check the file, the split or `limit`")
         elif report.num_malformed > max_malformed_share * report.num_rows:
-            share = report.num_malformed / report.num_rows
-            reasons = "; ".join(f"{reason}: {number}" for reason, number in report.reasons.items())
-            problems.append(
-                f"{report.label}: {report.num_malformed} of {report.num_rows} rows are malformed ({share:.2%}), "
-                f"allowed are {max_malformed_share:.2%} (max_malformed_share). Reasons: {reasons}. First examples:\n  "
-                + "\n  ".join(report.examples)
-            )
+            allowed = f", allowed are {max_malformed_share:.2%} (max_malformed_share)"
+            problems.append(_said_of_malformed(report, allowed))
     if not problems and not any(map(_num_left, reports)):
         problems.append("no row is left: all are malformed, or dropped" + "".join(map(_said_of_dropped, reports)))
+        problems += [_said_of_malformed(report, "") for report in reports if report.num_malformed]
     if problems:
         raise ValueError(
             "the data cannot be used:\n" + "\n".join(problems) + "\nMend `format` and `fields`, or the data."

@@ -73,7 +73,7 @@ _MAX_NAME = 80
 class Row:
     """The columns of one row, by the names of our fields. Attributes: unread, noticed (both names, each once)."""
 
-    __slots__ = ("_read", "ignored", "noticed", "source", "unread", "values")
+    __slots__ = ("_read", "ignored", "noticed", "source", "texts", "unread", "values")
 
     def __init__(self, values: dict[str, Any], source: DataSource) -> None:
         self.source = source
@@ -81,6 +81,7 @@ class Row:
         self.unread: set[str] = set()
         self.noticed: set[str] = set()
         self.ignored: set[str] = set()
+        self.texts: dict[str, int] = {}  # of the form all_text
         self.values = self.wanted(values) if source.ignore else values
 
     def wanted(self, values: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smoltulu.schemas.data import DatasetKind, DataSource
+from smoltulu.tasks.data.formats.all_text import read_all_text
 from smoltulu.tasks.data.formats.columns import Row
 from smoltulu.tasks.data.formats.kto import read_labelled
 from smoltulu.tasks.data.formats.preference import read_by_label, read_by_score, read_by_strength, read_preference
@@ -61,6 +62,7 @@ FORMS: dict[str, Form] = {
     "rlvr": Form(
         "rlvr", ("messages", "prompt", "question", "verifier", "ground_truth"), read_rlvr, ("system", "history")
     ),
+    "all_text": Form("texts", (), read_all_text),
     "text": Form(None, ("text",), read_text),
 }  # fmt: skip
 
@@ -69,7 +71,8 @@ FORMAT_FIELDS: dict[str, tuple[str, ...]] = {name: form.names for name, form in 
 
 #: Forms that give rows of each kind.
 KIND_FORMATS: dict[str, tuple[str, ...]] = {
-    kind: tuple(name for name, form in FORMS.items() if form.kind == kind) for kind in ("sft", "preference", "rlvr")
+    kind: tuple(name for name, form in FORMS.items() if form.kind == kind)
+    for kind in ("sft", "preference", "rlvr", "texts")
 }
 
 _OF_PAIRS = ("ties", "empty_answers", "min_margin", "rejected_above_chosen")
@@ -93,6 +96,8 @@ def check_source(source: DataSource, kind: DatasetKind) -> None:
     if kind != "rlvr" and (both := sorted(set(source.ignore) & needed.keys() - {"input"})):
         raise ValueError(f"{label}: ignore names {', '.join(both)}, which format {name!r} reads; remove one of the two")
     _check_preferences(source, kind, label)
+    if source.columns is not None and kind != "texts":
+        raise ValueError(f"{label}: columns is said of format all_text, and it is {name!r}; use fields, or remove it")
     if kind != "rlvr" and (source.verifier is not None or source.verifiers is not None):
         raise ValueError(
             f"{label}: it gives {kind} rows, which no verifier grades; remove `verifier` and `verifiers`, or give the "

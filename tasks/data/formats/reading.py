@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from smoltulu.schemas.data import DataSource, SourceReport
+from smoltulu.tasks.data.files import BrokenRow
 from smoltulu.tasks.data.formats.columns import Row, counted_name
 from smoltulu.tasks.data.formats.forms import FORMS
 from smoltulu.tasks.data.formats.kto import Partners
@@ -31,6 +32,8 @@ def adapt(row: Any, source: DataSource) -> dict[str, Any]:
 
 
 def _adapted(row: Any, source: DataSource) -> tuple[dict[str, Any], Row]:
+    if isinstance(row, BrokenRow):
+        raise MalformedRow(row.reason)
     if not isinstance(row, dict):
         raise MalformedRow("row is not an object")
     read = Row(row, source)
@@ -58,6 +61,7 @@ class SourceCounts:
         self._noticed: Counter[str] = Counter()
         self._unread: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter(dict.fromkeys(source.ignore, 0))
+        self._texts: Counter[str] = Counter()
         self._examples: list[str] = []
 
     def normalised(self, rows: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -83,6 +87,8 @@ class SourceCounts:
                 continue
             if read.unread or read.noticed or read.ignored:
                 self._count(read)
+            for name, number in read.texts.items():
+                self._texts[self._counted(name, self._texts)] += number
             yield place, made
 
     def _pairs(self, rows: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -108,8 +114,11 @@ class SourceCounts:
         self._noticed.update(read.noticed)
         self._ignored.update(read.ignored)
         for name in read.unread:
-            name = counted_name(name)
-            self._unread[name if name in self._unread or len(self._unread) < _MAX_NAMES else OTHER_NAMES] += 1
+            self._unread[self._counted(counted_name(name), self._unread)] += 1
+
+    @staticmethod
+    def _counted(name: str, counts: Counter[str]) -> str:
+        return name if name in counts or len(counts) < _MAX_NAMES else OTHER_NAMES
 
     def report(self) -> SourceReport:
         """The counts so far."""
@@ -123,12 +132,15 @@ class SourceCounts:
             num_merged=self._num_merged,
             noticed=dict(self._noticed.most_common()),
             unread=dict(sorted(self._unread.items())),
+            texts=dict(self._texts),
             ignored=dict(self._ignored),
         )
 
 
 def shortened(row: Any) -> str:
     """A row for a message."""
+    if isinstance(row, BrokenRow):
+        return ascii(row.text[:_EXAMPLE_CHARACTERS])
     # ascii, so that a lone surrogate can be shown; default=str, because parquet cells may be dates.
     text = json.dumps(row, ensure_ascii=True, default=str)
     return text if len(text) <= _EXAMPLE_CHARACTERS else text[: _EXAMPLE_CHARACTERS - 1] + "…"

@@ -298,11 +298,11 @@ def test_single_answers_that_are_refused_by_name(row: dict[str, Any], given: Dat
             source("preference"),
             {**PAIR, "tools": [TOOL]},
         ),
-        # weights of earlier turns say nothing here: a prompt is not trained
+        # a turn of the prompt that is not to be trained stays marked: trained_turns may be all
         (
             {"prompt": [Q, {**B, "weight": 0}, Q], "chosen": "a", "rejected": "b"},
             source("preference"),
-            {**PAIR, "prompt": [Q, B, Q]},
+            {**PAIR, "prompt": [Q, {**B, "train": False}, Q]},
         ),
         # what a tool said belongs to the prompt
         (

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from smoltulu.schemas.data import DataSource
 from smoltulu.tasks.data.formats import FORMS, DroppedRow, MalformedRow, SourceCounts
 from smoltulu.tasks.data.formats.columns import ALIASES, CHANGES_MEANING, PROMPT_PARTS, TURN_CHANGES_MEANING, Row
-from smoltulu.tasks.data.formats.turns import _read_turn, read_turns
+from smoltulu.tasks.data.formats.turns import _read_turn, check_order, read_turns
 from smoltulu.tasks.data.formats.values import is_empty
 
 TURNS: list[dict[str, Any]] = [
@@ -34,6 +34,7 @@ TURNS: list[dict[str, Any]] = [
     {"role": "assistant", "content": "§", "id": "§"},
 ]  # fmt: skip
 SHAREGPT = [{"from": "human", "value": "§"}, {"from": "gpt", "value": "§"}]
+ENDS = ["user", "assistant"]
 TOOLS = [{"name": "§", "description": "§", "parameters": {"type": "object", "properties": {"§": {"type": "§"}}}}]
 SAME = {"role": "user", "content": "q"}
 ASKED = [{"role": "user", "content": "§"}]
@@ -61,6 +62,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "rlvr": [{"messages": TURNS[:2], "verifier": "gsm8k", "ground_truth": "#### 7", "constraint": "§"}],
     "text": [{"text": "§", "more": "§"}],
 }
+#: kto looks at more than one row, and all_text keeps every text by its own rule.
+ONE_ROW = [name for name in FORMS if name not in ("kto", "all_text")]
 _NAMES = sorted(
     {*CHANGES_MEANING, *TURN_CHANGES_MEANING, *PROMPT_PARTS, *(name for names in ALIASES.values() for name in names)}
     | {name for form in FORMS.values() for name in form.names}
@@ -149,7 +152,7 @@ def check_nothing_is_lost(row: dict[str, Any], source: DataSource) -> bool:
     return True
 
 
-@pytest.mark.parametrize("format", [name for name in FORMS if name != "kto"])
+@pytest.mark.parametrize("format", ONE_ROW)
 def test_the_rows_of_this_test_are_read(format: str) -> None:
     for row in ROWS[format]:
         assert check_nothing_is_lost(marked(row, iter(range(1000))), DataSource(path="x", format=format)), row
@@ -157,7 +160,7 @@ def test_the_rows_of_this_test_are_read(format: str) -> None:
 
 @settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    format=st.sampled_from([name for name in FORMS if name != "kto"]),
+    format=st.sampled_from(ONE_ROW),
     seed=st.integers(0, 2**32),
     ignore=st.lists(st.sampled_from(_NAMES), max_size=2, unique=True),
 )
@@ -187,12 +190,13 @@ def test_no_answer_of_labelled_rows_is_lost_uncounted(seed: int) -> None:
         assert labels == [True, False]
 
 
+_said = st.sampled_from(["system", "user", "assistant", "User", "human", "gpt", "tool", 3, None])
+_text = st.one_of(st.text(max_size=4), st.sampled_from([" ", "\u2003", "a\0", "\ud800", None, "a b"]))
 _plain_turns = st.lists(
-    st.fixed_dictionaries(
-        {
-            "role": st.sampled_from(["system", "user", "assistant", "User", "gpt", "tool", 3, None]),
-            "content": st.one_of(st.text(max_size=4), st.sampled_from([" ", "\u2003", "a\0", "\ud800", None, "a b"])),
-        }
+    st.one_of(
+        st.fixed_dictionaries({"role": _said, "content": _text}),
+        st.fixed_dictionaries({"from": _said, "value": _text}),
+        st.dictionaries(st.sampled_from(["role", "from", "content", "value"]), st.one_of(_said, _text), max_size=2),
     ),
     max_size=4,
 )
@@ -212,6 +216,19 @@ def test_plain_turns_are_read_fast_as_they_are_read_slowly(turns: list[dict[str,
     slow = outcome(lambda: [one for turn in turns if (one := _read_turn(turn, "messages", row)) is not None])
     if turns:
         assert outcome(lambda: read_turns(turns, "messages", row)) == slow
+
+
+@settings(max_examples=300, deadline=None)
+@given(roles=st.lists(st.sampled_from(["system", "user", "assistant"]), max_size=6), last=st.sampled_from(ENDS))
+def test_plain_orders_are_those_that_the_rules_allow(roles: list[str], last: str) -> None:
+    def allowed(**more: Any) -> bool:
+        try:
+            check_order([{"role": role, "content": "x", **more} for role in roles], "messages", last)
+        except MalformedRow:
+            return False
+        return True
+
+    assert allowed() == allowed(name="n")  # a turn with more than two keys goes the long way
 
 
 def test_a_dropped_row_is_no_malformed_one() -> None:
