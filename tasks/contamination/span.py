@@ -1,6 +1,6 @@
 """Policy `span`: rows without the passages that hit, instead of without the rows.
 
-A passage is cut until no counting hit is left in its turn. A row goes as a whole where that leaves a turn without text,
+Passages are cut until no counting hit is left in a turn. A row goes as a whole where that leaves a turn without a word,
 or both completions of a preference row the same, and where a hit is in reasoning, a call or tools: without a part,
 those would say something else.
 """
@@ -170,8 +170,8 @@ def _without(
     """The rows with their turns as they are now, without those that a cut has broken, and why each of these goes."""
     why = dict(whole)
     for turn in turns:
-        if turn.cuts and not turn.text.strip():
-            why.setdefault(turn.row, f"turn {turn.number} is left empty")
+        if turn.cuts and not any(map(str.isalnum, turn.text)):
+            why.setdefault(turn.row, f"turn {turn.number} is left without a word")
     for name in {turn.column for turn in turns if turn.cuts}:
         texts = {turn.place: turn.text for turn in turns if turn.column == name and turn.cuts}
         rows = rows.set_column(

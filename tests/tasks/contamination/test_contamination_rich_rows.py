@@ -66,7 +66,7 @@ def test_a_leak_in_any_part_of_a_row_is_found_and_goes(tmp_path: Path) -> None:
         {"messages": [asked, calling(call(city="Bonn")), turn("tool", f"before {LEAK} after"), turn("assistant", "a")]},
         {"messages": [asked, turn("assistant", "b")], "tools": [{"name": "f", "description": LEAK}]},
         {"messages": [asked, calling(call(city="Bonn"), content=f"now {LEAK} go")]},
-        {"messages": [asked, turn("assistant", LEAK[:-1]) | {"train": False}, asked, turn("assistant", "c")]},
+        {"messages": [asked, turn("assistant", LEAK) | {"train": False}, asked, turn("assistant", "c")]},
         {"messages": [asked, turn("assistant", "clean") | {"reasoning_content": "too"}]},
     ]
     quiz = benchmark(tmp_path, [{"q": LEAK}], query_fields=("q",), strip_prefix="")
@@ -85,7 +85,7 @@ def test_a_leak_in_any_part_of_a_row_is_found_and_goes(tmp_path: Path) -> None:
     assert list(kept) == ["0:2", "0:4", "0:6"] and kept["0:6"] == written[6]
     assert [log[name]["why"] for name in ("0:0", "0:1", "0:3", "0:5")] == [
         "a hit is in reasoning or a call of turn 1", "a hit is in reasoning or a call of turn 1", "a hit is in tools",
-        "turn 1 is left empty",
+        "turn 1 is left without a word",
     ]  # fmt: skip
     assert "apples" not in str(list(kept.values()))
     assert kept["0:4"]["messages"][1]["tool_calls"] == written[4]["messages"][1]["tool_calls"]
