@@ -87,7 +87,7 @@ def _turns(is_rich: bool) -> pa.ListType:
 
 def is_rich(row: Mapping[str, Any]) -> bool:
     """Whether a row has more than turns of role and content."""
-    return TOOLS in row or any(len(message) > 2 for message in turns_of(row))
+    return TOOLS in row or any(len(message) > 2 for name in TURNS if name in row for message in row[name])
 
 
 class RowsWriter:
@@ -97,8 +97,11 @@ class RowsWriter:
         self._file, self._kind, self._is_rich = file, kind, False
         self._writer = self._open()
         self._columns = set(COLUMNS[kind])
+        self._turns = [name for name in COLUMNS[kind] if name in TURNS]
         self._waiting: list[dict[str, Any]] = []
         self._plain: list[pa.Table] = []  # before those that wait as rows
+        #: Whether a row that waits, or that was written, is rich.
+        self._needs_rich = False
         self._num_waiting = self._num_characters = 0
 
     def _open(self) -> parquet.ParquetWriter:
@@ -108,10 +111,14 @@ class RowsWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row, which has the columns of its kind, maybe tools, and no other."""
-        assert row.keys() - {TOOLS} == self._columns, row.keys()
+        assert row.keys() == self._columns or row.keys() - {TOOLS} == self._columns, row.keys()
         self._waiting.append(row)
         self._num_waiting += 1
-        self._num_characters += num_characters(row)
+        if self._needs_rich or is_rich(row):
+            self._needs_rich = True
+            self._num_characters += num_characters(row)
+        else:
+            self._num_characters += sum(len(turn["content"]) for name in self._turns for turn in row[name])
         self._end_full_group()
 
     def write_plain(self, prefix: str, first: int, turns: pa.ListArray) -> None:
@@ -140,7 +147,7 @@ class RowsWriter:
             self._end_full_group()
 
     def _wait(self, table: pa.Table) -> None:
-        if self._waiting and not self._is_rich and any(map(is_rich, self._waiting)):
+        if self._needs_rich and not self._is_rich:
             self._become_rich()
         if self._waiting:
             self._plain.append(rows_table(self._waiting, self._kind, self._is_rich))
@@ -155,7 +162,7 @@ class RowsWriter:
     def _end_group(self) -> None:
         import pyarrow as pa
 
-        if not self._is_rich and any(map(is_rich, self._waiting)):
+        if self._needs_rich and not self._is_rich:
             self._become_rich()
         parts = self._plain
         if self._is_rich:

@@ -24,6 +24,7 @@ from smoltulu.tasks.data.files import read_blocks as file_blocks
 from smoltulu.tasks.data.folders import ALL_SUBSETS, DataFiles, data_files, parts_of, shown
 from smoltulu.tasks.data.hub import SourceUnavailable, resolve_commit
 from smoltulu.tasks.data.json_rows import Lines, OnBadLine
+from smoltulu.tasks.data.rows import stored_rows
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -112,7 +113,7 @@ def read_rows(
     if source.sampled is not None:
         if source.sampled not in sampled:
             raise ValueError(f"data source {source.sampled!r} is sampled, and its rows were not given")
-        return islice(read_file(Path(sampled[source.sampled])), source.limit)
+        return islice(stored_rows(Path(sampled[source.sampled])), source.limit)
     # Looking for the files is done now, so that a missing one is reported before the first row is asked for.
     found = local_files(source, world)
     rows = islice(_rows_of_files(source, found), source.limit)
