@@ -99,7 +99,8 @@ def language_shares(
 def row_text(row: dict[str, Any], which: str) -> str:
     """The turns of a normalised row that are judged, joined by line feeds. Of a pair, the chosen completion."""
     messages = [message for name in ("messages", "prompt", "chosen") for message in row.get(name, ())]
-    return "\n".join(message["content"] for message in messages if which == "all" or message["role"] == which)
+    wanted = (message for message in messages if which == "all" or message["role"] == which)
+    return "\n".join(map(rows_file.turn_text, wanted))
 
 
 def judge_text(text: str, settings: LanguageSettings, detect: Detect) -> Verdict:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smoltulu.tasks.data.rows import rows_at, turns_of
+from smoltulu.tasks.data.rows import rows_at, texts_of
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.render import render
 
@@ -105,7 +105,7 @@ def _by_benchmark(hits: Path, queries: Path) -> Iterator[tuple[str, list[FoundIn
 
 def _turn(sources: Mapping[int, dict[str, Any]], hit: dict[str, Any]) -> str:
     """Text of the turn of a hit."""
-    return str(turns_of(sources[hit["row"]])[hit["turn"]]["content"])
+    return texts_of(sources[hit["row"]])[hit["turn"]][1]
 
 
 def around_match(turn: str, match: str) -> tuple[str, str, str]:
