@@ -29,7 +29,7 @@ class NearDuplicateRules(StrictModel):
 
     policy: Literal["report", "remove"] = science("report", description="what happens to a near-duplicate")
     text: Literal["user", "all"] = science(
-        "user", description="what is compared of a row: its user turns, or all its turns (of a pair: both answers too)"
+        "user", description="what is compared of a row: its user turns, or all its text (of a pair: both answers too)"
     )
     threshold: float = science(
         0.8, ge=0.3, le=1, description="Jaccard similarity of the two sets of shingles, from which on it is one"

@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.tasks.data.rows import rows_at, turns_of
+from smoltulu.tasks.data.rows import rows_at, texts_of
 from smoltulu.tasks.report.hits import around_match
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class Hits:
 
         instance = parquet.read_table(self._queries, columns=["fields"], filters=[("instance", "=", hit.instance)])
         (fields,) = instance.column("fields").to_pylist()
-        turn = turns_of(rows_at(self._rows, [hit.row])[hit.row])[hit.turn]
-        return fields, around_match(str(turn["content"]), hit.text)
+        _, turn = texts_of(rows_at(self._rows, [hit.row])[hit.row])[hit.turn]
+        return fields, around_match(turn, hit.text)
 
 
 def review(hits: Hits, label: str, out: Console, read_key: Callable[[], str] | None = None) -> None:

@@ -132,7 +132,7 @@ def test_which_text_is_compared() -> None:
         "rejected": [{"role": "assistant", "content": "R"}],
     }
     assert compared_text(row, "user") == "U"
-    assert compared_text(row, "all") == "S\nU\nT\nC\nR"
+    assert compared_text(row, "all") == "S\nU\nC\nT\nR"
 
 
 # Signatures and bands.
