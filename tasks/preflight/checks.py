@@ -73,9 +73,7 @@ def _checks(config: PreflightConfig, outputs: PreflightOutputs) -> Iterator[Chec
         "are not rendered by the chat template and left out",
         "max_faulty_share",
         "fix or filter these rows, or use a template that renders them"
-        + (
-            "; " + "; ".join(f"{count:,}: {why}" for why, count in outputs.refusals.items()) if outputs.refusals else ""
-        ),
+        + ("; " + "; ".join(f"{count:,}: {why}" for why, count in outputs.refusals.items()) if outputs.refusals else ""),
     )
     if config.kind != "prompts":
         yield share(
