@@ -150,10 +150,24 @@ def test_sets_that_share_nothing_say_so(place: Path) -> None:
     assert code == 0 and [cell.strip() for cell in line.split("│")[2:7]] == ["1", "0", "0 %", "0", "0 %"]
 
 
+def test_one_set_is_compared_with_itself(place: Path) -> None:
+    rows = [{"instruction": QUESTIONS[number], "output": "1"} for number in (0, 1, 0, 0)]
+    write_jsonl(place / "d.jsonl", rows)
+    code, out, err = run_command(place, "--compare", "d.jsonl", "--json")
+    assert code == 0, err
+    shared = json.loads(out)
+    (one,) = shared["sets"]
+    assert (one["num_rows"], one["num_exact"], one["num_near"]) == (4, 2, 0)
+    assert [(example["a_id"], example["b_id"]) for example in shared["examples"]] == [("0:2", "0:0"), ("0:3", "0:0")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--compare", "a.jsonl"], "takes two data sets, A and B; given: 1"),
+        (
+            ["--compare", "a.jsonl", "b.jsonl", "a.jsonl"],
+            "or one for its own rows; given: 3",
+        ),
         (["--compare", "a.jsonl", "b.jsonl", "--review"], "leave out --json and --compare"),
         (["a.jsonl", "--review", "--json"], "leave out --json and --compare"),
         (["--compare", "a.jsonl", "nowhere.jsonl"], "neither a file or folder"),

@@ -441,6 +441,15 @@ def test_pieces_are_the_whole_text() -> None:
         assert "".join(text for text, _ in marked(one, other)[0]) == one
 
 
+def test_the_run_s_report_has_the_counts(tmp_path: Path) -> None:
+    from smoltulu.tasks.report.render import _environment
+
+    rows = [conversation(number, f"Tell me a story about {name}", source=number) for number, name in enumerate("aab")]
+    outputs, _ = run(tmp_path, rows, policy="remove")
+    section = str(_environment().get_template("sections.html.jinja").module.near_duplicates([("sft", outputs)]))
+    assert "sft" in section and "1 removed" in section and "itself, source 0" in section
+
+
 # Paraphrases.
 
 
