@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from smoltulu.schemas.audit import AuditSettings
     from smoltulu.schemas.near_duplicates import NearDuplicateRules
 
-_EXAMPLES = 5
+_EXACT_EXAMPLES, _EXAMPLES = 2, 5
 _STYLE = "bold black on yellow"
 
 
@@ -96,7 +96,7 @@ def _examples(
 
     _, outputs, folder = graph.results(made)[0]
     pairs = _first_pairs(Path(folder) / outputs.pairs_file)
-    exact = [pair for pair in pairs if pair["exact"]][:_EXAMPLES]
+    exact = [pair for pair in pairs if pair["exact"]][:_EXACT_EXAMPLES]
     near = sorted((pair for pair in pairs if not pair["exact"]), key=lambda pair: (-pair["jaccard"], pair["row"]))
     shown = [*exact, *near[-_EXAMPLES:]]
     files = []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smoltulu.flows.cli.audit_review import Hits, Reviewed, moved, review, shared_words
+from smoltulu.flows.cli.audit_review import Hits, moved, review, shared_words
 from smoltulu.flows.cli.main import app
 from smoltulu.flows.cli.output import console
 
@@ -55,10 +55,6 @@ def run_command(place: Path, *arguments: str) -> tuple[int, str, str]:
 # Keys.
 
 
-def hits_of(*benchmarks: str) -> list[Reviewed]:
-    return [Reviewed(name, number, number, number, f"0:{number}", 0, 1.0, "") for number, name in enumerate(benchmarks)]
-
-
 @pytest.mark.parametrize(
     ("position", "key", "expected"),
     [
@@ -69,8 +65,8 @@ def hits_of(*benchmarks: str) -> list[Reviewed]:
     ],
 )  # fmt: skip
 def test_where_a_key_leads(position: int, key: str, expected: int | None) -> None:
-    hits = hits_of("arc", "arc", "gsm8k", "gsm8k", "gsm8k", "piqa")
-    assert moved(hits, position, key) == expected
+    """Two hits of a benchmark, three of the next, one of the last."""
+    assert moved([0, 2, 5], 6, position, key) == expected
 
 
 def test_words_that_both_sides_have_are_marked() -> None:
@@ -117,7 +113,7 @@ def test_without_a_terminal_the_hits_are_printed(place: Path) -> None:
 
 def test_no_hits_are_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hits = reviewed(place)
-    hits.hits.clear()
+    hits._table = hits._table.slice(0, 0)
     review(hits, "my set", console())
     assert capsys.readouterr().out == "my set: no hits to review\n"
 
