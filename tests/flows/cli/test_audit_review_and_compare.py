@@ -139,13 +139,6 @@ def test_two_sets_are_compared(place: Path) -> None:
     assert (near["a_id"], near["b_id"], near["exact"]) == ("0:0", "0:0", False) and 0.6 <= near["jaccard"] < 1
 
 
-def test_sets_that_share_nothing_say_so(place: Path) -> None:
-    write_jsonl(place / "c.jsonl", [{"instruction": "Name the longest river of the country", "output": "Elbe"}])
-    code, out, _ = run_command(place, "--compare", "a.jsonl", "c.jsonl")
-    (line,) = (line for line in out.splitlines() if "c.jsonl" in line and "│" in line)
-    assert code == 0 and [cell.strip() for cell in line.split("│")[2:7]] == ["1", "0", "0 %", "0", "0 %"]
-
-
 def test_one_set_is_compared_with_itself(place: Path) -> None:
     rows = [{"instruction": QUESTIONS[number], "output": "1"} for number in (0, 1, 0, 0)]
     write_jsonl(place / "d.jsonl", rows)
