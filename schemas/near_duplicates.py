@@ -44,6 +44,9 @@ class NearDuplicateRules(StrictModel):
         description="cosine of word vectors from which a row is told to mean the same as one of another set or of a "
         "benchmark; needs smoltulu[paraphrases]; removes nothing",
     )
+    same_numbers: bool = science(
+        False, description="a pair whose numbers differ is no near-duplicate: with other numbers a task is another one"
+    )
     num_perm: int = science(128, ge=16, le=1024, description="hash functions of a MinHash signature")
 
     def bands(self) -> tuple[int, int]:

@@ -414,6 +414,14 @@ def test_numbers_that_differ_are_other_words(tmp_path: Path) -> None:
     assert outputs.num_near_duplicates == 0
 
 
+def test_a_task_with_other_numbers_can_be_another_task(tmp_path: Path) -> None:
+    text = "The farmer sold {} eggs on Monday and twice as many on Tuesday, and wants to know how many eggs she sold"
+    rows = [conversation(0, text.format(12)), conversation(1, text.format(15)), conversation(2, text.format(12) + ".")]
+    for same_numbers, expected in ((False, {1: 0, 2: 0}), (True, {2: 0})):
+        _, folder = run(tmp_path / str(same_numbers), rows, threshold=0.7, same_numbers=same_numbers)
+        assert {pair["row"]: pair["other_row"] for pair in pairs_of(folder)} == expected
+
+
 def test_rows_without_a_word_are_counted_and_stay(tmp_path: Path) -> None:
     outputs, _ = run(tmp_path, [conversation(number, "?!") for number in range(2)], policy="remove")
     assert outputs.num_without_text == 2 and outputs.num_rows == 2
