@@ -161,11 +161,94 @@ def stage(num_rows: int, rules: dict[str, Any], made: Callable[[int], Iterator[s
         process.join()
     size = f"{num_rows:,} rows of {num_characters / num_rows:.0f} characters"
     print(
-        f"\n{size}, {made.__name__}, {rules or 'default rules'}: {wall:.0f} s, {cpu:.0f} s of CPU; memory {peak:.0f} MB, "
-        f"{before:.0f} MB of it before the first row; {outputs.num_near_duplicates:,} near-duplicates "
+        f"\n{size}, {made.__name__}, {rules or 'default rules'}: {wall:.0f} s, {cpu:.0f} s of CPU, {peak:.0f} MB, "
+        f"{before:.0f} of it before the first row; {outputs.num_near_duplicates:,} near-duplicates "
         f"({outputs.num_clusters:,} clusters), {outputs.num_unfinished:,} rows unfinished",
         flush=True,
     )
+
+
+#: Words and phrases that mean the same, for questions reworded by rule.
+SAME = (
+    ("how many", "what number of"), ("how much", "what amount of"), ("bought", "purchased"), ("buys", "purchases"),
+    ("each", "every"), ("has", "owns"), ("gave", "handed"), ("gives", "hands"), ("more", "additional"),
+    ("total", "overall sum"),
+    ("makes", "produces"), ("wants", "would like"), ("needs", "requires"), ("friend", "pal"), ("house", "home"),
+    ("store", "shop"), ("money", "cash"), ("costs", "is priced at"), ("half", "one half"), ("twice", "two times"),
+    ("also", "in addition"), ("gets", "receives"), ("got", "received"), ("children", "kids"), ("week", "seven days"),
+    ("if", "supposing"), ("then", "afterwards"), ("spends", "uses up"), ("earns", "makes"), ("left", "remaining"),
+)  # fmt: skip
+
+
+def reworded(question: str, rng: random.Random) -> str:
+    """A question in other words: names changed, sentences before the last shuffled, synonyms."""
+    names = sorted(set(re.findall(r"(?<=[.!?] )[A-Z][a-z]+|^[A-Z][a-z]+|(?<=[a-z,] )[A-Z][a-z]+", question)))
+    for name in names:
+        if name not in ("How", "If", "The", "In", "What", "A", "He", "She", "They", "After", "It", "On", "There", "At"):
+            question = re.sub(
+                rf"\b{name}\b", rng.choice(("Zora", "Quinn", "Idris", "Maeve", "Tomas", "Yuki")), question
+            )
+    for plain, other in SAME:
+        question = re.sub(rf"\b{plain}\b", other, question, flags=re.IGNORECASE)
+    sentences = re.split(r"(?<=[.?!]) ", question)
+    first = sentences[:-1]
+    rng.shuffle(first)
+    return " ".join([*first, sentences[-1]])
+
+
+def paraphrase_quality() -> None:
+    """GSM8K's test questions reworded by rule are to be found; questions of its training set are not."""
+    from smoltulu.tasks.near_duplicates.paraphrases import embed, most_alike, numbers_of
+
+    def read(name: str, column: str) -> list[str]:
+        with gzip.open(DATA.parent / name, "rt", encoding="utf-8") as stream:
+            rows = json.load(stream) if name.endswith(".json.gz") else list(map(json.loads, stream))
+            return [row[column] for row in rows]
+
+    rng = random.Random(3)
+    test = read("eval/gsm8k_test.jsonl.gz", "question")
+    copies = [reworded(text, rng) for text in test]
+    clean = {
+        "gsm8k train": read("train/gsm8k_train.jsonl.gz", "question"),
+        "dolly": read("train/dolly_hhrlhf_small.jsonl.gz", "prompt"),
+    }
+    alike = [
+        jaccard(set(shingles(plain_words(a), "words", 3)), set(shingles(plain_words(b), "words", 3)))
+        for a, b in zip(test, copies, strict=True)
+    ]
+    print(
+        f"\n{len(test):,} questions reworded; Jaccard of 3 words with the original {np.mean(alike):.2f} on average, "
+        f"{100 * np.mean(np.array(alike) >= 0.8):.1f} % of them near-duplicates at 0.8\n"
+    )
+    print(f"e.g. {test[0]}\n  -> {copies[0]}\n")
+    others = embed(test).astype(np.float16)
+    started = time.process_time()
+    vectors = {"reworded": embed(copies), **{name: embed(some) for name, some in clean.items()}}
+    seconds = time.process_time() - started
+    print(f"{sum(map(len, vectors.values())) / seconds:,.0f} texts/s\n")
+    print("| cosine | reworded: its original | same numbers | gsm8k train | same numbers | dolly | same numbers |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    numbers = [numbers_of(text) for text in test]
+    for threshold in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95):
+        cells = []
+        for name, some in {"reworded": copies, **clean}.items():
+            found = list(most_alike(vectors[name], others, threshold))
+            if name == "reworded":
+                found = [one for one in found if one.number == one.other]
+            same = sum(numbers_of(some[one.number]) == numbers[one.other] for one in found)
+            cells += [f"{100 * len(found) / len(some):.1f} %", f"{100 * same / len(some):.2f} %"]
+        print(f"| {threshold:g} | {' | '.join(cells)} |")
+    with gzip.open(DATA / "math_cot.json.gz", "rt", encoding="utf-8") as stream:
+        math = [f"{row['instruction']}\n{row['input']}".strip() for row in json.load(stream)]
+    exact = {plain_words(text) for text in test}
+    for threshold in (0.8, 0.9, 0.95):
+        found = list(most_alike(embed(math), others, threshold))
+        words = sum(plain_words(math[one.number]) in exact for one in found)
+        same = [one for one in found if numbers_of(math[one.number]) == numbers[one.other]]
+        print(
+            f"\nmath_cot at {threshold:g}: {len(found):,} of {len(math):,} told, {len(same):,} with the same numbers, "
+            f"{len({one.other for one in same}):,} test questions; {words:,} rows have the very same words"
+        )
 
 
 def main() -> None:
