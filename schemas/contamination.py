@@ -10,7 +10,8 @@ from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DataSet, DatasetKind, DataSource
 
 MatchMode = Literal["full", "ngram"]
-Role = Literal["system", "user", "assistant"]
+#: text: what is no turn, in the rows of an audit.
+Role = Literal["system", "developer", "user", "assistant", "tool", "text"]
 
 
 class Benchmark(StrictModel):

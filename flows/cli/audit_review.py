@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.tasks.data.rows import rows_at, texts_of
-from smoltulu.tasks.report.hits import around_match
+from smoltulu.tasks.report.hits import around_match, place_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -70,14 +70,15 @@ class Hits:
         (hit,) = self._table.slice(number, 1).to_pylist()
         return Reviewed(**hit)
 
-    def texts(self, hit: Reviewed) -> tuple[list[str], tuple[str, str, str]]:
-        """(query fields; the turn before the match, the match, the turn after it)."""
+    def texts(self, hit: Reviewed) -> tuple[list[str], str, tuple[str, str, str]]:
+        """(query fields; where the hit is; the turn before the match, the match, the turn after it)."""
         from pyarrow import parquet
 
         instance = parquet.read_table(self._queries, columns=["fields"], filters=[("instance", "=", hit.instance)])
         (fields,) = instance.column("fields").to_pylist()
-        _, turn = texts_of(rows_at(self._rows, [hit.row])[hit.row])[hit.turn]
-        return fields, around_match(turn, hit.text)
+        row = rows_at(self._rows, [hit.row])[hit.row]
+        _, turn = texts_of(row)[hit.turn]
+        return fields, place_of(row, hit.turn, turn, hit.text), around_match(turn, hit.text)
 
 
 def review(hits: Hits, label: str, out: Console, read_key: Callable[[], str] | None = None) -> None:
@@ -140,7 +141,7 @@ def _show(hits: Hits, position: int, label: str, out: Console) -> None:
     from rich.text import Text
 
     hit = hits[position]
-    fields, (before, match, after) = hits.texts(hit)
+    fields, place, (before, match, after) = hits.texts(hit)
     query = "\n\n".join(fields)
     passage = Text(before)
     passage.append(match, _STYLE)
@@ -150,7 +151,7 @@ def _show(hits: Hits, position: int, label: str, out: Console) -> None:
     made = Table(title=f"{label}: hit {position + 1:,} of {len(hits):,}", title_justify="left", expand=True)
     made.add_column(f"{hit.benchmark} {hit.benchmark_row}", ratio=1, overflow="fold")
     score = "" if hit.score == 1 else f", score {hit.score:.3f}"
-    made.add_column(f"row {hit.row_id}, turn {hit.turn}{score}", ratio=1, overflow="fold")
+    made.add_column(f"row {hit.row_id}, {place}{score}", ratio=1, overflow="fold")
     cells: list[RenderableType] = [shared_words(query, match or before), passage]
     made.add_row(*cells)
     out.print(made)
@@ -183,12 +184,10 @@ def _folded(word: str) -> str:
 def review_result(result: Any, out: Console) -> None:
     """Review the hits of an `AuditResult`."""
     folders = {stage: Path(folder) for stage, folder in result.folders.items()}
-    review(
-        Hits(
-            folders["contamination"] / result.contamination.hits_file,
-            folders["benchmark_index"] / "queries.parquet",
+    for mode, outputs in result.checks.items():
+        hits = Hits(
+            folders[result.stage("contamination", mode)] / outputs.hits_file,
+            folders[result.stage("benchmark_index", mode)] / "queries.parquet",
             folders["dataset"] / result.dataset.file,
-        ),
-        result.label,
-        out,
-    )
+        )
+        review(hits, result.label if not result.also else f"{result.label}, {mode}", out)

@@ -30,6 +30,7 @@ COLUMNS: dict[DatasetKind, tuple[str, ...]] = {
     "sft": ("id", "messages"),
     "preference": ("id", "prompt", "chosen", "rejected"),
     "rlvr": ("id", "prompt", "verifier", "ground_truth"),
+    "texts": ("id", "messages", "origins"),
 }
 #: Columns that are lists of messages.
 TURNS = ("messages", "prompt", "chosen", "rejected")
@@ -238,7 +239,7 @@ def open_rows(file: Path) -> parquet.ParquetFile:
         opened.close()
         raise ValueError(
             f"{file}: no rows file: its columns ({', '.join(opened.schema_arrow.names)}) are not those of sft, "
-            "preference or rlvr rows; make a data set of it first"
+            "preference or rlvr rows, or of texts; make a data set of it first"
         )
     return opened
 

@@ -99,7 +99,8 @@ def language_shares(
 def row_text(row: dict[str, Any], which: str) -> str:
     """The turns of a normalised row that are judged, joined by line feeds. Of a pair, the chosen completion."""
     messages = [message for name in ("messages", "prompt", "chosen") for message in row.get(name, ())]
-    wanted = (message for message in messages if which == "all" or message["role"] == which)
+    # Rows of an audit may have no turns: their text is nobody's, or anybody's.
+    wanted = (message for message in messages if which == "all" or message["role"] in (which, "text"))
     return "\n".join(map(rows_file.turn_text, wanted))
 
 

@@ -180,7 +180,9 @@ def test_an_audit_uses_the_artifacts_of_a_recipe(place: Path) -> None:
     )
     trained, audited = (
         Graph(recipe),
-        AuditGraph([str(place / "train.jsonl")], AuditSettings(benchmarks=("gsm8k",), detector="none")),
+        AuditGraph(
+            [str(place / "train.jsonl")], AuditSettings(benchmarks=("gsm8k",), roles=("user",), detector="none")
+        ),
     )
     names = {"dataset-sft": "dataset-0-train-jsonl", "contamination-sft": "contamination-0-train-jsonl"}
     assert {trained.key(name) for name in names} == {audited.key(name) for name in names.values()}
