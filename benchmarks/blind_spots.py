@@ -1,10 +1,10 @@
 """Where each mode of the contamination check is blind: real items in common wrappings, and the share that is found.
 
-    python benchmarks/blind_spots.py [--items 1000] [--clean 40000] [--short]
+    python benchmarks/blind_spots.py [--items 1000] [--clean 40000] [--short 40000]
 
 Input: benchmarks and training rows of SMOLTULU_REAL_DATA (default ../shared/data), and Chinese items that are made up
 here. Prints Markdown: the share of items found per wrapping and benchmark, full / n-gram before and normalised after.
-`--clean N` scans N real training rows and lists every hit of `normalised` that `full` has not, to be read. `--short`
+`--clean N` scans N real training rows and lists every hit of `normalised` that `full` has not, to be read. `--short N`
 shows the rule for short items: full leaks of TruthfulQA and PIQA, and accidental hits in those rows. Some minutes.
 """
 
@@ -76,7 +76,7 @@ WRAPPINGS: dict[str, Callable[[str], str]] = {
     "tabs for spaces": lambda text: text.replace(" ", "\t"),
     "HTML-escaped": html.escape,
     "HTML-escaped twice": lambda text: html.escape(html.escape(text)),
-    "HTML with tags": lambda text: f"<p><b>{html.escape(text)}</b></p>".replace("\n", "<br/>").replace(". ", ".</b> <b>"),
+    "HTML with tags": lambda text: f"<p><b>{html.escape(text)}</b>".replace("\n", "<br>").replace(". ", ".</b> <i>"),
     "JSON-escaped": lambda text: json.dumps(text),
     "JSON-escaped, not ASCII": lambda text: json.dumps(text, ensure_ascii=False),
     "JSON in JSON": lambda text: json.dumps(json.dumps({"question": text})),
@@ -216,17 +216,64 @@ def clean_rows(folder: Path, num_rows: int) -> None:
             )
 
 
+#: How a short question may stand in a training row.
+PLACES: dict[str, Callable[[str], str]] = {
+    "the whole turn": lambda text: text,
+    "Q: and A:": lambda text: f"Q: {text}\nA:",
+    "in a list of others": lambda text: f"Please answer these questions.\n- {text}\n- What else do you know about it?",
+    "behind an instruction": lambda text: f"Answer truthfully in one sentence, please.\n\n{text}",
+    "in a sentence": lambda text: f"My little brother asked me at dinner yesterday: {text} What shall I tell him?",
+}
+
+
+def short_items(folder: Path, num_rows: int, min_terms: int = 8) -> None:
+    """Print what each rule for short items finds of full leaks, and how many clean rows it would remove."""
+    from smoltulu.tasks.contamination.merge import counting
+    from smoltulu.tasks.contamination.queries import LoadedBenchmark
+    from smoltulu.tasks.contamination.scan import ShortRule, scan_texts
+
+    clean = [user_text(row) for row in islice(real_rows(), num_rows)]
+    by_name = {benchmark.name: benchmark for benchmark in load_benchmarks()}
+    print(f"\nShort items, min_terms {min_terms}, {len(clean):,} real rows:\n")
+    head = [f"leaked {place}: found" for place in PLACES]
+    print(f"| benchmark, mode, short_items | items | short | {' | '.join(head)} | clean rows removed | by items |")
+    print(f"|---|{'---:|' * (len(PLACES) + 4)}")
+    for name in ("truthfulqa", "piqa"):
+        texts = [query[0] for query in by_name[name].queries if query is not None]
+        loaded = [LoadedBenchmark(name, [(text,) for text in texts])]
+        for mode in MODES:
+            for rule in ("never", "alone", "always"):
+                short = ShortRule(rule, min_terms)  # type: ignore[arg-type]
+                has_short = mode == "ngram" and rule != "never"
+                index = indexes(folder, loaded, (mode,), short_items=has_short)[mode]
+                found = []
+                for place in PLACES.values():
+                    hits, _ = scan_texts(index, [place(text) for text in texts], short=short)  # type: ignore[arg-type]
+                    counted = hits.filter(counting(hits, short))
+                    pairs = zip(counted["row"].to_pylist(), counted["instance"].to_pylist(), strict=True)
+                    found.append(len({row for row, instance in pairs if texts[row] == texts[instance]}))
+                hits, _ = scan_texts(index, clean, short=short)  # type: ignore[arg-type]
+                counted = hits.filter(counting(hits, short))
+                rows, items = (len(set(counted[column].to_pylist())) for column in ("row", "instance"))
+                num_short = int((index.num_terms < min_terms).sum())  # type: ignore[attr-defined]
+                cells = [f"{number:,}" for number in (len(texts), num_short, *found, rows, items)]
+                print(f"| {name}, {mode}, {rule} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     """The tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=1000, help="at most so many items of a benchmark; 0: no table")
     parser.add_argument("--clean", type=int, default=0, help="scan so many real rows")
+    parser.add_argument("--short", type=int, default=0, help="the rule for short items, with so many real rows")
     parser.add_argument("--strict", action="store_true", help="exit code 1 where the goal is not met")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         is_met = wrappings_table(Path(name), arguments.items) if arguments.items else True
         if arguments.clean:
             clean_rows(Path(name), arguments.clean)
+        if arguments.short:
+            short_items(Path(name), arguments.short)
     if arguments.strict and not is_met:
         raise SystemExit(1)
 

@@ -43,18 +43,22 @@ class Reviewed:
 class Hits:
     """The hits of an artifact, by benchmark, then instance, then score. Attributes: hits."""
 
-    def __init__(self, hits: Path, queries: Path, rows: Path) -> None:
+    def __init__(self, hits: Path, queries: Path, rows: Path, without: Sequence[Reviewed] = ()) -> None:
         """
         hits     hits.parquet of a contamination artifact
         queries  queries.parquet of its index
         rows     the rows file that was searched
+        without  hits by another mode: the same row and instance are not shown again
         """
         from pyarrow import parquet
 
         names = list(Reviewed.__dataclass_fields__)
         table = parquet.read_table(hits, columns=names).to_pylist()
         table.sort(key=lambda hit: (hit["benchmark"], hit["benchmark_row"], -hit["score"], hit["row"]))
-        self.hits = [Reviewed(**hit) for hit in table]
+        seen = {(hit.benchmark, hit.benchmark_row, hit.row) for hit in without}
+        self.hits = [
+            Reviewed(**hit) for hit in table if (hit["benchmark"], hit["benchmark_row"], hit["row"]) not in seen
+        ]
         self._queries, self._rows = queries, rows
 
     def texts(self, hit: Reviewed) -> tuple[list[str], str, tuple[str, str, str]]:
@@ -171,10 +175,16 @@ def _folded(word: str) -> str:
 def review_result(result: Any, out: Console) -> None:
     """Review the hits of an `AuditResult`."""
     folders = {stage: Path(folder) for stage, folder in result.folders.items()}
+    shown: list[Reviewed] = []
     for mode, outputs in result.checks.items():
         hits = Hits(
             folders[result.stage("contamination", mode)] / outputs.hits_file,
             folders[result.stage("benchmark_index", mode)] / "queries.parquet",
             folders["dataset"] / result.dataset.file,
+            without=shown,
         )
+        if shown and not hits.hits:
+            out.print(f"{result.label}: {mode} match has no other hits")
+            continue
         review(hits, result.label if not result.also else f"{result.label}, {mode}", out)
+        shown += hits.hits

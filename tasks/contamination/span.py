@@ -1,7 +1,8 @@
 """Policy `span`: rows without the passages that hit, instead of without the rows.
 
-A passage is cut until no counting hit is left in its turn. A row goes as a whole where that leaves a turn without text,
-or both completions of a preference row the same.
+Passages are cut until no counting hit is left in a turn. A row goes as a whole where that leaves a turn without a word,
+or both completions of a preference row the same, and where a hit is in reasoning, a call or tools: without a part,
+those would say something else.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from smoltulu.schemas.contamination import ContaminationRules
 from smoltulu.tasks.contamination.merge import rows_to_remove
 from smoltulu.tasks.contamination.scan import Index, ShortRule, spans
-from smoltulu.tasks.data.rows import TURNS, WRITE_OPTIONS, group_starts, open_rows
+from smoltulu.tasks.data.rows import TOOLS, TURNS, WRITE_OPTIONS, given_row, group_starts, open_rows, texts_of, turns_of
 
 _MAX_ROUNDS = 100  # a turn of more copies than this goes with its row
 
@@ -63,7 +64,8 @@ def write_cut(
             if wanted:
                 turns = _turns(rows, sorted(wanted), rules.roles)
                 _cut(turns, index, rules, short)
-                rows, why = _without(rows, turns, sorted(wanted))
+                whole = _hit_elsewhere(rows, turns, sorted(wanted), index, rules, short)
+                rows, why = _without(rows, turns, sorted(wanted), whole)
                 for row, (row_id, reasons) in wanted.items():
                     cut = [each for turn in turns if turn.row == row for each in turn.cuts]
                     num_removed, num_cut = num_removed + (row in why), num_cut + (row not in why)
@@ -112,6 +114,34 @@ def _cut(turns: Sequence[Turn], index: Index, rules: ContaminationRules, short: 
         turn.text = ""  # its row goes
 
 
+def _hit_elsewhere(
+    rows: pa.Table,
+    turns: Sequence[Turn],
+    wanted: Sequence[int],
+    index: Index,
+    rules: ContaminationRules,
+    short: ShortRule,
+) -> dict[int, str]:
+    """Rows that still hit, once cut, because a turn has more than its content, and where."""
+    if TOOLS not in rows.schema.names:
+        return {}
+    now = {(turn.row, turn.number): turn.text for turn in turns}
+    texts: list[str] = []
+    whose: list[tuple[int, str]] = []
+    for row in wanted:
+        given = given_row(rows.slice(row, 1).to_pylist()[0])
+        messages = turns_of(given)
+        for number, message in enumerate(messages):
+            message["content"] = now.get((row, number), message["content"])
+        for number, (role, text) in enumerate(texts_of(given)):
+            is_tools = number == len(messages)
+            if role in rules.roles and (is_tools or len(messages[number]) > 2):
+                texts.append(text)
+                whose.append((row, "tools" if is_tools else f"reasoning or a call of turn {number}"))
+    found = (whose[number] for number, _, _ in spans(index, texts, rules.match_threshold, short))
+    return {row: f"a hit is in {where}" for row, where in found}
+
+
 def _merged(text: str, bounds: Sequence[tuple[int, int]], margin: int) -> list[tuple[int, int]]:
     """Bounds in bytes as bounds in characters, widened by the margin up to whole words, those that touch as one."""
     encoded = text.encode()
@@ -134,12 +164,14 @@ def _merged(text: str, bounds: Sequence[tuple[int, int]], margin: int) -> list[t
     return merged
 
 
-def _without(rows: pa.Table, turns: Sequence[Turn], wanted: Sequence[int]) -> tuple[pa.Table, dict[int, str]]:
+def _without(
+    rows: pa.Table, turns: Sequence[Turn], wanted: Sequence[int], whole: Mapping[int, str]
+) -> tuple[pa.Table, dict[int, str]]:
     """The rows with their turns as they are now, without those that a cut has broken, and why each of these goes."""
-    why = {}
+    why = dict(whole)
     for turn in turns:
-        if turn.cuts and not turn.text.strip():
-            why.setdefault(turn.row, f"turn {turn.number} is left empty")
+        if turn.cuts and not any(map(str.isalnum, turn.text)):
+            why.setdefault(turn.row, f"turn {turn.number} is left without a word")
     for name in {turn.column for turn in turns if turn.cuts}:
         texts = {turn.place: turn.text for turn in turns if turn.column == name and turn.cuts}
         rows = rows.set_column(

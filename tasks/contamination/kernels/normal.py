@@ -239,7 +239,7 @@ def normalise_slow(source, start, end, with_other, points, begins, out, at, tabl
     """Terms of source[start:end] joined by one space, behind a sentinel once more as they can be read otherwise.
 
     Returns (bytes, or -1 if not UTF-8; points, their begins, terms, the point of each byte): the arrays are those
-    given, or longer ones. Begins count from `start`; behind the last point of a reading stands a blank that begins at its end.
+    given, or longer ones. Begins count from `start`. Behind the last point of a reading stands a blank.
     """
     size = end - start + 1
     if len(points) < size:

@@ -234,7 +234,7 @@ def scan(
 ):  # fmt: skip
     """Turns source[turn_start:turn_end] from `first_turn` on, to the end or to a new row above `max_hits` hits.
 
-    Args: `window` 0 means full mode, or the mode `normalised` where `normal` has tables. Returns (next turn; hits: turn,
+    Args: `window` 0 means full mode, or normalised mode where `normal` has tables. Returns (next turn; hits: turn,
     instance, first and last normalised byte of the match; their scores; turns with a term above MAX_TERM_BYTES). The
     next turn is -1 - turn where it is not UTF-8.
     """
