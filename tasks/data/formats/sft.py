@@ -64,7 +64,10 @@ def read_function_calls(row: Row) -> dict[str, Any]:
     """`query` and `answers`, the calls that answer it, as a list or JSON of one (xLAM); `tools` beside them."""
     query, calls = row.text("query"), calls_in(row.need("answers"), "answers", row)
     refuse_transcript(query, "query")
-    turns = [{"role": "user", "content": query}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    turns: list[Message] = [
+        {"role": "user", "content": query},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    ]
     return _trained(earlier_turns(row) + turns, row, one_text=True)
 
 
