@@ -264,6 +264,14 @@ def test_single_answers_that_are_refused_by_name(row: dict[str, Any], given: Dat
         adapt(row, given)
 
 
+def test_a_prompt_in_a_template_is_noticed_and_a_transcript_in_one_is_refused() -> None:
+    prompt = "Below is an instruction.\n\n### Instruction:\nq\n\n### Response:\n"
+    made, report = counted([{"prompt": prompt, "completion": "a"}], source("prompt_completion"))
+    assert made == [{"messages": [turn("user", prompt), A]}] and list(report.noticed.values()) == [1]
+    with pytest.raises(MalformedRow, match="Alpaca's"):
+        adapt({"prompt": prompt + "a\n\n### Instruction:\nq", "completion": "a"}, source("prompt_completion"))
+
+
 # Pairs
 
 
