@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from smoltulu.schemas.common import scientific
 from smoltulu.schemas.data import DataSource, SourceReport
 from smoltulu.tasks.data.formats import KIND_FORMATS, DroppedRow, MalformedRow, SourceCounts, adapt, check_source
 from tests import ROOT
@@ -527,6 +528,14 @@ def test_what_the_user_ignores_is_counted() -> None:
 def test_settings_that_do_nothing_are_refused(given: DataSource, kind: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_source(given, kind)
+
+
+def test_settings_that_are_not_given_leave_keys_as_they_were() -> None:
+    plain = scientific(source("preference"))
+    assert not plain.keys() & {"ignore", "ties", "empty_answers", "min_margin", "rejected_above_chosen"}
+    given = source("preference", ignore=["x"], ties="drop", min_margin=0, rejected_above_chosen="drop")
+    added = {"ignore": ["x"], "ties": "drop", "min_margin": 0.0, "rejected_above_chosen": "drop"}
+    assert scientific(given) == plain | added
 
 
 def test_names_of_other_tools_say_what_to_write() -> None:
