@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,9 @@ HITS = pa.schema(
 HITS_ALONE = HITS.append(pa.field("is_alone", pa.bool_()))
 
 
+_NO_TABLES = NormalTables(*(np.empty(0, kind) for kind in (np.uint8, np.int32, np.int32, np.uint64, np.int64)))
+
+
 @dataclass(frozen=True)
 class ShortRule:
     """When a hit on a short instance counts: `short_items` of the rules, and under how many terms one is short."""
@@ -69,6 +72,16 @@ class ShortRule:
 
 
 @dataclass(frozen=True)
+class Weak:
+    """Instances of so few terms that their normal form says little: 'fire', '4 3'."""
+
+    is_weak: np.ndarray  # of each instance
+    has_word: np.ndarray  # of each instance: a term of several letters
+    phrases: Phrases  # of the weak ones in full mode
+    full: FullPostings
+
+
+@dataclass(frozen=True)
 class Index:
     """An index folder, mapped into memory: threads and processes share its pages."""
 
@@ -78,6 +91,7 @@ class Index:
     full: FullPostings
     ngram: NgramPostings
     normal: NormalTables  # of no length in the other modes
+    weak: Weak | None  # in the mode `normalised`
     num_terms: np.ndarray  # of each instance, over its fields
     best_possible: np.ndarray  # score of each instance against a text that holds all that can be matched
     is_short: np.ndarray  # n-gram mode: instances looked for as a whole, as no window of theirs can be enough
@@ -109,11 +123,17 @@ def load_index(folder: Path) -> Index:
         return (array(f"{mode}_{name}") if is_there else np.zeros(1, np.int32) for name in names)
 
     parsed = BenchmarkIndexOutputs.model_validate(header)
-    normal = NormalTables(
-        *(np.empty(0, kind) for kind in (np.uint8, np.int32, np.int32, np.uint64, np.int64))
-        if parsed.mode != "normalised"
-        else (array(f"normal_{name}") for name in NormalTables._fields)
-    )
+    weak = None
+    if parsed.mode == "normalised":
+        weak = Weak(
+            is_weak=array("is_weak"),
+            has_word=array("has_word"),
+            phrases=Phrases(*(array(f"weak_phrases_{name}") for name in Phrases._fields)),
+            full=FullPostings(*(array(f"weak_full_{name}") for name in FullPostings._fields)),
+        )
+    normal = _NO_TABLES
+    if parsed.mode == "normalised":
+        normal = NormalTables(*(array(f"normal_{name}") for name in NormalTables._fields))
     return Index(
         header=parsed,
         digest=digest,
@@ -121,6 +141,7 @@ def load_index(folder: Path) -> Index:
         full=FullPostings(*postings("full", FullPostings._fields)),
         ngram=NgramPostings(*postings("ngram", NgramPostings._fields)),
         normal=normal,
+        weak=weak,
         num_terms=array("num_terms"),
         best_possible=array("best_possible"),
         is_short=array("is_short") if parsed.short_items else np.zeros(parsed.num_instances, bool),
@@ -135,7 +156,7 @@ def new_state(index: Index) -> State:
     num_fields = len(index.ngram.field_tokens) if index.window else 0
     return State(
         clock=np.zeros(1, np.int64),
-        seen=np.zeros((index.header.num_phrases, 2), np.int32),
+        seen=np.zeros((len(index.phrases.place), 2), np.int32),
         field_mark=np.zeros((num_fields, 3), np.int32),
         instance_mark=np.zeros(num_instances, np.int32),
         best_score=np.zeros(num_instances, np.float64),
@@ -246,6 +267,8 @@ def _block_hits(
         if turn < 0:
             row = int(block.turn_row[-1 - turn])
             raise ValueError(f"{path}: row {row} of the part that is scanned is not UTF-8; convert the file")
+        if index.weak is not None:
+            places, scores = _confirmed(index, index.weak, state, block, places, scores)
         yield _table(index, state, block, places, scores, short), len(oversized)
 
 
@@ -265,6 +288,30 @@ def _scan(
         LOWER_BYTES, LOWER_CODE_POINTS, index.normal, ASCII_KINDS, ASCII_TO, _HITS_AT_A_TIME,
     )  # fmt: skip
     return found
+
+
+def _confirmed(
+    index: Index, weak: Weak, state: State, block: TurnBlock, places: np.ndarray, scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The places, those of weak instances only where full mode finds them too, or where they stand alone as a word."""
+    of_weak = weak.is_weak[places[:, 1]]
+    if of_weak.any():
+        turns = np.unique(places[of_weak, 0])
+        faithful = replace(index, phrases=weak.phrases, full=weak.full, normal=_NO_TABLES, weak=None)
+        starts, ends = block.turn_start[turns], block.turn_end[turns]
+        num_instances, known, turn = index.header.num_instances, [np.empty(0, np.int64)], 0
+        own = new_state(faithful)
+        while turn < len(turns):
+            turn, found, _, _ = _scan(faithful, own, block.text, starts, ends, np.arange(len(turns)), turn, 0.5)
+            known.append(turns[found[:, 0]] * num_instances + found[:, 1])
+        standing, instances, _, _ = _alone(index, block, places, weak.is_weak & weak.has_word)
+        known.append(standing * num_instances + instances)
+        kept = ~of_weak | np.isin(places[:, 0] * num_instances + places[:, 1], np.concatenate(known))
+        places, scores = places[kept], scores[kept]
+    first = np.unique(places[:, 1], return_index=True)[1]
+    first = first[state.best_score[places[first, 1]] < 1]
+    state.best_score[places[first, 1]], state.best_row[places[first, 1]] = 1.0, block.turn_row[places[first, 0]]
+    return places, scores
 
 
 def _table(
@@ -308,33 +355,32 @@ def _table(
 def alone(index: Index, block: TurnBlock, places: np.ndarray, short: ShortRule) -> np.ndarray:
     """Whether each place is of an instance that is not short, or that makes up most of the lines it stands on."""
     instances, num_instances = places[:, 1], index.header.num_instances
-    turns, found, _, _ = _alone(index, block, places, short)
-    return ~is_short(index, instances, short) | np.isin(
-        places[:, 0] * num_instances + instances, turns * num_instances + found
-    )
+    shorts = short_instances(index, short)
+    turns, found, _, _ = _alone(index, block, places, shorts)
+    return ~shorts[instances] | np.isin(places[:, 0] * num_instances + instances, turns * num_instances + found)
 
 
-def is_short(index: Index, instances: np.ndarray, short: ShortRule) -> np.ndarray:
-    """Which of these instances are short."""
-    return np.asarray((index.num_terms[instances] < short.min_terms) | index.is_short[instances])
+def short_instances(index: Index, short: ShortRule) -> np.ndarray:
+    """Which instances are short."""
+    return np.asarray((index.num_terms < short.min_terms) | index.is_short)
 
 
 def _alone(
-    index: Index, block: TurnBlock, places: np.ndarray, short: ShortRule
+    index: Index, block: TurnBlock, places: np.ndarray, chosen: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Short instances that make up most of their lines: (turn, instance, first byte, byte behind the last).
+    """Chosen instances that make up most of their lines: (turn, instance, first byte, byte behind the last).
 
-    Every line of a turn with a hit on a short one is searched by itself too: it may stand alone further down.
+    Every line of a turn with a hit on one of them is searched by itself too: it may stand alone further down.
     """
     where = (block.text, block.turn_start, block.turn_end)
-    places = places[is_short(index, places[:, 1], short)]
+    places = places[chosen[places[:, 1]]]
     starts, ends, of_turn = lines_of(*where, np.unique(places[:, 0]))
     found = [(places[:, 0], places, where)]
     state, line = new_state(index), 0
     while line < len(starts):
         line, in_lines, _, _ = _scan(index, state, block.text, starts, ends, np.arange(len(starts)), line, 0.999)
         assert line >= 0, "what stands between line feeds of UTF-8 is UTF-8"
-        in_lines = in_lines[is_short(index, in_lines[:, 1], short)]
+        in_lines = in_lines[chosen[in_lines[:, 1]]]
         found.append((of_turn[in_lines[:, 0]], in_lines, (block.text, starts, ends)))
     columns = []
     for turns, here, around in found:
@@ -352,13 +398,16 @@ def spans(
     block, state, turn = block_of(texts), new_state(index), 0
     where = (block.text, block.turn_start, block.turn_end)
     while turn < len(texts):
-        turn, places, _, _ = _scan(index, state, *where, block.turn_row, turn, match_threshold)
+        turn, places, scores, _ = _scan(index, state, *where, block.turn_row, turn, match_threshold)
         assert turn >= 0, "str encodes as UTF-8"
-        is_not_short = ~is_short(index, places[:, 1], short) if short.rule != "always" else np.ones(len(places), bool)
+        if index.weak is not None:
+            places, _ = _confirmed(index, index.weak, state, block, places, scores)
+        shorts = short_instances(index, short)
+        is_not_short = ~shorts[places[:, 1]] if short.rule != "always" else np.ones(len(places), bool)
         begins, ends = _match_bounds(index, *where, places[is_not_short])
         turns = places[is_not_short, 0]
         if short.rule == "alone":
-            more = _alone(index, block, places, short)
+            more = _alone(index, block, places, shorts)
             turns, begins, ends = (
                 np.concatenate(pair) for pair in ((turns, more[0]), (begins, more[2]), (ends, more[3]))
             )
@@ -374,8 +423,8 @@ def _match_bounds(
     begins, ends = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
     where = (text, turn_start, turn_end, places[by_turn])
     begins[by_turn], ends[by_turn] = (
-        locate_normalised(*where, index.normal)
-        if index.header.mode == "normalised"
+        locate_normalised(*where, index.normal, ASCII_KINDS, ASCII_TO)
+        if len(index.normal.kind)
         else locate_hits(*where, LOWER_BYTES, LOWER_CODE_POINTS)
     )
     return begins, ends
