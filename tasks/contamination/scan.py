@@ -29,6 +29,7 @@ from smoltulu.tasks.contamination.kernels.text import (
     gather_texts,
     lines_of,
     locate_hits,
+    stand_as_in_full,
 )
 from smoltulu.tasks.contamination.rows import TurnBlock, read_blocks
 
@@ -296,6 +297,13 @@ def _confirmed(
     """The places, those of weak instances only where full mode finds them too, or where they stand alone as a word."""
     of_weak = weak.is_weak[places[:, 1]]
     if of_weak.any():
+        # Nearly all stand in the source as full mode has them: only the others are looked for.
+        where = (block.text, block.turn_start, block.turn_end)
+        bounds = _match_bounds(index, *where, places[of_weak])
+        of_weak[of_weak] = ~stand_as_in_full(
+            *where, places[of_weak], *bounds, weak.full, weak.phrases, LOWER_BYTES, LOWER_CODE_POINTS
+        )
+    if of_weak.any():
         turns = np.unique(places[of_weak, 0])
         faithful = replace(index, phrases=weak.phrases, full=weak.full, normal=_NO_TABLES, weak=None)
         starts, ends = block.turn_start[turns], block.turn_end[turns]
@@ -304,7 +312,7 @@ def _confirmed(
         while turn < len(turns):
             turn, found, _, _ = _scan(faithful, own, block.text, starts, ends, np.arange(len(turns)), turn, 0.5)
             known.append(turns[found[:, 0]] * num_instances + found[:, 1])
-        standing, instances, _, _ = _alone(index, block, places, weak.is_weak & weak.has_word)
+        standing, instances, _, _ = _alone(index, block, places[of_weak], weak.is_weak & weak.has_word)
         known.append(standing * num_instances + instances)
         kept = ~of_weak | np.isin(places[:, 0] * num_instances + places[:, 1], np.concatenate(known))
         places, scores = places[kept], scores[kept]

@@ -97,7 +97,7 @@ def broken_word(points, i, n, tables):
 def part_by_zero_width(points, n, tables):
     """Blanks for zero-width characters, in place."""
     for i in range(n):
-        if kind_of(points[i], tables) == ZERO_WIDTH:
+        if points[i] >= 0x80 and kind_of(points[i], tables) == ZERO_WIDTH:
             points[i] = _SPACE
 
 
@@ -126,9 +126,11 @@ def join_words(points, n, tables):
             is_changed = True
             i = end
             continue
-        kind = kind_of(point, tables)
-        if kind != DROP:
-            last = kind
+        if point < 0x80:
+            last = LETTER if is_letter(point) else GAP  # or a digit, which breaks no word either
+        else:
+            kind = kind_of(point, tables)
+            last = last if kind == DROP else kind
         i += 1
     return is_changed
 
@@ -183,7 +185,18 @@ def put_point(point, last, out, n, tables):
 def put_all(points, first, end, out, at, m, tables):
     """Terms of points[first:end] into `out` from `m` on, and of each byte its point: where they end."""
     last = np.int64(GAP)
+    kinds, to = tables.kind, tables.to
     for i in range(first, end):
+        point = points[i]
+        if point < 0x80:  # as in `normalise_fast`, without a branch
+            kind = np.int64(kinds[point])
+            at[m] = at[m + 1] = i
+            out[m] = _SPACE
+            m += (kind != last) & (kind != GAP) & (last != GAP)
+            out[m] = _SPACE if kind == GAP else to[point]
+            m += (kind != GAP) | (last != GAP)
+            last = kind
+            continue
         before = m
         m, last = put_point(np.int64(points[i]), last, out, m, tables)
         for k in range(before, m):

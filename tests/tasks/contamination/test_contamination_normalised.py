@@ -212,7 +212,16 @@ def test_canonical_and_compatible_forms_are_one(texts):
 
 def test_few_terms_count_as_in_full_or_standing_alone():
     items = ["fire", "4 + 3 =", "x + y = z", "the end"]
-    texts = ["set on fire/", "**Fire**!", "a\n- fire.\nb", "fire works", "4-3", "4 3", "x-y, z", "it is surely 'the end'"]
+    texts = [
+        "set on fire/",
+        "**Fire**!",
+        "a\n- fire.\nb",
+        "fire works",
+        "4-3",
+        "4 3",
+        "x-y, z",
+        "it is surely 'the end'",
+    ]
     assert sorted(find(items, texts)) == [(1, 0), (2, 0), (3, 0)]
 
 
