@@ -207,18 +207,7 @@ def test_a_hub_data_set_stands_beside_the_paper_and_gated_benchmarks_are_not_che
         environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         # Without the file at hand PIQA comes from the Hub.
         command = ["audit", "allenai/tulu-3-sft-mixture", "-b", f"gsm8k={place}/eval/gsm8k_test.jsonl", "-b", "piqa"]
-        command += [
-            "--role",
-            "user",
-            "-b",
-            "wildguard",
-            "-b",
-            "drop",
-            "--benchmarks-folder",
-            str(tmp_path),
-            "--detector",
-            "none",
-        ]
+        command += ["--role", "user", "-b", "wildguard", "-b", "drop", "--benchmarks-folder", str(tmp_path), "--detector", "none"]
         done = subprocess.run(
             [
                 sys.executable,
