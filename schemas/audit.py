@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -27,9 +27,9 @@ class AuditSettings(StrictModel):
         "eval/ in $SMOLTULU_REAL_DATA (default ../shared/data) where that exists",
     )
     modes: tuple[MatchMode, ...] = Field(
-        ("full",),
-        min_length=1,
-        description="rules, their results side by side; full: the paper's; ngram: Tulu 3's",
+        ("full", "normalised"),
+        description="rules, their results side by side; full: the paper's; normalised: full whatever the formatting; "
+        "ngram: Tulu 3's",
     )
     ngram_size: int = Field(8, ge=1, le=64)
     match_threshold: float = Field(0.5, gt=0, lt=1)
@@ -59,6 +59,8 @@ class AuditSettings(StrictModel):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> AuditSettings:
+        if not self.modes:
+            raise ValueError(f"modes: name one or more of {', '.join(get_args(MatchMode))}")
         for name in ("modes", "roles", "columns"):
             given = getattr(self, name)
             if len(set(given)) < len(given):

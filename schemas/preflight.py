@@ -118,7 +118,7 @@ class PreflightOutputs(StrictModel):
     num_equal: int = Field(0, ge=0, description="pairs whose chosen and rejected side are the same tokens, once cut")
     num_with_tools: int = Field(0, ge=0, description="rows that offer functions or call one")
     num_with_reasoning: int = Field(0, ge=0, description="rows with reasoning_content")
-    num_untrained_turns: int = Field(0, ge=0, description="answers of the assistant that are context only (train false)")
+    num_untrained_turns: int = Field(0, ge=0, description="answers that are context only (train false)")
     refusals: dict[str, int] = Field({}, description="why the template does not render a row -> rows; most first")
     longest: int = Field(0, ge=0, description="tokens of the longest row that is left; of a pair's longer side")
     num_tokens: int = Field(0, ge=0, description="of one epoch, as the trainer counts them; both answers of a pair")

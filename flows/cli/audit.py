@@ -41,7 +41,10 @@ def audit(
     ] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="full (the paper's tables) or ngram (Tulu 3); may be repeated; default: full"),
+        typer.Option(
+            help="full (the paper's tables), normalised (full whatever the formatting) or ngram (Tulu 3); may be "
+            "repeated; default: full and normalised"
+        ),
     ] = None,
     ngram_size: Annotated[int, typer.Option(help="tokens of a window")] = 8,
     match_threshold: Annotated[float, typer.Option(help="share of an instance's tokens, ngram mode")] = 0.5,

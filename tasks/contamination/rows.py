@@ -112,9 +112,8 @@ def _block(columns: list[pa.ListArray], ids: pa.StringArray, roles: Sequence[str
 
 def _whole_texts(turns: pa.StructArray, content: pa.StringArray) -> pa.StringArray:
     """The text of each turn of a rich file. Few have more than content, so only those leave Arrow."""
-    has_more = pc.or_(
-        pc.not_equal(turns.field("reasoning_content"), ""), pc.greater(pc.list_value_length(turns.field("tool_calls")), 0)
-    )
+    num_calls = pc.list_value_length(turns.field("tool_calls"))
+    has_more = pc.or_(pc.not_equal(turns.field("reasoning_content"), ""), pc.greater(num_calls, 0))
     places = np.flatnonzero(has_more.to_numpy(zero_copy_only=False))
     if not len(places):
         return content

@@ -36,6 +36,8 @@ _FOUND_AS: dict[str, tuple[str, ...]] = {
     "output": _ANSWER_COLUMNS,
     "input": ("input", "prompt", "instruction"),
 }
+#: Forms that a user may name for rows of conversations.
+_NAMED = {name for kind in ("sft", "preference", "rlvr") for name in KIND_FORMATS[kind]}
 _EXPECTED = (
     "messages (turns with role and content, or from and value); chosen and rejected; input, output_1, output_2 and "
     "label; prompt, response_1, response_2 and preference_strength; prompt and completions with scores; prompt, "
@@ -108,8 +110,8 @@ def detect_format(rows: Iterable[Any]) -> DetectedFormat:
     if found is None:
         raise ValueError(
             f"the columns {', '.join(map(repr, columns.names[:40]))} fit no known form. {_nearest(columns)}Expected "
-            f"are: {_EXPECTED}. Say how they are read: a format ({', '.join(sorted(FORMS.keys() - {'text'}))}) and, "
-            "where names differ, fields such as prompt=COLUMN"
+            f"are: {_EXPECTED}. Say how they are read: a format ({', '.join(sorted(_NAMED))}) "
+            "and, where names differ, fields such as prompt=COLUMN"
         )
     return found
 

@@ -112,7 +112,7 @@ def conversations(
 def pairs(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], trained_turns: TrainedTurns
 ) -> list[Pair]:
-    """The tokens of every pair, nothing cut. Rows: {"prompt", "chosen", "rejected"}, each a list of messages, and tools.
+    """The tokens of every pair, nothing cut. Rows: {"prompt", "chosen", "rejected"}, lists of messages, and tools.
 
     The completions begin where the prompt, as generation would see it, ends, or where the tokens first differ from it.
     trained_turns  last: the completions only; all: the assistant's turns in the prompt too (open-instruct)

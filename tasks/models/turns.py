@@ -7,10 +7,13 @@ marked conversation is rendered beside the plain one. A text whose mark is missi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -25,8 +28,23 @@ Span = tuple[int, int]
 Place = Literal["end", "front", "middle"]
 PLACES: tuple[Place, ...] = ("end", "front", "middle")
 
+
+class Prompt(Messages):
+    """Messages that also say which tools they offer, for libraries that hand on a prompt as one value."""
+
+    def __init__(self, messages: Messages, tools: Tools | None = None) -> None:
+        super().__init__(messages)
+        self.tools = tools
+
+
+def tools_of(messages: Messages) -> Tools | None:
+    """The tools of a `Prompt`; other messages offer none."""
+    return getattr(messages, "tools", None)
+
+
 _PLAIN_ROLES = ("system", "user", "assistant")
 _OF_TOOLS = -1  # in place of a turn's number
+_AS_LETTERS = str.maketrans("0123456789", "ghijklmnop")
 
 
 class NotRendered(ValueError):
@@ -74,7 +92,7 @@ class _Marked:
         return value
 
     def mark_descriptions(self, value: Any) -> Any:
-        """A tool with marks in what it is called and described as. Types and the like a template may spell otherwise."""
+        """A tool, its names and descriptions marked. Types and the like a template may spell otherwise."""
         if isinstance(value, list):
             return [self.mark_descriptions(inner) for inner in value]
         if not isinstance(value, dict):
@@ -168,11 +186,13 @@ def _looked_at(
 
 
 def _unused(text: str) -> str:
-    """How a mark begins: letters that are nowhere in a text."""
-    begin = "qxk"
-    while begin in text:
-        begin += "qxk"
-    return begin
+    """How a mark begins: letters that are nowhere in a text. Of its digest: no text can be made to have them."""
+    for number in count():
+        digest = hashlib.sha256(f"{number}{text}".encode()).hexdigest()[:8]
+        begin = "q" + digest.translate(_AS_LETTERS)
+        if begin not in text:
+            return begin
+    raise AssertionError
 
 
 def _marked(messages: Messages, tools: Tools | None, place: Place, begin: str) -> _Marked:
@@ -220,13 +240,15 @@ def _refuse_lost_parts(marked: _Marked, marked_text: str, text: str) -> None:
 
 def _forms(value: Any) -> tuple[str, ...]:
     """How a name, number, true, false or null may be written."""
-    return str(value), json.dumps(value, ensure_ascii=False)
+    return str(value), json.dumps(value, ensure_ascii=False), json.dumps(value)
 
 
 def _refuse_untrained_calls(messages: Messages, marks: list[tuple[int, _Part]], spans: Sequence[Span]) -> None:
+    starts = [start for start, _ in spans]
     for at, part in marks:
         is_trained = part.what == "tool_calls" and messages[part.turn].get("train", True)
-        if is_trained and not any(start <= at < end for start, end in spans):
+        block = bisect_right(starts, at) - 1
+        if is_trained and (block < 0 or at >= spans[block][1]):
             raise NotRendered(
                 "the chat template writes tool_calls outside of {% generation %} … {% endgeneration %}: a model would "
                 "not learn to call; put them inside, before the end of the turn"
@@ -238,14 +260,12 @@ def _is_trained(messages: Messages, marks: list[tuple[int, _Part]], span: Span) 
 
     A block without a mark, as of the end of a turn, belongs to the assistant's turn before or behind it.
     """
-    start, end = span
-    turns = {part.turn for at, part in marks if start <= at < end}
-    if not turns:
-        before = [part.turn for at, part in marks if at < start]
-        behind = [part.turn for at, part in marks if at >= end]
-        turns = {turn for turn in (*before[-1:], *behind[:1]) if turn != _OF_TOOLS}
-        turns = {turn for turn in turns if messages[turn]["role"] == "assistant"}
-    answers = {messages[turn].get("train", True) for turn in turns if turn != _OF_TOOLS}
+    first, last = (bisect_left(marks, at, key=lambda mark: mark[0]) for at in span)
+    turns = {part.turn for _, part in marks[first:last] if part.turn != _OF_TOOLS}
+    if first == last:
+        beside = {part.turn for _, part in marks[max(first - 1, 0) : last + 1] if part.turn != _OF_TOOLS}
+        turns = {turn for turn in beside if messages[turn]["role"] == "assistant"}
+    answers = {messages[turn].get("train", True) for turn in turns}
     if len(answers) != 1:
         raise NotRendered(
             "the chat template marks turns with train false and turns that are trained as one: put {% generation %} … "

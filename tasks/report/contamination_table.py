@@ -16,6 +16,8 @@ NOT_CHECKED = "not checked"
 CAVEATS: dict[MatchMode, str] = {
     "full": "Full match finds verbatim copies: one changed number escapes it, paraphrases escape both modes.",
     "ngram": "8-gram match does not see items under 8 tokens, and paraphrases escape both modes.",
+    "normalised": "Normalised match finds copies whatever their formatting: one changed number or word escapes it, and "
+    "so do sentences in another order and paraphrases.",
 }
 
 

@@ -138,16 +138,17 @@ class Row:
         self._read.add(given[0])
         return self.values[given[0]]
 
-    def finish(self, one_text: bool = False, harmless: tuple[str, ...] = ()) -> None:
+    def finish(self, one_text: bool = False, harmless: tuple[str, ...] = (), refuses: bool = True) -> None:
         """Look at the columns that no field read. MalformedRow for one that changes what the row means.
 
         one_text   the prompt is a single text, so that a column such as `context` belongs to it
         harmless   names that change nothing in this form
+        refuses    False: nothing is trained on the row, so that columns are only counted
         """
         for column, value in self.values.items():
             if value is None or column in self._read or is_empty(value):
                 continue
-            lowered = column.lower() if isinstance(column, str) else ""
+            lowered = column.lower() if refuses and isinstance(column, str) else ""
             if lowered in CHANGES_MEANING and lowered not in harmless:
                 refuse(column, value, "column", CHANGES_MEANING[lowered])
             if one_text and lowered in PROMPT_PARTS:
@@ -157,16 +158,16 @@ class Row:
                 )
             self.unread.add(counted_name(column))
 
-    def finish_turn(self, turn: dict[str, Any], name: str) -> None:
-        """Look at the keys of a turn that are left. MalformedRow as `finish`."""
-        for key, value in turn.items():
+    def finish_turn(self, left: dict[str, Any], where: str) -> None:
+        """Look at the keys of a turn, or of a part of one, that are left. MalformedRow as `finish`."""
+        for key, value in left.items():
             if value is None or is_empty(value):
                 continue
             lowered = key.lower() if isinstance(key, str) else ""
             changes_nothing = TURN_CHANGES_MEANING.get(lowered, CHANGES_MEANING.get(lowered))
             if changes_nothing is not None:
-                refuse(key, value, f"key of a turn of {name},", changes_nothing)
-            self.unread.add(f"{name}[].{counted_name(key)}")
+                refuse(key, value, f"key in {where}:", changes_nothing)
+            self.unread.add(f"{where}.{counted_name(key)}")
 
 
 def refuse(name: str, value: Any, what: str, changes_nothing: Callable[[Any], bool]) -> None:

@@ -123,7 +123,7 @@ def prompt_of(value: Any, row: Row) -> list[Message]:
         turns = read_turns(as_turns(value, "prompt", "user"), "prompt", row)
         if isinstance(value, str):
             turns = earlier_turns(row) + turns
-    turns = [_untrained(message) for message in with_system(turns, row)]
+    turns = with_system(turns, row)
     check_order(turns, "prompt", last="user")
     return turns
 
@@ -171,6 +171,9 @@ def _implicit_pair(chosen: Any, rejected: Any, row: Row) -> dict[str, Any]:
     for turns, name in ((first, "chosen"), (second, "rejected")):
         _check_trained(turns[shared:], name)
     prompt = _with_prompt_column(plain[0][:shared], row)
+    for place in range(1, shared + 1):  # from the end: a system turn may stand before
+        if "train" in first[shared - place] or "train" in second[shared - place]:
+            prompt[-place] = {**prompt[-place], "train": False}
     return _pair(prompt, first[shared:], second[shared:])
 
 
@@ -198,7 +201,7 @@ def _ends_with(prompt: list[Message], turns: list[Message]) -> bool:
 
 
 def _untrained(message: Message) -> Message:
-    """A turn of a prompt: none of them is trained, whatever the row says."""
+    """A turn as it is said. Of a prompt, `train` counts only where trained_turns is all."""
     return {key: value for key, value in message.items() if key != "train"} if "train" in message else message
 
 

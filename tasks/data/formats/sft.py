@@ -18,16 +18,25 @@ def read_messages(row: Row) -> dict[str, Any]:
 
 
 def read_prompt_completion(row: Row) -> dict[str, Any]:
-    """`prompt` and `completion`, each a text or turns."""
+    """`prompt` and `completion`, each a text or turns.
+
+    Where both are one column, as an audit reads prompts without answers, nothing is trained, so nothing is refused.
+    """
     prompt, completion = row.need("prompt"), row.need("completion")
+    asked_only = row.column("prompt") == row.column("completion")
     for name, value in (("prompt", prompt), ("completion", completion)):
-        refuse_transcript(value, name)
+        if not asked_only:
+            refuse_transcript(value, name)
     turns = read_turns(as_turns(prompt, "prompt", "user"), "prompt", row)
     answer = read_turns(as_turns(completion, "completion", "assistant"), "completion", row)
     if isinstance(prompt, str):
         turns = earlier_turns(row) + turns
     if isinstance(completion, str):
         answer = [_with_reasoning(answer[0], row)]
+    if asked_only:
+        row.finish(refuses=False)
+        check_order(turns + answer, "messages", last="assistant")
+        return {"messages": turns + answer}
     return _trained(turns + answer, row, one_text=isinstance(prompt, str))
 
 
@@ -127,5 +136,5 @@ def _trained(messages: list[Message], row: Row, one_text: bool = False) -> dict[
 def read_text(row: Row) -> dict[str, Any]:
     """`text`, of benchmarks."""
     made = {"text": row.text("text")}
-    row.unread.update(str(name) for name in row.values if name != row.column("text"))
+    row.finish(refuses=False)
     return made

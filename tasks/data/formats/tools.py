@@ -58,11 +58,11 @@ def _call(call: Any, name: str, row: Row | None) -> dict[str, Any]:
         arguments = {}
     if not isinstance(arguments, dict):
         raise MalformedRow(f"arguments of {where} is {kind_of(arguments)}, not an object")
-    for rest in (left, inner):
-        if row is None and any(not is_empty(value) for value in rest.values()):
+    for rest, place in ((left, ""), (inner, "" if bare else ".function")):
+        if row is None and not is_empty(rest):
             raise MalformedRow(f"{where} has more than a name and arguments")
         if row is not None:
-            row.finish_turn(rest, f"{name}[].tool_calls")
+            row.finish_turn(rest, f"{name}[].tool_calls[]{place}")
     made: dict[str, Any] = {
         "type": "function",
         "function": {"name": called, "arguments": clean_json(arguments, f"arguments of {where}")},

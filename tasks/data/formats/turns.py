@@ -21,7 +21,7 @@ ROLES: dict[str, str] = {
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
-_PLAIN_ROLES = frozenset(("system", "user", "assistant"))
+_PLAIN_ROLES = {said: role for said, role in ROLES.items() if role in ("system", "user", "assistant")}
 #: Keys of a turn that say who speaks, and what; OpenAI, ShareGPT, Gemini.
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "parts")
@@ -70,16 +70,13 @@ def read_turns(turns: Any, name: str, row: Row) -> list[Message]:
         raise MalformedRow(f"no turns in {name}")
     messages: list[Message] = []
     for turn in turns:
-        # Nearly all turns are these two keys with plain text; the same comes of `_read_turn`, a test says.
+        # Nearly all turns are two keys with plain text; the same comes of `_read_turn`, a test says.
         if turn.__class__ is dict and len(turn) == 2 and not row.source.ignore:
-            role, content = turn.get("role"), turn.get("content")
-            if (
-                role.__class__ is str
-                and role in _PLAIN_ROLES
-                and content.__class__ is str
-                and content
-                and not content.isspace()
-            ):
+            said, content = turn.get("role"), turn.get("content")
+            if said is None:
+                said, content = turn.get("from"), turn.get("value")
+            role = _PLAIN_ROLES.get(said) if said.__class__ is str else None
+            if role is not None and content.__class__ is str and content and not content.isspace():
                 messages.append({"role": role, "content": clean(content, name)})
                 continue
         message = _read_turn(turn, name, row)
@@ -107,7 +104,7 @@ def _read_turn(turn: Any, name: str, row: Row) -> Message | None:
     reasoning = _reasoning(left, thoughts, name)
     trained = _trained(left, role, name)
     named, answers = (_label(left.pop(key, None), key, name) for key in ("name", "tool_call_id"))
-    row.finish_turn(left, name)
+    row.finish_turn(left, f"{name}[]")
     if content is None and not calls:
         if not has_content:
             raise MalformedRow(f"a turn of {name} is not an object with role and content")
@@ -173,7 +170,7 @@ def _content(value: Any, name: str, row: Row) -> tuple[str | None, list[str]]:
             shown = kind[:40] if isinstance(kind, str) and key not in left and kind != "text" else "no text"
             raise MalformedRow(f"a part of a turn of {name} is {shown!r}: only parts of text are read")
         (thoughts if key != "text" else texts).append(text)
-        row.finish_turn(left, f"{name}[].content")
+        row.finish_turn(left, f"{name}[].content[]")
     return "".join(texts), thoughts
 
 
@@ -217,6 +214,9 @@ def _label(value: Any, key: str, name: str) -> str | None:
 
 def check_order(messages: list[Message], name: str, last: str) -> None:
     """MalformedRow where the turns do not follow each other as a template expects."""
+    roles = tuple([message["role"] for message in messages])
+    if roles in _PLAIN_ORDERS[last] and all(len(message) == 2 for message in messages):
+        return
     spoken = [message for message in messages if message["role"] not in ("system", "developer")]
     head = [message["role"] for message in messages[: len(messages) - len(spoken)]]
     if not spoken:
@@ -236,6 +236,15 @@ def check_order(messages: list[Message], name: str, last: str) -> None:
         raise MalformedRow(f"{name} does not end with the {last}'s turn")
 
 
+#: The orders of most rows, which need no second look: last role -> roles of all turns.
+_PLAIN_ORDERS = {
+    last: {
+        (*head, *("user", "assistant") * number)[: len(head) + 2 * number - (last == "user")]
+        for head in ((), ("system",))
+        for number in range(1, 17)
+    }
+    for last in ("user", "assistant")
+}
 _MAY_FOLLOW = {
     "": ("user",),
     "user": ("assistant",),

@@ -107,7 +107,7 @@ def reviewed(place: Path) -> Hits:
 def test_without_a_terminal_the_hits_are_printed(place: Path) -> None:
     code, out, err = run_command(place, "a.jsonl", "-b", "gsm8k", "--detector", "none", "--review")
     assert code == 0, err
-    assert "hit 1 of 3" in out and "hit 3 of 3" in out and "gsm8k 0" in out and "row 0:0, " in out
+    assert "hit 1 of 3" in out and "hit 3 of 3" in out and "gsm8k 0" in out and "row 0:0, column instruction" in out
     assert "A baker sells nine loaves" in out and "Please solve" in out
 
 

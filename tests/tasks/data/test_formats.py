@@ -232,7 +232,7 @@ def _check_turns(turns, last):
 
 
 @settings(max_examples=400, deadline=None)
-@given(row=_rows, format=st.sampled_from(sorted(FORMAT_FIELDS)))
+@given(row=_rows, format=st.sampled_from(sorted(FORMAT_FIELDS.keys() - {"kto", "all_text"})))
 def test_any_row_is_normalised_or_malformed(row, format):
     try:
         result = adapt(row, source(format))
