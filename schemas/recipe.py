@@ -168,7 +168,7 @@ class Recipe(StrictModel):
         settings = self.near_duplicates
         if settings is None:
             return []
-        sets = [name for name in settings.against if name != "benchmarks"]
+        sets: list[str] = [name for name in settings.against if name != "benchmarks"]
         missing = [name for name in sets if getattr(self.data, name) is None]
         if "benchmarks" in settings.against and self.contamination is None:
             missing.append("benchmarks")
