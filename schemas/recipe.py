@@ -11,6 +11,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.contamination import ContaminationSettings
 from smoltulu.schemas.data import DataSet, DataSettings, DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings
+from smoltulu.schemas.mixture import mixture_problems
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.preflight import PreflightSettings
 from smoltulu.schemas.publish import PublishSettings
@@ -110,6 +111,7 @@ class Recipe(StrictModel):
                 if source.generated
             ]
         problems += sampled_problems(self)
+        problems += mixture_problems(self)
         scratch, followed = self.base_model.scratch, self.sft and self.sft.mup_base_width
         made = scratch and scratch.mup and scratch.mup.base_width
         if scratch is not None and followed is not None and followed != made:
