@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 #: Metrics that are shown first; all others are folded below them.
 FIRST_CURVES = (
     "loss",
+    "held_out/loss",
     "reward",
     "held_out/accuracy",
     "held_out/kinds/accuracy",
