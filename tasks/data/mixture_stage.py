@@ -1,0 +1,183 @@
+"""Stage `mixture`: a set as its recipe wants it, from rows that are read and checked already.
+
+It stands behind all checks: what they removed does not count, and repeats are no duplicates to them. It reads one rows
+file and writes one, so that another share reads no source and checks no row again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smoltulu.artifacts.files import remove_tree
+from smoltulu.schemas.mixture import MixtureConfig, MixtureInputs, MixtureOutputs, SourceShare
+from smoltulu.tasks.data.rows import GROUP_CHARACTERS, GROUP_ROWS, WRITE_OPTIONS, group_starts, open_rows, stored_rows
+from smoltulu.tasks.stage import Stage, StageContext
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from smoltulu.tasks.data.mixture import Drawn
+
+HELD_OUT_FILE = "held_out.parquet"
+#: Bytes of rows that are put into their order in memory.
+_BUCKET_BYTES = 256 << 20
+
+
+def mix(
+    config: MixtureConfig, inputs: MixtureInputs, context: StageContext
+) -> tuple[MixtureOutputs, dict[str, float]]:
+    """Write `rows.parquet`, and `held_out.parquet` where rows are held out.
+
+    Raises:
+        ValueError: the rules ask for more than there is, or leave nothing.
+    """
+    import numpy as np
+
+    from smoltulu.tasks.data import held_out, mixture
+
+    source = Path(inputs.dataset)
+    labels = config.labels or tuple(f"source {number}" for number in range(len(config.rules)))
+    sources, numbers = _ids(source)
+    assert not len(sources) or sources.max() < len(config.rules), "rows of a source without a rule"
+    given = np.bincount(sources, minlength=len(config.rules))
+    fate = np.zeros(len(sources), dtype=int)
+    if any(rule.holds_out for rule in config.rules):
+        fate = held_out.split(config.rules, sources, held_out.hashes(stored_rows(source)), labels)
+    trained = np.flatnonzero(fate == held_out.TRAINED)
+    there = np.bincount(sources[trained], minlength=len(config.rules))
+    wanted = mixture.counts(config.rules, there.tolist(), labels)
+    drawn = mixture.draw(config.seed, sources[trained], numbers[trained], wanted)
+    drawn = mixture.Drawn(trained[drawn.places], drawn.times)
+    _write(source, drawn, context.folder / "rows.parquet", context)
+    aside = np.flatnonzero(fate == held_out.HELD_OUT)
+    if len(aside):
+        _write(source, mixture.Drawn(aside, np.ones(len(aside), dtype=int)), context.folder / HELD_OUT_FILE, context)
+    made = tuple(
+        SourceShare(
+            label=labels[number],
+            num_given=int(given[number]),
+            num_held_out=int((sources[aside] == number).sum()),
+            num_left_out=int(((sources == number) & (fate == held_out.LEFT_OUT)).sum()),
+            num_distinct=min(wanted[number], int(there[number])),
+            num_rows=wanted[number],
+        )
+        for number in range(len(config.rules))
+    )
+    outputs = MixtureOutputs(
+        held_out_file=HELD_OUT_FILE if len(aside) else None,
+        kind=config.kind,
+        num_rows=sum(wanted),
+        num_held_out=len(aside),
+        sources=made,
+    )
+    metrics = {
+        "num_rows": outputs.num_rows,
+        "num_repeated": sum(one.num_repeated for one in made),
+        "num_held_out": outputs.num_held_out,
+    }
+    return outputs, {name: float(value) for name, value in metrics.items()}
+
+
+def _ids(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Source of every row, and its number there, (R,) each. Reads no text."""
+    import numpy as np
+
+    parts: list[list[int]] = []
+    with open_rows(file) as opened:
+        for group in range(opened.metadata.num_row_groups):
+            ids = opened.read_row_group(group, columns=["id"], use_threads=False)["id"].to_pylist()
+            parts += [[int(part) for part in one.split(":")] for one in ids]
+    made = np.array(parts, dtype=np.int64).reshape(-1, 2)
+    return made[:, 0], made[:, 1]
+
+
+def _write(source: Path, drawn: Drawn, file: Path, context: StageContext) -> None:
+    """The drawn rows in their order. Memory does not grow with the set: rows go through files, a stretch of it each."""
+    from pyarrow import parquet
+
+    with open_rows(source) as opened:
+        num_read = max(opened.metadata.num_rows, 1)
+        groups = [opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups)]
+        num_bytes = sum(group.total_byte_size for group in groups) * len(drawn.places) / num_read
+        num_buckets = max(1, math.ceil(num_bytes / _BUCKET_BYTES))
+        length = max(1, math.ceil(len(drawn.places) / num_buckets))
+        folder = context.work / "buckets"
+        remove_tree(folder)
+        folder.mkdir(parents=True)
+        files = [folder / f"{number:05d}.parquet" for number in range(num_buckets)]
+        writers: list[Any] = [None] * num_buckets
+        num_written = 0
+        for bucket, table in _pieces(opened, drawn, length):
+            writers[bucket] = writers[bucket] or parquet.ParquetWriter(files[bucket], table.schema, compression="lz4")
+            writers[bucket].write_table(table)
+            num_written += len(table)
+            context.report(num_written, 2 * len(drawn.places), num_rows=float(num_written))
+        for writer in filter(None, writers):
+            writer.close()
+        partial = file.with_suffix(".partial")
+        with parquet.ParquetWriter(partial, opened.schema_arrow, **WRITE_OPTIONS) as output:
+            for one in filter(Path.exists, files):
+                rows = parquet.read_table(one, use_threads=False)
+                rows = rows.sort_by("position").drop_columns(["position"]).cast(opened.schema_arrow)
+                for start in range(0, len(rows), GROUP_ROWS):
+                    _write_group(output, rows.slice(start, GROUP_ROWS))
+                num_written += len(rows)
+                context.report(num_written, 2 * len(drawn.places), num_rows=float(num_written))
+    remove_tree(folder)
+    partial.rename(file)
+
+
+def _pieces(opened: Any, drawn: Drawn, length: int) -> Iterator[tuple[int, pa.Table]]:
+    """(bucket, rows with their `position` in the set), a row group of the source after the other."""
+    import numpy as np
+    import pyarrow as pa
+
+    by_place = np.argsort(drawn.places, kind="stable")
+    sorted_places = drawn.places[by_place]
+    starts = group_starts(opened)
+    for group in range(len(starts) - 1):
+        first, last = np.searchsorted(sorted_places, [starts[group], starts[group + 1]])
+        if first == last:
+            continue
+        rows = opened.read_row_group(group, use_threads=False)
+        positions = by_place[first:last]
+        buckets = positions // length
+        at_once = max(1, int(GROUP_CHARACTERS / max(rows.nbytes / len(rows), 1)))
+        for bucket in np.unique(buckets):
+            own = positions[buckets == bucket]
+            for start in range(0, len(own), at_once):
+                some = own[start : start + at_once]
+                table = rows.take(pa.array(drawn.places[some] - starts[group]))
+                ids = [
+                    one if time == 1 else f"{one}#{time}"
+                    for one, time in zip(table["id"].to_pylist(), drawn.times[some].tolist(), strict=True)
+                ]
+                place = table.schema.get_field_index("id")
+                table = table.set_column(place, opened.schema_arrow.field("id"), pa.array(ids, pa.string()))
+                yield int(bucket), table.append_column("position", pa.array(some))
+
+
+def _write_group(output: Any, rows: pa.Table) -> None:
+    """As one row group, or as several where texts are long: a reader holds one in memory."""
+    if len(rows) > 1 and rows.nbytes > 2 * GROUP_CHARACTERS:
+        half = len(rows) // 2
+        _write_group(output, rows.slice(0, half))
+        _write_group(output, rows.slice(half))
+    elif len(rows):
+        output.write_table(rows)
+
+
+mixture = Stage(
+    name="mixture",
+    version=1,
+    config=MixtureConfig,
+    inputs=MixtureInputs,
+    outputs=MixtureOutputs,
+    function=mix,
+    block="data",
+    grows_with_model=False,
+)
