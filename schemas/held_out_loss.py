@@ -39,7 +39,9 @@ class HeldOutLossSettings(StrictModel):
                 f"every_steps {self.every_steps:,} and every_share {self.every_share:g} are two intervals; keep one"
             )
         if self.min_delta and self.patience is None:
-            raise ValueError(f"min_delta {self.min_delta:g} belongs to patience, which is not set; set it, or remove it")
+            raise ValueError(
+                f"min_delta {self.min_delta:g} belongs to patience, which is not set; set it, or remove it"
+            )
         return self
 
     @property

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from smoltulu.schemas.common import ArtifactPath, StrictModel, machinery, science
 
-if TYPE_CHECKING:
-    from smoltulu.schemas.recipe import Recipe
-
 #: Ways to say how much of a source is in a set: one of them, or none (all of its rows, once).
 _AMOUNTS = ("repeats", "num_rows", "share", "weight")
-#: Sets of `data` that may be mixtures, and those that may have held-out rows.
-_MIXED_SETS, _HELD_OUT_SETS = ("sft", "preference", "dpo", "rlvr"), ("sft", "preference", "dpo")
 #: Shares of a set add up to 1 but for rounding.
 _TOLERANCE = 1e-6
 
@@ -107,36 +102,6 @@ def check_rules(rules: Sequence[MixtureRule], seed: int) -> None:
         )
 
 
-def mixture_problems(recipe: Recipe) -> list[str]:
-    """Every mixture where none can be, and held-out blocks without held-out rows, in words."""
-    problems, inside = [], []
-    for name in type(recipe.data).model_fields:
-        data = getattr(recipe.data, name)
-        for source in data.sources if data and name in _MIXED_SETS else ():
-            inside.append(source)
-            if source.holds_out and name not in _HELD_OUT_SETS:
-                problems.append(
-                    f"data.{name}: source {source.label!r} holds rows out for a held-out loss, and RLVR has none; set "
-                    "rlvr.held_out, which answers held-out prompts"
-                )
-    problems += [
-        f"data source {source.label!r}: share, weight, repeats, num_rows and held_out are for training sets "
-        f"({', '.join(_MIXED_SETS)}), and this one is read as it is; remove them, or use limit"
-        for source in recipe.data_sources()
-        if source.is_mixed and not any(source is one for one in inside)
-    ]
-    for block, settings in recipe.trainings.items():
-        if block == "rlvr" or getattr(settings, "held_out", None) is None:
-            continue
-        rows = getattr(recipe.data, recipe.rows_of(block))
-        if rows is not None and not any(source.holds_out for source in rows.sources):
-            problems.append(
-                f"{block}.held_out: no source of data.{recipe.rows_of(block)} holds rows out; give one held_out (a "
-                f"share) or num_held_out, or remove {block}.held_out"
-            )
-    return problems
-
-
 class MixtureConfig(StrictModel):
     """Config of the `mixture` stage: one rule for each source, in their order."""
 
@@ -183,4 +148,4 @@ class MixtureOutputs(StrictModel):
     kind: Literal["sft", "preference", "rlvr"]
     num_rows: int = Field(ge=0)
     num_held_out: int = Field(0, ge=0)
-    sources: tuple[SourceShare, ...]
+    shares: tuple[SourceShare, ...] = Field(description="of the sources, in their order")

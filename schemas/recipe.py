@@ -11,7 +11,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.contamination import ContaminationSettings
 from smoltulu.schemas.data import DataSet, DataSettings, DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings
-from smoltulu.schemas.mixture import mixture_problems
+from smoltulu.schemas.mixture_checks import mixture_problems
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.preflight import PreflightSettings
 from smoltulu.schemas.publish import PublishSettings

@@ -154,7 +154,9 @@ class SupervisedSettings(TrainingSettings):
     )
     max_length: int = science(ge=8, description="tokens")
     held_out: HeldOutLossSettings | None = science(
-        None, absent=None, description="when the loss of held-out rows is computed, and what it decides: docs/mixtures.md"
+        None,
+        absent=None,
+        description="when the loss of held-out rows is computed, and what it decides: docs/mixtures.md",
     )
 
     @model_validator(mode="after")

@@ -21,8 +21,8 @@ from smoltulu.flows.graphs.sampled_nodes import Add, EntryNodes, add_sampled_nod
 from smoltulu.flows.graphs.stage_configs import (
     audit_config,
     hub_references,
-    pass_rates_config,
     mixture_config,
+    pass_rates_config,
     preflight_config,
     template_parts,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.flows.graphs.nodes import hub_reference
 from smoltulu.schemas.common import MAX_NAME
-from smoltulu.schemas.data import DatasetKind, DataSet
+from smoltulu.schemas.data import DataSet, DatasetKind
 from smoltulu.schemas.mixture import MixtureConfig
 from smoltulu.schemas.preflight import PreflightConfig, PreflightSettings
 from smoltulu.schemas.recipe import Recipe

@@ -55,10 +55,8 @@ def num_wanted(rule: MixtureRule, num_rows: int, label: str) -> int:
     return wanted
 
 
-def split(
-    rules: Sequence[MixtureRule], sources: np.ndarray, texts: np.ndarray, labels: Sequence[str]
-) -> np.ndarray:
-    """What becomes of each row, (R,): TRAINED, HELD_OUT, or LEFT_OUT, as it asks what another source's held-out row asks.
+def split(rules: Sequence[MixtureRule], sources: np.ndarray, texts: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+    """What becomes of each row, (R,): TRAINED, HELD_OUT, or LEFT_OUT, as it asks what is held out of another source.
 
     sources, texts  (R,) source of each row, and the hash of what it asks
 

@@ -1,8 +1,8 @@
 """How many rows of each source a set has, which ones, and in which order. Pure: numbers only.
 
-Every row has a rank in its source, drawn from seed, source and number of the row. A source of n rows takes the n lowest,
-so a larger share contains a smaller one, whatever else is in the set, and on every machine. Repeats follow the same
-ranks: of 2.3 times 10 rows each is there twice, and the three lowest a third time.
+Every row has a rank in its source, drawn from seed, source and number of the row. A source of n rows takes the n
+lowest, so a larger share contains a smaller one, whatever else is in the set, and on every machine. Repeats follow the
+same ranks: of 2.3 times 10 rows each is there twice, and the three lowest a third time.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class Drawn:
 def counts(rules: Sequence[MixtureRule], num_rows: Sequence[int], labels: Sequence[str]) -> list[int]:
     """Rows of each source in the set, of so many that may be trained on.
 
-    Sources with a share have it of the whole set; the others say how large that is. Where every source has a share (or a
-    weight), the set is as large as its sources allow: it ends when the last one is used up, or where one would be there
-    more often than its max_repeats.
+    Sources with a share have it of the whole set; the others say how large that is. Where every source has a share (or
+    a weight), the set is as large as its sources allow: it ends when the last one is used up, or where one would be
+    there more often than its max_repeats.
 
     Raises:
         ValueError: a source has no row, or fewer than its rule asks for; nothing of it would be in the set.
     """
-    problems = [
-        f"{label}: no row is left of it" for label, have in zip(labels, num_rows, strict=True) if not have
-    ]
+    problems = [f"{label}: no row is left of it" for label, have in zip(labels, num_rows, strict=True) if not have]
     if problems:
         raise ValueError(_cannot(problems))
     most = [have * (rule.max_repeats or 1) for rule, have in zip(rules, num_rows, strict=True)]
     shares = _shares(rules)
-    fixed = [_fixed(rule, have) if share is None else 0 for rule, have, share in zip(rules, num_rows, shares, strict=True)]
+    fixed = [
+        _fixed(rule, have) if share is None else 0 for rule, have, share in zip(rules, num_rows, shares, strict=True)
+    ]
     of_shares = [share for share in shares if share is not None]
     if len(of_shares) == len(rules):
         ends = [have / share for have, share in zip(num_rows, of_shares, strict=True)]
@@ -94,7 +94,11 @@ def _rounded(number: float) -> int:
 
 def _said(rule: MixtureRule) -> str:
     return next(
-        (f"{name} {getattr(rule, name):g}" for name in ("repeats", "num_rows", "share", "weight") if getattr(rule, name)),
+        (
+            f"{name} {getattr(rule, name):g}"
+            for name in ("repeats", "num_rows", "share", "weight")
+            if getattr(rule, name)
+        ),
         "all",
     )
 

@@ -27,9 +27,7 @@ HELD_OUT_FILE = "held_out.parquet"
 _BUCKET_BYTES = 256 << 20
 
 
-def mix(
-    config: MixtureConfig, inputs: MixtureInputs, context: StageContext
-) -> tuple[MixtureOutputs, dict[str, float]]:
+def mix(config: MixtureConfig, inputs: MixtureInputs, context: StageContext) -> tuple[MixtureOutputs, dict[str, float]]:
     """Write `rows.parquet`, and `held_out.parquet` where rows are held out.
 
     Raises:
@@ -72,7 +70,7 @@ def mix(
         kind=config.kind,
         num_rows=sum(wanted),
         num_held_out=len(aside),
-        sources=made,
+        shares=made,
     )
     metrics = {
         "num_rows": outputs.num_rows,

@@ -18,6 +18,8 @@ from smoltulu.schemas.contamination import ContaminationOutputs
 from smoltulu.schemas.data import DatasetOutputs
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.held_out import HeldOutOutputs
+from smoltulu.schemas.held_out_loss import HeldOutLossOutputs
+from smoltulu.schemas.mixture import MixtureOutputs
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import Outcome, RunSummary, StageRun
@@ -82,10 +84,12 @@ def html_report(
         ("stages", "Stages", runs),
         ("curves", "Training", _curves(runs, folders)),
         ("held_out", "Held-out prompts", _held_out(runs)),
+        ("held_out_loss", "Held-out loss", _held_out_losses(runs)),
         ("samples", "What the policy wrote", _samples(runs, folders)),
         ("sampled", "Rows that a model wrote", _outputs_of(SampledRowsOutputs, runs)),
         ("contamination", "Contamination", _outputs_of(ContaminationOutputs, runs)),
         ("data", "Data", [dataset for dataset in datasets if dataset[2].sources]),
+        ("mixtures", "Mixtures", _mixtures(runs, preflights)),
         ("preflight", "Preflight", [(name, preflight_figures(outputs)) for name, _, outputs in preflights]),
         ("verifier_audit", "Verifier audit", _verifier_audit(runs)),
         ("lineage", "Lineage", _lineage(manifests) if manifests else None),
@@ -246,6 +250,26 @@ def _held_out(runs: Sequence[tuple[StageRun, Manifest | None]]) -> list[tuple[st
         for _, manifest, outputs in _outputs_of(ModelOutputs, runs)
         if outputs.held_out is not None
     ]
+
+
+def _held_out_losses(
+    runs: Sequence[tuple[StageRun, Manifest | None]],
+) -> list[tuple[str, HeldOutLossOutputs, str]]:
+    """Title, result and unit of every training that had held-out rows."""
+    return [
+        (text.title(manifest.spec.stage), found, "pairs" if found.last.accuracy is not None else "supervised tokens")
+        for _, manifest, outputs in _outputs_of(ModelOutputs, runs)
+        if (found := outputs.held_out_loss) is not None
+    ]
+
+
+def _mixtures(
+    runs: Sequence[tuple[StageRun, Manifest | None]], preflights: Sequence[tuple[str, Manifest, PreflightOutputs]]
+) -> list[tuple[str, MixtureOutputs, PreflightOutputs | None]]:
+    """Every mixture, with the first preflight that read its rows."""
+    read = {manifest.inputs["dataset"].key: outputs for name, manifest, outputs in reversed(preflights)
+            if "dataset" in manifest.inputs and not name.endswith("held-out")}  # fmt: skip
+    return [(name, outputs, read.get(manifest.key)) for name, manifest, outputs in _outputs_of(MixtureOutputs, runs)]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from transformers import Trainer, TrainerCallback
 
 from smoltulu.schemas.held_out_loss import HeldOutLoss, HeldOutLossOutputs, HeldOutLossSettings
 from smoltulu.schemas.models import ModelOutputs
-from smoltulu.schemas.training import SupervisedSettings, TrainingInputs
 from smoltulu.tasks.stage import Diverged, StageContext
 from smoltulu.tasks.trainer.best_weights import BestWeights
 
@@ -167,8 +166,8 @@ class HeldOutLosses(TrainerCallback):
         losses = self.record.losses
         lowest = best_of(losses)
         self.record.ended_early = (
-            f"at step {step:,} of {state.max_steps:,} the held-out loss is {losses[-1].loss:.4f} and has not been lower "
-            f"for {patience:,} evaluations; the lowest is {lowest.loss:.4f}, of step {lowest.step:,}"
+            f"at step {step:,} of {state.max_steps:,} the held-out loss is {losses[-1].loss:.4f} and has not been "
+            f"lower for {patience:,} evaluations; the lowest is {lowest.loss:.4f}, of step {lowest.step:,}"
         )
         logger.warning("the run ends early: %s", self.record.ended_early)
         state.max_steps, control.should_save, control.should_training_stop = step, True, True
@@ -256,7 +255,9 @@ class HeldOutLosses(TrainerCallback):
             why=self._why(),
             ended_early=self.record.ended_early,
         )
-        logger.info("held-out loss %.4f at the start, %.4f at the end; %s", found.start.loss, found.last.loss, found.why)
+        logger.info(
+            "held-out loss %.4f at the start, %.4f at the end; %s", found.start.loss, found.last.loss, found.why
+        )
         more = {"held_out/loss": found.kept.loss, "held_out/start": found.start.loss}
         more |= {"kept_step": float(found.kept_step)} if self.settings.decides else {}
         return outputs.model_copy(update={"held_out_loss": found}), metrics | more

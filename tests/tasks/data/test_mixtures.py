@@ -56,7 +56,7 @@ def test_rows_of_each_source(asked_for: list[dict[str, Any]], there: list[int], 
 
 
 @pytest.mark.parametrize(("asked_for", "there", "said"), [
-    ([{"num_rows": 11}, {}], [10, 20], r"a: num_rows 11, and 10 are there to train on; .* \(max_repeats of at least 1\.1\)"),
+    ([{"num_rows": 11}, {}], [10, 20], r"a: num_rows 11, and 10 are there.*\(max_repeats of at least 1\.1\)"),
     ([{"share": 0.5}, {}], [10, 20], r"a: share 0\.5 of a set of 40 rows is 20 rows, and 10 are there"),
     ([{"share": 0.5, "max_repeats": 1.5}, {}], [10, 20], r"max_repeats of at least 2\)"),
     ([{"repeats": 0.01}, {}], [10, 20], r"a: repeats 0\.01 of its 10 rows is none"),
@@ -196,7 +196,9 @@ def test_what_a_row_asks() -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " What is  ２?"},
              {"role": "assistant", "content": "Two."}]  # fmt: skip
     said = asked({"messages": turns})
-    assert said == asked({"messages": [turns[1], {"role": "assistant", "content": "Dos."}]}) == '[["user", "what is 2?"]]'
+    assert (
+        said == asked({"messages": [turns[1], {"role": "assistant", "content": "Dos."}]}) == '[["user", "what is 2?"]]'
+    )
     assert asked({"prompt": turns[:2], "chosen": [turns[2]], "rejected": [turns[2]]}) == said
     more = [*turns, {"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "Three."}]
     assert asked({"messages": more}) != said
@@ -229,7 +231,7 @@ ROWS = [row(0, n) for n in range(10) if n != 3] + [row(1, n) for n in range(4)] 
 
 def test_rows_are_as_they_were_and_ids_tell_repeats(tmp_path: Path) -> None:
     outputs, made, aside = mixed(tmp_path, ROWS, [{"repeats": 2.5}, {"num_rows": 2}])
-    first, second = outputs.sources
+    first, second = outputs.shares
     assert (first.num_given, first.num_rows, first.num_distinct, first.num_repeated) == (9, 23, 9, 14)
     assert (second.num_given, second.num_rows, second.num_unused) == (5, 2, 3) and aside == []
     ids = [one["id"] for one in made]
@@ -242,7 +244,9 @@ def test_rows_are_as_they_were_and_ids_tell_repeats(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bucket", [1, 400])
-def test_the_file_does_not_depend_on_how_it_is_made(bucket: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_does_not_depend_on_how_it_is_made(
+    bucket: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Row groups of three rows, and a bucket of one row or of a few."""
     whole = mixed(tmp_path / "whole", ROWS, [{"repeats": 3}, {}])
     monkeypatch.setattr(mixture_stage, "_BUCKET_BYTES", bucket)
@@ -252,9 +256,11 @@ def test_the_file_does_not_depend_on_how_it_is_made(bucket: int, tmp_path: Path,
 def test_held_out_rows_are_no_trained_rows(tmp_path: Path) -> None:
     """All but one of the first source's texts are held out, so that the one which both sources ask mostly is."""
     outputs, made, aside = mixed(tmp_path, ROWS, [{"num_held_out": 8, "repeats": 3}, {}])
-    assert len(aside) == 8 == outputs.num_held_out and [one["id"] for one in aside] == sorted(one["id"] for one in aside)
+    assert len(aside) == 8 == outputs.num_held_out and [one["id"] for one in aside] == sorted(
+        one["id"] for one in aside
+    )
     asked_aside, asked_made = ({asked(one) for one in rows} for rows in (aside, made))
-    assert not asked_aside & asked_made and outputs.sources[1].num_left_out == 1
-    assert outputs.sources[0].num_rows == 3 and outputs.sources[1].num_rows == 4
+    assert not asked_aside & asked_made and outputs.shares[1].num_left_out == 1
+    assert outputs.shares[0].num_rows == 3 and outputs.shares[1].num_rows == 4
     other = mixed(tmp_path / "other", ROWS, [{"num_held_out": 8}, {"repeats": 0.5}], seed=9)
     assert other[2] == aside, "whatever the mixture and its seed"

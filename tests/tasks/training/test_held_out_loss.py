@@ -280,6 +280,8 @@ def test_without_held_out_rows_nothing_is_added(base: Path, tmp_path: Path) -> N
 
 
 def test_held_out_rows_that_do_not_fit_are_named(base: Path, tmp_path: Path) -> None:
-    long = [{"id": "0:0", "messages": [{"role": "user", "content": "so " * 300}, {"role": "assistant", "content": "3"}]}]
+    long = [
+        {"id": "0:0", "messages": [{"role": "user", "content": "so " * 300}, {"role": "assistant", "content": "3"}]}
+    ]
     with pytest.raises(ValueError, match="no held-out row fits into max_length 128"):
         trained("sft", tmp_path, base, {"overlong": "drop"}, held_out=long)
