@@ -11,6 +11,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.contamination import ContaminationSettings
 from smoltulu.schemas.data import DataSet, DataSettings, DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings
+from smoltulu.schemas.languages import LanguageSettings
 from smoltulu.schemas.mixture_checks import mixture_problems
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.preflight import PreflightSettings
@@ -60,6 +61,7 @@ class Recipe(StrictModel):
         {}, description="rows that a model writes itself, by a name that data sources give: {sampled: NAME}"
     )
     contamination: ContaminationSettings | None = science(None)
+    languages: LanguageSettings | None = science(None, description="language shares of the training data, as read")
     preflight: PreflightSettings = machinery(PreflightSettings())
     verifier_audit: VerifierAuditSettings | None = science(None)
     sft: SFTSettings | None = science(None, title="SFT")

@@ -26,9 +26,10 @@ from smoltulu.flows.graphs.stage_configs import (
     preflight_config,
     template_parts,
 )
-from smoltulu.flows.recipe import stage_order
+from smoltulu.flows.recipe import language_notes, stage_order
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from smoltulu.schemas.evaluation import EvaluationStageConfig, ScoreKind
+from smoltulu.schemas.languages import LanguageStageConfig
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
@@ -213,6 +214,7 @@ class Graph(NodeGraph):
     def _checked_rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
         """Rows, then the same rows without those that the contamination check found."""
         rows = self._rows(name, kind, data)
+        self._languages(name, kind, rows)
         settings = self.recipe.contamination
         if rows is None or settings is None:
             return rows
@@ -222,6 +224,13 @@ class Graph(NodeGraph):
         config = settings.stage_config(kind, **({"policy": "report"} if name == "audit" else {}))
         inputs = {"dataset": Binding(rows, "file"), "index": Binding(index)}
         return self._add(f"contamination-{name}", STAGES["contamination"], config, inputs=inputs) or rows
+
+    def _languages(self, name: str, kind: DatasetKind, rows: str | None) -> None:
+        """Their shares, as tables 10 to 12 of the paper have them. Nothing is built on them."""
+        if rows is None or self.recipe.languages is None or language_notes(self.recipe):
+            return
+        config = LanguageStageConfig(kind=kind, settings=self.recipe.languages)
+        self._add(f"languages-{name}", STAGES["languages"], config, inputs={"dataset": Binding(rows, "file")})
 
     def _benchmark_index(self) -> str | None:
         """One index for all training sets: it depends only on the benchmarks and the mode."""
