@@ -39,7 +39,7 @@ def tables(
     table: Annotated[
         list[str] | None,
         typer.Option(
-            help="stages, or a table of the paper (1, 3, 4, 6, 8 to 13), or another of the published file; several: 3,6"
+            help="stages, a table of the paper (1, 3, 4, 6, 8 to 13) or another of the published file; several: 3,6"
         ),
     ] = None,
     form: Annotated[Form, typer.Option("--format", help="how they are written")] = Form.markdown,
@@ -49,10 +49,11 @@ def tables(
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Show tables of the paper with yours as further columns: scores (3, 6, 8, 9), contamination (1, 4, 13), languages.
+    """Show tables of the paper with yours as further columns: scores (3, 6, 8, 9), contamination (1, 4, 13).
 
-    Without a published counterpart: stages × tasks; languages (10, 11, 12), whose figures nobody here has read. Bold is what is significantly better than all else in its row. What was measured otherwise than the published
-    figures is marked, with the reason. Without --table: every table of which something was measured.
+    Without published figures: stages × tasks, and languages of the data (10, 11, 12). Bold is what is significantly
+    better than all else in its row. What was measured otherwise than the published figures is marked, with the reason.
+    Without --table: every table of which something was measured.
     """
     from smoltulu.tasks.data.benchmarks import load_registry
     from smoltulu.tasks.report.tables import FORMATS

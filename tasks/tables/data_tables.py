@@ -174,8 +174,8 @@ def _languages(name: str, sets: Sequence[MeasuredSet]) -> Table:
         rows.append(Row("no language", f"({reason.replace('_', ' ')}; percent of all rows)", "", (), tuple(cells)))
     legend = [
         "Percent of the rows that have a language; n is the number of rows.",
-        "The paper's own figures are not beside them: nobody here has read them, and the paper does not name its tool, so "
-        "that no other one would be comparable.",
+        "The paper's own figures are not beside them: nobody here has read them, and the paper does not name its tool, "
+        "so that no other one would be comparable.",
     ]
     if not ours:
         legend.append("The languages of no such data were told here: add a block languages to the recipe.")

@@ -63,6 +63,12 @@ def test_held_out_rows_go_to_every_training_of_their_set() -> None:
     }  # fmt: skip
 
 
+def test_languages_change_no_other_key() -> None:
+    plain, told = keys(graph()), keys(graph(languages={"detector": "lingua"}))
+    assert told.keys() - plain.keys() == {"languages-sft", "languages-preference", "languages-rlvr"}
+    assert all(told[name] == key for name, key in plain.items())
+
+
 @pytest.mark.parametrize(("overrides", "said"), [
     ({"data__rlvr__sources": [{"generated": "rlvr.jsonl", "format": "rlvr", "held_out": 0.1}]}, "set rlvr.held_out"),
     ({"data__preference_eval__sources": sources({"repeats": 2}, base=PAIRS)}, "this one is read as it is"),
