@@ -272,8 +272,11 @@ def _mixtures(
     runs: Sequence[tuple[StageRun, Manifest | None]], preflights: Sequence[tuple[str, Manifest, PreflightOutputs]]
 ) -> list[tuple[str, MixtureOutputs, PreflightOutputs | None]]:
     """Every mixture, with the first preflight that read its rows."""
-    read = {manifest.inputs["dataset"].key: outputs for name, manifest, outputs in reversed(preflights)
-            if "dataset" in manifest.inputs and not name.endswith("held-out")}  # fmt: skip
+    read = {
+        record.key: outputs
+        for name, manifest, outputs in reversed(preflights)
+        if (record := manifest.inputs.get("dataset")) is not None and not name.endswith("held-out")
+    }
     return [(name, outputs, read.get(manifest.key)) for name, manifest, outputs in _outputs_of(MixtureOutputs, runs)]
 
 

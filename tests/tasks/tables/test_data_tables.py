@@ -1,4 +1,4 @@
-"""Tables of data: contamination (1, 4, 13) and languages (10 to 12). What stands side by side, what is said in words."""
+"""Tables of data: contamination (1, 4, 13), languages (10 to 12). What stands side by side, what is said in words."""
 
 from __future__ import annotations
 
