@@ -62,6 +62,11 @@ class MixtureRule(StrictModel):
         return MixtureRule(**{name: getattr(self, name) for name in MixtureRule.model_fields})
 
     @property
+    def of_held_out(self) -> MixtureRule:
+        """What decides about held-out rows, and nothing else."""
+        return MixtureRule(held_out=self.held_out, num_held_out=self.num_held_out)
+
+    @property
     def holds_out(self) -> bool:
         return self.held_out is not None or self.num_held_out is not None
 
@@ -103,7 +108,7 @@ def check_rules(rules: Sequence[MixtureRule], seed: int) -> None:
 
 
 class MixtureConfig(StrictModel):
-    """Config of the `mixture` stage: one rule for each source, in their order."""
+    """Config of the stages `mixture` and `held_out_rows`: one rule for each source, in their order."""
 
     kind: Literal["sft", "preference", "rlvr"] = science()
     rules: tuple[MixtureRule, ...] = science(min_length=1)
@@ -112,7 +117,7 @@ class MixtureConfig(StrictModel):
 
 
 class MixtureInputs(StrictModel):
-    """Resolved inputs of the `mixture` stage."""
+    """Resolved inputs of both."""
 
     dataset: str = Field(description="rows file, all checks behind it")
 
@@ -138,14 +143,22 @@ class SourceShare(StrictModel):
 
 
 class MixtureOutputs(StrictModel):
-    """A rows file in the order of the draw, and one of the rows that are held out.
+    """A rows file in the order of the draw, without the rows that are held out.
 
     An id is that of the row that was read; of its second time in the set with `#2` behind it, and so on.
     """
 
     file: ArtifactPath = Field("rows.parquet")
-    held_out_file: ArtifactPath | None = Field(None)
     kind: Literal["sft", "preference", "rlvr"]
     num_rows: int = Field(ge=0)
     num_held_out: int = Field(0, ge=0)
     shares: tuple[SourceShare, ...] = Field(description="of the sources, in their order")
+
+
+class HeldOutRowsOutputs(StrictModel):
+    """The rows that are held out, in the order of their sources."""
+
+    file: ArtifactPath = Field("rows.parquet")
+    kind: Literal["sft", "preference", "rlvr"]
+    num_rows: int = Field(ge=1)
+    num_by_source: dict[str, int] = Field(description="label -> rows")

@@ -20,6 +20,7 @@ from smoltulu.flows.graphs.references import References
 from smoltulu.flows.graphs.sampled_nodes import Add, EntryNodes, add_sampled_nodes, node_name
 from smoltulu.flows.graphs.stage_configs import (
     audit_config,
+    held_out_config,
     hub_references,
     mixture_config,
     pass_rates_config,
@@ -85,7 +86,7 @@ class Graph(NodeGraph):
         self._sets: dict[str, str] = {}
         self._models: dict[str, str] = {}
         self._sampled: dict[str, str] = {}
-        #: Nodes that also hold rows out, by their set of `data`.
+        #: Nodes of the rows that are held out, by their set of `data`.
         self._held_out: dict[str, str] = {}
         self._lay_out()
 
@@ -205,11 +206,14 @@ class Graph(NodeGraph):
         rows = self._checked_rows(name, kind, data)
         if rows is None or data is None or not data.is_mixed:
             return rows
-        config, inputs = mixture_config(kind, data), {"dataset": Binding(rows, "file")}
-        mixed = self._add(f"mixture-{name}", STAGES["mixture"], config, inputs=inputs)
-        if mixed is not None and any(source.holds_out for source in data.sources):
-            self._held_out[name] = mixed
-        return mixed
+        inputs = {"dataset": Binding(rows, "file")}
+        if any(source.holds_out for source in data.sources):
+            aside = self._add(
+                f"held-out-rows-{name}", STAGES["held_out_rows"], held_out_config(kind, data), inputs=inputs
+            )
+            if aside is not None:
+                self._held_out[name] = aside
+        return self._add(f"mixture-{name}", STAGES["mixture"], mixture_config(kind, data), inputs=inputs)
 
     def _checked_rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
         """Rows, then the same rows without those that the contamination check found."""
@@ -290,11 +294,11 @@ class Graph(NodeGraph):
             return
         settings, checks = self.recipe.trainings[block], self.recipe.preflight
         nodes = {_preflight_of(block): (checks, Binding(rows, "file"))}
-        if (mixed := self._held_out.get(self.recipe.rows_of(block))) is not None:
+        if (aside := self._held_out.get(self.recipe.rows_of(block))) is not None:
             # The same sources: what they lack is said once.
             lenient = {name: 1.0 for name in type(checks).model_fields if name.startswith("max_")}
             checks = checks.model_copy(update={**lenient, "dry_run": False})
-            nodes[_held_out_of(block)] = (checks, Binding(mixed, "held_out_file"))
+            nodes[_held_out_of(block)] = (checks, Binding(aside, "file"))
         for name, (own, dataset) in nodes.items():
             self._add(
                 name,
@@ -352,7 +356,7 @@ class Graph(NodeGraph):
         inputs = {"model": Binding(start, "folder"), "dataset": Binding(rows, "file"), **others}
         if _held_out_of(block) in self.nodes:
             inputs["held_out"] = Binding(_held_out_of(block), "file")
-            inputs["held_out_rows"] = Binding(self._held_out[self.recipe.rows_of(block)], "held_out_file")
+            inputs["held_out_rows"] = Binding(self._held_out[self.recipe.rows_of(block)], "file")
         literals = {name: str(folder) for name, folder in folders.items()}
         digests = {name: self._digest_of(folder) for name, folder in folders.items()}
         return self._add(

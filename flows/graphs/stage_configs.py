@@ -31,6 +31,12 @@ def mixture_config(kind: DatasetKind, data: DataSet) -> MixtureConfig:
     return MixtureConfig(kind=kind, rules=rules, seed=data.seed, labels=tuple(source.label for source in data.sources))
 
 
+def held_out_config(kind: DatasetKind, data: DataSet) -> MixtureConfig:
+    """Which rows are held out, whatever the mixture."""
+    config = mixture_config(kind, data)
+    return config.model_copy(update={"rules": tuple(rule.of_held_out for rule in config.rules), "seed": 0})
+
+
 def audit_config(recipe: Recipe) -> VerifierAuditConfig | None:
     """None where the recipe asks for no audit, or has no rows of RLVR."""
     if recipe.verifier_audit is None or recipe.data.rlvr is None:

@@ -1,7 +1,8 @@
-"""Stage `mixture`: a set as its recipe wants it, from rows that are read and checked already.
+"""Stages `mixture` and `held_out_rows`: a set as its recipe wants it, and the rows that are put aside.
 
-It stands behind all checks: what they removed does not count, and repeats are no duplicates to them. It reads one rows
-file and writes one, so that another share reads no source and checks no row again.
+Both stand behind all checks: what those removed does not count, and repeats are no duplicates to them. They read one
+rows file, so that another share reads no source and checks no row again. Each tells held-out rows from the others by
+itself: which they are depends on no share, and so their file, their tokens and a reference's log-probabilities stay.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts.files import remove_tree
-from smoltulu.schemas.mixture import MixtureConfig, MixtureInputs, MixtureOutputs, SourceShare
+from smoltulu.schemas.mixture import HeldOutRowsOutputs, MixtureConfig, MixtureInputs, MixtureOutputs, SourceShare
 from smoltulu.tasks.data.rows import GROUP_CHARACTERS, GROUP_ROWS, WRITE_OPTIONS, group_starts, open_rows, stored_rows
 from smoltulu.tasks.stage import Stage, StageContext
 
@@ -22,62 +23,99 @@ if TYPE_CHECKING:
 
     from smoltulu.tasks.data.mixture import Drawn
 
-HELD_OUT_FILE = "held_out.parquet"
 #: Bytes of rows that are put into their order in memory.
 _BUCKET_BYTES = 256 << 20
 
 
 def mix(config: MixtureConfig, inputs: MixtureInputs, context: StageContext) -> tuple[MixtureOutputs, dict[str, float]]:
-    """Write `rows.parquet`, and `held_out.parquet` where rows are held out.
+    """Write `rows.parquet`. ValueError where the rules ask for more than there is, or leave nothing."""
+    import numpy as np
 
-    Raises:
-        ValueError: the rules ask for more than there is, or leave nothing.
-    """
+    from smoltulu.tasks.data import held_out, mixture
+
+    source, labels = Path(inputs.dataset), _labels(config)
+    sources, numbers, fate = _fates(config, source)
+    trained = np.flatnonzero(fate == held_out.TRAINED)
+    num_rules = len(config.rules)
+
+    def count(are: np.ndarray) -> list[int]:
+        found: list[int] = np.bincount(sources[are], minlength=num_rules).tolist()
+        return found
+
+    there = count(trained)
+    wanted = mixture.counts(config.rules, there, labels)
+    drawn = mixture.draw(config.seed, sources[trained], numbers[trained], wanted)
+    drawn = mixture.Drawn(trained[drawn.places], drawn.times)
+    outputs = MixtureOutputs(
+        kind=config.kind,
+        num_rows=sum(wanted),
+        num_held_out=int((fate == held_out.HELD_OUT).sum()),
+        shares=tuple(
+            SourceShare(
+                label=label,
+                num_given=given,
+                num_held_out=aside,
+                num_left_out=left_out,
+                num_distinct=min(in_set, left),
+                num_rows=in_set,
+            )
+            for label, given, aside, left_out, left, in_set in zip(
+                labels,
+                count(np.arange(len(sources))),
+                count(fate == held_out.HELD_OUT),
+                count(fate == held_out.LEFT_OUT),
+                there,
+                wanted,
+                strict=True,
+            )
+        ),
+    )
+    _write(source, drawn, context.folder / outputs.file, context)
+    metrics = {
+        "num_rows": outputs.num_rows,
+        "num_repeated": sum(one.num_repeated for one in outputs.shares),
+        "num_held_out": outputs.num_held_out,
+    }
+    return outputs, {name: float(value) for name, value in metrics.items()}
+
+
+def put_aside(
+    config: MixtureConfig, inputs: MixtureInputs, context: StageContext
+) -> tuple[HeldOutRowsOutputs, dict[str, float]]:
+    """Write the rows that are held out. ValueError where there is none, or none would be left to train on."""
     import numpy as np
 
     from smoltulu.tasks.data import held_out, mixture
 
     source = Path(inputs.dataset)
-    labels = config.labels or tuple(f"source {number}" for number in range(len(config.rules)))
+    sources, _, fate = _fates(config, source)
+    aside = np.flatnonzero(fate == held_out.HELD_OUT)
+    counted = np.bincount(sources[aside], minlength=len(config.rules)).tolist()
+    labels = [f"{number}: {label}" for number, label in enumerate(_labels(config))]
+    outputs = HeldOutRowsOutputs(
+        kind=config.kind, num_rows=len(aside), num_by_source=dict(zip(labels, counted, strict=True))
+    )
+    drawn = mixture.Drawn(aside, np.ones(len(aside), dtype=int))
+    _write(source, drawn, context.folder / outputs.file, context)
+    return outputs, {"num_rows": float(len(aside))}
+
+
+def _labels(config: MixtureConfig) -> tuple[str, ...]:
+    return config.labels or tuple(f"source {number}" for number in range(len(config.rules)))
+
+
+def _fates(config: MixtureConfig, source: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every row its source, its number there, and what becomes of it (tasks/data/held_out.py), (R,) each."""
+    import numpy as np
+
+    from smoltulu.tasks.data import held_out
+
     sources, numbers = _ids(source)
     assert not len(sources) or sources.max() < len(config.rules), "rows of a source without a rule"
-    given = np.bincount(sources, minlength=len(config.rules))
-    fate = np.zeros(len(sources), dtype=int)
-    if any(rule.holds_out for rule in config.rules):
-        fate = held_out.split(config.rules, sources, held_out.hashes(stored_rows(source)), labels)
-    trained = np.flatnonzero(fate == held_out.TRAINED)
-    there = np.bincount(sources[trained], minlength=len(config.rules))
-    wanted = mixture.counts(config.rules, there.tolist(), labels)
-    drawn = mixture.draw(config.seed, sources[trained], numbers[trained], wanted)
-    drawn = mixture.Drawn(trained[drawn.places], drawn.times)
-    _write(source, drawn, context.folder / "rows.parquet", context)
-    aside = np.flatnonzero(fate == held_out.HELD_OUT)
-    if len(aside):
-        _write(source, mixture.Drawn(aside, np.ones(len(aside), dtype=int)), context.folder / HELD_OUT_FILE, context)
-    made = tuple(
-        SourceShare(
-            label=labels[number],
-            num_given=int(given[number]),
-            num_held_out=int((sources[aside] == number).sum()),
-            num_left_out=int(((sources == number) & (fate == held_out.LEFT_OUT)).sum()),
-            num_distinct=min(wanted[number], int(there[number])),
-            num_rows=wanted[number],
-        )
-        for number in range(len(config.rules))
-    )
-    outputs = MixtureOutputs(
-        held_out_file=HELD_OUT_FILE if len(aside) else None,
-        kind=config.kind,
-        num_rows=sum(wanted),
-        num_held_out=len(aside),
-        shares=made,
-    )
-    metrics = {
-        "num_rows": outputs.num_rows,
-        "num_repeated": sum(one.num_repeated for one in made),
-        "num_held_out": outputs.num_held_out,
-    }
-    return outputs, {name: float(value) for name, value in metrics.items()}
+    if not any(rule.holds_out for rule in config.rules):
+        return sources, numbers, np.full(len(sources), held_out.TRAINED)
+    texts = held_out.hashes(stored_rows(source))
+    return sources, numbers, held_out.split(config.rules, sources, texts, _labels(config))
 
 
 def _ids(file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -169,13 +207,8 @@ def _write_group(output: Any, rows: pa.Table) -> None:
         output.write_table(rows)
 
 
-mixture = Stage(
-    name="mixture",
-    version=1,
-    config=MixtureConfig,
-    inputs=MixtureInputs,
-    outputs=MixtureOutputs,
-    function=mix,
-    block="data",
+mixture = Stage("mixture", 1, MixtureConfig, MixtureInputs, MixtureOutputs, mix, block="data", grows_with_model=False)
+held_out_rows = Stage(
+    "held_out_rows", 1, MixtureConfig, MixtureInputs, HeldOutRowsOutputs, put_aside, block="data",
     grows_with_model=False,
-)
+)  # fmt: skip

@@ -48,16 +48,23 @@ def test_held_out_rows_go_to_every_training_of_their_set() -> None:
     made = graph(data__preference__sources=sources({"held_out": 0.1}, base=PAIRS))
     for block in ("reward-model", "dpo"):
         held_out = made.nodes[f"preflight-{block}-held-out"]
-        assert held_out.inputs["dataset"] == Binding("mixture-preference", "held_out_file")
+        assert held_out.inputs["dataset"] == Binding("held-out-rows-preference", "file")
         assert held_out.config.settings.dry_run is False and held_out.config.settings.max_overlong_share == 1
         assert made.nodes[block].inputs["held_out"] == Binding(f"preflight-{block}-held-out", "file")
-        assert made.nodes[block].inputs["held_out_rows"] == Binding("mixture-preference", "held_out_file")
+        assert made.nodes[block].inputs["held_out_rows"] == Binding("held-out-rows-preference", "file")
     assert made.nodes["reference-logps-held-out"].inputs["dataset"] == Binding("preflight-dpo-held-out", "file")
     assert made.nodes["dpo"].inputs["held_out_reference_logps"] == Binding("reference-logps-held-out", "file")
     assert "held_out" not in made.nodes["sft"].inputs
+    assert len(set(keys(made).values())) == len(made.nodes), "held-out rows are no other node's rows"
+    # Another share and seed leave the held-out rows, their tokens and their reference alone.
+    other = keys(graph(data__preference__sources=sources({"held_out": 0.1, "repeats": 2}, base=PAIRS),
+                       data__preference__seed=3))  # fmt: skip
+    same = {name for name, key in keys(made).items() if other[name] == key}
+    assert {"held-out-rows-preference", "preflight-dpo-held-out", "reference-logps-held-out"} <= same
+    assert not same & {"mixture-preference", "preflight-dpo", "dpo", "reward-model"}
     # What decides about the weights changes the training and what follows, no row.
-    other = graph(data__preference__sources=sources({"held_out": 0.1}, base=PAIRS), dpo__held_out={"keep": "best"})
-    before, after = keys(made), keys(other)
+    best = graph(data__preference__sources=sources({"held_out": 0.1}, base=PAIRS), dpo__held_out={"keep": "best"})
+    before, after = keys(made), keys(best)
     assert {name for name in before if before[name] != after[name]} == {
         "dpo", "evaluation-dpo", "evaluation-dpo-implicit-reward", "pass-rates", "rlvr", "evaluation-rlvr", "publish",
     }  # fmt: skip

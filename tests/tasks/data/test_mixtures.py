@@ -220,8 +220,12 @@ def mixed(folder: Path, rows: list[dict[str, Any]], asked_for: list[dict[str, An
     source = write_rows(folder / "given.parquet", rows, **how)
     context = StageContext(folder / "out", folder / "work", ComputeSettings(), lambda *args, **kwargs: None)
     config = MixtureConfig(kind="sft", rules=tuple(rules(*asked_for)), seed=seed, labels=LABELS[: len(asked_for)])
-    outputs, _ = mixture_stage.mix(config, MixtureInputs(dataset=str(source)), context)
-    aside = read_rows(folder / "out" / outputs.held_out_file) if outputs.held_out_file else []
+    inputs, aside = MixtureInputs(dataset=str(source)), []
+    if any(rule.holds_out for rule in config.rules):
+        put_aside, _ = mixture_stage.put_aside(config, inputs, context)
+        aside = read_rows(folder / "out" / put_aside.file)
+        (folder / "out" / put_aside.file).unlink()
+    outputs, _ = mixture_stage.mix(config, inputs, context)
     return outputs, read_rows(folder / "out" / outputs.file), aside
 
 
