@@ -49,18 +49,13 @@ def watch_losses(
     """Add the callback, before those of tasks/trainer/loop.py; None where no row is held out.
 
     load  rows file of the held-out rows -> rows as the trainer's collator takes them
-
-    ValueError: no held-out row is left to compute a loss of.
     """
     if inputs.held_out is None:
         return None
     from smoltulu.tasks.training.held_out_loss import HeldOutLosses
 
     rows = load(inputs.held_out)
-    if not len(rows):
-        raise ValueError(
-            f"{stage}: no held-out row fits into max_length {config.max_length:,}; hold more rows out, or raise it"
-        )
+    assert len(rows), "a preflight without rows makes no artifact"
     sources = _sources(inputs.held_out_rows) if inputs.held_out_rows else None
     settings = config.held_out or HeldOutLossSettings()
     watched = HeldOutLosses(trainer, stage, rows, settings, context, losses_of, sources)

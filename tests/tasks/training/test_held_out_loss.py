@@ -146,7 +146,7 @@ def test_it_is_that_of_a_plain_loop_in_float64(stage: str, base: Path, tmp_path:
 
     kind: Any = AutoModelForSequenceClassification if stage == "reward_model" else AutoModelForCausalLM
     reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    expected = None
+    expected, near = None, 1e-5 if stage == "dpo" else 2e-6  # beta 5 times sums of log-probabilities
     for packing, size in ((True, 2), (False, 2), (True, 1)):
         made = trained(stage, tmp_path / f"{packing}{size}", base, packing=packing, per_device_train_batch_size=size)
         rows = parquet.read_table(
@@ -158,15 +158,15 @@ def test_it_is_that_of_a_plain_loop_in_float64(stage: str, base: Path, tmp_path:
         total, count = sum(one for one, _ in plain), sum(number for _, number in plain)
         found = made.outputs.held_out_loss
         assert (found.num_rows, found.num_counted) == (5, count) and [step for step, _ in losses(made)] == [0, 2, 4, 6]
-        assert found.last.loss == pytest.approx(total / count, rel=2e-6)
+        assert found.last.loss == pytest.approx(total / count, rel=near)
         assert made.metrics["held_out/loss"] == found.last.loss and found.kept_step == 6
         looks = [row for row in made.history if "held_out/loss" in row]
         assert [(row["step"], row["held_out/loss"]) for row in looks] == losses(made)
         # Of the two sources, of three rows and of two.
         of_second = sum(one for one, _ in plain[3:]) / sum(number for _, number in plain[3:])
-        assert looks[-1]["held_out/source_1"] == pytest.approx(of_second, rel=2e-6)
+        assert looks[-1]["held_out/source_1"] == pytest.approx(of_second, rel=near)
         expected = expected or losses(made)
-        assert losses(made) == [(step, pytest.approx(loss, rel=2e-6)) for step, loss in expected]
+        assert losses(made) == [(step, pytest.approx(loss, rel=near)) for step, loss in expected]
 
 
 def weights(made: Run) -> dict[str, torch.Tensor]:
@@ -198,7 +198,8 @@ def test_two_processes_compute_what_one_does(base: Path, tmp_path: Path) -> None
     import json
 
     one = trained("sft", tmp_path / "one", base)
-    work = two_processes("sft", tmp_path, base, rows_of("sft", 12), SETTINGS, held_out=held_out_of("sft"))("two")
+    work = two_processes("sft", tmp_path, base, rows_of("sft", 12), SETTINGS, held_out=held_out_of("sft"),
+                         per_device_train_batch_size=1)("two")  # fmt: skip
     lines = map(json.loads, (work / "output" / "logs" / "history.jsonl").read_text().splitlines())
     looks = [(line["step"], line["held_out/loss"]) for line in lines if "held_out/loss" in line]
     assert looks == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one)]
@@ -208,21 +209,27 @@ def test_two_processes_compute_what_one_does(base: Path, tmp_path: Path) -> None
 
 
 def test_the_best_weights_are_saved(base: Path, tmp_path: Path) -> None:
-    """A rate of 0.3 ruins the model in a step: the best are those of the start."""
-    made = trained("sft", tmp_path, base, {"learning_rate": 0.3, "held_out": {"every_steps": 1, "keep": "best"}})
+    """The best are those of the start."""
+    settings = {"held_out": {"every_steps": 3, "keep": "best"}}
+    made = made_up(trained, "sft", tmp_path, base, settings, said={0: 1.0, 3: 3.0, 6: 2.0})
     found = made.outputs.held_out_loss
-    assert found.kept_step == 0 == made.metrics["kept_step"] and found.kept.loss == min(one for _, one in losses(made))
-    assert "those that the run started from" in found.why and made.metrics["held_out/loss"] == found.start.loss
+    assert found.kept_step == 0 == made.metrics["kept_step"] and "those that the run started from" in found.why
+    assert made.metrics["held_out/loss"] == 1.0 == found.start.loss and made.outputs.num_steps == 6
     started = load_file(base / "model.safetensors")
     assert differing({name: weights(made)[name] for name in started}, started) == []
 
 
-def test_the_run_ends_when_nothing_was_lower(base: Path, tmp_path: Path) -> None:
-    held_out = {"every_steps": 1, "keep": "best", "patience": 2}
-    made = trained("sft", tmp_path, base, {"learning_rate": 0.3, "held_out": held_out})
+@pytest.mark.parametrize(("keep", "kept"), [("best", 1), ("last", 3)])
+def test_the_run_ends_when_nothing_was_lower(keep: str, kept: int, base: Path, tmp_path: Path) -> None:
+    """The run goes on from its checkpoint after the end: there is nothing left to do."""
+    settings = {"held_out": {"every_steps": 1, "keep": keep, "patience": 2, "min_delta": 0.2}}
+    said = {0: 5.0, 1: 4.0, 2: 4.5, 3: 4.1}
+    made = made_up(trained, "sft", tmp_path, base, settings, said=said)
     found = made.outputs.held_out_loss
-    assert [step for step, _ in losses(made)] == [0, 1, 2] and made.outputs.num_steps == 2 and found.kept_step == 0
-    assert "at step 2 of 6" in found.ended_early and "not been lower for 2 evaluations" in found.ended_early
+    assert losses(made) == list(said.items()) and made.outputs.num_steps == 3 and found.kept_step == kept
+    assert "at step 3 of 6" in found.ended_early and "not been lower for 2 evaluations" in found.ended_early
+    again = made_up(trained, "sft", tmp_path, base, settings, said={})
+    assert again.outputs.held_out_loss == found and differing(weights(made), weights(again)) == []
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -244,16 +251,18 @@ def test_a_broken_run_ends_as_an_unbroken_one(stage: str, stopped: int, base: Pa
     assert differing(weights(whole), weights(again)) == []
 
 
-def made_up(function: Any, *arguments: Any, dies_at: int | None = None, **named: Any) -> Any:
-    """With losses that are the lowest at step 4; Ctrl-C after `dies_at` steps, before anything of that step is kept."""
+def made_up(
+    function: Any, *arguments: Any, said: dict[int, float] | None = None, dies_at: int | None = None, **named: Any
+) -> Any:
+    """With these losses by step, else the lowest at step 4; Ctrl-C in step `dies_at`, before anything of it is kept."""
     from smoltulu.tasks.training import held_out_loss
 
     with pytest.MonkeyPatch.context() as patched:
         real, end = held_out_loss.mean_loss, held_out_loss.HeldOutLosses.on_step_end
-        said = {0: 5.0, 2: 4.0, 4: 1.0, 6: 2.0}
+        by_step = {0: 5.0, 2: 4.0, 4: 1.0, 6: 2.0} if said is None else said
         patched.setattr(
             held_out_loss, "mean_loss",
-            lambda step, rows: real(step, rows).model_copy(update={"loss": said[step]}),
+            lambda step, rows: real(step, rows).model_copy(update={"loss": by_step[step]}),
         )  # fmt: skip
 
         def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -277,11 +286,3 @@ def test_a_damaged_best_is_refused_before_hours_of_training(base: Path, tmp_path
 def test_without_held_out_rows_nothing_is_added(base: Path, tmp_path: Path) -> None:
     config, inputs, _ = stage_arguments("sft", tmp_path, base, conversations(2), {})
     assert config.held_out is None and inputs.held_out is None
-
-
-def test_held_out_rows_that_do_not_fit_are_named(base: Path, tmp_path: Path) -> None:
-    long = [
-        {"id": "0:0", "messages": [{"role": "user", "content": "so " * 300}, {"role": "assistant", "content": "3"}]}
-    ]
-    with pytest.raises(ValueError, match="no held-out row fits into max_length 128"):
-        trained("sft", tmp_path, base, {"overlong": "drop"}, held_out=long)
