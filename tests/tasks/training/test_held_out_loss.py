@@ -18,8 +18,9 @@ from smoltulu.schemas.training import SFTSettings
 from smoltulu.tasks.models.tokens import IGNORED
 from smoltulu.tasks.stage import Diverged
 from smoltulu.tasks.training.held_out_loss import RowLoss, best_of, mean_loss, num_stale
-from tests.small_ppo import differing
+from tests.small_ppo import differing, killed
 from tests.small_runs import Run, conversations, pairs, run, stage_arguments, two_processes
+from tests.tasks.training.test_ppo_kills import die
 from tests.tiny_model import build_tiny_model
 
 STAGES = ["sft", "reward_model", "dpo"]
@@ -147,7 +148,7 @@ def test_it_is_that_of_a_plain_loop_in_float64(stage: str, base: Path, tmp_path:
     kind: Any = AutoModelForSequenceClassification if stage == "reward_model" else AutoModelForCausalLM
     reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     expected, near = None, 1e-5 if stage == "dpo" else 2e-6  # beta 5 times sums of log-probabilities
-    for packing, size in ((True, 2), (False, 2), (True, 1)):
+    for packing, size in ((True, 2), (False, 1)):
         made = trained(stage, tmp_path / f"{packing}{size}", base, packing=packing, per_device_train_batch_size=size)
         rows = parquet.read_table(
             tmp_path / f"{packing}{size}" / "held_out" / "preflight" / "out" / "rows.parquet"
@@ -193,6 +194,7 @@ def test_nobody_notices_that_it_was_looked_at(base: Path, tmp_path: Path) -> Non
     assert of_steps[0] == of_steps[1] and len(of_steps[0]) == 6
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(base: Path, tmp_path: Path) -> None:
     """Five rows: three for one process, two for the other."""
     import json
@@ -232,8 +234,12 @@ def test_the_run_ends_when_nothing_was_lower(keep: str, kept: int, base: Path, t
     assert again.outputs.held_out_loss == found and differing(weights(made), weights(again)) == []
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("stopped", [3, 5])
+@pytest.mark.parametrize(("stage", "stopped"), [
+    ("sft", 5),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (
+        ("sft", 3), ("reward_model", 3), ("reward_model", 5), ("dpo", 3), ("dpo", 5),
+    )),
+])  # fmt: skip
 def test_a_broken_run_ends_as_an_unbroken_one(stage: str, stopped: int, base: Path, tmp_path: Path) -> None:
     """Stopped in a step: the loss of step 4 is the best. Before it, and after it, when only its weights know."""
     settings = {"held_out": {"every_steps": 2, "keep": "best"}}
@@ -272,6 +278,40 @@ def made_up(
 
         patched.setattr(held_out_loss.HeldOutLosses, "on_step_end", on_step_end)
         return function(*arguments, **named)
+
+
+def die_while_the_best_is_written() -> None:
+    """Weights of step 4 are there, and not marked as whole; the newest checkpoint, of step 3, names step 2."""
+    from smoltulu.tasks.trainer import best_weights
+
+    real = best_weights.mark_complete
+    best_weights.mark_complete = lambda folder: die() if folder.name == "step-4" else real(folder)
+
+
+def die_after_training() -> None:
+    """No step is left, and the best weights are still to be put in place."""
+    from smoltulu.tasks.training import held_out_loss
+
+    held_out_loss.HeldOutLosses.restore_best = die  # type: ignore[method-assign]
+
+
+BEST: dict[str, Any] = {"held_out": {"every_steps": 2, "keep": "best"}}
+
+
+def child(kill: Callable[[], None], base: Path, folder: Path) -> None:
+    kill()
+    made_up(trained, "sft", folder, base, BEST, save_steps=1, save_total_limit=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kill", "step"), [(die_while_the_best_is_written, 3), (die_after_training, 6)])
+def test_a_killed_run_keeps_the_same_weights(kill: Callable[[], None], step: int, base: Path, tmp_path: Path) -> None:
+    whole = made_up(trained, "sft", tmp_path / "whole", base, BEST, save_steps=1, save_total_limit=1)
+    killed(child, kill, base, tmp_path / "killed")
+    again = made_up(trained, "sft", tmp_path / "killed", base, BEST, save_steps=1, save_total_limit=1)
+    assert (tmp_path / "killed" / "work" / "resumed.jsonl").read_text() == f"{step}\n"
+    assert again.outputs.held_out_loss == whole.outputs.held_out_loss and whole.outputs.held_out_loss.kept_step == 4
+    assert differing(weights(whole), weights(again)) == []
 
 
 def test_a_damaged_best_is_refused_before_hours_of_training(base: Path, tmp_path: Path) -> None:
