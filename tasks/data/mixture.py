@@ -118,9 +118,9 @@ def draw(seed: int, sources: np.ndarray, numbers: np.ndarray, num_wanted: Sequen
         own = np.flatnonzero(sources == source)
         ranked = own[np.lexsort((numbers[own], splitmix64(seed_of(seed, f"rank:{source}"), numbers[own])))]
         whole, rest = divmod(wanted, len(ranked)) if len(ranked) else (0, 0)
-        for time in range(1, whole + 1):
+        for number in range(1, whole + 1):
             places.append(ranked)
-            times.append(np.full(len(ranked), time))
+            times.append(np.full(len(ranked), number))
         places.append(ranked[:rest])
         times.append(np.full(rest, whole + 1))
     place, time = np.concatenate(places), np.concatenate(times).astype(np.uint64)

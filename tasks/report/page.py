@@ -138,7 +138,7 @@ def _made_tables(measured: _Measured) -> tuple[list[Table], list[str]]:
 def table_files(manifests: Mapping[str, Manifest], folders: Mapping[str, Path]) -> dict[str, str]:
     """Name -> text of the files that lie beside a report; none where nothing is in tables."""
     tables, _ = run_tables(manifests, folders)
-    return {f"tables.{name}": FORMATS[name](tables) for name in ("html", "csv")} if tables else {}  # type: ignore[index]
+    return {f"tables.{name}": FORMATS[name](tables) for name in ("html", "csv")} if tables else {}
 
 
 @dataclass(frozen=True)

@@ -158,10 +158,10 @@ def _languages(name: str, sets: Sequence[MeasuredSet]) -> Table:
     for language in sorted(totals, key=lambda language: (-totals[language], language)):
         cells = []
         for _, languages in ours:
-            share = next((share for share in languages.shares if share.name == language), None)
+            own = next((one for one in languages.shares if one.name == language), None)
             none = f"none of {languages.num_determined:,} rows"
             cells.append(
-                Cell(none) if share is None else Cell(f"{100 * share.share_of_determined:.2f}", f"{share.num_rows:,}")
+                Cell(none) if own is None else Cell(f"{100 * own.share_of_determined:.2f}", f"{own.num_rows:,}")
             )
         rows.append(Row(language, "", "; ".join(dict.fromkeys(_detector(one) for _, one in ours)), (), tuple(cells)))
     reasons = list(dict.fromkeys(reason for _, languages in ours for reason in languages.undetermined))
