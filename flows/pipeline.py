@@ -101,6 +101,7 @@ def smoltulu(
         *checked.evaluation_notes(),
         *checked.mup_notes(),
         *language_notes(checked),
+        *checked.near_duplicate_notes(),
         *checked.sampled_notes(),
     ):
         log.warning(sentence)

@@ -86,6 +86,8 @@ class Graph(NodeGraph):
         self._sets: dict[str, str] = {}
         self._models: dict[str, str] = {}
         self._sampled: dict[str, str] = {}
+        #: Nodes of their rows before any mixture.
+        self._checked: dict[str, str] = {}
         #: Nodes of the rows that are held out, by their set of `data`.
         self._held_out: dict[str, str] = {}
         self._lay_out()
@@ -216,11 +218,20 @@ class Graph(NodeGraph):
         return self._add(f"mixture-{name}", STAGES["mixture"], mixture_config(kind, data), inputs=inputs)
 
     def _checked_rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
-        """Rows, then the same rows without those that the contamination check found."""
+        """Rows, then the same rows without those that the check of contamination found, and without near-duplicates."""
         rows = self._rows(name, kind, data)
+        if rows is None:
+            return None
         self._languages(name, kind, rows)
+        rows = self._without_contamination(rows, name, kind)
+        if name != "audit":
+            rows = self._without_near_duplicates(rows, name, kind)
+        self._checked[name] = rows
+        return rows
+
+    def _without_contamination(self, rows: str, name: str, kind: DatasetKind) -> str:
         settings = self.recipe.contamination
-        if rows is None or settings is None:
+        if settings is None:
             return rows
         index = self._benchmark_index()
         if index is None:
@@ -229,12 +240,32 @@ class Graph(NodeGraph):
         inputs = {"dataset": Binding(rows, "file"), "index": Binding(index)}
         return self._add(f"contamination-{name}", STAGES["contamination"], config, inputs=inputs) or rows
 
-    def _languages(self, name: str, kind: DatasetKind, rows: str | None) -> None:
+    def _languages(self, name: str, kind: DatasetKind, rows: str) -> None:
         """Their shares, as tables 10 to 12 of the paper have them. Nothing is built on them."""
-        if rows is None or self.recipe.languages is None or language_notes(self.recipe):
+        if self.recipe.languages is None or language_notes(self.recipe):
             return
         config = LanguageStageConfig(kind=kind, settings=self.recipe.languages)
         self._add(f"languages-{name}", STAGES["languages"], config, inputs={"dataset": Binding(rows, "file")})
+
+    def _without_near_duplicates(self, rows: str, name: str, kind: DatasetKind) -> str:
+        """Compared with held-out sets, and with trained ones that come before it."""
+        settings = self.recipe.near_duplicates
+        if settings is None:
+            return rows
+        held_out: dict[str, DatasetKind] = {"preference_eval": "preference", "verified_eval": "rlvr"}
+        others = {}
+        for other in settings.against:
+            if other in held_out:
+                node = self._rows(other.replace("_", "-"), held_out[other], getattr(self.recipe.data, other))
+            else:
+                node = self._checked.get(other) if other in _TRAINED_SETS else None
+            if node is not None:
+                others[other] = Binding(node, "file")
+        inputs: dict[str, Any] = {"dataset": Binding(rows, "file"), **({"others": others} if others else {})}
+        if "benchmarks" in settings.against and "benchmark-index" in self.nodes:
+            inputs["index"] = Binding("benchmark-index")
+        config = settings.stage_config(kind)
+        return self._add(f"near-duplicates-{name}", STAGES["near_duplicates"], config, inputs=inputs) or rows
 
     def _benchmark_index(self) -> str | None:
         """One index for all training sets: it depends only on the benchmarks and the mode."""

@@ -149,6 +149,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         *recipe.evaluation_notes(),
         *recipe.mup_notes(),
         *language_notes(recipe),
+        *recipe.near_duplicate_notes(),
         *recipe.sampled_notes(),
         *_too_large(costs, rows),
         *unreachable,

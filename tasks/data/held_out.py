@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from smoltulu.schemas.mixture import MixtureRule
+from smoltulu.tasks.data.rows import turn_text
 
 #: What becomes of a row.
 TRAINED, HELD_OUT, LEFT_OUT = 0, 1, 2
@@ -32,7 +33,7 @@ def asked(row: Mapping[str, Any]) -> str:
 
 def asked_text(turns: Sequence[Mapping[str, Any]]) -> str:
     """Turns without system messages, case, and how spaces are set, which make no other question."""
-    said = [(turn["role"], turn["content"]) for turn in turns if turn["role"] not in ("system", "developer")]
+    said = [(turn["role"], turn_text(turn)) for turn in turns if turn["role"] not in ("system", "developer")]
     return json.dumps([(role, " ".join(unicodedata.normalize("NFKC", text).casefold().split())) for role, text in said])
 
 

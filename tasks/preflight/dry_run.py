@@ -22,7 +22,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PreflightInputs
 from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.schemas.training import TrainingInputs, TrainingSettings
-from smoltulu.tasks.data.rows import stored_rows, turns_of
+from smoltulu.tasks.data.rows import num_characters, stored_rows
 from smoltulu.tasks.models.folders import device_of, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import prompt_ids
 from smoltulu.tasks.preflight.rollout_memory import require_memory, rollout_bytes
@@ -215,10 +215,8 @@ def _costs(batch: Any, packed: bool) -> list[int]:
 
 def _longest_prompt(file: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The row with the longest prompt."""
-    rows = heapq.nlargest(
-        _NUM_CANDIDATES, stored_rows(file), key=lambda row: sum(len(turn["content"]) for turn in turns_of(row))
-    )
-    lengths = map(len, prompt_ids(tokenizer, [row["prompt"] for row in rows]))
+    rows = heapq.nlargest(_NUM_CANDIDATES, stored_rows(file), key=num_characters)
+    lengths = map(len, prompt_ids(tokenizer, [row["prompt"] for row in rows], [row.get("tools") for row in rows]))
     return max(zip(lengths, rows, strict=True), key=lambda found: found[0])[1]
 
 

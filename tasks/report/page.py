@@ -22,6 +22,7 @@ from smoltulu.schemas.held_out_loss import HeldOutLossOutputs
 from smoltulu.schemas.languages import LanguageOutputs
 from smoltulu.schemas.mixture import MixtureOutputs
 from smoltulu.schemas.models import ModelOutputs
+from smoltulu.schemas.near_duplicates import NearDuplicateOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import Outcome, RunSummary, StageRun
 from smoltulu.schemas.sampled import SampledRowsOutputs
@@ -87,6 +88,11 @@ def html_report(
         ("samples", "What the policy wrote", _samples(runs, folders)),
         ("sampled", "Rows that a model wrote", _outputs_of(SampledRowsOutputs, runs)),
         ("contamination", "Contamination", _outputs_of(ContaminationOutputs, runs)),
+        (
+            "near_duplicates",
+            "Near-duplicates",
+            [(name, outputs) for name, _, outputs in _outputs_of(NearDuplicateOutputs, runs)],
+        ),
         ("data", "Data", [dataset for dataset in datasets if dataset[2].sources]),
         ("mixtures", "Mixtures", _mixtures(runs, preflights)),
         ("preflight", "Preflight", [(name, preflight_figures(outputs)) for name, _, outputs in preflights]),

@@ -56,7 +56,8 @@ class HeldOut(TrainerCallback):
         self.record = Record()
         self.best = BestWeights(trainer, context.work, models, ("held-out accuracy", "rlvr"))
         tokenizer: Any = trainer.processing_class
-        self.prompt_ids = prompt_ids(tokenizer, [one.row["prompt"] for one in split.held_out])
+        rows = [one.row for one in split.held_out]
+        self.prompt_ids = prompt_ids(tokenizer, [row["prompt"] for row in rows], [row.get("tools") for row in rows])
         self.backend = transformers_backend(
             trainer.accelerator.unwrap_model(trainer.model),
             seed=config.seed,

@@ -69,10 +69,11 @@ def test_what_the_stages_say_of_themselves() -> None:
     assert which("eval_batch") == [
         "samples", "sample_scores", "reference_logps", "pass_rates", "evaluation_cell", "evaluation",
     ]  # fmt: skip
-    assert which("keeps_rows") == ["contamination", "preflight"]
+    assert which("keeps_rows") == ["contamination", "near_duplicates", "preflight"]
     assert which("copies_model") == ["publish"]
     assert set(STAGES) - set(which("grows_with_model")) == {
-        "mixture", "held_out_rows", "preflight", "verifier_audit", "sample_scores", "sampled_rows",
+        "mixture", "held_out_rows", "near_duplicates", "preflight", "verifier_audit", "sample_scores",
+        "sampled_rows",
     }  # fmt: skip
     blocks = {name: stage.block for name, stage in STAGES.items() if stage.block}
     assert blocks == {
