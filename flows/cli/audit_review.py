@@ -22,8 +22,6 @@ _HITS_WITHOUT_TERMINAL = 20
 #: A run of fewer words that both sides have is chance.
 _RUN_OF_WORDS = 3
 _STYLE = "bold black on yellow"
-#: What makes two hits the same one, by whichever mode.
-_SAME = ["benchmark", "benchmark_row", "row"]
 _KEYS = "n next, p previous, b next benchmark, B previous benchmark, q quit"
 _NEXT, _PREVIOUS = ("n", " ", "\r", "\n", "\x1b[C", "\x1b[B"), ("p", "\x7f", "\x1b[D", "\x1b[A")
 _QUIT = ("q", "Q", "\x1b", "\x03", "\x04", "")
@@ -46,7 +44,7 @@ class Reviewed:
 class Hits:
     """The hits of an artifact, by benchmark, then instance, then score. Attributes: firsts, of each benchmark."""
 
-    def __init__(self, hits: Path, queries: Path, rows: Path, without: Sequence[Path] = ()) -> None:
+    def __init__(self, hits: Path, queries: Path, rows: Path, without: Sequence[Hits] = ()) -> None:
         """
         hits     hits.parquet of a contamination artifact
         queries  queries.parquet of its index
@@ -55,14 +53,24 @@ class Hits:
         """
         from pyarrow import parquet
 
+        order = [
+            ("benchmark", "ascending"),
+            ("benchmark_row", "ascending"),
+            ("score", "descending"),
+            ("row", "ascending"),
+        ]
         table = parquet.read_table(hits, columns=list(Reviewed.__dataclass_fields__))
-        for earlier in without:
-            table = table.join(parquet.read_table(earlier, columns=_SAME), _SAME, join_type="left anti")
-        order = [*((name, "ascending") for name in _SAME[:2]), ("score", "descending"), ("row", "ascending")]
+        seen = set().union(*(one.keys() for one in without))
+        if seen:
+            table = table.filter([key not in seen for key in _keys(table)])
         self._table = table.sort_by(order)
         names = self._table.column("benchmark").to_pylist()
         self.firsts = [number for number, name in enumerate(names) if number == 0 or name != names[number - 1]]
         self._queries, self._rows = queries, rows
+
+    def keys(self) -> set[tuple[str, int, int]]:
+        """(benchmark, its row, training row) of each hit."""
+        return set(_keys(self._table))
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -80,6 +88,11 @@ class Hits:
         row = rows_at(self._rows, [hit.row])[hit.row]
         _, turn = texts_of(row)[hit.turn]
         return fields, place_of(row, hit.turn, turn, hit.text), around_match(turn, hit.text)
+
+
+def _keys(table: Any) -> list[tuple[str, int, int]]:
+    columns = (table.column(name).to_pylist() for name in ("benchmark", "benchmark_row", "row"))
+    return list(zip(*columns, strict=True))
 
 
 def review(hits: Hits, label: str, out: Console, read_key: Callable[[], str] | None = None) -> None:
@@ -185,17 +198,16 @@ def _folded(word: str) -> str:
 def review_result(result: Any, out: Console) -> None:
     """Review the hits of an `AuditResult`."""
     folders = {stage: Path(folder) for stage, folder in result.folders.items()}
-    shown: list[Path] = []
+    shown: list[Hits] = []
     for mode, outputs in result.checks.items():
-        file = folders[result.stage("contamination", mode)] / outputs.hits_file
         hits = Hits(
-            file,
+            folders[result.stage("contamination", mode)] / outputs.hits_file,
             folders[result.stage("benchmark_index", mode)] / "queries.parquet",
             folders["dataset"] / result.dataset.file,
             without=shown,
         )
         if shown and not len(hits):
             out.print(f"{result.label}: {mode} match has no other hits")
-        else:
-            review(hits, result.label if not result.also else f"{result.label}, {mode}", out)
-        shown.append(file)
+            continue
+        review(hits, result.label if not result.also else f"{result.label}, {mode}", out)
+        shown.append(hits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from smoltulu.tasks.data.rows import RowsWriter
 from smoltulu.tasks.data.sources import read_blocks, read_rows
 from smoltulu.tasks.process import num_cores
 from smoltulu.tasks.stage import Stage, StageContext
+
+logger = logging.getLogger("smoltulu")
 
 _ROWS_PER_REPORT = 2_000
 
@@ -41,6 +44,7 @@ def build_dataset(
             for index, source in enumerate(sources):
                 context.report(index, len(sources))
                 reports.append(_write_source(index, source, len(sources), inputs, output, context))
+                _say(reports[-1])
         context.report(len(sources), len(sources))
         _accept(reports, config.data.max_malformed_share)
     except BaseException:
@@ -90,6 +94,19 @@ def _write_source(
                 counts.count_plain(len(run), {})
         report()
     return counts.report()
+
+
+def _say(report: SourceReport) -> None:
+    """Log what is not in the normalised rows of a source, although nothing is wrong."""
+    for word, counts in (("dropped", report.dropped), ("noticed", report.noticed), ("ignored", report.ignored)):
+        for what, number in counts.items():
+            if word == "ignored" and not number:
+                logger.warning("%s: ignore names %r, which no row has", report.label, what)
+            else:
+                logger.info("%s: %s: %s: %s rows", report.label, word, what, f"{number:,}")
+    if report.unread:
+        some = ", ".join(list(report.unread)[:20]) + (", …" if len(report.unread) > 20 else "")
+        logger.info("%s: no field reads: %s", report.label, some)
 
 
 def _num_left(report: SourceReport) -> int:

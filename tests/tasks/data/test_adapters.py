@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from smoltulu.schemas.data import DataSource, SourceReport
-from smoltulu.tasks.data.formats import DroppedRow, MalformedRow, SourceCounts, adapt, check_source
+from smoltulu.tasks.data.formats import KIND_FORMATS, DroppedRow, MalformedRow, SourceCounts, adapt, check_source
+from tests import ROOT
 
 
 def source(format: str, fields: dict[str, str] | None = None, **rest: Any) -> DataSource:
@@ -505,3 +508,24 @@ def test_names_of_other_tools_say_what_to_write() -> None:
         source("sharegpt")
     with pytest.raises(ValidationError, match="input: context, output: response"):
         source("Dolly")
+
+
+def test_the_page_has_a_row_of_every_form_and_each_is_read() -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    examples = dict(re.findall(r"^### `(\w+)`\n```yaml\n(.*?)```", page, re.DOTALL | re.MULTILINE))
+    assert set(examples) == {name for kind in ("sft", "preference", "rlvr") for name in KIND_FORMATS[kind]}
+    for name, text in examples.items():
+        assert text.count("\n") <= 5, name
+        fields = yaml.safe_load(found[1]) if (found := re.search(r"^# fields: (.*)$", text, re.MULTILINE)) else {}
+        rows = [yaml.safe_load(line) for line in text.splitlines()] if name == "kto" else [yaml.safe_load(text)]
+        given = source(name, fields)
+        check_source(given, next(kind for kind, names in KIND_FORMATS.items() if name in names))  # type: ignore[arg-type]
+        made, report = counted([row for row in rows if row is not None], given)
+        assert len(made) == 1 and report.num_malformed == report.num_dropped == 0, (name, report.reasons)
+    assert adapt(yaml.safe_load(examples["messages"]), source("messages")) == {
+        "messages": [
+            turn("system", "Answer briefly."),
+            turn("user", "Weather in Bonn?"),
+            turn("assistant", "Dry."),
+        ]
+    }
