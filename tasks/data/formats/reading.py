@@ -149,5 +149,8 @@ def shortened(row: Any) -> str:
     if isinstance(row, BrokenRow):
         return ascii(row.text[:_EXAMPLE_CHARACTERS])
     # ascii, so that a lone surrogate can be shown; default=str, because parquet cells may be dates.
-    text = json.dumps(row, ensure_ascii=True, default=str)
+    try:
+        text = json.dumps(row, ensure_ascii=True, default=str)
+    except (ValueError, RecursionError):
+        text = "a row nested too deep to be shown"
     return text if len(text) <= _EXAMPLE_CHARACTERS else text[: _EXAMPLE_CHARACTERS - 1] + "…"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from smoltulu.tasks.data.formats.columns import Row
-from smoltulu.tasks.data.formats.tools import tools_of
+from smoltulu.tasks.data.formats.tools import calls_in, tools_of
 from smoltulu.tasks.data.formats.transcripts import refuse_transcript, turns_of_transcript
 from smoltulu.tasks.data.formats.turns import as_turns, check_order, read_turns
 from smoltulu.tasks.data.formats.values import MalformedRow, Message, is_empty, kind_of, parsed_json, text_of
@@ -58,6 +58,17 @@ def read_question_answer(row: Row) -> dict[str, Any]:
     question = row.text("question")
     refuse_transcript(question, "question")
     return _one_turn(question, row.text("answer"), row)
+
+
+def read_function_calls(row: Row) -> dict[str, Any]:
+    """`query` and `answers`, the calls that answer it, as a list or JSON of one (xLAM); `tools` beside them."""
+    query, calls = row.text("query"), calls_in(row.need("answers"), "answers", row)
+    refuse_transcript(query, "query")
+    turns: list[Message] = [
+        {"role": "user", "content": query},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    ]
+    return _trained(earlier_turns(row) + turns, row, one_text=True)
 
 
 def read_transcript(row: Row) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def _content(value: Any, name: str, row: Row) -> tuple[str | None, list[str]]:
         return value, []
     if not isinstance(value, list):
         raise MalformedRow(f"content of a turn of {name} is not text")
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for part in value:
         if isinstance(part, str):
             texts.append(part)
@@ -223,7 +224,8 @@ def check_order(messages: list[Message], name: str, last: str) -> None:
         raise MalformedRow(f"no user turn in {name}")
     if head not in ([], ["system"], ["developer"], ["system", "developer"]):
         raise MalformedRow(f"roles out of order in {name}")
-    before, asked = "", set()
+    before = ""
+    asked: set[str] = set()
     for message in spoken:
         role = message["role"]
         if role not in _MAY_FOLLOW[before]:

@@ -162,6 +162,24 @@ def test_tools_and_system_prompts_of_columns() -> None:
     assert adapt(chat(Q, A, persona="s"), mapped) == {"messages": [S, Q, A]}
 
 
+def test_calls_that_answer_a_query() -> None:
+    row = {"query": "q", "answers": json.dumps([CALL["function"]]), "tools": json.dumps([TOOL["function"]])}
+    expected = {"messages": [Q, turn("assistant", "", tool_calls=[CALL])], "tools": [TOOL]}
+    assert adapt(row, source("function_calls")) == expected
+    with pytest.raises(MalformedRow, match="field 'answers' is text that is not JSON"):
+        adapt({**row, "answers": "none"}, source("function_calls"))
+
+
+def test_rows_that_are_nested_deep_are_no_crash() -> None:
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    _, report = counted([chat(Q, A, note=deep), chat(Q, {**A, "content": deep})], source("messages"))
+    assert report.unread == {"note": 1} and report.num_malformed == 1
+    call = {"function": {"name": "f", "arguments": {"a": deep}}}
+    assert counted([chat(Q, {**A, "tool_calls": [call]})], source("messages"))[1].num_malformed == 1
+
+
 # Rows of one question and answer
 
 

@@ -48,6 +48,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "instruction": [{"instruction": "§", "input": "§", "output": "§", "system_message": "§"}],
     "question_answer": [{"question": "§", "answer": "§", "tools": json.dumps(TOOLS[0])}],
+    "function_calls": [{"query": "§", "answers": [{"name": "§", "arguments": {"§": "§"}}], "tools": TOOLS, "id": "§"}],
     "transcript": [{"text": "\n\nHuman: §\n\nAssistant: §\n\nHuman: §\n\nAssistant: §"}],
     "preference": [
         {"prompt": "§", "chosen": "§", "rejected": "§", "score_chosen": 2, "score_rejected": 1},
