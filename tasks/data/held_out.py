@@ -31,7 +31,7 @@ def asked(row: Mapping[str, Any]) -> str:
     return asked_text(turns)
 
 
-def asked_text(turns: Sequence[Mapping[str, Any]]) -> str:
+def asked_text(turns: Sequence[dict[str, Any]]) -> str:
     """Turns without system messages, case, and how spaces are set, which make no other question."""
     said = [(turn["role"], turn_text(turn)) for turn in turns if turn["role"] not in ("system", "developer")]
     return json.dumps([(role, " ".join(unicodedata.normalize("NFKC", text).casefold().split())) for role, text in said])

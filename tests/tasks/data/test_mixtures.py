@@ -268,3 +268,22 @@ def test_held_out_rows_are_no_trained_rows(tmp_path: Path) -> None:
     assert outputs.shares[0].num_rows == 3 and outputs.shares[1].num_rows == 4
     other = mixed(tmp_path / "other", ROWS, [{"num_held_out": 8}, {"repeats": 0.5}], seed=9)
     assert other[2] == aside, "whatever the mixture and its seed"
+
+
+def test_what_a_turn_has_beside_its_text_stays(tmp_path: Path) -> None:
+    """Functions, calls, reasoning and turns that are not trained, repeated and held out like any other row."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+    rows = []
+    for number in range(6):
+        one = row(0, number)
+        one["messages"][1] |= {"reasoning_content": f"{number} it is", "tool_calls": [call]}
+        one["messages"].append({"role": "tool", "content": str(number), "name": "add"})
+        one["messages"].append({"role": "assistant", "content": "Done.", "train": False})
+        rows.append(one | {"tools": [{"type": "function", "function": {"name": "add"}}]})
+    source = write_rows(tmp_path / "same.parquet", rows)
+    given = {one["id"]: one for one in read_rows(source)}
+    _, made, aside = mixed(tmp_path, rows, [{"repeats": 2, "num_held_out": 2}])
+    assert len(made) == 8 and len(aside) == 2
+    for one in (*made, *aside):
+        assert {**one, "id": None} == {**given[one["id"].partition("#")[0]], "id": None}
+        assert one["messages"][1]["reasoning_content"] and one["tools"]
