@@ -67,7 +67,7 @@ _NO_ROWS = {
 _BUFFER_BYTES = 1 << 20
 #: Rows become Python objects so many bytes at a time.
 _BATCH_BYTES = 8 << 20
-_MAX_BATCH_ROWS = 4096
+_MAX_BATCH_ROWS = 1024
 
 
 def suffix_of(path: Path) -> str | None:
@@ -144,7 +144,7 @@ def _compression(head: bytes, named: str, path: Path) -> str:
 
 def _read_text(path: Path, kind: str, packed: str, on_bad_line: OnBadLine, in_blocks: bool = False) -> Iterator[Any]:
     """Rows of a text file; `in_blocks`: `Lines`, or nothing where it has other than JSON values a line."""
-    readers: dict[str, Callable[[Path, io.BufferedReader], Iterator[Any]]] = {
+    readers: dict[str, Callable[[Path, io.BufferedReader[Any]], Iterator[Any]]] = {
         ".json": lambda path, stream: read_json(str(path), stream, is_lines=False, on_bad_line=on_bad_line),
         ".csv": lambda path, stream: read_csv(path, stream, ",", on_bad_line),
         ".tsv": lambda path, stream: read_csv(path, stream, "\t", on_bad_line),
@@ -167,7 +167,7 @@ def _read_text(path: Path, kind: str, packed: str, on_bad_line: OnBadLine, in_bl
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _opened(path: Path, packed: str) -> io.BufferedReader:
+def _opened(path: Path, packed: str) -> io.BufferedReader[Any]:
     """A stream of a file's bytes, unpacked."""
     raw: Any
     if packed == ".gz":
@@ -181,7 +181,7 @@ def _opened(path: Path, packed: str) -> io.BufferedReader:
 
         raw = pa.input_stream(str(path), compression="zstd")
     else:
-        return path.open("rb", buffering=_BUFFER_BYTES)
+        raw = io.FileIO(path)
     return io.BufferedReader(raw, _BUFFER_BYTES)
 
 
@@ -292,13 +292,13 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 def is_json_of_rows(path: Path) -> bool:
     """Whether a file is a list of rows, or has one a line, whatever its name says."""
-    with path.open("rb", buffering=_BUFFER_BYTES) as stream:
+    with _opened(path, "") as stream:
         return is_rows(stream)
 
 
 def read_json_of_rows(path: Path, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
     """Rows of such a file. Text alone is a row with a `text`, as `datasets` has it."""
-    with path.open("rb", buffering=_BUFFER_BYTES) as stream:
+    with _opened(path, "") as stream:
         rows = read_json_list(str(path), stream) if is_list(stream) else read_json_lines(str(path), stream, on_bad_line)
         for row in rows:
             yield {"text": row} if isinstance(row, str) else row
@@ -306,5 +306,5 @@ def read_json_of_rows(path: Path, on_bad_line: OnBadLine = "stop") -> Iterator[A
 
 def read_separated(path: Path, delimiter: str, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
     """Rows of a file with a header and a delimiter."""
-    with path.open("rb", buffering=_BUFFER_BYTES) as stream:
+    with _opened(path, "") as stream:
         yield from read_csv(path, stream, delimiter, on_bad_line)

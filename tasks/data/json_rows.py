@@ -71,7 +71,7 @@ def _start_of(text: str) -> str:
     return text[:_TEXT_OF_BROKEN]
 
 
-def read_json(name: str, stream: BufferedReader, is_lines: bool, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
+def read_json(name: str, stream: BufferedReader[Any], is_lines: bool, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
     """Rows of a file by its content: a list of rows, or one a line.
 
     Args:
@@ -91,7 +91,7 @@ def read_json(name: str, stream: BufferedReader, is_lines: bool, on_bad_line: On
         yield from _read_document(name, stream)
 
 
-def has_lines(stream: BufferedReader, is_lines: bool) -> bool:
+def has_lines(stream: BufferedReader[Any], is_lines: bool) -> bool:
     """Whether a file has a value a line; `is_lines` as for `read_json`. Nothing is taken from the stream."""
     start = _start(stream)
     line, has_end, rest = start.partition(b"\n")
@@ -102,7 +102,7 @@ def has_lines(stream: BufferedReader, is_lines: bool) -> bool:
     return is_lines or not start.startswith(b"{") or is_first_whole or _only_cr(start)
 
 
-def _start(stream: BufferedReader) -> bytes:
+def _start(stream: BufferedReader[Any]) -> bytes:
     return stream.peek(1).removeprefix(BOM).lstrip()
 
 
@@ -118,12 +118,12 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def is_list(stream: BufferedReader) -> bool:
+def is_list(stream: BufferedReader[Any]) -> bool:
     """Whether the text is one list."""
     return _start(stream).startswith(b"[")
 
 
-def is_rows(stream: BufferedReader) -> bool:
+def is_rows(stream: BufferedReader[Any]) -> bool:
     """Whether the text is a list, or has an object on its first line."""
     if is_list(stream):
         return True
@@ -134,7 +134,7 @@ def is_rows(stream: BufferedReader) -> bool:
 
 
 def read_json_lines(
-    name: str, stream: BufferedReader, on_bad_line: OnBadLine = "stop", num_before: int = 0
+    name: str, stream: BufferedReader[Any], on_bad_line: OnBadLine = "stop", num_before: int = 0
 ) -> Iterator[Any]:
     """One JSON value a line; blank lines are none. `num_before`: lines before these. Errors as `read_json`."""
     number, decode = num_before, _DECODER.decode
@@ -171,11 +171,11 @@ class Lines:
 
     def rows(self) -> Iterator[Any]:
         """Its rows, one by one. Errors as `read_json_lines`."""
-        stream = BufferedReader(io.BytesIO(self.data))  # type: ignore[arg-type]
+        stream: BufferedReader[Any] = BufferedReader(io.BytesIO(self.data))
         return read_json_lines(self.name, stream, self.on_bad_line, num_before=self.number)
 
 
-def read_lines(name: str, stream: BufferedReader, on_bad_line: OnBadLine) -> Iterator[Lines]:
+def read_lines(name: str, stream: BufferedReader[Any], on_bad_line: OnBadLine) -> Iterator[Lines]:
     """Blocks of a file that has one JSON value a line."""
     number, is_first = 0, True
     while data := stream.read(_BLOCK_BYTES):
@@ -189,7 +189,7 @@ def read_lines(name: str, stream: BufferedReader, on_bad_line: OnBadLine) -> Ite
         yield block
 
 
-def _skip_line(stream: BufferedReader) -> None:
+def _skip_line(stream: BufferedReader[Any]) -> None:
     while (part := stream.readline(_CHUNK_BYTES)) and not part.endswith(b"\n"):
         pass
 
@@ -235,7 +235,7 @@ def _said(error: Exception, where: str, data: bytes = b"", count: str = "") -> V
 class _Text:
     """JSON text, decoded as far as it is needed. Attributes: `at`, the place in `text`, and `is_whole`."""
 
-    def __init__(self, name: str, stream: BufferedReader) -> None:
+    def __init__(self, name: str, stream: BufferedReader[Any]) -> None:
         self.name, self._stream = name, stream
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at, self.is_whole = "", 0, False
@@ -313,7 +313,7 @@ class _Text:
         return ValueError(f"{self.where(at)}: not JSON ({said})")
 
 
-def read_json_list(name: str, stream: BufferedReader) -> Iterator[Any]:
+def read_json_list(name: str, stream: BufferedReader[Any]) -> Iterator[Any]:
     """The elements of one list. Errors as `read_json`."""
     text = _Text(name, stream)
     if text.next() != "[":
@@ -336,7 +336,7 @@ def read_json_list(name: str, stream: BufferedReader) -> Iterator[Any]:
         raise text.fault("Extra data behind the list", text.at)
 
 
-def _read_document(name: str, stream: BufferedReader) -> Iterator[Any]:
+def _read_document(name: str, stream: BufferedReader[Any]) -> Iterator[Any]:
     """Objects one after the other, over several lines each. One alone is a row where it holds a plain value."""
     text = _Text(name, stream)
     text.next()

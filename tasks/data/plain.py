@@ -116,7 +116,7 @@ def _plain_and_unread(table: pa.Table, column: str) -> tuple[np.ndarray | None, 
     turns = turns.chunk(0) if isinstance(turns, pa.ChunkedArray) else turns
     if turns.type.value_type.num_fields != 2:
         return None, {}
-    has = {}
+    has: dict[str, np.ndarray] = {}
     for name in table.column_names:
         if name == column:
             continue
@@ -135,7 +135,7 @@ def _plain_and_unread(table: pa.Table, column: str) -> tuple[np.ndarray | None, 
     if text is not None and len(text) and np.frombuffer(text, np.uint8).min() == 0:  # a NUL character
         return None, {}
     is_plain = _are_plain(turns)
-    counts = {}
+    counts: dict[str, int] = {}
     for name, given in has.items():
         if number := int((given & is_plain).sum()):
             counted = counted_name(name)
