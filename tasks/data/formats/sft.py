@@ -6,7 +6,7 @@ from typing import Any
 
 from smoltulu.tasks.data.formats.columns import Row
 from smoltulu.tasks.data.formats.tools import calls_in, tools_of
-from smoltulu.tasks.data.formats.transcripts import refuse_transcript, turns_of_transcript
+from smoltulu.tasks.data.formats.transcripts import is_in_template, refuse_transcript, turns_of_transcript
 from smoltulu.tasks.data.formats.turns import as_turns, check_order, read_turns
 from smoltulu.tasks.data.formats.values import MalformedRow, Message, is_empty, kind_of, parsed_json, text_of
 
@@ -31,6 +31,8 @@ def read_prompt_completion(row: Row) -> dict[str, Any]:
     answer = read_turns(as_turns(completion, "completion", "assistant"), "completion", row)
     if isinstance(prompt, str):
         turns = earlier_turns(row) + turns
+        if is_in_template(prompt):
+            row.noticed.add("a prompt is written in a template (### Instruction: …), whose marks become its text")
     if isinstance(completion, str):
         answer = [_with_reasoning(answer[0], row)]
     if asked_only:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from smoltulu.schemas.common import scientific
 from smoltulu.schemas.data import DataSource, SourceReport
 from smoltulu.tasks.data.formats import KIND_FORMATS, DroppedRow, MalformedRow, SourceCounts, adapt, check_source
 from tests import ROOT
@@ -262,6 +263,14 @@ def test_single_answers(row: dict[str, Any], given: DataSource, expected: list[d
 def test_single_answers_that_are_refused_by_name(row: dict[str, Any], given: DataSource, reason: str) -> None:
     with pytest.raises(MalformedRow, match=reason):
         adapt(row, given)
+
+
+def test_a_prompt_in_a_template_is_noticed_and_a_transcript_in_one_is_refused() -> None:
+    prompt = "Below is an instruction.\n\n### Instruction:\nq\n\n### Response:\n"
+    made, report = counted([{"prompt": prompt, "completion": "a"}], source("prompt_completion"))
+    assert made == [{"messages": [turn("user", prompt), A]}] and list(report.noticed.values()) == [1]
+    with pytest.raises(MalformedRow, match="Alpaca's"):
+        adapt({"prompt": prompt + "a\n\n### Instruction:\nq", "completion": "a"}, source("prompt_completion"))
 
 
 # Pairs
@@ -519,6 +528,14 @@ def test_what_the_user_ignores_is_counted() -> None:
 def test_settings_that_do_nothing_are_refused(given: DataSource, kind: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_source(given, kind)
+
+
+def test_settings_that_are_not_given_leave_keys_as_they_were() -> None:
+    plain = scientific(source("preference"))
+    assert not plain.keys() & {"ignore", "ties", "empty_answers", "min_margin", "rejected_above_chosen"}
+    given = source("preference", ignore=["x"], ties="drop", min_margin=0, rejected_above_chosen="drop")
+    added = {"ignore": ["x"], "ties": "drop", "min_margin": 0.0, "rejected_above_chosen": "drop"}
+    assert scientific(given) == plain | added
 
 
 def test_names_of_other_tools_say_what_to_write() -> None:
