@@ -41,6 +41,8 @@ from smoltulu.tasks.contamination.queries import LoadedBenchmark, Query
 #: text -> (first, last) character of each token: an integer array of two columns.
 Tokenizer = Callable[[str], np.ndarray]
 
+#: Mode `normalised`: instances of fewer terms are found as in `full`, or where they make up most of their lines.
+WEAK_TERMS = 4
 #: n-gram mode: instances that can score no more are too short for it.
 _SHORT_SCORE = 0.5
 _BITS_PER_KEY = 16  # of a filter: at most one key in 60 that is not in it passes
@@ -94,6 +96,9 @@ def build_index(
             list(numbers), source, source_offsets, parts, ngram_size, tokenize, whole
         )
     arrays = {f"phrases_{name}": array for name, array in phrases._asdict().items()} | arrays
+    if tables is not None:
+        faithful = normalise_all(source, source_offsets, LOWER_BYTES, LOWER_CODE_POINTS)
+        arrays |= _weak(terms, term_offsets, num_terms, parts, faithful)
     if tables is not None:
         arrays |= {f"normal_{name}": array for name, array in tables._asdict().items()}
     arrays["num_terms"] = np.array([sum(int(num_terms[field]) for field in part) for part in parts], dtype=np.int32)
@@ -149,6 +154,30 @@ def _full(
 ) -> tuple[Phrases, dict[str, np.ndarray], np.ndarray]:
     texts, postings, best_possible = _whole_fields(terms, offsets, num_terms, parts)
     return _tables(*joined(texts)), {f"full_{name}": array for name, array in postings._asdict().items()}, best_possible
+
+
+def _weak(
+    terms: np.ndarray,
+    offsets: np.ndarray,
+    num_terms: np.ndarray,
+    parts: list[list[int]],
+    faithful: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """Instances of so few terms that a normal form says little, which hold a word, and how full mode has them."""
+    whole = terms.tobytes()
+    is_weak = np.array([sum(int(num_terms[field]) for field in part) < WEAK_TERMS for part in parts], dtype=bool)
+
+    def has_word(part: list[int]) -> bool:
+        found = b" ".join(whole[offsets[field] : offsets[field + 1]] for field in part).split()
+        return any(len(term) > 1 and not term.isdigit() for term in found)
+
+    phrases, arrays, _ = _full(*faithful, [part if weak else [] for part, weak in zip(parts, is_weak, strict=True)])
+    return {
+        "is_weak": is_weak,
+        "has_word": np.array([has_word(part) for part in parts], dtype=bool),
+        **{f"weak_phrases_{name}": array for name, array in phrases._asdict().items()},
+        **{f"weak_{name}": array for name, array in arrays.items()},
+    }
 
 
 def _whole_fields(

@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smoltulu.schemas.contamination import BenchmarkReport, ShardResult
-from smoltulu.tasks.contamination.scan import HITS, Index, ShortRule, load_index
+from smoltulu.tasks.contamination.opened import Index, load_index
+from smoltulu.tasks.contamination.scan import HITS, hits_schema
+from smoltulu.tasks.contamination.standing import ALL_COUNT, ShortRule
 from smoltulu.tasks.data.rows import WRITE_OPTIONS, group_starts, open_rows
 
 _SHORT_TERMS = 8  # instances under so many terms are often found by accident
@@ -44,7 +46,7 @@ def merge(
     results: Sequence[ShardResult],
     folder: Path,
     *,
-    short: ShortRule = ShortRule(),  # noqa: B008 (frozen)
+    short: ShortRule = ALL_COUNT,
     match_threshold: float = 0.5,
 ) -> Merged:
     """Write `folder`/hits.parquet with the hits of all shards, and count them.
@@ -61,7 +63,7 @@ def merge(
     is_found, is_counting = (np.zeros(index.header.num_instances, dtype=bool) for _ in range(2))
     best = np.zeros(index.header.num_instances, np.float64)
     num_rows_contaminated = 0
-    with pq.ParquetWriter(folder / "hits.parquet", short.schema, compression="zstd") as writer:
+    with pq.ParquetWriter(folder / "hits.parquet", hits_schema(short), compression="zstd") as writer:
         waiting: list[pa.Table] = []
         for table in _hits_of_all(results):
             row, instance = (table.column(name).to_numpy() for name in ("row", "instance"))

@@ -12,7 +12,6 @@ import numpy as np
 from smoltulu.tasks.contamination.kernels.compile import inner, kernel
 from smoltulu.tasks.contamination.kernels.escapes import (
     INVISIBLE,
-    at_point,
     hex_value,
     is_blank,
     is_letter,
@@ -30,6 +29,13 @@ from smoltulu.tasks.contamination.kernels.layout import (
     SINGLE,
     ZERO_WIDTH,
 )
+from smoltulu.tasks.contamination.kernels.readings import (
+    drop_line_numbers,
+    holds_zero_width,
+    join_words,
+    line_number,
+    part_by_zero_width,
+)
 from smoltulu.tasks.contamination.kernels.text import decode, encode
 
 _SPACE = 32
@@ -37,7 +43,6 @@ NEEDS_SLOW = -2
 #: A term that no text has, so that no phrase crosses from one reading of a turn into the other.
 _SENTINEL = 0
 _MAX_PASSES = 4  # escapes within escapes
-_MAX_PREFIX, _MAX_NUMBER = 32, 6  # characters before the number of a line, and its digits
 
 # ASCII: kinds GAP, LETTER and DIGIT, and LOOK for characters that may begin an escape, a tag, a link or a broken line.
 _LOOK = 7
@@ -59,79 +64,6 @@ def _ascii_to() -> np.ndarray:
 
 
 ASCII_KINDS, ASCII_TO = _ascii_kinds(), _ascii_to()
-
-
-@inner
-def line_number(points, i, n):
-    """(number that begins the line at `i`, -1: none; first place of its digits; where it was known)."""
-    k = i
-    while k < n and k < i + _MAX_PREFIX:
-        point = points[k]
-        if point == 10 or point == 13 or point >= 0x80 or is_letter(point) or (point >= 48 and point <= 57):
-            break
-        k += 1
-    first, value = k, np.int64(0)
-    while k < n and k < first + _MAX_NUMBER and points[k] >= 48 and points[k] <= 57:
-        value = value * 10 + np.int64(points[k]) - 48
-        k += 1
-    if k == first or (k < n and (points[k] >= 0x80 or is_letter(points[k]) or (points[k] >= 48 and points[k] <= 57))):
-        return np.int64(-1), first, k
-    return value, first, k
-
-
-@inner
-def broken_word(points, i, n, tables):
-    """Where the word goes on that the hyphen at `i` breaks at the end of its line; `i` where it breaks none."""
-    j = i + 1
-    while j < n and (points[j] == 32 or points[j] == 9 or points[j] == 13):
-        j += 1
-    if at_point(points, j, n) != 10 and not (j > i + 1 and points[j - 1] == 13):
-        return i
-    j += at_point(points, j, n) == 10
-    while j < n and points[j] != 10 and points[j] != 13 and kind_of(points[j], tables) == GAP:
-        j += 1
-    return j if j < n and kind_of(points[j], tables) == LETTER else i
-
-
-@inner
-def read_otherwise(points, n, tables):
-    """Where a text can be read in two ways, take the second one, in place; whether there was any such place.
-
-    A zero-width character parts words, a word broken by a hyphen is whole, and numbers that count on from line to line
-    go.
-    """
-    is_changed = False
-    i = 0
-    before, before_first, before_last = np.int64(-9), 0, 0
-    is_start = True
-    last = GAP  # kind of the point before
-    while i < n:
-        if is_start:
-            value, first, end = line_number(points, i, n)
-            if value >= 0:
-                if value == before + 1:
-                    points[before_first:before_last] = _SPACE
-                    points[first:end] = _SPACE
-                    is_changed = True
-                before, before_first, before_last = value, first, end
-        point = points[i]
-        kind = kind_of(point, tables)
-        is_start = point == 10 or point == 13
-        end = i
-        if point == 45 or point == 0xAD or point == 0x2010 or point == 0x2011:
-            end = broken_word(points, i, n, tables) if last == LETTER else i
-        elif kind == ZERO_WIDTH:
-            points[i] = _SPACE
-            is_changed = True
-        if end > i:
-            points[i:end] = INVISIBLE
-            is_changed = True
-            i = end
-            continue
-        if kind != DROP:
-            last = kind
-        i += 1
-    return is_changed
 
 
 @inner
@@ -166,7 +98,18 @@ def put_point(point, last, out, n, tables):
 def put_all(points, first, end, out, at, m, tables):
     """Terms of points[first:end] into `out` from `m` on, and of each byte its point: where they end."""
     last = np.int64(GAP)
+    kinds, to = tables.kind, tables.to
     for i in range(first, end):
+        point = points[i]
+        if point < 0x80:  # as in `normalise_fast`, without a branch
+            kind = np.int64(kinds[point])
+            at[m] = at[m + 1] = i
+            out[m] = _SPACE
+            m += (kind != last) & (kind != GAP) & (last != GAP)
+            out[m] = _SPACE if kind == GAP else to[point]
+            m += (kind != GAP) | (last != GAP)
+            last = kind
+            continue
         before = m
         m, last = put_point(np.int64(points[i]), last, out, m, tables)
         for k in range(before, m):
@@ -235,51 +178,71 @@ def undo(points, begins, n, has_escape, tables):
 
 
 @inner
-def normalise_slow(source, start, end, with_other, points, begins, out, at, tables):
-    """Terms of source[start:end] joined by one space, behind a sentinel once more as they can be read otherwise.
+def longer(array, size):
+    """The array, or a longer one that begins with it."""
+    if len(array) >= size:
+        return array
+    more = np.empty(size + size // 2, array.dtype)
+    more[: len(array)] = array
+    return more
+
+
+@inner
+def normalise_slow(source, start, end, with_others, points, begins, out, at, tables):
+    """Terms of source[start:end] joined by one space, and behind sentinels once more for each way to read it otherwise.
 
     Returns (bytes, or -1 if not UTF-8; points, their begins, terms, the point of each byte): the arrays are those
     given, or longer ones. Begins count from `start`. Behind the last point of a reading stands a blank.
     """
     size = end - start + 1
-    if len(points) < size:
-        points, begins = np.empty(size, np.int32), np.empty(size, np.int32)
+    points, begins = longer(points, size), longer(begins, size)
     n, has_escape, has_zero_width = read_points(source, start, end, False, points, begins, tables)
     if n < 0:
         return -1, points, begins, out, at
     n = undo(points, begins, n, has_escape, tables)
-    room = 2 * room_of(points, n, tables)
-    first, num_others = 0, n
-    is_other = False
-    if with_other and has_zero_width:
-        first = n + 1
-        if len(points) < first + size:
-            more_points, more_begins = np.empty(first + size, np.int32), np.empty(first + size, np.int32)
-            more_points[:first], more_begins[:first] = points[:first], begins[:first]
-            points, begins = more_points, more_begins
-        num_others, _, _ = read_points(source, start, end, True, points[first:], begins[first:], tables)
-        num_others = undo(points[first:], begins[first:], num_others, has_escape, tables)
-        room += room_of(points[first:], num_others, tables)
-        is_other = True
-    if len(out) < room:
-        out = np.empty(room, np.uint8)
-    if len(at) < room:
-        at = np.empty(room, np.int32)
+    room = room_of(points, n, tables)
+    out, at = longer(out, room), longer(at, room)
     m = put_all(points, 0, n, out, at, 0, tables)
-    if with_other and (read_otherwise(points[first:], num_others, tables) or is_other):
+    if not with_others:
+        return m, points, begins, out, at
+    has_zero_width |= holds_zero_width(points, n, tables)
+    first, num_points = 0, n  # of the reading that the others are made of
+    behind = n + 1
+    for which in range(3):
+        if which == 0:
+            if not has_zero_width:
+                continue
+            points, begins = longer(points, behind + size), longer(begins, behind + size)
+            count, _, _ = read_points(source, start, end, True, points[behind:], begins[behind:], tables)
+            count = undo(points[behind:], begins[behind:], count, has_escape, tables)
+            part_by_zero_width(points[behind:], count, tables)
+            first, num_points = behind, count
+        else:
+            count = num_points
+            points, begins = longer(points, behind + count + 1), longer(begins, behind + count + 1)
+            points[behind : behind + count + 1] = points[first : first + count + 1]
+            begins[behind : behind + count + 1] = begins[first : first + count + 1]
+            is_changed = (
+                join_words(points[behind:], count, tables) if which == 1 else drop_line_numbers(points[behind:], count)
+            )
+            if not is_changed:
+                continue
+        room = m + 4 + room_of(points[behind:], count, tables)
+        out, at = longer(out, room), longer(at, room)
         if m > 0:
             out[m] = _SPACE
             m += 1
         out[m], out[m + 1] = _SENTINEL, _SPACE
-        m = put_all(points, first, first + num_others, out, at, m + 2, tables)
+        m = put_all(points, behind, behind + count, out, at, m + 2, tables)
+        behind += count + 1
     return m, points, begins, out, at
 
 
 @inner
-def normalise_fast(source, start, end, out, tables, ascii_kinds, ascii_to):
+def normalise_fast(source, start, end, out, at, with_places, tables, ascii_kinds, ascii_to):
     """The same of a turn without escapes, tags and ambiguous places; -1 if not UTF-8, NEEDS_SLOW for other turns.
 
-    `out` has at least twice the bytes and 128 more.
+    `out` has at least twice the bytes and 128 more; so has `at`, which gets the place of each byte where it is wanted.
     """
     n = 0
     last = np.int64(GAP)
@@ -321,6 +284,8 @@ def normalise_fast(source, start, end, out, tables, ascii_kinds, ascii_to):
                 ):
                     return NEEDS_SLOW
             # No branch: what is written for a boundary or a gap stands only where there is one.
+            if with_places:
+                at[n] = at[n + 1] = i - start
             out[n] = _SPACE
             n += (kind != last) & (kind != GAP) & (last != GAP)
             out[n] = ascii_to[byte]
@@ -336,9 +301,12 @@ def normalise_fast(source, start, end, out, tables, ascii_kinds, ascii_to):
             return NEEDS_SLOW
         if point >= 0xFF01 and point <= 0xFF5E and (kind == DIGIT or ascii_kinds[point - 0xFEE0] == _LOOK):
             return NEEDS_SLOW
-        if kind == SEQUENCE and n + 128 + 2 * (end - i) > len(out):
+        if kind == SEQUENCE and n + 128 + 2 * (end - i) > (min(len(out), len(at)) if with_places else len(out)):
             return NEEDS_SLOW
+        before = n
         n, last = put_point(point, last, out, n, tables)
+        if with_places:
+            at[before:n] = i - start
         i += size
     return n - (last == GAP and n > 0)
 
@@ -370,24 +338,36 @@ def normalise_fields(source, offsets, tables):
 
 
 @kernel
-def locate_normalised(source, turn_start, turn_end, hits, tables):
+def locate_normalised(source, turn_start, turn_end, hits, tables, ascii_kinds, ascii_to):
     """Source bytes (first, behind the last) of the normalised matches hits[:, 2:4]; their turns hits[:, 0] ascend."""
     begins_of, ends_of = np.empty(len(hits), np.int64), np.empty(len(hits), np.int64)
     points, begins = np.empty(1_024, np.int32), np.empty(1_024, np.int32)
     out, at = np.empty(4_096, np.uint8), np.empty(4_096, np.int32)
     turn = np.int64(-1)
+    is_slow = False
     for hit in range(len(hits)):
         if hits[hit, 0] != turn:
             turn = hits[hit, 0]
-            _, points, begins, out, at = normalise_slow(
-                source, turn_start[turn], turn_end[turn], True, points, begins, out, at, tables
-            )
-        first, last = at[hits[hit, 2]], at[hits[hit, 3] - 1]
+            start, end = turn_start[turn], turn_end[turn]
+            out, at = longer(out, 2 * (end - start) + 128), longer(at, 2 * (end - start) + 128)
+            n = normalise_fast(source, start, end, out, at, True, tables, ascii_kinds, ascii_to)
+            is_slow = n == NEEDS_SLOW
+            if is_slow:
+                n, points, begins, out, at = normalise_slow(source, start, end, True, points, begins, out, at, tables)
+        start = turn_start[turn]
+        first, last = np.int64(at[hits[hit, 2]]), np.int64(at[hits[hit, 3] - 1])
+        if not is_slow:
+            begins_of[hit] = start + first
+            last += start + 1
+            while last < turn_end[turn] and source[last] & 0xC0 == 0x80:
+                last += 1
+            ends_of[hit] = last
+            continue
         behind = last + 1
         # Marks of the last character belong to it; so does the second half of an entity.
         while points[behind] != INVISIBLE and (
             kind_of(points[behind], tables) == DROP or begins[behind] == begins[last]
         ):
             behind += 1
-        begins_of[hit], ends_of[hit] = turn_start[turn] + begins[first], turn_start[turn] + begins[behind]
+        begins_of[hit], ends_of[hit] = start + begins[first], start + begins[behind]
     return begins_of, ends_of

@@ -266,7 +266,7 @@ def scan(
             break
         start, end = turn_start[turn], turn_end[turn]
         if is_normal:
-            n = normalise_fast(source, start, end, text, normal, ascii_kinds, ascii_to)
+            n = normalise_fast(source, start, end, text, at, False, normal, ascii_kinds, ascii_to)
             if n == NEEDS_SLOW:
                 n, points, begins, text, at = normalise_slow(source, start, end, True, points, begins, text, at, normal)
         else:
@@ -288,7 +288,9 @@ def scan(
             hits, scores = wider, longer
         row = turn_row[turn]
         if window == 0:
-            num_hits = decide_full(full, phrases, found, num_found, True, state, turn, row, hits, scores, num_hits)
+            num_hits = decide_full(
+                full, phrases, found, num_found, not is_normal, state, turn, row, hits, scores, num_hits
+            )
             continue
         if len(full.lead_offsets) > 1:  # instances too short for a window; the caller decides which of them count
             num_hits = decide_full(full, phrases, found, num_found, False, state, turn, row, hits, scores, num_hits)

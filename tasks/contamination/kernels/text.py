@@ -302,3 +302,30 @@ def are_most_of_their_lines(source, turn_start, turn_end, turns, begins, ends):
             left -= 1
         out[k] = outside < inside and left > 0
     return out
+
+
+@kernel
+def stand_as_in_full(source, turn_start, turn_end, places, begins, ends, full, phrases, lower_bytes, lower_points):
+    """Whether source[begins:ends] is the one field of the place's instance as full mode has it, between separators."""
+    out = np.zeros(len(places), np.bool_)
+    scratch = np.empty(64, np.uint8)
+    for k in range(len(places)):
+        turn, instance = places[k, 0], places[k, 1]
+        first = full.part_offsets[instance]
+        if full.part_offsets[instance + 1] != first + 1:
+            continue
+        phrase = full.part_phrase[first]
+        begin, end = begins[k], ends[k]
+        if begin > turn_start[turn] and lower_bytes[source[begin - 1]] != _SPACE:
+            continue
+        if end < turn_end[turn] and lower_bytes[source[end]] != _SPACE:
+            continue
+        if len(scratch) < 2 * (end - begin) + 8:
+            scratch = np.empty(4 * (end - begin) + 8, np.uint8)
+        n = normalise(source, begin, end, scratch, lower_bytes, lower_points)
+        at, length = phrases.place[phrase, 0], phrases.place[phrase, 1]
+        i = 0
+        while n == length and i < n and scratch[i] == phrases.text[at + i]:
+            i += 1
+        out[k] = n == length and i == n
+    return out

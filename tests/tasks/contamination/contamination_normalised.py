@@ -8,6 +8,7 @@ import unicodedata
 from functools import cache
 from typing import NamedTuple
 
+from smoltulu.tasks.contamination.build import WEAK_TERMS
 from smoltulu.tasks.contamination.normal_form import (
     BLOCK_TAGS,
     BY_CHARACTER,
@@ -18,6 +19,7 @@ from smoltulu.tasks.contamination.normal_form import (
     LATEX_SIZED,
     ZERO_WIDTH_POINTS,
 )
+from tests.tasks.contamination.contamination_brute_force import full_score
 
 INVISIBLE = "\u034f"
 
@@ -40,7 +42,11 @@ def readings(text: str) -> list[list[tuple[str, int, int]]]:
             if not is_changed:
                 break
         characters = without_markup(characters)
-        found.append(terms(otherwise(characters) if zero_width else characters))
+        if zero_width:
+            blank = [c._replace(text=" " if kind(c.text) == "zero width" else c.text) for c in characters]
+            found += [terms(blank), terms(joined_words(blank)), terms(without_line_numbers(blank))]
+        else:
+            found.append(terms(characters))
     return found
 
 
@@ -148,15 +154,13 @@ def without_markup(characters: list[Character]) -> list[Character]:
 _BROKEN = re.compile("[-\u00ad\u2010\u2011][ \t\r]*(?:\n|(?<=\r))")
 
 
-def otherwise(characters: list[Character]) -> list[Character]:
-    """Zero-width characters as blanks, words that a hyphen breaks made whole, numbers of lines taken out."""
+def joined_words(characters: list[Character]) -> list[Character]:
+    """Words that a hyphen breaks at the end of a line made whole."""
     text = "".join(c.text for c in characters)
     out = list(text)
-    joined = set()  # line feeds that a broken word runs over
     i = 0
     last = "gap"
     while i < len(text):
-        what = kind(text[i])
         end = i
         if (found := _BROKEN.match(text, i)) and last == "letter":
             end = found.end()
@@ -164,19 +168,23 @@ def otherwise(characters: list[Character]) -> list[Character]:
                 end += 1
             if end == len(text) or kind(text[end]) != "letter":
                 end = i
-        if what == "zero width":
-            out[i] = " "
         if end > i:
             out[i:end] = INVISIBLE * (end - i)
-            joined.update(range(i, end))
             i = end
             continue
-        last = last if what == "drop" else what
+        last = last if kind(text[i]) == "drop" else kind(text[i])
         i += 1
+    return [c._replace(text=new) for c, new in zip(characters, out, strict=True)]
+
+
+def without_line_numbers(characters: list[Character]) -> list[Character]:
+    """Numbers that begin lines and count on taken out."""
+    text = "".join(c.text for c in characters)
+    out = list(text)
     before, digits = -9, (0, 0)
     for line in re.finditer(r"[^\n\r]*[\n\r]?", text):
         number = re.match(r"([^A-Za-z0-9\x80-\U0010ffff]{0,32})([0-9]{1,6})(?![A-Za-z0-9\x80-\U0010ffff])", line[0])
-        if number and line.start() - 1 not in joined:
+        if number:
             here = (line.start() + number.start(2), line.start() + number.end(2))
             if int(number[2]) == before + 1:
                 for first, end in (digits, here):
@@ -249,11 +257,36 @@ def terms(characters: list[Character]) -> list[tuple[str, int, int]]:
     return [tuple(term) for term in out]
 
 
-def holds(turn: str, field: str) -> bool:
-    """Whether the terms of a field are a run of those of a turn, in one of its readings."""
+def occurrence(turn: str, field: str) -> tuple[int, int] | None:
+    """Bounds in the turn of the first run of the field's terms, in the first reading that has one."""
     wanted = [term for term, _, _ in readings(field)[0]]
     for reading in readings(turn):
         found = [term for term, _, _ in reading]
-        if wanted and any(found[at : at + len(wanted)] == wanted for at in range(len(found))):
-            return True
-    return False
+        for at in range(len(found) - len(wanted) + 1):
+            if wanted and found[at : at + len(wanted)] == wanted:
+                return reading[at][1], reading[at + len(wanted) - 1][2]
+    return None
+
+
+def is_most_of_its_lines(turn: str, bounds: tuple[int, int] | None) -> bool:
+    """Whether a passage has more than half of the letters and digits of its lines, in bytes."""
+    if bounds is None:
+        return False
+    begin, end = bounds
+    first = turn.rfind("\n", 0, begin) + 1
+    last = turn.find("\n", end) if "\n" in turn[end:] else len(turn)
+
+    def count(text: str) -> int:
+        return sum(len(c.encode()) for c in text if not c.isascii() or c.isalnum())
+
+    return count(turn[first:begin]) + count(turn[end:last]) < count(turn[begin:end])
+
+
+def holds(turn: str, field: str) -> bool:
+    """Whether the turn holds the field: as a run of terms, and where it has few, as in full mode or standing alone."""
+    wanted = [term for term, _, _ in readings(field)[0]]
+    if occurrence(turn, field) is None or len(wanted) >= WEAK_TERMS or full_score((field,), turn):
+        return occurrence(turn, field) is not None
+    if not any(len(term.encode()) > 1 and not term.encode().isdigit() for term in wanted):
+        return False
+    return any(is_most_of_its_lines(piece, occurrence(piece, field)) for piece in (turn, *turn.split("\n")))
