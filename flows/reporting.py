@@ -27,6 +27,7 @@ from smoltulu.schemas.verdict import AnsweredPrompt, Verdict
 from smoltulu.tasks.comparison.verdict import Evaluation, assess
 from smoltulu.tasks.report import html_report, summarise
 from smoltulu.tasks.report.index import IndexedRun, index_page
+from smoltulu.tasks.report.page import table_files
 from smoltulu.tasks.report.summary import outputs_of
 from smoltulu.tasks.stages import made_by
 
@@ -138,6 +139,8 @@ def _write_page(
 ) -> None:
     page = html_report(summary, manifests, folders, recipe, answers)
     # The page last: where it is new, so is the summary that programs read.
+    for name, text in table_files(manifests, folders).items():
+        write_atomically(folder / name, text)
     write_atomically(folder / SUMMARY, summary.model_dump_json(indent=1))
     write_atomically(folder / PAGE, page)
 

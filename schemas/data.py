@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from smoltulu.schemas.common import MAX_NAME, MAX_PATH, ArtifactPath, StrictModel, machinery, science
+from smoltulu.schemas.mixture import AS_IT_IS, MixtureRule, check_rules
 
 RowFormat = Literal[
     "messages",
@@ -52,7 +53,7 @@ _OTHER_NAMES = {
 }
 
 
-class DataSource(StrictModel):
+class DataSource(MixtureRule):
     """One table of rows: a Hub dataset at a revision, a local file or folder, a file of the `world` stage, or samples.
 
     Exactly one of `repository`, `path`, `generated` and `sampled` is given.
@@ -169,6 +170,23 @@ class DataSet(StrictModel):
     max_malformed_share: float = science(
         0.01, ge=0, le=1, description="share of rows that may be malformed (they are dropped) before the stage fails"
     )
+    seed: int = science(0, absent=0, ge=0, description="of a mixture: draws its rows, and their order")
+
+    @model_validator(mode="after")
+    def _one_mixture(self) -> Self:
+        check_rules(self.sources, self.seed)
+        return self
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether it is more or less than its sources, one after the other."""
+        return any(source.is_mixed for source in self.sources)
+
+    @property
+    def unmixed(self) -> DataSet:
+        """Its sources as they are: what is read and checked, whatever the mixture."""
+        sources = tuple(source.model_copy(update=AS_IT_IS) for source in self.sources)
+        return self.model_copy(update={"sources": sources, "seed": 0})
 
 
 #: Sets of `data` that rows which a model wrote may be part of, and the form that those have there.

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from smoltulu.schemas.base_model import BaseModelConfig
 from smoltulu.schemas.common import MAX_NAME, MAX_PATH, ArtifactPath, StrictModel, machinery, science
 from smoltulu.schemas.held_out import HeldOutOutputs
+from smoltulu.schemas.held_out_loss import HeldOutLossOutputs
 
 
 class ModelSource(StrictModel):
@@ -70,4 +71,7 @@ class ModelOutputs(StrictModel):
     held_out: HeldOutOutputs | None = Field(None, description="RLVR: what its held-out prompts say, and what was kept")
     held_out_file: ArtifactPath | None = Field(
         None, description="every evaluation of the held-out prompts; one JSON object a line"
+    )
+    held_out_loss: HeldOutLossOutputs | None = Field(
+        None, description="SFT, reward model and DPO: losses of held-out rows, and which weights were kept"
     )

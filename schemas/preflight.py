@@ -125,6 +125,9 @@ class PreflightOutputs(StrictModel):
     num_trained_tokens: int = Field(0, ge=0, description="tokens with a loss")
     lengths: LengthReport
     kinds: dict[str, int] = Field({}, description="prompts of RLVR: rows of each verifier and each kind of constraint")
+    tokens_by_source: dict[str, int] = Field(
+        {}, description="number of a source -> tokens of its rows, as they are counted in num_tokens; none: one source"
+    )
     tokenizer: TokenizerFacts | None = None
     disk_bytes: int | None = Field(
         None, description="most that the training has on disk while it runs (tasks/trainer/disk.py)"

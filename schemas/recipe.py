@@ -11,6 +11,8 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.contamination import ContaminationSettings
 from smoltulu.schemas.data import DataSet, DataSettings, DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings
+from smoltulu.schemas.languages import LanguageSettings
+from smoltulu.schemas.mixture_checks import mixture_problems
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.near_duplicates import NearDuplicateSettings
 from smoltulu.schemas.preflight import PreflightSettings
@@ -60,6 +62,7 @@ class Recipe(StrictModel):
         {}, description="rows that a model writes itself, by a name that data sources give: {sampled: NAME}"
     )
     contamination: ContaminationSettings | None = science(None)
+    languages: LanguageSettings | None = science(None, description="language shares of the training data, as read")
     near_duplicates: NearDuplicateSettings | None = science(None)
     preflight: PreflightSettings = machinery(PreflightSettings())
     verifier_audit: VerifierAuditSettings | None = science(None)
@@ -112,6 +115,7 @@ class Recipe(StrictModel):
                 if source.generated
             ]
         problems += sampled_problems(self)
+        problems += mixture_problems(self)
         scratch, followed = self.base_model.scratch, self.sft and self.sft.mup_base_width
         made = scratch and scratch.mup and scratch.mup.base_width
         if scratch is not None and followed is not None and followed != made:
@@ -168,7 +172,7 @@ class Recipe(StrictModel):
         settings = self.near_duplicates
         if settings is None:
             return []
-        sets = [name for name in settings.against if name != "benchmarks"]
+        sets: list[str] = [name for name in settings.against if name != "benchmarks"]
         missing = [name for name in sets if getattr(self.data, name) is None]
         if "benchmarks" in settings.against and self.contamination is None:
             missing.append("benchmarks")

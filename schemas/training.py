@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from smoltulu.schemas.budget import Budget
 from smoltulu.schemas.common import StrictModel, machinery, science
+from smoltulu.schemas.held_out_loss import HeldOutLossSettings
 from smoltulu.schemas.schedules import SCHEDULE_KINDS, Budgets, ConstantSchedule, FinalDecay, ScheduleSettings
 
 
@@ -152,12 +153,27 @@ class SupervisedSettings(TrainingSettings):
         None, absent=None, ge=1, description="tokens, instead of epochs; rounded up to whole optimizer steps"
     )
     max_length: int = science(ge=8, description="tokens")
+    held_out: HeldOutLossSettings | None = science(
+        None,
+        absent=None,
+        description="when the loss of held-out rows is computed, and what it decides: docs/mixtures.md",
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if self.max_steps is not None and self.max_tokens is not None:
             raise ValueError(f"max_steps {self.max_steps} and max_tokens {self.max_tokens} are two budgets; give one")
+        every = self.held_out.every_steps if self.held_out else None
+        if self.max_steps is not None and every is not None and every > self.max_steps:
+            raise ValueError(
+                f"held_out.every_steps {every:,} is more than the run's {self.max_steps:,} optimizer steps; give at "
+                f"most {self.max_steps:,}"
+            )
         return self
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.held_out is not None and self.held_out.keep == "best"
 
     @property
     def budget(self) -> Budget:
@@ -165,7 +181,9 @@ class SupervisedSettings(TrainingSettings):
 
     @property
     def is_extendable(self) -> bool:
-        return isinstance(self.schedule, FinalDecay | Budgets | ConstantSchedule)
+        # The best weights so far are no part of a checkpoint, and a longer run ends early elsewhere.
+        decides = self.held_out is not None and self.held_out.decides
+        return not decides and isinstance(self.schedule, FinalDecay | Budgets | ConstantSchedule)
 
 
 #: What becomes of a row that is longer than max_length.
@@ -292,9 +310,12 @@ class TrainingInputs(StrictModel):
     model: str = Field(description="folder of the model to start from")
     dataset: str = Field(description="rows file of the preflight: tokenised (RLVR: rows whose prompts fit)")
     chat_template: str = Field(description="text of the Jinja template")
+    held_out: str | None = Field(None, description="rows file of the preflight of held-out rows")
+    held_out_rows: str | None = Field(None, description="the same rows as text: their ids name their sources")
 
 
 class DPOInputs(TrainingInputs):
     """Those of DPO."""
 
     reference_logps: str = Field(description="file of the reference's log-probabilities, one line a tokenised pair")
+    held_out_reference_logps: str | None = Field(None, description="the same of the held-out pairs")

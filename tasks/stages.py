@@ -9,6 +9,7 @@ from smoltulu.schemas.training import RewardModelSettings
 from smoltulu.tasks.base_model.stage import base_model
 from smoltulu.tasks.contamination.index import benchmark_index
 from smoltulu.tasks.contamination.stage import contamination
+from smoltulu.tasks.data.mixture_stage import held_out_rows, mixture
 from smoltulu.tasks.data.stage import dataset
 from smoltulu.tasks.evaluation.cell import evaluation_cell
 from smoltulu.tasks.evaluation.stage import evaluation
@@ -38,6 +39,8 @@ STAGES |= {
         benchmark_index,
         contamination,
         near_duplicates,
+        mixture,
+        held_out_rows,
         languages,
         base_model,
         samples,

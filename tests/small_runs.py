@@ -99,7 +99,7 @@ class Run:
 
 def stage_arguments(
     stage: str, folder: Path, model: Path, rows: list[dict[str, Any]], settings: dict[str, Any],
-    template: str = TULU_TEMPLATE, **compute: Any,
+    template: str = TULU_TEMPLATE, held_out: list[dict[str, Any]] | None = None, **compute: Any,
 ) -> tuple[Any, TrainingInputs, StageContext]:  # fmt: skip
     """What the stage's function is called with; what stages before it make of the rows is written to `folder`."""
     (folder / "out").mkdir(parents=True, exist_ok=True)
@@ -123,6 +123,11 @@ def stage_arguments(
     machines = ComputeSettings(**machinery | compute)
     config = SETTINGS[stage](**chosen | settings)
     inputs = training_inputs(stage, folder, model, rows, config, machines, template)
+    if held_out is not None:
+        aside = training_inputs(stage, folder / "held_out", model, held_out, config, machines, template)
+        reference = {"held_out_reference_logps": aside.reference_logps} if isinstance(aside, DPOInputs) else {}
+        texts = str(folder / "held_out" / "rows.parquet")
+        inputs = inputs.model_copy(update={"held_out": aside.dataset, "held_out_rows": texts, **reference})
     context = StageContext(folder / "out", folder / "work", machines, lambda *args, **kwargs: None)
     return config, inputs, context
 
@@ -137,6 +142,7 @@ def training_inputs(
     template: str = TULU_TEMPLATE,
 ) -> TrainingInputs:
     """The model, the rows as the preflight tokenises them, and for DPO the reference's log-probabilities."""
+    folder.mkdir(parents=True, exist_ok=True)
     source = write_rows(folder / "rows.parquet", rows)
     checks = PreflightSettings(max_overlong_share=1, max_unstable_share=1, max_faulty_share=1, dry_run=False)
     outputs, _ = run_preflight(

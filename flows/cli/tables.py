@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from smoltulu.artifacts.manifests import Ref
     from smoltulu.artifacts.upkeep.catalogue import Catalogue
     from smoltulu.schemas.published import PublishedTables
+    from smoltulu.tasks.tables.data_tables import MeasuredSet
     from smoltulu.tasks.tables.values import MeasuredModel
 
 
@@ -25,6 +26,7 @@ class Form(StrEnum):
     markdown = "markdown"
     latex = "latex"
     html = "html"
+    csv = "csv"
 
 
 def tables(
@@ -36,7 +38,9 @@ def tables(
     ],
     table: Annotated[
         list[str] | None,
-        typer.Option(help="stages, or 3, 6, 8, 9 of the paper, or another of the published file; several: 3,6,8,9"),
+        typer.Option(
+            help="stages, a table of the paper (1, 3, 4, 6, 8 to 13) or another of the published file; several: 3,6"
+        ),
     ] = None,
     form: Annotated[Form, typer.Option("--format", help="how they are written")] = Form.markdown,
     level: Annotated[float, typer.Option(min=1e-9, max=0.5, help="of significance, for all tests of a row")] = 0.05,
@@ -45,24 +49,27 @@ def tables(
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Show scores as tables: stages × tasks, and the paper's tables 3, 6, 8 and 9 with yours as further columns.
+    """Show tables of the paper with yours as further columns: scores (3, 6, 8, 9), contamination (1, 4, 13).
 
-    Bold is what is significantly better than all else in its row. What was measured otherwise than the published
-    figures is marked, with the reason. Without --table: every table of which something was measured.
+    Without published figures: stages × tasks, and languages of the data (10, 11, 12). Bold is what is significantly
+    better than all else in its row. What was measured otherwise than the published figures is marked, with the reason.
+    Without --table: every table of which something was measured.
     """
+    from smoltulu.tasks.data.benchmarks import load_registry
     from smoltulu.tasks.report.tables import FORMATS
     from smoltulu.tasks.tables.build import tables_of
 
     with failures():
         catalogue = open_catalogue(store)
         figures = _published(published)
-        models = _models(catalogue, what)
+        sets = _sets(catalogue, what)
+        models = _models(catalogue, what, has_sets=bool(sets))
         wanted = [name.strip() for names in table or () for name in names.split(",")]
-        made = tables_of(figures, models, wanted, level)
+        made = tables_of(figures, models, wanted, level, registry=load_registry(), sets=sets)
         text = FORMATS[form.value](made)
     for one in made:
         if not one.has_scores:
-            echo(f"note: no model of {one.title!r} was measured by {', '.join(what)}", err=True)
+            echo(f"note: nothing of {one.title!r} was measured by {', '.join(what)}", err=True)
     echo(text.rstrip())
 
 
@@ -78,8 +85,32 @@ def _published(file: Path | None) -> PublishedTables:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _models(catalogue: Catalogue, what: list[str]) -> list[MeasuredModel]:
-    """A column for each evaluation that is meant. ValueError: something that has none."""
+def _sets(catalogue: Catalogue, what: list[str]) -> list[MeasuredSet]:
+    """A column for each data set of the runs among them."""
+    from pydantic import ValidationError
+
+    from smoltulu.flows.cli.store_views import refs_of_run
+    from smoltulu.schemas.artifact import Manifest
+    from smoltulu.schemas.run import RunRecord
+    from smoltulu.tasks.report.tables import sets_of_run
+
+    made: list[MeasuredSet] = []
+    for name in what:
+        run = None if ":" in name else catalogue.resolve(name)
+        if not isinstance(run, RunRecord):
+            continue
+        manifests = {}
+        for node, ref in refs_of_run(run).items():
+            try:
+                manifests[node] = Manifest.model_validate(finished(catalogue, ref)[1])
+            except (ValidationError, ValueError, OSError):
+                continue  # not made, removed since, or of another version: nothing of it is shown
+        made += sets_of_run(manifests, run.run_name if len(what) > 1 else "")
+    return made
+
+
+def _models(catalogue: Catalogue, what: list[str], has_sets: bool = False) -> list[MeasuredModel]:
+    """A column for each evaluation that is meant. ValueError: something that has none (with `has_sets`: no run)."""
     from pydantic import ValidationError
 
     from smoltulu.schemas.common import first_problem
@@ -88,7 +119,7 @@ def _models(catalogue: Catalogue, what: list[str]) -> list[MeasuredModel]:
 
     models: dict[Ref, MeasuredModel] = {}
     for name in what:
-        for ref, prefix in _evaluations(catalogue, name).items():
+        for ref, prefix in _evaluations(catalogue, name, has_sets).items():
             folder, manifest = finished(catalogue, ref)
             try:
                 outputs = EvaluationOutputs.model_validate(manifest["outputs"])
@@ -107,7 +138,7 @@ def _models(catalogue: Catalogue, what: list[str]) -> list[MeasuredModel]:
     return list(models.values())
 
 
-def _evaluations(catalogue: Catalogue, what: str) -> dict[Ref, str]:
+def _evaluations(catalogue: Catalogue, what: str, may_have_none: bool) -> dict[Ref, str]:
     """Evaluations that a name stands for, and what tells them from others of the same stage."""
     from smoltulu.artifacts.manifests import scores_of
     from smoltulu.flows.cli.store_views import refs_of_run
@@ -119,6 +150,6 @@ def _evaluations(catalogue: Catalogue, what: str) -> dict[Ref, str]:
         run, colon, _ = what.rpartition(":")
         return {ref: run if colon else ref.key[:8]}
     made = {ref: found.run_name for ref in refs_of_run(found).values() if scores_of(catalogue.known(ref))}
-    if not made:
+    if not made and not may_have_none:
         raise ValueError(f"{found.run_name} has no finished evaluation; run it up to evaluation, or name another run")
     return made

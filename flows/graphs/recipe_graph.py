@@ -20,14 +20,17 @@ from smoltulu.flows.graphs.references import References
 from smoltulu.flows.graphs.sampled_nodes import Add, EntryNodes, add_sampled_nodes, node_name
 from smoltulu.flows.graphs.stage_configs import (
     audit_config,
+    held_out_config,
     hub_references,
+    mixture_config,
     pass_rates_config,
     preflight_config,
     template_parts,
 )
-from smoltulu.flows.recipe import stage_order
+from smoltulu.flows.recipe import language_notes, stage_order
 from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
 from smoltulu.schemas.evaluation import EvaluationStageConfig, ScoreKind
+from smoltulu.schemas.languages import LanguageStageConfig
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
@@ -83,6 +86,10 @@ class Graph(NodeGraph):
         self._sets: dict[str, str] = {}
         self._models: dict[str, str] = {}
         self._sampled: dict[str, str] = {}
+        #: Nodes of their rows before any mixture.
+        self._checked: dict[str, str] = {}
+        #: Nodes of the rows that are held out, by their set of `data`.
+        self._held_out: dict[str, str] = {}
         self._lay_out()
 
     # The nodes, in the order of a run.
@@ -111,8 +118,10 @@ class Graph(NodeGraph):
         if recipe.reward_model and recipe.reward_model.start_from == "sft":
             reward_model = self._made("reward_model", self._train("reward_model", sft))
             self._evaluate(reward_model, "reward_model")
-        logps = self._reference_logps(sft)
+        logps = self._reference_logps(sft, _preflight_of("dpo"), "reference-logps")
         reference = {"reference_logps": Binding(logps, "file") if logps else None}
+        if aside := self._reference_logps(sft, _held_out_of("dpo"), "reference-logps-held-out"):
+            reference["held_out_reference_logps"] = Binding(aside, "file")
         dpo = self._made("dpo", self._train("dpo", sft, reference))
         self._evaluate(dpo, "language_model")
         self._evaluate(dpo, "implicit_reward", reference_model=sft)
@@ -187,19 +196,38 @@ class Graph(NodeGraph):
         pinned, externals = self._references.pinned(data.sources)
         if kind == "rlvr":  # which rows are malformed, and what a verdict on the others means
             externals |= self._verifiers
-        config = DatasetStageConfig(kind=kind, data=data.model_copy(update={"sources": pinned}))
+        # Without the mixture: another share reads and checks nothing again.
+        config = DatasetStageConfig(kind=kind, data=data.model_copy(update={"sources": pinned}).unmixed)
         inputs: dict[str, Any] = dict(self._world_if_generated(pinned))
         if sampled:
             inputs["sampled"] = {entry: Binding(self._sampled[entry], "file") for entry in sorted(sampled)}
         return self._add(f"dataset-{name}", STAGES["dataset"], config, inputs=inputs, externals=externals)
 
     def _training_rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
+        """Rows without those that the checks removed, then as much of each source as the set is to have."""
+        rows = self._checked_rows(name, kind, data)
+        if rows is None or data is None or not data.is_mixed:
+            return rows
+        inputs = {"dataset": Binding(rows, "file")}
+        if any(source.holds_out for source in data.sources):
+            aside = self._add(
+                f"held-out-rows-{name}", STAGES["held_out_rows"], held_out_config(kind, data), inputs=inputs
+            )
+            if aside is not None:
+                self._held_out[name] = aside
+        return self._add(f"mixture-{name}", STAGES["mixture"], mixture_config(kind, data), inputs=inputs)
+
+    def _checked_rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
         """Rows, then the same rows without those that the check of contamination found, and without near-duplicates."""
         rows = self._rows(name, kind, data)
         if rows is None:
             return None
+        self._languages(name, kind, rows)
         rows = self._without_contamination(rows, name, kind)
-        return rows if name == "audit" else self._without_near_duplicates(rows, name, kind)
+        if name != "audit":
+            rows = self._without_near_duplicates(rows, name, kind)
+        self._checked[name] = rows
+        return rows
 
     def _without_contamination(self, rows: str, name: str, kind: DatasetKind) -> str:
         settings = self.recipe.contamination
@@ -212,6 +240,13 @@ class Graph(NodeGraph):
         inputs = {"dataset": Binding(rows, "file"), "index": Binding(index)}
         return self._add(f"contamination-{name}", STAGES["contamination"], config, inputs=inputs) or rows
 
+    def _languages(self, name: str, kind: DatasetKind, rows: str) -> None:
+        """Their shares, as tables 10 to 12 of the paper have them. Nothing is built on them."""
+        if self.recipe.languages is None or language_notes(self.recipe):
+            return
+        config = LanguageStageConfig(kind=kind, settings=self.recipe.languages)
+        self._add(f"languages-{name}", STAGES["languages"], config, inputs={"dataset": Binding(rows, "file")})
+
     def _without_near_duplicates(self, rows: str, name: str, kind: DatasetKind) -> str:
         """Compared with held-out sets, and with trained ones that come before it."""
         settings = self.recipe.near_duplicates
@@ -223,7 +258,7 @@ class Graph(NodeGraph):
             if other in held_out:
                 node = self._rows(other.replace("_", "-"), held_out[other], getattr(self.recipe.data, other))
             else:
-                node = self._sets.get(other) if other in _TRAINED_SETS else None
+                node = self._checked.get(other) if other in _TRAINED_SETS else None
             if node is not None:
                 others[other] = Binding(node, "file")
         inputs: dict[str, Any] = {"dataset": Binding(rows, "file"), **({"others": others} if others else {})}
@@ -288,14 +323,22 @@ class Graph(NodeGraph):
         first = self._order.index({"dpo": "reference_logps", "rlvr": "pass_rates"}.get(block, block))
         if base is None or rows is None or self._order.index("verifier_audit") < self._until < first:
             return
-        self._add(
-            _preflight_of(block),
-            STAGES["preflight"],
-            preflight_config(block, self.recipe.trainings[block], self.recipe.preflight),
-            inputs={"model": Binding(base, "folder"), "dataset": Binding(rows, "file")},
-            literals=self._template["literals"],
-            externals=self._template["externals"],
-        )
+        settings, checks = self.recipe.trainings[block], self.recipe.preflight
+        nodes = {_preflight_of(block): (checks, Binding(rows, "file"))}
+        if (aside := self._held_out.get(self.recipe.rows_of(block))) is not None:
+            # The same sources: what they lack is said once.
+            lenient = {name: 1.0 for name in type(checks).model_fields if name.startswith("max_")}
+            checks = checks.model_copy(update={**lenient, "dry_run": False})
+            nodes[_held_out_of(block)] = (checks, Binding(aside, "file"))
+        for name, (own, dataset) in nodes.items():
+            self._add(
+                name,
+                STAGES["preflight"],
+                preflight_config(block, settings, own),
+                inputs={"model": Binding(base, "folder"), "dataset": dataset},
+                literals=self._template["literals"],
+                externals=self._template["externals"],
+            )
 
     def _verifier_audit(self) -> None:
         """Of the rows that RLVR will see; made before SFT, as the preflights are."""
@@ -317,12 +360,12 @@ class Graph(NodeGraph):
             externals=self._template["externals"] | self._verifiers,
         )
 
-    def _reference_logps(self, start: str | None) -> str | None:
-        tokens = _preflight_of("dpo")
+    def _reference_logps(self, start: str | None, tokens: str, name: str) -> str | None:
+        """Log-probabilities of the pairs of a preflight under the model that DPO starts from."""
         if self.recipe.dpo is None or start is None or tokens not in self.nodes:
             return None
         return self._add(
-            "reference-logps",
+            name,
             STAGES["reference_logps"],
             ReferenceLogpsConfig(precision=self.recipe.dpo.precision),
             inputs={"model": Binding(start, "folder"), "dataset": Binding(tokens, "file")},
@@ -342,6 +385,9 @@ class Graph(NodeGraph):
         if settings is None or start is None or rows not in self.nodes or None in others.values():
             return None
         inputs = {"model": Binding(start, "folder"), "dataset": Binding(rows, "file"), **others}
+        if _held_out_of(block) in self.nodes:
+            inputs["held_out"] = Binding(_held_out_of(block), "file")
+            inputs["held_out_rows"] = Binding(self._held_out[self.recipe.rows_of(block)], "file")
         literals = {name: str(folder) for name, folder in folders.items()}
         digests = {name: self._digest_of(folder) for name, folder in folders.items()}
         return self._add(
@@ -429,3 +475,8 @@ class Graph(NodeGraph):
 
 def _preflight_of(block: str) -> str:
     return f"preflight-{block.replace('_', '-')}"
+
+
+def _held_out_of(block: str) -> str:
+    """The preflight of its held-out rows."""
+    return f"{_preflight_of(block)}-held-out"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.flows.graphs.nodes import hub_reference
 from smoltulu.schemas.common import MAX_NAME
+from smoltulu.schemas.data import DataSet, DatasetKind
+from smoltulu.schemas.mixture import MixtureConfig
 from smoltulu.schemas.preflight import PreflightConfig, PreflightSettings
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.sampled import SampledRowsConfig, SampledSettings, SamplesConfig, SampleScoresConfig
@@ -21,6 +23,18 @@ def preflight_config(block: str, settings: TrainingSettings, checks: PreflightSe
         training_settings=settings.model_dump(mode="json"),
         settings=checks,
     )
+
+
+def mixture_config(kind: DatasetKind, data: DataSet) -> MixtureConfig:
+    """How much of each source the set has."""
+    rules = tuple(source.rule for source in data.sources)
+    return MixtureConfig(kind=kind, rules=rules, seed=data.seed, labels=tuple(source.label for source in data.sources))
+
+
+def held_out_config(kind: DatasetKind, data: DataSet) -> MixtureConfig:
+    """Which rows are held out, whatever the mixture."""
+    config = mixture_config(kind, data)
+    return config.model_copy(update={"rules": tuple(rule.of_held_out for rule in config.rules), "seed": 0})
 
 
 def audit_config(recipe: Recipe) -> VerifierAuditConfig | None:

@@ -16,9 +16,10 @@ from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
 from smoltulu.flows.graphs.recipe_graph import Binding, Graph, Node
 from smoltulu.schemas.budget import tokens_of_steps
 from smoltulu.schemas.evaluation import EvaluationOutputs
+from smoltulu.schemas.held_out_loss import HeldOutLossSettings
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.rlvr import RLVRSettings
-from smoltulu.schemas.training import TrainingSettings
+from smoltulu.schemas.training import SupervisedSettings, TrainingSettings
 from smoltulu.tasks.models.sizes import ModelSize
 from smoltulu.tasks.trainer.disk import (
     BYTES_PER_TOKEN,
@@ -247,6 +248,10 @@ class Costs:
             cycle, warmup = settings.num_steps_per_rollout, settings.num_warmup_steps_of_critic or 0
             num_evaluations = settings.held_out.num_evaluations(left or 1, cycle, warmup)
             flops += 2 * size * num_evaluations * settings.held_out.most_answers() * longest
+        if flops is not None and size is not None and isinstance(settings, SupervisedSettings) and left:
+            # Nothing where no row is held out, and nothing is known of rows that are not tokenised yet.
+            aside = self._upstream(node, "held_out").num_tokens if "held_out" in node.inputs else None
+            flops += 2 * size * (aside or 0) * (settings.held_out or HeldOutLossSettings()).num_evaluations(left)
         if seconds is None and flops is not None and compute.device_tflops is not None:
             seconds = flops / (compute.device_tflops * 1e12 * compute.num_processes)
         if size is not None and rows.rows_bytes is not None:

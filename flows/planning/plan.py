@@ -20,7 +20,7 @@ from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.planning.adoption import adoptable, specs_before
 from smoltulu.flows.planning.costs import NOTHING, Costs, Estimate, Total, totals
 from smoltulu.flows.planning.preflight_figures import PreflightFigures, preflight_figures
-from smoltulu.flows.recipe import check_stage_names
+from smoltulu.flows.recipe import check_stage_names, language_notes
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
@@ -148,6 +148,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         *recipe.audit_notes(),
         *recipe.evaluation_notes(),
         *recipe.mup_notes(),
+        *language_notes(recipe),
         *recipe.near_duplicate_notes(),
         *recipe.sampled_notes(),
         *_too_large(costs, rows),

@@ -213,7 +213,7 @@ def _summarise(
 
 
 def _write_rows(path: Path, judged: list[JudgedRow], settings: LanguageSettings) -> None:
-    columns = {
+    columns: dict[str, Sequence[str | None]] = {
         "id": [row_id for row_id, _, _ in judged],
         "language": [named(language, settings.languages) for _, language, _ in judged],
         "detected": [language for _, language, _ in judged],

@@ -87,7 +87,7 @@ def marked(one: str, other: str, num_words: int = _WORDS) -> tuple[Pieces, Piece
     plain = [[word.strip().lower() for word in some] for some in cut]
     left: Pieces = []
     right: Pieces = []
-    for kind, a_start, a_end, b_start, b_end in SequenceMatcher(None, *plain, autojunk=False).get_opcodes():
+    for kind, a_start, a_end, b_start, b_end in SequenceMatcher(a=plain[0], b=plain[1], autojunk=False).get_opcodes():
         for pieces, words_of, start, end in ((left, cut[0], a_start, a_end), (right, cut[1], b_start, b_end)):
             if start < end:
                 pieces.append(("".join(words_of[start:end]), kind != "equal"))

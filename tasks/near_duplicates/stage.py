@@ -169,7 +169,9 @@ def _compare(
     texts.finish()
     own = sets[-1]
     is_compared = np.concatenate(sizes) > 0
-    found = near_duplicates(np.concatenate(bands), is_compared, own.first, _alike(texts, rules), within=config.within)
+    all_bands = np.concatenate(bands)
+    bands.clear()  # the largest part of what is held
+    found = near_duplicates(all_bands, is_compared, own.first, _alike(texts, rules), within=config.within)
     return _matches(found, sets, texts), int((~is_compared[own.first :]).sum()), len(found.unfinished)
 
 

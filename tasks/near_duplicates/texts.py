@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
+import os
 import re
 from array import array
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ class Texts:
         self._file = file
         self._stream = file.open("wb")
         self._ends = array("q", [0])
-        self._map: mmap.mmap | None = None
+        self._reader: FileIO | None = None
         self._unit: Literal["words", "characters"] = unit
         self._size = size
         self._set_of = lru_cache(_NUM_SETS)(self._read_set)
@@ -36,9 +37,7 @@ class Texts:
     def finish(self) -> None:
         """All texts are written."""
         self._stream.close()
-        if self._ends[-1]:
-            with self._file.open("rb") as stream:
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._reader = self._file.open("rb", buffering=0)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -47,8 +46,8 @@ class Texts:
         """Remove the file."""
         self._stream.close()
         self._set_of.cache_clear()
-        if self._map is not None:
-            self._map.close()
+        if self._reader is not None:
+            self._reader.close()
         self._file.unlink(missing_ok=True)
 
     def same(self, one: int, other: int) -> bool:
@@ -66,7 +65,9 @@ class Texts:
 
     def _bytes(self, number: int) -> bytes:
         start, end = self._ends[number], self._ends[number + 1]
-        return self._map[start:end] if self._map is not None else b""
+        assert self._reader is not None, "texts are read once all of them are written"
+        # Not mapped into memory: pages of a large file would count as this process's own.
+        return os.pread(self._reader.fileno(), end - start, start)
 
     def _read_set(self, number: int) -> frozenset[str]:
         return frozenset(shingles(self._bytes(number).decode("utf-8", "surrogatepass"), self._unit, self._size))

@@ -69,6 +69,7 @@ def run_preflight(
         refusals=dict(counts.refusals.most_common(_NUM_REFUSALS)),
         lengths=length_report(counts.lengths),
         kinds=_kinds(file) if config.kind == "prompts" else {},
+        tokens_by_source=_tokens_by_source(file, Path(inputs.dataset)),
         tokenizer=probe.facts,
         disk_bytes=training and disk_of_training(training, Path(inputs.model), file, compute),
         first_rows={name: tuple(rows) for name, rows in counts.examples.items()},
@@ -158,6 +159,26 @@ def _kinds(file: Path) -> dict[str, int]:
     """Rows of each verifier, and of each kind of constraint."""
     counted = Counter(kind for row in stored_rows(file) for kind in kinds_of(row["verifier"], row["ground_truth"]))
     return dict(sorted(counted.items()))
+
+
+def _tokens_by_source(file: Path, dataset: Path) -> dict[str, int]:
+    """Tokens of the rows of each source, whose number begins a row's id. Of prompts, and of a single source, none."""
+    import pyarrow.compute as pc
+    from pyarrow import parquet
+
+    times = {"input_ids": 1, "prompt_ids": 2, "chosen_ids": 1, "rejected_ids": 1}
+    sources = [one.partition(":")[0] for one in parquet.read_table(dataset, columns=["id"])["id"].to_pylist()]
+    columns = [name for name in parquet.read_schema(file).names if name in times]
+    if not columns or len(set(sources)) < 2:
+        return {}
+    found: Counter[str] = Counter(dict.fromkeys(sources, 0))
+    with parquet.ParquetFile(file) as rows:
+        for group in range(rows.num_row_groups):
+            table = rows.read_row_group(group, columns=["row", *columns], use_threads=False)
+            lengths = [times[name] * pc.list_value_length(table[name]).to_numpy() for name in columns]
+            for number, length in zip(table["row"].to_pylist(), sum(lengths).tolist(), strict=True):
+                found[sources[number]] += length
+    return dict(sorted(found.items(), key=lambda pair: int(pair[0])))
 
 
 def _gate_failures(config: PreflightConfig, outputs: PreflightOutputs, metrics: Mapping[str, float]) -> list[str]:

@@ -54,7 +54,7 @@ def latex(table: Table) -> str:
         rf"% {escape(table.title)}",
         rf"\begin{{tabular}}{{{columns}}}",
         r"\hline",
-        _line(["Task", *heads, "Measured with"]),
+        _line([table.row_head, *heads, "Measured with"]),
         r"\hline",
         *(_row(row) for row in table.rows),
         r"\hline",
@@ -85,8 +85,8 @@ def _cell(cell: Cell | None) -> str:
         parts.append(escape(f"({', '.join((f'n = {cell.num_samples}', *cell.marks))})"))
     parts += [rf"\textgreater{{}}\,{escape(letter)}" for letter in cell.above]
     parts += [rf"\textless{{}}\,{escape(letter)}" for letter in cell.below]
-    if cell.not_comparable:
-        parts.append(f"not comparable{_marks(cell.notes)}")
+    if cell.not_comparable or cell.notes:
+        parts.append(("not comparable" if cell.not_comparable else "") + _marks(cell.notes))
     return " ".join(parts)
 
 

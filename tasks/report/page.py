@@ -11,13 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.contamination import ContaminationOutputs
 from smoltulu.schemas.data import DatasetOutputs
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.held_out import HeldOutOutputs
+from smoltulu.schemas.held_out_loss import HeldOutLossOutputs
+from smoltulu.schemas.languages import LanguageOutputs
+from smoltulu.schemas.mixture import MixtureOutputs
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.near_duplicates import NearDuplicateOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
@@ -29,14 +32,13 @@ from smoltulu.tasks.report import text, verdict
 from smoltulu.tasks.report.charts import Point, parse_history
 from smoltulu.tasks.report.render import render
 from smoltulu.tasks.report.summary import Outputs, outputs_of, preflight_figures, score_tables
-from smoltulu.tasks.report.tables import tables_section
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
+from smoltulu.tasks.report.tables import FORMATS, tables_of_run, tables_section
+from smoltulu.tasks.tables.values import Table
 
 #: Metrics that are shown first; all others are folded below them.
 FIRST_CURVES = (
     "loss",
+    "held_out/loss",
     "reward",
     "held_out/accuracy",
     "held_out/kinds/accuracy",
@@ -77,11 +79,12 @@ def html_report(
     preflights = _outputs_of(PreflightOutputs, runs)
     sections: list[tuple[str, str, Any]] = [
         ("scores", "Scores", score_tables(summary.scores)),
-        ("tables", "Tables", _tables(_evaluations(runs, folders))),
+        ("tables", "Tables", tables_section(*run_tables(manifests, folders), beside=True)),
         ("answers", "Answers side by side", answers),
         ("stages", "Stages", runs),
         ("curves", "Training", _curves(runs, folders)),
         ("held_out", "Held-out prompts", _held_out(runs)),
+        ("held_out_loss", "Held-out loss", _held_out_losses(runs)),
         ("samples", "What the policy wrote", _samples(runs, folders)),
         ("sampled", "Rows that a model wrote", _outputs_of(SampledRowsOutputs, runs)),
         ("contamination", "Contamination", _outputs_of(ContaminationOutputs, runs)),
@@ -91,6 +94,7 @@ def html_report(
             [(name, outputs) for name, _, outputs in _outputs_of(NearDuplicateOutputs, runs)],
         ),
         ("data", "Data", [dataset for dataset in datasets if dataset[2].sources]),
+        ("mixtures", "Mixtures", _mixtures(runs, preflights)),
         ("preflight", "Preflight", [(name, preflight_figures(outputs)) for name, _, outputs in preflights]),
         ("verifier_audit", "Verifier audit", _verifier_audit(runs)),
         ("lineage", "Lineage", _lineage(manifests) if manifests else None),
@@ -111,30 +115,36 @@ def html_report(
 
 
 @dataclass(frozen=True)
-class _Evaluations:
-    """The evaluations of a run, equal where their manifests and folders are."""
+class _Measured:
+    """What of a run is in tables, equal where manifests and folders are."""
 
     key: tuple[tuple[str, str, str], ...]
     manifests: dict[str, Manifest] = field(compare=False)
     folders: Mapping[str, Path] = field(compare=False)
 
 
-def _evaluations(runs: Sequence[tuple[StageRun, Manifest | None]], folders: Mapping[str, Path]) -> _Evaluations:
-    made = {run.node: manifest for run, manifest in runs if manifest and outputs_of(EvaluationOutputs, manifest)}
-    key = tuple((node, str(folders.get(node)), repr(manifest)) for node, manifest in made.items())
-    return _Evaluations(key, made, folders)
-
-
-def _tables(made: _Evaluations) -> Markup:
-    shown, problems = _made_tables(made)
+def run_tables(manifests: Mapping[str, Manifest], folders: Mapping[str, Path]) -> tuple[list[Table], list[str]]:
+    """The tables of a run, and what could not be read. Kept until an artifact of those that are in tables is made."""
+    key = tuple(
+        (node, str(folders.get(node)), repr(manifest))
+        for node, manifest in manifests.items()
+        if any(outputs_of(model, manifest) for model in (EvaluationOutputs, ContaminationOutputs, LanguageOutputs))
+    )
+    made, problems = _made_tables(_Measured(key, dict(manifests), folders))
     if problems:
         _made_tables.cache_clear()  # what cannot be read may be read for the next page
-    return shown
+    return made, problems
 
 
-@lru_cache(maxsize=2)  # the page is written after every stage, and few of them are evaluations
-def _made_tables(made: _Evaluations) -> tuple[Markup, list[str]]:
-    return tables_section(made.manifests, made.folders)
+@lru_cache(maxsize=2)  # the page is written after every stage, and few of them are in tables
+def _made_tables(measured: _Measured) -> tuple[list[Table], list[str]]:
+    return tables_of_run(measured.manifests, measured.folders)
+
+
+def table_files(manifests: Mapping[str, Manifest], folders: Mapping[str, Path]) -> dict[str, str]:
+    """Name -> text of the files that lie beside a report; none where nothing is in tables."""
+    tables, _ = run_tables(manifests, folders)
+    return {f"tables.{name}": FORMATS[name](tables) for name in ("html", "csv")} if tables else {}
 
 
 @dataclass(frozen=True)
@@ -251,6 +261,29 @@ def _held_out(runs: Sequence[tuple[StageRun, Manifest | None]]) -> list[tuple[st
         for _, manifest, outputs in _outputs_of(ModelOutputs, runs)
         if outputs.held_out is not None
     ]
+
+
+def _held_out_losses(
+    runs: Sequence[tuple[StageRun, Manifest | None]],
+) -> list[tuple[str, HeldOutLossOutputs, str]]:
+    """Title, result and unit of every training that had held-out rows."""
+    return [
+        (text.title(manifest.spec.stage), found, "pairs" if found.last.accuracy is not None else "supervised tokens")
+        for _, manifest, outputs in _outputs_of(ModelOutputs, runs)
+        if (found := outputs.held_out_loss) is not None
+    ]
+
+
+def _mixtures(
+    runs: Sequence[tuple[StageRun, Manifest | None]], preflights: Sequence[tuple[str, Manifest, PreflightOutputs]]
+) -> list[tuple[str, MixtureOutputs, PreflightOutputs | None]]:
+    """Every mixture, with the first preflight that read its rows."""
+    read = {
+        record.key: outputs
+        for name, manifest, outputs in reversed(preflights)
+        if (record := manifest.inputs.get("dataset")) is not None and not name.endswith("held-out")
+    }
+    return [(name, outputs, read.get(manifest.key)) for name, manifest, outputs in _outputs_of(MixtureOutputs, runs)]
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from smoltulu.schemas.benchmarks import BenchmarkRegistry
 from smoltulu.schemas.evaluation import Score
 from smoltulu.schemas.published import Definition, PublishedModel, PublishedTables
+from smoltulu.tasks.tables.data_tables import NAMES, MeasuredSet, data_table
 from smoltulu.tasks.tables.significance import Figure, RowTests, direction, row_tests
-from smoltulu.tasks.tables.values import Cell, Column, MeasuredModel, Row, Table
+from smoltulu.tasks.tables.values import Cell, Column, MeasuredModel, Notes, Row, Table
 
 LEVEL = 0.05
 STAGES = "stages"
@@ -20,28 +22,32 @@ _DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b")
 _Place = tuple[str, str, int | None]
 
 
-class _Notes(dict[str, int]):
-    """Numbered sentences, each once."""
-
-    def number(self, text: str) -> int:
-        return self.setdefault(text, len(self) + 1)
-
-
 def tables_of(
-    published: PublishedTables, models: Sequence[MeasuredModel], names: Sequence[str] = (), level: float = LEVEL
+    published: PublishedTables,
+    models: Sequence[MeasuredModel],
+    names: Sequence[str] = (),
+    level: float = LEVEL,
+    *,
+    registry: BenchmarkRegistry | None = None,
+    sets: Sequence[MeasuredSet] = (),
 ) -> list[Table]:
     """The tables that are asked for; else stages × tasks, and every published one of which something was measured.
+
+    registry  of benchmarks, for tables of data sets; None: there are none
 
     Raises:
         ValueError: a table that does not exist.
     """
-    known = (STAGES, *published.tables)
+    known = (STAGES, *published.tables, *(() if registry is None else NAMES))
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no table is called {unknown[0]!r}; there are {', '.join(known)}")
     made: list[Table] = []
     for name in dict.fromkeys(names or known):
         if name == STAGES:
             made += stage_tables(models, level)
+        elif registry is not None and name in NAMES:
+            table = data_table(name, registry, sets)
+            made += [table] if names or table.has_figures else []
         elif names or not published.tables[name].on_request:
             table = paper_table(name, published, models, level)
             made += [table] if names or table.has_scores else []
@@ -57,7 +63,7 @@ def stage_tables(models: Sequence[MeasuredModel], level: float = LEVEL) -> list[
     rewards = [model for model in models if model.kind != "language_model"]
     tables = []
     for title, columns in (("Language models: stages × tasks", writers), ("Rewards on pairs", rewards)):
-        notes, rows = _Notes(), []
+        notes, rows = Notes(), []
         for place, scores in _by_place(columns).items():
             figures = [_figure(model, score) for model, score in zip(columns, scores, strict=True)]
             tests = row_tests(figures, level=level, better=_direction(scores))
@@ -79,7 +85,7 @@ def stage_tables(models: Sequence[MeasuredModel], level: float = LEVEL) -> list[
 
 def paper_table(name: str, published: PublishedTables, models: Sequence[MeasuredModel], level: float = LEVEL) -> Table:
     """A published table with our models of its stages as further columns."""
-    table, notes = published.tables[name], _Notes()
+    table, notes = published.tables[name], Notes()
     ours = [model for model in models if model.kind == table.kind and model.subject in table.subjects]
     heads = _published_heads([published.models[model] for model in table.models], published, notes)
     grid = _by_place(ours)
@@ -100,7 +106,7 @@ def paper_table(name: str, published: PublishedTables, models: Sequence[Measured
     return Table(name, table.title, heads, columns, tuple(rows), tuple(notes), _legend(rows, level))
 
 
-def _published_heads(models: Sequence[PublishedModel], published: PublishedTables, notes: _Notes) -> tuple[Column, ...]:
+def _published_heads(models: Sequence[PublishedModel], published: PublishedTables, notes: Notes) -> tuple[Column, ...]:
     heads = []
     for number, model in enumerate(models):
         sources = [published.sources[source] for source in model.sources]
@@ -143,7 +149,7 @@ def _beside(
     scores: Sequence[Score | None],
     ours: Sequence[MeasuredModel],
     heads: Sequence[Column],
-    notes: _Notes,
+    notes: Notes,
     level: float,
 ) -> Row:
     """A row without its title."""
@@ -257,7 +263,7 @@ def _sources(models: Sequence[MeasuredModel], scores: Sequence[Score | None]) ->
     return "; ".join(sorted(found))
 
 
-def _not_compared(notes: _Notes, tests: RowTests, models: Sequence[MeasuredModel]) -> tuple[int, ...]:
+def _not_compared(notes: Notes, tests: RowTests, models: Sequence[MeasuredModel]) -> tuple[int, ...]:
     """A note for every reason why models are not compared item by item."""
     by_reason: dict[str, list[str]] = {}
     for (first, second), reason in tests.untested.items():

@@ -9,6 +9,13 @@ from smoltulu.schemas.evaluation import Score, ScoreKind
 from smoltulu.tasks.comparison.evaluations import Measured
 
 
+class Notes(dict[str, int]):
+    """Numbered sentences, each once."""
+
+    def number(self, text: str) -> int:
+        return self.setdefault(text, len(self) + 1)
+
+
 @dataclass(frozen=True)
 class MeasuredModel:
     """A model that was measured here: a column.
@@ -97,8 +104,15 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     legend: tuple[str, ...]
+    row_head: str = "Task"
 
     @property
     def has_scores(self) -> bool:
         """Whether any of it was measured here."""
         return any(cell for row in self.rows for cell in row.measured)
+
+    @property
+    def has_figures(self) -> bool:
+        """Whether a figure was measured here in a row that has a published one, or in a table that has none."""
+        rows = [row for row in self.rows if any(row.published) or not self.published]
+        return any(cell and cell.num_samples for row in rows for cell in row.measured)

@@ -73,6 +73,8 @@ def find_source_run(
     """
     if not isinstance(config, SupervisedSettings) or config.schedule is None or config.max_steps is None:
         return None
+    if config.held_out is not None and config.held_out.decides:
+        return None  # see SupervisedSettings.is_extendable
     ranked = (index or SpecIndex(store.root)).ranked(spec.model_dump())
     near = [found for found in ranked if _only_the_budget_differs(found.changes)]
     found = list(_source_runs(store, near, config, compute, dict(input_digests), damaged))

@@ -219,7 +219,8 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
             if not state.is_world_process_zero or not logs or "train_runtime" in logs:
                 return
             values = numbers(logs)
-            shown = ("loss", "reward", "held_out/accuracy", "rewards/accuracies", "accuracy", "tokens_per_second")
+            of_pairs = ("rewards/accuracies", "accuracy")
+            shown = ("loss", "held_out/loss", "reward", "held_out/accuracy", *of_pairs, "tokens_per_second")
             self.metrics |= {name: values[name] for name in shown if name in values}
             with self.history.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **values}) + "\n")

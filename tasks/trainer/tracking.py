@@ -223,6 +223,7 @@ def speed_and_memory(trainer: Trainer) -> TrainerCallback:
         if "loss" in logs:
             logs["num_tokens"] = num_tokens(trainer)
             seconds, tokens = time.monotonic() - count.began, logs["num_tokens"] - count.num_tokens_before
+            seconds -= getattr(trainer, "seconds_held_out", 0.0)
             if seconds > 0 and tokens > 0:
                 logs["tokens_per_second"] = tokens / seconds
             logs["peak_memory_gb"] = peak_memory_bytes(trainer.args.device.type) / 1e9

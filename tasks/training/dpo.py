@@ -8,6 +8,7 @@ and give a LoRA model a second adapter as its reference.
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
@@ -19,8 +20,9 @@ from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.even_rows import even_out, is_blank
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.training.reference_logps import run_reference_logps
+from smoltulu.tasks.training.watched import finish_watched, watch_losses
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +42,9 @@ def _trainer_class() -> type:
     import torch
     from transformers import Trainer
 
+    from smoltulu.tasks.training.held_out_loss import RowLoss
     from smoltulu.tasks.training.preference_batch import completion_logps
-    from smoltulu.tasks.training.preference_loss import LogRatios, preference_loss
+    from smoltulu.tasks.training.preference_loss import LogRatios, preference_loss, to_reference
 
     class PreferenceTrainer(Trainer):
         loss_is_scaled_for_ga = True
@@ -73,17 +76,19 @@ def _trainer_class() -> type:
             # None in a blank batch: its loss is an empty sum, whose gradient is exactly 0.
             num_pairs = 0 if is_blank(inputs) else len(inputs["row"])
             chosen, rejected = chosen[:num_pairs], rejected[:num_pairs]
-            ratios = LogRatios(
-                chosen - inputs["reference_chosen"][:num_pairs],
-                rejected - inputs["reference_rejected"][:num_pairs],
-                inputs["num_chosen"][:num_pairs],
-                inputs["num_rejected"][:num_pairs],
-            )
+            ratios = to_reference(inputs, chosen, rejected)
             losses = preference_loss(self.settings.loss_type, ratios, self.settings.beta, self.settings.label_smoothing)
             self._note(chosen.detach(), rejected.detach(), ratios)
             num_processes = self.accelerator.num_processes
             # Gradients of several processes are averaged, not summed.
             return losses.sum() * num_processes / (num_items_in_batch or len(losses) * num_processes)
+
+        def row_losses(self, model: Any, inputs: Any, rows: Sequence[dict[str, Any]]) -> list[RowLoss]:
+            """Of each pair of a batch; right: a positive margin, as in `rewards/accuracies`."""
+            ratios = to_reference(inputs, *completion_logps(model, inputs))
+            losses = preference_loss(self.settings.loss_type, ratios, self.settings.beta, self.settings.label_smoothing)
+            right = (ratios.margins > 0).tolist()
+            return [RowLoss(loss, 1, one) for loss, one in zip(losses.double().tolist(), right, strict=True)]
 
         @torch.no_grad()
         def _note(self, chosen: torch.Tensor, rejected: torch.Tensor, ratios: LogRatios) -> None:
@@ -116,17 +121,17 @@ def _trainer_class() -> type:
     return PreferenceTrainer
 
 
-def load_pairs(inputs: DPOInputs, context: StageContext) -> Dataset:
+def load_pairs(dataset: str, reference_logps: str, context: StageContext) -> Dataset:
     """Tokenised pairs with the reference's log-probabilities; ValueError where those are of other rows."""
     from pyarrow import parquet
 
     from smoltulu.tasks.training.preference_batch import COLUMNS, REFERENCE_COLUMNS
 
-    rows = load_rows(inputs.dataset, context, list(COLUMNS))
-    reference = parquet.read_table(inputs.reference_logps)
+    rows = load_rows(dataset, context, list(COLUMNS))
+    reference = parquet.read_table(reference_logps)
     if len(reference) != len(rows):
         raise ValueError(
-            f"{inputs.reference_logps} has {len(reference):,} lines and {inputs.dataset} {len(rows):,} pairs: the "
+            f"{reference_logps} has {len(reference):,} lines and {dataset} {len(rows):,} pairs: the "
             "reference's log-probabilities are of other rows; make them again (refresh reference-logps)"
         )
     for name, source in zip(REFERENCE_COLUMNS, ("chosen", "rejected"), strict=True):
@@ -146,7 +151,7 @@ def build(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> Trai
     if config.lora:
         model = with_adapter(model, config.lora)
 
-    rows = load_pairs(inputs, context)
+    rows = load_pairs(inputs.dataset, inputs.reference_logps, context)
     arguments = trainer_arguments(config, context)
     del arguments["trust_remote_code"]  # TRL's own; `load_language_model` runs none
     trainer = _trainer_class()(
@@ -179,12 +184,18 @@ def build_with_reference(config: DPOSettings, inputs: TrainingInputs, context: S
 def train_dpo(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> tuple[ModelOutputs, dict[str, float]]:
     """Preference optimisation of pairs."""
     trainer = build(config, inputs, context)
+
+    def load_held_out(file: str) -> Dataset:
+        assert inputs.held_out_reference_logps is not None, "held-out pairs come with their reference"
+        return load_pairs(file, inputs.held_out_reference_logps, context)
+
+    held_out = watch_losses(trainer, "dpo", config, inputs, context, load_held_out, trainer.row_losses)
     # With the hinge loss, a pair beyond the margin has a loss of 0.
     rule = LossRule(zero_is_fault=config.loss_type != "hinge")
     num_steps = train(trainer, context, config.schedule, rule)
     rewards = ("rewards/accuracies", "rewards/margins", "rewards/accuracies_normalised", "rewards/margins_normalised")
     shown = ("loss", *rewards, "tokens_per_second")
-    return finish(trainer, context, num_steps, shown, config.gate)
+    return finish_watched(held_out, trainer, context, num_steps, shown, config.gate)
 
 
 dpo = Stage("dpo", 2, DPOSettings, DPOInputs, ModelOutputs, train_dpo, gate_failures, build_with_reference)

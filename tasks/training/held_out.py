@@ -5,8 +5,7 @@ them, whatever `rlvr.reward` pays. The random numbers of an answer depend on see
 step: so two evaluations differ by the policies alone, their difference has less noise, and an evaluation that is made
 again after a resume is the same. No random state of the training is touched.
 
-With `keep: best` the weights of the best evaluation lie in `work/best` before they count as the best. A checkpoint
-names those that were best then, and they stay until a later checkpoint names others.
+With `keep: best` the weights of the best evaluation lie beside the checkpoints (tasks/trainer/best_weights.py).
 """
 
 from __future__ import annotations
@@ -18,25 +17,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-from smoltulu.artifacts.checkpoints import fault, mark_complete
-from smoltulu.artifacts.files import remove_tree
 from smoltulu.artifacts.keys import LOGS_FOLDER
 from smoltulu.schemas.held_out import HeldOutOutputs
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.rlvr import PPOSettings, RLVRSettings
 from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.best_weights import BestWeights
 from smoltulu.tasks.training.held_out_record import Evaluation, Record, falls, graded, metrics_of, share_right
 from smoltulu.tasks.training.held_out_rows import HeldOutRow, Split
 from smoltulu.tasks.training.rewards import Answer, scores_of
 from smoltulu.tasks.training.rollouts import HELD_OUT_TOKENS, Request, transformers_backend
 
 logger = logging.getLogger("smoltulu")
-#: Folder of `work` for the weights of the best evaluation: outside of the checkpoints, which are pruned.
-BEST_FOLDER = "best"
 HELD_OUT_FILE = f"{LOGS_FOLDER}/held_out.jsonl"
 
 
@@ -55,12 +50,11 @@ class HeldOut(TrainerCallback):
         models: dict[str, torch.nn.Module],
     ) -> None:
         assert config.held_out is not None
-        self.trainer, self.split, self.config, self.context, self.models = trainer, split, config, context, models
+        self.trainer, self.split, self.config, self.context = trainer, split, config, context
         self.settings = config.held_out
         self.every = self.settings.every(config.num_steps_per_rollout)
         self.record = Record()
-        #: The step whose weights the newest checkpoint names as best.
-        self.in_checkpoint: int | None = None
+        self.best = BestWeights(trainer, context.work, models, ("held-out accuracy", "rlvr"))
         tokenizer: Any = trainer.processing_class
         rows = [one.row for one in split.held_out]
         self.prompt_ids = prompt_ids(tokenizer, [row["prompt"] for row in rows], [row.get("tools") for row in rows])
@@ -81,9 +75,8 @@ class HeldOut(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step:
             self.record = Record.of(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            self.in_checkpoint = self.record.best.step
             if self.config.keep == "best":
-                self._require_best(state.global_step)
+                self.best.require(self.record.best.step, state.global_step)
         if self.record.ended_early:
             # The run is over. transformers' loop would look at the control only after a step.
             state.max_steps, control.should_training_stop = state.global_step, True
@@ -117,7 +110,7 @@ class HeldOut(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.record.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        self.in_checkpoint = self.record.best.step
+        self.best.in_checkpoint = self.record.best.step
 
     def _evaluate(self, state: Any, control: Any) -> None:
         """All processes answer a part each, and all know the result."""
@@ -128,7 +121,7 @@ class HeldOut(TrainerCallback):
                 "look at data.rlvr"
             )
         if self.config.keep == "best" and (not self.record.evaluations or made.accuracy > self.record.best.accuracy):
-            self._write_weights(made.step)
+            self.best.write(made.step)
         self.record.evaluations.append(made)
         # transformers' own `log`: TRL's would add the means of the training's metrics, and forget them. It takes a log
         # that is due at this step for done.
@@ -174,56 +167,9 @@ class HeldOut(TrainerCallback):
         text: str = tokenizer.decode(rollout.ids[:-1] if rollout.stopped else rollout.ids, skip_special_tokens=True)
         return text
 
-    # ------------------------------------------------------------------------------------------------ the best weights
-
-    def _write_weights(self, step: int) -> None:
-        """Of the best so far. Those that no checkpoint names make room first: at most two lie there."""
-        if not self.trainer.is_world_process_zero():
-            return
-        best = self.context.work / BEST_FOLDER
-        for path in best.glob("step-*"):
-            if path.name != f"step-{self.in_checkpoint}":
-                remove_tree(path)
-        folder = best / f"step-{step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, model in self.models.items():
-            # What is trained: of a policy with LoRA its adapter.
-            weights = {key: one.detach().cpu().contiguous() for key, one in _trained(model).items()}
-            save_file(weights, folder / f"{name}.safetensors")
-        mark_complete(folder)
-
-    def _require_best(self, step: int) -> None:
-        """Before hours of training: the weights that the checkpoint of `step` names as the best are there."""
-        best = self.record.best.step
-        folder = self.context.work / BEST_FOLDER / f"step-{best}"
-        found = fault(folder, full=True)
-        if found is None:
-            return
-        if best == step:  # they are those that were just loaded
-            self._write_weights(step)
-            return
-        raise ValueError(self._damaged(folder, found))
-
-    def _damaged(self, folder: Path, found: str) -> str:
-        return (
-            f"the weights of step {self.record.best.step:,}, the best by held-out accuracy, are damaged: {folder}: "
-            f"{found}; make the stage again (refresh rlvr)"
-        )
-
     def restore_best(self) -> None:
         """Put the weights that are kept into the models of the main process, which saves them."""
-        step = self.kept.step
-        if not self.trainer.is_world_process_zero() or step == self.trainer.state.global_step:
-            return
-        folder = self.context.work / BEST_FOLDER / f"step-{step}"
-        if (found := fault(folder, full=True)) is not None:
-            raise ValueError(self._damaged(folder, found))
-        for name, model in self.models.items():
-            stored, trained = load_file(folder / f"{name}.safetensors"), _trained(model)
-            assert stored.keys() == trained.keys()
-            with torch.no_grad():
-                for key, weight in trained.items():
-                    weight.copy_(stored[key])
+        self.best.restore(self.kept.step)
 
     # -------------------------------------------------------------------------------------------------------- the end
 
@@ -275,7 +221,3 @@ def num_at_once(config: RLVRSettings, num_processes: int) -> int:
     limit = config.rollout_batch_size if isinstance(config, PPOSettings) else None
     own = -(-config.num_rollouts // num_processes)
     return min(own, limit or own)
-
-
-def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

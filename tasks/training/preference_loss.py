@@ -8,7 +8,7 @@ All tensors are (batch,); every loss gives (batch,), one loss a pair, without a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,17 @@ class LogRatios:
     def normalised_margins(self) -> torch.Tensor:
         """c / n_c - r / n_r."""
         return self.chosen / self.num_chosen - self.rejected / self.num_rejected
+
+
+def to_reference(batch: Mapping[str, torch.Tensor], chosen: torch.Tensor, rejected: torch.Tensor) -> LogRatios:
+    """Log-probabilities of the first pairs of a batch against the reference's."""
+    num_pairs = len(chosen)
+    return LogRatios(
+        chosen - batch["reference_chosen"][:num_pairs],
+        rejected - batch["reference_rejected"][:num_pairs],
+        batch["num_chosen"][:num_pairs],
+        batch["num_rejected"][:num_pairs],
+    )
 
 
 def preference_loss(

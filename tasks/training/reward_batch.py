@@ -22,6 +22,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from smoltulu.tasks.trainer.even_rows import BLANK, is_blank
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.packed_attention import segments_of_pairs
+from smoltulu.tasks.training.held_out_loss import RowLoss
 
 COLUMNS = ("row", "prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -99,13 +100,7 @@ class PairTrainer(RewardTrainer):
     ) -> Any:
         """Sum over the micro-batch, divided by the pairs of the step (alone: by its own). Outputs: the scores."""
         num_pairs = _num_pairs(inputs)
-        batch = {name: value for name, value in inputs.items() if name not in (BLANK, "row")}
-        if "segments" in batch:
-            last_tokens, num_tokens = batch.pop("last_tokens"), batch.pop("num_tokens")
-            scores = self._scores_of_tokens(model, batch)[last_tokens]
-        else:
-            num_tokens = batch["attention_mask"].sum()
-            scores = model(**batch, use_cache=False).logits
+        scores, num_tokens = self._scores(model, inputs)
         # None in a blank batch: its loss is an empty sum, whose gradient is exactly 0.
         chosen, rejected = (side[:num_pairs] for side in scores.squeeze(-1).chunk(2))
         self._note(chosen, rejected, num_tokens if num_pairs else 0)
@@ -114,6 +109,21 @@ class PairTrainer(RewardTrainer):
         loss = -logsigmoid(chosen - rejected).sum() * num_processes
         loss = loss / (num_items_in_batch or num_pairs * num_processes)
         return (loss, SequenceClassifierOutput(logits=scores)) if return_outputs else loss
+
+    def _scores(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of the 2B sides, (2B, 1), chosen ones first, and the number of their tokens."""
+        batch = {name: value for name, value in inputs.items() if name not in (BLANK, "row")}
+        if "segments" in batch:
+            last_tokens, num_tokens = batch.pop("last_tokens"), batch.pop("num_tokens")
+            return self._scores_of_tokens(model, batch)[last_tokens], num_tokens
+        return model(**batch, use_cache=False).logits, batch["attention_mask"].sum()
+
+    def row_losses(self, model: Any, inputs: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[RowLoss]:
+        """Of each pair of a batch."""
+        chosen, rejected = self._scores(model, inputs)[0].squeeze(-1).chunk(2)
+        margins = (chosen - rejected).double().tolist()
+        losses = (-logsigmoid(chosen - rejected)).double().tolist()
+        return [RowLoss(loss, 1, margin > 0) for loss, margin in zip(losses, margins, strict=True)]
 
     def _scores_of_tokens(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The score at every token of a packed batch, (T, 1).

@@ -15,7 +15,8 @@ from smoltulu.tasks.models.classifiers import keep_in_float32, load_classifier
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.even_rows import even_out
-from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.training.watched import finish_watched, watch_losses
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -60,8 +61,15 @@ def train_reward_model(
 ) -> tuple[ModelOutputs, dict[str, float]]:
     """Train a one-score classifier on preference pairs."""
     trainer = build(config, inputs, context)
+    from smoltulu.tasks.training.reward_batch import COLUMNS
+
+    held_out = watch_losses(
+        trainer, "reward_model", config, inputs, context,
+        lambda file: load_rows(file, context, list(COLUMNS)), trainer.row_losses,
+    )  # fmt: skip
     num_steps = train(trainer, context, config.schedule)
-    return finish(trainer, context, num_steps, ("loss", "accuracy", "margin", "tokens_per_second"))
+    shown = ("loss", "accuracy", "margin", "tokens_per_second")
+    return finish_watched(held_out, trainer, context, num_steps, shown)
 
 
 reward_model = Stage(

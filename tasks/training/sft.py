@@ -21,12 +21,17 @@ from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.even_rows import BLANK, even_out, is_blank
 from smoltulu.tasks.trainer.gate import gate_failures
-from smoltulu.tasks.trainer.loop import budget, finish, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.packed_attention import segments_of_lengths
+from smoltulu.tasks.training.watched import finish_watched, watch_losses
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from smoltulu.tasks.training.held_out_loss import RowLoss
+
+COLUMNS = ("row", "input_ids", "labels")
 
 
 def collate_packed(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
         model = with_adapter(model, config.lora)
 
     collate = collate_packed if context.compute.packing else DataCollatorForLanguageModeling(tokenizer.pad_token_id)
-    rows = load_rows(inputs.dataset, context, ["row", "input_ids", "labels"])
+    rows = load_rows(inputs.dataset, context, list(COLUMNS))
     trainer = _trainer_class()(
         model=model,
         args=config_of(
@@ -136,14 +141,39 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
     return trainer
 
 
+def row_losses(model: Any, batch: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[RowLoss]:
+    """Of each row of a batch, padded or packed: the summed loss of its supervised tokens."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from smoltulu.tasks.training.held_out_loss import RowLoss
+
+    arguments = {name: value for name, value in batch.items() if name not in ("labels", "row")}
+    logits, labels = model(**arguments, use_cache=False).logits, batch["labels"]
+    sums, start = [], 0
+    for number, row in enumerate(rows):
+        # Packed rows lie in the one row of the batch, padded ones begin a row each.
+        line, first = (0, start) if "segments" in batch else (number, 0)
+        last = first + len(row["input_ids"])
+        said = logits[line, first : last - 1]
+        said = said.to(torch.promote_types(said.dtype, torch.float32))
+        sums.append(cross_entropy(said, labels[line, first + 1 : last], ignore_index=IGNORED, reduction="sum").double())
+        start = last
+    counts = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+    return [RowLoss(total, count) for total, count in zip(torch.stack(sums).tolist(), counts, strict=True)]
+
+
 def train_sft(
     config: SFTSettings, inputs: TrainingInputs, context: StageContext
 ) -> tuple[ModelOutputs, dict[str, float]]:
     """Fine-tune a base model on conversations."""
     trainer = build(config, inputs, context)
+    held_out = watch_losses(
+        trainer, "sft", config, inputs, context, lambda file: load_rows(file, context, list(COLUMNS)), row_losses
+    )
     num_steps = train(trainer, context, config.schedule)
     shown = ("loss", "mean_token_accuracy", "tokens_per_second")
-    return finish(trainer, context, num_steps, shown, config.gate)
+    return finish_watched(held_out, trainer, context, num_steps, shown, config.gate)
 
 
 sft = Stage("sft", 2, SFTSettings, TrainingInputs, ModelOutputs, train_sft, gate_failures, build)

@@ -102,8 +102,9 @@ def test_every_value_of_a_paper_preset_names_its_source_and_the_place_there(name
 @pytest.mark.parametrize("name", PAPER_PRESETS)
 def test_marks_name_the_tables_that_hold_the_values(name: str) -> None:
     """arXiv 2412.08347: SFT's are in table 2, DPO's in table 5, the reward model's in table 7; tables 1, 4 and 13 are
-    about contamination."""
+    about contamination, 10 to 12 about languages."""
     tables = {"sft": {"2"}, "dpo": {"5"}, "reward_model": {"7"}, "contamination": {"1", "4", "13"}}
+    tables["languages"] = {"10", "11", "12"}
     for block, line, comment in value_lines(name):
         if (match := re.search(r"\[P\] tables? ([\d, and]+)", comment)) is not None:
             assert set(re.findall(r"\d+", match[1])) <= tables[block.partition(".")[0]], line

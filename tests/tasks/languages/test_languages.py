@@ -17,7 +17,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.languages import DEFAULT_LANGUAGES, LanguageInputs, LanguageSettings, LanguageStageConfig
 from smoltulu.tasks.languages import detectors as detectors_module
 from smoltulu.tasks.languages.compare import compare_detectors, named, spread_rows
-from smoltulu.tasks.languages.detectors import make_detector
+from smoltulu.tasks.languages.detectors import excerpt, make_detector
 from smoltulu.tasks.languages.prose import judge, num_letters, split_prose
 from smoltulu.tasks.languages.stage import judge_chunks, judge_text, language_shares, row_text
 from smoltulu.tasks.stage import StageContext
@@ -148,6 +148,17 @@ def test_the_two_steps_give_the_answer_of_the_exact_detector() -> None:
         for text in texts:
             language = exact.detect_language_of(text)
             assert detect(text) == language.iso_code_639_1.name.lower()
+
+
+def test_an_excerpt_is_of_the_whole_text() -> None:
+    assert excerpt("abcdefghij", 10) == "abcdefghij"
+    assert excerpt("abcdefghijk", 6) == "ab\nef\njk"
+
+
+def test_a_text_that_begins_in_another_language_has_its_own(detector: str) -> None:
+    chosen = LanguageSettings(detector=detector)
+    text = "Translate this into English, please:\n" + "\n".join([SENTENCES["zh"][1], SENTENCES["zh"][0]] * 4)
+    assert judge_text(text, chosen, make_detector(chosen)) == ("zh", None)
 
 
 def test_text_that_is_no_language_is_unclear() -> None:
@@ -283,7 +294,7 @@ def refuse(*arguments, **options): raise AssertionError("the network was asked f
 socket.socket.connect = refuse
 socket.getaddrinfo = refuse
 from smoltulu.schemas.languages import LanguageSettings
-from smoltulu.tasks.languages.detectors import make_detector
+from smoltulu.tasks.languages.detectors import excerpt, make_detector
 print(make_detector(LanguageSettings(detector={detector!r}))("Where can I find a library around here?"))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

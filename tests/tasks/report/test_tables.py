@@ -15,7 +15,7 @@ from smoltulu.artifacts.readable import clean
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.tasks.report import html_report
 from smoltulu.tasks.report.latex import ESCAPED, escape, latex
-from smoltulu.tasks.report.tables import FORMATS, measured_model, tables_section
+from smoltulu.tasks.report.tables import FORMATS, measured_model, tables_of_run, tables_section
 from smoltulu.tasks.tables.build import paper_table, stage_tables
 from smoltulu.tasks.tables.published import parse_published
 from smoltulu.tasks.tables.values import Table
@@ -177,7 +177,7 @@ def test_a_reports_tables_are_of_its_own_scores(tmp_path: Path) -> None:
 def test_a_report_without_scores_has_no_tables(tmp_path: Path) -> None:
     summary, manifests, folders, recipe = sample_run(tmp_path, made=5)
     assert 'id="tables"' not in html_report(summary, manifests, folders, recipe)
-    assert tables_section({}, {}) == ("", [])
+    assert tables_of_run({}, {}) == ([], []) and tables_section([], []) == ""
 
 
 def test_items_that_cannot_be_read_end_no_report(tmp_path: Path) -> None:

@@ -58,30 +58,30 @@ def killed_while_answering() -> None:
 
 def killed_while_the_best_is_written() -> None:
     """The policy's weights of step 12 are there, the critic's are not."""
-    from smoltulu.tasks.training import held_out
+    from smoltulu.tasks.trainer import best_weights
 
-    real = held_out.save_file
+    real = best_weights.save_file
 
     def save(weights: Any, file: Path) -> None:
         if file.parent.name == "step-12" and file.name.startswith("critic"):
             die()
         real(weights, file)
 
-    held_out.save_file = save
+    best_weights.save_file = save
 
 
 def killed_when_the_best_is_written() -> None:
     """Those of step 12 are whole; the newest checkpoint, of step 8, names step 4 as the best."""
-    from smoltulu.tasks.training import held_out
+    from smoltulu.tasks.trainer import best_weights
 
-    real = held_out.mark_complete
+    real = best_weights.mark_complete
 
     def mark(folder: Path) -> None:
         real(folder)
         if folder.name == "step-12":
             die()
 
-    held_out.mark_complete = mark
+    best_weights.mark_complete = mark
 
 
 def killed_after_training() -> None:

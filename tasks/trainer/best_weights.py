@@ -1,0 +1,87 @@
+"""The best weights so far of a training, beside its checkpoints.
+
+They lie in `work/best` before they count as the best. A checkpoint names those that were best then, and they stay until
+a later checkpoint names others: so a resume from any kept checkpoint finds its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from smoltulu.artifacts.checkpoints import fault, mark_complete
+from smoltulu.artifacts.files import remove_tree
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+#: Folder of `work`: outside of the checkpoints, which are pruned.
+BEST_FOLDER = "best"
+
+
+class BestWeights:
+    """Weights of `models` (name -> model; they are kept together), by the optimizer step after which they were best.
+
+    subject  what they are the best by, and the stage, for messages
+    """
+
+    def __init__(self, trainer: Trainer, work: Path, models: dict[str, torch.nn.Module], subject: tuple[str, str]):
+        self.trainer, self.folder, self.models, self.subject = trainer, work / BEST_FOLDER, models, subject
+        #: The step whose weights the newest checkpoint names as best.
+        self.in_checkpoint: int | None = None
+
+    def write(self, step: int) -> None:
+        """Those of now. Others that no checkpoint names make room first: at most two lie there."""
+        if not self.trainer.is_world_process_zero():
+            return
+        for path in self.folder.glob("step-*"):
+            if path.name != f"step-{self.in_checkpoint}":
+                remove_tree(path)
+        folder = self.folder / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, model in self.models.items():
+            # What is trained: of a model with LoRA its adapter.
+            weights = {key: one.detach().cpu().contiguous() for key, one in _trained(model).items()}
+            save_file(weights, folder / f"{name}.safetensors")
+        mark_complete(folder)
+
+    def require(self, best: int, loaded: int) -> None:
+        """Before hours of training: the weights that the checkpoint of step `loaded` names as the best are there."""
+        self.in_checkpoint = best
+        folder = self.folder / f"step-{best}"
+        found = fault(folder, full=True)
+        if found is None:
+            return
+        if best == loaded:  # they are those that were just loaded
+            self.write(loaded)
+            return
+        raise ValueError(self._damaged(folder, found))
+
+    def restore(self, step: int) -> None:
+        """Put the weights of `step` into the models of the main process, which saves them."""
+        if not self.trainer.is_world_process_zero() or step == self.trainer.state.global_step:
+            return
+        folder = self.folder / f"step-{step}"
+        if (found := fault(folder, full=True)) is not None:
+            raise ValueError(self._damaged(folder, found))
+        for name, model in self.models.items():
+            stored, trained = load_file(folder / f"{name}.safetensors"), _trained(model)
+            assert stored.keys() == trained.keys()
+            with torch.no_grad():
+                for key, weight in trained.items():
+                    weight.copy_(stored[key])
+
+    def _damaged(self, folder: Path, found: str) -> str:
+        by, stage = self.subject
+        step = int(folder.name.removeprefix("step-"))
+        return (
+            f"the weights of step {step:,}, the best by {by}, are damaged: {folder}: {found}; make the stage again "
+            f"(refresh {stage})"
+        )
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
