@@ -26,13 +26,21 @@ from contamination_peers import PEERS
 from contamination_work import PEER_STEP
 
 HERE = Path(__file__).parent
-MAX_RSS_MB, MAX_INDEX_SECONDS, MIN_TIMES_FASTEST, MAX_SLOWDOWN, MIN_GAIN = 1_500, 15, 30, 5, 1.8
-MIN_SPEED = {"full": 100, "ngram": 60}  # MB of user text per second and core
+MAX_RSS_MB, MAX_INDEX_SECONDS, MIN_TIMES_FASTEST, MAX_SLOWDOWN, MIN_GAIN = 1_500, 15, 30, 5, 1.7
+MODES = ("full", "ngram", "normalised")
+MIN_SHARE = {"full": 25, "ngram": 15}  # % of a loop that only lower-cases and hashes bytes, in the same run
+MIN_OF_FULL = 0.6  # speed of normalised
 KNOWN_LEAK = 1_055  # instances of GSM8K's test set that math_cot holds, in both modes
 ADVERSARIAL = (
     "one hot instance in every row",
     "one hot 8-gram in every row",
     "a single row of 50 MB",
+    "only separators",
+    "only accents that stand by themselves",
+    "entities within entities",
+    "backslashes and long escapes",
+    "zero-width characters and broken words",
+    "unfinished tags and links",
     "a million empty rows",
 )
 NOWHERE = "a text of more than eight words that is surely nowhere in any of these rows qzx"
@@ -107,7 +115,7 @@ def number(value: float) -> str:
 def indexes(run: Run) -> None:
     """Index of the twelve benchmarks; every one in a fresh process, imports and reading of files included."""
     rows = []
-    for mode in MIN_SPEED:
+    for mode in MODES:
         first = run.index(mode, only=NOWHERE)
         built = [run.index(mode) for _ in range(run.repeats)]
         run.indexes[mode] = built[-1]["folder"]
@@ -128,7 +136,7 @@ def indexes(run: Run) -> None:
 def scans(run: Run) -> None:
     """The normal input, both modes, on one core and on two."""
     rows = []
-    for mode, minimum in MIN_SPEED.items():
+    for mode in MODES:
         for processes in (1, 2):
             measured = run.ours[mode, processes] = run.scan(
                 "normal", run.indexes[mode], processes, run.repeats, keep_rows=processes == 1
@@ -139,12 +147,6 @@ def scans(run: Run) -> None:
             cells = (measured["speed"] * processes, fastest, measured["speed"], measured["per_cpu"], measured["rss_mb"])
             rows.append([cores, *map(number, cells), f"{measured['start_up']:.1f}"])
             rows[-1] += [f"{measured['num_hits']:,}", f"{measured['gsm8k']:,}"]
-            value = f"{measured['speed']:.0f} MB/s ({measured['per_cpu']:.0f} per CPU second)"
-            goal, met = f"{cores}: ≥ {minimum} MB/s per core", measured["speed"] >= minimum
-            why_not = f"{1e3 / measured['per_cpu']:.1f} ns per byte; the tables of steps and of own time say where"
-            if measured["per_cpu"] >= minimum:
-                why_not = "other processes or the disk held it up: per CPU second it is met"
-            run.goal(goal, value, met, why_not)
             run.memory_goal(f"{mode}, {processes} process{'es'[: 2 * processes - 2]}", measured)
         gain = 2 * run.ours[mode, 2]["speed"] / run.ours[mode, 1]["speed"]
         more = run.ours[mode, 1]["per_cpu"] / run.ours[mode, 2]["per_cpu"] - 1
@@ -152,6 +154,8 @@ def scans(run: Run) -> None:
         run.goal(f"{mode}: two cores ≥ {MIN_GAIN} times one", f"{gain:.2f} times", gain >= MIN_GAIN, why_not)
     head = ["ours, from file to merged hits", "MB/s", "best", "MB/s per core", "MB per CPU second"]
     table([*head, "peak MB, all processes", "start-up s", "hits", "GSM8K instances"], rows)
+    of_full = run.ours["normalised", 1]["per_cpu"] / run.ours["full", 1]["per_cpu"]
+    run.goal(f"normalised: ≥ {MIN_OF_FULL} of full's speed", f"{of_full:.2f}", of_full >= MIN_OF_FULL, "see the tables")
     normal = run.ours["full", 1]
     ratio = normal["file_mb"] / normal["text_mb"]
     print(f"\nThe file that is read is, uncompressed, {ratio:.2f} times as large as its user text (answers, ids).")
@@ -183,16 +187,22 @@ def where_it_goes(run: Run) -> None:
             "100 %",
         ],
     ]
-    for mode in MIN_SPEED:
+    for mode in MODES:
         nothing = run.index(mode, only=NOWHERE)
         reading = run.scan("normal", nothing["folder"], 1, run.repeats)
         for title, measured in (("reading, terms, look-ups (nothing to find)", reading), ("all", run.ours[mode, 1])):
             speed = measured["text_mb"] / min(measured["cpu"])
-            share = f"{100 * speed / limit['hash']:.0f} %"
-            rows.append([f"{mode}: {title}", number(speed), f"{1e3 / speed:.2f}", share])
+            share = 100 * speed / limit["hash"]
+            rows.append([f"{mode}: {title}", number(speed), f"{1e3 / speed:.2f}", f"{share:.0f} %"])
+        if mode in MIN_SHARE:
+            goal, why_not = (
+                f"{mode}: ≥ {MIN_SHARE[mode]} % of the limit",
+                "the tables of steps and of own time say where",
+            )
+            run.goal(goal, f"{share:.1f} %", share >= MIN_SHARE[mode], why_not)
     table(["one core, best run", "MB per CPU second", "ns per byte", "of the limit"], rows)
     rows = []
-    for mode in MIN_SPEED:
+    for mode in MODES:
         folder = tempfile.mkdtemp(dir=run.folder)
         path = str(run.folder / "normal.parquet")
         parts = child("profile", index_folder=run.indexes[mode], path=path, folder=folder)["parts"]
@@ -211,7 +221,7 @@ def adversarial(run: Run) -> None:
 
     rows = []
     for name in ADVERSARIAL:
-        for mode in MIN_SPEED:
+        for mode in MODES:
             measured = run.scan(name, run.indexes[mode], 1, run.repeats, keep_rows=True)
             speed = speed_of(measured)
             slowdown = speed_of(run.ours[mode, 1]) / speed
@@ -229,7 +239,7 @@ def large(run: Run, gigabytes: float) -> None:
     """Memory over a large file, two processes."""
     child("prepare_large", folder=str(run.folder), size=gigabytes * 1e9)
     rows = []
-    for mode in MIN_SPEED:
+    for mode in MODES:
         measured = run.scan("large", run.indexes[mode], 2, 1)
         peaks = measured["peak_by_shard"]
         early, end = peaks[len(peaks) // 4], peaks[-1]
@@ -248,10 +258,10 @@ def peers(run: Run, datatrove_python: str) -> None:
     speeds = {}
     sample = str(run.folder / "peers.json")
     memory = {}
-    for mode in MIN_SPEED:
+    for mode in MODES:
         seconds = child("in_memory", index_folder=run.indexes[mode], path=sample, repeats=run.repeats)["cpu"]
         memory[mode] = run.sample_mb / seconds
-        rows.append([f"ours, {mode}, likewise from texts in memory", number(memory[mode]), *[""] * 6])
+        rows.append([f"ours, {mode}, likewise from texts in memory", number(memory[mode]), *[""] * 7])
     for name, (title, package, is_published, _) in PEERS.items():
         repeats = 1 if name in ("open-r1-script", "datatrove") else run.repeats  # a minute or two
         python = datatrove_python if package == "datatrove" else sys.executable
@@ -259,17 +269,17 @@ def peers(run: Run, datatrove_python: str) -> None:
         print(f"  {title}", file=sys.stderr)
         measured = run_json([python, script, name, sample, str(repeats)])
         if "skipped" in measured:
-            rows.append([title, f"not measured: {measured['skipped']}", *[""] * 6])
+            rows.append([title, f"not measured: {measured['skipped']}", *[""] * 7])
             continue
         speed = run.sample_mb / (statistics.median(measured["cpu"]) - measured["start_up"])
         if is_published:
             speeds[title] = speed
         cells = [measured["start_up"], measured["index_seconds"], max(measured["rss_mb"], measured["child_rss_mb"])]
-        cells += [memory[mode] / speed for mode in MIN_SPEED]
+        cells += [memory[mode] / speed for mode in MODES]
         flagged = f"{measured['flagged']:,}"
         rows.append([f"{title} {measured['version']}".strip(), number(speed), *map(number, cells), flagged])
     head = ["texts in memory, one core", "MB per CPU second", "start-up CPU s", "index s", "peak MB, largest process"]
-    table([*head, "ours, full: times", "ours, 8-gram: times", "rows flagged"], rows)
+    table([*head, *(f"ours, {mode}: times" for mode in MODES), "rows flagged"], rows)
     print(
         f"\nAll get a sample of {run.sample_mb:.1f} MB (every {PEER_STEP}th row) as texts in memory, without what it "
         "takes to start. What peers flag is by other rules."
@@ -277,7 +287,7 @@ def peers(run: Run, datatrove_python: str) -> None:
     if not speeds:
         return
     fastest = max(speeds, key=lambda title: speeds[title])
-    for mode in MIN_SPEED:
+    for mode in MODES:
         wanted = MIN_TIMES_FASTEST * speeds[fastest]
         why_not = f"that is {wanted:.0f} MB/s, where a loop that only lower-cases and hashes reaches {run.limit:.0f}"
         for what, ours in (("texts in memory", memory[mode]), ("ours from the file", run.ours[mode, 1]["per_cpu"])):

@@ -116,6 +116,9 @@ def prepare(folder: str, copies: int) -> dict[str, Any]:
     long_text = "\n".join(texts)
     long_text = (long_text * 2)[: int(50 * MB)]
     write_rows(Path(folder, "a single row of 50 MB.parquet"), iter([one_turn(long_text)]))
+    for name, piece in ODD_TEXTS.items():
+        text = piece * (10_000 // len(piece.encode()))
+        write_rows(Path(folder, f"{name}.parquet"), (one_turn(text) for _ in range(1_000)))
     write_rows(Path(folder, "a million empty rows.parquet"), (one_turn("") for _ in range(1_000_000)))
     return {
         "num_rows": len(rows),
@@ -131,6 +134,17 @@ def prepare_large(folder: str, size: float) -> dict[str, Any]:
     rows = list(real_rows())
     write_rows(Path(folder, "large.parquet"), (row for _ in range(1_000) for row in rows), size)
     return {}
+
+
+#: Texts of which every byte may be slow, over and over.
+ODD_TEXTS = {
+    "only separators": ' ,.?!:;()"-\n\\*_',
+    "only accents that stand by themselves": "\u0301\u0300\u0345\u064b",
+    "entities within entities": "&amp;amp;lt;b&amp;gt; &#38;#38;#38;lt; &nosuchname;",
+    "backslashes and long escapes": "\\\\\\\\n\\u005cu005cu0041 \\ud83d\\ud83d \\U0001F600 \\nnnnnnnn %25%32%35",
+    "zero-width characters and broken words": "wo\u200brd bro-\n> ken \u00ad\n1 a\n2 b\n",
+    "unfinished tags and links": "<b a='x <p class=x y [a](http://x <b <a href=\"[b](/",
+}
 
 
 # Ours.
@@ -175,6 +189,7 @@ def scan(
 
     from smoltulu.tasks.contamination.merge import merge, write_kept
     from smoltulu.tasks.contamination.rows import plan_shards
+    from smoltulu.tasks.contamination.scan import ShortRule
 
     file = Path(path)
     shard_bytes = min(64 << 20, uncompressed_bytes(file) // (4 * processes) + 1)
@@ -207,7 +222,7 @@ def scan(
             wall.append(time.perf_counter() - started)
             if keep_rows:
                 used = time.process_time()
-                write_kept(file, out / "hits.parquet", out / "kept.parquet", out / "removed.jsonl", min_terms=1)
+                write_kept(file, out / "hits.parquet", out / "kept.parquet", out / "removed.jsonl", ShortRule())
                 kept_cpu.append(time.process_time() - used)
             shutil.rmtree(out)
     peaks[os.getpid()] = peak_rss_mb()

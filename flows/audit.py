@@ -21,19 +21,19 @@ from pydantic import Field, ValidationError
 from smoltulu.artifacts.store import Store
 from smoltulu.flows.endings import Interruption, close_earlier_attempts
 from smoltulu.flows.forms import described, with_form
-from smoltulu.flows.graphs.audit_graph import INDEX, AuditGraph
+from smoltulu.flows.graphs.audit_graph import AuditGraph
 from smoltulu.flows.logs import shield_run_logs
 from smoltulu.flows.recipe import check_secrets
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
 from smoltulu.schemas.common import problems_of
-from smoltulu.schemas.contamination import ContaminationOutputs, Shard, ShardResult
+from smoltulu.schemas.contamination import ContaminationOutputs, ContaminationRules, Shard, ShardResult
 from smoltulu.schemas.languages import LanguageOutputs
 from smoltulu.tasks.data.benchmarks import load_registry
 from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.engine.stores import open_store
-from smoltulu.tasks.report.audit import write_audit_report
+from smoltulu.tasks.report.audit import searched, write_audit_report
 from smoltulu.tasks.report.contamination_table import table_rows
 from smoltulu.tasks.report.text import artifact_key
 
@@ -53,11 +53,11 @@ def make(job: Job, store_root: str) -> State[ArtifactReference]:
 
 
 @task(name="scan", task_run_name="scan-{shard.number}", cache_policy=NO_CACHE, persist_result=False, retries=1)
-def scan(shard: Shard, index: str, folder: str, settings: AuditSettings) -> ShardResult:
+def scan(shard: Shard, index: str, folder: str, rules: ContaminationRules) -> ShardResult:
     """Scan one shard; returns at once if it was scanned before."""
     from smoltulu.tasks.contamination.scan import scan_shard
 
-    return scan_shard(Path(index), shard, Path(folder), roles=settings.roles, match_threshold=settings.match_threshold)
+    return scan_shard(Path(index), shard, Path(folder), roles=rules.roles, match_threshold=rules.match_threshold)
 
 
 @with_form
@@ -146,8 +146,9 @@ def _scan_ahead(graph: AuditGraph, store: Store, name: str, made: dict[str, Arti
     with store.producer(job.spec, partial(log.info, "%s: waiting for %s", name)) as key_folder:
         folder = store.open_work(key_folder, job.input_digests, partial(log.warning, "%s: %s", name)) / "shards"
     folder.mkdir(exist_ok=True)
-    index = made[INDEX].path
-    scan.map(shards, unmapped(index), unmapped(str(folder)), unmapped(graph.settings)).result()
+    rules = job.config.settings  # type: ignore[attr-defined]
+    index = job.inputs.index  # type: ignore[attr-defined]
+    scan.map(shards, unmapped(index), unmapped(str(folder)), unmapped(rules)).result()
 
 
 def _show(result: AuditResult) -> None:
@@ -158,9 +159,15 @@ def _show(result: AuditResult) -> None:
             "N": row.num_instances,
             "found": row.num_found,
             "share": row.share,
+            **{f"found, {mode}": found for mode, (found, _) in row.also.items()},
+            **{f"share, {mode}": share for mode, (_, share) in row.also.items()},
             "paper": row.paper,
             "remarks": row.remarks,
         }
         for row in table_rows(result, load_registry())
     ]
-    create_table_artifact(key=artifact_key(f"audit-{result.label}"), table=rows, description=f"audit of {result.label}")
+    create_table_artifact(
+        key=artifact_key(f"audit-{result.label}"),
+        table=rows,
+        description=f"audit of {result.label}: {searched(result)}",
+    )

@@ -99,6 +99,7 @@ def smoltulu(
         *checked.audit_notes(),
         *checked.evaluation_notes(),
         *checked.mup_notes(),
+        *checked.near_duplicate_notes(),
         *checked.sampled_notes(),
     ):
         log.warning(sentence)

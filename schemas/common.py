@@ -38,22 +38,28 @@ def printable(text: str) -> str:
 
 #: Most characters of what becomes the name of a file or part of an address, and of a path.
 MAX_NAME, MAX_PATH = 200, 4096
-#: The values that `science(absent=...)` takes: compared by type and value, written in a schema as they are.
-Scalar = bool | int | float | str | None
+#: The values that `science(absent=...)` takes, the empty tuple among them: compared by type and value, written in a
+#: schema as they are.
+Scalar = bool | int | float | str | tuple[()] | None
 _ALWAYS_IN_KEY: Any = object()
 
 
-def science(default: Any = ..., *, absent: Scalar = _ALWAYS_IN_KEY, **kwargs: Any) -> Any:
+def science(
+    default: Any = ..., *, absent: Scalar = _ALWAYS_IN_KEY, none_in_key: str | None = None, **kwargs: Any
+) -> Any:
     """Field that changes a result: it is part of the artifact key (design, section 3).
 
     absent  for a field that is added when artifacts exist already: the value that means what the code did before there
             was such a field. At this value the field is left out of the key, so every older key stays as it is. It is
             frozen for ever, also where the default changes later; another value enters the key as any other field.
+    none_in_key  what None is in the key: for a field whose default was this value before "not given" had a meaning.
     """
     extra: dict[str, Any] = {"role": "science"}
     if absent is not _ALWAYS_IN_KEY:
-        assert absent is None or isinstance(absent, (bool, int, float, str)), absent
+        assert absent is None or absent == () or isinstance(absent, (bool, int, float, str)), absent
         extra["absent"] = absent
+    if none_in_key is not None:
+        extra["none_in_key"] = none_in_key
     return Field(default, json_schema_extra=extra, **kwargs)
 
 
@@ -88,8 +94,12 @@ def scientific(model: BaseModel) -> dict[str, Any]:
             return {name: plain(item) for name, item in value.items()}
         return value  # `canonical_json` refuses what has no canonical form
 
+    def in_key(field: FieldInfo, value: Any) -> Any:
+        extra = field.json_schema_extra
+        return plain(extra.get("none_in_key") if value is None and isinstance(extra, dict) else value)
+
     return {
-        name: plain(getattr(model, name))
+        name: in_key(field, getattr(model, name))
         for name, field in type(model).model_fields.items()
         if role_of(field) == "science" and not _is_left_out(field, getattr(model, name))
     }

@@ -9,8 +9,11 @@ from pydantic import Field, model_validator
 from smoltulu.schemas.common import MAX_NAME, ArtifactPath, StrictModel, science
 from smoltulu.schemas.data import DataSet, DatasetKind, DataSource
 
-MatchMode = Literal["full", "ngram"]
-Role = Literal["system", "user", "assistant"]
+MatchMode = Literal["full", "ngram", "normalised"]
+#: text: what is no turn, in the rows of an audit.
+Role = Literal["system", "developer", "user", "assistant", "tool", "text"]
+ShortItems = Literal["never", "alone", "always"]
+Policy = Literal["report", "remove", "span", "fail"]
 
 
 class Benchmark(StrictModel):
@@ -28,13 +31,19 @@ class ContaminationRules(StrictModel):
     mode: MatchMode = science(
         "full",
         description="full: every field is a run of terms in one turn (the rule of SmolTulu's tables 1, 4, 13); "
-        "ngram: more than `match_threshold` of an instance's tokens covered by one turn (Tulu 3)",
+        "ngram: more than `match_threshold` of an instance's tokens covered by one turn (Tulu 3); "
+        "normalised: full without regard to markup, escapes, punctuation, accents and forms of letters",
     )
     ngram_size: int = science(8, ge=1, le=64)
     match_threshold: float = science(0.5, gt=0, lt=1)
     roles: tuple[Role, ...] = science(("user",), min_length=1, description="whose turns are searched; the paper: user")
-    policy: Literal["report", "remove", "fail"] = science(
-        "remove", description="what happens to training rows that hit; fail: stop above `fail_above`"
+    policy: Policy = science(
+        "remove",
+        description="what happens to training rows that hit; span: the matching passage is cut out of its turn, "
+        "and the row goes where that leaves a turn empty; fail: stop above `fail_above`",
+    )
+    span_margin: int = science(
+        0, ge=0, absent=0, description="policy span: characters cut on either side of a match too, up to whole words"
     )
     fail_above: float = science(
         0.02, ge=0, le=1, description="share of a benchmark found: above it a warning, under policy fail a stop"
@@ -45,6 +54,12 @@ class ContaminationRules(StrictModel):
         description="hits on instances of fewer terms are reported, but neither remove rows nor fail: one-word "
         "instances ('water', 'inflation') hit by accident; 1 is the reference rule",
     )
+    short_items: ShortItems = science(
+        "never",
+        absent="never",
+        description="which hits count on instances of fewer terms than `min_terms`, in n-gram mode on those too short "
+        "for any window. never: none; alone: those that make up most of the lines they stand on; always: all",
+    )
 
     @model_validator(mode="after")
     def _distinct_roles(self) -> Self:
@@ -52,13 +67,24 @@ class ContaminationRules(StrictModel):
             raise ValueError(f"roles: each may be named once; given {list(self.roles)}")
         return self
 
+    @model_validator(mode="after")
+    def _margin_of_a_span(self) -> Self:
+        if self.span_margin and self.policy != "span":
+            raise ValueError(
+                f"span_margin {self.span_margin}: only policy span cuts anything; leave it out, or set policy: span"
+            )
+        return self
+
 
 class BenchmarkIndexConfig(StrictModel):
     """Config of the `benchmark_index` stage: what the index depends on, and nothing else."""
 
     mode: MatchMode = science()
-    ngram_size: int | None = science(description="none in full mode")
+    ngram_size: int | None = science(description="n-gram mode only")
     benchmarks: tuple[Benchmark, ...] = science(min_length=1)
+    short_items: bool = science(
+        False, absent=False, description="n-gram mode: instances too short for a window are indexed by their whole text"
+    )
 
 
 class ContaminationStageConfig(StrictModel):
@@ -90,6 +116,7 @@ class ContaminationSettings(ContaminationRules):
             mode=self.mode,
             ngram_size=self.ngram_size if self.mode == "ngram" else None,
             benchmarks=self.benchmarks if benchmarks is None else benchmarks,
+            short_items=self.mode == "ngram" and self.short_items != "never",
         )
 
     def stage_config(self, kind: DatasetKind, **changes: Any) -> ContaminationStageConfig:
@@ -117,10 +144,11 @@ class BenchmarkIndexOutputs(StrictModel):
     """An index folder (the artifact itself): index.json, queries.parquet and arrays."""
 
     mode: MatchMode
-    ngram_size: int | None = Field(description="none in full mode")
+    ngram_size: int | None = Field(description="n-gram mode only")
     num_instances: int = Field(ge=0)
-    num_phrases: int = Field(ge=0, description="distinct fields (full) or distinct windows (n-gram)")
+    num_phrases: int = Field(ge=0, description="distinct fields (full, normalised) or distinct windows (n-gram)")
     benchmarks: tuple[IndexedBenchmark, ...]
+    short_items: bool = Field(False, description="n-gram mode: instances too short for a window are found as a whole")
 
 
 class ContaminationInputs(StrictModel):
@@ -174,7 +202,7 @@ class BenchmarkReport(StrictModel):
 
 
 class ContaminationOutputs(StrictModel):
-    """A rows file without the rows that hit, the hits, and the removed ids with reasons."""
+    """A rows file without the rows (or passages) that hit, the hits, and the removed ids with reasons."""
 
     file: ArtifactPath = Field("rows.parquet")
     hits_file: ArtifactPath = Field("hits.parquet")
@@ -185,6 +213,7 @@ class ContaminationOutputs(StrictModel):
     num_rows_read: int = Field(ge=0)
     num_rows: int = Field(ge=0)
     num_removed: int = Field(ge=0)
+    num_cut: int = Field(0, ge=0, description="policy span: rows kept without the passages that hit")
     num_rows_contaminated: int = Field(ge=0)
     num_hits: int = Field(0, ge=0, description="pairs of a row and an instance")
     num_turns: int = Field(0, ge=0, description="turns searched")

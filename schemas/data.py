@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from smoltulu.schemas.common import MAX_NAME, MAX_PATH, ArtifactPath, StrictModel, machinery, science
 
@@ -13,15 +13,41 @@ RowFormat = Literal[
     "prompt_completion",
     "instruction",
     "question_answer",
+    "transcript",
     "preference",
     "preference_by_label",
+    "preference_by_strength",
+    "preference_by_score",
+    "kto",
     "rlvr",
     "text",
+    "all_text",
     "best_of",
     "llmbar",
     "humanevalpack",
 ]
-DatasetKind = Literal["sft", "preference", "rlvr"]
+#: texts: rows of an audit, whatever their form.
+DatasetKind = Literal["sft", "preference", "rlvr", "texts"]
+#: What becomes of pairs that a data set has for a reason of its own: left out and counted, or a fault.
+Unwanted = Literal["drop", "malformed"]
+
+#: Names that other tools and data sets have for a form -> what a source says here.
+_OTHER_NAMES = {
+    "sharegpt": "format: messages, fields: {messages: conversations}",
+    "chatml": "format: messages",
+    "openai": "format: messages",
+    "conversations": "format: messages, fields: {messages: conversations}",
+    "alpaca": "format: instruction",
+    "dolly": "format: instruction, fields: {input: context, output: response}",
+    "openorca": "format: question_answer, fields: {answer: response}",
+    "math": "format: question_answer, fields: {question: problem, answer: solution}",
+    "orca_dpo": "format: preference, fields: {prompt: question}",
+    "dpo": "format: preference",
+    "hh_rlhf": "format: preference",
+    "ultrafeedback": "format: preference, or preference_by_score for the raw rows with `completions`",
+    "helpsteer": "format: preference_by_strength",
+    "helpsteer2": "format: preference_by_strength",
+}
 
 
 class DataSource(StrictModel):
@@ -39,13 +65,21 @@ class DataSource(StrictModel):
     subset: str | None = science(
         None,
         max_length=MAX_NAME,
-        description="Hub configuration name, e.g. `main` of openai/gsm8k; `*`: all of them, `limit` rows of each",
+        description="configuration of a Hub dataset, or of a folder whose card has some, e.g. `main` of openai/gsm8k; "
+        "`*`: all of them, `limit` rows of each on the Hub",
     )
-    split: str = science("train", max_length=MAX_NAME, description="Hub split")
+    split: str | None = science(
+        None,
+        none_in_key="train",
+        max_length=MAX_NAME,
+        description="split of a Hub dataset (none: train) or of a path; part of one as `datasets` writes it: "
+        "train[:1000], train+test; a folder with files of several splits needs it",
+    )
     path: str | None = machinery(
         None,
         max_length=MAX_PATH,
-        description="local .jsonl, .json, .parquet or .csv (.gz allowed) or a folder of them; keyed by content digest; "
+        description="local .jsonl, .ndjson, .json, .csv or .tsv (.gz, .zst, .xz, .bz2 allowed), .parquet, .arrow, or a "
+        "folder of them, also one that save_to_disk wrote; keyed by content digest; "
         "${VARIABLE} and ${VARIABLE:-default} are expanded; relative to the recipe file's folder, and to the working "
         "folder where it begins with a variable or there is no file",
     )
@@ -57,7 +91,7 @@ class DataSource(StrictModel):
         description="rows that a model wrote: an entry of the recipe's block `sampled`; its format need not be given",
     )
     format: RowFormat = science(
-        description="how a row is read, see docs/data.md; the last three are of reward benchmarks only"
+        description="how a row is read, see docs/data.md; all_text: audits only; the last three: reward benchmarks only"
     )
     fields: dict[str, str] = science({}, description="our field name -> column name, where they differ")
     verifier: str | None = science(
@@ -70,6 +104,47 @@ class DataSource(StrictModel):
         "same name is meant, e.g. {gsm8k: gsm8k_strict, ifeval: ifeval@paper}; case does not count",
     )
     limit: int | None = science(None, ge=1, description="first rows only")
+    on_bad_line: Literal["stop", "count"] = science(
+        "stop",
+        absent="stop",
+        description="a line that cannot be read (torn, NUL bytes, not UTF-8): stop, or a malformed row",
+    )
+    columns: tuple[str, ...] | None = science(
+        None, absent=None, min_length=1, description="format all_text only: columns whose texts are read; none: all"
+    )
+    ignore: tuple[str, ...] = science(
+        (),
+        absent=(),
+        description="columns, and keys of turns, that are left out although they change what a row means, e.g. "
+        "[images, weight]; the report counts the rows that had one",
+    )
+    ties: Unwanted | None = science(
+        None,
+        absent=None,
+        description="preference only: pairs with the same answers, the same scores, or a judgement of tie; none: "
+        "the same scores are counted and kept, the others are malformed",
+    )
+    empty_answers: Unwanted | None = science(
+        None, absent=None, description="preference only: pairs with a null or empty answer; none: malformed"
+    )
+    rejected_above_chosen: Literal["keep", "drop", "malformed"] = science(
+        "keep", absent="keep", description="preference only: pairs whose scores say the opposite; always counted"
+    )
+    min_margin: float | None = science(
+        None,
+        absent=None,
+        ge=0,
+        description="preference only: pairs whose scores (or strength) are less apart are dropped; rows without scores "
+        "are malformed then",
+    )
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _name_of_ours(cls, value: Any) -> Any:
+        known = _OTHER_NAMES.get(str(value).lower().replace("-", "_"))
+        if known is not None:
+            raise ValueError(f"{value!r} is not what the form is called here; write {known}")
+        return value
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -135,20 +210,33 @@ class DatasetStageConfig(StrictModel):
 
 
 class SourceReport(StrictModel):
-    """What reading one source gave."""
+    """What reading one source gave. A row is normalised, malformed, dropped, or merged with another one."""
 
     label: str
     num_rows: int = Field(ge=0)
     num_malformed: int = Field(ge=0)
     reasons: dict[str, int] = Field(description="reason -> number of rows")
     examples: tuple[str, ...] = Field(description="first malformed rows: position, reason and the row, shortened")
+    dropped: dict[str, int] = Field({}, description="reason -> number of rows without a fault that are left out")
+    num_merged: int = Field(0, ge=0, description="rows that became a part of another one: the second of a KTO pair")
+    noticed: dict[str, int] = Field({}, description="what is odd about rows that were kept -> number of rows")
+    unread: dict[str, int] = Field(
+        {}, description="column, or key of a turn, that no field reads -> number of normalised rows that have it"
+    )
+    texts: dict[str, int] = Field({}, description="format all_text only: column -> number of its texts that were read")
+    ignored: dict[str, int] = Field({}, description="entry of `ignore` -> number of rows that have it")
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows without a fault that are left out, because a setting says so or their partner is missing."""
+        return sum(self.dropped.values())
 
 
 class DatasetOutputs(StrictModel):
     """Normalised rows of one kind as Parquet (tasks/data/rows.py).
 
     sft: {"id", "messages"} · preference: {"id", "prompt", "chosen", "rejected"}, each a list of messages ·
-    rlvr: {"id", "prompt": messages, "verifier", "ground_truth"}.
+    rlvr: {"id", "prompt": messages, "verifier", "ground_truth"} · texts: {"id", "messages", "origins"}.
     """
 
     file: ArtifactPath = Field("rows.parquet")

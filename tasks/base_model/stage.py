@@ -12,7 +12,7 @@ from pathlib import Path
 
 from smoltulu.artifacts.keys import folder_records, records_digest
 from smoltulu.schemas.models import BaseModelInputs, ModelOutputs, ModelSource
-from smoltulu.tasks.data.rows import stored_rows
+from smoltulu.tasks.data.rows import stored_rows, turn_text
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.models.folders import GENERATION_CONFIG, check_model_folder, set_pad_token
 from smoltulu.tasks.models.sizes import WEIGHTS, WEIGHTS_INDEX, model_size, named_shards, weight_files
@@ -99,7 +99,7 @@ def _texts(inputs: BaseModelInputs) -> Iterator[str]:
     if inputs.dataset is None:
         raise ValueError("base_model.scratch needs text: add a world block or data.sft")
     for row in stored_rows(Path(inputs.dataset)):
-        yield "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in row["messages"])
+        yield "\n".join(f"<|{turn['role']}|>\n{turn_text(turn)}" for turn in row["messages"])
 
 
 base_model = Stage("base_model", 1, ModelSource, BaseModelInputs, ModelOutputs, provide_base_model)

@@ -33,12 +33,16 @@ from smoltulu.tasks.contamination.kernels.layout import (
     NgramPostings,
     Phrases,
 )
+from smoltulu.tasks.contamination.kernels.normal import normalise_fields
 from smoltulu.tasks.contamination.kernels.text import LOWER_BYTES, LOWER_CODE_POINTS
+from smoltulu.tasks.contamination.normal_form import normal_tables
 from smoltulu.tasks.contamination.queries import LoadedBenchmark, Query
 
 #: text -> (first, last) character of each token: an integer array of two columns.
 Tokenizer = Callable[[str], np.ndarray]
 
+#: n-gram mode: instances that can score no more are too short for it.
+_SHORT_SCORE = 0.5
 _BITS_PER_KEY = 16  # of a filter: at most one key in 60 that is not in it passes
 
 
@@ -48,15 +52,17 @@ def build_index(
     mode: str,
     ngram_size: int | None = None,
     tokenize: Tokenizer | None = None,
+    short_items: bool = False,
 ) -> BenchmarkIndexOutputs:
     """Write the index of all benchmarks into `folder`.
 
     Args:
         folder: exists and is empty.
         benchmarks: with their queries; those not checked have none.
-        mode: full or ngram.
+        mode: full, normalised or ngram.
         ngram_size: tokens of a window in n-gram mode; None: 8.
         tokenize: the tokenizer of n-gram mode; None: spaCy's.
+        short_items: n-gram mode: instances that no text can bring above 0.5 are looked for as in full mode.
 
     Raises:
         ValueError: n-gram mode without spaCy.
@@ -72,15 +78,24 @@ def build_index(
     numbers: dict[str, int] = {}
     parts = [[numbers.setdefault(field, len(numbers)) for field in query] for query in queries]
     source, source_offsets = joined([field.encode() for field in numbers])
-    terms, term_offsets, num_terms = normalise_all(source, source_offsets, LOWER_BYTES, LOWER_CODE_POINTS)
+    tables = normal_tables() if mode == "normalised" else None
+    if tables is not None:
+        terms, term_offsets, num_terms = normalise_fields(source, source_offsets, tables)
+    else:
+        terms, term_offsets, num_terms = normalise_all(source, source_offsets, LOWER_BYTES, LOWER_CODE_POINTS)
 
-    if mode == "full":
+    if mode != "ngram":
         phrases, arrays, best_possible = _full(terms, term_offsets, num_terms, parts)
     else:
         assert ngram_size is not None
         tokenize = tokenize or spacy_tokenizer()
-        phrases, arrays, best_possible = _ngram(list(numbers), source, source_offsets, parts, ngram_size, tokenize)
+        whole = (terms, term_offsets, num_terms) if short_items else None
+        phrases, arrays, best_possible = _ngram(
+            list(numbers), source, source_offsets, parts, ngram_size, tokenize, whole
+        )
     arrays = {f"phrases_{name}": array for name, array in phrases._asdict().items()} | arrays
+    if tables is not None:
+        arrays |= {f"normal_{name}": array for name, array in tables._asdict().items()}
     arrays["num_terms"] = np.array([sum(int(num_terms[field]) for field in part) for part in parts], dtype=np.int32)
     arrays["best_possible"] = best_possible
     arrays["benchmark"] = np.array([number for number, _ in places], dtype=np.int32)
@@ -101,6 +116,7 @@ def build_index(
         num_instances=len(queries),
         num_phrases=len(phrases.place),
         benchmarks=indexed,
+        short_items=short_items,
     )
     _write(folder, arrays, queries, places, outputs)
     return outputs
@@ -131,30 +147,44 @@ def spacy_tokenizer() -> Tokenizer:
 def _full(
     terms: np.ndarray, offsets: np.ndarray, num_terms: np.ndarray, parts: list[list[int]]
 ) -> tuple[Phrases, dict[str, np.ndarray], np.ndarray]:
+    texts, postings, best_possible = _whole_fields(terms, offsets, num_terms, parts)
+    return _tables(*joined(texts)), {f"full_{name}": array for name, array in postings._asdict().items()}, best_possible
+
+
+def _whole_fields(
+    terms: np.ndarray, offsets: np.ndarray, num_terms: np.ndarray, parts: list[list[int]], first: int = 0
+) -> tuple[list[bytes], FullPostings, np.ndarray]:
+    """Distinct fields of the instances as phrases from number `first` on, their postings, the best possible scores."""
     whole = terms.tobytes()
     numbers: dict[bytes, int] = {}
     length: list[int] = []
-    phrase_of = []  # of each field; -1: no terms
-    for field in range(len(offsets) - 1):
+
+    def phrase(field: int) -> int:
         text = whole[offsets[field] : offsets[field + 1]]
         if text and text not in numbers:
             length.append(int(num_terms[field]))
-        phrase_of.append(numbers.setdefault(text, len(numbers)) if text else -1)
-    instances = [[phrase_of[field] for field in part] for part in parts]
+        return numbers.setdefault(text, len(numbers)) if text else -1  # -1: no terms
+
+    instances = [[phrase(field) for field in part] for part in parts]
     frequency = Counter(phrase for instance in instances for phrase in set(instance))
     # Start from the rarest field, then the longest: hot one-word fields (PopQA's "occupation") then cost nothing.
     leader = [
-        -1 if -1 in instance else min(instance, key=lambda phrase: (frequency[phrase], -length[phrase], phrase))
+        -1
+        if not instance or -1 in instance
+        else min(instance, key=lambda phrase: (frequency[phrase], -length[phrase], phrase))
         for instance in instances
     ]
     lead_offsets, lead_instance = _group(np.array(leader, dtype=np.int32), len(numbers))
     distinct = [[] if -1 in instance else list(dict.fromkeys(instance)) for instance in instances]
     part_offsets = _offsets([len(instance) for instance in distinct])
     part_phrase = np.array([phrase for instance in distinct for phrase in instance], dtype=np.int32)
-    postings = FullPostings(lead_offsets, lead_instance, part_offsets, part_phrase)
-    best_possible = np.array([0.0 if -1 in instance else 1.0 for instance in instances])
-    arrays = {f"full_{name}": array for name, array in postings._asdict().items()}
-    return _tables(*joined(list(numbers))), arrays, best_possible
+    lead_offsets = np.concatenate([np.zeros(first, np.int32), lead_offsets])
+    best_possible = np.array([0.0 if not instance or -1 in instance else 1.0 for instance in instances])
+    return (
+        list(numbers),
+        FullPostings(lead_offsets, lead_instance, part_offsets, part_phrase + np.int32(first)),
+        best_possible,
+    )
 
 
 def _ngram(
@@ -164,6 +194,7 @@ def _ngram(
     parts: list[list[int]],
     n: int,
     tokenize: Tokenizer,
+    whole: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
 ) -> tuple[Phrases, dict[str, np.ndarray], np.ndarray]:
     tokens = [_in_bytes(field, np.asarray(tokenize(field), dtype=np.int64).reshape(-1, 2)) for field in fields]
     num_tokens = np.array([len(bounds) for bounds in tokens], dtype=np.int32)
@@ -173,6 +204,23 @@ def _ngram(
         source, bounds, num_tokens, n, LOWER_BYTES, LOWER_CODE_POINTS
     )
     field_offsets = _offsets(np.bincount(window_field, minlength=len(fields)))
+    # The best that any text can do is to hold every window.
+    coverable = []
+    for field in range(len(fields)):
+        starts = window_start[field_offsets[field] : field_offsets[field + 1]]
+        covered = n + int(np.minimum(np.diff(starts), n).sum()) if len(starts) else 0
+        coverable.append(covered / int(num_tokens[field]) if covered else 0.0)
+    best_possible = np.array([sum(coverable[field] for field in part) / len(part) for part in parts])
+    arrays = {}
+    if whole is not None:
+        short = [part if best <= _SHORT_SCORE else [] for part, best in zip(parts, best_possible, strict=True)]
+        texts, full, found_whole = _whole_fields(*whole, short, len(text_offsets) - 1)
+        more, more_offsets = joined(texts)
+        text = np.concatenate([text, more])
+        text_offsets = np.concatenate([text_offsets, text_offsets[-1] + more_offsets[1:]])
+        best_possible = np.maximum(best_possible, found_whole)
+        arrays = {f"full_{name}": array for name, array in full._asdict().items()}
+        arrays["is_short"] = found_whole > 0
     window_offsets, by_phrase = _group(window_phrase, len(text_offsets) - 1)
     users = [(field, instance) for instance, part in enumerate(parts) for field in dict.fromkeys(part)]
     user_offsets, by_field = _group(np.array([field for field, _ in users], dtype=np.int32), len(fields))
@@ -188,14 +236,7 @@ def _ngram(
         part_offsets=_offsets([len(part) for part in parts]),
         part_field=np.array([field for part in parts for field in part], dtype=np.int32),
     )
-    # The best that any text can do is to hold every window.
-    coverable = []
-    for field in range(len(fields)):
-        starts = window_start[field_offsets[field] : field_offsets[field + 1]]
-        covered = n + int(np.minimum(np.diff(starts), n).sum()) if len(starts) else 0
-        coverable.append(covered / int(num_tokens[field]) if covered else 0.0)
-    best_possible = np.array([sum(coverable[field] for field in part) / len(part) for part in parts])
-    arrays = {f"ngram_{name}": array for name, array in postings._asdict().items()}
+    arrays |= {f"ngram_{name}": array for name, array in postings._asdict().items()}
     return _tables(text, text_offsets), arrays, best_possible
 
 

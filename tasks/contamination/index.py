@@ -41,7 +41,7 @@ def build_benchmark_index(
     # numba, pyarrow and spaCy: too slow to import for `plan`.
     from smoltulu.tasks.contamination.build import build_index
 
-    outputs = build_index(context.folder, benchmarks, config.mode, config.ngram_size)
+    outputs = build_index(context.folder, benchmarks, config.mode, config.ngram_size, short_items=config.short_items)
     context.report(len(benchmarks) + 1, len(benchmarks) + 1)
     metrics = {
         "num_instances": float(outputs.num_instances),

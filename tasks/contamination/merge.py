@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smoltulu.schemas.contamination import BenchmarkReport, ShardResult
-from smoltulu.tasks.contamination.scan import HITS, Index, load_index
+from smoltulu.tasks.contamination.scan import HITS, Index, ShortRule, load_index
 from smoltulu.tasks.data.rows import WRITE_OPTIONS, group_starts, open_rows
 
 _SHORT_TERMS = 8  # instances under so many terms are often found by accident
@@ -27,7 +27,7 @@ _ROW_GROUP = 65_536
 
 @dataclass(frozen=True)
 class Merged:
-    """Totals of all shards. `counting`: the reports for instances of `min_terms` terms or more only."""
+    """Totals of all shards. `counting`: the reports of instances with a hit that counts."""
 
     num_rows: int
     num_turns: int
@@ -44,7 +44,7 @@ def merge(
     results: Sequence[ShardResult],
     folder: Path,
     *,
-    min_terms: int = 1,
+    short: ShortRule = ShortRule(),  # noqa: B008 (frozen)
     match_threshold: float = 0.5,
 ) -> Merged:
     """Write `folder`/hits.parquet with the hits of all shards, and count them.
@@ -58,15 +58,16 @@ def merge(
             f"merge needs the result of every shard once: given are {[result.number for result in results]}, wanted "
             f"0 to {results[0].num_shards - 1 if results else '?'}; scan the missing ones"
         )
-    is_found = np.zeros(index.header.num_instances, dtype=bool)
+    is_found, is_counting = (np.zeros(index.header.num_instances, dtype=bool) for _ in range(2))
     best = np.zeros(index.header.num_instances, np.float64)
     num_rows_contaminated = 0
-    with pq.ParquetWriter(folder / "hits.parquet", HITS, compression="zstd") as writer:
+    with pq.ParquetWriter(folder / "hits.parquet", short.schema, compression="zstd") as writer:
         waiting: list[pa.Table] = []
         for table in _hits_of_all(results):
             row, instance = (table.column(name).to_numpy() for name in ("row", "instance"))
             num_rows_contaminated += len(np.unique(row))
             is_found[instance] = True
+            is_counting[instance[counting(table, short)]] = True
             waiting.append(table)
             while sum(map(len, waiting)) >= _ROW_GROUP:
                 whole = pa.concat_tables(waiting)
@@ -78,7 +79,6 @@ def merge(
         with np.load(Path(result.folder) / "best.npz", allow_pickle=False) as shard_best:
             instance = shard_best["instance"]
             best[instance] = np.maximum(best[instance], shard_best["score"])
-    is_counting = is_found & (index.num_terms >= min_terms)
     return Merged(
         num_rows=sum(result.num_rows for result in results),
         num_turns=sum(result.num_turns for result in results),
@@ -126,15 +126,24 @@ def _reports(
     return tuple(reports)
 
 
-def write_kept(dataset: Path, hits_file: Path, kept: Path, removed: Path, min_terms: int | None) -> int:
-    """Write the rows of `dataset` without those that hit an instance of `min_terms` terms or more. Number of those.
+def counting(hits: pa.Table | pa.RecordBatch, short: ShortRule) -> np.ndarray:
+    """Which hits count: those on instances that are not short, and what the rule for short ones adds."""
+    if short.rule == "always":
+        return np.ones(len(hits), dtype=bool)
+    if short.rule == "alone":
+        return np.asarray(hits.column("is_alone").to_numpy(zero_copy_only=False), dtype=bool)
+    return np.asarray(hits.column("num_terms").to_numpy() >= short.min_terms)
+
+
+def write_kept(dataset: Path, hits_file: Path, kept: Path, removed: Path, short: ShortRule | None) -> int:
+    """Write the rows of `dataset` without those with a hit that counts. Number of those.
 
     `removed` gets a line per such row: {"id", "reasons": {benchmark: [rows of the benchmark]}}. The row groups stay the
-    same otherwise. Where no row goes, the file is copied. A `min_terms` of None removes nothing.
+    same otherwise. Where no row goes, the file is copied. Without a rule nothing is removed.
     """
     num_removed = 0
     with removed.open("w", encoding="utf-8") as log:
-        hits = iter(()) if min_terms is None else _rows_to_remove(hits_file, min_terms)
+        hits = iter(()) if short is None else rows_to_remove(hits_file, short)
         next_hit = next(hits, None)
         if next_hit is None:
             shutil.copyfile(dataset, kept)
@@ -155,20 +164,21 @@ def write_kept(dataset: Path, hits_file: Path, kept: Path, removed: Path, min_te
     return num_removed
 
 
-def _rows_to_remove(hits_file: Path, min_terms: int) -> Iterator[tuple[int, str, dict[str, list[int]]]]:
-    """(number, id, reasons) of each row to be removed, in order."""
-    for (row, row_id), hits in groupby(_counting_hits(hits_file, min_terms), key=itemgetter(0, 1)):
+def rows_to_remove(hits_file: Path, short: ShortRule) -> Iterator[tuple[int, str, dict[str, list[int]]]]:
+    """(number, id, reasons) of each row with a hit that counts, in order."""
+    for (row, row_id), hits in groupby(_counting_hits(hits_file, short), key=itemgetter(0, 1)):
         reasons: dict[str, list[int]] = {}
         for _, _, benchmark, benchmark_row in hits:
             reasons.setdefault(benchmark, []).append(benchmark_row)
         yield row, row_id, reasons
 
 
-def _counting_hits(hits_file: Path, min_terms: int) -> Iterator[tuple[int, str, str, int]]:
+def _counting_hits(hits_file: Path, short: ShortRule) -> Iterator[tuple[int, str, str, int]]:
     with pq.ParquetFile(hits_file, read_dictionary=["benchmark"]) as file:
         columns = ["row", "row_id", "benchmark", "benchmark_row", "num_terms"]
+        columns += ["is_alone"] if short.rule == "alone" else []
         for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=columns):
-            batch = batch.filter(pa.array(batch.column("num_terms").to_numpy() >= min_terms))
+            batch = batch.filter(pa.array(counting(batch, short)))
             names = batch.column("benchmark").dictionary.to_pylist()
             numbers = batch.column("benchmark").indices.to_numpy().tolist()
             rows, benchmark_rows = (batch.column(name).to_numpy().tolist() for name in ("row", "benchmark_row"))

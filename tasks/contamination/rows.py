@@ -1,4 +1,8 @@
-"""Turns of a rows file in blocks, as byte buffers: a block is a row group."""
+"""Turns of a rows file in blocks, as byte buffers: a block is a row group.
+
+The text of a turn is all that it says (`turn_text`): reasoning and calls, too. What a row says of its tools is one more
+turn of the system, behind the others.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from smoltulu.schemas.contamination import Shard
-from smoltulu.tasks.data.rows import TURNS, open_rows
+from smoltulu.tasks.data.rows import TOOLS, TURNS, given_row, is_rich_file, open_rows, tools_text, turn_text
 
 
 class TurnBlock(NamedTuple):
@@ -22,7 +26,7 @@ class TurnBlock(NamedTuple):
     turn_start: np.ndarray  # int64: turn t is text[turn_start[t]:turn_end[t]]
     turn_end: np.ndarray  # int64
     turn_row: np.ndarray  # int64
-    turn_index: np.ndarray  # int64: number of the message; prompt, chosen and rejected are counted through
+    turn_index: np.ndarray  # int64: number in `texts_of`; prompt, chosen and rejected are counted through
     first_row: int
     num_rows: int
     ids: np.ndarray  # uint8
@@ -51,10 +55,22 @@ def read_blocks(shard: Shard, roles: Sequence[str]) -> Iterator[TurnBlock]:
     first_row = 0
     with open_rows(Path(shard.path)) as opened:
         turns = [name for name in TURNS if name in opened.schema_arrow.names]
+        more = [TOOLS] if is_rich_file(opened) else []
         for group in range(shard.start, shard.end):
-            table = opened.read_row_group(group, columns=["id", *turns], use_threads=False).combine_chunks()
-            yield _block([table.column(name).chunk(0) for name in turns], table.column("id").chunk(0), roles, first_row)
+            table = opened.read_row_group(group, columns=["id", *turns, *more], use_threads=False).combine_chunks()
+            columns = [table.column(name).chunk(0) for name in turns]
+            columns += [_tools_as_turns(table.column(name).chunk(0)) for name in more]
+            yield _block(columns, table.column("id").chunk(0), roles, first_row)
             first_row += table.num_rows
+
+
+def _tools_as_turns(tools: pa.StringArray) -> pa.ListArray:
+    """What rows say of their tools, each a turn of the system; none where a row has none."""
+    texts = [tools_text(given_row({TOOLS: text})[TOOLS]) if text else "" for text in tools.to_pylist()]
+    offsets = np.concatenate(([0], np.cumsum([bool(text) for text in texts]))).astype(np.int32)
+    said = pa.array([text for text in texts if text], pa.string())
+    turns = pa.StructArray.from_arrays([pa.array(["system"] * len(said), pa.string()), said], ["role", "content"])
+    return pa.ListArray.from_arrays(offsets, turns)
 
 
 def _block(columns: list[pa.ListArray], ids: pa.StringArray, roles: Sequence[str], first_row: int) -> TurnBlock:
@@ -67,7 +83,9 @@ def _block(columns: list[pa.ListArray], ids: pa.StringArray, roles: Sequence[str
         row = np.repeat(np.arange(len(ids)), lengths)
         index = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + num_messages[row]
         num_messages += lengths
-        role, content = column.values.flatten()
+        role, content = (column.values.field(name) for name in ("role", "content"))
+        if column.values.type.num_fields > 2:
+            content = _whole_texts(column.values, content)
         is_wanted = pc.is_in(role, pa.array(roles)).to_numpy(zero_copy_only=False)
         text, offsets = _bytes(content)
         texts.append(text)
@@ -90,6 +108,18 @@ def _block(columns: list[pa.ListArray], ids: pa.StringArray, roles: Sequence[str
         ids=id_text.copy(),
         id_offsets=id_offsets,
     )
+
+
+def _whole_texts(turns: pa.StructArray, content: pa.StringArray) -> pa.StringArray:
+    """The text of each turn of a rich file. Few have more than content, so only those leave Arrow."""
+    num_calls = pc.list_value_length(turns.field("tool_calls"))
+    has_more = pc.or_(pc.not_equal(turns.field("reasoning_content"), ""), pc.greater(num_calls, 0))
+    places = np.flatnonzero(has_more.to_numpy(zero_copy_only=False))
+    if not len(places):
+        return content
+    more = turns.take(pa.array(places)).to_pylist()
+    texts = pa.array([turn_text(turn) for turn in given_row({"messages": more})["messages"]], pa.string())
+    return pc.replace_with_mask(content, has_more, texts)
 
 
 def _bytes(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,8 @@ def check_contamination(
 ) -> tuple[ContaminationOutputs, dict[str, float]]:
     """Write `rows.parquet`, `hits.parquet` (a line per row and instance) and `removed.jsonl`.
 
-    `rows.parquet` has the rows of the input, under the policy `remove` without those that hit. `context.work` keeps the
+    `rows.parquet` has the rows of the input, under the policy `remove` without those that hit, under
+    `span` without the passages that hit. `context.work` keeps the
     results of finished shards, so that a rerun scans only the others.
 
     Raises:
@@ -44,33 +45,39 @@ def check_contamination(
     # numba and pyarrow: too slow to import for `plan`.
     from smoltulu.tasks.contamination.merge import merge, write_kept
     from smoltulu.tasks.contamination.rows import plan_shards
-    from smoltulu.tasks.contamination.scan import load_index
+    from smoltulu.tasks.contamination.scan import ShortRule, load_index
+    from smoltulu.tasks.contamination.span import write_cut
 
     rules = config.settings
     index_folder, source = Path(inputs.index), Path(inputs.dataset)
-    indexed = load_index(index_folder).header
-    expected = (rules.mode, rules.ngram_size if rules.mode == "ngram" else None)
-    if (indexed.mode, indexed.ngram_size) != expected:
+    index = load_index(index_folder)
+    indexed, has_short = index.header, rules.mode == "ngram" and rules.short_items != "never"
+    expected = (rules.mode, rules.ngram_size if rules.mode == "ngram" else None, has_short)
+    if (indexed.mode, indexed.ngram_size, indexed.short_items) != expected:
         raise ValueError(
-            f"contamination: the index is for mode {indexed.mode} (ngram_size {indexed.ngram_size}), the rules ask for "
-            f"{expected[0]} (ngram_size {expected[1]}); make the index again with these rules"
+            f"contamination: the index is for mode {indexed.mode} (ngram_size {indexed.ngram_size}, short_items "
+            f"{indexed.short_items}), the rules ask for {expected[0]} (ngram_size {expected[1]}, short_items "
+            f"{expected[2]}); make the index again with these rules"
         )
+    short = ShortRule(rules.short_items, rules.min_terms)
     results = _scan(index_folder, plan_shards(source), rules, context)
     names = ContaminationOutputs.model_fields
     rows_path, hits_path, removed_path = (
         context.folder / names[name].default for name in ("file", "hits_file", "removed_file")
     )
-    merged = merge(
-        index_folder, results, context.folder, min_terms=rules.min_terms, match_threshold=rules.match_threshold
-    )
+    merged = merge(index_folder, results, context.folder, short=short, match_threshold=rules.match_threshold)
     partial = rows_path.with_suffix(".partial")  # renamed when the outcome is accepted
     try:
         if merged.num_rows == 0:
             raise ValueError(f"contamination: {source} has no row to check")
         if rules.policy == "fail":
             _accept_shares(merged.counting, rules.fail_above)
-        min_terms = rules.min_terms if rules.policy == "remove" else None
-        num_removed = write_kept(source, hits_path, partial, removed_path, min_terms)
+        num_cut = 0
+        if rules.policy == "span" and merged.num_hits:
+            num_removed, num_cut = write_cut(source, hits_path, index, rules, partial, removed_path)
+        else:
+            removing = short if rules.policy == "remove" else None
+            num_removed = write_kept(source, hits_path, partial, removed_path, removing)
         if num_removed == merged.num_rows:
             raise ValueError(f"contamination: all {merged.num_rows} training rows hit a benchmark, so none is left")
     except ValueError as error:
@@ -87,6 +94,7 @@ def check_contamination(
         num_rows_read=merged.num_rows,
         num_rows=merged.num_rows - num_removed,
         num_removed=num_removed,
+        num_cut=num_cut,
         num_rows_contaminated=merged.num_rows_contaminated,
         num_hits=merged.num_hits,
         num_turns=merged.num_turns,
@@ -97,6 +105,7 @@ def check_contamination(
     metrics = {
         "num_rows": float(outputs.num_rows),
         "num_removed": float(num_removed),
+        **({"num_cut": float(num_cut)} if rules.policy == "span" else {}),
         "num_rows_contaminated": float(merged.num_rows_contaminated),
         **{
             f"contaminated_share/{report.name}": report.share
@@ -111,7 +120,7 @@ def _scan(
     index_folder: Path, shards: list[Shard], rules: ContaminationRules, context: StageContext
 ) -> list[ShardResult]:
     """Scan the shards in threads, side by side: the compiled scan needs no interpreter lock."""
-    from smoltulu.tasks.contamination.scan import scan_shard
+    from smoltulu.tasks.contamination.scan import ShortRule, scan_shard
 
     folder = context.work / "shards"
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +142,7 @@ def _scan(
             folder,
             roles=rules.roles,
             match_threshold=rules.match_threshold,
+            short=ShortRule(rules.short_items, rules.min_terms),
             report=lambda num_rows: report(shard, num_rows),
         )
         report(shard, result.num_rows)

@@ -1,23 +1,48 @@
-"""Detects the form of the rows of an unknown file from their columns. Pure; docs/audit.md has the rules in words."""
+"""Detects the form of the rows of an unknown file from their columns. Pure; docs/data.md has the forms in words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from smoltulu.schemas.data import DatasetKind, RowFormat
-from smoltulu.tasks.data.formats import FORMAT_FIELDS, KIND_FORMATS
+from smoltulu.tasks.data.formats import FORMS, KIND_FORMATS, MalformedRow
+from smoltulu.tasks.data.formats.columns import ALIASES
+from smoltulu.tasks.data.formats.sft import listed
+from smoltulu.tasks.data.formats.transcripts import dialect_of, is_transcript
+from smoltulu.tasks.data.formats.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, first_role
+from smoltulu.tasks.data.formats.values import is_empty
 
-#: Rows that are looked at.
+#: Rows that are looked at, and how many characters of text they may have together: whichever is reached first.
 SAMPLE_ROWS = 10_000
+SAMPLE_CHARACTERS = 16 << 20
 
 _USER_COLUMNS = ("prompt", "instruction", "question", "problem", "query", "text")
 _ANSWER_COLUMNS = ("output", "response", "completion", "answer", "solution", "target")
-_CHAT_COLUMNS = ("messages", "conversation", "conversations")
+_MORE_COLUMNS = ("input", "context")
+_CHAT_COLUMNS = ("messages", "conversation", "conversations", "dialog", "dialogue", "contents")
+_PROMPT_COLUMNS = ("prompt", "question", "instruction", "input", "query")
+_TRANSCRIPT_COLUMNS = ("text", "transcript", "chat", "conversation", "chosen")
+
+#: Required field of a form -> columns that it is looked for under.
+_FOUND_AS: dict[str, tuple[str, ...]] = {
+    "messages": _CHAT_COLUMNS,
+    "prompt": _PROMPT_COLUMNS,
+    "question": _USER_COLUMNS,
+    "instruction": _USER_COLUMNS,
+    "completion": _ANSWER_COLUMNS,
+    "answer": _ANSWER_COLUMNS,
+    "output": _ANSWER_COLUMNS,
+    "input": ("input", "prompt", "instruction"),
+}
+#: Forms that a user may name for rows of conversations.
+_NAMED = {name for kind in ("sft", "preference", "rlvr") for name in KIND_FORMATS[kind]}
 _EXPECTED = (
-    "messages (turns with role and content); chosen and rejected; input, output_1, output_2 and label; one of "
-    f"{', '.join(_USER_COLUMNS)} for what the user says, with or without one of {', '.join(_ANSWER_COLUMNS)}"
+    "messages (turns with role and content, or from and value); chosen and rejected; input, output_1, output_2 and "
+    "label; prompt, response_1, response_2 and preference_strength; prompt and completions with scores; prompt, "
+    f"completion and label; one of {', '.join(_USER_COLUMNS)} for what the user says, with or without one of "
+    f"{', '.join(_ANSWER_COLUMNS)}"
 )
 
 
@@ -31,38 +56,76 @@ class DetectedFormat:
     said: str = ""
 
 
-def detect_format(rows: Sequence[Any]) -> DetectedFormat:
-    """The form of `rows`, the first ones of a data set.
+def sample_rows(rows: Iterable[Any]) -> list[Any]:
+    """The first rows, as many as detection looks at: bounded by their number and by their text, at least one."""
+    sample, left = [], SAMPLE_CHARACTERS
+    for row in rows:
+        sample.append(row)
+        left -= _num_characters(row)
+        if left <= 0 or len(sample) == SAMPLE_ROWS:
+            break
+    return sample
+
+
+def _num_characters(value: Any) -> int:
+    """Characters of text in a value, with a few for each value that is none."""
+    waiting, number = [value], 0
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            number += len(one)
+        elif isinstance(one, dict):
+            waiting += one.values()
+            number += sum(map(len, filter(lambda key: isinstance(key, str), one)))
+        elif isinstance(one, list):
+            waiting += one
+        else:
+            number += 8
+    return number
+
+
+def detect_format(rows: Iterable[Any]) -> DetectedFormat:
+    """The form of `rows`, the first ones of a data set; no more of an iterator are taken than `sample_rows` does.
 
     Raises:
-        ValueError: no row, rows that are no objects, or columns that fit no form; with what is expected.
+        ValueError: no row, rows that are no objects, or columns that fit no form; with the nearest form, what it lacks,
+            and what is expected.
     """
+    rows = sample_rows(rows)
     objects = [row for row in rows if isinstance(row, dict)]
     if not objects:
         raise ValueError("there is no row that is an object with columns" if rows else "there is no row")
     columns = _Columns(objects)
     found = (
         _preference(columns)
-        or _preference_by_label(columns)
+        or _by_label(columns)
+        or _by_strength(columns)
+        or _by_score(columns)
+        or _kto(columns)
         or _conversation(columns)
         or _verified(columns)
+        or _transcript(columns)
         or _one_turn(columns)
     )
     if found is None:
         raise ValueError(
-            f"the columns {', '.join(map(repr, columns.names))} fit no known form. Expected are: {_EXPECTED}. Say how "
-            f"they are read: a format ({', '.join(sorted(FORMAT_FIELDS.keys() - {'text'}))}) and, where names differ, "
-            "fields such as prompt=COLUMN"
+            f"the columns {', '.join(map(repr, columns.names[:40]))} fit no known form. {_nearest(columns)}Expected "
+            f"are: {_EXPECTED}. Say how they are read: a format ({', '.join(sorted(_NAMED))}) "
+            "and, where names differ, fields such as prompt=COLUMN"
         )
     return found
 
 
 def format_as_given(name: RowFormat, fields: Mapping[str, str]) -> DetectedFormat:
-    """A form that the user named. Raises ValueError for one that holds no conversations."""
+    """A form that the user named. Raises ValueError for one that holds no conversations, or for fields it lacks."""
     kind = next((kind for kind, formats in KIND_FORMATS.items() if name in formats), None)
     if kind is None:
         allowed = ", ".join(name for formats in KIND_FORMATS.values() for name in formats)
         raise ValueError(f"format {name!r} has no user turns; allowed are {allowed}")
+    if unknown := sorted(set(fields) - set(FORMS[name].names)):
+        raise ValueError(
+            f"format {name!r} has no field {', '.join(unknown)}; its fields are {', '.join(FORMS[name].names)}"
+        )
     return DetectedFormat(kind, name, dict(fields), f"format {name}, as given")  # type: ignore[arg-type]
 
 
@@ -85,18 +148,43 @@ class _Columns:
         fitting = [column for name in names if (column := self.first((name,), holds))]
         return min(fitting, key=lambda column: sum(not row.get(column) for row in self.rows), default=None)
 
+    def named(self, names: Sequence[str]) -> str | None:
+        """The first of `names` that is a column, whatever it holds."""
+        return next((column for name in names if (column := self._by_lower.get(name))), None)
+
+    def values(self, column: str) -> list[Any]:
+        """Values of a column that are not null."""
+        return [row[column] for row in self.rows if row.get(column) is not None]
+
     def _mostly(self, column: str, holds: Callable[[Any], bool]) -> bool:
-        values = [row[column] for row in self.rows if row.get(column) is not None]
+        values = self.values(column)
         return bool(values) and 2 * sum(map(holds, values)) > len(values)
+
+    def system(self) -> list[str]:
+        """The columns with a system prompt or tools, which every form reads where a row has them."""
+        names = (*ALIASES["system"], *ALIASES["tools"])
+        return [column for name in names if (column := self.first((name,), lambda value: not is_empty(value)))]
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _turns(value: Any) -> Any:
+    """A list of turns, also where it stands in a text as JSON."""
+    try:
+        return listed(value, "")
+    except MalformedRow:
+        return value
+
+
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(turn, dict) and "role" in turn and "content" in turn for turn in value
+    turns = _turns(value)
+    return isinstance(turns, list) and bool(turns) and all(
+        isinstance(turn, dict)
+        and any(key in turn for key in ROLE_KEYS)
+        and any(key in turn for key in (*CONTENT_KEYS, "tool_calls"))
+        for turn in turns
     )  # fmt: skip
 
 
@@ -104,12 +192,28 @@ def _is_text_or_chat(value: Any) -> bool:
     return _is_text(value) or _is_chat(value)
 
 
+def _last_role(value: Any) -> str | None:
+    return first_role(_turns(value)[-1:]) if _is_chat(value) else None
+
+
 def _ends_with_assistant(value: Any) -> bool:
-    return _is_chat(value) and value[-1]["role"] == "assistant"
+    return _last_role(value) in ("assistant", "call")
 
 
 def _starts_with_user(value: Any) -> bool:
-    return _is_chat(value) and value[0]["role"] in ("system", "user")
+    return is_transcript(value) or (_is_chat(value) and first_role(_turns(value)) in ("system", "developer", "user"))
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+
+
+def _is_scored(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, str)) and not isinstance(value, bool)
 
 
 def _fields(**columns: str) -> dict[str, str]:
@@ -122,20 +226,25 @@ def _preference(columns: _Columns) -> DetectedFormat | None:
     if chosen is None or rejected is None:
         return None
     fields = _fields(chosen=chosen, rejected=rejected)
-    prompt = columns.first(("prompt", "question", "instruction", "input"), _is_text_or_chat)
+    prompt = columns.first(_PROMPT_COLUMNS, _is_text_or_chat)
     if prompt is not None:
-        return DetectedFormat(
-            "preference", "preference", fields | _fields(prompt=prompt), _say(prompt, chosen, rejected)
-        )
+        said = _say(*columns.system(), prompt, chosen, rejected)
+        return DetectedFormat("preference", "preference", fields | _fields(prompt=prompt), said)
     if columns.first((chosen.lower(),), _starts_with_user) is None:
+        dialect = next(filter(None, map(dialect_of, columns.values(chosen))), None)
         raise ValueError(
-            f"the columns {chosen!r} and {rejected!r} are answers, but no column holds their prompt (columns: "
+            f"the columns {chosen!r} and {rejected!r} hold transcripts in one string ({dialect}); split them into "
+            "messages with role and content"
+            if dialect
+            else f"the columns {chosen!r} and {rejected!r} are answers, but no column holds their prompt (columns: "
             f"{', '.join(map(repr, columns.names))}); name it with a field, prompt=COLUMN"
         )
-    return DetectedFormat("preference", "preference", fields, _say(chosen, rejected))
+    dialect = dialect_of(columns.values(chosen)[0])
+    said = _say(*columns.system(), chosen, rejected) + (f", transcripts ({dialect})" if dialect else "")
+    return DetectedFormat("preference", "preference", fields, said)
 
 
-def _preference_by_label(columns: _Columns) -> DetectedFormat | None:
+def _by_label(columns: _Columns) -> DetectedFormat | None:
     prompt = columns.first(("input", "prompt", "instruction"), _is_text)
     outputs = [columns.first((name,), _is_text) for name in ("output_1", "output_2")]
     if prompt is None or None in outputs or "label" not in columns.names:
@@ -145,9 +254,43 @@ def _preference_by_label(columns: _Columns) -> DetectedFormat | None:
     )
 
 
+def _by_strength(columns: _Columns) -> DetectedFormat | None:
+    prompt = columns.first(_PROMPT_COLUMNS, _is_text_or_chat)
+    names = ("response_1", "response_2")
+    strength = columns.first(("preference_strength",), _is_number)
+    first, second = (columns.first((name,), _is_text_or_chat) for name in names)
+    if prompt is None or strength is None or first is None or second is None:
+        return None
+    fields = _fields(prompt=prompt, response_1=first, response_2=second, preference_strength=strength)
+    said = _say(*columns.system(), prompt, first, second, strength)
+    return DetectedFormat("preference", "preference_by_strength", fields, said)
+
+
+def _by_score(columns: _Columns) -> DetectedFormat | None:
+    prompt, completions = columns.first(_PROMPT_COLUMNS, _is_text_or_chat), columns.first(("completions",), _is_scored)
+    if prompt is None or completions is None:
+        return None
+    fields = _fields(prompt=prompt, completions=completions)
+    said = _say(prompt, completions) + " (the best against the worst)"
+    return DetectedFormat("preference", "preference_by_score", fields, said)
+
+
+def _kto(columns: _Columns) -> DetectedFormat | None:
+    prompt = columns.first(("prompt", "question", "instruction"), _is_text_or_chat)
+    completion = columns.first(("completion", "response", "output", "answer"), _is_text_or_chat)
+    label = columns.first(("label",), _is_label)
+    if prompt is None or completion is None or label is None:
+        return None
+    fields = _fields(prompt=prompt, completion=completion, label=label)
+    said = _say(prompt, completion, label) + " (pairs of a good and a bad answer to a prompt)"
+    return DetectedFormat("preference", "kto", fields, said)
+
+
 def _conversation(columns: _Columns) -> DetectedFormat | None:
     column = columns.first(_CHAT_COLUMNS, _ends_with_assistant)
-    return None if column is None else DetectedFormat("sft", "messages", _fields(messages=column), _say(column))
+    if column is None:
+        return None
+    return DetectedFormat("sft", "messages", _fields(messages=column), _say(*columns.system(), column))
 
 
 def _verified(columns: _Columns) -> DetectedFormat | None:
@@ -160,24 +303,76 @@ def _verified(columns: _Columns) -> DetectedFormat | None:
     return DetectedFormat("sft", "prompt_completion", fields, _say(prompt, truth) + " (rows of RLVR)")
 
 
+def _transcript(columns: _Columns) -> DetectedFormat | None:
+    column = columns.first(_TRANSCRIPT_COLUMNS, is_transcript)
+    if column is not None:
+        dialect = next(filter(None, map(dialect_of, columns.values(column))))
+        said = f"{_say(column)}, transcripts ({dialect})"
+        return DetectedFormat("sft", "transcript", _fields(text=column), said)
+    chat = columns.first(("chat", "transcript"), lambda value: dialect_of(value) is not None)
+    if chat is not None:
+        dialect = next(filter(None, map(dialect_of, columns.values(chat))))
+        raise ValueError(
+            f"the column {chat!r} holds transcripts in one string ({dialect}); split them into messages with role and "
+            "content"
+        )
+    return None
+
+
 def _one_turn(columns: _Columns) -> DetectedFormat | None:
     user = columns.first(_USER_COLUMNS, _is_text_or_chat)
     if user is None:
         return None
+    system = columns.system()
     answer = columns.fullest(_ANSWER_COLUMNS, _is_text_or_chat)
+    if answer is not None and answer.lower() == "answer":
+        # Mathematics: the solution is what a model should write, the answer its last line.
+        answer = columns.first(("solution",), _is_text) or answer
     if answer is None or user.lower() == "text":
         if columns.first((user.lower(),), _is_text) is None:
             raise ValueError(f"the column {user!r} holds conversations that do not end with the assistant's turn")
         # A row needs an answer to be one; nothing but the user's turns is looked at.
         fields = _fields(prompt=user, completion=user)
         return DetectedFormat("sft", "prompt_completion", fields, f"{_say(user)} as the user's turn; no answers")
-    if user.lower() == "instruction" and columns.first((user.lower(),), _is_text):
-        more = columns.first(("input",), _is_text)
+    is_text = columns.first((user.lower(),), _is_text) is not None
+    more = columns.fullest(_MORE_COLUMNS, _is_text)
+    if is_text and (user.lower() == "instruction" or more is not None):
         fields = _fields(instruction=user, output=answer, **({"input": more} if more else {}))
-        return DetectedFormat("sft", "instruction", fields, _say(user, *([more] if more else []), answer))
-    if user.lower() in ("question", "problem", "query") and columns.first((user.lower(),), _is_text):
-        return DetectedFormat("sft", "question_answer", _fields(question=user, answer=answer), _say(user, answer))
-    return DetectedFormat("sft", "prompt_completion", _fields(prompt=user, completion=answer), _say(user, answer))
+        return DetectedFormat("sft", "instruction", fields, _say(*system, user, *([more] if more else []), answer))
+    if is_text and user.lower() in ("question", "problem", "query"):
+        fields = _fields(question=user, answer=answer)
+        return DetectedFormat("sft", "question_answer", fields, _say(*system, user, answer))
+    fields = _fields(prompt=user, completion=answer)
+    return DetectedFormat("sft", "prompt_completion", fields, _say(*system, user, answer))
+
+
+def _nearest(columns: _Columns) -> str:
+    """The form of which most fields are there, and what it lacks."""
+    chat = columns.named(_CHAT_COLUMNS)
+    if chat is not None:
+        return f"The column {chat!r} is no list of turns that ends with the assistant's{_odd_turns(columns, chat)}. "
+    lacking = {}
+    for name, form in FORMS.items():
+        required = [one for one in form.fields if one != "input" or name != "instruction"]
+        missing = [one for one in required if columns.named(_FOUND_AS.get(one, (one,))) is None]
+        if form.kind is not None and form.kind != "rlvr" and len(missing) < len(required):
+            lacking[name] = (len(missing) / len(required), missing)
+    if not lacking:
+        return ""
+    name = min(lacking, key=lambda one: lacking[one][0])
+    missing = lacking[name][1]
+    what = f"it lacks {', '.join(missing)}" if missing else "but its columns do not hold what it needs"
+    return f"The nearest is {name}: {what}. "
+
+
+def _odd_turns(columns: _Columns, column: str) -> str:
+    """Roles of a column that are known nowhere."""
+    turns = [turn for value in columns.values(column) if _is_chat(value) for turn in _turns(value)]
+    said = {str(next(turn[key] for key in ROLE_KEYS if key in turn)) for turn in turns}
+    unknown = sorted(role[:40] for role in said if role.lower() not in ROLES)
+    if unknown:
+        return f" (unknown roles: {', '.join(map(repr, unknown[:5]))})"
+    return " (prompts alone are read with a ground_truth, or as format rlvr)" if turns else ""
 
 
 def _say(*columns: str) -> str:

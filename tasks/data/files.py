@@ -1,33 +1,69 @@
 """Reads files of rows: text stays the text that was written, whatever it looks like.
 
-A reader that guesses types makes a date of "2024-05-01", 7 of "007" and nothing of "NaN". These never do.
+A reader that guesses types makes a date of "2024-05-01", 7 of "007" and nothing of "NaN". These never do. What a file
+is, its first bytes say before its name does: a download may be packed under a plain name, or be no data at all.
 """
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
-import json
+import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from smoltulu.tasks.data.json_rows import (
+    BOM,
+    MAX_ROW_BYTES,
+    BrokenRow,
+    OnBadLine,
+    WrittenFloat,
+    is_list,
+    is_rows,
+    read_json,
+    read_json_lines,
+    read_json_list,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["SUFFIXES", "BrokenRow", "WrittenFloat", "read_file", "suffix_of"]
+
+_TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".lst")
+_COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 #: What a local file may be called; the folder form takes every such file in it.
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz", ".lst")
-_BOM = b"\xef\xbb\xbf"
+SUFFIXES = (
+    *_TEXT_KINDS,
+    *(kind + packed for kind in _TEXT_KINDS[:-1] for packed in _COMPRESSIONS),
+    ".parquet",
+    ".arrow",
+)
+#: For messages: the 27 of them in few words.
+ALLOWED = f"{', '.join(_TEXT_KINDS)} ({', '.join(_COMPRESSIONS)} allowed), .parquet, .arrow"
 
-
-class WrittenFloat(float):
-    """A number of a JSON file that knows how it was written: 0.50 and 1e5 are 0.5 and 100000.0 to Python."""
-
-    text: str
-
-    def __new__(cls, text: str) -> WrittenFloat:
-        made = super().__new__(cls, text)
-        made.text = text
-        return made
+_PACKED_AS = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\0": ".xz", b"BZh": ".bz2"}
+_NAMES = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
+_UTF_16 = b"\xff\xfe"
+#: First bytes of what is no table of rows -> what it is, and what to do.
+_NO_ROWS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for; run `git lfs pull` in its folder",
+    b"<!DOCTYPE": "an HTML page, as a failed download leaves it; fetch it again",
+    b"<!doctype": "an HTML page, as a failed download leaves it; fetch it again",
+    b"<html": "an HTML page, as a failed download leaves it; fetch it again",
+    b"<?xml": "an XML document, as a failed download leaves it; fetch it again",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    _UTF_16: "UTF-16; convert it, e.g. `iconv -f UTF-16 -t UTF-8`",
+    b"\xfe\xff": "UTF-16; convert it, e.g. `iconv -f UTF-16 -t UTF-8`",
+}
+_BUFFER_BYTES = 1 << 20
+#: Rows become Python objects so many bytes at a time.
+_BATCH_BYTES = 8 << 20
+_MAX_BATCH_ROWS = 4096
 
 
 def suffix_of(path: Path) -> str | None:
@@ -36,115 +72,210 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)  # no suffix ends with another
 
 
-def read_file(path: Path) -> Iterator[Any]:
-    """Rows of a file. ValueError where it is not whole, or not what its name says."""
+def read_file(path: Path, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
+    """Rows of a file, one at a time; a line that holds none is a `BrokenRow` where `on_bad_line` is count.
+
+    Raises:
+        ValueError: it is not whole, not what its name says, or a line is broken and `on_bad_line` is stop.
+    """
     suffix = suffix_of(path)
     assert suffix is not None, path
-    if suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".lst": _read_list}
-    reader = readers[suffix.removesuffix(".gz")]
     try:
-        with gzip.open(path, "rb") if suffix.endswith(".gz") else path.open("rb") as stream:
-            yield from reader(path, stream)  # type: ignore[arg-type]
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
+        with path.open("rb") as stream:
+            head = stream.read(64)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    _refuse_no_rows(head, path)
+    if head.startswith(b"PAR1") or suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif head.startswith(b"ARROW1") or suffix == ".arrow":
+        yield from _read_arrow(path, is_file=head.startswith(b"ARROW1"))
+    else:
+        kind, packed = suffix, ""
+        for compression in _COMPRESSIONS:
+            if suffix.endswith(compression):
+                kind, packed = suffix.removesuffix(compression), compression
+        yield from _read_text(path, kind, _compression(head, packed, path), on_bad_line)
+
+
+def _refuse_no_rows(head: bytes, path: Path) -> None:
+    for start, what in _NO_ROWS.items():
+        if head.removeprefix(BOM).lstrip().startswith(start):
+            raise ValueError(f"{path}: is {what}")
+    if len(head) > 8 and any(head[side::2].strip(b"\0") == b"" and head[1 - side :: 2].strip(b"\0") for side in (0, 1)):
+        raise ValueError(f"{path}: is {_NO_ROWS[_UTF_16]}")
+
+
+def _compression(head: bytes, named: str, path: Path) -> str:
+    """How a file is packed, by its first bytes. ValueError where its name says so, and it is not."""
+    found = next((packed for magic, packed in _PACKED_AS.items() if head.startswith(magic)), "")
+    if named and not found:
+        what = "empty" if not head else f"it begins with {head[:12]!r}"
+        raise ValueError(
+            f"{path}: not a whole {_NAMES[named]} file ({what}); fetch it again, or rename it if it is not packed"
+        )
+    return found
+
+
+def _read_text(path: Path, kind: str, packed: str, on_bad_line: OnBadLine) -> Iterator[Any]:
+    readers: dict[str, Callable[[Path, io.BufferedReader], Iterator[Any]]] = {
+        ".json": lambda path, stream: read_json(str(path), stream, is_lines=False, on_bad_line=on_bad_line),
+        ".csv": lambda path, stream: read_csv(path, stream, ",", on_bad_line),
+        ".tsv": lambda path, stream: read_csv(path, stream, "\t", on_bad_line),
+        ".lst": _read_list,
+    }
+    lines = lambda path, stream: read_json(str(path), stream, is_lines=True, on_bad_line=on_bad_line)  # noqa: E731
+    try:
+        with _opened(path, packed) as stream:
+            if packed:
+                _refuse_packed_twice(stream.peek(64), path)
+            yield from readers.get(kind, lines)(path, stream)
+    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: not a whole {_NAMES[packed]} file ({error}); fetch it again") from error
+    except OSError as error:  # bz2 and Arrow's zstd raise no errors of their own
+        if packed and error.errno is None:
+            raise ValueError(f"{path}: not a whole {_NAMES[packed]} file ({error}); fetch it again") from error
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _opened(path: Path, packed: str) -> io.BufferedReader:
+    """A stream of a file's bytes, unpacked."""
+    raw: Any
+    if packed == ".gz":
+        raw = gzip.GzipFile(path, "rb")
+    elif packed == ".xz":
+        raw = lzma.LZMAFile(path, "rb")  # noqa: SIM115 (the caller closes it)
+    elif packed == ".bz2":
+        raw = bz2.BZ2File(path, "rb")
+    elif packed == ".zst":
+        import pyarrow as pa
+
+        raw = pa.input_stream(str(path), compression="zstd")
+    else:
+        return path.open("rb", buffering=_BUFFER_BYTES)
+    return io.BufferedReader(raw, _BUFFER_BYTES)
+
+
+def _refuse_packed_twice(head: bytes, path: Path) -> None:
+    for magic, packed in _PACKED_AS.items():
+        if head.startswith(magic):
+            raise ValueError(f"{path}: is packed twice ({_NAMES[packed]} inside); unpack it once")
+    if head[257:262] == b"ustar" or head.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path}: is an archive of files; unpack it")
+    _refuse_no_rows(head, path)
 
 
 def _read_list(path: Path, stream: BinaryIO) -> Iterator[dict[str, str]]:
     """One value a line, as {"text": value}: label files such as PIQA's."""
-    for line in stream:
+    while line := stream.readline(MAX_ROW_BYTES):
         if value := line.decode("utf-8", "replace").strip():
             yield {"text": value}
 
 
-def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Any]:
-    for number, line in enumerate(stream, 1):
-        if number == 1:
-            line = line.removeprefix(_BOM)
-        if line.strip():
-            yield _parse(line.rstrip(b"\r\n"), f"{path}, line {number}")
-
-
-def _read_json(path: Path, stream: BinaryIO) -> Iterator[Any]:
-    document = _parse(stream.read().removeprefix(_BOM), str(path))
-    if not isinstance(document, list):
-        keys = f" with the keys {sorted(document)[:8]}" if isinstance(document, dict) else ""
-        raise ValueError(
-            f"{path}: a .json file holds one list of objects, this one holds a {type(document).__name__}{keys}; write "
-            "the rows as a list, or one object a line in a .jsonl file"
-        )
-    yield from document
-
-
-def _parse(data: bytes, where: str) -> Any:
+def read_csv(path: Path, stream: Any, delimiter: str = ",", on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
+    """Rows of a file with a header. Errors as `read_file`."""
+    csv.field_size_limit(MAX_ROW_BYTES)  # the default refuses cells above 128 KiB, which conversations reach
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(_text_lines(text, path), delimiter=delimiter, strict=True)
     try:
-        return json.loads(data.decode("utf-8"), parse_float=WrittenFloat)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from error
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        hint = "; one object a line is a .jsonl file" if error.msg == "Extra data" and error.lineno > 1 else ""
-        raise ValueError(f"{where}, {place}: not JSON ({error.msg}){hint}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deep
-        raise ValueError(f"{where}: JSON that cannot be read ({type(error).__name__}: {str(error)[:120]})") from error
-
-
-def _read_csv(path: Path, stream: BinaryIO, delimiter: str = ",") -> Iterator[Any]:
-    csv.field_size_limit(1 << 30)  # the default refuses cells above 128 KiB, which conversations reach
-    reader = csv.DictReader(
-        io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True
-    )
-    try:
+        _check_header(list(reader.fieldnames or ()), path)
         for row in reader:
             if None in row:
-                raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has columns")
-            yield row
+                where, reason = f"{path}, line {reader.line_num}", "more cells than the header has columns"
+                if on_bad_line == "stop":
+                    raise ValueError(f"{where}: {reason}; with on_bad_line: count it is a malformed row")
+                yield BrokenRow(reason, str(list(row.values())))
+            else:
+                yield row
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not UTF-8 ({error.reason} after line {reader.line_num}); convert the file"
         ) from error
+    finally:
+        text.detach()
+
+
+def _text_lines(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    while line := text.readline(MAX_ROW_BYTES + 1):
+        if len(line) > MAX_ROW_BYTES:
+            raise ValueError(f"{path}: a line is longer than {MAX_ROW_BYTES >> 20} MiB, so this is no table of rows")
+        yield line
+
+
+def _check_header(names: list[str], path: Path) -> None:
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"{path}: the header names {', '.join(map(repr, doubled))} more than once, so a row would lose a value; "
+            "rename the columns"
+        )
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow as pa
+    from pyarrow import parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        with parquet.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow, path)
+            meta = file.metadata
+            groups = (meta.row_group(number) for number in range(meta.num_row_groups))
+            bytes_per_row = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1)
+            for batch in file.iter_batches(batch_size=_batch_rows(bytes_per_row), use_threads=False):
+                yield from _rows_of(batch)
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole parquet file ({str(error)[:200]}); fetch it again") from error
+
+
+def _read_arrow(path: Path, is_file: bool) -> Iterator[Any]:
+    """Rows of an Arrow file, or of a stream, as `datasets` writes it."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            if is_file:
+                reader: Any = pa.ipc.open_file(source)
+                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                reader = pa.ipc.open_stream(source)
+                batches = iter(reader)
+            _check_columns(reader.schema, path)
+            for batch in batches:
+                yield from _rows_of(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a whole arrow file ({str(error)[:200]}); fetch it again") from error
+
+
+def _check_columns(schema: pa.Schema, path: Path) -> None:
+    _check_header(schema.names, path)
+
+
+def _batch_rows(bytes_per_row: float) -> int:
+    return int(min(max(_BATCH_BYTES / max(bytes_per_row, 1), 1), _MAX_BATCH_ROWS))
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    step = _batch_rows(batch.nbytes / max(batch.num_rows, 1))
+    for start in range(0, batch.num_rows, step):
+        yield from batch.slice(start, step).to_pylist()
 
 
 def is_json_of_rows(path: Path) -> bool:
     """Whether a file is a list of rows, or has one a line, whatever its name says."""
-    with path.open("rb") as stream:
-        line = next((text for text in stream if text.strip()), b"").removeprefix(_BOM).lstrip()
-    if line.startswith(b"["):
-        return True
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
+    with path.open("rb", buffering=_BUFFER_BYTES) as stream:
+        return is_rows(stream)
 
 
-def read_json_of_rows(path: Path) -> Iterator[Any]:
+def read_json_of_rows(path: Path, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
     """Rows of such a file. Text alone is a row with a `text`, as `datasets` has it."""
-    with path.open("rb") as stream:
-        start = stream.read(1 << 16).removeprefix(_BOM).lstrip()
-        stream.seek(0)
-        for row in (_read_json if start.startswith(b"[") else _read_jsonl)(path, stream):
+    with path.open("rb", buffering=_BUFFER_BYTES) as stream:
+        rows = read_json_list(str(path), stream) if is_list(stream) else read_json_lines(str(path), stream, on_bad_line)
+        for row in rows:
             yield {"text": row} if isinstance(row, str) else row
 
 
-def read_separated(path: Path, delimiter: str) -> Iterator[Any]:
+def read_separated(path: Path, delimiter: str, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
     """Rows of a file with a header and a delimiter."""
-    with path.open("rb") as stream:
-        yield from _read_csv(path, stream, delimiter)
+    with path.open("rb", buffering=_BUFFER_BYTES) as stream:
+        yield from read_csv(path, stream, delimiter, on_bad_line)

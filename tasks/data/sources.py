@@ -7,6 +7,7 @@ only needs digests, so torch, datasets, pyarrow and huggingface_hub are imported
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,21 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts.secrets import find_secret, is_secret_name, without_secrets
 from smoltulu.schemas.data import DataSource
-from smoltulu.tasks.data.files import (
-    SUFFIXES,
-    is_json_of_rows,
-    read_file,
-    read_json_of_rows,
-    read_separated,
-    suffix_of,
-)
+from smoltulu.tasks.data.files import is_json_of_rows, read_file, read_json_of_rows, read_separated
+from smoltulu.tasks.data.folders import ALL_SUBSETS, DataFiles, data_files, parts_of, shown
 from smoltulu.tasks.data.hub import SourceUnavailable, resolve_commit
+from smoltulu.tasks.data.json_rows import OnBadLine
+from smoltulu.tasks.data.rows import stored_rows
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
-#: `subset` of a Hub source that reads every configuration, in name order, with `limit` rows of each.
-ALL_SUBSETS = "*"
+logger = logging.getLogger("smoltulu")
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _MAX_NAME_BYTES = 255
@@ -116,15 +112,25 @@ def read_rows(
     if source.sampled is not None:
         if source.sampled not in sampled:
             raise ValueError(f"data source {source.sampled!r} is sampled, and its rows were not given")
-        return islice(read_file(Path(sampled[source.sampled])), source.limit)
+        return islice(stored_rows(Path(sampled[source.sampled])), source.limit)
     # Looking for the files is done now, so that a missing one is reported before the first row is asked for.
-    files = local_files(source, world)
-    rows = islice((row for file in files for row in read_file(file)), source.limit)
-    return rows if digest is None else _unchanged(rows, source, files, digest)
+    found = local_files(source, world)
+    rows = islice(_rows_of_files(source, found), source.limit)
+    return rows if digest is None else _unchanged(rows, source, found, digest)
 
 
-def local_files(source: DataSource, world: Path | None = None) -> list[Path]:
-    """The files of a `path` or `generated` source, sorted by name. Raises ValueError if there is none."""
+def _rows_of_files(source: DataSource, found: DataFiles) -> Iterator[Any]:
+    def of(names: Iterable[str]) -> Iterator[Any]:
+        return (row for name in names for row in read_file(found.root / name, source.on_bad_line))
+
+    split = source.split
+    if split is None or split == "all" or split in found.splits:
+        return of(found.names)
+    return iter(_parts(split, {name: of(names) for name, names in found.splits.items()}, source.label))
+
+
+def local_files(source: DataSource, world: Path | None = None) -> DataFiles:
+    """The files of a `path` or `generated` source. Raises ValueError if there is none, or for what cannot be read."""
     if source.generated is not None:
         if world is None:
             raise ValueError(f"data source {source.generated!r} is generated, but the recipe has no world stage")
@@ -133,41 +139,49 @@ def local_files(source: DataSource, world: Path | None = None) -> list[Path]:
         assert source.path is not None, source
         path = expand_path(source.path)
         given = repr(source.path) if str(path) == source.path else f"{source.path!r} (expanded: {str(path)!r})"
-    if not path.exists():
+    try:
+        is_there = path.exists()
+    except OSError as error:  # a loop of links
+        raise ValueError(f"data source {given}: cannot be read ({error.strerror or error})") from error
+    if not is_there:
         raise ValueError(
             f"data source {given}: {str(path.absolute())!r} does not exist; relative paths start at the recipe file's "
             "folder, and at the working folder where they begin with a variable or there is no file"
         )
-    if path.is_file():
-        if suffix_of(path) is None:
-            raise ValueError(f"data source {given}: unsupported file {path.name!r}; allowed are {', '.join(SUFFIXES)}")
-        return [path]
-    # Hidden files and notes may lie beside the data; anything else must be data, or rows would be lost in silence.
-    files = sorted(
-        (file for file in path.iterdir() if not file.name.startswith(".") and file.suffix.lower() != ".md"),
-        key=lambda file: file.name,
-    )
-    for file in files:
-        if not file.is_file() or suffix_of(file) is None:
-            what = "subfolder" if file.is_dir() else "unsupported file"
-            raise ValueError(
-                f"data source {given}: {what} {file.name!r}; a folder holds only {', '.join(SUFFIXES)} (and notes in "
-                ".md). Name the wanted file, or give each folder as a source of its own"
-            )
-    if not files:
-        raise ValueError(f"data source {given}: the folder is empty; expected {', '.join(SUFFIXES)}")
-    return files
+    try:
+        found = data_files(path, source.split, source.subset)
+    except ValueError as error:
+        raise ValueError(f"data source {given}: {error}") from None
+    if path.is_dir():
+        _notice_links(found, given)
+    return found
 
 
-def _unchanged(rows: Iterator[Any], source: DataSource, files: list[Path], digest: str) -> Iterator[Any]:
-    """`rows`, read from `files`. ValueError where those are not what `digest` names from the first to the last row."""
-    before = _states(files)
+def _notice_links(found: DataFiles, given: str) -> None:
+    """Say once that files of a folder lie elsewhere: whoever made the links chose what is read."""
+    root = found.root.resolve()
+    outside = [name for name in found.names if not (found.root / name).resolve().is_relative_to(root)]
+    if outside and (given, tuple(outside)) not in _noticed:
+        _noticed.add((given, tuple(outside)))
+        first = shown(str((found.root / outside[0]).resolve()))
+        logger.warning(
+            "data source %s: %d of its files are links to places outside of the folder, e.g. %s -> %s",
+            given, len(outside), shown(outside[0]), first,
+        )  # fmt: skip
+
+
+_noticed: set[tuple[str, tuple[str, ...]]] = set()
+
+
+def _unchanged(rows: Iterator[Any], source: DataSource, found: DataFiles, digest: str) -> Iterator[Any]:
+    """`rows`, read from `found`. ValueError where those are not what `digest` names from the first to the last row."""
+    before = _states(found.paths)
     if source_digest(source) == digest:
         yield from rows
         # The system's time of change cannot be set back, as a file's content can.
-        if local_files(source) == files and _states(files) == before:
+        if local_files(source) == found and _states(found.paths) == before:
             return
-    names = ", ".join(file.name for file in files[:3]) + (" …" if len(files) > 3 else "")
+    names = ", ".join(found.names[:3]) + (" …" if len(found.names) > 3 else "")
     raise ValueError(
         f"data source {source.label}: {names} changed while the run went on (a new name, link or mode counts too), so "
         "its rows may not be those that the key stands for; leave it alone while a run reads it, and run again"
@@ -188,11 +202,17 @@ def source_digest(source: DataSource, world: Path | None = None, endpoint: str |
     if source.repository is not None:
         return resolve_revision(source, endpoint)
     digest = hashlib.sha256()
-    for file in local_files(source, world):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256")
+    found = local_files(source, world)
+    for name in found.names:
+        try:
+            with (found.root / name).open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256")
+        except OSError as error:
+            raise ValueError(
+                f"data source {source.label}: {shown(name)} cannot be read ({error.strerror or error})"
+            ) from error
         # NUL cannot be part of a file name, so names and digests cannot run into each other.
-        digest.update(f"{file.name}\0{content.hexdigest()}\n".encode())
+        digest.update(f"{name}\0{content.hexdigest()}\n".encode("utf-8", "surrogateescape"))
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -213,9 +233,10 @@ def _read_hub(source: DataSource) -> Iterator[Any]:
             subsets: list[str | None] = sorted(datasets.get_dataset_config_names(repository, revision=revision))
         else:
             subsets = [source.subset]
-        tables = [_hub_table(repository, subset, source.split, revision) for subset in subsets]
+        tables = [_hub_table(repository, subset, source, revision) for subset in subsets]
     except Exception as error:
-        asked = f"Hub dataset {source.repository!r} (subset {source.subset!r}, split {source.split!r}, {revision[:12]})"
+        split = source.split or "train"
+        asked = f"Hub dataset {source.repository!r} (subset {source.subset!r}, split {split!r}, {revision[:12]})"
         text = f"{asked}: {type(error).__name__}: {str(error)[:300]}"
         if isinstance(error, ValueError) and _NO_SUCH_ROWS.search(str(error)):
             raise ValueError(f"{text}. Give a `subset` and a `split` that the dataset has") from error
@@ -225,46 +246,53 @@ def _read_hub(source: DataSource) -> Iterator[Any]:
     return (row for table in tables for row in islice(table, source.limit))
 
 
-def _hub_table(repository: str, subset: str | None, split: str, revision: str) -> Iterable[Any]:
+def _hub_table(repository: str, subset: str | None, source: DataSource, revision: str) -> Iterable[Any]:
     """Rows of one configuration. `datasets` guesses the types of JSON and CSV, so these are read as local files are.
 
     `split` may be what `datasets` takes: `train`, `train[:100]`, `train[10%:]+test`, `all`.
     """
     import datasets
 
+    split = "train" if source.split is None else source.split
     builder = _builder(repository, subset, revision)
-    data_files = builder.config.data_files or {}
-    if split == str(datasets.Split.ALL) and data_files and split not in data_files:
-        split = "+".join(map(str, data_files))
-    names = [split] if split in data_files else [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
-    texts = {name: _rows_of_text(builder, data_files[name]) for name in names if name in data_files}
+    urls = builder.config.data_files or {}
+    if split == str(datasets.Split.ALL) and urls and split not in urls:
+        split = "+".join(map(str, urls))
+    names = parts_of(split, urls)
+    texts = {name: _rows_of_text(builder, urls[name], source.on_bad_line) for name in names if name in urls}
     tables = {name: rows for name, rows in texts.items() if rows is not None}
-    if len(tables) < len(set(names)):
+    if len(tables) < len(names):
         rows: Iterable[Any] = datasets.load_dataset(repository, subset, split=split, revision=revision)
         return rows
-    return tables[split] if split in tables else _parts(split, tables)
+    return tables[split] if split in tables else _parts(split, tables, repository)
 
 
-def _rows_of_text(builder: DatasetBuilder, urls: Iterable[str]) -> Iterable[Any] | None:
+def _rows_of_text(builder: DatasetBuilder, urls: Iterable[str], on_bad_line: OnBadLine) -> Iterable[Any] | None:
     """Rows of the JSON or CSV files of a split, as text. None where they are of another kind, which has types."""
     kind = type(builder).__module__.rpartition(".")[2]
     if kind == "json" and builder.config.field is None:
         files = _fetched(urls)
         if all(map(is_json_of_rows, files)):
-            return (row for file in files for row in read_json_of_rows(file))
+            return (row for file in files for row in read_json_of_rows(file, on_bad_line))
     elif kind == "csv" and (delimiter := _only_delimiter(builder)) is not None:
         files = _fetched(urls)
-        return (row for file in files for row in read_separated(file, delimiter))
+        return (row for file in files for row in read_separated(file, delimiter, on_bad_line))
     return None
 
 
-def _parts(split: str, tables: Mapping[str, Iterable[Any]]) -> list[Any]:
+def _parts(split: str, tables: Mapping[str, Iterable[Any]], label: str) -> list[Any]:
     """The rows that `split` asks for, as `datasets` reads it. ValueError for one that it does not understand."""
     import datasets
 
-    read = datasets.ReadInstruction.from_spec(split)
     rows = {name: list(table) for name, table in tables.items()}
-    parts = read.to_absolute({name: len(table) for name, table in rows.items()})
+    try:
+        read = datasets.ReadInstruction.from_spec(split)
+        parts = read.to_absolute({name: len(table) for name, table in rows.items()})
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"data source {label}: split {split!r} is none (Bad split: {error}); write e.g. train, train[:1000], "
+            "train[10%:20%] or train+test"
+        ) from error
     return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
 
 

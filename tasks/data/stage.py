@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from smoltulu.schemas.data import DatasetInputs, DatasetOutputs, DatasetStageConfig, DataSource, SourceReport
-from smoltulu.tasks.data.formats import MalformedRow, adapt, check_source
+from smoltulu.tasks.data.formats import SourceCounts, check_source
 from smoltulu.tasks.data.rows import RowsWriter
 from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.stage import Stage, StageContext
 
-_NUM_EXAMPLES = 5
-_EXAMPLE_CHARACTERS = 200
 _ROWS_PER_REPORT = 2_000
 
 
@@ -48,7 +43,7 @@ def build_dataset(
         raise
     outputs = DatasetOutputs(
         kind=config.kind,
-        num_rows=sum(report.num_rows - report.num_malformed for report in reports),
+        num_rows=sum(_num_left(report) for report in reports),
         sources=tuple(reports),
     )
     partial.rename(context.folder / outputs.file)
@@ -60,30 +55,32 @@ def _write_source(
     index: int, source: DataSource, num_sources: int, inputs: DatasetInputs, output: RowsWriter, context: StageContext
 ) -> SourceReport:
     started = time.monotonic()
-    num_rows = 0
-    reasons: Counter[str] = Counter()
-    examples: list[str] = []
+    counts = SourceCounts(source)
     world = Path(inputs.world) if inputs.world else None
     rows = read_rows(source, world, context.externals.get(f"data.{index}"), inputs.sampled)
-    for row_index, row in enumerate(rows):
-        num_rows += 1
-        try:
-            normalised = adapt(row, source)
-        except MalformedRow as error:
-            reasons[str(error)] += 1
-            if len(examples) < _NUM_EXAMPLES:
-                examples.append(f"row {row_index}: {error}: {_shortened(row)}")
-            continue
-        output.write({"id": f"{index}:{row_index}", **normalised})
-        if num_rows % _ROWS_PER_REPORT == 0:
-            speed = num_rows / max(time.monotonic() - started, 1e-9)
-            context.report(index, num_sources, num_rows=float(num_rows), rows_per_second=speed)
-    return SourceReport(
-        label=source.label,
-        num_rows=num_rows,
-        num_malformed=reasons.total(),
-        reasons=dict(reasons.most_common()),
-        examples=tuple(examples),
+    for place, normalised in counts.normalised(rows):
+        output.write({"id": f"{index}:{place}", **normalised})
+        if counts.num_rows % _ROWS_PER_REPORT == 0:
+            speed = counts.num_rows / max(time.monotonic() - started, 1e-9)
+            context.report(index, num_sources, num_rows=float(counts.num_rows), rows_per_second=speed)
+    return counts.report()
+
+
+def _num_left(report: SourceReport) -> int:
+    """Rows that are neither malformed nor dropped. Two KTO rows are one pair: those that are left are counted apart."""
+    return report.num_rows - report.num_malformed - report.num_dropped - report.num_merged
+
+
+def _said_of_dropped(report: SourceReport) -> str:
+    return "".join(f"; {report.label}: {reason}: {number:,} rows" for reason, number in report.dropped.items())
+
+
+def _said_of_malformed(report: SourceReport, allowed: str) -> str:
+    share = report.num_malformed / report.num_rows
+    reasons = "; ".join(f"{reason}: {number}" for reason, number in report.reasons.items())
+    return (
+        f"{report.label}: {report.num_malformed} of {report.num_rows} rows are malformed ({share:.2%}){allowed}. "
+        f"Reasons: {reasons}. First examples:\n  " + "\n  ".join(report.examples)
     )
 
 
@@ -97,31 +94,20 @@ def _accept(reports: list[SourceReport], max_malformed_share: float) -> None:
         if report.num_rows == 0:
             problems.append(f"{report.label}: no rows at all; check the file, the split or `limit`")
         elif report.num_malformed > max_malformed_share * report.num_rows:
-            share = report.num_malformed / report.num_rows
-            reasons = "; ".join(f"{reason}: {number}" for reason, number in report.reasons.items())
-            problems.append(
-                f"{report.label}: {report.num_malformed} of {report.num_rows} rows are malformed ({share:.2%}), "
-                f"allowed are {max_malformed_share:.2%} (max_malformed_share). Reasons: {reasons}. First examples:\n  "
-                + "\n  ".join(report.examples)
-            )
-    if not problems and all(report.num_rows == report.num_malformed for report in reports):
-        problems.append("no row is left: all are malformed")
+            allowed = f", allowed are {max_malformed_share:.2%} (max_malformed_share)"
+            problems.append(_said_of_malformed(report, allowed))
+    if not problems and not any(map(_num_left, reports)):
+        problems.append("no row is left: all are malformed, or dropped" + "".join(map(_said_of_dropped, reports)))
+        problems += [_said_of_malformed(report, "") for report in reports if report.num_malformed]
     if problems:
         raise ValueError(
             "the data cannot be used:\n" + "\n".join(problems) + "\nMend `format` and `fields`, or the data."
         )
 
 
-def _shortened(row: Any) -> str:
-    # ascii, so that a lone surrogate can be shown; default=str, because parquet cells may be dates.
-    text = json.dumps(row, ensure_ascii=True, default=str)
-    return text if len(text) <= _EXAMPLE_CHARACTERS else text[: _EXAMPLE_CHARACTERS - 1] + "…"
-
-
 dataset = Stage(
     name="dataset",
-    version=2,
-    reencodes=1,
+    version=3,
     config=DatasetStageConfig,
     inputs=DatasetInputs,
     outputs=DatasetOutputs,

@@ -146,7 +146,10 @@ def _sampled(
         )
     rows = _read_rows(inputs.verified_eval, sampled.num_prompts)
     prompts, num_left_cut = sampling.encode_prompts(
-        tokenizer, [row["prompt"] for row in rows], max_length - sampled.max_new_tokens
+        tokenizer,
+        [row["prompt"] for row in rows],
+        max_length - sampled.max_new_tokens,
+        [row.get("tools") for row in rows],
     )
     completions = sampling.generate(
         model,
@@ -324,7 +327,8 @@ def _digests(
     """Id -> digests of what is asked and of what is right, as lm-eval's samples have them: rows may be made again."""
 
     def digest(row: Mapping[str, Any], names: Sequence[str]) -> str:
-        return text_digest(json.dumps([row[name] for name in names], ensure_ascii=False, sort_keys=True))[:16]
+        said = [row[name] for name in names] + ([row["tools"]] if "tools" in row and "prompt" in names else [])
+        return text_digest(json.dumps(said, ensure_ascii=False, sort_keys=True))[:16]
 
     return {str(row["id"]): {"doc_hash": digest(row, question), "target_hash": digest(row, answer)} for row in rows}
 

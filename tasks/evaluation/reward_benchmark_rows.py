@@ -164,6 +164,8 @@ def _question(row: Any, source: DataSource, own_id: str, needs_subset: bool) -> 
         subset = _LLMBAR.get(subset, subset)
         source = source.model_copy(update={"format": "preference_by_label"})
     pair = adapt(row, source)
+    if "tools" in pair:
+        raise MalformedRow("the row offers tools, which a reward benchmark does not render")
     return Question(own_id, subset, pair["prompt"], [pair["chosen"], pair["rejected"]])
 
 

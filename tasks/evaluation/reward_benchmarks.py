@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts.keys import text_digest
 from smoltulu.schemas.reward_benchmarks import RewardBenchmark
+from smoltulu.tasks.data.rows import turn_text
 from smoltulu.tasks.data.sources import read_rows
 from smoltulu.tasks.evaluation import pair_accuracy, rewardbench
 from smoltulu.tasks.evaluation.chance import chance_details
@@ -27,6 +28,7 @@ from smoltulu.tasks.evaluation.reward_benchmark_rows import KNOWN_SUBSETS, Quest
 from smoltulu.tasks.evaluation.rewardbench import TIES, Mean, TiesPrompt
 from smoltulu.tasks.models.decoding import OnBatch
 from smoltulu.tasks.models.tokens import conversations
+from smoltulu.tasks.models.turns import as_rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,7 +117,7 @@ def measure(
         logger.warning("%s is a part: %s", benchmark.label, scores[0].metric)
 
     def render(messages: list[dict[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(as_rendered(messages), tokenize=False, add_generation_prompt=True))
 
     return scores, samples_of(scores[0].task, answered, render)
 
@@ -333,7 +335,7 @@ def samples_of(
             row |= {"right": one.right, "scores": one.scores, "num_right": 1}
         row |= {"doc_hash": _digest(question.prompt), "target_hash": _digest(question.answers)}
         row |= {"prompt": render(question.prompt), "is_left_cut": one.num_cut > 0}
-        row["answers"] = ["\n\n".join(turn["content"] for turn in answer) for answer in question.answers]
+        row["answers"] = ["\n\n".join(map(turn_text, answer)) for answer in question.answers]
         rows.append(row)
     return rows
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from smoltulu.tasks.evaluation.kept import WRITTEN_BATCHES_PER_SHARD, Kept, in_shards
 from smoltulu.tasks.models.decoding import OnBatch, write
 from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
+from smoltulu.tasks.models.turns import Messages, Tools
 from smoltulu.tasks.verifiers import Graders
 
 if TYPE_CHECKING:
@@ -52,14 +53,17 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict[str, str]]], max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    max_tokens: int,
+    tools: Sequence[Tools | None] | None = None,
 ) -> tuple[list[list[int]], int]:
     """Token ids of chat prompts with the generation header; the beginning of over-long ones is cut off.
 
     Returns:
         ids per prompt, and how many were cut.
     """
-    encoded = prompt_ids(tokenizer, prompts)
+    encoded = prompt_ids(tokenizer, prompts, tools)
     return [ids[-max_tokens:] for ids in encoded], sum(len(ids) > max_tokens for ids in encoded)
 
 

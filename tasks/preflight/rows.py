@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.preflight import PreflightConfig, TokenizerFacts
-from smoltulu.tasks.data.rows import turns_of
+from smoltulu.tasks.data.rows import TOOLS, texts_of, turns_of
 from smoltulu.tasks.models.chat_template import PROBE
 from smoltulu.tasks.models.tokens import (
     Conversation,
@@ -124,14 +124,15 @@ def tokenised(
 ) -> list[Tokenised]:
     """The rows of a batch that the template renders. `refuse` gets each of the others."""
     rows = [row for _, row in batch]
+    tools = [row.get(TOOLS) for row in rows]
     try:
         made: list[Any]
         if config.kind == "conversations":
-            made = conversations(tokenizer, [row["messages"] for row in rows])
+            made = conversations(tokenizer, [row["messages"] for row in rows], tools)
         elif config.kind == "pairs":
             made = pairs(tokenizer, rows, config.trained_turns)
         else:
-            asked = prompt_ids(tokenizer, [row["prompt"] for row in rows])
+            asked = prompt_ids(tokenizer, [row["prompt"] for row in rows], tools)
             made = [Conversation(ids, [0] * len(ids), stable=True) for ids in asked]
         return [Tokenised(number, row, whole) for (number, row), whole in zip(batch, made, strict=True)]
     except rendering_errors() as error:
@@ -154,20 +155,30 @@ def findings(config: PreflightConfig, probe: TokenizerProbe, row: Tokenised) -> 
     """Findings of a row as it is written."""
     facts, sides = probe.facts, row.whole.sides
     bos, num_embeddings = facts.bos_token_id, facts.num_embeddings
-    turns = turns_of(row.source)
-    special = [turn["role"] for turn in turns if any(token in turn["content"] for token in probe.special)]
+    texts = texts_of(row.source)
+    special = [role for role, text in texts if any(token in text for token in probe.special)]
     ends = [ids[last - 1] for ids, mask in sides if (last := last_said(probe, ids, mask))]
     found = {
         "num_unstable": not row.whole.stable,
         "num_special": bool(special),
         "num_special_trained": "assistant" in special,
-        "num_headers": any(header in turn["content"] for turn in turns for header in probe.headers),
+        "num_headers": any(header in text for _, text in texts for header in probe.headers),
         "num_two_bos": bos is not None and any(ids[:2] == [bos, bos] for ids, _ in sides),
         "num_beyond_embeddings": num_embeddings is not None
         and any(max(ids, default=0) >= num_embeddings for ids, _ in sides),
         "num_without_eos": config.kind != "prompts" and any(end not in facts.stop_token_ids for end in ends),
     }
     return [name for name, is_found in found.items() if is_found]
+
+
+def parts_of(source: dict[str, Any]) -> dict[str, int]:
+    """What a row has beside role and content, as counts of Counts."""
+    turns = turns_of(source)
+    return {
+        "num_with_tools": TOOLS in source or any("tool_calls" in turn for turn in turns),
+        "num_with_reasoning": any("reasoning_content" in turn for turn in turns),
+        "num_untrained_turns": sum(turn["role"] == "assistant" and "train" in turn for turn in turns),
+    }
 
 
 def last_trained(mask: Sequence[int]) -> int:

@@ -30,6 +30,7 @@ from smoltulu.tasks.verifiers.kinds import kinds_of
 logger = logging.getLogger("smoltulu")
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99, 100)
 _HISTOGRAM_BINS = 40
+_NUM_REFUSALS = 10
 
 
 def run_preflight(
@@ -65,6 +66,7 @@ def run_preflight(
     outputs = PreflightOutputs(
         file=file.name,
         **counts.totals(),
+        refusals=dict(counts.refusals.most_common(_NUM_REFUSALS)),
         lengths=length_report(counts.lengths),
         kinds=_kinds(file) if config.kind == "prompts" else {},
         tokenizer=probe.facts,
@@ -132,7 +134,7 @@ def _put_together(maker: Maker, file: Path, context: StageContext) -> Counts:
     parts, counts = cut(maker.dataset), Counts()
     num_source_rows = sum(part.num_rows for part in parts)
 
-    with output_writer(maker.config.kind, file) as writer:
+    with output_writer(maker.config.kind, file, maker.is_rich) as writer:
         writer.add_key_value_metadata({TOKENISATION: maker.probe.facts.tokenisation})
 
         def take(part: Part) -> None:

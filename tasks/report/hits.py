@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smoltulu.tasks.data.rows import rows_at, turns_of
+from smoltulu.tasks.data.formats.all_text import column_of
+from smoltulu.tasks.data.rows import rows_at, texts_of
 from smoltulu.tasks.report import text
 from smoltulu.tasks.report.render import render
 
@@ -44,18 +45,19 @@ class BenchmarkPages:
     files: tuple[str, ...]
 
 
-def write_hit_pages(hits: Path, queries: Path, rows: Path, folder: Path) -> list[BenchmarkPages]:
+def write_hit_pages(hits: Path, queries: Path, rows: Path, folder: Path, prefix: str = "") -> list[BenchmarkPages]:
     """Write the pages of every benchmark with hits into `folder`.
 
     hits      hits.parquet of a contamination artifact
     queries   queries.parquet of its index
     rows      the rows file that was scanned
+    prefix    of the names of the pages
     """
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for position, (benchmark, found) in enumerate(_by_benchmark(hits, queries), 1):
         pages = [found[start : start + INSTANCES_PER_PAGE] for start in range(0, len(found), INSTANCES_PER_PAGE)]
-        name = f"{position:02d}-{text.artifact_key(benchmark)}"
+        name = f"{prefix}{position:02d}-{text.artifact_key(benchmark)}"
         names = tuple(f"{name}-{number:04d}.html" for number in range(1, len(pages) + 1))
         for number, page in enumerate(pages):
             if number % _PAGES_PER_PASS == 0:
@@ -69,8 +71,7 @@ def write_hit_pages(hits: Path, queries: Path, rows: Path, folder: Path) -> list
                 page=number,
                 first=number * INSTANCES_PER_PAGE + 1,
                 instances=[
-                    (instance, [(hit, around_match(_turn(sources, hit), hit["text"])) for hit in instance.hits])
-                    for instance in page
+                    (instance, [(hit, *_shown(sources[hit["row"]], hit)) for hit in instance.hits]) for instance in page
                 ],
             )
             (folder / names[number]).write_text(html, encoding="utf-8")
@@ -103,9 +104,17 @@ def _by_benchmark(hits: Path, queries: Path) -> Iterator[tuple[str, list[FoundIn
         yield benchmark, sorted(found, key=lambda instance: instance.row)
 
 
-def _turn(sources: Mapping[int, dict[str, Any]], hit: dict[str, Any]) -> str:
-    """Text of the turn of a hit."""
-    return str(turns_of(sources[hit["row"]])[hit["turn"]]["content"])
+def _shown(row: Mapping[str, Any], hit: Mapping[str, Any]) -> tuple[str, tuple[str, str, str]]:
+    """(where a hit is, the text around it)."""
+    turn = texts_of(row)[hit["turn"]][1]
+    return place_of(row, hit["turn"], turn, hit["text"]), around_match(turn, hit["text"])
+
+
+def place_of(row: Mapping[str, Any], number: int, turn: str, match: str) -> str:
+    """The turn of a hit, and the column where rows were read by columns."""
+    start = turn.find(match.removesuffix("…")) if match else -1
+    column = column_of(row, number, start)
+    return f"turn {number}" if column is None else f"column {column}, turn {number}"
 
 
 def around_match(turn: str, match: str) -> tuple[str, str, str]:

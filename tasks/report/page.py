@@ -19,6 +19,7 @@ from smoltulu.schemas.data import DatasetOutputs
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.held_out import HeldOutOutputs
 from smoltulu.schemas.models import ModelOutputs
+from smoltulu.schemas.near_duplicates import NearDuplicateOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import Outcome, RunSummary, StageRun
 from smoltulu.schemas.sampled import SampledRowsOutputs
@@ -84,6 +85,11 @@ def html_report(
         ("samples", "What the policy wrote", _samples(runs, folders)),
         ("sampled", "Rows that a model wrote", _outputs_of(SampledRowsOutputs, runs)),
         ("contamination", "Contamination", _outputs_of(ContaminationOutputs, runs)),
+        (
+            "near_duplicates",
+            "Near-duplicates",
+            [(name, outputs) for name, _, outputs in _outputs_of(NearDuplicateOutputs, runs)],
+        ),
         ("data", "Data", [dataset for dataset in datasets if dataset[2].sources]),
         ("preflight", "Preflight", [(name, preflight_figures(outputs)) for name, _, outputs in preflights]),
         ("verifier_audit", "Verifier audit", _verifier_audit(runs)),

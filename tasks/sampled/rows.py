@@ -21,8 +21,10 @@ from smoltulu.schemas.sampled import (
     ScoreBar,
     SelectionRules,
 )
-from smoltulu.tasks.data.rows import RowsWriter
+from smoltulu.tasks.data.rows import RowsWriter, turn_text
+from smoltulu.tasks.models.turns import Messages
 from smoltulu.tasks.sampled import selection
+from smoltulu.tasks.sampled.samples import asked_of
 from smoltulu.tasks.sampled.selection import Choice, Sample
 from smoltulu.tasks.stage import Stage, StageContext
 
@@ -95,14 +97,15 @@ def choose_rows(
             seen.add(samples, fate)
             if choice is None:
                 continue
-            row = selection.row_of(line["id"], line["prompt"], choice)
+            prompt, tools = asked_of(line)
+            row = selection.row_of(line["id"], prompt, choice) | ({"tools": tools} if tools else {})
             writer.write(row)
             seen.choices.append(
                 Choice(_without_text(choice.chosen), choice.rejected and _without_text(choice.rejected))
             )
             lineage.append(_lineage(row["id"], line["id"], choice))
             if len(examples) < _NUM_EXAMPLES:
-                examples.append(_example(row["id"], line["prompt"], choice))
+                examples.append(_example(row["id"], prompt, choice))
     if not lineage:
         raise ValueError(f"no prompt gives a row: {_said_of(seen.fates)}")
     parquet.write_table(
@@ -193,11 +196,11 @@ def _lineage_schema() -> pa.Schema:
     return pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("id", "prompt_id")] + sides)
 
 
-def _example(row: str, prompt: list[dict[str, str]], choice: Choice) -> SampledExample:
+def _example(row: str, prompt: Messages, choice: Choice) -> SampledExample:
     sides = {"chosen": choice.chosen.text, "chosen_score": _score(choice.chosen)}
     if choice.rejected is not None:
         sides |= {"rejected": choice.rejected.text, "rejected_score": _score(choice.rejected)}
-    asked = prompt[-1]["content"]
+    asked = turn_text(prompt[-1])
     return SampledExample(id=row, prompt=_cut(asked), **{name: _cut(text) for name, text in sides.items()})
 
 

@@ -23,6 +23,7 @@ from smoltulu.tasks.data.rows import rows_at, stored_rows
 from smoltulu.tasks.models.decoding import Written, write
 from smoltulu.tasks.models.folders import check_model_folder, load_to_write, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import prompt_ids, rendering_errors, stop_token_ids
+from smoltulu.tasks.models.turns import Messages, Tools
 from smoltulu.tasks.sampled import parts
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.loop import prepare_torch
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 512
 _PACKAGES = ("torch", "transformers", "tokenizers")
 
-Messages = list[dict[str, str]]
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -46,6 +45,7 @@ class Prompt:
     number: int
     id: str
     messages: Messages
+    tools: Tools | None
     verifier: str
     ground_truth: str
     ids: list[int]
@@ -118,7 +118,10 @@ def write_samples(
 
 
 def schema() -> pa.Schema:
-    """Columns of the file: a line a prompt. `verifier` and `ground_truth` are empty where the rows have none."""
+    """Columns of the file: a line a prompt. `verifier` and `ground_truth` are empty where the rows have none.
+
+    `whole_prompt`: {"prompt", "tools"} as JSON where a prompt has more than role and content, else empty.
+    """
     import pyarrow as pa
 
     text = {"nullable": False}
@@ -134,6 +137,7 @@ def schema() -> pa.Schema:
         [
             pa.field("id", pa.string(), **text),
             pa.field("prompt", pa.list_(turn), **text),
+            pa.field("whole_prompt", pa.string(), **text),
             pa.field("verifier", pa.string(), **text),
             pa.field("ground_truth", pa.string(), **text),
             pa.field("samples", pa.list_(sample), **text),
@@ -149,7 +153,8 @@ def asked_prompts(
     num_rows = 0
     for number, row in enumerate(stored_rows(dataset)):
         num_rows += 1
-        firsts.setdefault(sha256(canonical_json(_messages(row)).encode()).digest(), (number, str(row["id"])))
+        said = canonical_json([*_messages(row), *([row["tools"]] if "tools" in row else [])])
+        firsts.setdefault(sha256(said.encode()).digest(), (number, str(row["id"])))
     if not num_rows:
         raise ValueError("there are no rows whose prompts could be asked; look at the data set that `prompts` names")
     different = list(firsts.values())
@@ -159,7 +164,7 @@ def asked_prompts(
     numbers = sorted(rows)
     for start in range(0, len(numbers), _BATCH_ROWS):
         batch = numbers[start : start + _BATCH_ROWS]
-        for number, ids in zip(batch, _prompt_ids(tokenizer, [_messages(rows[one]) for one in batch]), strict=True):
+        for number, ids in zip(batch, _prompt_ids(tokenizer, [rows[one] for one in batch]), strict=True):
             row = rows[number]
             if ids is None:
                 asked.num_not_rendered += 1
@@ -167,7 +172,7 @@ def asked_prompts(
                 asked.num_too_long += 1
             else:
                 truth = str(row.get("verifier", "")), str(row.get("ground_truth", ""))
-                asked.prompts.append(Prompt(number, str(row["id"]), _messages(row), *truth, ids))
+                asked.prompts.append(Prompt(number, str(row["id"]), _messages(row), row.get("tools"), *truth, ids))
     if not asked.prompts:
         raise ValueError(
             f"none of {len(chosen):,} prompts can be asked: {asked.num_too_long:,} have more than {longest or 0:,} "
@@ -183,12 +188,12 @@ def _messages(row: dict[str, Any]) -> Messages:
     return messages
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Messages]) -> list[list[int] | None]:
-    """Token ids of each; None where the template refuses it."""
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[list[int] | None]:
+    """Token ids of the prompt of each; None where the template refuses it."""
     try:
-        return list(prompt_ids(tokenizer, prompts))
+        return list(prompt_ids(tokenizer, list(map(_messages, rows)), [row.get("tools") for row in rows]))
     except rendering_errors():
-        return [None] if len(prompts) == 1 else [ids for one in prompts for ids in _prompt_ids(tokenizer, [one])]
+        return [None] if len(rows) == 1 else [ids for one in rows for ids in _prompt_ids(tokenizer, [one])]
 
 
 def _longest_prompt(config: SamplesConfig, model: Path) -> int | None:
@@ -272,7 +277,7 @@ def _line(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, samples: Sequence[
     )
     return {
         "id": prompt.id,
-        "prompt": prompt.messages,
+        **stored_prompt(prompt.messages, prompt.tools),
         "verifier": prompt.verifier,
         "ground_truth": prompt.ground_truth,
         "samples": [
@@ -280,6 +285,22 @@ def _line(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, samples: Sequence[
             for text, one in zip(texts, samples, strict=True)
         ],
     }
+
+
+def stored_prompt(messages: Messages, tools: Tools | None) -> dict[str, Any]:
+    """Columns of a prompt: role and content of its turns, for readers, and all of it where there is more."""
+    said = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+    whole = {"prompt": messages} | ({"tools": tools} if tools else {})
+    is_plain = said == messages and not tools
+    return {"prompt": said, "whole_prompt": "" if is_plain else json.dumps(whole, ensure_ascii=False)}
+
+
+def asked_of(line: dict[str, Any]) -> tuple[Messages, Tools | None]:
+    """The prompt of a line as it was given, and the tools that it offers."""
+    if not line.get("whole_prompt"):
+        return line["prompt"], None
+    whole = json.loads(line["whole_prompt"])
+    return whole["prompt"], whole.get("tools")
 
 
 def _made_from(config: SamplesConfig, inputs: SamplesInputs) -> str:

@@ -19,8 +19,9 @@ from smoltulu.tasks.evaluation.pair_accuracy import reward_scores
 from smoltulu.tasks.models.classifiers import load_to_score
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import conversations, rendering_errors
+from smoltulu.tasks.models.turns import Messages, Prompt, tools_of
 from smoltulu.tasks.sampled import parts
-from smoltulu.tasks.sampled.samples import Messages
+from smoltulu.tasks.sampled.samples import asked_of
 from smoltulu.tasks.sampled.samples import schema as samples_schema
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.loop import prepare_torch
@@ -108,7 +109,11 @@ def add_verdicts(
 def add_rewards(made: parts.Lines, lines: parts.Lines, rewards: Rewards) -> None:
     """Reward of every sample, into `made`. What says the same after one prompt is scored once."""
     wanted = list(dict.fromkeys((place, one["text"]) for place, line in enumerate(lines) for one in line["samples"]))
-    answered = [[*lines[place]["prompt"], {"role": "assistant", "content": text}] for place, text in wanted]
+    prompts = [Prompt(*asked_of(line)) for line in lines]
+    answered: list[Messages] = [
+        Prompt([*prompts[place], {"role": "assistant", "content": text}], prompts[place].tools)
+        for place, text in wanted
+    ]
     found = dict(zip(wanted, rewards(answered), strict=True))
     for place, (target, line) in enumerate(zip(made, lines, strict=True)):
         target["rewards"] = [found[place, one["text"]] for one in line["samples"]]
@@ -148,7 +153,7 @@ def _rewards(config: SampleScoresConfig, inputs: SampleScoresInputs, context: St
 def _ids(tokenizer: PreTrainedTokenizerBase, answered: list[Messages]) -> list[list[int] | None]:
     """Token ids of whole conversations; None where the template refuses one."""
     try:
-        return [one.input_ids for one in conversations(tokenizer, answered)]
+        return [one.input_ids for one in conversations(tokenizer, answered, list(map(tools_of, answered)))]
     except rendering_errors():
         return [None] if len(answered) == 1 else [ids for one in answered for ids in _ids(tokenizer, [one])]
 

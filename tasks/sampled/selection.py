@@ -103,7 +103,7 @@ def _one(samples: Sequence[Sample], rules: SelectionRules, what: str, best: bool
     return min(scored, key=lambda sample: (sign * (sample.reward or 0.0), sample.number))
 
 
-def row_of(prompt: str, messages: list[dict[str, str]], choice: Choice) -> dict[str, Any]:
+def row_of(prompt: str, messages: list[dict[str, Any]], choice: Choice) -> dict[str, Any]:
     """The row, as a data source has it. Its id names the prompt and the samples."""
     chosen = {"role": "assistant", "content": choice.chosen.text}
     name = f"{prompt}/{choice.chosen.number}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.training import GateSettings
 from smoltulu.tasks.models.tokens import IGNORED, prompt_ids, stop_token_ids
+from smoltulu.tasks.models.turns import tools_of
 from smoltulu.tasks.process import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def prompt_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[i
     if "labels" in row:
         trained = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
         return list(row["input_ids"][:trained])
-    return prompt_ids(tokenizer, [row["prompt"]])[0]
+    return prompt_ids(tokenizer, [row["prompt"]], [tools_of(row["prompt"])])[0]
 
 
 def greedy_answers(

@@ -12,15 +12,17 @@ from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.rlvr import GRPOSettings, RLOOSettings, RLVRInputs
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer
-from smoltulu.tasks.models.tokens import check_prompts, prompt_ids, stop_token_ids
+from smoltulu.tasks.models.tokens import check_prompts, stop_token_ids
+from smoltulu.tasks.models.turns import Prompt
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import load_model, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.rollout_guards import rollout_guards
 from smoltulu.tasks.trainer.signal import METRIC, Rollout, SignalWatch, without_signal
 from smoltulu.tasks.training.model_score import AddsScore, adding_score_of, check_reward_model, load_scored_by
+from smoltulu.tasks.training.prompts import ids_of_prompts, load_prompts, with_tools
 from smoltulu.tasks.training.rewards import Answer, Score, VerifiableReward, shown
 from smoltulu.tasks.training.rollout_log import RolloutLog, sample
 
@@ -150,6 +152,7 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             self.rollout_log.add_samples(step // _cycle(self.settings), step, samples[::size])
 
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+            inputs = with_tools(inputs)
             scored = super()._generate_and_score_completions(inputs)
             state, cycle = self.state, _cycle(self.settings)
             if self._signal is None:
@@ -338,7 +341,7 @@ def _assembled(
 
     model, tokenizer = load_model(config, inputs, packing=False)
     # The preflight left out prompts that are longer than max_prompt_length.
-    rows = load_rows(inputs.dataset, context, ["id", "prompt", "verifier", "ground_truth"])
+    rows = load_prompts(inputs.dataset, context)
     config.check_num_rows(len(rows))
     is_rloo = isinstance(config, RLOOSettings)
     reward = VerifiableReward(config, stop_token_ids(tokenizer))
@@ -350,6 +353,9 @@ def _assembled(
             train_dataset=rows,
             processing_class=tokenizer,
         )
+    if isinstance(rows[0]["prompt"], Prompt):
+        # TRL renders prompts with the trainer's tools, which it would call itself, and not with those of a row.
+        trainer._tokenize_prompts = lambda prompts: (ids_of_prompts(tokenizer, prompts), None, {})
     trainer.settings, trainer.reward = config, reward
     reward_model = load_scored_by(config, inputs, tokenizer, is_dry_run)
     if reward_model is not None:
@@ -374,7 +380,7 @@ def _of_rollouts(add: AddsScore, tokenizer: PreTrainedTokenizerBase) -> Callable
     """As VerifiableReward calls it."""
 
     def added(prompts: Any, completion_ids: Any, answers: list[Answer], scores: list[Score]) -> list[Score]:
-        asked = prompt_ids(tokenizer, prompts)
+        asked = ids_of_prompts(tokenizer, prompts)
         rollouts: list[Episode] = [
             {"prompt": prompt, "prompt_ids": before, "ids": ids, "stopped": one.stopped, "text": one.text}
             for prompt, before, ids, one in zip(prompts, asked, completion_ids, answers, strict=True)

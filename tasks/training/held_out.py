@@ -62,7 +62,8 @@ class HeldOut(TrainerCallback):
         #: The step whose weights the newest checkpoint names as best.
         self.in_checkpoint: int | None = None
         tokenizer: Any = trainer.processing_class
-        self.prompt_ids = prompt_ids(tokenizer, [one.row["prompt"] for one in split.held_out])
+        rows = [one.row for one in split.held_out]
+        self.prompt_ids = prompt_ids(tokenizer, [row["prompt"] for row in rows], [row.get("tools") for row in rows])
         self.backend = transformers_backend(
             trainer.accelerator.unwrap_model(trainer.model),
             seed=config.seed,

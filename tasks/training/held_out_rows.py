@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smoltulu.schemas.held_out import MIN_PROMPTS_OF_A_FALL, HeldOutSettings
+from smoltulu.tasks.data.rows import turn_text
 from smoltulu.tasks.training.rollouts import HELD_OUT_ROWS, shuffled
 from smoltulu.tasks.verifiers.kinds import kinds_of
 
@@ -48,7 +49,7 @@ def split_rows(settings: HeldOutSettings, seed: int, rows: Sequence[Row]) -> Spl
     Raises:
         ValueError: no row is of a held-out kind, or there are fewer different prompts than are to be held out.
     """
-    texts = [_text(row["prompt"]) for row in rows]
+    texts = [_text(row) for row in rows]
     names = [kinds_of(row["verifier"], row["ground_truth"]) for row in rows]
     kinds = [next((name for name in reversed(of_row) if name in settings.kinds), None) for of_row in names]
     there = {name for of_row in names for name in of_row}
@@ -81,9 +82,9 @@ def split_rows(settings: HeldOutSettings, seed: int, rows: Sequence[Row]) -> Spl
     return Split(trained, held_out, len(rows) - len(trained))
 
 
-def _text(prompt: Sequence[Mapping[str, Any]]) -> str:
-    """What a prompt asks: without its system messages, case, and how spaces are set, which make no other question."""
-    said = [(turn["role"], turn["content"]) for turn in prompt if turn["role"] != "system"]
+def _text(row: Row) -> str:
+    """What a prompt asks: without system messages, tools, case and how spaces are set: they make no other question."""
+    said = [(turn["role"], turn_text(turn)) for turn in row["prompt"] if turn["role"] != "system"]
     return json.dumps([(role, " ".join(unicodedata.normalize("NFKC", text).casefold().split())) for role, text in said])
 
 

@@ -12,6 +12,7 @@ from smoltulu.schemas.rlvr import RLVRInputs, RLVRSettings
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.models.classifiers import load_classifier, load_reward_model
 from smoltulu.tasks.models.tokens import conversations
+from smoltulu.tasks.models.turns import tools_of
 from smoltulu.tasks.training.critic import checked_folder, prepared
 from smoltulu.tasks.training.rewards import Score
 
@@ -80,7 +81,7 @@ def _values(
         if not rollout["stopped"]:
             return rollout["prompt_ids"] + rollout["ids"]
         said = {"role": "assistant", "content": rollout["text"]}
-        return conversations(tokenizer, [[*rollout["prompt"], said]])[0].input_ids
+        return conversations(tokenizer, [[*rollout["prompt"], said]], [tools_of(rollout["prompt"])])[0].input_ids
 
     # One "token" each: a text whose last token is the whole response, so that one value comes of it.
     texts: list[Episode] = []

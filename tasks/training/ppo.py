@@ -24,11 +24,12 @@ from smoltulu.tasks.models.tokens import stop_token_ids
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import finish, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import finish, load_model, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.rollout_guards import rollout_guards
 from smoltulu.tasks.training.critic import CRITIC_FOLDER, Critic, load_critic
 from smoltulu.tasks.training.held_out_rows import Split
 from smoltulu.tasks.training.model_score import adding_score_of, check_reward_model, load_scored_by
+from smoltulu.tasks.training.prompts import load_prompts
 from smoltulu.tasks.training.rewards import Answer, Score, scores_of
 from smoltulu.tasks.training.rollout_log import RolloutLog
 from smoltulu.tasks.training.rollouts import Request, Rollout, transformers_backend
@@ -54,7 +55,7 @@ def build(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> PPO
     ValueError where the reward model or critic cannot be used, or there are fewer prompts than a rollout batch needs.
     """
     prepare_torch(context)
-    rows = load_rows(inputs.dataset, context, ["id", "prompt", "verifier", "ground_truth"])
+    rows = load_prompts(inputs.dataset, context)
     config.check_num_rows(len(rows))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     # Refused before any weights are loaded.
@@ -82,7 +83,7 @@ def build_without_generation(config: PPOSettings, inputs: TrainingInputs, contex
     )
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     given = RLVRInputs(**inputs.model_dump())
-    rows = load_rows(inputs.dataset, context, ["id", "prompt", "verifier", "ground_truth"])
+    rows = load_prompts(inputs.dataset, context)
     reward_model = load_scored_by(config, given, tokenizer, is_dry_run=True)
     trainer = _assembled(config, given, context, rows, load_critic(config, given, tokenizer), reward_model)
 

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from smoltulu.schemas.rlvr import PPOSettings
-from smoltulu.tasks.models.tokens import prompt_ids
 from smoltulu.tasks.trainer.signal import METRIC, SignalWatch, without_signal
 from smoltulu.tasks.trainer.signal import Rollout as Shown
 from smoltulu.tasks.trainer.tracking import num_tokens
@@ -45,6 +44,7 @@ from smoltulu.tasks.training.ppo_maths import (
     token_rewards,
     value_losses,
 )
+from smoltulu.tasks.training.prompts import ids_of_prompts
 from smoltulu.tasks.training.rewards import Score, shown
 from smoltulu.tasks.training.rollout_log import RolloutLog
 from smoltulu.tasks.training.rollouts import MINIBATCHES, Backend, Request, prompts_of_batch, shuffled
@@ -193,7 +193,7 @@ class PPOTrainer(Trainer):
     def _asked(self, batch: int, rows: Sequence[int]) -> list[Episode]:
         """Every sample of every prompt. One that comes twice, where two epochs meet, has samples of other numbers."""
         prompts = [self.train_dataset[row]["prompt"] for row in rows]
-        ids = prompt_ids(self.processing_class, prompts)
+        ids = ids_of_prompts(self.processing_class, prompts)
         num_samples, seen = self.settings.num_samples_per_prompt, dict.fromkeys(rows, 0)
         episodes: list[Episode] = []
         for row, prompt, one in zip(rows, prompts, ids, strict=True):

@@ -66,7 +66,8 @@ def measure_pass_rates(
         raise ValueError("there are no RLVR rows to measure; look at data.rlvr and at what the preflight left out")
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     drawn = draw(rows, config.settings.num_prompts, config.settings.seed)
-    prompts = dict(zip(drawn, prompt_ids(tokenizer, [rows[number]["prompt"] for number in drawn]), strict=True))
+    asked, tools = [rows[number]["prompt"] for number in drawn], [rows[number].get("tools") for number in drawn]
+    prompts = dict(zip(drawn, prompt_ids(tokenizer, asked, tools), strict=True))
     # Longest first: little padding, and what does not fit into memory fails at once.
     order = sorted(drawn, key=lambda number: (-len(prompts[number]), number))
     parts = [order[start : start + PART_PROMPTS] for start in range(0, len(order), PART_PROMPTS)]

@@ -87,7 +87,7 @@ def test_the_command_prints_the_table_and_is_cached_the_second_time(place: Path)
     assert re.search(r"5 │ +3 │ +60\.00 % │ +the paper's N is 1,319", gsm8k)
     assert re.search(r"2 │ +1 │ +50\.00 % │ +1 of the found have under 8", piqa)
     assert NOT_CHECKED in popqa and "the Hub cannot be reached" in popqa and "0.00" not in popqa
-    assert "English" in out and "0 of 4 stages cached" in out
+    assert "English" in out and "0 of 6 stages cached" in out
 
     report = Path(next(line for line in out.splitlines() if line.startswith("report")).split(maxsplit=1)[1])
     page = report.read_text()
@@ -96,9 +96,9 @@ def test_the_command_prints_the_table_and_is_cached_the_second_time(place: Path)
     hits = (report.parent / links[0]).read_text()
     assert "<mark>" in hits and html.escape(QUESTIONS[0], quote=True) in hits
     again = run_command(place, *arguments)[1]
-    assert "4 of 4 stages cached" in again and "60.00 %" in again
+    assert "6 of 6 stages cached" in again and "60.00 %" in again
     # The index is made again and comes out the same, so what was found with it still holds.
-    assert "3 of 4 stages cached" in run_command(place, *arguments, "--refresh")[1]
+    assert "4 of 6 stages cached" in run_command(place, *arguments, "--refresh")[1]
 
 
 def test_json_holds_what_the_table_says(place: Path) -> None:
@@ -122,8 +122,8 @@ def test_json_holds_what_the_table_says(place: Path) -> None:
         (["train.jsonl", "--benchmarks-folder", "nowhere"], "does not exist"),
         (["train.jsonl", "--field", "output=answer"], "those of a format"),
         (["train.jsonl", "--field", "output"], "write our field=column"),
-        (["train.jsonl", "--mode", "fuzzy"], "mode: "),
-        (["eval/piqa_valid.jsonl"], "the columns 'goal' fit no known form"),
+        (["train.jsonl", "--mode", "fuzzy"], "modes.0: Input should be 'full', 'ngram' or 'normalised'"),
+        (["eval/piqa_valid.jsonl", "--role", "user"], "the columns 'goal' fit no known form"),
         (["someone/data-set"], "the Hub cannot be reached"),
     ],
 )
@@ -180,7 +180,9 @@ def test_an_audit_uses_the_artifacts_of_a_recipe(place: Path) -> None:
     )
     trained, audited = (
         Graph(recipe),
-        AuditGraph([str(place / "train.jsonl")], AuditSettings(benchmarks=("gsm8k",), detector="none")),
+        AuditGraph(
+            [str(place / "train.jsonl")], AuditSettings(benchmarks=("gsm8k",), roles=("user",), detector="none")
+        ),
     )
     names = {"dataset-sft": "dataset-0-train-jsonl", "contamination-sft": "contamination-0-train-jsonl"}
     assert {trained.key(name) for name in names} == {audited.key(name) for name in names.values()}
@@ -205,7 +207,7 @@ def test_a_hub_data_set_stands_beside_the_paper_and_gated_benchmarks_are_not_che
         environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         # Without the file at hand PIQA comes from the Hub.
         command = ["audit", "allenai/tulu-3-sft-mixture", "-b", f"gsm8k={place}/eval/gsm8k_test.jsonl", "-b", "piqa"]
-        command += ["-b", "wildguard", "-b", "drop", "--benchmarks-folder", str(tmp_path), "--detector", "none"]
+        command += ["--role", "user", "-b", "wildguard", "-b", "drop", "--benchmarks-folder", str(tmp_path), "--detector", "none"]
         done = subprocess.run(
             [
                 sys.executable,
@@ -244,7 +246,7 @@ def test_the_known_leak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert code == 0, err
     line = next(line for line in out.splitlines() if "GSM8K" in line)
     assert re.search(r"1,319 │ +1,055 │ +79\.98 %", line)
-    assert "0 of 3 stages cached" in out
+    assert "0 of 5 stages cached" in out
 
 
 # The flow

@@ -217,7 +217,7 @@ def result(*reports: BenchmarkReport, **changes: Any) -> AuditResult:
         "label": "tulu-3-sft-mixture",
         "repository": "allenai/tulu-3-sft-mixture",
         "read_as": "column messages",
-        "settings": AuditSettings(),
+        "settings": AuditSettings(roles=("user",)),
         "dataset": DatasetOutputs(kind="sft", num_rows=1),
         "contamination": ContaminationOutputs(
             kind="sft", num_rows_read=1, num_rows=1, num_removed=0, num_rows_contaminated=0, benchmarks=reports
@@ -263,9 +263,11 @@ def test_a_name_that_looks_like_markup_is_shown_as_it_is() -> None:
     [
         {"repository": "somebody/else"},
         {"repository": None},
-        {"settings": AuditSettings(mode="ngram")},
+        {"settings": AuditSettings(mode="ngram", roles=("user",))},
         {"settings": AuditSettings(roles=("user", "assistant"))},
-        {"settings": AuditSettings(limit=1000)},
+        {"settings": AuditSettings(roles=("user",), limit=1000)},
+        {"settings": AuditSettings(roles=("user",), columns=("messages",))},
+        {"settings": AuditSettings()},
     ],
 )
 def test_no_figure_of_the_paper_where_something_else_was_measured(changes: dict[str, Any]) -> None:

@@ -69,10 +69,10 @@ def test_what_the_stages_say_of_themselves() -> None:
     assert which("eval_batch") == [
         "samples", "sample_scores", "reference_logps", "pass_rates", "evaluation_cell", "evaluation",
     ]  # fmt: skip
-    assert which("keeps_rows") == ["contamination", "preflight"]
+    assert which("keeps_rows") == ["contamination", "near_duplicates", "preflight"]
     assert which("copies_model") == ["publish"]
     assert set(STAGES) - set(which("grows_with_model")) == {
-        "preflight", "verifier_audit", "sample_scores", "sampled_rows",
+        "near_duplicates", "preflight", "verifier_audit", "sample_scores", "sampled_rows",
     }  # fmt: skip
     blocks = {name: stage.block for name, stage in STAGES.items() if stage.block}
     assert blocks == {

@@ -62,3 +62,24 @@ class State(NamedTuple):
     instance_mark: np.ndarray  # int32[instances]
     best_score: np.ndarray  # float64[instances]
     best_row: np.ndarray  # int64[instances]: first row of the best score, -1 for none
+
+
+# The mode `normalised`.
+
+#: Kinds of a code point: what it does to the terms.
+GAP, LETTER, DIGIT, SINGLE, DROP, ZERO_WIDTH, SEQUENCE = range(7)
+#: Code points in the tables; above them Han by character to the last one below, tags dropped, all else a gap.
+NUM_POINTS = 0x30000
+LAST_HAN = 0x323AF
+#: What a name in the table of names is: category of its hash.
+ENTITY, TAG, NAMED_ESCAPE, MARKUP = range(1, 5)
+
+
+class NormalTables(NamedTuple):
+    """What each code point and each name becomes. Of no length where the index is of another mode."""
+
+    kind: np.ndarray  # uint8 by code point
+    to: np.ndarray  # int32 by code point: the folded one, or where its sequence begins
+    sequences: np.ndarray  # int32: number of points, then (kind, point) of each
+    keys: np.ndarray  # uint64: hashes of names
+    values: np.ndarray  # int64: what a name is, -1: free

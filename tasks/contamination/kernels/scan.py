@@ -10,6 +10,7 @@ import numpy as np
 
 from smoltulu.tasks.contamination.kernels.compile import inner, kernel
 from smoltulu.tasks.contamination.kernels.layout import ANCHOR_TERMS, FILTER_HEAD, HEAD_TERMS, MAX_TERM_BYTES
+from smoltulu.tasks.contamination.kernels.normal import NEEDS_SLOW, normalise_fast, normalise_slow
 from smoltulu.tasks.contamination.kernels.text import extend, filter_bits, hash_terms, mix, normalise
 
 _SPACE = 32
@@ -101,7 +102,7 @@ def find(phrases, text, n, clock, seen, found, piece):
 
 
 @inner
-def decide_full(postings, phrases, found, num_found, state, turn, row, hits, scores, num_hits):
+def decide_full(postings, phrases, found, num_found, is_best, state, turn, row, hits, scores, num_hits):
     """Instances of which every field is in the turn, looked up by their rarest field; the number of hits so far."""
     clock = state.clock[0]
     for k in range(num_found):
@@ -118,7 +119,7 @@ def decide_full(postings, phrases, found, num_found, state, turn, row, hits, sco
             hits[num_hits, 2], hits[num_hits, 3] = begin, begin + phrases.place[leader, 1]
             scores[num_hits] = 1.0
             num_hits += 1
-            if state.best_score[instance] < 1.0:
+            if is_best and state.best_score[instance] < 1.0:
                 state.best_score[instance], state.best_row[instance] = 1.0, row
     return num_hits
 
@@ -229,19 +230,22 @@ def remember(memo, slot, found, num_found):
 @kernel
 def scan(
     source, turn_start, turn_end, turn_row, first_turn, phrases, full, ngram, window, threshold, state, lower_bytes,
-    lower_points, max_hits,
+    lower_points, normal, ascii_kinds, ascii_to, max_hits,
 ):  # fmt: skip
     """Turns source[turn_start:turn_end] from `first_turn` on, to the end or to a new row above `max_hits` hits.
 
-    Args: `window` 0 means full mode. Returns (next turn; hits: turn, instance, first and last normalised byte of the
-    match; their scores; turns with a term above MAX_TERM_BYTES). The next turn is -1 - turn where it is not UTF-8.
+    Args: `window` 0 means full mode, or normalised mode where `normal` has tables. Returns (next turn; hits: turn,
+    instance, first and last normalised byte of the match; their scores; turns with a term above MAX_TERM_BYTES). The
+    next turn is -1 - turn where it is not UTF-8.
     """
     num_turns = len(turn_start)
     num_instances = len(state.best_score)
     room = 0
     for turn in range(first_turn, num_turns):
         room = max(room, turn_end[turn] - turn_start[turn])
-    text = np.empty(room + room // 2 + 8, np.uint8)
+    is_normal = len(normal.kind) > 0
+    text = np.empty(2 * room + 128 if is_normal else room + room // 2 + 8, np.uint8)
+    points, begins, at = np.empty(1, np.int32), np.empty(1, np.int32), np.empty(1, np.int32)
     piece = (
         np.empty(PIECE + ANCHOR_TERMS + 1, np.int64),  # first byte of each term
         np.empty(PIECE + 2 * ANCHOR_TERMS, np.uint64),  # its hash
@@ -260,7 +264,13 @@ def scan(
         if num_hits >= max_hits and turn_row[turn] != turn_row[turn - 1]:
             next_turn = turn
             break
-        n = normalise(source, turn_start[turn], turn_end[turn], text, lower_bytes, lower_points)
+        start, end = turn_start[turn], turn_end[turn]
+        if is_normal:
+            n = normalise_fast(source, start, end, text, normal, ascii_kinds, ascii_to)
+            if n == NEEDS_SLOW:
+                n, points, begins, text, at = normalise_slow(source, start, end, True, points, begins, text, at, normal)
+        else:
+            n = normalise(source, start, end, text, lower_bytes, lower_points)
         if n < 0:
             next_turn = -1 - turn
             break
@@ -271,15 +281,17 @@ def scan(
             num_oversized += 1
         if num_found == 0:
             continue
-        if num_hits + num_instances > len(scores):
-            room = 2 * len(scores) + num_instances
+        if num_hits + 2 * num_instances > len(scores):
+            room = 2 * (len(scores) + num_instances)
             wider, longer = np.empty((room, 4), np.int64), np.empty(room, np.float64)
             wider[:num_hits], longer[:num_hits] = hits[:num_hits], scores[:num_hits]
             hits, scores = wider, longer
         row = turn_row[turn]
         if window == 0:
-            num_hits = decide_full(full, phrases, found, num_found, state, turn, row, hits, scores, num_hits)
+            num_hits = decide_full(full, phrases, found, num_found, True, state, turn, row, hits, scores, num_hits)
             continue
+        if len(full.lead_offsets) > 1:  # instances too short for a window; the caller decides which of them count
+            num_hits = decide_full(full, phrases, found, num_found, False, state, turn, row, hits, scores, num_hits)
         # Scores depend on which phrases are in a turn, not on where; places are those of hits only. So a set that gave
         # none gives none again, and the best scores that it gave stand, with the earlier row: a phrase that hundreds of
         # instances share (headers, instructions) costs once, not in every row.

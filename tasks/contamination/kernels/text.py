@@ -11,7 +11,7 @@ import numpy as np
 
 from smoltulu.tasks.contamination.kernels.compile import inner, kernel
 
-_SPACE = 32
+_SPACE, _LINE_FEED = 32, 10
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
@@ -247,3 +247,58 @@ def locate_hits(source, turn_start, turn_end, hits, lower_bytes, lower_points):
         begins[first:last], ends[first:last] = from_source[:num_here], to_source[num_here:]
         first = last
     return begins, ends
+
+
+@kernel
+def lines_of(source, turn_start, turn_end, turns):
+    """Lines of these turns, without their line feeds: (first byte, byte behind the last, turn)."""
+    num_lines = len(turns)
+    for k in range(len(turns)):
+        for i in range(turn_start[turns[k]], turn_end[turns[k]]):
+            num_lines += source[i] == _LINE_FEED
+    starts, ends, of_turn = np.empty(num_lines, np.int64), np.empty(num_lines, np.int64), np.empty(num_lines, np.int64)
+    n = 0
+    for k in range(len(turns)):
+        begin = turn_start[turns[k]]
+        for i in range(begin, turn_end[turns[k]]):
+            if source[i] == _LINE_FEED:
+                starts[n], ends[n], of_turn[n] = begin, i, turns[k]
+                n += 1
+                begin = i + 1
+        starts[n], ends[n], of_turn[n] = begin, turn_end[turns[k]], turns[k]
+        n += 1
+    return starts, ends, of_turn
+
+
+@inner
+def is_word(byte):
+    """Of an ASCII letter or digit, or of any character outside ASCII."""
+    lower = byte | 32
+    return (lower >= 97 and lower <= 122) or (byte >= 48 and byte <= 57) or byte >= 0x80
+
+
+@kernel
+def are_most_of_their_lines(source, turn_start, turn_end, turns, begins, ends):
+    """Whether source[begins:ends] has more than half of the letters and digits of the lines that it touches, in bytes.
+
+    Looks no further than it takes to know, nor over more other bytes than eight times its own and 256.
+    """
+    out = np.zeros(len(turns), np.bool_)
+    for k in range(len(turns)):
+        inside = 0
+        for i in range(begins[k], ends[k]):
+            inside += is_word(source[i])
+        left = 8 * (ends[k] - begins[k]) + 256
+        outside = 0
+        i = begins[k] - 1
+        while i >= turn_start[turns[k]] and source[i] != _LINE_FEED and outside < inside and left > 0:
+            outside += is_word(source[i])
+            i -= 1
+            left -= 1
+        i = ends[k]
+        while i < turn_end[turns[k]] and source[i] != _LINE_FEED and outside < inside and left > 0:
+            outside += is_word(source[i])
+            i += 1
+            left -= 1
+        out[k] = outside < inside and left > 0
+    return out

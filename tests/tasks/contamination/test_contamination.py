@@ -25,6 +25,7 @@ from smoltulu.schemas.data import DataSource
 from smoltulu.tasks.contamination.index import build_benchmark_index, load_benchmark
 from smoltulu.tasks.contamination.merge import write_kept
 from smoltulu.tasks.contamination.rows import plan_shards
+from smoltulu.tasks.contamination.scan import ShortRule
 from smoltulu.tasks.contamination.stage import check_contamination
 from smoltulu.tasks.stage import StageContext
 from tests.rows_file import read_rows, write_rows
@@ -134,7 +135,7 @@ def test_removed_rows_may_lie_anywhere(tmp_path_factory, numbers, group_rows):
     table = pa.Table.from_pylist(hits)
     pq.write_table(table, folder / "hits.parquet")
     files = folder / "hits.parquet", folder / "kept.parquet", folder / "removed.jsonl"
-    assert write_kept(dataset, *files, min_terms=9) == len(numbers)
+    assert write_kept(dataset, *files, ShortRule(min_terms=9)) == len(numbers)
     assert read_rows(files[1]) == [row for number, row in enumerate(rows) if number not in numbers]
     reasons = {"b": [7], "a": [2]}
     assert lines(files[2]) == [{"id": f"0:{number}", "reasons": reasons} for number in sorted(numbers)]

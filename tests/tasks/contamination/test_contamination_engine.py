@@ -25,7 +25,7 @@ from smoltulu.tasks.contamination.kernels.build import normalise_all
 from smoltulu.tasks.contamination.kernels.text import LOWER_BYTES, LOWER_CODE_POINTS
 from smoltulu.tasks.contamination.merge import merge
 from smoltulu.tasks.contamination.rows import plan_shards
-from smoltulu.tasks.contamination.scan import load_index, scan_shard
+from smoltulu.tasks.contamination.scan import ShortRule, load_index, scan_shard
 from smoltulu.tasks.data.formats import adapt
 from smoltulu.tasks.data.sources import read_rows
 from tests import ROOT
@@ -245,7 +245,9 @@ def test_kernels_are_compiled_where_nothing_can_be_written():
 def scanned(index_folder, path, folder, shard_bytes=1 << 40, **rules):
     folder.mkdir()
     results = [scan_shard(index_folder, shard, folder, **rules) for shard in plan_shards(path, shard_bytes)]
-    return merge(index_folder, reversed(results), folder, min_terms=2), (folder / "hits.parquet").read_bytes()
+    return merge(index_folder, reversed(results), folder, short=ShortRule(min_terms=2)), (
+        folder / "hits.parquet"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("mode", ["full", "ngram"])

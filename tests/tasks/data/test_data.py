@@ -80,10 +80,9 @@ def test_rows_that_are_no_objects_are_passed_on(tmp_path):
         ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl, line 2, column 7: not JSON"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"line 2: not UTF-8"),
         ("a.jsonl", b"1" * 5000, r"line 1: JSON that cannot be read"),
-        ("a.jsonl", b"[" * 100_000, r"line 1: JSON that cannot be read"),
+        ("a.jsonl", b"[" * 100_000, r"line 1, column 2: JSON that cannot be read"),
         ("a.json", b'[{"a": 1},\n {"a" 2}]', r"a\.json, line 2, column 7: not JSON"),
         ("a.json", b'{"data": []}', r"holds a dict with the keys \['data'\]"),
-        ("a.json", b'{"a": 1}\n{"a": 2}\n', r"one object a line is a \.jsonl file"),
         ("a.json.gz", gzip.compress(b"[" + b'{"a": 1},' * 9000)[:-20], r"not a whole gzip file"),
         ("a.jsonl.gz", b'{"a": 1}\n', r"not a whole gzip file"),
         ("a.csv", b"a,b\n1,2,3\n", r"line 2: more cells than"),
@@ -110,12 +109,8 @@ def test_folders_without_usable_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the folder is empty"):
         read_rows(source(tmp_path))
     write(tmp_path / "a.jsonl", ROWS)
-    (tmp_path / "b.jsonl.zst").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"unsupported file 'b\.jsonl\.zst'"):
-        read_rows(source(tmp_path))
-    (tmp_path / "b.jsonl.zst").unlink()
-    (tmp_path / "more").mkdir()
-    with pytest.raises(ValueError, match="subfolder 'more'"):
+    (tmp_path / "b.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"unsupported file 'b\.txt'"):
         read_rows(source(tmp_path))
 
 

@@ -1,0 +1,99 @@
+"""Values of a row: what is text, what is empty, and how a fault is said."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class MalformedRow(Exception):
+    """A row that is dropped and counted; the text is the reason."""
+
+
+class DroppedRow(Exception):
+    """A row without a fault that a setting of its source leaves out; the text is the reason."""
+
+
+class EmptyAnswer(MalformedRow):
+    """A pair without one of its answers: null, or empty."""
+
+
+class Tie(MalformedRow):
+    """A pair in which neither answer is the better one."""
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls the value."""
+    known = {dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number", str: "text"}
+    if isinstance(value, float):
+        return "a number"
+    return known.get(type(value), f"a {type(value).__name__}")
+
+
+def is_empty(value: Any) -> bool:
+    """Null, a blank text, or a list or object of nothing else: Parquet and CSV write "not given" in these ways."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return not value or value.isspace()
+    if isinstance(value, list):
+        return all(map(is_empty, value))
+    return isinstance(value, dict) and all(map(is_empty, value.values()))
+
+
+def text_of(value: Any, name: str) -> str:
+    """A text that is not empty, as it is."""
+    if not isinstance(value, str):
+        raise MalformedRow(f"field {name!r} is {kind_of(value)}, not text")
+    if not value or value.isspace():
+        raise MalformedRow(f"field {name!r} is empty")
+    return clean(value, name)
+
+
+def clean(value: str, name: str) -> str:
+    """The text as it is. MalformedRow for characters that no tokenizer or file takes."""
+    if "\0" in value:
+        raise MalformedRow(f"NUL character in {name}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise MalformedRow(f"lone surrogate in {name}") from None
+    return value
+
+
+def clean_json(value: Any, name: str) -> Any:
+    """A copy of a JSON value in which every text is clean. MalformedRow for what JSON cannot hold, such as NaN."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise MalformedRow(f"{name} is {kind_of(value)} without a JSON form") from None
+    if "\\u0000" in text and _holds_nul(value):
+        raise MalformedRow(f"NUL character in {name}")
+    return json.loads(clean(text, name))
+
+
+def _holds_nul(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, dict):
+        return any(_holds_nul(key) or _holds_nul(inner) for key, inner in value.items())
+    return isinstance(value, list) and any(map(_holds_nul, value))
+
+
+def parsed_json(text: str, name: str) -> Any:
+    """What a JSON text holds. MalformedRow where it is none, or names a key twice, of which one would be lost."""
+    clean(text, name)
+    try:
+        return clean_json(json.loads(text, object_pairs_hook=_once), name)
+    except (ValueError, RecursionError):
+        raise MalformedRow(f"{name} is text that is not JSON") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key twice")
+    return made
