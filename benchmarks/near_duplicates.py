@@ -18,7 +18,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -136,12 +136,20 @@ def measured(file: Path, folder: Path, rules: dict[str, Any], queue: Any) -> Non
     queue.put((time.monotonic() - wall, time.process_time() - cpu, before, peak_mb(), outputs))
 
 
-def stage(num_rows: int, rules: dict[str, Any]) -> None:
+def crowded(num_rows: int) -> Iterator[str]:
+    """The worst case: all rows share a template of 40 words, and none is a near-duplicate (Jaccard about 0.66)."""
+    rng = random.Random(4)
+    template = " ".join(f"template{number}" for number in range(40))
+    for _ in range(num_rows):
+        yield f"{template} {' '.join(str(rng.random()) for _ in range(4))}"
+
+
+def stage(num_rows: int, rules: dict[str, Any], made: Callable[[int], Iterator[str]] = simulated) -> None:
     """Time and memory of the whole stage."""
     with tempfile.TemporaryDirectory() as name:
         folder, num_characters = Path(name), 0
         with RowsWriter(folder / "rows.parquet", "sft") as writer:
-            for number, text in enumerate(simulated(num_rows)):
+            for number, text in enumerate(made(num_rows)):
                 num_characters += len(text)
                 turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
                 writer.write({"id": f"0:{number}", "messages": turns})
@@ -151,11 +159,11 @@ def stage(num_rows: int, rules: dict[str, Any]) -> None:
         process.start()
         wall, cpu, before, peak, outputs = queue.get()
         process.join()
+    size = f"{num_rows:,} rows of {num_characters / num_rows:.0f} characters"
     print(
-        f"\n{num_rows:,} rows of {num_characters / num_rows:.0f} characters, {rules or 'default rules'}: {wall:.0f} s, "
-        f"{cpu:.0f} s of CPU; memory {peak:.0f} MB, {before:.0f} MB of it before the first row; "
-        f"{outputs.num_near_duplicates:,} near-duplicates ({outputs.num_clusters:,} clusters), "
-        f"{outputs.num_unfinished:,} rows unfinished",
+        f"\n{size}, {made.__name__}, {rules or 'default rules'}: {wall:.0f} s, {cpu:.0f} s of CPU, {peak:.0f} MB, "
+        f"{before:.0f} of it before the first row; {outputs.num_near_duplicates:,} near-duplicates "
+        f"({outputs.num_clusters:,} clusters), {outputs.num_unfinished:,} rows unfinished",
         flush=True,
     )
 
@@ -259,6 +267,7 @@ def main() -> None:
         stage(min(len(real), given.rows), {})
         stage(given.rows, {})
         stage(min(given.rows, 100_000), {"shingle": "characters", "shingle_size": 8})
+        stage(min(given.rows, 50_000), {}, crowded)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class NearDuplicateRules(StrictModel):
 
     policy: Literal["report", "remove"] = science("report", description="what happens to a near-duplicate")
     text: Literal["user", "all"] = science(
-        "user", description="what is compared of a row: its user turns, or all its turns (of a pair: both answers too)"
+        "user", description="what is compared of a row: its user turns, or all its text (of a pair: both answers too)"
     )
     threshold: float = science(
         0.8, ge=0.3, le=1, description="Jaccard similarity of the two sets of shingles, from which on it is one"
@@ -43,6 +43,9 @@ class NearDuplicateRules(StrictModel):
         le=1,
         description="cosine of word vectors from which a row is told to mean the same as one of another set or of a "
         "benchmark; needs smoltulu[paraphrases]; removes nothing",
+    )
+    same_numbers: bool = science(
+        False, description="a pair whose numbers differ is no near-duplicate: with other numbers a task is another one"
     )
     num_perm: int = science(128, ge=16, le=1024, description="hash functions of a MinHash signature")
 

@@ -77,7 +77,7 @@ def audit(
     threads: Annotated[int | None, typer.Option(min=1, help="processor cores; default: all")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
     review: Annotated[bool, typer.Option("--review", help="walk the hits, benchmark and row side by side")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="show what two data sets share; no benchmarks")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="what two data sets share, or one with itself")] = False,
     similarity: Annotated[
         float, typer.Option(help="with --compare: Jaccard similarity from which rows are nearly the same")
     ] = 0.8,

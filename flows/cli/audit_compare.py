@@ -1,4 +1,4 @@
-"""`smoltulu audit --compare A B`: what two data sets share. Its imports wait until it is called."""
+"""`smoltulu audit --compare A B`: what two data sets share, or one with itself. Its imports wait until it is called."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from smoltulu.schemas.audit import AuditSettings
     from smoltulu.schemas.near_duplicates import NearDuplicateRules
 
-_EXAMPLES = 5
+_EXACT_EXAMPLES, _EXAMPLES = 2, 5
 _STYLE = "bold black on yellow"
 
 
@@ -90,13 +90,13 @@ def _first_pairs(file: Path) -> list[dict[str, Any]]:
 def _examples(
     graph: CompareGraph, made: dict[str, ArtifactReference], rules: NearDuplicateRules
 ) -> list[dict[str, Any]]:
-    """Pairs of a row of A and one of B: the first with the very same words, then the least alike near ones."""
+    """Pairs of a row of A and one of B, or one of A before it: some with the same words, then the least alike ones."""
     from smoltulu.tasks.data.rows import rows_at
     from smoltulu.tasks.near_duplicates.shingles import compared_text
 
-    (_, outputs, folder), _ = graph.results(made)
+    _, outputs, folder = graph.results(made)[0]
     pairs = _first_pairs(Path(folder) / outputs.pairs_file)
-    exact = [pair for pair in pairs if pair["exact"]][:_EXAMPLES]
+    exact = [pair for pair in pairs if pair["exact"]][:_EXACT_EXAMPLES]
     near = sorted((pair for pair in pairs if not pair["exact"]), key=lambda pair: (-pair["jaccard"], pair["row"]))
     shown = [*exact, *near[-_EXAMPLES:]]
     files = []
@@ -104,8 +104,11 @@ def _examples(
         reference = made[f"dataset-{audited.name}"]
         files.append(Path(reference.path) / reference.outputs["file"])
     texts = [
-        {number: compared_text(row, rules.text) for number, row in rows_at(file, numbers).items()}
-        for file, numbers in zip(files, ([pair[name] for pair in shown] for name in ("row", "other_row")), strict=True)
+        {
+            number: compared_text(row, rules.text)
+            for number, row in rows_at(file, [pair[name] for pair in shown]).items()
+        }
+        for file, name in ((files[0], "row"), (files[-1], "other_row"))
     ]
     return [
         {
@@ -123,8 +126,10 @@ def _examples(
 def show(result: dict[str, Any], rules: NearDuplicateRules, out: Console) -> None:
     """Print the counts and the examples."""
     figures = ("rows", "same words", "of its rows", "nearly the same", "of its rows")
-    made = table("set", *figures, title="What the two sets share", right=figures, whole=figures)
-    for name, one in zip("AB", result["sets"], strict=True):
+    alone = len(result["sets"]) == 1
+    title = "Rows that are like one before them" if alone else "What the two sets share"
+    made = table("set", *figures, title=title, right=figures, whole=figures)
+    for name, one in zip("AB", result["sets"], strict=False):
         counts = []
         for count in (one["num_exact"], one["num_near"]):
             counts += [f"{count:,}", readable.percent(count / one["num_rows"])]
@@ -135,8 +140,9 @@ def show(result: dict[str, Any], rules: NearDuplicateRules, out: Console) -> Non
         f"rule       Jaccard similarity of runs of {rules.shingle_size} {rules.shingle} of the {what}, from "
         f"{rules.threshold:g} on; case and punctuation make no difference"
     )
-    out.print("note       a row of one set is counted once, however many rows of the other it is alike to")
-    for name, one in zip("AB", result["sets"], strict=True):
+    if not alone:
+        out.print("note       a row of one set is counted once, however many rows of the other it is alike to")
+    for name, one in zip("AB", result["sets"], strict=False):
         if one["num_paraphrases"] is not None:
             same = f"{one['num_paraphrases_same_numbers']:,} of them with the same numbers"
             said = f"{one['num_paraphrases']:,} more of {name} may say the same in other words, {same}"
@@ -150,7 +156,7 @@ def show(result: dict[str, Any], rules: NearDuplicateRules, out: Console) -> Non
             )
     for example in result["examples"]:
         _show_example(example, out)
-    for name, one in zip("AB", result["sets"], strict=True):
+    for name, one in zip("AB", result["sets"], strict=False):
         out.print(f"pairs {name:<5}{Path(one['folder']).resolve() / 'pairs.parquet'}", soft_wrap=True)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,21 +42,42 @@ class Reviewed:
 
 
 class Hits:
-    """The hits of an artifact, by benchmark, then instance, then score. Attributes: hits."""
+    """The hits of an artifact, by benchmark, then instance, then score. Attributes: firsts, of each benchmark."""
 
-    def __init__(self, hits: Path, queries: Path, rows: Path) -> None:
+    def __init__(self, hits: Path, queries: Path, rows: Path, without: Sequence[Hits] = ()) -> None:
         """
         hits     hits.parquet of a contamination artifact
         queries  queries.parquet of its index
         rows     the rows file that was searched
+        without  hits by another mode: the same row and instance are not shown again
         """
         from pyarrow import parquet
 
-        names = list(Reviewed.__dataclass_fields__)
-        table = parquet.read_table(hits, columns=names).to_pylist()
-        table.sort(key=lambda hit: (hit["benchmark"], hit["benchmark_row"], -hit["score"], hit["row"]))
-        self.hits = [Reviewed(**hit) for hit in table]
+        order = [
+            ("benchmark", "ascending"),
+            ("benchmark_row", "ascending"),
+            ("score", "descending"),
+            ("row", "ascending"),
+        ]
+        table = parquet.read_table(hits, columns=list(Reviewed.__dataclass_fields__))
+        seen = set().union(*(one.keys() for one in without))
+        if seen:
+            table = table.filter([key not in seen for key in _keys(table)])
+        self._table = table.sort_by(order)
+        names = self._table.column("benchmark").to_pylist()
+        self.firsts = [number for number, name in enumerate(names) if number == 0 or name != names[number - 1]]
         self._queries, self._rows = queries, rows
+
+    def keys(self) -> set[tuple[str, int, int]]:
+        """(benchmark, its row, training row) of each hit."""
+        return set(_keys(self._table))
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, number: int) -> Reviewed:
+        (hit,) = self._table.slice(number, 1).to_pylist()
+        return Reviewed(**hit)
 
     def texts(self, hit: Reviewed) -> tuple[list[str], str, tuple[str, str, str]]:
         """(query fields; where the hit is; the turn before the match, the match, the turn after it)."""
@@ -68,12 +90,17 @@ class Hits:
         return fields, place_of(row, hit.turn, turn, hit.text), around_match(turn, hit.text)
 
 
+def _keys(table: Any) -> list[tuple[str, int, int]]:
+    columns = (table.column(name).to_pylist() for name in ("benchmark", "benchmark_row", "row"))
+    return list(zip(*columns, strict=True))
+
+
 def review(hits: Hits, label: str, out: Console, read_key: Callable[[], str] | None = None) -> None:
     """Show the hits: with a terminal one by one, by keys; without one the first of each benchmark, one after the other.
 
     read_key  returns the next key; none: from the terminal
     """
-    if not hits.hits:
+    if not len(hits):
         out.print(f"{label}: no hits to review")
         return
     if read_key is None:
@@ -92,42 +119,42 @@ def review(hits: Hits, label: str, out: Console, read_key: Callable[[], str] | N
             key = read_key()
         except (KeyboardInterrupt, EOFError):
             return
-        position = moved(hits.hits, position, key)
+        position = moved(hits.firsts, len(hits), position, key)
 
 
-def moved(hits: Sequence[Reviewed], position: int, key: str) -> int | None:
-    """Where a key leads: the number of a hit, or None to quit. Other keys, and those that lead nowhere, stay."""
+def moved(firsts: Sequence[int], num_hits: int, position: int, key: str) -> int | None:
+    """Where a key leads: the number of a hit, or None to quit. Other keys, and those that lead nowhere, stay.
+
+    firsts  the first hit of each benchmark
+    """
     if key in _QUIT:
         return None
     if key in _NEXT:
-        return min(position + 1, len(hits) - 1)
+        return min(position + 1, num_hits - 1)
     if key in _PREVIOUS:
         return max(position - 1, 0)
-    firsts = [number for number, hit in enumerate(hits) if number == 0 or hit.benchmark != hits[number - 1].benchmark]
-    here = max(first for first in firsts if first <= position)
     if key == "b":
         return next((first for first in firsts if first > position), position)
     if key == "B":
+        here = max(first for first in firsts if first <= position)
         return max((first for first in firsts if first < here), default=here)
     return position
 
 
 def _print_all(hits: Hits, label: str, out: Console) -> None:
-    shown: dict[str, int] = {}
-    for number, hit in enumerate(hits.hits):
-        shown[hit.benchmark] = shown.get(hit.benchmark, 0) + 1
-        if shown[hit.benchmark] <= _HITS_WITHOUT_TERMINAL:
+    for first, end in pairwise([*hits.firsts, len(hits)]):
+        for number in range(first, min(end, first + _HITS_WITHOUT_TERMINAL)):
             _show(hits, number, label, out)
-    for benchmark, count in shown.items():
-        if count > _HITS_WITHOUT_TERMINAL:
-            out.print(f"{benchmark}: {count - _HITS_WITHOUT_TERMINAL:,} more hits; a terminal shows them all")
+        if end - first > _HITS_WITHOUT_TERMINAL:
+            more = end - first - _HITS_WITHOUT_TERMINAL
+            out.print(f"{hits[first].benchmark}: {more:,} more hits; a terminal shows them all")
 
 
 def _show(hits: Hits, position: int, label: str, out: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    hit = hits.hits[position]
+    hit = hits[position]
     fields, place, (before, match, after) = hits.texts(hit)
     query = "\n\n".join(fields)
     passage = Text(before)
@@ -135,7 +162,7 @@ def _show(hits: Hits, position: int, label: str, out: Console) -> None:
     passage.append(after)
     if not match:  # the text of the hit is not in the row as it stands: mark what both sides have
         passage = shared_words(before, query)
-    made = Table(title=f"{label}: hit {position + 1:,} of {len(hits.hits):,}", title_justify="left", expand=True)
+    made = Table(title=f"{label}: hit {position + 1:,} of {len(hits):,}", title_justify="left", expand=True)
     made.add_column(f"{hit.benchmark} {hit.benchmark_row}", ratio=1, overflow="fold")
     score = "" if hit.score == 1 else f", score {hit.score:.3f}"
     made.add_column(f"row {hit.row_id}, {place}{score}", ratio=1, overflow="fold")
@@ -171,10 +198,16 @@ def _folded(word: str) -> str:
 def review_result(result: Any, out: Console) -> None:
     """Review the hits of an `AuditResult`."""
     folders = {stage: Path(folder) for stage, folder in result.folders.items()}
+    shown: list[Hits] = []
     for mode, outputs in result.checks.items():
         hits = Hits(
             folders[result.stage("contamination", mode)] / outputs.hits_file,
             folders[result.stage("benchmark_index", mode)] / "queries.parquet",
             folders["dataset"] / result.dataset.file,
+            without=shown,
         )
+        if shown and not len(hits):
+            out.print(f"{result.label}: {mode} match has no other hits")
+            continue
         review(hits, result.label if not result.also else f"{result.label}, {mode}", out)
+        shown.append(hits)

@@ -12,7 +12,7 @@ from smoltulu.tasks.data.formats.columns import ALIASES
 from smoltulu.tasks.data.formats.sft import listed
 from smoltulu.tasks.data.formats.transcripts import dialect_of, is_transcript
 from smoltulu.tasks.data.formats.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, first_role
-from smoltulu.tasks.data.formats.values import is_empty
+from smoltulu.tasks.data.formats.values import is_empty, parsed_json
 
 #: Rows that are looked at, and how many characters of text they may have together: whichever is reached first.
 SAMPLE_ROWS = 10_000
@@ -103,6 +103,7 @@ def detect_format(rows: Iterable[Any]) -> DetectedFormat:
         or _by_score(columns)
         or _kto(columns)
         or _conversation(columns)
+        or _function_calls(columns)
         or _verified(columns)
         or _transcript(columns)
         or _one_turn(columns)
@@ -212,6 +213,14 @@ def _is_scored(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
+def _are_calls(value: Any) -> bool:
+    try:
+        calls = parsed_json(value, "") if isinstance(value, str) else value
+    except MalformedRow:
+        return False
+    return _is_scored(calls) and all("name" in call and "arguments" in call for call in calls)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, str)) and not isinstance(value, bool)
 
@@ -291,6 +300,14 @@ def _conversation(columns: _Columns) -> DetectedFormat | None:
     if column is None:
         return None
     return DetectedFormat("sft", "messages", _fields(messages=column), _say(*columns.system(), column))
+
+
+def _function_calls(columns: _Columns) -> DetectedFormat | None:
+    query, calls = columns.first(_PROMPT_COLUMNS, _is_text), columns.first(("answers",), _are_calls)
+    if query is None or calls is None:
+        return None
+    said = _say(*columns.system(), query, calls) + " (calls of functions)"
+    return DetectedFormat("sft", "function_calls", _fields(query=query, answers=calls), said)
 
 
 def _verified(columns: _Columns) -> DetectedFormat | None:

@@ -13,6 +13,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,13 +21,16 @@ from smoltulu.tasks.data.json_rows import (
     BOM,
     MAX_ROW_BYTES,
     BrokenRow,
+    Lines,
     OnBadLine,
     WrittenFloat,
+    has_lines,
     is_list,
     is_rows,
     read_json,
     read_json_lines,
     read_json_list,
+    read_lines,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +67,7 @@ _NO_ROWS = {
 _BUFFER_BYTES = 1 << 20
 #: Rows become Python objects so many bytes at a time.
 _BATCH_BYTES = 8 << 20
-_MAX_BATCH_ROWS = 4096
+_MAX_BATCH_ROWS = 1024
 
 
 def suffix_of(path: Path) -> str | None:
@@ -98,6 +102,27 @@ def read_file(path: Path, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
         yield from _read_text(path, kind, _compression(head, packed, path), on_bad_line)
 
 
+def read_blocks(path: Path, on_bad_line: OnBadLine = "stop") -> Iterator[Lines | list[Any]]:
+    """The rows of a file in blocks: lines where it has one JSON value on each, else rows. Errors as `read_file`."""
+    suffix = suffix_of(path)
+    assert suffix is not None, path
+    kind = next((kind for kind in (".jsonl", ".ndjson", ".json") if suffix.startswith(kind)), None)
+    if kind is not None:
+        with path.open("rb") as raw:
+            head = raw.read(64)
+        if not head.startswith((b"PAR1", b"ARROW1")):
+            _refuse_no_rows(head, path)
+            lines = _read_text(path, kind, _compression(head, suffix.removeprefix(kind), path), on_bad_line, True)
+            first = next(lines, None)
+            if isinstance(first, Lines):
+                yield first
+                yield from lines
+                return
+    rows = read_file(path, on_bad_line)
+    while block := list(islice(rows, _MAX_BATCH_ROWS)):
+        yield block
+
+
 def _refuse_no_rows(head: bytes, path: Path) -> None:
     for start, what in _NO_ROWS.items():
         if head.removeprefix(BOM).lstrip().startswith(start):
@@ -117,8 +142,9 @@ def _compression(head: bytes, named: str, path: Path) -> str:
     return found
 
 
-def _read_text(path: Path, kind: str, packed: str, on_bad_line: OnBadLine) -> Iterator[Any]:
-    readers: dict[str, Callable[[Path, io.BufferedReader], Iterator[Any]]] = {
+def _read_text(path: Path, kind: str, packed: str, on_bad_line: OnBadLine, in_blocks: bool = False) -> Iterator[Any]:
+    """Rows of a text file; `in_blocks`: `Lines`, or nothing where it has other than JSON values a line."""
+    readers: dict[str, Callable[[Path, io.BufferedReader[Any]], Iterator[Any]]] = {
         ".json": lambda path, stream: read_json(str(path), stream, is_lines=False, on_bad_line=on_bad_line),
         ".csv": lambda path, stream: read_csv(path, stream, ",", on_bad_line),
         ".tsv": lambda path, stream: read_csv(path, stream, "\t", on_bad_line),
@@ -129,7 +155,10 @@ def _read_text(path: Path, kind: str, packed: str, on_bad_line: OnBadLine) -> It
         with _opened(path, packed) as stream:
             if packed:
                 _refuse_packed_twice(stream.peek(64), path)
-            yield from readers.get(kind, lines)(path, stream)
+            if not in_blocks:
+                yield from readers.get(kind, lines)(path, stream)
+            elif has_lines(stream, is_lines=kind != ".json"):
+                yield from read_lines(str(path), stream, on_bad_line)
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{path}: not a whole {_NAMES[packed]} file ({error}); fetch it again") from error
     except OSError as error:  # bz2 and Arrow's zstd raise no errors of their own
@@ -138,7 +167,7 @@ def _read_text(path: Path, kind: str, packed: str, on_bad_line: OnBadLine) -> It
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _opened(path: Path, packed: str) -> io.BufferedReader:
+def _opened(path: Path, packed: str) -> io.BufferedReader[Any]:
     """A stream of a file's bytes, unpacked."""
     raw: Any
     if packed == ".gz":
@@ -152,7 +181,7 @@ def _opened(path: Path, packed: str) -> io.BufferedReader:
 
         raw = pa.input_stream(str(path), compression="zstd")
     else:
-        return path.open("rb", buffering=_BUFFER_BYTES)
+        raw = io.FileIO(path)
     return io.BufferedReader(raw, _BUFFER_BYTES)
 
 
@@ -263,13 +292,13 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 def is_json_of_rows(path: Path) -> bool:
     """Whether a file is a list of rows, or has one a line, whatever its name says."""
-    with path.open("rb", buffering=_BUFFER_BYTES) as stream:
+    with _opened(path, "") as stream:
         return is_rows(stream)
 
 
 def read_json_of_rows(path: Path, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
     """Rows of such a file. Text alone is a row with a `text`, as `datasets` has it."""
-    with path.open("rb", buffering=_BUFFER_BYTES) as stream:
+    with _opened(path, "") as stream:
         rows = read_json_list(str(path), stream) if is_list(stream) else read_json_lines(str(path), stream, on_bad_line)
         for row in rows:
             yield {"text": row} if isinstance(row, str) else row
@@ -277,5 +306,5 @@ def read_json_of_rows(path: Path, on_bad_line: OnBadLine = "stop") -> Iterator[A
 
 def read_separated(path: Path, delimiter: str, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
     """Rows of a file with a header and a delimiter."""
-    with path.open("rb", buffering=_BUFFER_BYTES) as stream:
+    with _opened(path, "") as stream:
         yield from read_csv(path, stream, delimiter, on_bad_line)

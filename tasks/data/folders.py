@@ -236,7 +236,9 @@ def _saved_files(folder: Path, split: str) -> tuple[str, ...]:
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise ValueError("an old version of datasets saved it with an index of rows; save the data set again")
     try:
-        names = [_inside(one["filename"]) for one in files]
+        names = [_inside(one["filename"]) for one in files or ()]
+        if not names:
+            raise KeyError("_data_files")
     except (TypeError, KeyError) as error:
         raise ValueError(f"state.json in {shown(split or '.')} names no files; save the data set again") from error
     names = [f"{split}/{name}" if split else name for name in names]

@@ -7,6 +7,7 @@ element takes more memory than `MAX_ROW_BYTES` without a message.
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ BOM = b"\xef\xbb\xbf"
 MAX_ROW_BYTES = 128 << 20
 _TEXT_OF_BROKEN = 300
 _CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 4 << 20
 #: An error nearer to the end of what was read so far may come of the cut: \uXXXX, -Infinity, the start of a number.
 _NEAR_END = 32
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -69,7 +71,7 @@ def _start_of(text: str) -> str:
     return text[:_TEXT_OF_BROKEN]
 
 
-def read_json(name: str, stream: BufferedReader, is_lines: bool, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
+def read_json(name: str, stream: BufferedReader[Any], is_lines: bool, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
     """Rows of a file by its content: a list of rows, or one a line.
 
     Args:
@@ -81,21 +83,26 @@ def read_json(name: str, stream: BufferedReader, is_lines: bool, on_bad_line: On
     Raises:
         ValueError: not JSON, not UTF-8, one object that holds something else than a row, or a line that is too long.
     """
-    start = _start(stream)
-    line, has_end, rest = start.partition(b"\n")
-    is_first_whole = bool(has_end) and _is_json(line)
-    has_more = bool(rest.strip())
-    if start.startswith(b"["):
-        # In a file of lines a row may be a list, which is malformed.
-        is_of_lines = is_lines and is_first_whole and has_more
-        yield from read_json_lines(name, stream, on_bad_line) if is_of_lines else read_json_list(name, stream)
-    elif is_lines or not start.startswith(b"{") or (is_first_whole and has_more) or _only_cr(start):
+    if has_lines(stream, is_lines):
         yield from read_json_lines(name, stream, on_bad_line)
+    elif is_list(stream):
+        yield from read_json_list(name, stream)
     else:
         yield from _read_document(name, stream)
 
 
-def _start(stream: BufferedReader) -> bytes:
+def has_lines(stream: BufferedReader[Any], is_lines: bool) -> bool:
+    """Whether a file has a value a line; `is_lines` as for `read_json`. Nothing is taken from the stream."""
+    start = _start(stream)
+    line, has_end, rest = start.partition(b"\n")
+    is_first_whole = bool(has_end) and _is_json(line) and bool(rest.strip())
+    if start.startswith(b"["):
+        # In a file of lines a row may be a list, which is malformed.
+        return is_lines and is_first_whole
+    return is_lines or not start.startswith(b"{") or is_first_whole or _only_cr(start)
+
+
+def _start(stream: BufferedReader[Any]) -> bytes:
     return stream.peek(1).removeprefix(BOM).lstrip()
 
 
@@ -111,12 +118,12 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def is_list(stream: BufferedReader) -> bool:
+def is_list(stream: BufferedReader[Any]) -> bool:
     """Whether the text is one list."""
     return _start(stream).startswith(b"[")
 
 
-def is_rows(stream: BufferedReader) -> bool:
+def is_rows(stream: BufferedReader[Any]) -> bool:
     """Whether the text is a list, or has an object on its first line."""
     if is_list(stream):
         return True
@@ -126,9 +133,11 @@ def is_rows(stream: BufferedReader) -> bool:
     return line.startswith(b"{") and _is_json(line)
 
 
-def read_json_lines(name: str, stream: BufferedReader, on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
-    """One JSON value a line; blank lines are none. Errors as `read_json`."""
-    number, decode = 0, _DECODER.decode
+def read_json_lines(
+    name: str, stream: BufferedReader[Any], on_bad_line: OnBadLine = "stop", num_before: int = 0
+) -> Iterator[Any]:
+    """One JSON value a line; blank lines are none. `num_before`: lines before these. Errors as `read_json`."""
+    number, decode = num_before, _DECODER.decode
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
         if number == 1:
@@ -151,7 +160,36 @@ def read_json_lines(name: str, stream: BufferedReader, on_bad_line: OnBadLine = 
             yield from _of_bad_line(line, f"{name}, line {number}", error, on_bad_line)
 
 
-def _skip_line(stream: BufferedReader) -> None:
+@dataclass(frozen=True)
+class Lines:
+    """A block of whole lines of JSON. `number`: lines before it."""
+
+    name: str
+    data: bytes
+    number: int
+    on_bad_line: OnBadLine
+
+    def rows(self) -> Iterator[Any]:
+        """Its rows, one by one. Errors as `read_json_lines`."""
+        stream: BufferedReader[Any] = BufferedReader(io.BytesIO(self.data))
+        return read_json_lines(self.name, stream, self.on_bad_line, num_before=self.number)
+
+
+def read_lines(name: str, stream: BufferedReader[Any], on_bad_line: OnBadLine) -> Iterator[Lines]:
+    """Blocks of a file that has one JSON value a line."""
+    number, is_first = 0, True
+    while data := stream.read(_BLOCK_BYTES):
+        if not data.endswith(b"\n"):
+            data += stream.readline(MAX_ROW_BYTES + 1)
+        while not data.endswith(b"\n") and len(data) > MAX_ROW_BYTES and (more := stream.readline(_BLOCK_BYTES)):
+            # Longer than a row may be: what is behind its limit is not kept, the reader of lines says so.
+            data = data if not more.endswith(b"\n") else data + b"\n"
+        block = Lines(name, data.removeprefix(BOM) if is_first else data, number, on_bad_line)
+        number, is_first = number + data.count(b"\n"), False
+        yield block
+
+
+def _skip_line(stream: BufferedReader[Any]) -> None:
     while (part := stream.readline(_CHUNK_BYTES)) and not part.endswith(b"\n"):
         pass
 
@@ -197,7 +235,7 @@ def _said(error: Exception, where: str, data: bytes = b"", count: str = "") -> V
 class _Text:
     """JSON text, decoded as far as it is needed. Attributes: `at`, the place in `text`, and `is_whole`."""
 
-    def __init__(self, name: str, stream: BufferedReader) -> None:
+    def __init__(self, name: str, stream: BufferedReader[Any]) -> None:
         self.name, self._stream = name, stream
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at, self.is_whole = "", 0, False
@@ -275,7 +313,7 @@ class _Text:
         return ValueError(f"{self.where(at)}: not JSON ({said})")
 
 
-def read_json_list(name: str, stream: BufferedReader) -> Iterator[Any]:
+def read_json_list(name: str, stream: BufferedReader[Any]) -> Iterator[Any]:
     """The elements of one list. Errors as `read_json`."""
     text = _Text(name, stream)
     if text.next() != "[":
@@ -298,7 +336,7 @@ def read_json_list(name: str, stream: BufferedReader) -> Iterator[Any]:
         raise text.fault("Extra data behind the list", text.at)
 
 
-def _read_document(name: str, stream: BufferedReader) -> Iterator[Any]:
+def _read_document(name: str, stream: BufferedReader[Any]) -> Iterator[Any]:
     """Objects one after the other, over several lines each. One alone is a row where it holds a plain value."""
     text = _Text(name, stream)
     text.next()

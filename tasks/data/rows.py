@@ -47,7 +47,7 @@ GROUP_CHARACTERS = 16 << 20
 #: Texts hardly repeat as a whole: a dictionary of them, or their least and greatest, would only cost time.
 WRITE_OPTIONS: dict[str, Any] = {
     "compression": "zstd",
-    "compression_level": 3,
+    "compression_level": 1,
     "use_dictionary": False,
     "write_statistics": False,
 }
@@ -99,9 +99,10 @@ class RowsWriter:
         self._columns = set(COLUMNS[kind])
         self._turns = [name for name in COLUMNS[kind] if name in TURNS]
         self._waiting: list[dict[str, Any]] = []
+        self._plain: list[pa.Table] = []  # before those that wait as rows
         #: Whether a row that waits, or that was written, is rich.
         self._needs_rich = False
-        self._num_characters = 0
+        self._num_waiting = self._num_characters = 0
 
     def _open(self) -> parquet.ParquetWriter:
         from pyarrow import parquet
@@ -112,20 +113,69 @@ class RowsWriter:
         """Add a row, which has the columns of its kind, maybe tools, and no other."""
         assert row.keys() == self._columns or row.keys() - {TOOLS} == self._columns, row.keys()
         self._waiting.append(row)
+        self._num_waiting += 1
         if self._needs_rich or is_rich(row):
             self._needs_rich = True
             self._num_characters += num_characters(row)
         else:
             self._num_characters += sum(len(turn["content"]) for name in self._turns for turn in row[name])
-        if len(self._waiting) == GROUP_ROWS or self._num_characters >= GROUP_CHARACTERS:
+        self._end_full_group()
+
+    def write_plain(self, prefix: str, first: int, turns: pa.ListArray) -> None:
+        """Add conversations of role and content alone; their ids are `prefix` and a number, from `first` on.
+
+        The file is the one that `write` makes of the same rows, one by one.
+        """
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        offsets = turns.offsets.to_numpy().astype(np.int64)
+        mine = turns.values.field("content").slice(offsets[0], offsets[-1] - offsets[0])
+        lengths = pc.utf8_length(mine).to_numpy(zero_copy_only=False)
+        total = np.concatenate(([0], np.cumsum(lengths)))[offsets - offsets[0]]  # characters before each row
+        at = 0
+        while at < len(turns):
+            left = min(len(turns), at + GROUP_ROWS - self._num_waiting)
+            # A group ends with the row that fills it.
+            full = int(np.searchsorted(total[at + 1 : left + 1], total[at] + GROUP_CHARACTERS - self._num_characters))
+            end = min(left, at + full + 1)
+            ids = _texts([f"{prefix}{number}" for number in range(first + at, first + end)])
+            self._wait(pa.Table.from_arrays([ids, _as_turns(turns.slice(at, end - at))], schema=rows_schema("sft")))
+            self._num_characters += int(total[end] - total[at])
+            at = end
+            self._end_full_group()
+
+    def _wait(self, table: pa.Table) -> None:
+        if self._needs_rich and not self._is_rich:
+            self._become_rich()
+        if self._waiting:
+            self._plain.append(rows_table(self._waiting, self._kind, self._is_rich))
+            self._waiting = []
+        self._plain.append(table)
+        self._num_waiting += table.num_rows
+
+    def _end_full_group(self) -> None:
+        if self._num_waiting == GROUP_ROWS or self._num_characters >= GROUP_CHARACTERS:
             self._end_group()
 
     def _end_group(self) -> None:
+        import pyarrow as pa
+
+        if self._needs_rich and not self._is_rich:
+            self._become_rich()
+        parts = self._plain
+        if self._is_rich:
+            parts = [self._as_rich(table) for table in parts]
         if self._waiting:
-            if self._needs_rich and not self._is_rich:
-                self._become_rich()
-            self._writer.write_table(rows_table(self._waiting, self._kind, self._is_rich))
-        self._waiting, self._num_characters = [], 0
+            parts = [*parts, rows_table(self._waiting, self._kind, self._is_rich)]
+        if parts:
+            table = parts[0] if len(parts) == 1 else pa.concat_tables(parts).combine_chunks()
+            self._writer.write_table(table)
+        self._waiting, self._plain, self._num_waiting, self._num_characters = [], [], 0, 0
+
+    def _as_rich(self, table: pa.Table) -> pa.Table:
+        return table if TOOLS in table.column_names else rows_table(table.to_pylist(), self._kind, is_rich=True)
 
     def _become_rich(self) -> None:
         """Write the groups so far once more, with the columns of a rich file."""
@@ -147,6 +197,20 @@ class RowsWriter:
         if failed is None:
             self._end_group()
         self._writer.close()
+
+
+def _as_turns(turns: pa.ListArray) -> pa.ListArray:
+    """Turns of another reader, as a column of a rows file."""
+    import pyarrow as pa
+
+    offsets = turns.offsets
+    first, last = offsets[0].as_py(), offsets[-1].as_py()
+    values = turns.values.slice(first, last - first)
+    # Without what is outside of the slice; `flatten` and `field` would differ where a turn is null, and none is.
+    texts = [pa.concat_arrays([values.field(name)]) for name in ("role", "content")]
+    struct = pa.StructArray.from_arrays(texts, fields=list(_message(is_rich=False)))
+    begins = pa.Array.from_buffers(pa.int32(), len(turns) + 1, [None, _offsets(turns.value_lengths().to_pylist())])
+    return pa.ListArray.from_arrays(begins, struct, type=_turns(is_rich=False))
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], kind: DatasetKind, is_rich: bool) -> pa.Table:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from smoltulu.artifacts.secrets import find_secret, is_secret_name, without_secrets
 from smoltulu.schemas.data import DataSource
 from smoltulu.tasks.data.files import is_json_of_rows, read_file, read_json_of_rows, read_separated
+from smoltulu.tasks.data.files import read_blocks as file_blocks
 from smoltulu.tasks.data.folders import ALL_SUBSETS, DataFiles, data_files, parts_of, shown
 from smoltulu.tasks.data.hub import SourceUnavailable, resolve_commit
-from smoltulu.tasks.data.json_rows import OnBadLine
+from smoltulu.tasks.data.json_rows import Lines, OnBadLine
 from smoltulu.tasks.data.rows import stored_rows
 
 if TYPE_CHECKING:
@@ -117,6 +118,21 @@ def read_rows(
     found = local_files(source, world)
     rows = islice(_rows_of_files(source, found), source.limit)
     return rows if digest is None else _unchanged(rows, source, found, digest)
+
+
+def read_blocks(
+    source: DataSource,
+    world: Path | None = None,
+    digest: str | None = None,
+    sampled: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Lines | Iterable[Any]]:
+    """The same rows in blocks: lines of JSON that are not parsed yet, or rows. Arguments and errors as `read_rows`."""
+    is_part = source.limit is not None or source.split not in (None, "all")
+    if source.path is None or is_part:
+        return iter([read_rows(source, world, digest, sampled)])
+    found = local_files(source, world)
+    blocks = (block for path in found.paths for block in file_blocks(path, source.on_bad_line))
+    return blocks if digest is None else _unchanged(blocks, source, found, digest)
 
 
 def _rows_of_files(source: DataSource, found: DataFiles) -> Iterator[Any]:

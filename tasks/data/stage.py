@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from smoltulu.schemas.data import DatasetInputs, DatasetOutputs, DatasetStageConfig, DataSource, SourceReport
 from smoltulu.tasks.data.formats import SourceCounts, check_source
+from smoltulu.tasks.data.json_rows import Lines
+from smoltulu.tasks.data.plain import ahead, fits
 from smoltulu.tasks.data.rows import RowsWriter
-from smoltulu.tasks.data.sources import read_rows
+from smoltulu.tasks.data.sources import read_blocks, read_rows
+from smoltulu.tasks.process import num_cores
 from smoltulu.tasks.stage import Stage, StageContext
+
+logger = logging.getLogger("smoltulu")
 
 _ROWS_PER_REPORT = 2_000
 
@@ -36,6 +44,7 @@ def build_dataset(
             for index, source in enumerate(sources):
                 context.report(index, len(sources))
                 reports.append(_write_source(index, source, len(sources), inputs, output, context))
+                _say(reports[-1])
         context.report(len(sources), len(sources))
         _accept(reports, config.data.max_malformed_share)
     except BaseException:
@@ -57,13 +66,47 @@ def _write_source(
     started = time.monotonic()
     counts = SourceCounts(source)
     world = Path(inputs.world) if inputs.world else None
-    rows = read_rows(source, world, context.externals.get(f"data.{index}"), inputs.sampled)
-    for place, normalised in counts.normalised(rows):
-        output.write({"id": f"{index}:{place}", **normalised})
-        if counts.num_rows % _ROWS_PER_REPORT == 0:
-            speed = counts.num_rows / max(time.monotonic() - started, 1e-9)
-            context.report(index, num_sources, num_rows=float(counts.num_rows), rows_per_second=speed)
+    read = (source, world, context.externals.get(f"data.{index}"), inputs.sampled)
+
+    def report() -> None:
+        speed = counts.num_rows / max(time.monotonic() - started, 1e-9)
+        context.report(index, num_sources, num_rows=float(counts.num_rows), rows_per_second=speed)
+
+    def write(rows: Iterable[Any]) -> None:
+        for place, normalised in counts.normalised(rows, counts.num_rows):
+            output.write({"id": f"{index}:{place}", **normalised})
+            if counts.num_rows % _ROWS_PER_REPORT == 0:
+                report()
+
+    if not fits(source):
+        write(read_rows(*read))
+        return counts.report()
+    for block, plain in ahead(read_blocks(*read), source, context.compute.num_threads or num_cores()):
+        if plain is None:
+            write(block.rows() if isinstance(block, Lines) else block)
+            continue
+        counts.count_plain(0, plain.unread)
+        for run in plain.runs:
+            if isinstance(run, list):
+                write(run)
+            else:
+                output.write_plain(f"{index}:", counts.num_rows, run)
+                counts.count_plain(len(run), {})
+        report()
     return counts.report()
+
+
+def _say(report: SourceReport) -> None:
+    """Log what is not in the normalised rows of a source, although nothing is wrong."""
+    for word, counts in (("dropped", report.dropped), ("noticed", report.noticed), ("ignored", report.ignored)):
+        for what, number in counts.items():
+            if word == "ignored" and not number:
+                logger.warning("%s: ignore names %r, which no row has", report.label, what)
+            else:
+                logger.info("%s: %s: %s: %s rows", report.label, word, what, f"{number:,}")
+    if report.unread:
+        some = ", ".join(list(report.unread)[:20]) + (", …" if len(report.unread) > 20 else "")
+        logger.info("%s: no field reads: %s", report.label, some)
 
 
 def _num_left(report: SourceReport) -> int:

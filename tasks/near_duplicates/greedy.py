@@ -14,8 +14,8 @@ import numpy as np
 
 #: Of the items that stay, a band remembers so many, the first ones; an item is compared with so many, those that share
 #: most bands first. So texts that all look alike and are no near-duplicates (a template) cannot take quadratic time.
-MAX_KEPT_PER_BAND = 256
-MAX_COMPARISONS = 128
+MAX_KEPT_PER_BAND = 128
+MAX_COMPARISONS = 64
 
 
 @dataclass(frozen=True)

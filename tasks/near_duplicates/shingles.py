@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Mapping, Set
 from typing import Any, Literal
 
-from smoltulu.tasks.data.rows import TURNS
+from smoltulu.tasks.data.rows import texts_of
 
 #: Scripts without blanks between words: every character is a word.
 _ALONE = (
@@ -26,12 +26,7 @@ _WORD = re.compile(rf"[{_ALONE}]|(?:(?![{_ALONE}_])[\w{_MARKS}])+|{_SIGN}")
 
 def compared_text(row: Mapping[str, Any], which: Literal["user", "all"]) -> str:
     """The turns of a normalised row that are compared, joined by line feeds."""
-    messages = [message for name in TURNS for message in row.get(name, ())]
-    if which == "user":
-        return "\n".join(message["content"] for message in messages if message["role"] == "user")
-    return "\n".join(
-        text for message in messages for text in (message.get("reasoning_content") or "", message["content"]) if text
-    )
+    return "\n".join(text for role, text in texts_of(row) if which == "all" or role == which)
 
 
 def plain_words(text: str) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smoltulu.schemas.near_duplicates import (
     NearDuplicateInputs,
@@ -169,16 +169,16 @@ def _compare(
     texts.finish()
     own = sets[-1]
     is_compared = np.concatenate(sizes) > 0
-    found = near_duplicates(
-        np.concatenate(bands), is_compared, own.first, _alike(texts, rules.threshold), within=config.within
-    )
+    found = near_duplicates(np.concatenate(bands), is_compared, own.first, _alike(texts, rules), within=config.within)
     return _matches(found, sets, texts), int((~is_compared[own.first :]).sum()), len(found.unfinished)
 
 
-def _alike(texts: Texts, threshold: float) -> Any:
+def _alike(texts: Texts, rules: NearDuplicateRules) -> Callable[[int, int], float | None]:
     def alike(one: int, other: int) -> float | None:
         similarity = texts.jaccard(one, other)
-        return similarity if similarity >= threshold else None
+        if similarity < rules.threshold or (rules.same_numbers and not texts.same_numbers(one, other)):
+            return None
+        return similarity
 
     return alike
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 from array import array
 from functools import lru_cache
 from pathlib import Path
@@ -53,6 +54,11 @@ class Texts:
     def same(self, one: int, other: int) -> bool:
         """Whether two texts have the very same words."""
         return self._bytes(one) == self._bytes(other)
+
+    def same_numbers(self, one: int, other: int) -> bool:
+        """Whether two texts have the same numbers, in the same order."""
+        first, second = (re.findall(rb"[0-9]+", self._bytes(number)) for number in (one, other))
+        return first == second
 
     def jaccard(self, one: int, other: int) -> float:
         """Exact similarity of two texts."""

@@ -84,8 +84,8 @@ def test_the_command_prints_the_table_and_is_cached_the_second_time(place: Path)
     gsm8k, piqa, popqa = (
         next(line for line in out.splitlines() if title in line) for title in ("GSM8K", "PIQA", "PopQA")
     )
-    assert re.search(r"5 │ +3 │ +60\.00 % │ +the paper's N is 1,319", gsm8k)
-    assert re.search(r"2 │ +1 │ +50\.00 % │ +1 of the found have under 8", piqa)
+    assert re.search(r"5 │ +3 │ +60\.00 % │ +3 │ +60\.00 % │ +the paper's N is 1,319", gsm8k)
+    assert re.search(r"2 │ +1 │ +50\.00 % │ +1 │ +50\.00 % │ +1 of the found have under 8", piqa)
     assert NOT_CHECKED in popqa and "the Hub cannot be reached" in popqa and "0.00" not in popqa
     assert "English" in out and "0 of 6 stages cached" in out
 
@@ -207,7 +207,18 @@ def test_a_hub_data_set_stands_beside_the_paper_and_gated_benchmarks_are_not_che
         environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         # Without the file at hand PIQA comes from the Hub.
         command = ["audit", "allenai/tulu-3-sft-mixture", "-b", f"gsm8k={place}/eval/gsm8k_test.jsonl", "-b", "piqa"]
-        command += ["--role", "user", "-b", "wildguard", "-b", "drop", "--benchmarks-folder", str(tmp_path), "--detector", "none"]
+        command += [
+            "--role",
+            "user",
+            "-b",
+            "wildguard",
+            "-b",
+            "drop",
+            "--benchmarks-folder",
+            str(tmp_path),
+            "--detector",
+            "none",
+        ]
         done = subprocess.run(
             [
                 sys.executable,
@@ -264,7 +275,7 @@ def prefect_server() -> Iterator[None]:
 def settings_for(store: Path, num_threads: int = 1) -> AuditSettings:
     # inline: stages in processes of their own are what the tests of the command have
     compute = ComputeSettings(store=str(store), num_threads=num_threads, launcher="inline")
-    return AuditSettings(benchmarks=("gsm8k", "piqa", "popqa"), detector="none", compute=compute)
+    return AuditSettings(benchmarks=("gsm8k", "piqa", "popqa"), modes=("full",), detector="none", compute=compute)
 
 
 def contamination_digest(store: Path) -> str:

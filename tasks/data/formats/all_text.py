@@ -51,10 +51,11 @@ def read_all_text(row: Row) -> dict[str, Any]:
     messages: list[Message] = []
     origins = []
     for role, pieces in turns:
-        at, places = 0, []
+        places: list[tuple[str, int]] = []
+        at = 0
         for column, text in pieces:
             if not places or places[-1][0] != column:
-                places.append([column, at])
+                places.append((column, at))
             at += len(text) + len(_BETWEEN)
         messages.append({"role": role, "content": _BETWEEN.join(text for _, text in pieces)})
         origins.append(places)

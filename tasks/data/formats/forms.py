@@ -13,6 +13,7 @@ from smoltulu.tasks.data.formats.kto import read_labelled
 from smoltulu.tasks.data.formats.preference import read_by_label, read_by_score, read_by_strength, read_preference
 from smoltulu.tasks.data.formats.rlvr import read_rlvr
 from smoltulu.tasks.data.formats.sft import (
+    read_function_calls,
     read_instruction,
     read_messages,
     read_prompt_completion,
@@ -46,6 +47,7 @@ FORMS: dict[str, Form] = {
     "prompt_completion": Form("sft", ("prompt", "completion"), read_prompt_completion, _SINGLE),
     "instruction": Form("sft", ("instruction", "input", "output"), read_instruction, _SINGLE),
     "question_answer": Form("sft", ("question", "answer"), read_question_answer, _SINGLE),
+    "function_calls": Form("sft", ("query", "answers"), read_function_calls, ("system", "tools", "history")),
     "transcript": Form("sft", ("text",), read_transcript, ("system", "tools")),
     "preference": Form("preference", ("prompt", "chosen", "rejected"), read_preference, (*_PAIR, "history")),
     "preference_by_label": Form(

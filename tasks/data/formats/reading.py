@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from smoltulu.schemas.data import DataSource, SourceReport
@@ -64,18 +64,25 @@ class SourceCounts:
         self._texts: Counter[str] = Counter()
         self._examples: list[str] = []
 
-    def normalised(self, rows: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def normalised(self, rows: Iterable[Any], first: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """The place and the normalised form of each row that is neither malformed nor dropped, in order.
 
-        A pair of KTO rows has the place of the one that completes it.
+        A pair of KTO rows has the place of the one that completes it; its rows come all at once. `first`: the place of
+        the first of `rows`.
         """
         if self.source.format == "kto":
             yield from self._pairs(rows)
         else:
-            yield from self._single(rows)
+            yield from self._single(rows, first)
 
-    def _single(self, rows: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for place, row in enumerate(rows):
+    def count_plain(self, number: int, unread: Mapping[str, int]) -> None:
+        """Count rows that are normalised as they are, and the columns of theirs that no field reads."""
+        self.num_rows += number
+        for name, rows in unread.items():
+            self._unread[self._counted(name, self._unread)] += rows
+
+    def _single(self, rows: Iterable[Any], first: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        for place, row in enumerate(rows, first):
             self.num_rows += 1
             try:
                 made, read = _adapted(row, self.source)
@@ -142,5 +149,8 @@ def shortened(row: Any) -> str:
     if isinstance(row, BrokenRow):
         return ascii(row.text[:_EXAMPLE_CHARACTERS])
     # ascii, so that a lone surrogate can be shown; default=str, because parquet cells may be dates.
-    text = json.dumps(row, ensure_ascii=True, default=str)
+    try:
+        text = json.dumps(row, ensure_ascii=True, default=str)
+    except (ValueError, RecursionError):
+        text = "a row nested too deep to be shown"
     return text if len(text) <= _EXAMPLE_CHARACTERS else text[: _EXAMPLE_CHARACTERS - 1] + "…"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from smoltulu.tasks.data.formats.columns import Row
-from smoltulu.tasks.data.formats.tools import tools_of
-from smoltulu.tasks.data.formats.transcripts import refuse_transcript, turns_of_transcript
-from smoltulu.tasks.data.formats.turns import as_turns, check_order, read_turns
+from smoltulu.tasks.data.formats.tools import calls_in, tools_of
+from smoltulu.tasks.data.formats.transcripts import is_in_template, refuse_transcript, turns_of_transcript
+from smoltulu.tasks.data.formats.turns import as_turns, check_order, read_turns, unpacked
 from smoltulu.tasks.data.formats.values import MalformedRow, Message, is_empty, kind_of, parsed_json, text_of
 
 
@@ -22,7 +22,7 @@ def read_prompt_completion(row: Row) -> dict[str, Any]:
 
     Where both are one column, as an audit reads prompts without answers, nothing is trained, so nothing is refused.
     """
-    prompt, completion = row.need("prompt"), row.need("completion")
+    prompt, completion = unpacked(row.need("prompt")), unpacked(row.need("completion"))
     asked_only = row.column("prompt") == row.column("completion")
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not asked_only:
@@ -31,6 +31,8 @@ def read_prompt_completion(row: Row) -> dict[str, Any]:
     answer = read_turns(as_turns(completion, "completion", "assistant"), "completion", row)
     if isinstance(prompt, str):
         turns = earlier_turns(row) + turns
+        if is_in_template(prompt):
+            row.noticed.add("a prompt is written in a template (### Instruction: …), whose marks become its text")
     if isinstance(completion, str):
         answer = [_with_reasoning(answer[0], row)]
     if asked_only:
@@ -58,6 +60,17 @@ def read_question_answer(row: Row) -> dict[str, Any]:
     question = row.text("question")
     refuse_transcript(question, "question")
     return _one_turn(question, row.text("answer"), row)
+
+
+def read_function_calls(row: Row) -> dict[str, Any]:
+    """`query` and `answers`, the calls that answer it, as a list or JSON of one (xLAM); `tools` beside them."""
+    query, calls = row.text("query"), calls_in(row.need("answers"), "answers", row)
+    refuse_transcript(query, "query")
+    turns: list[Message] = [
+        {"role": "user", "content": query},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    ]
+    return _trained(earlier_turns(row) + turns, row, one_text=True)
 
 
 def read_transcript(row: Row) -> dict[str, Any]:

@@ -22,18 +22,30 @@ def calls_of(left: dict[str, Any], name: str, row: Row) -> list[dict[str, Any]]:
         if several:
             raise MalformedRow(f"a turn of {name} has both 'tool_calls' and 'function_call'")
         several = [parsed_json(one, where) if isinstance(one, str) else one]
-    return [_call(call, name, row) for call in several]
+    return [_call(call, name, row, f"{name}[].tool_calls[]") for call in several]
 
 
 def call_of(content: str | None, name: str) -> list[dict[str, Any]]:
     """The calls that a turn of role `function_call` holds as JSON (ShareGPT)."""
     where = f"a function_call turn of {name}"
     value = parsed_json(text_of(content, where), where)
-    return [_call(call, name, None) for call in (value if isinstance(value, list) else [value])]
+    return [_call(call, name, None, "") for call in (value if isinstance(value, list) else [value])]
 
 
-def _call(call: Any, name: str, row: Row | None) -> dict[str, Any]:
-    """{"id"?, "type", "function": {"name", "arguments": dict}}, of that or of a bare {"name", "arguments"}."""
+def calls_in(value: Any, name: str, row: Row) -> list[dict[str, Any]]:
+    """The calls of a column: a list, or JSON of one."""
+    if isinstance(value, str):
+        value = parsed_json(value, f"field {name!r}")
+    if not isinstance(value, list) or not value:
+        raise MalformedRow(f"field {name!r} is no list of calls")
+    return [_call(call, name, row, f"{name}[]") for call in value]
+
+
+def _call(call: Any, name: str, row: Row | None, place: str) -> dict[str, Any]:
+    """{"id"?, "type", "function": {"name", "arguments": dict}}, of that or of a bare {"name", "arguments"}.
+
+    place: what its keys that are not read are counted under; without a row there may be none.
+    """
     where = f"a tool call of {name}"
     if not isinstance(call, dict):
         raise MalformedRow(f"{where} is {kind_of(call)}, not an object")
@@ -58,11 +70,11 @@ def _call(call: Any, name: str, row: Row | None) -> dict[str, Any]:
         arguments = {}
     if not isinstance(arguments, dict):
         raise MalformedRow(f"arguments of {where} is {kind_of(arguments)}, not an object")
-    for rest, place in ((left, ""), (inner, "" if bare else ".function")):
+    for rest, part in ((left, ""), (inner, "" if bare else ".function")):
         if row is None and not is_empty(rest):
             raise MalformedRow(f"{where} has more than a name and arguments")
         if row is not None:
-            row.finish_turn(rest, f"{name}[].tool_calls[]{place}")
+            row.finish_turn(rest, f"{place}{part}")
     made: dict[str, Any] = {
         "type": "function",
         "function": {"name": called, "arguments": clean_json(arguments, f"arguments of {where}")},

@@ -34,7 +34,12 @@ _REFUSED: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ),
     ("Gemma's <start_of_turn>", re.compile(r"\s*(?:<bos>)?<start_of_turn>"), "<start_of_turn>"),
     ("HelpSteer's <extra_id_1>", re.compile(r".*?<extra_id_1>(?:User|Assistant)", re.DOTALL), "<extra_id_1>"),
-    ("Alpaca's ### Instruction: … ### Response:", re.compile(r".{0,500}?### Instruction:", re.DOTALL), "### Response:"),
+    # With nothing behind the last mark it is one prompt in a template (mosaicml/dolly_hhrlhf), and no conversation.
+    (
+        "Alpaca's ### Instruction: … ### Response:",
+        re.compile(r".{0,500}?### Instruction:.*### Response:\s*\S", re.DOTALL),
+        "### Response:",
+    ),
     ("Human: … Assistant: …", re.compile(r"\s*(?:Human|User): "), "\nAssistant:"),
 )  # fmt: skip
 
@@ -50,6 +55,11 @@ def dialect_of(text: Any) -> str | None:
     if text.startswith("<|im_start|>") and text.count("<|im_start|>") > 1:
         return "ChatML"
     return next((name for name, start, then in _REFUSED if then in text and start.match(text)), None)
+
+
+def is_in_template(text: str) -> bool:
+    """Whether a prompt is written in Alpaca's template, whose marks become text of the turn."""
+    return "### Instruction:" in text and text.rstrip().endswith("### Response:")
 
 
 def is_transcript(text: Any) -> bool:

@@ -38,9 +38,16 @@ def is_empty(value: Any) -> bool:
         return True
     if isinstance(value, str):
         return not value or value.isspace()
-    if isinstance(value, list):
-        return all(map(is_empty, value))
-    return isinstance(value, dict) and all(map(is_empty, value.values()))
+    if not isinstance(value, (list, dict)):
+        return False
+    waiting = [value]  # not recursive: rows may be nested as deep as JSON can be read
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, (list, dict)):
+            waiting += one if isinstance(one, list) else one.values()
+        elif one is not None and not (isinstance(one, str) and (not one or one.isspace())):
+            return False
+    return True
 
 
 def text_of(value: Any, name: str) -> str:
@@ -76,11 +83,17 @@ def clean_json(value: Any, name: str) -> Any:
 
 
 def _holds_nul(value: Any) -> bool:
-    if isinstance(value, str):
-        return "\0" in value
-    if isinstance(value, dict):
-        return any(_holds_nul(key) or _holds_nul(inner) for key, inner in value.items())
-    return isinstance(value, list) and any(map(_holds_nul, value))
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            if "\0" in one:
+                return True
+        elif isinstance(one, dict):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, list):
+            waiting += one
+    return False
 
 
 def parsed_json(text: str, name: str) -> Any:

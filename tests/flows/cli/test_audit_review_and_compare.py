@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smoltulu.flows.cli.audit_review import Hits, Reviewed, moved, review, shared_words
+from smoltulu.flows.cli.audit_review import Hits, moved, review, shared_words
 from smoltulu.flows.cli.main import app
 from smoltulu.flows.cli.output import console
 
@@ -55,10 +55,6 @@ def run_command(place: Path, *arguments: str) -> tuple[int, str, str]:
 # Keys.
 
 
-def hits_of(*benchmarks: str) -> list[Reviewed]:
-    return [Reviewed(name, number, number, number, f"0:{number}", 0, 1.0, "") for number, name in enumerate(benchmarks)]
-
-
 @pytest.mark.parametrize(
     ("position", "key", "expected"),
     [
@@ -69,8 +65,8 @@ def hits_of(*benchmarks: str) -> list[Reviewed]:
     ],
 )  # fmt: skip
 def test_where_a_key_leads(position: int, key: str, expected: int | None) -> None:
-    hits = hits_of("arc", "arc", "gsm8k", "gsm8k", "gsm8k", "piqa")
-    assert moved(hits, position, key) == expected
+    """Two hits of a benchmark, three of the next, one of the last."""
+    assert moved([0, 2, 5], 6, position, key) == expected
 
 
 def test_words_that_both_sides_have_are_marked() -> None:
@@ -111,13 +107,13 @@ def reviewed(place: Path) -> Hits:
 def test_without_a_terminal_the_hits_are_printed(place: Path) -> None:
     code, out, err = run_command(place, "a.jsonl", "-b", "gsm8k", "--detector", "none", "--review")
     assert code == 0, err
-    assert "hit 1 of 3" in out and "hit 3 of 3" in out and "gsm8k 0" in out and "row 0:0, turn 0" in out
+    assert "hit 1 of 3" in out and "hit 3 of 3" in out and "gsm8k 0" in out and "row 0:0, column instruction" in out
     assert "A baker sells nine loaves" in out and "Please solve" in out
 
 
 def test_no_hits_are_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hits = reviewed(place)
-    hits.hits.clear()
+    hits._table = hits._table.slice(0, 0)
     review(hits, "my set", console())
     assert capsys.readouterr().out == "my set: no hits to review\n"
 
@@ -143,17 +139,24 @@ def test_two_sets_are_compared(place: Path) -> None:
     assert (near["a_id"], near["b_id"], near["exact"]) == ("0:0", "0:0", False) and 0.6 <= near["jaccard"] < 1
 
 
-def test_sets_that_share_nothing_say_so(place: Path) -> None:
-    write_jsonl(place / "c.jsonl", [{"instruction": "Name the longest river of the country", "output": "Elbe"}])
-    code, out, _ = run_command(place, "--compare", "a.jsonl", "c.jsonl")
-    (line,) = (line for line in out.splitlines() if "c.jsonl" in line and "│" in line)
-    assert code == 0 and [cell.strip() for cell in line.split("│")[2:7]] == ["1", "0", "0 %", "0", "0 %"]
+def test_one_set_is_compared_with_itself(place: Path) -> None:
+    rows = [{"instruction": QUESTIONS[number], "output": "1"} for number in (0, 1, 0, 0)]
+    write_jsonl(place / "d.jsonl", rows)
+    code, out, err = run_command(place, "--compare", "d.jsonl", "--json")
+    assert code == 0, err
+    shared = json.loads(out)
+    (one,) = shared["sets"]
+    assert (one["num_rows"], one["num_exact"], one["num_near"]) == (4, 2, 0)
+    assert [(example["a_id"], example["b_id"]) for example in shared["examples"]] == [("0:2", "0:0"), ("0:3", "0:0")]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--compare", "a.jsonl"], "takes two data sets, A and B; given: 1"),
+        (
+            ["--compare", "a.jsonl", "b.jsonl", "a.jsonl"],
+            "or one for its own rows; given: 3",
+        ),
         (["--compare", "a.jsonl", "b.jsonl", "--review"], "leave out --json and --compare"),
         (["a.jsonl", "--review", "--json"], "leave out --json and --compare"),
         (["--compare", "a.jsonl", "nowhere.jsonl"], "neither a file or folder"),

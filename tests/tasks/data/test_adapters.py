@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
+from smoltulu.schemas.common import scientific
 from smoltulu.schemas.data import DataSource, SourceReport
-from smoltulu.tasks.data.formats import DroppedRow, MalformedRow, SourceCounts, adapt, check_source
+from smoltulu.tasks.data.files import read_file
+from smoltulu.tasks.data.formats import KIND_FORMATS, DroppedRow, MalformedRow, SourceCounts, adapt, check_source
+from smoltulu.tasks.data.rows import RowsWriter
+from tests import ROOT
 
 
 def source(format: str, fields: dict[str, str] | None = None, **rest: Any) -> DataSource:
@@ -110,7 +117,6 @@ def test_turns_in_every_spelling(row: dict[str, Any], expected: list[dict[str, A
         (chat(Q, {**A, "weight": 0.5}), r"'weight' of a turn of messages is '0.5'; allowed are 0 .* and 1"),
         (chat(Q, {**A, "weight": 0}), "no turn of messages is to be trained"),
         (chat(Q, {**A, "weight": 1, "train": False}), "to be trained and not to be trained"),
-        (chat({**Q, "train": True}, A), "only turns of the assistant are trained"),
         (chat(Q, A, weight=0), "'weight' is 0, which changes"),
         (chat(Q, A, loss_weight=0.5), "'loss_weight' is 0.5, which changes"),
         (chat(Q, A, label=False), "'label' is false, which changes"),
@@ -148,6 +154,16 @@ def test_turns_that_are_refused_by_name(row: dict[str, Any], reason: str) -> Non
         adapt(row, source("messages"))
 
 
+def test_turns_in_a_text_are_turns_and_other_json_is_an_answer() -> None:
+    row = {"prompt": json.dumps([S, Q]), "chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])}
+    assert adapt(row, source("preference")) == {**PAIR, "prompt": [S, Q]}
+    row = {"prompt": json.dumps([Q]), "completion": json.dumps([A])}
+    assert adapt(row, source("prompt_completion")) == SFT
+    answer = json.dumps([{"name": "x", "content": "y"}])
+    made = adapt({"prompt": "q", "completion": answer}, source("prompt_completion"))
+    assert made == {"messages": [Q, turn("assistant", answer)]}
+
+
 def test_tools_and_system_prompts_of_columns() -> None:
     row = chat(Q, A, tools=[TOOL], system="s")
     assert adapt(row, source("messages")) == {"messages": [S, Q, A], "tools": [TOOL]}
@@ -157,6 +173,44 @@ def test_tools_and_system_prompts_of_columns() -> None:
     assert adapt(chat(S, Q, A, system="s", tools=[]), source("messages")) == {"messages": [S, Q, A]}
     mapped = source("messages", {"system": "persona"})
     assert adapt(chat(Q, A, persona="s"), mapped) == {"messages": [S, Q, A]}
+
+
+def test_calls_that_answer_a_query() -> None:
+    row = {"query": "q", "answers": json.dumps([CALL["function"]]), "tools": json.dumps([TOOL["function"]])}
+    expected = {"messages": [Q, turn("assistant", "", tool_calls=[CALL])], "tools": [TOOL]}
+    assert adapt(row, source("function_calls")) == expected
+    with pytest.raises(MalformedRow, match="field 'answers' is text that is not JSON"):
+        adapt({**row, "answers": "none"}, source("function_calls"))
+
+
+def test_a_users_turn_that_is_to_be_trained_is_noticed() -> None:
+    made, report = counted([chat({**Q, "train": True}, A)], source("messages"))
+    assert made == [SFT]
+    assert report.noticed == {"'train' of a user turn is true, and only turns of the assistant are trained": 1}
+
+
+def test_a_rows_file_of_ours_is_read_as_it_was_written(tmp_path: Path) -> None:
+    turns = [Q, turn("assistant", "", tool_calls=[{"id": "1", **CALL}]), turn("tool", "9", tool_call_id="1"), A]
+    rows = [
+        {"messages": [*turns, Q, {**B, "train": False}], "tools": [TOOL]},
+        {"messages": [S, Q, {**A, "reasoning_content": "r"}]},
+        SFT,
+    ]
+    with RowsWriter(tmp_path / "rows.parquet", "sft") as writer:
+        for number, row in enumerate(rows):
+            writer.write({"id": f"0:{number}", **row})
+    made, report = counted(list(read_file(tmp_path / "rows.parquet")), source("messages"))
+    assert made == rows and report.unread == {"id": 3}
+
+
+def test_rows_that_are_nested_deep_are_no_crash() -> None:
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    _, report = counted([chat(Q, A, note=deep), chat(Q, {**A, "content": deep})], source("messages"))
+    assert report.unread == {"note": 1} and report.num_malformed == 1
+    call = {"function": {"name": "f", "arguments": {"a": deep}}}
+    assert counted([chat(Q, {**A, "tool_calls": [call]})], source("messages"))[1].num_malformed == 1
 
 
 # Rows of one question and answer
@@ -241,6 +295,14 @@ def test_single_answers(row: dict[str, Any], given: DataSource, expected: list[d
 def test_single_answers_that_are_refused_by_name(row: dict[str, Any], given: DataSource, reason: str) -> None:
     with pytest.raises(MalformedRow, match=reason):
         adapt(row, given)
+
+
+def test_a_prompt_in_a_template_is_noticed_and_a_transcript_in_one_is_refused() -> None:
+    prompt = "Below is an instruction.\n\n### Instruction:\nq\n\n### Response:\n"
+    made, report = counted([{"prompt": prompt, "completion": "a"}], source("prompt_completion"))
+    assert made == [{"messages": [turn("user", prompt), A]}] and list(report.noticed.values()) == [1]
+    with pytest.raises(MalformedRow, match="Alpaca's"):
+        adapt({"prompt": prompt + "a\n\n### Instruction:\nq", "completion": "a"}, source("prompt_completion"))
 
 
 # Pairs
@@ -500,8 +562,37 @@ def test_settings_that_do_nothing_are_refused(given: DataSource, kind: Any, mess
         check_source(given, kind)
 
 
+def test_settings_that_are_not_given_leave_keys_as_they_were() -> None:
+    plain = scientific(source("preference"))
+    assert not plain.keys() & {"ignore", "ties", "empty_answers", "min_margin", "rejected_above_chosen"}
+    given = source("preference", ignore=["x"], ties="drop", min_margin=0, rejected_above_chosen="drop")
+    added = {"ignore": ["x"], "ties": "drop", "min_margin": 0.0, "rejected_above_chosen": "drop"}
+    assert scientific(given) == plain | added
+
+
 def test_names_of_other_tools_say_what_to_write() -> None:
     with pytest.raises(ValidationError, match=r"write format: messages, fields: \{messages: conversations\}"):
         source("sharegpt")
     with pytest.raises(ValidationError, match="input: context, output: response"):
         source("Dolly")
+
+
+def test_the_page_has_a_row_of_every_form_and_each_is_read() -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    examples = dict(re.findall(r"^### `(\w+)`\n```yaml\n(.*?)```", page, re.DOTALL | re.MULTILINE))
+    assert set(examples) == {name for kind in ("sft", "preference", "rlvr") for name in KIND_FORMATS[kind]}
+    for name, text in examples.items():
+        assert text.count("\n") <= 5, name
+        fields = yaml.safe_load(found[1]) if (found := re.search(r"^# fields: (.*)$", text, re.MULTILINE)) else {}
+        rows = [yaml.safe_load(line) for line in text.splitlines()] if name == "kto" else [yaml.safe_load(text)]
+        given = source(name, fields)
+        check_source(given, next(kind for kind, names in KIND_FORMATS.items() if name in names))  # type: ignore[arg-type]
+        made, report = counted([row for row in rows if row is not None], given)
+        assert len(made) == 1 and report.num_malformed == report.num_dropped == 0, (name, report.reasons)
+    assert adapt(yaml.safe_load(examples["messages"]), source("messages")) == {
+        "messages": [
+            turn("system", "Answer briefly."),
+            turn("user", "Weather in Bonn?"),
+            turn("assistant", "Dry."),
+        ]
+    }

@@ -70,6 +70,13 @@ KNOWN: list[tuple[dict[str, Any], str, dict[str, str], set[str]]] = [
         {"answer", "level"},
     ),
     ({"question": "q", "answer": "7", "solution": "a"}, "question_answer", {"answer": "solution"}, {"answer"}),
+    # xLAM
+    (
+        {"query": "q", "answers": '[{"name": "f", "arguments": {"a": 1}}]', "tools": '[{"name": "f"}]', "id": 1},
+        "function_calls",
+        {},
+        {"id"},
+    ),
     # transcripts
     ({"text": "### Human: q### Assistant: a"}, "transcript", {}, set()),
     ({"text": HH}, "transcript", {}, set()),

@@ -321,3 +321,33 @@ def test_stage_refuses_sources_without_rows(tmp_path):
     with pytest.raises(ValueError, match="no row is left"):
         run(tmp_path, [file(tmp_path, "bad.jsonl", [3])], max_malformed_share=1.0)
     assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_stage_says_what_is_not_in_the_rows(tmp_path, caplog):
+    rows = [
+        {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2, "id": 1},
+        {"prompt": "q", "chosen": "a", "rejected": "a", "images": ["x"]},
+        {"prompt": "q", "chosen": "a", "rejected": "c", "images": ["x"]},
+    ]
+    given = file(tmp_path, "pairs.jsonl", rows, "preference", ties="drop", ignore=["images", "image"])
+    with caplog.at_level("INFO", logger="smoltulu"):
+        outputs, metrics, _ = run(tmp_path, [given], "preference")
+    (report,) = outputs.sources
+    assert (outputs.num_rows, metrics["num_malformed"], report.num_dropped) == (2, 0.0, 1)
+    assert report.ignored == {"images": 1, "image": 0} and report.unread == {"id": 1}
+    said = [record.getMessage() for record in caplog.records]
+    assert "pairs.jsonl: dropped: chosen equals rejected: 1 rows" in said
+    assert "pairs.jsonl: noticed: rejected is scored above chosen: 1 rows" in said
+    assert "pairs.jsonl: ignore names 'image', which no row has" in said
+    assert "pairs.jsonl: no field reads: id" in said
+
+
+def test_stage_pairs_labelled_rows_and_says_why_none_is_left(tmp_path):
+    rows = [{"prompt": "q", "completion": text, "label": label} for text, label in (("a", True), ("b", False))]
+    outputs, _, _ = run(tmp_path, [file(tmp_path, "kto.jsonl", rows, "kto")], "preference")
+    assert read_rows(tmp_path / "folder" / outputs.file) == [{"id": "0:1", **PAIR}] and outputs.num_rows == 1
+    (tmp_path / "folder" / outputs.file).unlink()
+    with pytest.raises(
+        ValueError, match=r"no row is left.*one.jsonl: label is true, and no row with label false.*: 1 rows"
+    ):
+        run(tmp_path, [file(tmp_path, "one.jsonl", rows[:1], "kto")], "preference")

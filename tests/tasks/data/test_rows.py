@@ -40,7 +40,7 @@ _any_row = st.fixed_dictionaries(
         "metadata": _json,
     },
 )
-_FORMATS: dict[str, str] = {"sft": "messages", "preference": "preference", "rlvr": "rlvr"}
+_FORMATS: dict[str, str] = {"sft": "messages", "preference": "preference", "rlvr": "rlvr", "texts": "all_text"}
 
 
 @settings(max_examples=200)

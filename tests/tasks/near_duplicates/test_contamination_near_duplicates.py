@@ -132,7 +132,7 @@ def test_which_text_is_compared() -> None:
         "rejected": [{"role": "assistant", "content": "R"}],
     }
     assert compared_text(row, "user") == "U"
-    assert compared_text(row, "all") == "S\nU\nT\nC\nR"
+    assert compared_text(row, "all") == "S\nU\nC\nT\nR"
 
 
 # Signatures and bands.
@@ -414,6 +414,14 @@ def test_numbers_that_differ_are_other_words(tmp_path: Path) -> None:
     assert outputs.num_near_duplicates == 0
 
 
+def test_a_task_with_other_numbers_can_be_another_task(tmp_path: Path) -> None:
+    text = "The farmer sold {} eggs on Monday and twice as many on Tuesday, and wants to know how many eggs she sold"
+    rows = [conversation(0, text.format(12)), conversation(1, text.format(15)), conversation(2, text.format(12) + ".")]
+    for same_numbers, expected in ((False, {1: 0, 2: 0}), (True, {2: 0})):
+        _, folder = run(tmp_path / str(same_numbers), rows, threshold=0.7, same_numbers=same_numbers)
+        assert {pair["row"]: pair["other_row"] for pair in pairs_of(folder)} == expected
+
+
 def test_rows_without_a_word_are_counted_and_stay(tmp_path: Path) -> None:
     outputs, _ = run(tmp_path, [conversation(number, "?!") for number in range(2)], policy="remove")
     assert outputs.num_without_text == 2 and outputs.num_rows == 2
@@ -439,6 +447,15 @@ def test_pieces_are_the_whole_text() -> None:
     rng = random.Random(6)
     for one, other in pairwise([" ".join(sentence(rng, 10)) for _ in range(20)]):
         assert "".join(text for text, _ in marked(one, other)[0]) == one
+
+
+def test_the_run_s_report_has_the_counts(tmp_path: Path) -> None:
+    from smoltulu.tasks.report.render import _environment
+
+    rows = [conversation(number, f"Tell me a story about {name}", source=number) for number, name in enumerate("aab")]
+    outputs, _ = run(tmp_path, rows, policy="remove")
+    section = str(_environment().get_template("sections.html.jinja").module.near_duplicates([("sft", outputs)]))
+    assert "sft" in section and "1 removed" in section and "itself, source 0" in section
 
 
 # Paraphrases.
