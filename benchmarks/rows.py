@@ -2,9 +2,9 @@
 
     python -m benchmarks.rows [--megabytes 64] [--detect-megabytes 1024] [--repeats 3] [--threads 1]
 
-Ours: file -> rows.parquet, each row checked and counted. Beside it pyarrow's reader of JSON, and `datasets.map` with the
-conversion that TRL applies to such rows (`trl.data_utils.maybe_convert_to_chatml`), as its trainers run it. Times are
-the best of the repeats, taken in turn; the ratios are what to look at, for megabytes a second are those of the machine.
+Ours: file -> rows.parquet, each row checked and counted. Beside it pyarrow's reader of JSON, and `datasets.map` with
+the conversion that TRL applies to such rows (`trl.data_utils.maybe_convert_to_chatml`), as its trainers run it. Times
+are the best of the repeats, taken in turn; the ratios are what to look at: megabytes a second are those of the machine.
 """
 
 from __future__ import annotations
@@ -101,15 +101,17 @@ def _as_turns(row: dict[str, str]) -> dict[str, Any]:
 
 
 _DETECT = """
-import resource, sys, time
+import sys, time
 from smoltulu.schemas.data import DataSource
 from smoltulu.tasks.data.detect import detect_format
 from smoltulu.tasks.data.sources import read_rows
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this process alone, which getrusage is not: it begins with its parent's
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+base = peak()
 started = time.perf_counter()
 found = detect_format(read_rows(DataSource(path=sys.argv[1], format="text")))
 seconds = time.perf_counter() - started
-print(found.said, seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)
+print(found.said, seconds, (peak() - base) / 1024)
 """
 
 

@@ -366,7 +366,9 @@ def _given(table: pa.Table) -> Iterator[dict[str, Any]]:
 
 def given_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a rich file's columns, or of some of them, as it was given."""
-    given = {name: [_given_turn(turn) for turn in value] if name in TURNS else value for name, value in row.items()}
+    given: dict[str, Any] = {
+        name: [_given_turn(turn) for turn in value] if name in TURNS else value for name, value in row.items()
+    }
     tools = given.pop(TOOLS, "")
     return given | {TOOLS: json.loads(tools)} if tools else given
 

@@ -22,7 +22,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PreflightInputs
 from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.schemas.training import TrainingInputs, TrainingSettings
-from smoltulu.tasks.data.rows import num_characters, stored_rows
+from smoltulu.tasks.data.rows import is_rich, num_characters, rows_table, stored_rows
 from smoltulu.tasks.models.folders import device_of, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import prompt_ids
 from smoltulu.tasks.preflight.rollout_memory import require_memory, rollout_bytes
@@ -58,7 +58,6 @@ def dry_run(
 
     `longest`: tokens of the longest row, of a pair's longer side. ValueError where not even one row fits.
     """
-    import pyarrow as pa
     import torch
 
     compute = context.compute.of(subject.name, training.effective_batch_size)
@@ -68,7 +67,8 @@ def dry_run(
     if are_prompts:
         longest += getattr(training, "max_completion_length", 0)
         tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-        rows = pa.Table.from_pylist([_longest_prompt(file, tokenizer)])
+        longest_prompt = _longest_prompt(file, tokenizer)
+        rows = rows_table([longest_prompt], "rlvr", is_rich(longest_prompt))
     else:
         rows = _longest(file, asked, compute.packing)
         size = asked = min(asked, len(rows))

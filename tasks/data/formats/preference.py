@@ -8,7 +8,7 @@ from typing import Any
 from smoltulu.tasks.data.formats.columns import OF_PAIRS, Row
 from smoltulu.tasks.data.formats.sft import earlier_turns, with_system, with_tools
 from smoltulu.tasks.data.formats.transcripts import is_transcript, refuse_transcript, turns_of_transcript
-from smoltulu.tasks.data.formats.turns import as_turns, check_order, conversation, is_conversation, read_turns
+from smoltulu.tasks.data.formats.turns import as_turns, check_order, conversation, is_conversation, read_turns, unpacked
 from smoltulu.tasks.data.formats.values import (
     DroppedRow,
     EmptyAnswer,
@@ -28,7 +28,7 @@ _RESPONSES = ("response", "content", "text", "output")
 
 def read_preference(row: Row) -> dict[str, Any]:
     """`chosen` and `rejected`: answers to `prompt`, whole conversations, or transcripts."""
-    chosen, rejected = row.answer("chosen"), row.answer("rejected")
+    chosen, rejected = unpacked(row.answer("chosen")), unpacked(row.answer("rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise MalformedRow("chosen and rejected are of different types")
     if is_transcript(chosen) and is_transcript(rejected):
@@ -36,7 +36,7 @@ def read_preference(row: Row) -> dict[str, Any]:
     if is_conversation(chosen) and is_conversation(rejected):
         pair = _implicit_pair(chosen, rejected, row)
         return _finished(pair, row, _margin(row))
-    prompt = row.need("prompt")
+    prompt = unpacked(row.need("prompt"))
     pair = _pair_of(prompt_of(prompt, row), {"chosen": chosen, "rejected": rejected}, row)
     return _finished(pair, row, _margin(row), one_text=isinstance(prompt, str))
 
@@ -181,7 +181,7 @@ def _with_prompt_column(prompt: list[Message], row: Row) -> list[Message]:
     """The shared prompt, beside a column `prompt`: turns must say the same, and may say the system prompt first; a
     text may repeat a part of it (the Tulu 3 preference mixture), another text is counted as unread."""
     column = row.column("prompt")
-    given = row.values.get(column)
+    given = unpacked(row.values.get(column))
     if is_empty(given):
         return with_system(prompt, row)
     if not isinstance(given, list):

@@ -7,7 +7,7 @@ from typing import Any
 from smoltulu.tasks.data.formats.columns import Row
 from smoltulu.tasks.data.formats.tools import calls_in, tools_of
 from smoltulu.tasks.data.formats.transcripts import is_in_template, refuse_transcript, turns_of_transcript
-from smoltulu.tasks.data.formats.turns import as_turns, check_order, read_turns
+from smoltulu.tasks.data.formats.turns import as_turns, check_order, read_turns, unpacked
 from smoltulu.tasks.data.formats.values import MalformedRow, Message, is_empty, kind_of, parsed_json, text_of
 
 
@@ -22,7 +22,7 @@ def read_prompt_completion(row: Row) -> dict[str, Any]:
 
     Where both are one column, as an audit reads prompts without answers, nothing is trained, so nothing is refused.
     """
-    prompt, completion = row.need("prompt"), row.need("completion")
+    prompt, completion = unpacked(row.need("prompt")), unpacked(row.need("completion"))
     asked_only = row.column("prompt") == row.column("completion")
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not asked_only:

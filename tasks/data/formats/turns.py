@@ -10,7 +10,16 @@ from typing import Any
 
 from smoltulu.tasks.data.formats.columns import Row
 from smoltulu.tasks.data.formats.tools import call_of, calls_of
-from smoltulu.tasks.data.formats.values import EmptyAnswer, MalformedRow, Message, clean, is_empty, kind_of, text_of
+from smoltulu.tasks.data.formats.values import (
+    EmptyAnswer,
+    MalformedRow,
+    Message,
+    clean,
+    is_empty,
+    kind_of,
+    parsed_json,
+    text_of,
+)
 
 #: What turns are called in chat data, in small letters -> our role.
 ROLES: dict[str, str] = {
@@ -35,6 +44,21 @@ def as_turns(value: Any, name: str, role: str) -> list[Any]:
     if not isinstance(value, list):
         raise MalformedRow(f"field {name!r} is {kind_of(value)}, neither text nor a list of messages")
     return list(value)
+
+
+def unpacked(value: Any) -> Any:
+    """Turns that stand in a text as JSON, as CSV has them; any other value as it is, JSON that is an answer too."""
+    if not isinstance(value, str) or not value.startswith("[") or '"' not in value:
+        return value
+    try:
+        turns = parsed_json(value, "turns")
+    except MalformedRow:
+        return value
+    is_chat = isinstance(turns, list) and all(
+        isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) and any(key in turn for key in CONTENT_KEYS)
+        for turn in turns
+    )
+    return turns if is_chat and turns else value
 
 
 def first_role(value: Any) -> str | None:
@@ -102,7 +126,7 @@ def _read_turn(turn: Any, name: str, row: Row) -> Message | None:
     if role == "call":
         calls, content, role = call_of(content, name), "", "assistant"
     reasoning = _reasoning(left, thoughts, name)
-    trained = _trained(left, role, name)
+    trained = _trained(left, role, name, row)
     named, answers = (_label(left.pop(key, None), key, name) for key in ("name", "tool_call_id"))
     row.finish_turn(left, f"{name}[]")
     if content is None and not calls:
@@ -188,7 +212,7 @@ def _reasoning(left: dict[str, Any], thoughts: list[str], name: str) -> str | No
     return clean(value, name)
 
 
-def _trained(left: dict[str, Any], role: str, name: str) -> bool:
+def _trained(left: dict[str, Any], role: str, name: str, row: Row) -> bool:
     """What `weight` (0 or 1), `train`, `trainable` and `loss` (booleans) say; MalformedRow where they disagree."""
     says = set()
     for key in ("weight", "train", "trainable", "loss"):
@@ -200,7 +224,7 @@ def _trained(left: dict[str, Any], role: str, name: str) -> bool:
             allowed = "0 (not trained) and 1" if key == "weight" else "true and false"
             raise MalformedRow(f"{key!r} of a turn of {name} is {str(value)[:20]!r}; allowed are {allowed}")
         if value and key in ("train", "trainable") and role != "assistant":
-            raise MalformedRow(f"{key!r} of a {role} turn of {name} is true; only turns of the assistant are trained")
+            row.noticed.add(f"{key!r} of a {role} turn is true, and only turns of the assistant are trained")
         says.add(bool(value))
     if len(says) > 1 and role == "assistant":
         raise MalformedRow(f"a turn of {name} is to be trained and not to be trained")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from pydantic import ValidationError
 
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.data import DataSource, SourceReport
+from smoltulu.tasks.data.files import read_file
 from smoltulu.tasks.data.formats import KIND_FORMATS, DroppedRow, MalformedRow, SourceCounts, adapt, check_source
+from smoltulu.tasks.data.rows import RowsWriter
 from tests import ROOT
 
 
@@ -114,7 +117,6 @@ def test_turns_in_every_spelling(row: dict[str, Any], expected: list[dict[str, A
         (chat(Q, {**A, "weight": 0.5}), r"'weight' of a turn of messages is '0.5'; allowed are 0 .* and 1"),
         (chat(Q, {**A, "weight": 0}), "no turn of messages is to be trained"),
         (chat(Q, {**A, "weight": 1, "train": False}), "to be trained and not to be trained"),
-        (chat({**Q, "train": True}, A), "only turns of the assistant are trained"),
         (chat(Q, A, weight=0), "'weight' is 0, which changes"),
         (chat(Q, A, loss_weight=0.5), "'loss_weight' is 0.5, which changes"),
         (chat(Q, A, label=False), "'label' is false, which changes"),
@@ -152,6 +154,16 @@ def test_turns_that_are_refused_by_name(row: dict[str, Any], reason: str) -> Non
         adapt(row, source("messages"))
 
 
+def test_turns_in_a_text_are_turns_and_other_json_is_an_answer() -> None:
+    row = {"prompt": json.dumps([S, Q]), "chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])}
+    assert adapt(row, source("preference")) == {**PAIR, "prompt": [S, Q]}
+    row = {"prompt": json.dumps([Q]), "completion": json.dumps([A])}
+    assert adapt(row, source("prompt_completion")) == SFT
+    answer = json.dumps([{"name": "x", "content": "y"}])
+    made = adapt({"prompt": "q", "completion": answer}, source("prompt_completion"))
+    assert made == {"messages": [Q, turn("assistant", answer)]}
+
+
 def test_tools_and_system_prompts_of_columns() -> None:
     row = chat(Q, A, tools=[TOOL], system="s")
     assert adapt(row, source("messages")) == {"messages": [S, Q, A], "tools": [TOOL]}
@@ -169,6 +181,26 @@ def test_calls_that_answer_a_query() -> None:
     assert adapt(row, source("function_calls")) == expected
     with pytest.raises(MalformedRow, match="field 'answers' is text that is not JSON"):
         adapt({**row, "answers": "none"}, source("function_calls"))
+
+
+def test_a_users_turn_that_is_to_be_trained_is_noticed() -> None:
+    made, report = counted([chat({**Q, "train": True}, A)], source("messages"))
+    assert made == [SFT]
+    assert report.noticed == {"'train' of a user turn is true, and only turns of the assistant are trained": 1}
+
+
+def test_a_rows_file_of_ours_is_read_as_it_was_written(tmp_path: Path) -> None:
+    turns = [Q, turn("assistant", "", tool_calls=[{"id": "1", **CALL}]), turn("tool", "9", tool_call_id="1"), A]
+    rows = [
+        {"messages": [*turns, Q, {**B, "train": False}], "tools": [TOOL]},
+        {"messages": [S, Q, {**A, "reasoning_content": "r"}]},
+        SFT,
+    ]
+    with RowsWriter(tmp_path / "rows.parquet", "sft") as writer:
+        for number, row in enumerate(rows):
+            writer.write({"id": f"0:{number}", **row})
+    made, report = counted(list(read_file(tmp_path / "rows.parquet")), source("messages"))
+    assert made == rows and report.unread == {"id": 3}
 
 
 def test_rows_that_are_nested_deep_are_no_crash() -> None:

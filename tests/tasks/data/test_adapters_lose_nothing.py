@@ -148,7 +148,7 @@ def check_nothing_is_lost(row: dict[str, Any], source: DataSource) -> bool:
     for path, text in texts_of(row):
         for word in _MARK.findall(text):
             where = [name for name in counted if path == name or path.startswith((f"{name}.", f"{name}["))]
-            keys = {part.removesuffix("[]") for part in path.split(".")}
+            keys = {part.rstrip("[]") for part in path.split(".")}
             assert word in kept or where or keys & set(source.ignore), (path, text, report.unread, made)
     return True
 

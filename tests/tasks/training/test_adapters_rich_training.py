@@ -27,7 +27,7 @@ from tests.rich_rows import ASKED, HERMES, TOOLS, call, calling
 from tests.small_ppo import SETTINGS as PPO_SETTINGS
 from tests.small_ppo import context
 from tests.small_runs import FUNCTIONS, stage_arguments, training_inputs, turn
-from tests.tasks.preflight.test_preflight import fly
+from tests.tasks.preflight.test_preflight import fly, training_of
 from tests.tasks.training.test_grpo import SETTINGS, TRUTH
 from tests.tiny_model import TULU_TEMPLATE
 
@@ -171,6 +171,17 @@ PROMPTS = [
         [(ASKED[:1], {"tools": TOOLS}), (ASKED[:3], {"tools": TOOLS}), ([turn("user", "Hello?")], {})] * 4
     )
 ]
+
+
+def test_the_dry_run_tries_the_longest_prompt_with_its_tools(model: Path, tmp_path: Path) -> None:
+    settings = training_of("rlvr", max_prompt_length=600) | {"max_length": 600}
+    compute = {"per_device_train_batch_size": 2}
+    flight = fly(
+        tmp_path, model, PROMPTS, template=HERMES, checks={"dry_run": True, "max_faulty_share": 1}, compute=compute,
+        **settings,
+    )  # fmt: skip
+    run = flight.outputs.dry_run
+    assert run is not None and run.num_tokens == 2 * (flight.outputs.longest + 20)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
