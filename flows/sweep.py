@@ -15,7 +15,7 @@ from smoltulu.flows.endings import begin_interruptible, close_earlier_attempts, 
 from smoltulu.flows.follow_worker import follow_worker
 from smoltulu.flows.forms import described, with_form
 from smoltulu.flows.logs import RunFailed, shield_run_logs
-from smoltulu.flows.sweeping.engine import Made, References, SweepRun, make_nodes, write_page_at_end
+from smoltulu.flows.sweeping.engine import Made, References, SweepRun, make_nodes, page_at_end
 from smoltulu.flows.sweeping.grid import SweepCell, load_sweep
 from smoltulu.tasks.engine.stores import open_store
 
@@ -76,7 +76,7 @@ def smoltulu_sweep(sweep: SweepParameter, blocks: Blocks = []) -> Any:  # noqa: 
     state, page = "Failed", ""
     try:
         state = run.run(submit)
-        page = write_page_at_end(run, log)
+        page, _ = page_at_end(run, log)
     except BaseException as error:
         state = interruption.stop(error, futures)
         raise

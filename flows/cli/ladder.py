@@ -109,9 +109,9 @@ def _sweep(sweep: Any, again: str, log: Any) -> None:
     """Run what is missing of a sweep in this process."""
     import logging
 
-    from smoltulu.flows.sweeping.engine import SweepRun, write_page_at_end
+    from smoltulu.flows.sweeping.engine import SweepRun, page_at_end
 
     stage_log = log.getChild("stages")
     stage_log.setLevel(logging.WARNING)
     begun = SweepRun(sweep, sweep.name, log)
-    run_to_its_end(begun, stage_log, lambda: write_page_at_end(begun, log), again, "the lines above say why")
+    run_to_its_end(begun, stage_log, lambda: page_at_end(begun, log)[0], again, "the lines above say why")

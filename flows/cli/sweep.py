@@ -18,10 +18,6 @@ from smoltulu.flows.cli.store import JsonOption, StoreOption
 if TYPE_CHECKING:
     from smoltulu.flows.sweeping.engine import SweepRun
     from smoltulu.schemas.sweep import SweepSettings
-    from smoltulu.tasks.surface.analysis import Analysis
-
-#: Reasons of a verdict that are shown; the page has all.
-_NUM_REASONS = 4
 
 
 class _WithDefault(TyperGroup):
@@ -86,7 +82,7 @@ def run(
     """
     import logging
 
-    from smoltulu.flows.sweeping.engine import SweepRun, write_page_at_end
+    from smoltulu.flows.sweeping.engine import SweepRun, page_at_end
     from smoltulu.tasks.engine.launch import StageFailed
 
     log = progress_log()
@@ -94,10 +90,9 @@ def run(
     stage_log.setLevel(logging.INFO if verbose else logging.WARNING)
 
     def page() -> str:
-        written = write_page_at_end(begun, log)
-        if written:
-            echo(f"page      {written}")
-            _say_verdicts(begun.sweep, begun.store_root)
+        written, words = page_at_end(begun, log)
+        for line in ([f"page      {written}"] if written else []) + words:
+            echo(line)
         return written
 
     with failures(StageFailed):
@@ -224,8 +219,9 @@ def report(context: typer.Context, store: StoreOption = None) -> None:
 
     with failures():
         sweep, root = _extended(context, store)
-        echo(f"page      {write_page(sweep, root)}")
-        _say_verdicts(sweep, root)
+        page, words = write_page(sweep, root)
+    for line in [f"page      {page}", *words]:
+        echo(line)
 
 
 def _extended(context: typer.Context, store: Path | None) -> tuple[SweepSettings, Path]:
@@ -235,27 +231,6 @@ def _extended(context: typer.Context, store: Path | None) -> tuple[SweepSettings
 
     sweep, root = _opened(context, store)
     return with_extension(sweep, sweep_folder(root, sweep.name)), root
-
-
-def _say_verdicts(sweep: SweepSettings, root: Path) -> None:
-    from smoltulu.flows.sweeping.gather import gather
-
-    for analysis in gather(sweep, root).analyses():
-        for line in verdict_lines(analysis):
-            echo(line)
-
-
-def verdict_lines(analysis: Analysis) -> list[str]:
-    """What is said of every class of an arm, why where nothing is identified, and of the claim about classes."""
-    from smoltulu.tasks.surface.words import claim_text, reasons, sentence, slope_texts
-
-    lines = []
-    arm = "" if analysis.arm == "main" else f"arm {analysis.arm}, "
-    for one in analysis.classes:
-        slopes = "; ".join(f"{what.partition(',')[0]} {value}" for what, value in slope_texts(one.said))
-        lines.append(f"verdict   {arm}{sentence(one.name, one.said)}{f' {slopes}' if slopes else ''}")
-        lines += [f"            {reason}" for reason in reasons(one.said)[:_NUM_REASONS]]
-    return lines + [f"claim     {arm}{claim_text(test)}" for test in analysis.claims]
 
 
 @app.command()
@@ -344,6 +319,7 @@ def import_(
     """Judge the trials of an Optuna study as if they were cells of this sweep. Nothing is written into the store."""
     from smoltulu.flows.cli.sweep_views import show_optima
     from smoltulu.flows.sweeping.optuna_study import import_study
+    from smoltulu.flows.sweeping.results import verdict_lines
     from smoltulu.tasks.surface.analysis import analyse
 
     with failures():

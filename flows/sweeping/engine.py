@@ -22,7 +22,7 @@ from smoltulu.flows.sweeping.checks import check_apart, check_fractions, check_s
 from smoltulu.flows.sweeping.extension import edge_blocks, num_edge_cells, with_extension, write_extension
 from smoltulu.flows.sweeping.forecast import by_block, check_limit, estimate, forecast_of
 from smoltulu.flows.sweeping.grid import SweepCell, cells_of, store_of
-from smoltulu.flows.sweeping.results import write_page
+from smoltulu.flows.sweeping.results import up_to_date_page
 from smoltulu.flows.sweeping.scores import load_scores
 from smoltulu.flows.sweeping.states import (
     CellState,
@@ -311,14 +311,15 @@ class SweepRun:
         return write_extension(self._own, self.folder, blocks)
 
 
-def write_page_at_end(run: SweepRun, log: Log) -> str:
-    """Write the page of a run; empty where that fails. Hours of training are not lost to a figure."""
+def page_at_end(run: SweepRun, log: Log) -> tuple[str, list[str]]:
+    """The page of a run and its verdicts; none where that fails. Hours of training are not lost to a figure."""
     try:
-        return str(write_page(run.sweep, run.store_root))
+        page, words = up_to_date_page(run.sweep, run.store_root)
+        return str(page), words
     except Exception as error:
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         log.warning("no page, although the cells are whole: %s", said)
-        return ""
+        return "", []
 
 
 def _put(queue: SimpleQueue[tuple[SweepCell, Future]], cell: SweepCell, future: Future) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import os
 from collections import Counter
@@ -9,31 +11,66 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+from pydantic import ValidationError
+
 from smoltulu.artifacts.files import private_folder, write_atomically, write_synced
 from smoltulu.flows.reporting import now
 from smoltulu.flows.sweeping.gather import Gathered, gather
 from smoltulu.flows.sweeping.recommending import recommended, unit_of
 from smoltulu.flows.sweeping.states import State
 from smoltulu.flows.sweeping.table import SUFFIXES, cell_rows, optimum_rows, table_bytes
+from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.recommendation import Recommendation
 from smoltulu.schemas.sweep import SweepSettings, SweptTask
+from smoltulu.tasks.surface import analysis as analysis_module
 from smoltulu.tasks.surface.analysis import Analysis
 from smoltulu.tasks.surface.figures import Labels
 from smoltulu.tasks.surface.page import CellRow, DrawnFigure, draw_all, sweep_page
+from smoltulu.tasks.surface.words import claim_text, reasons, sentence, slope_texts
 
 PAGE, TURNING = "report.html", "turning.html"
+_WRITTEN = "page.json"
 _MAX_FAILURES = 40
+#: Reasons of a verdict that are said in words; the page has all.
+_NUM_REASONS = 4
 
 
-def write_page(sweep: SweepSettings, store_root: Path) -> Path:
+class _Written(StrictModel):
+    """What the page was made from, and what it says."""
+
+    stamp: str
+    words: tuple[str, ...]
+
+
+def up_to_date_page(sweep: SweepSettings, store_root: Path) -> tuple[Path, list[str]]:
+    """The page, and its verdicts in words. Both are made anew only where a cell, a score or this program changed.
+
+    Errors: `write_page`.
+    """
+    found = gather(sweep, store_root)
+    stamp, record = _stamp(found), found.folder / _WRITTEN
+    with contextlib.suppress(OSError, ValueError, ValidationError):
+        written = _Written.model_validate_json(record.read_bytes())
+        if written.stamp == stamp and (found.folder / PAGE).is_file():
+            return found.folder / PAGE, list(written.words)
+    return _write(found, stamp)
+
+
+def write_page(sweep: SweepSettings, store_root: Path) -> tuple[Path, list[str]]:
     """Write `report.html` with its figures (SVG, PDF) and its tables (Parquet, CSV) into the sweep's folder.
 
-    Where plotly is installed, also `turning.html`, whose surfaces can be turned. Returns the page.
+    Where plotly is installed, also `turning.html`, whose surfaces can be turned. Returns the page and its verdicts.
 
     Raises:
         ValueError: the sweep was never run in this store, or cells have scores that do not belong together.
     """
     found = gather(sweep, store_root)
+    return _write(found, _stamp(found))
+
+
+def _write(found: Gathered, stamp: str) -> tuple[Path, list[str]]:
+    sweep = found.sweep
     analyses = found.analyses()
     rows = cell_rows(found)
     folder = found.folder
@@ -72,7 +109,37 @@ def write_page(sweep: SweepSettings, store_root: Path) -> Path:
         written_at=now(),
     )
     write_atomically(folder / PAGE, page)
-    return folder / PAGE
+    words = [line for analysis in analyses for line in verdict_lines(analysis)]
+    # Last: what is on record is on the page.
+    write_atomically(folder / _WRITTEN, _Written(stamp=stamp, words=tuple(words)).model_dump_json())
+    return folder / PAGE, words
+
+
+def verdict_lines(analysis: Analysis) -> list[str]:
+    """What is said of every class of an arm, why where nothing is identified, and of the claim about classes."""
+    lines = []
+    arm = "" if analysis.arm == "main" else f"arm {analysis.arm}, "
+    for one in analysis.classes:
+        slopes = "; ".join(f"{what.partition(',')[0]} {value}" for what, value in slope_texts(one.said))
+        lines.append(f"verdict   {arm}{sentence(one.name, one.said)}{f' {slopes}' if slopes else ''}")
+        lines += [f"            {reason}" for reason in reasons(one.said)[:_NUM_REASONS]]
+    return lines + [f"claim     {arm}{claim_text(test)}" for test in analysis.claims]
+
+
+def _stamp(found: Gathered) -> str:
+    """What a page is made from: the sweep, its cells and their scores, and the code that judges and draws them."""
+    digest = hashlib.sha256(found.sweep.model_dump_json().encode())
+    for cell in found.cells:
+        digest.update(repr((cell.place.name, cell.block, cell.state, cell.message)).encode())
+    digest.update(repr(found.notes).encode())
+    for arm, scores in found.scores.items():
+        for one in scores:
+            digest.update(f"{arm} {one.task.task} {one.task.metric} {one.cells.items.shape}".encode())
+            digest.update(np.ascontiguousarray(one.cells.items).data)
+    for folder in (Path(__file__).parent, Path(analysis_module.__file__).parent):
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def export_table(sweep: SweepSettings, store_root: Path, file: Path) -> int:

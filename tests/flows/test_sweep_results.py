@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from smoltulu.artifacts.store import read_manifest
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.flows.sweeping.gather import gather
 from smoltulu.flows.sweeping.recommending import placed
-from smoltulu.flows.sweeping.results import export_table, recommend, write_page
+from smoltulu.flows.sweeping.results import export_table, recommend, up_to_date_page, write_page
 from smoltulu.flows.sweeping.scores import load_scores
 from smoltulu.flows.sweeping.states import remembered, states_of, sweep_folder
 from smoltulu.schemas.evaluation import EvaluationOutputs
@@ -42,7 +44,7 @@ def scan(**changes: Any) -> SweepSettings:
 
 def page_of(root: Path, sweep: SweepSettings, surface: Surface) -> tuple[str, Path]:
     plant(root, sweep, surface)
-    page = write_page(sweep, root)
+    page, _ = write_page(sweep, root)
     return page.read_text(), page.parent
 
 
@@ -67,6 +69,8 @@ def test_the_page_of_a_surface(tmp_path: Path) -> None:
     drawn = sorted(path.name for path in (folder / "figures").iterdir())
     assert len(drawn) == 10 + 5 and all(name[0].isdigit() for name in drawn)
     assert (folder / "figures" / drawn[-1]).stat().st_size > 1000
+    words = json.loads((folder / "page.json").read_text())["words"]
+    assert words[0].startswith("verdict   ") and words[-1].startswith("claim     ")
     # What is drawn stands in the table: the optimum of each batch, budget and task.
     optima = parquet.read_table(folder / "optima.parquet").to_pylist()
     assert len(optima) == 2 * 3 * 2
@@ -81,10 +85,31 @@ def test_a_second_page_is_the_same_and_leaves_no_old_figure(tmp_path: Path) -> N
     before = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
     (folder / "figures" / "99-surface-gone.svg").write_text("old")
     (folder / "figures" / "mine.svg").write_text("mine")
-    second = write_page(sweep, tmp_path / "store").read_text()
+    second = write_page(sweep, tmp_path / "store")[0].read_text()
     assert re.sub(r"Written [^,]*,", "", first) == re.sub(r"Written [^,]*,", "", second)
     after = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
     assert after == before | {"mine.svg": b"mine"}
+
+
+def test_a_page_is_drawn_again_only_where_something_changed(tmp_path: Path) -> None:
+    root, sweep = tmp_path / "store", scan()
+    plant(root, sweep, parabola())
+    page, words = write_page(sweep, root)
+    page.write_text("as it was")
+    assert up_to_date_page(sweep, root) == (page, words) and page.read_text() == "as it was"
+    (page.parent / "page.json").write_text('{"stamp": "torn')
+    assert up_to_date_page(sweep, root) == (page, words) and page.read_text() != "as it was"
+    page.write_text("as it was")
+    up_to_date_page(scan(description="another"), root)
+    assert page.read_text() != "as it was"
+    page.unlink()
+    assert up_to_date_page(scan(description="another"), root)[0].is_file()
+    # Other scores of the same cells.
+    page.write_text("as it was")
+    other = tmp_path / "other" / "store"
+    plant(other, scan(description="another"), parabola(alpha=0.0))
+    shutil.copytree(page.parent, other.parent / "sweeps" / "planted", dirs_exist_ok=True)
+    assert "as it was" not in up_to_date_page(scan(description="another"), other)[0].read_text()
 
 
 def _failing(task: str, place: Place) -> float | str | None:

@@ -159,7 +159,7 @@ def test_the_rows_of_this_test_are_read(format: str) -> None:
         assert check_nothing_is_lost(marked(row, iter(range(1000))), DataSource(path="x", format=format)), row
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     format=st.sampled_from(ONE_ROW),
     seed=st.integers(0, 2**32),
