@@ -21,8 +21,8 @@ _MIN_PROBABILITY = 0.1
 #: fastText's names for what ISO 639-1, and so lingua, calls otherwise: macrolanguages and their largest members.
 _SAME = {"no": "nb", "arz": "ar", "wuu": "zh", "yue": "zh", "fil": "tl"}
 
-#: The quick mode of lingua (trigrams) names the likeliest of all languages, from so many characters of a text. The exact
-#: mode decides among these, from the whole text; among all 75 it would take four times as long.
+#: The quick mode of lingua (trigrams) names the likeliest of all languages, from so many characters of a text. The
+#: exact mode decides among these, from the whole text; among all 75 it would take several times as long.
 _NUM_LIKELIEST = 6
 _QUICK_CHARACTERS = 150
 

@@ -165,15 +165,19 @@ def _languages(name: str, sets: Sequence[MeasuredSet]) -> Table:
             )
         rows.append(Row(language, "", "; ".join(dict.fromkeys(_detector(one) for _, one in ours)), (), tuple(cells)))
     reasons = list(dict.fromkeys(reason for _, languages in ours for reason in languages.undetermined))
+    beside = {"another language": [languages.num_other for _, languages in ours]} if ours else {}
     for reason in reasons:
-        counts = [languages.undetermined.get(reason, 0) for _, languages in ours]
+        beside[f"no language ({reason.replace('_', ' ')})"] = [
+            languages.undetermined.get(reason, 0) for _, languages in ours
+        ]
+    for said, counts in beside.items():
         cells = [
             Cell(f"{100 * count / languages.num_rows:.2f}", f"{count:,}")
             for count, (_, languages) in zip(counts, ours, strict=True)
         ]
-        rows.append(Row("no language", f"({reason.replace('_', ' ')}; percent of all rows)", "", (), tuple(cells)))
+        rows.append(Row(said, "percent of all rows", "", (), tuple(cells)))
     legend = [
-        "Percent of the rows that have a language; n is the number of rows.",
+        "Percent of the rows in one of these languages; n is the number of rows.",
         "The paper's own figures are not beside them: nobody here has read them, and the paper does not name its tool, "
         "so that no other one would be comparable.",
     ]

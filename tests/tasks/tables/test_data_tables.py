@@ -107,11 +107,12 @@ LANGUAGES = MeasuredSet(
         detector_version="2.1.1",
         num_rows=100,
         num_determined=80,
+        num_other=5,
         shares=(
             LanguageShare(language="en", name="English", num_rows=60, share=0.6, share_of_determined=0.75),
             LanguageShare(language="zh", name="Chinese", num_rows=20, share=0.2, share_of_determined=0.25),
         ),
-        undetermined={"code": 20},
+        undetermined={"code": 15},
     ),
 )
 
@@ -119,8 +120,11 @@ LANGUAGES = MeasuredSet(
 def test_languages_of_the_rows_that_have_one() -> None:
     table = data_table("10", REGISTRY, [LANGUAGES])
     shown = [(row.title, row.measured[0].value, row.measured[0].num_samples) for row in table.rows if row.measured[0]]
-    assert shown == [("English", "75.00", "60"), ("Chinese", "25.00", "20"), ("no language", "20.00", "20")]
-    assert table.rows[-1].detail == "(code; percent of all rows)" and table.published == ()
+    assert shown == [
+        ("English", "75.00", "60"), ("Chinese", "25.00", "20"),
+        ("another language", "5.00", "5"), ("no language (code)", "15.00", "15"),
+    ]  # fmt: skip
+    assert table.rows[-1].detail == "percent of all rows" and table.published == ()
     assert any("nobody here has read them" in line for line in table.legend)
     other = MeasuredSet("ours", "sft", languages=LANGUAGES.languages and LANGUAGES.languages.model_copy(
         update={"shares": LANGUAGES.languages.shares[:1], "num_determined": 60}))  # fmt: skip
