@@ -162,7 +162,7 @@ def _kinds(file: Path) -> dict[str, int]:
 
 
 def _tokens_by_source(file: Path, dataset: Path) -> dict[str, int]:
-    """Tokens of the rows of each source, whose number begins a row's id. Of prompts, of a single source, and of other ids, none."""
+    """Tokens of each source, whose number begins a row's id. Of prompts, a single source, and other ids, none."""
     import pyarrow.compute as pc
     from pyarrow import parquet
 
