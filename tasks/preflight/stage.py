@@ -162,14 +162,14 @@ def _kinds(file: Path) -> dict[str, int]:
 
 
 def _tokens_by_source(file: Path, dataset: Path) -> dict[str, int]:
-    """Tokens of the rows of each source, whose number begins a row's id. Of prompts, and of a single source, none."""
+    """Tokens of each source, whose number begins a row's id. Of prompts, a single source, and other ids, none."""
     import pyarrow.compute as pc
     from pyarrow import parquet
 
     times = {"input_ids": 1, "prompt_ids": 2, "chosen_ids": 1, "rejected_ids": 1}
     sources = [one.partition(":")[0] for one in parquet.read_table(dataset, columns=["id"])["id"].to_pylist()]
     columns = [name for name in parquet.read_schema(file).names if name in times]
-    if not columns or len(set(sources)) < 2:
+    if not columns or len(set(sources)) < 2 or not all(source.isdecimal() for source in set(sources)):
         return {}
     found: Counter[str] = Counter(dict.fromkeys(sources, 0))
     with parquet.ParquetFile(file) as rows:
