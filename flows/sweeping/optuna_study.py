@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -81,24 +82,26 @@ def export_study(sweep: SweepSettings, store_root: Path, states: Sequence[CellSt
     surfaces: dict[tuple[int, str, str], list[CellState]] = defaultdict(list)
     for one in ended:
         surfaces[one.cell.place.max_tokens, one.cell.place.size, one.cell.place.arm].append(one)
-    storage = _storage(file)
-    for (max_tokens, size, arm), cells in surfaces.items():
-        study = optuna.create_study(
-            storage=storage, study_name=f"{sweep.name} {max_tokens} {size} {arm}", directions=directions(sweep)
-        )
-        with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
-            study.set_metric_names(metric_names(sweep))
-        about: dict[str, Any] = {
-            "sweep": sweep.name,
-            "recipe": sweep.recipe,
-            "stage": sweep.stage,
-            "size": size,
-            "arm": arm,
-        }
-        about |= {"max_tokens": max_tokens, "classes": {one.task: one.task_class for one in sweep.tasks}}
-        for name, value in about.items():
-            study.set_user_attr(name, value)
-        study.add_trials(_trials(cells, values))
+    # Under another name until it is whole: a command that is killed leaves no journal that looks like all cells.
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        for (max_tokens, size, arm), cells in surfaces.items():
+            study = optuna.create_study(
+                storage=_storage(partial),
+                study_name=f"{sweep.name} {max_tokens} {size} {arm}",
+                directions=directions(sweep),
+            )
+            with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+                study.set_metric_names(metric_names(sweep))
+            about: dict[str, Any] = {"sweep": sweep.name, "recipe": sweep.recipe, "stage": sweep.stage}
+            about |= {"size": size, "arm": arm, "max_tokens": max_tokens}
+            about["classes"] = {one.task: one.task_class for one in sweep.tasks}
+            for name, value in about.items():
+                study.set_user_attr(name, value)
+            study.add_trials(_trials(cells, values))
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)
     return len(ended)
 
 

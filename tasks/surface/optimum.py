@@ -21,6 +21,8 @@ Floats = NDArray[np.float64]
 #: Octaves of learning rate on both sides of an optimum that its parabola is fitted to.
 WINDOW = 2.0
 _MAX_ROUNDS = 20
+#: Squared deviations below this are none: their inverse squared would overflow.
+_NO_VARIANCE = 1e-100
 #: An optimum whose parabola bends the other way in more of the resampled worlds than this is none.
 _MAX_SHARE_WITHOUT_OPTIMUM = 0.025
 
@@ -305,7 +307,8 @@ def _own_share(curves: list[list[_Curve]], sums: _Sums, groups: NDArray[np.int64
     fitted = [of_place for of_place, is_usable in zip(curves, usable, strict=True) if is_usable]
     # A level a curve, a slope a place, a curvature a group.
     num_spare = sum(len(curve.u) - 1 for of_place in fitted for curve in of_place) - len(fitted) - int(there.sum())
-    if there.sum() < 2 or num_spare < 1:
+    # Scores that are all the same (accuracy at its floor) have no curvature to share.
+    if there.sum() < 2 or num_spare < 1 or float(sums.yy.sum()) < _NO_VARIANCE:
         return np.zeros(len(spread))
     own = explained[there] / spread[there]
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -201,3 +201,17 @@ def test_a_journal_without_an_end_is_none(journal: Path) -> None:
     journal.write_text("[" * 100_000 + "\n")
     with pytest.raises(ValueError, match="no journal of an Optuna study"):
         import_study(sweep(), journal)
+
+
+def test_an_export_that_is_cut_off_leaves_no_journal(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    store = HandStore(journal.parent / "store")
+    folder = sweep_folder(store.root, "small")
+    cells = [record(store, number) for number in range(5)]
+    monkeypatch.setattr("smoltulu.flows.sweeping.optuna_study._trials", killed)
+    before = sorted(journal.parent.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        export_study(sweep(), store.root, states_of(store.root, folder, cells), journal.parent / "second")
+    assert sorted(journal.parent.iterdir()) == before

@@ -199,6 +199,15 @@ def test_scores_without_noise_have_a_verdict() -> None:
     assert [word for name, word in words.items() if name != ROOT] == ["excluded"] * 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_scores_that_are_all_the_same_have_no_optimum_and_warn_of_nothing() -> None:
+    """As accuracy at its floor in every cell of a sweep."""
+    cells = planted(0.5, 0.0, np.random.default_rng(0))
+    floor = Cells(**{**vars(cells), "items": np.zeros_like(cells.items)})
+    found = find_optima(floor, num_resamples=20)
+    assert {one.flaw for one in found.optima} == {"no optimum"}
+
+
 def test_optima_that_lie_on_no_plane_have_the_degrees_of_freedom_of_their_scatter() -> None:
     off = [0.3, -0.6, 0.3, -0.3, 0.6, -0.3]
     optima = tuple(Optimum(3.0 + n % 3, 20.0 + n // 3, 27.0, -12 + off[n], 0.01, 3) for n in range(6))
