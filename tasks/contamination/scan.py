@@ -161,15 +161,25 @@ def _block_hits(
         if turn < 0:
             row = int(block.turn_row[-1 - turn])
             raise ValueError(f"{path}: row {row} of the part that is scanned is not UTF-8; convert the file")
+        bounds = None
         if index.weak is not None:
-            places, scores = confirmed(index, index.weak, state, block, places, scores)
-        yield _table(index, state, block, places, scores, short), len(oversized)
+            places, scores, *bounds = confirmed(index, index.weak, state, block, places, scores)
+        yield _table(index, state, block, places, scores, short, bounds), len(oversized)
 
 
 def _table(
-    index: Index, state: State, block: TurnBlock, places: np.ndarray, scores: np.ndarray, short: ShortRule
+    index: Index,
+    state: State,
+    block: TurnBlock,
+    places: np.ndarray,
+    scores: np.ndarray,
+    short: ShortRule,
+    bounds: list[np.ndarray] | None,
 ) -> pa.Table:
-    """One line per row and instance, its first turn of the highest score; of the rule `alone`, one that counts."""
+    """One line per row and instance, its first turn of the highest score; of the rule `alone`, one that counts.
+
+    `bounds`: source bytes of all places, where they are known.
+    """
     is_alone = np.ones(len(places), dtype=bool)
     if short.rule == "alone":
         is_alone = alone(index, block, places, short)
@@ -184,7 +194,10 @@ def _table(
     is_first = np.ones(len(order), dtype=bool)
     is_first[1:] = (row[1:] != row[:-1]) | (instance[1:] != instance[:-1])
     row, instance, order = row[is_first], instance[is_first], order[is_first]
-    begins, ends = match_bounds(index, block.text, block.turn_start, block.turn_end, places[order])
+    if bounds is None:
+        begins, ends = match_bounds(index, block.text, block.turn_start, block.turn_end, places[order])
+    else:
+        begins, ends = (array[order] for array in bounds)
     in_block = row - block.first_row
     names = pa.array([benchmark.name for benchmark in index.header.benchmarks], pa.string())
     arrays = [
@@ -215,7 +228,7 @@ def spans(
         turn, places, scores, _ = scan_turns(index, state, *where, block.turn_row, turn, match_threshold)
         assert turn >= 0, "str encodes as UTF-8"
         if index.weak is not None:
-            places, _ = confirmed(index, index.weak, state, block, places, scores)
+            places = confirmed(index, index.weak, state, block, places, scores)[0]
         shorts = short_instances(index, short)
         is_not_short = ~shorts[places[:, 1]] if short.rule != "always" else np.ones(len(places), bool)
         begins, ends = match_bounds(index, *where, places[is_not_short])

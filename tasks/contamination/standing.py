@@ -33,33 +33,36 @@ ALL_COUNT = ShortRule()
 
 def confirmed(
     index: Index, weak: Weak, state: State, block: TurnBlock, places: np.ndarray, scores: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The places, those of weak instances only where full mode finds them too, or where they stand alone as a word."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The places that count, their scores and bounds: those of weak instances only where full mode finds them too, or
+    where they stand alone as a word.
+    """
+    where = (block.text, block.turn_start, block.turn_end)
+    begins, ends = match_bounds(index, *where, places)
     of_weak = weak.is_weak[places[:, 1]]
-    if of_weak.any():
-        # Nearly all stand in the source as full mode has them: only the others are looked for.
-        where = (block.text, block.turn_start, block.turn_end)
-        bounds = match_bounds(index, *where, places[of_weak])
-        of_weak[of_weak] = ~stand_as_in_full(
-            *where, places[of_weak], *bounds, weak.full, weak.phrases, LOWER_BYTES, LOWER_CODE_POINTS
-        )
+    # Nearly all stand in the source as full mode has them: only the others are looked for.
+    of_weak[of_weak] = ~stand_as_in_full(
+        *(*where, places[of_weak], begins[of_weak], ends[of_weak], weak.full, weak.phrases),
+        LOWER_BYTES,
+        LOWER_CODE_POINTS,
+    )
     if of_weak.any():
         turns = np.unique(places[of_weak, 0])
         faithful = replace(index, phrases=weak.phrases, full=weak.full, normal=NO_TABLES, weak=None)
-        starts, ends = block.turn_start[turns], block.turn_end[turns]
+        starts, stops = block.turn_start[turns], block.turn_end[turns]
         num_instances, known, turn = index.header.num_instances, [np.empty(0, np.int64)], 0
         own = new_state(faithful)
         while turn < len(turns):
-            turn, found, _, _ = scan_turns(faithful, own, block.text, starts, ends, np.arange(len(turns)), turn, 0.5)
+            turn, found, _, _ = scan_turns(faithful, own, block.text, starts, stops, np.arange(len(turns)), turn, 0.5)
             known.append(turns[found[:, 0]] * num_instances + found[:, 1])
         standing, instances, _, _ = standing_alone(index, block, places[of_weak], weak.is_weak & weak.has_word)
         known.append(standing * num_instances + instances)
         kept = ~of_weak | np.isin(places[:, 0] * num_instances + places[:, 1], np.concatenate(known))
-        places, scores = places[kept], scores[kept]
+        places, scores, begins, ends = places[kept], scores[kept], begins[kept], ends[kept]
     first = np.unique(places[:, 1], return_index=True)[1]
     first = first[state.best_score[places[first, 1]] < 1]
     state.best_score[places[first, 1]], state.best_row[places[first, 1]] = 1.0, block.turn_row[places[first, 0]]
-    return places, scores
+    return places, scores, begins, ends
 
 
 def alone(index: Index, block: TurnBlock, places: np.ndarray, short: ShortRule) -> np.ndarray:

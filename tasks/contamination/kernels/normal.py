@@ -239,10 +239,11 @@ def normalise_slow(source, start, end, with_others, points, begins, out, at, tab
 
 
 @inner
-def normalise_fast(source, start, end, out, at, with_places, tables, ascii_kinds, ascii_to):
+def normalise_fast(source, start, end, out, at, limit, tables, ascii_kinds, ascii_to):
     """The same of a turn without escapes, tags and ambiguous places; -1 if not UTF-8, NEEDS_SLOW for other turns.
 
-    `out` has at least twice the bytes and 128 more; so has `at`, which gets the place of each byte where it is wanted.
+    `out` has at least twice the bytes and 128 more; so has `at`, which gets the place of each byte up to byte
+    `limit`, where that is not 0; the rest of the turn is then not read.
     """
     n = 0
     last = np.int64(GAP)
@@ -284,7 +285,9 @@ def normalise_fast(source, start, end, out, at, with_places, tables, ascii_kinds
                 ):
                     return NEEDS_SLOW
             # No branch: what is written for a boundary or a gap stands only where there is one.
-            if with_places:
+            if limit > 0:
+                if n > limit:
+                    return n
                 at[n] = at[n + 1] = i - start
             out[n] = _SPACE
             n += (kind != last) & (kind != GAP) & (last != GAP)
@@ -301,11 +304,11 @@ def normalise_fast(source, start, end, out, at, with_places, tables, ascii_kinds
             return NEEDS_SLOW
         if point >= 0xFF01 and point <= 0xFF5E and (kind == DIGIT or ascii_kinds[point - 0xFEE0] == _LOOK):
             return NEEDS_SLOW
-        if kind == SEQUENCE and n + 128 + 2 * (end - i) > (min(len(out), len(at)) if with_places else len(out)):
+        if kind == SEQUENCE and n + 128 + 2 * (end - i) > (min(len(out), len(at)) if limit > 0 else len(out)):
             return NEEDS_SLOW
         before = n
         n, last = put_point(point, last, out, n, tables)
-        if with_places:
+        if limit > 0:
             at[before:n] = i - start
         i += size
     return n - (last == GAP and n > 0)
@@ -350,10 +353,14 @@ def locate_normalised(source, turn_start, turn_end, hits, tables, ascii_kinds, a
             turn = hits[hit, 0]
             start, end = turn_start[turn], turn_end[turn]
             out, at = longer(out, 2 * (end - start) + 128), longer(at, 2 * (end - start) + 128)
-            n = normalise_fast(source, start, end, out, at, True, tables, ascii_kinds, ascii_to)
-            is_slow = n == NEEDS_SLOW
+            limit = np.int64(1)
+            k = hit
+            while k < len(hits) and hits[k, 0] == turn:
+                limit = max(limit, hits[k, 3])
+                k += 1
+            is_slow = normalise_fast(source, start, end, out, at, limit, tables, ascii_kinds, ascii_to) == NEEDS_SLOW
             if is_slow:
-                n, points, begins, out, at = normalise_slow(source, start, end, True, points, begins, out, at, tables)
+                _, points, begins, out, at = normalise_slow(source, start, end, True, points, begins, out, at, tables)
         start = turn_start[turn]
         first, last = np.int64(at[hits[hit, 2]]), np.int64(at[hits[hit, 3] - 1])
         if not is_slow:

@@ -266,7 +266,7 @@ def scan(
             break
         start, end = turn_start[turn], turn_end[turn]
         if is_normal:
-            n = normalise_fast(source, start, end, text, at, False, normal, ascii_kinds, ascii_to)
+            n = normalise_fast(source, start, end, text, at, 0, normal, ascii_kinds, ascii_to)
             if n == NEEDS_SLOW:
                 n, points, begins, text, at = normalise_slow(source, start, end, True, points, begins, text, at, normal)
         else:
