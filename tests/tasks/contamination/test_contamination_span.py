@@ -182,3 +182,17 @@ def test_what_a_span_leaves_has_no_hit(tmp_path_factory, texts):
     again, _ = run(tmp_path, quiz(tmp_path), rows=kept, policy="report", **rules)
     _, counted = run(tmp_path, quiz(tmp_path), rows=[*kept, turn("x", "clean", "y")], policy="remove", **rules)
     assert counted["num_removed"] == 0.0 and again.num_rows == len(kept)
+
+
+@pytest.mark.parametrize("mode", ["full", "normalised"])
+def test_span_cuts_every_field_of_an_item(tmp_path, mode):
+    # "violet" is in fewer items than the question is, so the hit is found by it: the question has to go, too.
+    question = "Which colour has the sky above the old town in the evening"
+    items = [{"q": question, "a": "violet"}, {"q": question, "a": "green"}]
+    bench = benchmark(tmp_path, rows=items, query_fields=["q", "a"], strip_prefix="")
+    rows = [turn("0:0", f"One. {question}? It is: VIOLET. Two.", "yes"), turn("0:1", f"{question}? violets", "yes")]
+    run(tmp_path, bench, rows=rows, policy="span", mode=mode)
+    kept, log = kept_and_log(tmp_path)
+    assert kept[0]["messages"][0]["content"] == "One. ? It is: . Two."
+    assert sorted(cut["text"] for cut in log[0]["cut"]) == ["VIOLET", question]
+    assert kept[1] == rows[1] and len(log) == 1
