@@ -286,11 +286,11 @@ def is_most_of_its_lines(turn: str, bounds: tuple[int, int] | None) -> bool:
     if bounds is None:
         return False
     begin, end = bounds
-    first = turn.rfind("\n", 0, begin) + 1
-    last = turn.find("\n", end) if "\n" in turn[end:] else len(turn)
+    first = max(turn.rfind(c, 0, begin) for c in "\n\r") + 1
+    last = min((turn.find(c, end) for c in "\n\r" if c in turn[end:]), default=len(turn))
 
     def count(text: str) -> int:
-        return sum(len(c.encode()) for c in text if not c.isascii() or c.isalnum())
+        return sum(len(c.encode()) for c in text if ord(c) >= 0x20000 or unicodedata.category(c)[0] in "LNM")
 
     return count(turn[first:begin]) + count(turn[end:last]) < count(turn[begin:end])
 
@@ -302,4 +302,4 @@ def holds(turn: str, field: str) -> bool:
         return occurrence(turn, field) is not None
     if not any(len(term.encode()) > 1 and not term.encode().isdigit() for term in wanted):
         return False
-    return any(is_most_of_its_lines(piece, occurrence(piece, field)) for piece in (turn, *turn.split("\n")))
+    return any(is_most_of_its_lines(piece, occurrence(piece, field)) for piece in (turn, *re.split("[\n\r]", turn)))

@@ -194,7 +194,7 @@ def test_normal_forms_are_those_of_plain_python(texts):
     assert normalised(texts) == expected
 
 
-@_many
+@settings(_many, max_examples=100)
 @given(st.lists(_texts, min_size=1, max_size=6), st.data())
 def test_the_engine_finds_what_plain_python_finds(texts, data):
     """Instances are cut out of the turns' terms, in either reading, so that hits are common."""
@@ -217,8 +217,7 @@ def test_the_engine_finds_what_plain_python_finds(texts, data):
     }
     assert set(found) == wanted
     for (number, item), matched in found.items():
-        matched = matched.rstrip("\u2026")
-        assert matched in texts[number]
+        assert matched.rstrip("\u2026") in texts[number]
         form = [term for term, _, _ in plain.readings(items[item])[0]]
         of_turn = [
             texts[number][terms[at][1] : terms[at + len(form) - 1][2]]
@@ -226,7 +225,8 @@ def test_the_engine_finds_what_plain_python_finds(texts, data):
             for at in range(len(terms) - len(form) + 1)
             if [term for term, _, _ in terms[at : at + len(form)]] == form
         ]
-        assert any(source.startswith(matched) for source in of_turn), (matched, of_turn)
+        # The passage to the byte, or its first 200 characters.
+        assert matched in [source if len(source) <= 200 else f"{source[:199]}\u2026" for source in of_turn]
 
 
 @_many
@@ -263,7 +263,7 @@ def test_few_terms_count_as_in_full_or_standing_alone():
 _plain_words = st.lists(st.sampled_from(["a", "b", "ab", "the", "water", "nbsp", "text"]), max_size=30).map(" ".join)
 
 
-@_many
+@settings(_many, max_examples=50)
 @given(st.lists(_plain_words, min_size=1, max_size=6), st.lists(_plain_words, min_size=1, max_size=4))
 def test_plain_text_gives_what_full_gives(items, texts):
     tables = []

@@ -126,6 +126,20 @@ SHORT = [
 
 
 @pytest.mark.parametrize("mode", ["full", "normalised"])
+def test_quotes_and_returns_are_no_letters_of_a_line(tmp_path, mode):
+    rows = [
+        turn(
+            "0:0",
+            "Please answer this one\u2026\r\u300c\u300c\u2014 Is fire hot? \u2014\u300d\u300d\rand think twice",
+            "yes",
+        ),
+        turn("0:1", "\u8bf7\u95ee\u4f60\u4eec\u4f1a\u600e\u4e48\u8bf4\u8fd9\u4e00\u53e5: Is fire hot?", "yes"),
+    ]
+    run(tmp_path, quiz(tmp_path), rows=rows, mode=mode, min_terms=8, short_items="alone")
+    assert [line["id"] for line in kept_and_log(tmp_path)[1]] == ["0:0"]
+
+
+@pytest.mark.parametrize("mode", ["full", "normalised"])
 @pytest.mark.parametrize(
     ("rule", "removed"),
     [("never", ["0:5"]), ("alone", ["0:0", "0:1", "0:3", "0:5"]), ("always", [f"0:{k}" for k in range(6)])],
