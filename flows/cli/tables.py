@@ -95,7 +95,7 @@ def _sets(catalogue: Catalogue, what: list[str]) -> list[MeasuredSet]:
     from smoltulu.tasks.report.tables import sets_of_run
 
     made: list[MeasuredSet] = []
-    for name in what:
+    for name in dict.fromkeys(what):
         run = None if ":" in name else catalogue.resolve(name)
         if not isinstance(run, RunRecord):
             continue
