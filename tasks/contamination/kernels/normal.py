@@ -43,6 +43,8 @@ NEEDS_SLOW = -2
 #: A term that no text has, so that no phrase crosses from one reading of a turn into the other.
 _SENTINEL = 0
 _MAX_PASSES = 4  # escapes within escapes
+#: Bytes of a turn that is read in more than one way: of a longer one, each way would take hundreds of MB.
+_MAX_BYTES_OF_OTHERS = 4 << 20
 
 # ASCII: kinds GAP, LETTER and DIGIT, and LOOK for characters that may begin an escape, a tag, a link or a broken line.
 _LOOK = 7
@@ -182,7 +184,7 @@ def longer(array, size):
     """The array, or a longer one that begins with it."""
     if len(array) >= size:
         return array
-    more = np.empty(size + size // 2, array.dtype)
+    more = np.empty(size + min(size // 2, 1 << 20), array.dtype)
     more[: len(array)] = array
     return more
 
@@ -203,7 +205,7 @@ def normalise_slow(source, start, end, with_others, points, begins, out, at, tab
     room = room_of(points, n, tables)
     out, at = longer(out, room), longer(at, room)
     m = put_all(points, 0, n, out, at, 0, tables)
-    if not with_others:
+    if not with_others or size > _MAX_BYTES_OF_OTHERS:
         return m, points, begins, out, at
     has_zero_width |= holds_zero_width(points, n, tables)
     first, num_points = 0, n  # of the reading that the others are made of
