@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from smoltulu.schemas.data import DatasetKind, RowFormat
-from smoltulu.tasks.data.formats import FORMS, KIND_FORMATS, MalformedRow
+from smoltulu.schemas.data import DatasetKind, DataSource, RowFormat
+from smoltulu.tasks.data.formats import FORMS, KIND_FORMATS, MalformedRow, SourceCounts
 from smoltulu.tasks.data.formats.columns import ALIASES
 from smoltulu.tasks.data.formats.sft import listed
 from smoltulu.tasks.data.formats.transcripts import dialect_of, is_transcript
@@ -94,7 +94,7 @@ def detect_format(rows: Iterable[Any]) -> DetectedFormat:
     rows = sample_rows(rows)
     objects = [row for row in rows if isinstance(row, dict)]
     if not objects:
-        raise ValueError("there is no row that is an object with columns" if rows else "there is no row")
+        raise no_objects(rows)
     columns = _Columns(objects)
     found = (
         _preference(columns)
@@ -115,6 +115,20 @@ def detect_format(rows: Iterable[Any]) -> DetectedFormat:
             "and, where names differ, fields such as prompt=COLUMN"
         )
     return found
+
+
+def no_objects(rows: list[Any]) -> ValueError:
+    """What is said of first rows that are no objects: why, and the first of them."""
+    if not rows:
+        return ValueError("there is no row")
+    counts = SourceCounts(DataSource(path="rows", format="all_text"))
+    assert not list(counts.normalised(rows))
+    report = counts.report()
+    reasons = "; ".join(f"{reason}: {number}" for reason, number in report.reasons.items())
+    return ValueError(
+        f"there is no row that is an object with columns. Reasons: {reasons}. First examples:\n  "
+        + "\n  ".join(report.examples)
+    )
 
 
 def format_as_given(name: RowFormat, fields: Mapping[str, str]) -> DetectedFormat:

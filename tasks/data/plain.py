@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smoltulu.schemas.data import DataSource
-from smoltulu.tasks.data.formats.columns import CHANGES_MEANING, counted_name
+from smoltulu.tasks.data.formats.columns import CHANGES_MEANING, counted_name, meaning_of
 from smoltulu.tasks.data.json_rows import Lines
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _plain_and_unread(table: pa.Table, column: str) -> tuple[np.ndarray | None, 
     for name in table.column_names:
         if name == column:
             continue
-        if name.lower() in CHANGES_MEANING:
+        if meaning_of(name) in CHANGES_MEANING:
             return None, {}
         values = table.column(name)
         if pa.types.is_null(values.type):

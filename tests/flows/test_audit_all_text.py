@@ -71,6 +71,18 @@ def test_turns_in_a_text_that_is_json_are_turns() -> None:
     ]
 
 
+def test_who_speaks_is_no_text_but_a_sentence_behind_from_is() -> None:
+    letter = {"from": "Who wrote this letter?", "content": "Nobody."}
+    assert read({"letter": letter}) == [("text", "Who wrote this letter?\n\nNobody.")]
+    assert read({"turns": [{"role": "user", "from": "Which town?", "content": "Q"}]}) == [("user", "Which town?\n\nQ")]
+    assert read({"turns": [{"role": "narrator", "content": "Q"}]}) == [("text", "Q")]
+
+
+def test_a_text_that_is_json_with_a_key_twice_stays_as_it_is() -> None:
+    text = '{"question": "one", "question": "two"}'
+    assert read({"a": text}) == [("text", text)]
+
+
 def test_what_utf_8_cannot_hold_and_what_is_no_text() -> None:
     assert read({"a": "x\ud83dy", "b": b"bytes", "c": b"\xff\xd8"}) == [("text", "x\ufffdy\n\nbytes")]
     assert read({"a": 1, "b": [2.5], "c": {"d": True}}) == []
@@ -223,6 +235,12 @@ def test_columns_and_roles_narrow_it_and_say_what_they_leave_out(place: Path) ->
 
 
 def test_an_audit_without_a_row_that_can_be_read_shows_why(place: Path) -> None:
+    (place / "torn.jsonl").write_bytes(b"\0\0\n" + b'{"a": "tor\n' * 7 + b"[1]\n")
+    for more in ((), ("--role", "user", "--on-bad-line", "count")):
+        code, _, err = audit(place, "torn.jsonl", *more)
+        said = " ".join(err.split())
+        assert code == 1 and "line is not JSON, or torn: 7" in said and "row is not an object: 1" in said
+        assert said.count("row ") >= 5
     (place / "broken.jsonl").write_text('{"instruction": "Q", "output": ""}\n' * 9)
     code, _, err = audit(place, "broken.jsonl", "--role", "user")
     said = " ".join(err.split())

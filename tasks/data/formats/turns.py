@@ -103,7 +103,12 @@ def read_turns(turns: Any, name: str, row: Row) -> list[Message]:
             if role is not None and content.__class__ is str and content and not content.isspace():
                 messages.append({"role": role, "content": clean(content, name)})
                 continue
-        message = _read_turn(turn, name, row)
+        try:
+            message = _read_turn(turn, name, row)
+        except EmptyAnswer as error:
+            if turn is turns[-1] and name != "prompt":
+                raise
+            raise MalformedRow(str(error)) from None  # of a prompt, or of an earlier answer
         if message is not None:
             messages.append(message)
     return messages
@@ -136,7 +141,7 @@ def _read_turn(turn: Any, name: str, row: Row) -> Message | None:
     if is_empty(content) and not calls:
         if role in ("system", "developer") and reasoning is None:
             return None
-        raise EmptyTurn(f"empty {role} turn in {name}")
+        raise (EmptyAnswer if role == "assistant" else MalformedRow)(f"empty {role} turn in {name}")
     message: Message = {"role": role, "content": clean("" if content is None else content, name)}
     if role != "assistant" and (reasoning is not None or calls):
         raise MalformedRow(f"a {role} turn of {name} has {'tool calls' if calls else 'reasoning'}")
@@ -153,10 +158,6 @@ def _read_turn(turn: Any, name: str, row: Row) -> Message | None:
     if not trained and role == "assistant":
         message["train"] = False
     return message
-
-
-class EmptyTurn(EmptyAnswer):
-    """A turn without text; in a pair, the answer is empty where it is the last one."""
 
 
 def _only(left: dict[str, Any], keys: tuple[str, ...], name: str) -> Any:
