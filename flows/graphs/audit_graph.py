@@ -182,6 +182,18 @@ def audited_data(data: Sequence[str], settings: AuditSettings) -> tuple[AuditedD
     return tuple(_audited(number, _pinned(source, commits), settings) for number, source in enumerate(sources))
 
 
+def given_path(text: str) -> str:
+    """Data as a user names it: the whole path of what exists, the name of a Hub data set as it is.
+
+    ValueError for anything else, while the working folder is still the user's.
+    """
+    path = Path(text).expanduser()
+    if path.exists():
+        return str(path.absolute())
+    _source(text, AuditSettings())
+    return text
+
+
 def _source(text: str, settings: AuditSettings) -> DataSource:
     """A local path if it exists, else a Hub data set."""
     bad = settings.on_bad_line or ("count" if settings.reads_all_text else "stop")

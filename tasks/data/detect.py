@@ -357,8 +357,8 @@ def _one_turn(columns: _Columns) -> DetectedFormat | None:
     system = columns.system()
     answer = columns.fullest(_ANSWER_COLUMNS, _is_text_or_chat)
     if answer is not None and answer.lower() == "answer":
-        # Mathematics: the solution is what a model should write, the answer its last line.
-        answer = columns.first(("solution",), _is_text) or answer
+        # Mathematics: what a model should write is the solution, and the answer its last line.
+        answer = columns.first(("solution", "output"), lambda value: _is_text(value) and not is_empty(value)) or answer
     if answer is None or user.lower() == "text":
         if columns.first((user.lower(),), _is_text) is None:
             raise ValueError(f"the column {user!r} holds conversations that do not end with the assistant's turn")

@@ -157,6 +157,7 @@ def test_what_is_searched(given: dict[str, Any], all_text: bool, as_paper: bool)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"format": "ShareGPT"}, "write format: messages, fields: {messages: conversations}"),
         ({"columns": ["a"], "format": "instruction"}, "those of all text"),
         ({"modes": ["full", "full"]}, "modes: each may be named once"),
         ({"modes": []}, "modes: name one or more of full, ngram, normalised"),
@@ -225,6 +226,9 @@ def test_columns_and_roles_narrow_it_and_say_what_they_leave_out(place: Path) ->
     assert code == 0, err
     assert re.search(r"GSM8K +│ +2 │ +0 │ +0 %", out) and re.search(r"DROP +│ +1 │ +0 │ +0 %", out)
     assert "context (2)" in out and re.search(r"left out +columns \(rows\): category \(2\), instruction \(2\)", out)
+    for more in ((), ("--compare",)):
+        code, _, err = audit(place, "dolly.json", *more)
+        assert code == 1 and f"looked in {place.resolve()})" in "".join(err.splitlines())
     code, _, err = audit(place, "dolly.jsonl", "--column", "contxt")
     assert code == 1 and "no column 'contxt' (did you mean 'context'?)" in err
     code, _, err = audit(place, "dolly.jsonl", "--role", "user")
