@@ -47,7 +47,8 @@ def plain_rows(block: Lines, source: DataSource) -> Plain | None:
     characters = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(characters == _LINE_FEED)
     firsts = characters[ends[:-1] + 1 if len(ends) and ends[-1] == len(data) - 1 else ends + 1]
-    if characters[0] <= _SPACE or (firsts <= _SPACE).any():  # maybe a blank line
+    # Arrow ends the process where the first value is null.
+    if data[:1] != b"{" or (firsts <= _SPACE).any():  # maybe a blank line
         return None
     try:
         if not data.isascii():
