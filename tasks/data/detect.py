@@ -204,7 +204,11 @@ def _is_chat(value: Any) -> bool:
 
 
 def _is_text_or_chat(value: Any) -> bool:
-    return _is_text(value) or _is_chat(value)
+    return _is_text(value) or _is_chat([value] if isinstance(value, dict) else value)
+
+
+def _asks(value: Any) -> bool:
+    return _last_role(value) in ("user", "tool")
 
 
 def _last_role(value: Any) -> str | None:
@@ -249,7 +253,7 @@ def _preference(columns: _Columns) -> DetectedFormat | None:
     if chosen is None or rejected is None:
         return None
     fields = _fields(chosen=chosen, rejected=rejected)
-    prompt = columns.first(_PROMPT_COLUMNS, _is_text_or_chat)
+    prompt = columns.first(_PROMPT_COLUMNS, _is_text_or_chat) or columns.first(_CHAT_COLUMNS, _asks)
     if prompt is not None:
         said = _say(*columns.system(), prompt, chosen, rejected)
         return DetectedFormat("preference", "preference", fields | _fields(prompt=prompt), said)

@@ -60,6 +60,7 @@ CHANGES_MEANING: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("weight", "loss_weight", "sample_weight", "loss_scale"), _is_yes),
     **dict.fromkeys(("train", "trainable", "loss"), _is_yes),
     **dict.fromkeys(("label", "score", "rating", "reward", "is_good", "is_correct", "is_desirable"), _is_not_no),
+    **dict.fromkeys(("kto_tag", "desirable", "is_chosen", "is_preferred", "thumbs_up"), _is_not_no),
 }
 #: The same for keys that only turns have.
 TURN_CHANGES_MEANING = dict.fromkeys(("channel", "recipient", "attachments", "files", "prefix"), _never)

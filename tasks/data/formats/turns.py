@@ -38,9 +38,11 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 def as_turns(value: Any, name: str, role: str) -> list[Any]:
-    """Text becomes one turn of `role`; a list is taken as turns."""
+    """Text becomes one turn of `role`; a list is taken as turns, and so is one turn alone."""
     if isinstance(value, str):
         return [{"role": role, "content": text_of(value, name)}]
+    if isinstance(value, dict) and any(key in value for key in ROLE_KEYS):
+        return [value]
     if not isinstance(value, list):
         raise MalformedRow(f"field {name!r} is {kind_of(value)}, neither text nor a list of messages")
     return list(value)

@@ -584,6 +584,35 @@ def test_what_no_field_reads_is_counted_by_name() -> None:
     assert len(report.unread) == 201 and sum(report.unread.values()) == 1000 and "other columns" in report.unread
 
 
+def test_completions_are_compared_by_a_score_that_all_have() -> None:
+    given = source("preference_by_score")
+    rows = [
+        {"response": "a", "fine-grained_score": None, "overall_score": 7},  # of 10
+        {"response": "b", "fine-grained_score": 4.5, "overall_score": 9},  # of 5, and of 10
+    ]
+    made = adapt({"prompt": "q", "completions": rows}, given)
+    assert made["chosen"] == [B] and made["rejected"] == [A]
+    rows[1] = {"response": "b", "fine-grained_score": 4.5}
+    with pytest.raises(MalformedRow, match="no score is of all completions"):
+        adapt({"prompt": "q", "completions": rows}, given)
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"prompt": "q", "completion": "a"}, "prompt_completion"),
+        ({"messages": [Q, A]}, "messages"),
+        ({"instruction": "q", "output": "a"}, "instruction"),
+    ],
+)
+def test_a_bad_answer_is_no_demonstration_whatever_its_label_is_called(row: dict[str, Any], format: str) -> None:
+    given = source(format)
+    for name in ("kto_tag", "is_chosen", "thumbs_up"):
+        with pytest.raises(MalformedRow, match=f"'{name}' is false"):
+            adapt({**row, name: False}, given)
+        assert adapt({**row, name: True}, given) == {"messages": [Q, A]}
+
+
 @pytest.mark.parametrize(
     "name", ["System", "systemInstruction", "loss-weight", "Images", "image_url", "chat_history", "toolCalls"]
 )
