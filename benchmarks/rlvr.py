@@ -47,6 +47,7 @@ from benchmarks.training_tools import (
     table,
 )
 from smoltulu.schemas.rlvr import RLVRSettings
+from smoltulu.tasks.data.rows import rows_schema
 from smoltulu.tasks.training.rlvr import flops_per_token
 
 BETA = 0.05
@@ -260,7 +261,7 @@ def _written(rows: list[dict[str, Any]], file: Path) -> str:
     import pyarrow as pa
     from pyarrow import parquet
 
-    parquet.write_table(pa.Table.from_pylist(rows), file)
+    parquet.write_table(pa.Table.from_pylist(rows, rows_schema("rlvr")), file)
     return str(file)
 
 

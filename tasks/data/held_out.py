@@ -11,12 +11,13 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.mixture import MixtureRule
 from smoltulu.tasks.data.rows import turn_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: What becomes of a row.
 TRAINED, HELD_OUT, LEFT_OUT = 0, 1, 2
@@ -39,6 +40,8 @@ def asked_text(turns: Sequence[dict[str, Any]]) -> str:
 
 def hashes(rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
     """64 bits of what each row asks, (R,)."""
+    import numpy as np
+
     digests = b"".join(hashlib.sha256(asked(row).encode("utf-8", "surrogatepass")).digest()[:8] for row in rows)
     return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
 
@@ -64,6 +67,8 @@ def split(rules: Sequence[MixtureRule], sources: np.ndarray, texts: np.ndarray, 
     Raises:
         ValueError: nothing can be held out of a source, or nothing would be left to train on.
     """
+    import numpy as np
+
     distinct, group, sizes = np.unique(texts, return_inverse=True, return_counts=True)
     fate = np.full(len(texts), TRAINED)
     is_hidden = np.zeros(len(distinct), dtype=bool)

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from smoltulu.schemas.data import DataSource
 from smoltulu.tasks.data.formats.columns import CHANGES_MEANING, counted_name, meaning_of
 from smoltulu.tasks.data.json_rows import Lines
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 _LINE_FEED, _SPACE = 0x0A, 0x20
@@ -40,6 +39,7 @@ def fits(source: DataSource) -> bool:
 
 def plain_rows(block: Lines, source: DataSource) -> Plain | None:
     """The rows of a block. None where they are to be read one by one."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.json
 
@@ -111,6 +111,7 @@ def ahead(
 
 def _plain_and_unread(table: pa.Table, column: str) -> tuple[np.ndarray | None, dict[str, int]]:
     """(whether each row is plain, column -> plain rows that have it); None where a column needs a closer look."""
+    import numpy as np
     import pyarrow as pa
 
     turns = table.column(column).combine_chunks()
@@ -146,6 +147,7 @@ def _plain_and_unread(table: pa.Table, column: str) -> tuple[np.ndarray | None, 
 
 def _are_plain(turns: pa.ListArray) -> np.ndarray:
     """Rows whose turns are a system turn or none, then user and assistant by turns, the assistant last; no blanks."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -175,6 +177,7 @@ def _are_plain(turns: pa.ListArray) -> np.ndarray:
 
 def _says_something(texts: pa.Array) -> np.ndarray:
     """Which texts are there and not blank, as Python has it."""
+    import numpy as np
     import pyarrow as pa
 
     if isinstance(texts, pa.ChunkedArray):

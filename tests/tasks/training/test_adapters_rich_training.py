@@ -15,13 +15,13 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetStageConfig, DataSource
 from smoltulu.schemas.rlvr import RLVRInputs, RLVRSettings
 from smoltulu.tasks.data.formats import adapt
+from smoltulu.tasks.data.held_out import asked
 from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.data.stage import build_dataset
 from smoltulu.tasks.models.folders import load_tokenizer
 from smoltulu.tasks.models.tokens import IGNORED, conversations, prompt_ids
 from smoltulu.tasks.sampled.samples import asked_of, stored_prompt
 from smoltulu.tasks.training import grpo, ppo
-from smoltulu.tasks.training.held_out_rows import _text
 from tests.families import FAMILIES, build_family
 from tests.rich_rows import ASKED, HERMES, TOOLS, call, calling
 from tests.small_ppo import SETTINGS as PPO_SETTINGS
@@ -216,8 +216,8 @@ def test_ppo_asks_prompts_with_tools_as_they_are_everywhere(model: Path, tmp_pat
 
 def test_a_question_is_held_out_whatever_it_is_offered() -> None:
     with_tools = PROMPTS[0]
-    assert _text(with_tools) == _text({key: value for key, value in with_tools.items() if key != "tools"})
-    assert _text(PROMPTS[1]) != _text(PROMPTS[0])
+    assert asked(with_tools) == asked({key: value for key, value in with_tools.items() if key != "tools"})
+    assert asked(PROMPTS[1]) != asked(PROMPTS[0])
 
 
 def test_samples_keep_the_whole_prompt() -> None:
