@@ -42,7 +42,7 @@ _BESIDE_JSON = re.compile(
 #: Folders that Spark and Databricks keep beside data: unfinished files, and logs.
 _BESIDE_FOLDERS = ("_temporary", "_spark_metadata", "_symlink_format_manifest")
 #: Words of files that nobody means to train on, beside those of `datasets`.
-_HELD_OUT = re.compile(r"(.*[-._ ])?(held[-_ ]?out|hold[-_ ]?out)[-._ ].*", re.IGNORECASE)
+_HELD_OUT = re.compile(r"(.*[-._ ])?(held[-_ ]?out|hold[-_ ]?out)([-._ ].*)?", re.IGNORECASE)
 #: Parameters of a configuration in a card that change no row of the kinds that are read here.
 _HARMLESS = {"data_files", "data_dir", "default", "description", "version", "drop_labels", "features"}
 _MAX_DEPTH = 12
@@ -146,7 +146,7 @@ def _walk(root: Path) -> list[str]:
         if depth > _MAX_DEPTH:
             raise ValueError(f"folders in folders, more than {_MAX_DEPTH} deep; name the one with the files")
         if _is_saved(folder):  # `datasets` keeps results of its own beside the rows
-            found.extend(prefix + name for name in _saved_files(folder, ""))
+            found.extend(_saved_files(root, prefix.rstrip("/")))
             return
         for entry in os.scandir(folder):
             if entry.name.startswith((".", "__")):
@@ -192,7 +192,7 @@ def _splits_of_folder(names: list[str]) -> dict[str, tuple[str, ...]]:
         lowered = {name: name for name in names}
     splits = {split: tuple(lowered[name] for name in files) for split, files in splits_of(sorted(lowered)).items()}
     in_another = {name for split, files in splits.items() if split != "train" for name in files}
-    held = tuple(n for n in names if _HELD_OUT.fullmatch(PurePosixPath(n).name) and n not in in_another)
+    held = tuple(n for n in names if n not in in_another and any(map(_HELD_OUT.fullmatch, PurePosixPath(n).parts)))
     if held:
         splits["train"] = tuple(name for name in splits.get("train", ()) if name not in held)
         splits["held_out"] = held

@@ -8,6 +8,7 @@ label that says "bad answer", an image, earlier turns) makes the row malformed, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from smoltulu.schemas.data import DataSource
@@ -80,6 +81,7 @@ def _without_marks(name: str) -> str:
 _ONE_SPELLING = {_without_marks(name): name for name in (*CHANGES_MEANING, *TURN_CHANGES_MEANING)}
 
 
+@lru_cache(1024)
 def meaning_of(name: Any) -> str:
     """A name as the lists here have it, however it is spelt: systemInstruction, System-Instruction."""
     return _ONE_SPELLING.get(_without_marks(name), name.lower()) if isinstance(name, str) else ""

@@ -360,6 +360,7 @@ def test_a_folder_of_several_splits_needs_one(tmp_path: Path) -> None:
     [
         (["Train/a.jsonl", "Test/a.jsonl"], r"train \(1 file\), test"),
         (["TRAIN-1.jsonl", "TEST-1.jsonl"], r"train \(1 file\), test"),
+        (["rows/a.jsonl", "Held-out/a.jsonl"], r"train \(1 file\), held_out"),
         (["rows.jsonl", "held_out.jsonl"], r"train \(1 file\), held_out"),
         (["train.jsonl", "test.jsonl", "math-holdout-1.jsonl"], "train .*, test .*held_out"),
     ],
