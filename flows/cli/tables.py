@@ -58,6 +58,7 @@ def tables(
     from smoltulu.tasks.data.benchmarks import load_registry
     from smoltulu.tasks.report.tables import FORMATS
     from smoltulu.tasks.tables.build import tables_of
+    from smoltulu.tasks.tables.data_tables import NAMES
 
     with failures():
         catalogue = open_catalogue(store)
@@ -67,6 +68,12 @@ def tables(
         wanted = [name.strip() for names in table or () for name in names.split(",")]
         made = tables_of(figures, models, wanted, level, registry=load_registry(), sets=sets)
         text = FORMATS[form.value](made)
+    if not made:
+        tables = ", ".join(NAMES)
+        echo(
+            f"note: {', '.join(what)} measured nothing that a table has by itself; --table names one: {tables}",
+            err=True,
+        )
     for one in made:
         if not one.has_scores:
             echo(f"note: nothing of {one.title!r} was measured by {', '.join(what)}", err=True)
@@ -95,7 +102,7 @@ def _sets(catalogue: Catalogue, what: list[str]) -> list[MeasuredSet]:
     from smoltulu.tasks.report.tables import sets_of_run
 
     made: list[MeasuredSet] = []
-    for name in what:
+    for name in dict.fromkeys(what):
         run = None if ":" in name else catalogue.resolve(name)
         if not isinstance(run, RunRecord):
             continue

@@ -23,8 +23,6 @@ def sft(
     max_grad_norm: float = 1.0, bfloat16: bool = False, seed: int = 123,
 ) -> Iterator[dict[str, float]]:  # fmt: skip
     """Train `model` (float32 weights) in place, and say of every optimizer step what it was. Defaults: Tulu 3."""
-    if any(turn.keys() != {"role", "content"} for turns in conversations for turn in turns):
-        raise ValueError("this loop reads role and content only; a turn has more, and tasks/training/sft.py reads it")
     # Tokens, and labels: the tokens that are trained on, which are what the assistant says and the eos that closes it.
     made = tokenizer.apply_chat_template(conversations, return_dict=True, return_assistant_tokens_mask=True)
     rows = []
@@ -37,16 +35,14 @@ def sft(
     groups += [{"params": [weight for weight in model.parameters() if weight.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=adam_epsilon)
     num_steps = num_train_epochs * math.ceil(len(rows) / effective_batch_size)
-    num_warmup = math.ceil(warmup_ratio * num_steps)
-    step = 0
+    step, num_warmup = 0, math.ceil(warmup_ratio * num_steps)
     model.train()
     for epoch in range(num_train_epochs):
         # An epoch has an order of its own, drawn from seed + epoch; its last step takes the rows that are left.
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
         for start in range(0, len(rows), effective_batch_size):
             batch = [rows[index] for index in order[start : start + effective_batch_size]]
-            num_trained_tokens = sum(int((labels[1:] != -100).sum()) for _, labels in batch)
-            loss = 0.0
+            loss, num_trained_tokens = 0.0, sum(int((labels[1:] != -100).sum()) for _, labels in batch)
             for first in range(0, len(batch), micro_batch_size):
                 # A micro-batch, padded at the end: no token before the padding sees it, and it has no label.
                 ids, labels = zip(*batch[first : first + micro_batch_size], strict=True)
@@ -75,8 +71,10 @@ if __name__ == "__main__":
     tokenizer, model = (kind.from_pretrained(sys.argv[1]) for kind in (AutoTokenizer, AutoModelForCausalLM))
     tokenizer.chat_template = (Path(__file__).resolve().parents[1] / "chat_templates" / "tulu.jinja").read_text("utf-8")
     model.float().to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [json.loads(line)["messages"] for line in Path(sys.argv[2]).read_bytes().splitlines()]
-    for done in sft(model, tokenizer, rows, bfloat16=model.device.type == "cuda"):
+    rows = [json.loads(line) for line in Path(sys.argv[2]).read_bytes().splitlines()]
+    if any(row.get("tools") or any(turn.keys() != {"role", "content"} for turn in row["messages"]) for row in rows):
+        sys.exit("this loop reads role and content only; a row or a turn has more, which tasks/training/sft.py reads")
+    for done in sft(model, tokenizer, [row["messages"] for row in rows], bfloat16=model.device.type == "cuda"):
         print(done, flush=True)
     model.save_pretrained(sys.argv[3])
     tokenizer.save_pretrained(sys.argv[3])

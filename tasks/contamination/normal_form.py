@@ -28,11 +28,14 @@ from smoltulu.tasks.contamination.kernels.layout import (
     NormalTables,
 )
 
-#: Drawn with no width, and used inside words or in the place of a blank.
-ZERO_WIDTH_POINTS = (0x180E, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF)
+#: Not drawn (Hangul's fillers: a blank), and used inside words or in the place of a blank.
+ZERO_WIDTH_POINTS = (0x180E, 0x200B, 0x200C, 0x200D, 0x2060, 0x3164, 0xFEFF, 0xFFA0)
+#: Apostrophes, primes and accents by themselves that Unicode counts as letters.
+QUOTE_LETTERS = (*range(0x2B9, 0x2C0), 0x2C8, 0x2CA, 0x2CB, 0x2EE, 0xA78B, 0xA78C)
 #: Ignored wherever they stand (Unicode's Default_Ignorable_Code_Point, which `unicodedata` does not know).
 IGNORABLE = (
     *(0xAD, 0x34F, 0x61C, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0),
+    0x640,  # not of that list: it makes an Arabic word wider
     *range(0x180B, 0x1810),
     *range(0x200B, 0x2010),
     *range(0x202A, 0x202F),
@@ -130,7 +133,7 @@ def _kind(character: str) -> int:
         return DROP
     if category == "Mn" and unicodedata.combining(character):
         return DROP  # accents, harakat, nukta; vowel signs of Indic scripts have no such class, and stay
-    if category[0] not in "LNM":
+    if category[0] not in "LNM" or point in QUOTE_LETTERS:
         return GAP
     if point in _SINGLES:
         return SINGLE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from smoltulu.tasks.contamination.kernels.layout import FullPostings, NgramPosti
 from smoltulu.tasks.contamination.kernels.normal import ASCII_KINDS, ASCII_TO, locate_normalised
 from smoltulu.tasks.contamination.kernels.scan import scan
 from smoltulu.tasks.contamination.kernels.text import LOWER_BYTES, LOWER_CODE_POINTS, locate_hits
+from smoltulu.tasks.contamination.rows import TurnBlock
 
 _HITS_AT_A_TIME = 1 << 18
 
@@ -145,3 +146,39 @@ def match_bounds(
         else locate_hits(*where, LOWER_BYTES, LOWER_CODE_POINTS)
     )
     return begins, ends
+
+
+def other_fields(index: Index, block: TurnBlock, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the fields of hits on instances of several fields stand: (turn, first source byte, byte behind the last).
+
+    A hit itself has one place, that of its rarest field. hits[:, :2]: turn and instance, of full or normalised mode.
+    """
+    offsets, phrases = index.full.part_offsets, index.full.part_phrase
+    if len(offsets) > 1:
+        hits = hits[offsets[hits[:, 1] + 1] - offsets[hits[:, 1]] > 1]
+    if len(offsets) <= 1 or not len(hits):
+        none = np.empty(0, np.int64)
+        return none, none, none
+    # Each phrase as an instance of its own, so that all are found.
+    numbers = np.arange(len(index.phrases.place) + 1, dtype=np.int32)
+    each = replace(
+        index,
+        full=FullPostings(numbers, numbers[:-1], numbers, numbers[:-1]),
+        header=index.header.model_copy(update={"mode": "full", "num_instances": len(numbers) - 1}),
+    )
+    turns = np.unique(hits[:, 0])
+    wanted = {
+        (turn, phrase)
+        for turn, instance in hits[:, :2].tolist()
+        for phrase in phrases[offsets[instance] : offsets[instance + 1]].tolist()
+    }
+    state, number, found = new_state(each), 0, [np.empty((0, 4), np.int64)]
+    while number < len(turns):
+        number, places, _, _ = scan_turns(
+            each, state, block.text, block.turn_start[turns], block.turn_end[turns], turns, number, 0.5
+        )
+        places[:, 0] = turns[places[:, 0]]
+        found.append(places)
+    places = np.concatenate(found)
+    places = places[[pair in wanted for pair in map(tuple, places[:, :2].tolist())]]
+    return places[:, 0], *match_bounds(index, block.text, block.turn_start, block.turn_end, places)

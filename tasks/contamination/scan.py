@@ -20,7 +20,7 @@ from smoltulu.schemas.contamination import Shard, ShardResult
 from smoltulu.tasks.contamination.build import joined
 from smoltulu.tasks.contamination.kernels.layout import State
 from smoltulu.tasks.contamination.kernels.text import gather_texts
-from smoltulu.tasks.contamination.opened import Index, load_index, match_bounds, new_state, scan_turns
+from smoltulu.tasks.contamination.opened import Index, load_index, match_bounds, new_state, other_fields, scan_turns
 from smoltulu.tasks.contamination.rows import TurnBlock, read_blocks
 from smoltulu.tasks.contamination.standing import (
     ALL_COUNT,
@@ -221,7 +221,10 @@ def _table(
 def spans(
     index: Index, texts: Sequence[str], match_threshold: float, short: ShortRule
 ) -> Iterator[tuple[int, int, int]]:
-    """(number of the text, first byte in it, byte behind the last) of hits that count, at least one if there is any."""
+    """(number of the text, first byte in it, byte behind the last) of hits that count, at least one if there is any.
+
+    Of an instance of several fields, each of them.
+    """
     block, state, turn = block_of(texts), new_state(index), 0
     where = (block.text, block.turn_start, block.turn_end)
     while turn < len(texts):
@@ -231,13 +234,14 @@ def spans(
             places = confirmed(index, index.weak, state, block, places, scores)[0]
         shorts = short_instances(index, short)
         is_not_short = ~shorts[places[:, 1]] if short.rule != "always" else np.ones(len(places), bool)
-        begins, ends = match_bounds(index, *where, places[is_not_short])
-        turns = places[is_not_short, 0]
+        counted = places[is_not_short]
+        found = [(counted[:, 0], *match_bounds(index, *where, counted))]
         if short.rule == "alone":
-            more = standing_alone(index, block, places, shorts)
-            turns, begins, ends = (
-                np.concatenate(pair) for pair in ((turns, more[0]), (begins, more[2]), (ends, more[3]))
-            )
+            alone_in, instances, begins, ends = standing_alone(index, block, places, shorts)
+            found.append((alone_in, begins, ends))
+            counted = np.concatenate([counted[:, :2], np.stack([alone_in, instances], axis=1)])
+        found.append(other_fields(index, block, counted))
+        turns, begins, ends = (np.concatenate(column) for column in zip(*found, strict=True))
         before = block.turn_start[turns]
         yield from zip(turns.tolist(), (begins - before).tolist(), (ends - before).tolist(), strict=True)
 

@@ -9,6 +9,7 @@ import numpy as np
 from smoltulu.schemas.contamination import ShortItems
 from smoltulu.tasks.contamination.kernels.layout import State
 from smoltulu.tasks.contamination.kernels.text import (
+    IS_WORD,
     LOWER_BYTES,
     LOWER_CODE_POINTS,
     are_most_of_their_lines,
@@ -92,13 +93,13 @@ def standing_alone(
     state, line = new_state(index), 0
     while line < len(starts):
         line, in_lines, _, _ = scan_turns(index, state, block.text, starts, ends, np.arange(len(starts)), line, 0.999)
-        assert line >= 0, "what stands between line feeds of UTF-8 is UTF-8"
+        assert line >= 0, "what stands between line ends of UTF-8 is UTF-8"
         in_lines = in_lines[chosen[in_lines[:, 1]]]
         found.append((of_turn[in_lines[:, 0]], in_lines, (block.text, starts, ends)))
     columns = []
     for turns, here, around in found:
         bounds = match_bounds(index, *around, here)
-        is_most = are_most_of_their_lines(*around, here[:, 0], *bounds)
+        is_most = are_most_of_their_lines(*around, here[:, 0], *bounds, IS_WORD)
         columns.append([turns[is_most], here[is_most, 1], bounds[0][is_most], bounds[1][is_most]])
     turns, instances, begins, ends = map(np.concatenate, zip(*columns, strict=True))
     return turns, instances, begins, ends

@@ -7,6 +7,7 @@ same ranks: of 2.3 times 10 rows each is there twice, and the three lowest a thi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ def counts(rules: Sequence[MixtureRule], num_rows: Sequence[int], labels: Sequen
             asked = "" if rule.num_rows is not None else f" of a set of {size:,.0f} rows is {count:,} rows"
             problems.append(
                 f"{label}: {_said(rule)}{asked}, and {have:,} are there to train on; lower it, or allow repeats "
-                f"(max_repeats of at least {count / have:.3g})"
+                f"(max_repeats of at least {math.ceil(100 * count / have) / 100:g})"
             )
     if problems:
         raise ValueError(_cannot(problems))

@@ -14,6 +14,7 @@ import numpy as np
 
 #: Of the items that stay, a band remembers so many, the first ones; an item is compared with so many, those that share
 #: most bands first. So texts that all look alike and are no near-duplicates (a template) cannot take quadratic time.
+#: What a text with the very same words was found to be alike to comes before all: no limit hides a copy.
 MAX_KEPT_PER_BAND = 128
 MAX_COMPARISONS = 64
 
@@ -70,39 +71,61 @@ def near_duplicates(
     num_others: int,
     alike: Callable[[int, int], float | None],
     within: bool = True,
+    hashes: np.ndarray | None = None,
 ) -> Found:
     """Compare every item with those before it that share a band, and decide in one walk.
 
     num_others   the first so many items are of other sets: they all stay and are not compared with each other
     alike(a, b)  exact similarity of two items, or None below the threshold
     within       whether rows are compared with each other
+    hashes       (N,) of each item's text: copies are compared whatever the limits
 
     Of the other sets every item that is alike is a pair, of the rows the first one found. A row that is alike to an
     item of another set does not stay, and so is nobody's first.
     """
     found = Found()
     kept: dict[int, list[int]] = {}  # place -> items that stay, the first ones
+    copies = _copies(hashes, len(bands))
+    known: dict[int, list[int]] = {}  # text that comes again -> its items that stay, or what its first one is alike to
     for item, places in _visits(*meeting_places(bands, is_compared)):
+        copy = int(copies[item])
         if item >= num_others:
+            same = known.get(copy, [])
             met = Counter(other for place in places for other in kept.get(place, ()))
-            candidates = sorted(met, key=lambda other: (other >= num_others, -met[other], other))
+            candidates = sorted(
+                met.keys() | same, key=lambda other: (other not in same, other >= num_others, -met[other], other)
+            )
             if len(candidates) > MAX_COMPARISONS:
                 found.unfinished.append(item)
             stays = True
-            for other in candidates[:MAX_COMPARISONS]:
+            alike_to = []
+            for other in sorted(candidates[:MAX_COMPARISONS], key=lambda other: other >= num_others):
                 if other >= num_others and not stays:
                     break
                 similarity = alike(item, other)
                 if similarity is not None:
                     found.pairs.append(Pair(item, other, similarity))
+                    alike_to.append(other)
                     stays = False
+            if copy >= 0 and not stays:
+                known.setdefault(copy, alike_to)
             if not (stays and within):
                 continue
+        if copy >= 0 and len(first := known.setdefault(copy, [])) < MAX_COMPARISONS:
+            first.append(item)
         for place in places:
             first = kept.setdefault(place, [])
             if len(first) < MAX_KEPT_PER_BAND:
                 first.append(item)
     return found
+
+
+def _copies(hashes: np.ndarray | None, num_items: int) -> np.ndarray:
+    """A number for each text that comes more than once, -1 for the others."""
+    if hashes is None:
+        return np.full(num_items, -1)
+    _, numbers, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    return np.where(counts[numbers] > 1, numbers, -1)
 
 
 def _visits(items: np.ndarray, places: np.ndarray) -> Iterator[tuple[int, list[int]]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,7 @@ def _compare(
     sets: list[ItemSet] = []
     bands: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
+    hashes = array("Q")
     started = time.monotonic()
     for name, items in _sets(inputs, rules):
         first = len(texts)
@@ -157,7 +159,7 @@ def _compare(
             made = []
             for row, item_id, text in batch:
                 words = plain_words(text)
-                texts.add(words)
+                hashes.append(texts.add(words))
                 made.append(shingles(words, rules.shingle, rules.shingle_size))
                 numbers.append(row)
                 ids.append(item_id)
@@ -171,7 +173,9 @@ def _compare(
     is_compared = np.concatenate(sizes) > 0
     all_bands = np.concatenate(bands)
     bands.clear()  # the largest part of what is held
-    found = near_duplicates(all_bands, is_compared, own.first, _alike(texts, rules), within=config.within)
+    found = near_duplicates(
+        all_bands, is_compared, own.first, _alike(texts, rules), within=config.within, hashes=np.array(hashes)
+    )
     return _matches(found, sets, texts), int((~is_compared[own.first :]).sum()), len(found.unfinished)
 
 

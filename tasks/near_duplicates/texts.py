@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from array import array
@@ -29,10 +30,12 @@ class Texts:
         self._size = size
         self._set_of = lru_cache(_NUM_SETS)(self._read_set)
 
-    def add(self, words: str) -> None:
-        """Write the next text, as `plain_words` gave it."""
+    def add(self, words: str) -> int:
+        """Write the next text, as `plain_words` gave it. Its hash."""
         # Half a surrogate pair, which a test may bring and a Parquet file cannot, stays what it is.
-        self._ends.append(self._ends[-1] + self._stream.write(words.encode("utf-8", "surrogatepass")))
+        encoded = words.encode("utf-8", "surrogatepass")
+        self._ends.append(self._ends[-1] + self._stream.write(encoded))
+        return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
 
     def finish(self) -> None:
         """All texts are written."""

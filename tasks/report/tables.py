@@ -100,7 +100,7 @@ def sets_of_run(manifests: Mapping[str, Manifest], prefix: str = "") -> list[Mea
 def _whole_of(manifest: Manifest, by_key: Mapping[str, Manifest]) -> str | None:
     """The Hub data set whose training split the rows are, all of it; None where they are others, or unknown."""
     seen = set()
-    while outputs_of(DatasetOutputs, manifest) is None:
+    while (read := outputs_of(DatasetOutputs, manifest)) is None:
         record = manifest.inputs.get("dataset")
         if record is None or record.key in seen or record.key not in by_key:
             return None
@@ -112,6 +112,7 @@ def _whole_of(manifest: Manifest, by_key: Mapping[str, Manifest]) -> str | None:
         return None
     (source,) = sources
     whole = source.get("limit") is None and source.get("split", "train") == "train" and source.get("subset") is None
+    whole = whole and not any(report.num_dropped for report in read.sources)
     repository = source.get("repository")
     return repository if whole and isinstance(repository, str) else None
 

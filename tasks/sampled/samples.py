@@ -145,6 +145,12 @@ def schema() -> pa.Schema:
     )
 
 
+def is_of_samples(columns: pa.Schema) -> bool:
+    """Whether a file is one of samples. Those of before prompts could offer tools have no `whole_prompt`."""
+    own = schema()
+    return bool(columns.equals(own) or columns.equals(own.remove(own.get_field_index("whole_prompt"))))
+
+
 def asked_prompts(
     config: SamplesConfig, tokenizer: PreTrainedTokenizerBase, dataset: Path, longest: int | None
 ) -> Asked:
@@ -313,6 +319,7 @@ def _made_from(config: SamplesConfig, inputs: SamplesInputs) -> str:
             "config": scientific(config),
             "packages": {name: metadata.version(name) for name in _PACKAGES},
             "part_prompts": parts.PART_PROMPTS,
+            "columns": schema().names,
         }
     )
 

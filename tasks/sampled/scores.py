@@ -21,8 +21,7 @@ from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer, us
 from smoltulu.tasks.models.tokens import conversations, rendering_errors
 from smoltulu.tasks.models.turns import Messages, Prompt, tools_of
 from smoltulu.tasks.sampled import parts
-from smoltulu.tasks.sampled.samples import asked_of
-from smoltulu.tasks.sampled.samples import schema as samples_schema
+from smoltulu.tasks.sampled.samples import asked_of, is_of_samples
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.loop import prepare_torch
 from smoltulu.tasks.verifiers import VERIFIERS_VERSION, Graders, Verdict
@@ -50,7 +49,7 @@ def score_samples(
     rewards: Rewards | None = None
     counts: Counter[str] = Counter()
     with parquet.ParquetFile(Path(inputs.samples)) as file, Graders(context.compute.num_threads) as graders:
-        if not file.schema_arrow.equals(samples_schema()):
+        if not is_of_samples(file.schema_arrow):
             raise ValueError(f"{inputs.samples} holds no samples of this version; make them again (refresh samples)")
 
         def make(number: int) -> parts.Lines:

@@ -1,7 +1,8 @@
 """The best weights so far of a training, beside its checkpoints.
 
 They lie in `work/best` before they count as the best. A checkpoint names those that were best then, and they stay until
-a later checkpoint names others: so a resume from any kept checkpoint finds its own.
+a later checkpoint names others: so a resume from the newest checkpoint finds its own. From an older one, where the
+newest is damaged, it finds them only if they are still the best; else it is refused before it trains.
 """
 
 from __future__ import annotations

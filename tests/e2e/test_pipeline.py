@@ -25,6 +25,8 @@ from tests.small_tiny import SMALL_TINY
 
 SMALL: dict[str, Any] = {
     **SMALL_TINY,
+    # Seconds sooner a stage. Kills and resumes, here and in the other files, are of processes of their own.
+    "compute.launcher": "warm",
     "sft.max_steps": 6,
     "reward_model.max_steps": 3,
     "dpo.max_steps": 3,
@@ -125,7 +127,13 @@ def test_machinery_runs_nothing_again_and_a_learning_rate_only_what_depends_on_i
 
 
 def test_sigkill_during_dpo_then_the_same_command_resumes_it(place: Place) -> None:
-    longer = {**SMALL, "dpo.max_steps": 60, "dpo.seed": 7, "compute.stages.dpo.save_steps": 2}
+    longer = {
+        **SMALL,
+        "dpo.max_steps": 60,
+        "dpo.seed": 7,
+        "compute.stages.dpo.save_steps": 2,
+        "compute.launcher": "process",
+    }
     graph = Graph(load_recipe("tiny", longer))
     work = place.store / "dpo" / graph.key("dpo") / "work"
     running = subprocess.Popen(

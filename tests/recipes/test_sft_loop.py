@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,32 @@ def test_every_setting_of_the_loop_is_seen_in_its_steps(base: Path, change: dict
     )
 
 
-def test_the_loop_is_a_script_of_its_own(base: Path, tmp_path: Path) -> None:
+SCRIPT = ROOT / "recipes" / "loops" / "sft.py"
+
+
+def script(monkeypatch: pytest.MonkeyPatch, base: Path, rows: list[dict[str, Any]], folder: Path) -> Path:
+    """Call it; the folder of its model."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(base), str(folder / "rows.jsonl"), str(folder / "model")])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    return folder / "model"
+
+
+def test_the_loop_is_a_script_of_its_own(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It needs nothing of ours: a learner may copy it."""
-    rows, script = tmp_path / "rows.jsonl", ROOT / "recipes" / "loops" / "sft.py"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    command = [sys.executable, str(script), str(base), str(rows), str(tmp_path / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("{'step': 2, 'loss': 5.9")
-    assert load_file(tmp_path / "model" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
-    assert "smoltulu" not in script.read_text() and len(script.read_text().splitlines()) <= 80
+    model = script(monkeypatch, base, ROWS, tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("{'step': 2, 'loss': 5.9")
+    assert load_file(model / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    assert "smoltulu" not in SCRIPT.read_text() and len(SCRIPT.read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("more", [
+    {"tools": [{"type": "function"}]}, {"messages": [turn | {"train": True} for turn in ROWS[0]["messages"]]},
+])  # fmt: skip
+def test_what_the_loop_does_not_read_is_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    with pytest.raises(SystemExit, match="reads role and content only"):
+        script(monkeypatch, base, [ROWS[1] | {"tools": []}, ROWS[0] | more], tmp_path)

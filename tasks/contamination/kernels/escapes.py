@@ -294,7 +294,13 @@ def tag_end(points, i, n, tables):
         if j == k:  # no blank before an attribute
             return i, False
         j = k
-        while k < n and (is_letter(points[k]) or points[k] == 45 or points[k] == 58 or points[k] == 95):
+        while k < n and (
+            is_letter(points[k])
+            or points[k] == 45
+            or points[k] == 58
+            or points[k] == 95
+            or (k > j and (points[k] == 46 or (points[k] >= 48 and points[k] <= 57)))
+        ):
             k += 1
         if j == k or at_point(points, k, n) != 61:
             return i, False
@@ -319,19 +325,44 @@ def tag_end(points, i, n, tables):
 @inner
 def target_end(points, i, n):
     """Where the target of a Markdown link ends whose `](` ends before `i`; `i` where none begins there."""
-    first, second = at_point(points, i, n), at_point(points, i + 1, n)
+    in_angles = at_point(points, i, n) == 60
+    j = i + in_angles
+    first, second, third = at_point(points, j, n), at_point(points, j + 1, n), at_point(points, j + 2, n)
     is_address = first == 47 or first == 35 or (first == 46 and second == 47)
-    is_address |= first == 104 and second == 116 and at_point(points, i + 2, n) == 116
-    is_address |= first == 119 and second == 119 and at_point(points, i + 2, n) == 119
-    j = i
-    while is_address and j < n:
+    is_address |= first == 104 and second == 116 and third == 116
+    is_address |= first == 119 and second == 119 and third == 119
+    is_address |= first == 109 and second == 97 and third == 105 and at_point(points, j + 6, n) == 58  # mailto:
+    if not is_address:
+        return i
+    in_parentheses = False
+    while j < n and not is_blank(points[j]):
         point = points[j]
-        if point == 41:
-            return j + 1
-        if is_blank(point) or point == 40 or point == 91 or point == 93 or point == 60:
+        if point == 60 or point == 62 or point == 91 or point == 93 or (point == 40 and in_parentheses):
+            break
+        if point == 41 and not in_parentheses:
+            break
+        in_parentheses = point == 40 or (in_parentheses and point != 41)
+        j += 1
+    if in_parentheses:
+        return i
+    if in_angles:
+        if at_point(points, j, n) != 62:
             return i
         j += 1
-    return i
+    k = j
+    while k < n and is_blank(points[k]):
+        k += 1
+    quote = at_point(points, k, n)
+    if k > j and (quote == 34 or quote == 39):  # a title
+        k += 1
+        while k < n and points[k] != quote and points[k] != 91 and points[k] != 93:
+            k += 1
+        if at_point(points, k, n) != quote:
+            return i
+        k += 1
+    elif k > j:
+        return i
+    return k + 1 if at_point(points, k, n) == 41 else i
 
 
 @inner
@@ -358,4 +389,6 @@ def take_out_markup(points, n, tables):
                 end = k if what == 0 else i + 2
         for k in range(i, end):
             points[k] = fill
+        if end > i and point == 60 and fill == _SPACE:
+            points[i] = 10  # a block begins a line
         i = max(end, i + 1)

@@ -208,7 +208,7 @@ def normalise_slow(source, start, end, with_others, points, begins, out, at, tab
     has_zero_width |= holds_zero_width(points, n, tables)
     first, num_points = 0, n  # of the reading that the others are made of
     behind = n + 1
-    for which in range(3):
+    for which in range(4):  # without zero-width characters; words joined; without line numbers; both
         if which == 0:
             if not has_zero_width:
                 continue
@@ -222,10 +222,8 @@ def normalise_slow(source, start, end, with_others, points, begins, out, at, tab
             points, begins = longer(points, behind + count + 1), longer(begins, behind + count + 1)
             points[behind : behind + count + 1] = points[first : first + count + 1]
             begins[behind : behind + count + 1] = begins[first : first + count + 1]
-            is_changed = (
-                join_words(points[behind:], count, tables) if which == 1 else drop_line_numbers(points[behind:], count)
-            )
-            if not is_changed:
+            is_changed = which == 1 or drop_line_numbers(points[behind:], count)
+            if not is_changed or (which != 2 and not join_words(points[behind:], count, tables)):
                 continue
         room = m + 4 + room_of(points[behind:], count, tables)
         out, at = longer(out, room), longer(at, room)
@@ -252,12 +250,12 @@ def normalise_fast(source, start, end, out, at, limit, tables, ascii_kinds, asci
     is_start = True
     while i < end:
         if is_start:
-            value, _, k = line_number(source, i, end)
+            value, first, k = line_number(source, i, end)
             if value >= 0 and value == number + 1:
                 return NEEDS_SLOW
             if value >= 0:
                 number = value
-            elif k < end and source[k] == 0xEF:  # may be full-width
+            elif k < end and (source[k] == 0xEF or (source[k] == 0xE3 and k > first)):  # may be full-width, or a mark
                 return NEEDS_SLOW
             is_start = False
         byte = source[i]

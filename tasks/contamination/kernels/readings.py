@@ -26,7 +26,10 @@ def line_number(points, i, n):
     while k < n and k < first + _MAX_NUMBER and points[k] >= 48 and points[k] <= 57:
         value = value * 10 + np.int64(points[k]) - 48
         k += 1
-    if k == first or (k < n and (points[k] >= 0x80 or is_letter(points[k]) or (points[k] >= 48 and points[k] <= 57))):
+    is_mark = k < n and (points[k] == 0x3001 or points[k] == 0x3002)  # as in Chinese lists
+    if k == first or (
+        k < n and not is_mark and (points[k] >= 0x80 or is_letter(points[k]) or (points[k] >= 48 and points[k] <= 57))
+    ):
         return np.int64(-1), first, k
     return value, first, k
 

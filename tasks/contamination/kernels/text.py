@@ -7,11 +7,13 @@ turn exactly where its own normalised bytes stand between spaces or ends.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 
 from smoltulu.tasks.contamination.kernels.compile import inner, kernel
 
-_SPACE, _LINE_FEED = 32, 10
+_SPACE, _LINE_FEED, _RETURN = 32, 10, 13
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
@@ -36,6 +38,8 @@ def _lower_bytes() -> np.ndarray:
 
 
 LOWER_CODE_POINTS, LOWER_BYTES = _lower_code_points(), _lower_bytes()
+#: Letters, digits and marks; above the table all are letters (Han).
+IS_WORD = np.array([unicodedata.category(chr(point))[0] in "LNM" for point in range(_NUM_TABLED)])
 
 
 @inner
@@ -249,19 +253,25 @@ def locate_hits(source, turn_start, turn_end, hits, lower_bytes, lower_points):
     return begins, ends
 
 
+@inner
+def is_line_end(byte):
+    """Line feed or return."""
+    return byte in (_LINE_FEED, _RETURN)
+
+
 @kernel
 def lines_of(source, turn_start, turn_end, turns):
-    """Lines of these turns, without their line feeds: (first byte, byte behind the last, turn)."""
+    """Lines of these turns, without what ends them: (first byte, byte behind the last, turn)."""
     num_lines = len(turns)
     for k in range(len(turns)):
         for i in range(turn_start[turns[k]], turn_end[turns[k]]):
-            num_lines += source[i] == _LINE_FEED
+            num_lines += is_line_end(source[i])
     starts, ends, of_turn = np.empty(num_lines, np.int64), np.empty(num_lines, np.int64), np.empty(num_lines, np.int64)
     n = 0
     for k in range(len(turns)):
         begin = turn_start[turns[k]]
         for i in range(begin, turn_end[turns[k]]):
-            if source[i] == _LINE_FEED:
+            if is_line_end(source[i]):
                 starts[n], ends[n], of_turn[n] = begin, i, turns[k]
                 n += 1
                 begin = i + 1
@@ -271,14 +281,19 @@ def lines_of(source, turn_start, turn_end, turns):
 
 
 @inner
-def is_word(byte):
-    """Of an ASCII letter or digit, or of any character outside ASCII."""
-    lower = byte | 32
-    return (lower >= 97 and lower <= 122) or (byte >= 48 and byte <= 57) or byte >= 0x80
+def word_bytes(source, i, end, is_word):
+    """Bytes of the character that begins at `i`, 0 if it is no letter, digit or mark, or if none begins there."""
+    byte = source[i]
+    if byte < 0x80:
+        return np.int64(is_word[byte])
+    if byte & 0xC0 == 0x80:
+        return np.int64(0)
+    point, size = decode(source, i, end)
+    return np.int64(size) if point >= _NUM_TABLED or is_word[point] else np.int64(0)
 
 
 @kernel
-def are_most_of_their_lines(source, turn_start, turn_end, turns, begins, ends):
+def are_most_of_their_lines(source, turn_start, turn_end, turns, begins, ends, is_word):
     """Whether source[begins:ends] has more than half of the letters and digits of the lines that it touches, in bytes.
 
     Looks no further than it takes to know, nor over more other bytes than eight times its own and 256.
@@ -287,17 +302,17 @@ def are_most_of_their_lines(source, turn_start, turn_end, turns, begins, ends):
     for k in range(len(turns)):
         inside = 0
         for i in range(begins[k], ends[k]):
-            inside += is_word(source[i])
+            inside += word_bytes(source, i, turn_end[turns[k]], is_word)
         left = 8 * (ends[k] - begins[k]) + 256
         outside = 0
         i = begins[k] - 1
-        while i >= turn_start[turns[k]] and source[i] != _LINE_FEED and outside < inside and left > 0:
-            outside += is_word(source[i])
+        while i >= turn_start[turns[k]] and not is_line_end(source[i]) and outside < inside and left > 0:
+            outside += word_bytes(source, i, turn_end[turns[k]], is_word)
             i -= 1
             left -= 1
         i = ends[k]
-        while i < turn_end[turns[k]] and source[i] != _LINE_FEED and outside < inside and left > 0:
-            outside += is_word(source[i])
+        while i < turn_end[turns[k]] and not is_line_end(source[i]) and outside < inside and left > 0:
+            outside += word_bytes(source, i, turn_end[turns[k]], is_word)
             i += 1
             left -= 1
         out[k] = outside < inside and left > 0

@@ -62,7 +62,8 @@ FORMS: dict[str, Form] = {
     ),
     "kto": Form("preference", ("prompt", "completion", "label"), read_labelled, ("system", "tools", "history")),
     "rlvr": Form(
-        "rlvr", ("messages", "prompt", "question", "verifier", "ground_truth"), read_rlvr, ("system", "history")
+        "rlvr", ("messages", "prompt", "question", "verifier", "ground_truth"), read_rlvr,
+        ("system", "tools", "history"),
     ),
     "all_text": Form("texts", (), read_all_text),
     "text": Form(None, ("text",), read_text),

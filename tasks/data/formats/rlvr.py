@@ -9,7 +9,7 @@ from typing import Any
 from smoltulu.schemas.data import DataSource
 from smoltulu.tasks.data.files import WrittenFloat
 from smoltulu.tasks.data.formats.columns import OF_TRUTHS, Row
-from smoltulu.tasks.data.formats.sft import earlier_turns, listed, with_system
+from smoltulu.tasks.data.formats.sft import earlier_turns, listed, with_system, with_tools
 from smoltulu.tasks.data.formats.turns import as_turns, check_order, read_turns
 from smoltulu.tasks.data.formats.values import MalformedRow, Message, kind_of, text_of
 from smoltulu.tasks.verifiers import canonical_name, fault_of_truth
@@ -35,8 +35,9 @@ def read_rlvr(row: Row) -> dict[str, Any]:
     truth = text_of(_truth_as_text(truth), "ground_truth")
     if (fault := fault_of_truth(verifier, truth)) is not None:
         raise MalformedRow(f"ground truth that {verifier} cannot grade: {fault}")
+    made = with_tools({"prompt": prompt, "verifier": verifier, "ground_truth": truth}, row)
     row.finish(one_text=isinstance(asked, str), harmless=OF_TRUTHS)
-    return {"prompt": prompt, "verifier": verifier, "ground_truth": truth}
+    return made
 
 
 def _prompt(asked: Any, name: str, row: Row) -> list[Message]:

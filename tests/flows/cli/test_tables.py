@@ -63,6 +63,24 @@ def test_formats_and_tables_by_name(store: HandStore, run: dict[str, Ref]) -> No
     )
 
 
+def test_data_of_a_run_without_a_model(store: HandStore) -> None:
+    """Named twice it is one column. A check of one's own benchmark alone is in no table by itself, which is said."""
+    counts = {"num_instances": 4, "num_skipped": 0, "num_contaminated": 1}
+    outputs = {"kind": "sft", "num_rows_read": 9, "num_rows": 9, "num_removed": 0, "num_rows_contaminated": 1}
+    for name, benchmark in (("own", "mine"), ("papers", "gsm8k")):
+        check = outputs | {"benchmarks": [counts | {"name": benchmark}]}
+        made = store.make("contamination", name, outputs=check, settings={}, kind="sft")
+        store.run(name, {"contamination-sft": made})
+    result = call(store, "tables", "own")
+    assert not result.stdout.strip() and "--table names one: 1, 4, 13, 10, 11, 12" in words(result.stderr)
+    assert (
+        "| mine | - | 25.00 (n = 4) | mode full, turns of user |" in call(store, "tables", "own", "--table", "1").stdout
+    )
+    shown = call(store, "tables", "papers", "papers").stdout
+    assert titles(shown) == ["Table 1: contamination of the SFT data"]
+    assert shown.count("papers sft, measured") == 1 and "25.00 (n = 4) not comparable" in shown
+
+
 def test_several_models_are_told_apart(store: HandStore, run: dict[str, Ref]) -> None:
     again = {"sft": store.make("sft", "again")}
     again["evaluation-sft"] = evaluate(store, again["sft"], 12)

@@ -17,6 +17,7 @@ from smoltulu.tasks.contamination.normal_form import (
     LATEX_LOOKS,
     LATEX_NRT,
     LATEX_SIZED,
+    QUOTE_LETTERS,
     ZERO_WIDTH_POINTS,
 )
 from tests.tasks.contamination.contamination_brute_force import full_score
@@ -44,7 +45,8 @@ def readings(text: str) -> list[list[tuple[str, int, int]]]:
         characters = without_markup(characters)
         if zero_width:
             blank = [c._replace(text=" " if kind(c.text) == "zero width" else c.text) for c in characters]
-            found += [terms(blank), terms(joined_words(blank)), terms(without_line_numbers(blank))]
+            unnumbered = without_line_numbers(blank)
+            found += [terms(blank), terms(joined_words(blank)), terms(unnumbered), terms(joined_words(unnumbered))]
         else:
             found.append(terms(characters))
     return found
@@ -126,10 +128,12 @@ def unescape(characters: list[Character]) -> tuple[list[Character], bool]:
     return out, is_changed
 
 
-_TAG = re.compile(
-    r"</?([A-Za-z0-9]{1,31})((?:[ \t-\r]+[A-Za-z:_-]+=(?:\"[^\"<]*\"|'[^'<]*'|(?![\"'])[^ \t-\r<>=]+))*)[ \t-\r]*/?>"
-)
-_TARGET = re.compile(r"\]\((?:/|#|\./|htt|www)[^ \t-\r()\[\]<]*\)")
+_VALUE = r"(?:\"[^\"<]*\"|'[^'<]*'|(?![\"'])[^ \t-\r<>=]+)"
+_ATTRIBUTE = rf"[ \t-\r]+[A-Za-z:_-][A-Za-z0-9:._-]*={_VALUE}"
+_TAG = re.compile(rf"</?([A-Za-z0-9]{{1,31}})((?:{_ATTRIBUTE})*)[ \t-\r]*/?>")
+_ADDRESS = r"(?=/|#|\./|htt|www|mai...:)(?:[^ \t-\r()\[\]<>]|\([^ \t-\r()\[\]<>]*\))*"
+_TITLE = r"(?:[ \t-\r]+(?:\"[^\"\[\]]*\"|'[^'\[\]]*'))?"
+_TARGET = re.compile(rf"\]\((?:<{_ADDRESS}>|{_ADDRESS}){_TITLE}\)", re.DOTALL)
 _LOOKS = set(LATEX_LOOKS.lower().split())
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 
@@ -147,6 +151,8 @@ def without_markup(characters: list[Character]) -> list[Character]:
         elif found and found[1].lower() in LATEX_SIZED.split():
             end, fill = i + 2, " "
         out[i:end] = fill * (end - i)
+        if fill == " " and text[i] == "<":
+            out[i] = "\n"  # a block begins a line
         i = end
     return [c._replace(text=new) for c, new in zip(characters, out, strict=True)]
 
@@ -177,13 +183,20 @@ def joined_words(characters: list[Character]) -> list[Character]:
     return [c._replace(text=new) for c, new in zip(characters, out, strict=True)]
 
 
+_OTHER = r"A-Za-z0-9\x80-\U0010ffff"
+_LINE_NUMBER = re.compile(rf"([^{_OTHER}]{{0,32}})([0-9]{{1,6}})(?:(?=[\u3001\u3002])|(?![{_OTHER}]))")
+
+
 def without_line_numbers(characters: list[Character]) -> list[Character]:
     """Numbers that begin lines and count on taken out."""
     text = "".join(c.text for c in characters)
     out = list(text)
     before, digits = -9, (0, 0)
     for line in re.finditer(r"[^\n\r]*[\n\r]?", text):
-        number = re.match(r"([^A-Za-z0-9\x80-\U0010ffff]{0,32})([0-9]{1,6})(?![A-Za-z0-9\x80-\U0010ffff])", line[0])
+        number = re.match(
+            r"([^A-Za-z0-9\x80-\U0010ffff]{0,32})([0-9]{1,6})(?:(?=[\u3001\u3002])|(?![A-Za-z0-9\x80-\U0010ffff]))",
+            line[0],
+        )
         if number:
             here = (line.start() + number.start(2), line.start() + number.end(2))
             if int(number[2]) == before + 1:
@@ -218,7 +231,7 @@ def fold(character: str) -> list[tuple[str, str]]:
         is_mark = category == "Me" or (category == "Mn" and unicodedata.combining(c) != 0)
         if ord(c) in IGNORABLE or 0xE0000 <= ord(c) < 0xE1000 or category == "Cf" or is_mark:
             continue
-        if category[0] not in "LNM" and not _is_coming_han(ord(c)):
+        if (category[0] not in "LNM" or ord(c) in QUOTE_LETTERS) and not _is_coming_han(ord(c)):
             out.append((c, "gap"))
         elif any(first <= ord(c) <= last for first, last in BY_CHARACTER):
             out.append((c, "single"))
@@ -273,11 +286,11 @@ def is_most_of_its_lines(turn: str, bounds: tuple[int, int] | None) -> bool:
     if bounds is None:
         return False
     begin, end = bounds
-    first = turn.rfind("\n", 0, begin) + 1
-    last = turn.find("\n", end) if "\n" in turn[end:] else len(turn)
+    first = max(turn.rfind(c, 0, begin) for c in "\n\r") + 1
+    last = min((turn.find(c, end) for c in "\n\r" if c in turn[end:]), default=len(turn))
 
     def count(text: str) -> int:
-        return sum(len(c.encode()) for c in text if not c.isascii() or c.isalnum())
+        return sum(len(c.encode()) for c in text if ord(c) >= 0x20000 or unicodedata.category(c)[0] in "LNM")
 
     return count(turn[first:begin]) + count(turn[end:last]) < count(turn[begin:end])
 
@@ -289,4 +302,4 @@ def holds(turn: str, field: str) -> bool:
         return occurrence(turn, field) is not None
     if not any(len(term.encode()) > 1 and not term.encode().isdigit() for term in wanted):
         return False
-    return any(is_most_of_its_lines(piece, occurrence(piece, field)) for piece in (turn, *turn.split("\n")))
+    return any(is_most_of_its_lines(piece, occurrence(piece, field)) for piece in (turn, *re.split("[\n\r]", turn)))

@@ -59,6 +59,8 @@ BY_HAND = {
     "\u0e44\u0e17\u0e22": "\u0e44 \u0e17 \u0e22",
     "\ud55c": "\u1112 \u1161 \u11ab",
     "-- ** ``` \u2026": "",
+    "don\u02bct \u0633\u0640\u0640\u0644\u0627\u0645": "don t \u0633\u0644\u0627\u0645",
+    '[a](https://e.org/b_(c) "d e") [f](<www.g.h>) [i](mailto:j@k) f[l](m n)': "a f i f l m n",
 }
 
 
@@ -107,9 +109,17 @@ WRAPPINGS = {
     "lines of a word": lambda text: text.replace(" ", "\n> "),
     "comment": lambda text: "# " + text.replace(" ", "\n# "),
     "numbered": lambda text: "\n".join(f"{i:3} {word}" for i, word in enumerate(text.split(" "), 1)),
+    "numbered in HTML": lambda text: "<br>".join(f"{i}. {word}" for i, word in enumerate(text.split(" "), 1)),
+    "numbered in Chinese": lambda text: "\n".join(f"{i}\u3001{word}" for i, word in enumerate(text.split(" "), 1)),
+    "letters as quotes": lambda text: text.replace("'", "\u02bc").replace("\u2019", "\ua78c"),
+    "Hangul fillers": lambda text: text.replace(" ", "\u3164"),
+    "attributes": lambda text: " ".join(
+        f'<span class="w" data-x2=y>{html.escape(word)}</span>' for word in text.split(" ")
+    ),
     "hyphenated": lambda text: text.replace("friends", "fri-\nends").replace("function", "func-\n  tion"),
     "table": lambda text: "| " + text.replace(" ", " | ") + " |",
     "tags": lambda text: "<p>" + html.escape(text).replace(" ", "</i> <b class=\"x\">") + "</p>",
+    "titled links": lambda text: "[" + text.replace(" ", "](<https://e.org/a_(b)> 'of it') [") + "](mailto:a@b)",
     "links": lambda text: "[" + text.replace(" ", "](https://example.org/a?b=c) [") + "](/x)",
     "LaTeX": lambda text: r"\textbf{" + text.replace(" ", r"}\ \emph{") + "}",
     "Python bytes": lambda text: repr(text.encode()),
@@ -147,7 +157,25 @@ _ESCAPES = (
         "\\xe2\\x80\\x99",
     ),
     *("&", "&amp;", "amp;", "&lt;", "&#39;", "&#x41;", "&#128;", "&fjlig;", "&nope;", "#", ";", "%20", "%C3%A9", "%c3"),
-    *("<", ">", "<b>", "</b>", "<br/>", "<p class='x'>", "<a href=x>", "<b", " a=", "'", "](", "](http://x)", ")", "("),
+    *(
+        "<",
+        ">",
+        "<b>",
+        "</b>",
+        "<br/>",
+        "<p class='x'>",
+        "<a href=x>",
+        "<b",
+        " a=",
+        "'",
+        "](",
+        "](http://x)",
+        ")",
+        "(",
+        "](</a",
+        "](mailto:",
+    ),
+    *(' "t")', "\u02bc", "\u3164", "\u0640", "\n1\u3001", "\n2\u3002", "<br>1.", "<br>2.", "<p a1.b=c>"),
     *("\\text", "\\left", "\\dfrac", "\\neq", "\\ntext", "\\theta", "1", "2", "3", "\n1 ", "\n2. ", "\n\n3", "\r\n4:"),
     *("\n", "a-\n", "-\n", "-\r\n> ", "\u00ad\n", "\u2010 \n", "\u200b", "\u200d", "\ufeff", "\u0301", "\u0345"),
     *("\ufdfa", "\u0e33", "\uff11", "\uff08", "\uff0e", "\uff3c", "\n\uff08", "\ufe0f", "\u20e3", "\u00ad", "\uff06"),
@@ -166,7 +194,7 @@ def test_normal_forms_are_those_of_plain_python(texts):
     assert normalised(texts) == expected
 
 
-@_many
+@settings(_many, max_examples=100)
 @given(st.lists(_texts, min_size=1, max_size=6), st.data())
 def test_the_engine_finds_what_plain_python_finds(texts, data):
     """Instances are cut out of the turns' terms, in either reading, so that hits are common."""
@@ -189,8 +217,7 @@ def test_the_engine_finds_what_plain_python_finds(texts, data):
     }
     assert set(found) == wanted
     for (number, item), matched in found.items():
-        matched = matched.rstrip("\u2026")
-        assert matched in texts[number]
+        assert matched.rstrip("\u2026") in texts[number]
         form = [term for term, _, _ in plain.readings(items[item])[0]]
         of_turn = [
             texts[number][terms[at][1] : terms[at + len(form) - 1][2]]
@@ -198,7 +225,8 @@ def test_the_engine_finds_what_plain_python_finds(texts, data):
             for at in range(len(terms) - len(form) + 1)
             if [term for term, _, _ in terms[at : at + len(form)]] == form
         ]
-        assert any(source.startswith(matched) for source in of_turn), (matched, of_turn)
+        # The passage to the byte, or its first 200 characters.
+        assert matched in [source if len(source) <= 200 else f"{source[:199]}\u2026" for source in of_turn]
 
 
 @_many
@@ -208,6 +236,13 @@ def test_canonical_and_compatible_forms_are_one(texts):
     texts = ["".join(c for c in text if not unicodedata.normalize("NFKC", c).isascii()) for text in texts]
     for form in ("NFC", "NFD"):
         assert normalised([unicodedata.normalize(form, text) for text in texts]) == normalised(texts)
+
+
+def test_words_are_joined_behind_the_numbers_of_lines():
+    lines = ITEMS[0].replace("friends", "fri-\nends").replace(", and", ",\nand").split("\n")
+    numbered = "\n".join(f"{number:3} {line}" for number, line in enumerate(lines, 1))
+    assert set(find(ITEMS, [numbered])) == {(0, 0)}
+    assert plain.holds(numbered, ITEMS[0])
 
 
 def test_few_terms_count_as_in_full_or_standing_alone():
@@ -228,7 +263,7 @@ def test_few_terms_count_as_in_full_or_standing_alone():
 _plain_words = st.lists(st.sampled_from(["a", "b", "ab", "the", "water", "nbsp", "text"]), max_size=30).map(" ".join)
 
 
-@_many
+@settings(_many, max_examples=50)
 @given(st.lists(_plain_words, min_size=1, max_size=6), st.lists(_plain_words, min_size=1, max_size=4))
 def test_plain_text_gives_what_full_gives(items, texts):
     tables = []

@@ -126,6 +126,20 @@ SHORT = [
 
 
 @pytest.mark.parametrize("mode", ["full", "normalised"])
+def test_quotes_and_returns_are_no_letters_of_a_line(tmp_path, mode):
+    rows = [
+        turn(
+            "0:0",
+            "Please answer this one\u2026\r\u300c\u300c\u2014 Is fire hot? \u2014\u300d\u300d\rand think twice",
+            "yes",
+        ),
+        turn("0:1", "\u8bf7\u95ee\u4f60\u4eec\u4f1a\u600e\u4e48\u8bf4\u8fd9\u4e00\u53e5: Is fire hot?", "yes"),
+    ]
+    run(tmp_path, quiz(tmp_path), rows=rows, mode=mode, min_terms=8, short_items="alone")
+    assert [line["id"] for line in kept_and_log(tmp_path)[1]] == ["0:0"]
+
+
+@pytest.mark.parametrize("mode", ["full", "normalised"])
 @pytest.mark.parametrize(
     ("rule", "removed"),
     [("never", ["0:5"]), ("alone", ["0:0", "0:1", "0:3", "0:5"]), ("always", [f"0:{k}" for k in range(6)])],
@@ -182,3 +196,17 @@ def test_what_a_span_leaves_has_no_hit(tmp_path_factory, texts):
     again, _ = run(tmp_path, quiz(tmp_path), rows=kept, policy="report", **rules)
     _, counted = run(tmp_path, quiz(tmp_path), rows=[*kept, turn("x", "clean", "y")], policy="remove", **rules)
     assert counted["num_removed"] == 0.0 and again.num_rows == len(kept)
+
+
+@pytest.mark.parametrize("mode", ["full", "normalised"])
+def test_span_cuts_every_field_of_an_item(tmp_path, mode):
+    # "violet" is in fewer items than the question is, so the hit is found by it: the question has to go, too.
+    question = "Which colour has the sky above the old town in the evening"
+    items = [{"q": question, "a": "violet"}, {"q": question, "a": "green"}]
+    bench = benchmark(tmp_path, rows=items, query_fields=["q", "a"], strip_prefix="")
+    rows = [turn("0:0", f"One. {question}? It is: VIOLET. Two.", "yes"), turn("0:1", f"{question}? violets", "yes")]
+    run(tmp_path, bench, rows=rows, policy="span", mode=mode)
+    kept, log = kept_and_log(tmp_path)
+    assert kept[0]["messages"][0]["content"] == "One. ? It is: . Two."
+    assert sorted(cut["text"] for cut in log[0]["cut"]) == ["VIOLET", question]
+    assert kept[1] == rows[1] and len(log) == 1

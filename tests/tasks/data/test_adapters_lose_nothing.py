@@ -60,7 +60,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "preference_by_score": [
         {"prompt": "§", "completions": [{"response": "§", "score": score, "model": "§"} for score in (1, 5, 3)]}
     ],
-    "rlvr": [{"messages": TURNS[:2], "verifier": "gsm8k", "ground_truth": "#### 7", "constraint": "§"}],
+    "rlvr": [
+        {"messages": TURNS[:2], "verifier": "gsm8k", "ground_truth": "#### 7", "constraint": "§"},
+        {"messages": TURNS[:2], "verifier": "gsm8k", "ground_truth": "#### 7", "tools": TOOLS},
+    ],
     "text": [{"text": "§", "more": "§"}],
 }
 #: kto looks at more than one row, and all_text keeps every text by its own rule.

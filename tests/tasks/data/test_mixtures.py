@@ -59,6 +59,7 @@ def test_rows_of_each_source(asked_for: list[dict[str, Any]], there: list[int], 
     ([{"num_rows": 11}, {}], [10, 20], r"a: num_rows 11, and 10 are there.*\(max_repeats of at least 1\.1\)"),
     ([{"share": 0.5}, {}], [10, 20], r"a: share 0\.5 of a set of 40 rows is 20 rows, and 10 are there"),
     ([{"share": 0.5, "max_repeats": 1.5}, {}], [10, 20], r"max_repeats of at least 2\)"),
+    ([{"num_rows": 1334}, {}], [1000, 20], r"max_repeats of at least 1\.34\)"),  # 1.33 would be refused again
     ([{"repeats": 0.01}, {}], [10, 20], r"a: repeats 0\.01 of its 10 rows is none"),
     ([{"share": 0.5}, {}], [10, 0], "b: no row is left of it"),
 ])  # fmt: skip

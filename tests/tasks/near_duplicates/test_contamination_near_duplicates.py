@@ -252,6 +252,43 @@ def test_a_crowd_is_bounded_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.unfinished == [4, 5] and not found.pairs
 
 
+@settings(max_examples=100)
+@given(st.lists(st.sampled_from("abcdef"), max_size=30), st.integers(0, 12), st.booleans(), st.integers(1, 3))
+def test_no_limit_hides_a_copy(texts: list[str], num_others: int, within: bool, limit: int) -> None:
+    """a and b are alike, the others are not; all share their bands."""
+    num_others = min(num_others, len(texts))
+    hashes = np.array([ord(text) for text in texts], np.uint64)
+
+    def alike(one: int, other: int) -> float | None:
+        pair = {texts[one], texts[other]}
+        return 1.0 if len(pair) == 1 else 0.9 if pair == {"a", "b"} else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy, "MAX_COMPARISONS", limit)
+        patch.setattr(greedy, "MAX_KEPT_PER_BAND", limit)
+        bands = np.zeros((len(texts), 2), np.uint64)
+        found = greedy.near_duplicates(bands, np.ones(len(texts), bool), num_others, alike, within, hashes)
+    gone = {pair.item for pair in found.pairs}
+    for item in range(num_others, len(texts)):
+        before = range(item) if within else range(num_others)
+        assert item in gone or all(texts[other] != texts[item] for other in before)
+    assert all(pair.other < num_others or pair.other not in gone for pair in found.pairs)
+
+
+def test_a_copy_of_a_template_row_is_found_beside_another_set_of_them(tmp_path: Path) -> None:
+    """More rows of the other set are candidates than are compared, and come first."""
+    rng = random.Random(0)
+    template = " ".join(f"word{number}" for number in range(60))
+    rows = [
+        conversation(number, f"{template} {' '.join(str(rng.randrange(10**6)) for _ in range(25))}")
+        for number in range(700)
+    ]
+    copies = [conversation(700 + k, row["messages"][0]["content"].upper()) for k, row in enumerate(rows[-50:])]
+    outputs, folder = run(tmp_path / "a", [*rows[600:], *copies], others={"sft": rows[:600]})
+    assert outputs.num_unfinished > 0
+    assert [(pair["row"], pair["other_row"]) for pair in pairs_of(folder)] == [(100 + k, 50 + k) for k in range(50)]
+
+
 @given(st.lists(st.lists(st.sampled_from("abcde"), min_size=1, max_size=6), max_size=14), st.data())
 def test_the_walk_is_brute_force_where_all_meet(texts: list[list[str]], data: st.DataObject) -> None:
     """With one band that all share, every pair is a candidate."""

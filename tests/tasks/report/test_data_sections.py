@@ -13,6 +13,7 @@ from smoltulu.schemas.mixture import MixtureOutputs, SourceShare
 from smoltulu.schemas.preflight import LengthReport, PreflightOutputs
 from smoltulu.tasks.report import html_report
 from smoltulu.tasks.report.page import table_files
+from smoltulu.tasks.report.tables import sets_of_run
 from tests.tasks.report.test_report import sample_run
 
 
@@ -92,3 +93,28 @@ def test_tables_of_data_lie_beside_the_report(tmp_path: Path) -> None:
     assert (ours["GPQA"]["value"], ours["GPQA"]["said"], ours["MMLU"]["said"]) == ("", "not checked", "not checked")
     assert files["tables.html"].startswith("<!DOCTYPE html>") and "gated" in files["tables.html"]
     assert table_files({}, {}) == {}
+
+
+def test_rows_that_a_setting_dropped_are_not_all_of_a_data_set(tmp_path: Path) -> None:
+    """Its contamination would stand beside the published one of other rows."""
+    _, manifests, _, _ = sample_run(tmp_path)
+    source = {"repository": "org/pairs", "split": "train"}
+    found = []
+    for dropped in ({}, {"a margin below 2": 3}):
+        report = {
+            "label": "pairs",
+            "num_rows": 9,
+            "num_malformed": 0,
+            "reasons": {},
+            "examples": (),
+            "dropped": dropped,
+        }
+        read = manifests["contamination-sft"].model_copy(deep=True)
+        read.spec.config["data"] = {"sources": [source]}
+        read = with_outputs(read, {"kind": "preference", "num_rows": 6, "sources": [report]}, key="ab" * 32)
+        check = manifests["contamination-sft"].model_copy(
+            update={"inputs": {"dataset": InputRecord(stage="dataset", key="ab" * 32, digest="ef" * 32)}}
+        )
+        (made,) = sets_of_run({"dataset-sft": read, "contamination-sft": check})
+        found.append(made.repository)
+    assert found == ["org/pairs", None]

@@ -355,6 +355,22 @@ def test_scoring_goes_on_after_a_kill(
     assert whole.read_bytes() == broken.read_bytes()
 
 
+def test_samples_of_before_there_were_tools_are_scored(tmp_path: Path, written: Path) -> None:
+    """They took hours, and their key is the same."""
+    table = parquet.read_table(written)
+    older = tmp_path / "older.parquet"
+    with (
+        parquet.ParquetFile(written) as file,
+        parquet.ParquetWriter(older, table.schema.remove(table.schema.get_field_index("whole_prompt"))) as writer,
+    ):
+        for group in range(file.num_row_groups):
+            writer.write_table(file.read_row_group(group).drop_columns(["whole_prompt"]))
+    scored(tmp_path / "older", older)
+    scored(tmp_path / "now", written)
+    made = (tmp_path / name / "out" / "scores.parquet" for name in ("older", "now"))
+    assert len({file.read_bytes() for file in made}) == 1
+
+
 def test_scores_that_cannot_be_given(tmp_path: Path, model: Path, written: Path, reward_model: Path) -> None:
     sample(tmp_path / "sft", model, sft_rows(2))
     with pytest.raises(ValueError, match=r"prompts without a verifier cannot be graded, e\.g\. 0:0"):
