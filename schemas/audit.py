@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.contamination import BenchmarkReport, ContaminationOutputs, MatchMode, Role
-from smoltulu.schemas.data import DatasetOutputs, RowFormat
+from smoltulu.schemas.data import DatasetOutputs, RowFormat, name_of_ours
 from smoltulu.schemas.languages import LanguageOutputs
 
 
@@ -48,6 +48,11 @@ class AuditSettings(StrictModel):
     limit: int | None = Field(None, ge=1, description="first rows only")
     refresh: bool = Field(False, description="read the benchmarks again, e.g. since access to a gated one was granted")
     compute: ComputeSettings = Field(ComputeSettings())
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _name_of_ours(cls, value: Any) -> Any:
+        return name_of_ours(value)
 
     @model_validator(mode="before")
     @classmethod

@@ -53,6 +53,14 @@ _OTHER_NAMES = {
 }
 
 
+def name_of_ours(value: Any) -> Any:
+    """ValueError for a form that others call so, with what it is called here."""
+    known = _OTHER_NAMES.get(str(value).lower().replace("-", "_"))
+    if known is not None:
+        raise ValueError(f"{value!r} is not what the form is called here; write {known}")
+    return value
+
+
 class DataSource(MixtureRule):
     """One table of rows: a Hub dataset at a revision, a local file or folder, a file of the `world` stage, or samples.
 
@@ -144,10 +152,7 @@ class DataSource(MixtureRule):
     @field_validator("format", mode="before")
     @classmethod
     def _name_of_ours(cls, value: Any) -> Any:
-        known = _OTHER_NAMES.get(str(value).lower().replace("-", "_"))
-        if known is not None:
-            raise ValueError(f"{value!r} is not what the form is called here; write {known}")
-        return value
+        return name_of_ours(value)
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

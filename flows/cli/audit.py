@@ -154,7 +154,7 @@ def run_audit(data: Sequence[str], settings: AuditSettings, out: Console) -> lis
 
     It runs the flow's stages on the flow's store, one after the other, without a server.
     """
-    from smoltulu.flows.graphs.audit_graph import AuditGraph
+    from smoltulu.flows.graphs.audit_graph import AuditGraph, given_path
     from smoltulu.flows.local import run_graph
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.runs import begin_run, end_run
@@ -163,7 +163,7 @@ def run_audit(data: Sequence[str], settings: AuditSettings, out: Console) -> lis
     from smoltulu.tasks.engine.stores import open_store
     from smoltulu.tasks.report.audit import write_audit_report
 
-    data = [str(Path(text).expanduser().absolute()) if Path(text).expanduser().exists() else text for text in data]
+    data = [given_path(text) for text in data]
     benchmarks, folder = tuple(map(_absolute_file, settings.benchmarks)), settings.benchmarks_folder
     folder = folder and str(expand_path(folder).absolute())
     settings = settings.model_copy(update={"benchmarks": benchmarks, "benchmarks_folder": folder})

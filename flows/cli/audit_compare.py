@@ -26,13 +26,14 @@ def run_compare(
     data: Sequence[str], settings: AuditSettings, rules: NearDuplicateRules, out: Console
 ) -> dict[str, Any]:
     """Compare two data sets, print what they share, and return it as plain values. ValueError for the user's faults."""
+    from smoltulu.flows.graphs.audit_graph import given_path
     from smoltulu.flows.graphs.compare_graph import CompareGraph
     from smoltulu.flows.local import run_graph
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.runs import begin_run, end_run
     from smoltulu.tasks.engine.stores import open_store
 
-    data = [str(Path(text).expanduser().absolute()) if Path(text).expanduser().exists() else text for text in data]
+    data = [given_path(text) for text in data]
     os.chdir(PROJECT)  # a relative store starts there
     graph = CompareGraph(data, settings, rules)
     store = open_store(settings.compute)

@@ -28,7 +28,7 @@ from smoltulu.schemas.contamination import (
 from smoltulu.schemas.data import DataSet, DatasetOutputs, DatasetStageConfig, DataSource
 from smoltulu.schemas.languages import LanguageOutputs, LanguageSettings, LanguageStageConfig
 from smoltulu.tasks.data.benchmarks import benchmarks_folder, choose_benchmarks
-from smoltulu.tasks.data.detect import DetectedFormat, detect_format, format_as_given, sample_rows
+from smoltulu.tasks.data.detect import DetectedFormat, detect_format, format_as_given, no_objects, sample_rows
 from smoltulu.tasks.data.files import SUFFIXES
 from smoltulu.tasks.data.hub import HubUnreachable, Reference, resolve_commit, resolve_commits
 from smoltulu.tasks.data.sources import read_rows
@@ -182,6 +182,18 @@ def audited_data(data: Sequence[str], settings: AuditSettings) -> tuple[AuditedD
     return tuple(_audited(number, _pinned(source, commits), settings) for number, source in enumerate(sources))
 
 
+def given_path(text: str) -> str:
+    """Data as a user names it: the whole path of what exists, the name of a Hub data set as it is.
+
+    ValueError for anything else, while the working folder is still the user's.
+    """
+    path = Path(text).expanduser()
+    if path.exists():
+        return str(path.absolute())
+    _source(text, AuditSettings())
+    return text
+
+
 def _source(text: str, settings: AuditSettings) -> DataSource:
     """A local path if it exists, else a Hub data set."""
     bad = settings.on_bad_line or ("count" if settings.reads_all_text else "stop")
@@ -244,11 +256,10 @@ def _all_text(number: int, source: DataSource, settings: AuditSettings) -> Audit
     if settings.fields:
         raise ValueError(f"fields {dict(settings.fields)} are those of a format; name that too")
     try:
-        columns = list(dict.fromkeys(
-            str(name) for row in sample_rows(read_rows(source)) if isinstance(row, dict) for name in row
-        ))  # fmt: skip
+        rows = sample_rows(read_rows(source))
+        columns = list(dict.fromkeys(str(name) for row in rows if isinstance(row, dict) for name in row))
         if not columns:
-            raise ValueError("there is no row that is an object with columns")
+            raise no_objects([row for row in rows if not isinstance(row, dict)])
         for name in settings.columns:
             if name not in columns:
                 near = difflib.get_close_matches(name, columns, 1)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from smoltulu.schemas.data import DatasetKind, RowFormat
-from smoltulu.tasks.data.formats import FORMS, KIND_FORMATS, MalformedRow
+from smoltulu.schemas.data import DatasetKind, DataSource, RowFormat
+from smoltulu.tasks.data.formats import FORMS, KIND_FORMATS, MalformedRow, SourceCounts
 from smoltulu.tasks.data.formats.columns import ALIASES
 from smoltulu.tasks.data.formats.sft import listed
 from smoltulu.tasks.data.formats.transcripts import dialect_of, is_transcript
@@ -94,7 +94,7 @@ def detect_format(rows: Iterable[Any]) -> DetectedFormat:
     rows = sample_rows(rows)
     objects = [row for row in rows if isinstance(row, dict)]
     if not objects:
-        raise ValueError("there is no row that is an object with columns" if rows else "there is no row")
+        raise no_objects(rows)
     columns = _Columns(objects)
     found = (
         _preference(columns)
@@ -115,6 +115,20 @@ def detect_format(rows: Iterable[Any]) -> DetectedFormat:
             "and, where names differ, fields such as prompt=COLUMN"
         )
     return found
+
+
+def no_objects(rows: list[Any]) -> ValueError:
+    """What is said of first rows that are no objects: why, and the first of them."""
+    if not rows:
+        return ValueError("there is no row")
+    counts = SourceCounts(DataSource(path="rows", format="all_text"))
+    assert not list(counts.normalised(rows))
+    report = counts.report()
+    reasons = "; ".join(f"{reason}: {number}" for reason, number in report.reasons.items())
+    return ValueError(
+        f"there is no row that is an object with columns. Reasons: {reasons}. First examples:\n  "
+        + "\n  ".join(report.examples)
+    )
 
 
 def format_as_given(name: RowFormat, fields: Mapping[str, str]) -> DetectedFormat:
@@ -190,7 +204,11 @@ def _is_chat(value: Any) -> bool:
 
 
 def _is_text_or_chat(value: Any) -> bool:
-    return _is_text(value) or _is_chat(value)
+    return _is_text(value) or _is_chat([value] if isinstance(value, dict) else value)
+
+
+def _asks(value: Any) -> bool:
+    return _last_role(value) in ("user", "tool")
 
 
 def _last_role(value: Any) -> str | None:
@@ -235,7 +253,7 @@ def _preference(columns: _Columns) -> DetectedFormat | None:
     if chosen is None or rejected is None:
         return None
     fields = _fields(chosen=chosen, rejected=rejected)
-    prompt = columns.first(_PROMPT_COLUMNS, _is_text_or_chat)
+    prompt = columns.first(_PROMPT_COLUMNS, _is_text_or_chat) or columns.first(_CHAT_COLUMNS, _asks)
     if prompt is not None:
         said = _say(*columns.system(), prompt, chosen, rejected)
         return DetectedFormat("preference", "preference", fields | _fields(prompt=prompt), said)
@@ -343,8 +361,8 @@ def _one_turn(columns: _Columns) -> DetectedFormat | None:
     system = columns.system()
     answer = columns.fullest(_ANSWER_COLUMNS, _is_text_or_chat)
     if answer is not None and answer.lower() == "answer":
-        # Mathematics: the solution is what a model should write, the answer its last line.
-        answer = columns.first(("solution",), _is_text) or answer
+        # Mathematics: what a model should write is the solution, and the answer its last line.
+        answer = columns.first(("solution", "output"), lambda value: _is_text(value) and not is_empty(value)) or answer
     if answer is None or user.lower() == "text":
         if columns.first((user.lower(),), _is_text) is None:
             raise ValueError(f"the column {user!r} holds conversations that do not end with the assistant's turn")

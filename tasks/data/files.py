@@ -204,33 +204,90 @@ def _read_list(path: Path, stream: BinaryIO) -> Iterator[dict[str, str]]:
 def read_csv(path: Path, stream: Any, delimiter: str = ",", on_bad_line: OnBadLine = "stop") -> Iterator[Any]:
     """Rows of a file with a header. Errors as `read_file`."""
     csv.field_size_limit(MAX_ROW_BYTES)  # the default refuses cells above 128 KiB, which conversations reach
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(_text_lines(text, path), delimiter=delimiter, strict=True)
+    counts = on_bad_line == "count"
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape" if counts else "strict", newline="")
+    lines = _CsvLines(text, path)
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
         _check_header(list(reader.fieldnames or ()), path)
-        for row in reader:
-            if None in row:
-                where, reason = f"{path}, line {reader.line_num}", "more cells than the header has columns"
-                if on_bad_line == "stop":
-                    raise ValueError(f"{where}: {reason}; with on_bad_line: count it is a malformed row")
-                yield BrokenRow(reason, str(list(row.values())))
-            else:
+        if lines.fault:
+            raise ValueError(f"{path}: the header: {lines.fault}")
+        is_ragged = False  # rows that leave out their last cells
+        while True:
+            before, reason, cells = lines.number, "", ""
+            try:
+                row = next(reader, None)
+                if row is None:
+                    return
+                reason = lines.fault or _fault_of_cells(row, is_ragged or lines.last.endswith(("\n", "\r")))
+                is_ragged = is_ragged or None in row.values()
+                cells = str(list(row.values())) if reason else ""
+            except csv.Error as error:
+                row, reason, cells = {}, "line is not CSV, or torn", lines.last
+                if not counts:
+                    raise ValueError(f"{path}, line {lines.number}: not CSV ({error}){_COUNT}") from error
+            lines.fault = ""
+            if not reason:
                 yield row
+            elif not counts:
+                raise ValueError(f"{path}, line {lines.number}: {reason}{_COUNT}")
+            else:
+                # A quote that never ends takes the lines behind it along: each of them may have been a row.
+                yield from [BrokenRow(reason, cells)] * (lines.number - before if not row else 1)
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+        raise ValueError(f"{path}: the header is not CSV ({error})") from error
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: not UTF-8 ({error.reason} after line {reader.line_num}); convert the file"
+            f"{path}: not UTF-8 ({error.reason} after line {lines.number}); convert the file{_COUNT}"
         ) from error
     finally:
         text.detach()
 
 
-def _text_lines(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
-    while line := text.readline(MAX_ROW_BYTES + 1):
+_COUNT = "; on_bad_line: count makes malformed rows of such lines"
+
+
+def _fault_of_cells(row: dict[Any, Any], may_be_short: bool) -> str:
+    """Why the cells of a row cannot be trusted; "" where they can."""
+    if None in row:
+        return "more cells than the header has columns"
+    if not may_be_short and None in row.values():
+        return "line is torn: it ends before its last cell, and the file with it"
+    return ""
+
+
+class _CsvLines:
+    """Lines of text for the reader of CSV.
+
+    Attributes: number, of those that were read; last, the last one; fault, of a line since it was set to "".
+    """
+
+    def __init__(self, text: io.TextIOWrapper, path: Path) -> None:
+        self._text, self._path = text, path
+        self.last = self.fault = ""
+        self.number = 0
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(MAX_ROW_BYTES + 1)
         if len(line) > MAX_ROW_BYTES:
-            raise ValueError(f"{path}: a line is longer than {MAX_ROW_BYTES >> 20} MiB, so this is no table of rows")
-        yield line
+            raise ValueError(
+                f"{self._path}: a line is longer than {MAX_ROW_BYTES >> 20} MiB, so this is no table of rows"
+            )
+        if not line:
+            raise StopIteration
+        self.last = line
+        self.number += 1
+        if "\0" in line:
+            self.fault = "line holds NUL bytes, as a crash leaves them"
+        elif not line.isascii():
+            try:
+                line.encode()
+            except UnicodeEncodeError:
+                self.fault = "line is not UTF-8"
+        return line
 
 
 def _check_header(names: list[str], path: Path) -> None:
@@ -276,8 +333,15 @@ def _read_arrow(path: Path, is_file: bool) -> Iterator[Any]:
         raise ValueError(f"{path}: not a whole arrow file ({str(error)[:200]}); fetch it again") from error
 
 
-def _check_columns(schema: pa.Schema, path: Path) -> None:
-    _check_header(schema.names, path)
+def _check_columns(columns: Any, path: Path) -> None:
+    """ValueError where a schema, or an object in a column, names one twice."""
+    import pyarrow as pa
+
+    is_schema = isinstance(columns, pa.Schema)
+    if is_schema or pa.types.is_struct(columns):
+        _check_header(columns.names, path)
+    for inner in columns if is_schema else [columns.field(number) for number in range(columns.num_fields)]:
+        _check_columns(inner.type, path)
 
 
 def _batch_rows(bytes_per_row: float) -> int:

@@ -32,10 +32,17 @@ _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 #: Files that lie beside data: notes, marks of a finished job, checksums, and descriptions by other tools.
 _BESIDE = re.compile(
     r"(_.*|.*\.(md|crc|md5|sha1|sha256|sha512|cff)|(md5|sha\d+)sums?(\.txt)?|checksums?(\..*)?"
-    r"|(readme|license|licence|notice|changelog|citation)(\..*)?|dataset_infos?\.json|dataset_dict\.json|state\.json"
-    r"|croissant\.json)",
+    r"|(readme|license|licence|notice|changelog|citation)(\..*)?)",
     re.IGNORECASE,
 )
+#: What beside data may be called as data is: descriptions by other tools, and marks.
+_BESIDE_JSON = re.compile(
+    r"_.*\.json|dataset_infos?\.json|dataset_dict\.json|state\.json|croissant\.json|checksums?\.json", re.IGNORECASE
+)
+#: Folders that Spark and Databricks keep beside data: unfinished files, and logs.
+_BESIDE_FOLDERS = ("_temporary", "_spark_metadata", "_symlink_format_manifest")
+#: Words of files that nobody means to train on, beside those of `datasets`.
+_HELD_OUT = re.compile(r"(.*[-._ ])?(held[-_ ]?out|hold[-_ ]?out)([-._ ].*)?", re.IGNORECASE)
 #: Parameters of a configuration in a card that change no row of the kinds that are read here.
 _HARMLESS = {"data_files", "data_dir", "default", "description", "version", "drop_labels", "features"}
 _MAX_DEPTH = 12
@@ -73,7 +80,7 @@ def data_files(path: Path, split: str | None, subset: str | None) -> DataFiles:
             raise ValueError(f"unsupported file {shown(path.name)}; allowed are {ALLOWED}")
         if subset is not None:
             raise ValueError(f"it is one file, which has no configurations; remove subset: {subset}")
-        found = _split_of_name(path.name) or "train"
+        found = _split_of_name(path.name.lower()) or "train"
         return _chosen(DataFiles(path.parent, {found: (path.name,)}), split)
     saved = _saved_by_datasets(path)
     if saved is not None:
@@ -94,7 +101,7 @@ def data_files(path: Path, split: str | None, subset: str | None) -> DataFiles:
             )
     if not names:
         raise ValueError(f"the folder is empty; expected {ALLOWED}")
-    splits = splits_of(names)
+    splits = _splits_of_folder(names)
     in_one = {name for members in splits.values() for name in members}
     return _chosen(DataFiles(path, splits, tuple(name for name in names if name not in in_one)), split)
 
@@ -138,6 +145,9 @@ def _walk(root: Path) -> list[str]:
     def look(folder: Path, prefix: str, depth: int) -> None:
         if depth > _MAX_DEPTH:
             raise ValueError(f"folders in folders, more than {_MAX_DEPTH} deep; name the one with the files")
+        if _is_saved(folder):  # `datasets` keeps results of its own beside the rows
+            found.extend(_saved_files(root, prefix.rstrip("/")))
+            return
         for entry in os.scandir(folder):
             if entry.name.startswith((".", "__")):
                 continue
@@ -148,7 +158,7 @@ def _walk(root: Path) -> list[str]:
                         f"a table of Delta Lake or Iceberg ({shown(name)}): its log says which files count; export its "
                         "rows as Parquet"
                     )
-                if not entry.name.startswith("_"):
+                if entry.name not in _BESIDE_FOLDERS:
                     look(Path(entry.path), f"{name}/", depth + 1)
             elif entry.is_dir():
                 raise ValueError(
@@ -156,7 +166,8 @@ def _walk(root: Path) -> list[str]:
                     "a source of its own"
                 )
             elif entry.is_file():
-                if not _BESIDE.fullmatch(entry.name):
+                is_data = suffix_of(Path(entry.name)) is not None
+                if not (_BESIDE_JSON if is_data else _BESIDE).fullmatch(entry.name):
                     found.append(name)
             elif entry.is_symlink():
                 raise ValueError(f"{shown(name)} is a link to a file that does not exist")
@@ -172,6 +183,20 @@ def _walk(root: Path) -> list[str]:
 
 def _is_table_format(folder: Path, name: str) -> bool:
     return name == "_delta_log" or any((folder / name).glob("*.metadata.json"))
+
+
+def _splits_of_folder(names: list[str]) -> dict[str, tuple[str, ...]]:
+    """As `splits_of`, in large letters too; and files that are called held-out are of a split `held_out`."""
+    lowered = {name.lower(): name for name in names}
+    if len(lowered) < len(names):
+        lowered = {name: name for name in names}
+    splits = {split: tuple(lowered[name] for name in files) for split, files in splits_of(sorted(lowered)).items()}
+    in_another = {name for split, files in splits.items() if split != "train" for name in files}
+    held = tuple(n for n in names if n not in in_another and any(map(_HELD_OUT.fullmatch, PurePosixPath(n).parts)))
+    if held:
+        splits["train"] = tuple(name for name in splits.get("train", ()) if name not in held)
+        splits["held_out"] = held
+    return {split: tuple(sorted(files)) for split, files in splits.items() if files}
 
 
 def splits_of(names: list[str]) -> dict[str, tuple[str, ...]]:
@@ -225,9 +250,13 @@ def _saved_by_datasets(folder: Path) -> DataFiles | None:
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError("its dataset_dict.json names no splits; save the data set again")
         return DataFiles(folder, {name: _saved_files(folder, _inside(name)) for name in names})
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+    if _is_saved(folder):
         return DataFiles(folder, {_json(folder / "state.json").get("_split") or "train": _saved_files(folder, "")})
     return None
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
 def _saved_files(folder: Path, split: str) -> tuple[str, ...]:

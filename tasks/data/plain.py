@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.data import DataSource
-from smoltulu.tasks.data.formats.columns import CHANGES_MEANING, counted_name
+from smoltulu.tasks.data.formats.columns import CHANGES_MEANING, counted_name, meaning_of
 from smoltulu.tasks.data.json_rows import Lines
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def plain_rows(block: Lines, source: DataSource) -> Plain | None:
     characters = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(characters == _LINE_FEED)
     firsts = characters[ends[:-1] + 1 if len(ends) and ends[-1] == len(data) - 1 else ends + 1]
-    if characters[0] <= _SPACE or (firsts <= _SPACE).any():  # maybe a blank line
+    # Arrow ends the process where the first value is null.
+    if data[:1] != b"{" or (firsts <= _SPACE).any():  # maybe a blank line
         return None
     try:
         if not data.isascii():
@@ -121,7 +122,7 @@ def _plain_and_unread(table: pa.Table, column: str) -> tuple[np.ndarray | None, 
     for name in table.column_names:
         if name == column:
             continue
-        if name.lower() in CHANGES_MEANING:
+        if meaning_of(name) in CHANGES_MEANING:
             return None, {}
         values = table.column(name)
         if pa.types.is_null(values.type):

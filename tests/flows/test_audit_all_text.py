@@ -71,6 +71,18 @@ def test_turns_in_a_text_that_is_json_are_turns() -> None:
     ]
 
 
+def test_who_speaks_is_no_text_but_a_sentence_behind_from_is() -> None:
+    letter = {"from": "Who wrote this letter?", "content": "Nobody."}
+    assert read({"letter": letter}) == [("text", "Who wrote this letter?\n\nNobody.")]
+    assert read({"turns": [{"role": "user", "from": "Which town?", "content": "Q"}]}) == [("user", "Which town?\n\nQ")]
+    assert read({"turns": [{"role": "narrator", "content": "Q"}]}) == [("text", "Q")]
+
+
+def test_a_text_that_is_json_with_a_key_twice_stays_as_it_is() -> None:
+    text = '{"question": "one", "question": "two"}'
+    assert read({"a": text}) == [("text", text)]
+
+
 def test_what_utf_8_cannot_hold_and_what_is_no_text() -> None:
     assert read({"a": "x\ud83dy", "b": b"bytes", "c": b"\xff\xd8"}) == [("text", "x\ufffdy\n\nbytes")]
     assert read({"a": 1, "b": [2.5], "c": {"d": True}}) == []
@@ -145,6 +157,7 @@ def test_what_is_searched(given: dict[str, Any], all_text: bool, as_paper: bool)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"format": "ShareGPT"}, "write format: messages, fields: {messages: conversations}"),
         ({"columns": ["a"], "format": "instruction"}, "those of all text"),
         ({"modes": ["full", "full"]}, "modes: each may be named once"),
         ({"modes": []}, "modes: name one or more of full, ngram, normalised"),
@@ -213,6 +226,9 @@ def test_columns_and_roles_narrow_it_and_say_what_they_leave_out(place: Path) ->
     assert code == 0, err
     assert re.search(r"GSM8K +│ +2 │ +0 │ +0 %", out) and re.search(r"DROP +│ +1 │ +0 │ +0 %", out)
     assert "context (2)" in out and re.search(r"left out +columns \(rows\): category \(2\), instruction \(2\)", out)
+    for more in ((), ("--compare",)):
+        code, _, err = audit(place, "dolly.json", *more)
+        assert code == 1 and f"looked in {place.resolve()})" in "".join(err.splitlines())
     code, _, err = audit(place, "dolly.jsonl", "--column", "contxt")
     assert code == 1 and "no column 'contxt' (did you mean 'context'?)" in err
     code, _, err = audit(place, "dolly.jsonl", "--role", "user")
@@ -223,6 +239,12 @@ def test_columns_and_roles_narrow_it_and_say_what_they_leave_out(place: Path) ->
 
 
 def test_an_audit_without_a_row_that_can_be_read_shows_why(place: Path) -> None:
+    (place / "torn.jsonl").write_bytes(b"\0\0\n" + b'{"a": "tor\n' * 7 + b"[1]\n")
+    for more in ((), ("--role", "user", "--on-bad-line", "count")):
+        code, _, err = audit(place, "torn.jsonl", *more)
+        said = " ".join(err.split())
+        assert code == 1 and "line is not JSON, or torn: 7" in said and "row is not an object: 1" in said
+        assert said.count("row ") >= 5
     (place / "broken.jsonl").write_text('{"instruction": "Q", "output": ""}\n' * 9)
     code, _, err = audit(place, "broken.jsonl", "--role", "user")
     said = " ".join(err.split())

@@ -13,7 +13,7 @@ from typing import Any
 
 from smoltulu.tasks.data.formats.columns import Row, counted_name
 from smoltulu.tasks.data.formats.turns import CONTENT_KEYS, ROLE_KEYS, ROLES
-from smoltulu.tasks.data.formats.values import Message
+from smoltulu.tasks.data.formats.values import Message, once
 
 #: The role of what is no turn.
 TEXT = "text"
@@ -90,12 +90,13 @@ def _gather(
     elif depth >= _MAX_DEPTH:
         found.append((column, _whole(json.dumps(value, ensure_ascii=False, default=str))))
     elif isinstance(value, dict):
-        role = None if chats is None else _role(value)
-        if role is not None:
+        speaker = None if chats is None else _speaker(value)
+        if speaker is not None:
             assert chats is not None
+            role, said_by = speaker
             pieces: list[Piece] = []
             for key, inner in value.items():
-                if key not in ROLE_KEYS:
+                if key != said_by:
                     _gather(inner, column, pieces, None, depth + 1)
             if pieces:
                 chats.append((role, pieces))
@@ -109,13 +110,18 @@ def _gather(
             _gather(inner, column, found, chats, depth + 1)
 
 
-def _role(value: dict[str, Any]) -> str | None:
-    """Our role of a turn; None for an object that is none."""
-    said = next((value[key] for key in ROLE_KEYS if isinstance(value.get(key), str)), None)
-    if said is None or not any(key in value for key in CONTENT_KEYS):
+def _speaker(value: dict[str, Any]) -> tuple[str, str | None] | None:
+    """Our role of a turn, and the key that says it; None for an object that is no turn.
+
+    A speaker that is not known is named in one word; more of them, as behind `from` of a letter, are text.
+    """
+    key = next((key for key in ROLE_KEYS if isinstance(value.get(key), str)), None)
+    if key is None or not any(name in value for name in CONTENT_KEYS):
         return None
+    said = value[key]
     role = ROLES.get(said.lower(), TEXT)
-    return "assistant" if role == "call" else role
+    is_name = role != TEXT or len(said.split()) < 2
+    return "assistant" if role == "call" else role, key if is_name else None
 
 
 def _written_as_text(text: str) -> Any:
@@ -123,7 +129,7 @@ def _written_as_text(text: str) -> Any:
     if text[0] not in "[{" or text.rstrip()[-1] not in "]}":
         return None
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once)  # a key twice: the text as it is, which loses nothing
     except (ValueError, RecursionError):
         return None
     return value if _holds_text(value) else None

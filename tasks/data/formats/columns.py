@@ -8,6 +8,7 @@ label that says "bad answer", an image, earlier turns) makes the row malformed, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from smoltulu.schemas.data import DataSource
@@ -51,6 +52,8 @@ def _word(value: Any) -> str:
 #: Columns (and keys of turns) that change what a row means -> whether a value of theirs changes nothing after all.
 CHANGES_MEANING: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "documents"), _never),
+    **dict.fromkeys(("image_url", "image_urls", "image_path", "image_paths", "pixel_values"), _never),
+    **dict.fromkeys(("chat_history", "conversation_history", "dialogue_history", "previous_turns"), _never),
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id", "tool_choice"), _never),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "history", "chat_template_kwargs"), _never),
     **dict.fromkeys(("system", "system_prompt", "system_message", "system_instruction"), _never),
@@ -58,6 +61,7 @@ CHANGES_MEANING: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("weight", "loss_weight", "sample_weight", "loss_scale"), _is_yes),
     **dict.fromkeys(("train", "trainable", "loss"), _is_yes),
     **dict.fromkeys(("label", "score", "rating", "reward", "is_good", "is_correct", "is_desirable"), _is_not_no),
+    **dict.fromkeys(("kto_tag", "desirable", "is_chosen", "is_preferred", "thumbs_up"), _is_not_no),
 }
 #: The same for keys that only turns have.
 TURN_CHANGES_MEANING = dict.fromkeys(("channel", "recipient", "attachments", "files", "prefix"), _never)
@@ -68,6 +72,19 @@ OF_TRUTHS = (*OF_PAIRS, "label", "is_correct")
 PROMPT_PARTS = ("context", "input", "passage", "choices", "options", "paragraph", "document")
 
 _MAX_NAME = 80
+
+
+def _without_marks(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "").replace(" ", "")
+
+
+_ONE_SPELLING = {_without_marks(name): name for name in (*CHANGES_MEANING, *TURN_CHANGES_MEANING)}
+
+
+@lru_cache(1024)
+def meaning_of(name: Any) -> str:
+    """A name as the lists here have it, however it is spelt: systemInstruction, System-Instruction."""
+    return _ONE_SPELLING.get(_without_marks(name), name.lower()) if isinstance(name, str) else ""
 
 
 class Row:
@@ -148,7 +165,7 @@ class Row:
         for column, value in self.values.items():
             if value is None or column in self._read or is_empty(value):
                 continue
-            lowered = column.lower() if refuses and isinstance(column, str) else ""
+            lowered = meaning_of(column) if refuses else ""
             if lowered in CHANGES_MEANING and lowered not in harmless:
                 refuse(column, value, "column", CHANGES_MEANING[lowered])
             if one_text and lowered in PROMPT_PARTS:
@@ -163,7 +180,7 @@ class Row:
         for key, value in left.items():
             if value is None or is_empty(value):
                 continue
-            lowered = key.lower() if isinstance(key, str) else ""
+            lowered = meaning_of(key)
             changes_nothing = TURN_CHANGES_MEANING.get(lowered, CHANGES_MEANING.get(lowered))
             if changes_nothing is not None:
                 refuse(key, value, f"key in {where}:", changes_nothing)

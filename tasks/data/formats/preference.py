@@ -82,14 +82,21 @@ def read_by_score(row: Row) -> dict[str, Any]:
         raise MalformedRow("field 'completions' is not a list of objects")
     if len(completions) < 2:
         raise MalformedRow("fewer than two completions")
-    scored = [_scored(completion) for completion in completions]
-    best = max(range(len(scored)), key=lambda place: scored[place][2])
-    worst = min(range(len(scored)), key=lambda place: scored[place][2])
-    margin = scored[best][2] - scored[worst][2]
+    # One scale for all: the aspects of UltraFeedback go to 5, its overall score to 10.
+    score = next((key for key in _SCORES if all(one.get(key) is not None for one in completions)), None)
+    if score is None:
+        some = any(one.get(key) is not None for one in completions for key in _SCORES)
+        raise MalformedRow(
+            f"no score {'is of all completions' if some else 'in completions'}; read: {', '.join(_SCORES)}"
+        )
+    scored = [_scored(completion, score) for completion in completions]
+    best = max(range(len(scored)), key=lambda place: scored[place][1])
+    worst = min(range(len(scored)), key=lambda place: scored[place][1])
+    margin = scored[best][1] - scored[worst][1]
     if margin == 0:
         raise Tie("all completions have the same score")
     for place, completion in enumerate(completions):
-        named, score, _ = scored[place]
+        named, _ = scored[place]
         if place not in (best, worst):
             row.unread.add("completions[] between the best and the worst")
             continue
@@ -105,13 +112,12 @@ def read_by_score(row: Row) -> dict[str, Any]:
     return _finished(pair, row, margin, one_text=isinstance(prompt, str))
 
 
-def _scored(completion: dict[str, Any]) -> tuple[str, str, float]:
-    """The keys of an answer and of its score, and the score."""
+def _scored(completion: dict[str, Any], score: str) -> tuple[str, float]:
+    """The key of an answer, and its score."""
     response = next((key for key in _RESPONSES if key in completion), None)
-    score = next((key for key in _SCORES if completion.get(key) is not None), None)
-    if response is None or score is None:
-        raise MalformedRow(f"a completion has no {_RESPONSES[0] if response is None else 'score'}")
-    return response, score, _number(completion[score], f"completions[].{score}")
+    if response is None:
+        raise MalformedRow(f"a completion has no {_RESPONSES[0]}")
+    return response, _number(completion[score], f"completions[].{score}")
 
 
 def prompt_of(value: Any, row: Row) -> list[Message]:

@@ -22,25 +22,37 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 #: Dialects that do not say exactly where a turn ends, or that hold more than turns: name -> what they begin with, and
 #: what must follow somewhere, so that a text which only speaks of it is none.
-_REFUSED: tuple[tuple[str, re.Pattern[str], str], ...] = (
-    ("Glaive (USER: … ASSISTANT: …)", re.compile(r"\s*(?:SYSTEM|USER): "), "ASSISTANT:"),
-    ("Vicuna (USER: … ASSISTANT: …)", re.compile(r".{0,500}?\bUSER: ", re.DOTALL), "ASSISTANT:"),
-    ("a chat template's <|user|> … <|assistant|>", re.compile(r"\s*(?:<s>)?<\|(?:system|user)\|>"), "<|assistant|>"),
-    ("Llama 2's [INST] … [/INST]", re.compile(r"\s*(?:<s>)?\s*\[INST\]"), "[/INST]"),
+_REFUSED: tuple[tuple[str, re.Pattern[str], tuple[str, ...]], ...] = (
+    ("Glaive (USER: … ASSISTANT: …)", re.compile(r"\s*(?:SYSTEM|USER): "), ("ASSISTANT:",)),
+    ("Vicuna (USER: … ASSISTANT: …)", re.compile(r".{0,500}?\bUSER: ", re.DOTALL), ("ASSISTANT:",)),
+    (
+        "a chat template's <|user|> … <|assistant|>",
+        re.compile(r"\s*(?:<s>)?<\|(?:system|user|prompter)\|>", re.IGNORECASE),
+        ("<|assistant|>", "<|Assistant|>", "<|ASSISTANT|>"),
+    ),
+    ("DeepSeek's <｜User｜>", re.compile(r".{0,2000}?<｜User｜>", re.DOTALL), ("<｜Assistant｜>",)),
+    ("Llama 2's [INST] … [/INST]", re.compile(r"\s*(?:<s>)?\s*\[INST\]"), ("[/INST]",)),
     (
         "Llama 3's <|start_header_id|>",
         re.compile(r"\s*(?:<\|begin_of_text\|>)?<\|start_header_id\|>"),
-        "<|end_header_id|>",
+        ("<|end_header_id|>",),
     ),
-    ("Gemma's <start_of_turn>", re.compile(r"\s*(?:<bos>)?<start_of_turn>"), "<start_of_turn>"),
-    ("HelpSteer's <extra_id_1>", re.compile(r".*?<extra_id_1>(?:User|Assistant)", re.DOTALL), "<extra_id_1>"),
+    ("Gemma's <start_of_turn>", re.compile(r"\s*(?:<bos>)?<start_of_turn>"), ("<start_of_turn>",)),
+    ("HelpSteer's <extra_id_1>", re.compile(r".*?<extra_id_1>(?:User|Assistant)", re.DOTALL), ("<extra_id_1>",)),
+    ("OIG's <human>: … <bot>: …", re.compile(r"\s*<human>:"), ("<bot>:",)),
+    ("Baize's [|Human|] … [|AI|] …", re.compile(r".{0,500}?\[\|Human\|\]", re.DOTALL), ("[|AI|]",)),
+    ("### User: … ### Assistant: …", re.compile(r"\s*### ?(?:System|User|Human)\b"), ("### Assistant", "###Assistant")),
     # With nothing behind the last mark it is one prompt in a template (mosaicml/dolly_hhrlhf), and no conversation.
     (
         "Alpaca's ### Instruction: … ### Response:",
         re.compile(r".{0,500}?### Instruction:.*### Response:\s*\S", re.DOTALL),
-        "### Response:",
+        ("### Response:",),
     ),
-    ("Human: … Assistant: …", re.compile(r"\s*(?:Human|User): "), "\nAssistant:"),
+    (
+        "Human: … Assistant: …",
+        re.compile(r"\s*(?:Human|User|System): ", re.IGNORECASE),
+        ("\nAssistant:", "\nassistant:", "\nASSISTANT:", "\nAI:", "\nBot:", "\nGPT:"),
+    ),
 )  # fmt: skip
 
 
@@ -52,9 +64,11 @@ def dialect_of(text: Any) -> str | None:
         return "hh-rlhf"
     if text.startswith("### Human:") and "### Assistant:" in text:
         return "guanaco"
-    if text.startswith("<|im_start|>") and text.count("<|im_start|>") > 1:
+    if _CHATML.match(text):
         return "ChatML"
-    return next((name for name, start, then in _REFUSED if then in text and start.match(text)), None)
+    return next(
+        (name for name, start, then in _REFUSED if any(mark in text for mark in then) and start.match(text)), None
+    )
 
 
 def is_in_template(text: str) -> bool:

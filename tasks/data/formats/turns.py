@@ -38,9 +38,11 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 def as_turns(value: Any, name: str, role: str) -> list[Any]:
-    """Text becomes one turn of `role`; a list is taken as turns."""
+    """Text becomes one turn of `role`; a list is taken as turns, and so is one turn alone."""
     if isinstance(value, str):
         return [{"role": role, "content": text_of(value, name)}]
+    if isinstance(value, dict) and any(key in value for key in ROLE_KEYS):
+        return [value]
     if not isinstance(value, list):
         raise MalformedRow(f"field {name!r} is {kind_of(value)}, neither text nor a list of messages")
     return list(value)
@@ -103,7 +105,12 @@ def read_turns(turns: Any, name: str, row: Row) -> list[Message]:
             if role is not None and content.__class__ is str and content and not content.isspace():
                 messages.append({"role": role, "content": clean(content, name)})
                 continue
-        message = _read_turn(turn, name, row)
+        try:
+            message = _read_turn(turn, name, row)
+        except EmptyAnswer as error:
+            if turn is turns[-1] and name != "prompt":
+                raise
+            raise MalformedRow(str(error)) from None  # of a prompt, or of an earlier answer
         if message is not None:
             messages.append(message)
     return messages
@@ -136,7 +143,7 @@ def _read_turn(turn: Any, name: str, row: Row) -> Message | None:
     if is_empty(content) and not calls:
         if role in ("system", "developer") and reasoning is None:
             return None
-        raise EmptyTurn(f"empty {role} turn in {name}")
+        raise (EmptyAnswer if role == "assistant" else MalformedRow)(f"empty {role} turn in {name}")
     message: Message = {"role": role, "content": clean("" if content is None else content, name)}
     if role != "assistant" and (reasoning is not None or calls):
         raise MalformedRow(f"a {role} turn of {name} has {'tool calls' if calls else 'reasoning'}")
@@ -153,10 +160,6 @@ def _read_turn(turn: Any, name: str, row: Row) -> Message | None:
     if not trained and role == "assistant":
         message["train"] = False
     return message
-
-
-class EmptyTurn(EmptyAnswer):
-    """A turn without text; in a pair, the answer is empty where it is the last one."""
 
 
 def _only(left: dict[str, Any], keys: tuple[str, ...], name: str) -> Any:

@@ -100,12 +100,13 @@ def parsed_json(text: str, name: str) -> Any:
     """What a JSON text holds. MalformedRow where it is none, or names a key twice, of which one would be lost."""
     clean(text, name)
     try:
-        return clean_json(json.loads(text, object_pairs_hook=_once), name)
+        return clean_json(json.loads(text, object_pairs_hook=once), name)
     except (ValueError, RecursionError):
         raise MalformedRow(f"{name} is text that is not JSON") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. ValueError where it names a key twice, of which one would be lost."""
     made = dict(pairs)
     if len(made) < len(pairs):
         raise ValueError("a key twice")

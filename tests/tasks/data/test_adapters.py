@@ -297,6 +297,41 @@ def test_single_answers_that_are_refused_by_name(row: dict[str, Any], given: Dat
         adapt(row, given)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "### User:\nq\n\n### Assistant:\na",
+        " ### Human: q\n### Assistant: a",
+        "<human>: q\n<bot>: a",
+        "<|prompter|>q<|endoftext|><|assistant|>a",
+        "<|User|>q<|Assistant|>a",
+        "<｜begin▁of▁sentence｜><｜User｜>q<｜Assistant｜>a",
+        "A talk.\n[|Human|] q\n[|AI|] a",
+        "HUMAN: q\nASSISTANT: a",
+        "System: s\nUser: q\nAI: a",
+        "user: q\nassistant: a",
+        "<|im_start|>user\nq<|im_end|>\n",
+    ],
+)
+def test_a_transcript_is_no_turn_in_whatever_dialect(text: str) -> None:
+    for row, given in (
+        ({"prompt": text, "completion": "a"}, source("prompt_completion")),
+        ({"prompt": "q", "completion": text}, source("prompt_completion")),
+        ({"instruction": text, "output": "a"}, source("instruction")),
+        ({"prompt": text, "chosen": "a", "rejected": "b"}, source("preference")),
+    ):
+        if "im_start" in text and given.format == "preference":
+            assert adapt(row, given) == PAIR  # a prompt that is one turn
+            continue
+        with pytest.raises(MalformedRow, match="is a transcript in one string"):
+            adapt(row, given)
+
+
+@pytest.mark.parametrize("text", ["user: who is it?", "Q: q\nA: a", "Say <human>: and <bot>:", "### Users\nAssistant"])
+def test_a_text_that_only_speaks_of_speakers_is_a_turn(text: str) -> None:
+    assert adapt({"prompt": text, "completion": "a"}, source("prompt_completion")) == chat(turn("user", text), A)
+
+
 def test_a_prompt_in_a_template_is_noticed_and_a_transcript_in_one_is_refused() -> None:
     prompt = "Below is an instruction.\n\n### Instruction:\nq\n\n### Response:\n"
     made, report = counted([{"prompt": prompt, "completion": "a"}], source("prompt_completion"))
@@ -488,6 +523,15 @@ def test_ties_and_empty_answers_are_told_apart_from_broken_rows() -> None:
     assert (report.dropped, report.reasons) == (tie, empty | broken)
     _, report = counted(rows, source("preference", empty_answers="drop", ties="drop"))
     assert (report.dropped, report.reasons) == (tie | empty, broken) and report.num_malformed == 2
+    # An empty turn that is no answer of the pair is a fault, whatever is said of empty answers.
+    none, empty_answer = turn("user", ""), turn("assistant", "")
+    rows = [
+        {"prompt": [none], "chosen": "a", "rejected": "b"},
+        {"prompt": [Q, empty_answer, Q], "chosen": "a", "rejected": "b"},
+        {"chosen": [none, A], "rejected": [none, B]},
+        {"chosen": [Q, empty_answer, Q, A], "rejected": [Q, empty_answer, Q, B]},
+    ]
+    assert counted(rows, source("preference", empty_answers="drop"))[1].num_malformed == 4
     strength = {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 0}
     with pytest.raises(DroppedRow, match="tie"):
         adapt(strength, source("preference_by_strength", ties="drop"))
@@ -538,6 +582,44 @@ def test_what_no_field_reads_is_counted_by_name() -> None:
     assert report.unread == {"messages[].id": 2, "source": 2, "lang": 1} and report.num_malformed == 1
     _, report = counted([chat(Q, A, **{f"c{number}": 1}) for number in range(1000)], source("messages"))
     assert len(report.unread) == 201 and sum(report.unread.values()) == 1000 and "other columns" in report.unread
+
+
+def test_completions_are_compared_by_a_score_that_all_have() -> None:
+    given = source("preference_by_score")
+    rows = [
+        {"response": "a", "fine-grained_score": None, "overall_score": 7},  # of 10
+        {"response": "b", "fine-grained_score": 4.5, "overall_score": 9},  # of 5, and of 10
+    ]
+    made = adapt({"prompt": "q", "completions": rows}, given)
+    assert made["chosen"] == [B] and made["rejected"] == [A]
+    rows[1] = {"response": "b", "fine-grained_score": 4.5}
+    with pytest.raises(MalformedRow, match="no score is of all completions"):
+        adapt({"prompt": "q", "completions": rows}, given)
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"prompt": "q", "completion": "a"}, "prompt_completion"),
+        ({"messages": [Q, A]}, "messages"),
+        ({"instruction": "q", "output": "a"}, "instruction"),
+    ],
+)
+def test_a_bad_answer_is_no_demonstration_whatever_its_label_is_called(row: dict[str, Any], format: str) -> None:
+    given = source(format)
+    for name in ("kto_tag", "is_chosen", "thumbs_up"):
+        with pytest.raises(MalformedRow, match=f"'{name}' is false"):
+            adapt({**row, name: False}, given)
+        assert adapt({**row, name: True}, given) == {"messages": [Q, A]}
+
+
+@pytest.mark.parametrize(
+    "name", ["System", "systemInstruction", "loss-weight", "Images", "image_url", "chat_history", "toolCalls"]
+)
+def test_a_column_that_changes_what_a_row_means_is_known_in_every_spelling(name: str) -> None:
+    with pytest.raises(MalformedRow, match=f"'{name}'.* changes what the row means"):
+        adapt({**SFT, name: ["x"]}, source("messages"))
+    assert adapt({**SFT, name: ["x"]}, source("messages", ignore=(name,))) == SFT
 
 
 def test_what_the_user_ignores_is_counted() -> None:

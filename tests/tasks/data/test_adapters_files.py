@@ -151,6 +151,11 @@ def test_what_is_no_whole_file_of_rows_is_named(tmp_path: Path, name: str, data:
 
 
 def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    inner = pa.StructArray.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["role", "role"])
+    turns = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), inner)
+    parquet.write_table(pa.table({"messages": turns}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet: the header names 'role' more than once"):
+        read(tmp_path / "b.parquet")
     parquet.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="names 'text' more than once"):
         read(tmp_path / "a.parquet")
@@ -208,6 +213,31 @@ def test_a_key_that_stands_twice_makes_one_row_malformed(tmp_path: Path, name: s
 def test_cells_without_a_column_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b\n1,2\n1,2,3\n")
     assert [type(row) for row in read(tmp_path / "a.csv", on_bad_line="count")] == [dict, BrokenRow]
+
+
+@pytest.mark.parametrize(
+    ("data", "kinds", "message"),
+    [
+        (b'a,b\n1,2\n3,"torn', [dict, BrokenRow], "line 3: not CSV"),
+        (b'a,b\n"1"x,2\n3,4\n', [BrokenRow, dict], "line 2: not CSV"),
+        (b"a,b,c\n1,2,3\n4,5", [dict, BrokenRow], "line 3: line is torn"),
+        (b"a,b\n1,2\n\0\0\0\0", [dict, BrokenRow], "line 3: line holds NUL bytes"),
+        (b"a,b\n1,\xff\n3,4\n", [BrokenRow, dict], "not UTF-8"),
+        # a quote that never ends: each line that it took along counts
+        (b'a,b\n1,2\n3,"x\n4,5\n6,7\n', [dict, BrokenRow, BrokenRow, BrokenRow], "not CSV"),
+        # last cells that are left out in other rows too, and where the line has an end
+        (b"a,b,c\n1,2\n4,5", [dict, dict], ""),
+        (b"a,b\n1,2\n3\n", [dict, dict], ""),
+    ],
+)
+def test_lines_of_csv_that_hold_no_row(tmp_path: Path, data: bytes, kinds: list[type], message: str) -> None:
+    (tmp_path / "a.csv").write_bytes(data)
+    assert [type(row) for row in read(tmp_path / "a.csv", on_bad_line="count")] == kinds
+    if message:
+        with pytest.raises(ValueError, match=f"{message}.*on_bad_line: count"):
+            read(tmp_path / "a.csv")
+    else:
+        assert len(read(tmp_path / "a.csv")) == len(kinds)
 
 
 def test_long_lines_and_bombs_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,6 +355,24 @@ def test_a_folder_of_several_splits_needs_one(tmp_path: Path) -> None:
         read(tmp_path, split="train[x]")
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["Train/a.jsonl", "Test/a.jsonl"], r"train \(1 file\), test"),
+        (["TRAIN-1.jsonl", "TEST-1.jsonl"], r"train \(1 file\), test"),
+        (["rows/a.jsonl", "Held-out/a.jsonl"], r"train \(1 file\), held_out"),
+        (["rows.jsonl", "held_out.jsonl"], r"train \(1 file\), held_out"),
+        (["train.jsonl", "test.jsonl", "math-holdout-1.jsonl"], "train .*, test .*held_out"),
+    ],
+)
+def test_a_folder_of_several_splits_needs_one_however_they_are_written(
+    tmp_path: Path, names: list[str], said: str
+) -> None:
+    with pytest.raises(ValueError, match=f"several splits: {said}"):
+        read(tree(tmp_path, *names))
+    assert texts(tmp_path, split="train") == names[:1]
+
+
 def test_a_split_of_a_path_is_never_ignored(tmp_path: Path) -> None:
     tree(tmp_path, "rows.jsonl", "more.jsonl", "gsm8k_test.jsonl")
     assert texts(tmp_path / "rows.jsonl", split="train") == ["rows.jsonl"]
@@ -370,6 +418,13 @@ def test_nested_shards_beside_marks_and_checksums(tmp_path: Path) -> None:
     (tmp_path / "b" / "c" / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=r"unsupported file 'b/c/notes\.txt'"):
         read(tmp_path)
+
+
+def test_data_is_never_taken_for_notes_or_marks(tmp_path: Path) -> None:
+    names = ["_part.jsonl", "_x/a.jsonl", "checksum.jsonl", "citation.csv", "notice.ndjson"]
+    tree(tmp_path, *names, "_temporary/0/a.jsonl", "_info.json", "checksums.json")
+    (tmp_path / "citation.csv").write_text("text\ncitation.csv\n")
+    assert texts(tmp_path) == names
 
 
 def test_a_nested_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
@@ -492,6 +547,14 @@ def test_a_data_set_that_save_to_disk_wrote(tmp_path: Path) -> None:
         read(tmp_path / "both")
     assert texts(tmp_path / "both", split="test_sft") == ["1"]
     assert texts(tmp_path / "both", split="train_sft[:2]") == ["0", "1"]
+    # Results that `datasets` keeps in such a folder are no rows, in a folder of several either.
+    (tmp_path / "one" / "cache-0123.arrow").write_bytes(
+        (tmp_path / "picked" / "data-00000-of-00001.arrow").read_bytes()
+    )
+    (tmp_path / "all").mkdir()
+    (tmp_path / "one").rename(tmp_path / "all" / "one")
+    assert read(tmp_path / "all") == rows
+    (tmp_path / "all" / "one").rename(tmp_path / "one")
     state = json.loads((tmp_path / "one" / "state.json").read_text())
     state["_data_files"][0]["filename"] = "../both/train_sft/data-00000-of-00001.arrow"
     (tmp_path / "one" / "state.json").write_text(json.dumps(state))

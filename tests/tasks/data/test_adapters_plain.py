@@ -96,6 +96,8 @@ RAW = [
     b'{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]} {"messages": []}',
     b"",
     b"  ",
+    b"null",
+    b"null null",
     b"\0\0\0",
     b'{"messages": [{"role": "user", "cont',
 ]
@@ -109,7 +111,7 @@ PLAIN = json.dumps(ODD[0]).encode()
 def test_a_line_among_plain_ones(tmp_path: Path, line: bytes) -> None:
     by_columns, by_rows = both(tmp_path, [PLAIN, line, PLAIN, PLAIN], on_bad_line="count")
     assert by_columns == by_rows
-    by_columns, by_rows = both(tmp_path / "stop", [PLAIN, line, PLAIN])
+    by_columns, by_rows = both(tmp_path / "first", [line, PLAIN])
     assert by_columns == by_rows
 
 

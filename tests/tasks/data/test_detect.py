@@ -50,6 +50,15 @@ KNOWN: list[tuple[dict[str, Any], str, dict[str, str], set[str]]] = [
         {"category"},
     ),
     ({"instruction": "q", "input": "", "output": "a", "history": [["q", "a"]]}, "instruction", {}, set()),
+    # LLaMA-Factory's pairs
+    (
+        {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "b"}},
+        "preference",
+        {"prompt": "conversations"},
+        set(),
+    ),
+    # LLM-Adapters' mathematics
+    ({"instruction": "q", "input": "", "output": "a", "answer": "7"}, "instruction", {}, {"answer"}),
     (
         {"id": "1", "system_prompt": "s", "question": "q", "response": "a"},
         "question_answer",
