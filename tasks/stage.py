@@ -97,7 +97,7 @@ class Stage:
     keeps_rows         passes on nearly all rows of its input `dataset`
     grows_with_model   takes longer the larger its input `model` is
     copies_model       its cost depends on the size of its input `model` only
-    reencodes          the version before, where `version` was raised for the encoding of its rows alone
+    reencodes          the version before, where many of its rows are as today's: they are made again and compared
     same_externals     digest now -> digest before, of a text that was changed and means the same
                        (flows/planning/adoption.py takes finished work over by these two)
     """

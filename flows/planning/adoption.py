@@ -1,8 +1,9 @@
-"""Adopts finished artifacts after a change of encoding: a training need not run again because rows have another format.
+"""Adopts finished artifacts after a change of how rows are read: a training whose rows are the same need not run again.
 
-`Stage.reencodes` marks a stage whose `version` was raised only for the encoding of its files. `Stage.same_externals`
-lists texts that changed without a change of meaning. Both change the key of the stage and of everything made from it.
-This module computes the keys from before the change, and stores old artifacts under the new keys.
+`Stage.reencodes` marks a stage whose `version` was raised although many of its rows are as before.
+`Stage.same_externals` lists texts that changed without a change of meaning. Both change the key of the stage and of
+everything made from it. This module computes the keys from before the change, and stores old artifacts under the new
+keys.
 
 Nothing is assumed to be the same. Rows are made again, which takes minutes, and compared with the old ones. A training
 is adopted only if every input has the content that it was made from.
@@ -86,7 +87,7 @@ def adopt(graph: NodeGraph, store: Store, log: Log) -> list[Outcome]:
             outcomes.append(Outcome(name, "left", "nothing of the version before is there"))
         elif node.stage.reencodes:
             references[name] = run_stage(job, store, log)
-            outcomes.append(Outcome(name, "made again", f"in another encoding than {old.manifest.key[:12]}"))
+            outcomes.append(Outcome(name, "made again", f"to be compared with {old.manifest.key[:12]}"))
         elif (other := _other_input(node, old, references, graph, before, store)) is not None:
             outcomes.append(Outcome(name, "left", f"its input {other} has other content than before"))
         else:

@@ -190,7 +190,6 @@ def _warn(merged: Merged, fail_above: float) -> None:
 contamination = Stage(
     name="contamination",
     version=3,
-    reencodes=2,
     config=ContaminationStageConfig,
     inputs=ContaminationInputs,
     outputs=ContaminationOutputs,

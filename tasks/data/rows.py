@@ -391,15 +391,12 @@ def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def same_rows(lines: Path, file: Path) -> bool:
-    """Whether a rows file holds the same rows as an older file of JSON lines; False where `lines` is no such file."""
-    if lines.suffix != ".jsonl":
+def same_rows(before: Path, file: Path) -> bool:
+    """Whether two rows files hold the same rows in the same order; False where `before` is no whole rows file."""
+    try:
+        return all(old == new for old, new in zip_longest(stored_rows(before), stored_rows(file)))
+    except (ValueError, OSError):
         return False
-    with lines.open(encoding="utf-8") as before:
-        try:
-            return all(json.loads(old or "null") == new for old, new in zip_longest(before, stored_rows(file)))
-        except ValueError:  # cut off, or other bytes than were written
-            return False
 
 
 def turns_of(row: Mapping[str, Any]) -> list[Message]:

@@ -151,6 +151,7 @@ def _accept(reports: list[SourceReport], max_malformed_share: float) -> None:
 dataset = Stage(
     name="dataset",
     version=3,
+    reencodes=2,
     config=DatasetStageConfig,
     inputs=DatasetInputs,
     outputs=DatasetOutputs,

@@ -1,10 +1,9 @@
-"""Finished work across a change of encoding: taken over where the content is the same, and only there."""
+"""Finished work across a change of how rows are read: taken over where the content is the same, and only there."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from smoltulu.tasks.data.sources import source_digest
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.stages import STAGES
 from tests.example_outputs import example_outputs
+from tests.rows_file import write_rows
 
 LOG = logging.getLogger("test")
 MESSAGES = [[{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": "a\u2028b"}] for n in range(3)]
@@ -64,13 +64,13 @@ def graph_of(folder: Path, *, binding: str | None = "file") -> NodeGraph:
 
 
 def finish(
-    store: Store, spec: Spec, files: dict[str, str], outputs: dict[str, Any], inputs: dict[str, InputRecord]
+    store: Store, spec: Spec, files: dict[str, str | bytes], outputs: dict[str, Any], inputs: dict[str, InputRecord]
 ) -> Found:
     """An artifact as the version before left it."""
     output = store.folder(spec) / "made"
     output.mkdir(parents=True)
     for name, text in files.items():
-        (output / name).write_text(text)
+        (output / name).write_bytes(text.encode() if isinstance(text, str) else text)
     return store.commit(
         spec, output,
         lambda records, digest: Manifest(
@@ -82,14 +82,11 @@ def finish(
 
 
 def old_store(folder: Path, graph: NodeGraph, messages: list[Any] = MESSAGES) -> tuple[Store, Found]:
-    """Rows as JSON lines and a training on them, under the keys of before."""
+    """Rows and a training on them, under the keys of before."""
     store, before = Store(folder / "store"), specs_before(graph)
-    lines = "".join(
-        json.dumps({"id": f"0:{number}", "messages": turns}, ensure_ascii=False) + "\n"
-        for number, turns in enumerate(messages)
-    )
-    outputs = example_outputs(STAGES["dataset"], {"file": "rows.jsonl", "num_rows": len(messages)}, folder / "example")
-    rows = finish(store, before["rows"], {"rows.jsonl": lines}, outputs, {})
+    made = write_rows(folder / "before.parquet", [{"messages": turns} for turns in messages], group_rows=2)
+    outputs = example_outputs(STAGES["dataset"], {"num_rows": len(messages)}, folder / "example")
+    rows = finish(store, before["rows"], {"rows.parquet": made.read_bytes()}, outputs, {})
     record = InputRecord(stage="dataset", key=rows.manifest.key, digest=rows.manifest.digest)
     return store, finish(store, before["training"], {"weights": "w"}, {"file": "weights"}, {"dataset": record})
 
@@ -154,13 +151,8 @@ def test_nothing_of_before_is_nothing_to_adopt(tmp_path: Path) -> None:
 
 
 def test_the_keys_of_before_are_those_that_the_version_before_pinned() -> None:
-    """Of recipe `tiny`, as golden_keys.json had them before the bump; its world and RLVR have changed since."""
-    world_then = {"world.num_sft": 16_000, "world.arithmetic_share": 0.75}
-    base_then = {"base_model.scratch.vocab_size": 768, "base_model.scratch.num_steps": 200}
-    graph = Graph(load_recipe("tiny", {**world_then, **base_then}))
-    world = graph.nodes["world"]
-    graph.nodes["world"] = replace(world, stage=replace(world.stage, version=1))
-    before = specs_before(graph)
+    """Of recipe `tiny`, as golden_keys.json had them before the bump."""
+    before = specs_before(Graph(load_recipe("tiny")))
     assert {name: keys_of(before[name]) for name in KEYS_BEFORE} == KEYS_BEFORE
 
 
@@ -171,8 +163,8 @@ def keys_of(spec: Spec) -> str:
 
 
 KEYS_BEFORE = {
-    "dataset-sft": "1d7211b8f431e0e8aa526ab02bbed00a7fa6b2b905dd7b44e12e0602714db8a3",
-    "contamination-sft": "0854058747efe26cd36b444a8d5a332c67e8f837566e7162f427d8f2cee237c0",
-    "sft": "f6f3294d62302e076fffb1c79fb6e2bcfbf1882a909d8841e3c9741dec301716",
-    "dpo": "0a6a22e5f728f97081aa5938a66c0a266dd5778f95e6099961fa018404e8d62b",
+    "dataset-sft": "94ca0240ba28169a4caec2001333e52ecc5a3a8924720ac092c602f45464c881",
+    "contamination-sft": "69304737fddb5dfce8dc7f220d05a24bef4504f7caaf79ede7ebe729733a5d59",
+    "sft": "e36ce4f004d98e8bd5bf353f34d446f0b7aceb73938c9f0c7d86b2d8aa0eaa0b",
+    "dpo": "56a697018a3aee93dc225bc00b5b49aab3d80323288188c54d08ce8d4a27fa23",
 }

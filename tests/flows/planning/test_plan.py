@@ -201,7 +201,7 @@ def test_plan_counts_held_out_answers_and_the_best_weights(tmp_path: Path, with_
 
 def test_plan_of_1130_beside_a_finished_1207_explains_the_difference(with_1207: Store) -> None:
     rows = make(graph_of("smoltulu-1130"), with_1207)
-    data = ("dataset", "benchmark", "contamination", "preflight", "verifier-audit")
+    data = ("dataset", "benchmark", "contamination", "languages", "preflight", "verifier-audit")
     kept = {"base-model", "evaluation-base-model"} | {name for name in rows if name.startswith(data)}
     assert {name for name, row in rows.items() if row.status == "cached"} == kept
     assert rows["base-model"].reason == f"made {local_minute('2026-11-01T12:34:56+00:00')}"
@@ -410,7 +410,8 @@ def test_plan_marks_only_what_hangs_on_an_unresolved_revision(tmp_path: Path) ->
     graph = graph_of("smoltulu-1130", resolve)
     planned = plan(graph.recipe, None, [], Store(tmp_path), graph)
     sure = {row.node for row in planned.rows if not row.provisional}
-    assert sure == {"base-model", "evaluation-base-model"} | {n for n in graph.nodes if n.startswith("dataset")}
+    of_data = {name for name in graph.nodes if name.startswith(("dataset", "languages"))}
+    assert sure == {"base-model", "evaluation-base-model"} | of_data
     # A benchmark may be missing: the run goes on without it, and so do its keys.
     assert [item.needed for item in planned.unresolved] == [False]
     assert "is gated" in "\n".join(summary(planned)) and "stop" not in "\n".join(summary(planned))

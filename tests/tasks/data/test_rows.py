@@ -127,13 +127,14 @@ def test_what_is_no_rows_file_is_refused(tmp_path: Path) -> None:
 
 def test_rows_as_they_were_written_before_are_compared_one_by_one(tmp_path: Path) -> None:
     rows = [{"id": f"0:{number}", "messages": [{"role": "user", "content": f"\u2028 {number}"}]} for number in range(3)]
-    file, lines = write_rows(tmp_path / "rows.parquet", rows), tmp_path / "rows.jsonl"
+    file, before = write_rows(tmp_path / "rows.parquet", rows), tmp_path / "before.parquet"
 
-    def same(*written: Any, end: str = "") -> bool:
-        lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written) + end, encoding="utf-8")
-        return same_rows(lines, file)
+    def same(*written: Any) -> bool:
+        return same_rows(write_rows(before, written, "sft", group_rows=2), file)
 
     assert same(*rows)
     assert not same(*rows[:2]) and not same(*rows, rows[0]) and not same(*rows[::-1]) and not same()
-    assert not same(*rows[:2], end='{"id": "0:2", "mess')
-    assert not same_rows(file, file)
+    assert not same(*rows[:2], rows[2] | {"messages": [rows[2]["messages"][0] | {"train": False}]})
+    write_rows(before, rows)
+    before.write_bytes(before.read_bytes()[:-9])
+    assert not same_rows(before, file) and not same_rows(tmp_path / "none", file)
