@@ -164,7 +164,7 @@ def plan(
 
 @app.command()
 def adopt(recipe: Recipe, override: Overrides = None) -> None:
-    """Adopt finished stages from the version that stored rows in other files; rows are made again and compared."""
+    """Adopt finished stages from the version that read rows otherwise; rows are made again and compared."""
     from smoltulu.flows.graphs.recipe_graph import Graph
     from smoltulu.flows.machine.places import PROJECT
     from smoltulu.flows.planning import adoption
