@@ -179,7 +179,8 @@ def language_page(corrupt: Corrupt, folder: Path) -> str:
 def audit(corrupt: Corrupt, folder: Path) -> str:
     reports = [report("own", 1, 3), report("gone", 0, 0, not_checked="gated")]
     pages = [BenchmarkPages(corrupt("own"), 1, ("01-own-0001.html",))]
-    return audit_page(corrupt(result(*reports, languages=languages())), load_registry(), pages)
+    shown = corrupt(result(*reports, languages=languages()))
+    return audit_page(shown, load_registry(), dict.fromkeys(shown.settings.modes, pages))
 
 
 def hits(corrupt: Corrupt, folder: Path) -> str:
