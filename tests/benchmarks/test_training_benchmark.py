@@ -204,7 +204,7 @@ def test_part_3_on_a_minute_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_parts_1_and_2_on_a_minute_model() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "training.py"), "--parts", "1", "2", *TINY]
+    command = [sys.executable, str(ROOT / "benchmarks" / "training.py"), "--parts", "1", "2", "--stages", "dpo", *TINY]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     for name in ("same settings", "packing, a prompt with each answer", "DPO: cached reference alone"):
         assert name in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
