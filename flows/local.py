@@ -14,6 +14,7 @@ from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import plain_handler
 from smoltulu.flows.recipe import check_evaluation, load_recipe, parse_overrides
+from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.engine.stores import open_store
@@ -27,6 +28,22 @@ def run_graph(graph: NodeGraph, store: Store, log: logging.Logger) -> dict[str, 
         references[name] = run_stage(graph.job(name, upstream), store, log)
         log.info("%s: %s %s", name, references[name].outcome.lower(), references[name].key[:12])
     return references
+
+
+def run_recorded(graph: NodeGraph, store: Store, log: logging.Logger) -> dict[str, ArtifactReference]:
+    """`run_graph`, recorded as a run, so that gc keeps the results. Errors: as `run_stage`."""
+    record = begin_run(store, graph.name, graph, "")
+    state = "Failed"
+    made: dict[str, ArtifactReference] = {}
+    try:
+        made = run_graph(graph, store, log)
+        state = "Completed"
+    except KeyboardInterrupt:
+        state = "Cancelled"
+        raise
+    finally:
+        end_run(store, record, state, {name: reference.outcome for name, reference in made.items()})
+    return made
 
 
 def main(arguments: list[str]) -> int:

@@ -15,7 +15,6 @@ from smoltulu.flows.cli.output import console, failures, print_json, progress_lo
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from smoltulu.schemas.artifact import ArtifactReference
     from smoltulu.schemas.audit import AuditResult, AuditSettings
 
 
@@ -155,9 +154,8 @@ def run_audit(data: Sequence[str], settings: AuditSettings, out: Console) -> lis
     It runs the flow's stages on the flow's store, one after the other, without a server.
     """
     from smoltulu.flows.graphs.audit_graph import AuditGraph, given_path
-    from smoltulu.flows.local import run_graph
+    from smoltulu.flows.local import run_recorded
     from smoltulu.flows.machine.places import PROJECT
-    from smoltulu.flows.runs import begin_run, end_run
     from smoltulu.tasks.data.benchmarks import load_registry
     from smoltulu.tasks.data.sources import expand_path
     from smoltulu.tasks.engine.stores import open_store
@@ -173,18 +171,7 @@ def run_audit(data: Sequence[str], settings: AuditSettings, out: Console) -> lis
     store = open_store(settings.compute)
     for audited in graph.data:
         out.print(f"{audited.source.label}: read as {audited.detected.said}")
-    # Recorded as a run, so that gc keeps the results.
-    record = begin_run(store, graph.name, graph, "")
-    state = "Failed"
-    made: dict[str, ArtifactReference] = {}
-    try:
-        made = run_graph(graph, store, progress_log())
-        state = "Completed"
-    except KeyboardInterrupt:
-        state = "Cancelled"
-        raise
-    finally:
-        end_run(store, record, state, {name: reference.outcome for name, reference in made.items()})
+    made = run_recorded(graph, store, progress_log())
     results = []
     for result in graph.results(made):
         report = write_audit_report(result, load_registry(), store.root.parent / "reports")

@@ -28,9 +28,8 @@ def run_compare(
     """Compare two data sets, print what they share, and return it as plain values. ValueError for the user's faults."""
     from smoltulu.flows.graphs.audit_graph import given_path
     from smoltulu.flows.graphs.compare_graph import CompareGraph
-    from smoltulu.flows.local import run_graph
+    from smoltulu.flows.local import run_recorded
     from smoltulu.flows.machine.places import PROJECT
-    from smoltulu.flows.runs import begin_run, end_run
     from smoltulu.tasks.engine.stores import open_store
 
     data = [given_path(text) for text in data]
@@ -39,17 +38,7 @@ def run_compare(
     store = open_store(settings.compute)
     for audited in graph.data:
         out.print(f"{audited.source.label}: read as {audited.detected.said}")
-    record = begin_run(store, graph.name, graph, "")
-    state = "Failed"
-    made: dict[str, ArtifactReference] = {}
-    try:
-        made = run_graph(graph, store, progress_log())
-        state = "Completed"
-    except KeyboardInterrupt:
-        state = "Cancelled"
-        raise
-    finally:
-        end_run(store, record, state, {name: reference.outcome for name, reference in made.items()})
+    made = run_recorded(graph, store, progress_log())
     result = compared(graph, made, rules)
     show(result, rules, out)
     return result

@@ -19,6 +19,7 @@ from smoltulu.schemas.audit import AuditSettings
 from smoltulu.schemas.data import DataSource
 from smoltulu.tasks.data.formats import SourceCounts, adapt, check_source
 from smoltulu.tasks.data.formats.all_text import column_of
+from tests.flows.test_audit import write_jsonl
 
 QUESTIONS = [
     "A baker sells nine loaves on Monday and twice as many on Tuesday. How many loaves does she sell in the two days?",
@@ -177,23 +178,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two benchmarks, one with two fields, all of both leaked into a file that no form reads as the user's turns."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "eval").mkdir()
-    write(folder / "eval" / "gsm8k_test.jsonl", [{"question": text} for text in QUESTIONS])
-    write(folder / "eval" / "drop_validation.jsonl", [{"passage": PASSAGE, "question": "When was the mill built?"}])
+    write_jsonl(folder / "eval" / "gsm8k_test.jsonl", [{"question": text} for text in QUESTIONS])
+    asked = {"passage": PASSAGE, "question": "When was the mill built?"}
+    write_jsonl(folder / "eval" / "drop_validation.jsonl", [asked])
     rows = [
         {"instruction": "Summarise.", "context": f"**{QUESTIONS[0]}**", "response": "Bread.", "category": "x"},
         {"instruction": "When was the mill built?", "context": PASSAGE, "response": QUESTIONS[1], "category": "x"},
     ]
-    write(folder / "dolly.jsonl", rows)
+    write_jsonl(folder / "dolly.jsonl", rows)
     with (folder / "dolly.jsonl").open("ab") as stream:
         stream.write(b'\0\0\0\n{"instruction": "tor')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOLTULU_BENCHMARKS", str(folder / "eval"))
         patch.chdir(folder)
         yield folder
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def audit(place: Path, *arguments: str) -> tuple[int, str, str]:
