@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from smoltulu.tasks.data.compressed import Streams
 from smoltulu.tasks.data.json_rows import (
     BOM,
     MAX_ROW_BYTES,
@@ -173,9 +174,9 @@ def _opened(path: Path, packed: str) -> io.BufferedReader[Any]:
     if packed == ".gz":
         raw = gzip.GzipFile(path, "rb")
     elif packed == ".xz":
-        raw = lzma.LZMAFile(path, "rb")  # noqa: SIM115 (the caller closes it)
+        raw = Streams(path, lzma.LZMADecompressor)
     elif packed == ".bz2":
-        raw = bz2.BZ2File(path, "rb")
+        raw = Streams(path, bz2.BZ2Decompressor)
     elif packed == ".zst":
         import pyarrow as pa
 

@@ -93,6 +93,24 @@ def test_several_packed_parts_one_after_the_other(tmp_path: Path) -> None:
         assert read(tmp_path / f"a.jsonl{packed}") == ROWS
 
 
+@pytest.mark.parametrize(("packed", "name"), [(".gz", "gzip"), (".zst", "zstd"), (".xz", "xz"), (".bz2", "bzip2")])
+def test_what_stands_behind_a_packed_part_is_never_dropped(tmp_path: Path, packed: str, name: str) -> None:
+    whole = PACKED[packed](LINES)
+    for rest in (b"a download that was joined wrongly", whole[1:], whole[:-4], whole[:3]):
+        (tmp_path / f"a.jsonl{packed}").write_bytes(whole + rest)
+        with pytest.raises(ValueError, match=f"not a whole {name} file"):
+            read(tmp_path / f"a.jsonl{packed}")
+
+
+@pytest.mark.parametrize("num_nuls", [4, 8, 1 << 17])
+def test_padding_of_xz_is_no_data(tmp_path: Path, num_nuls: int) -> None:
+    lines = LINES.splitlines(keepends=True)
+    (tmp_path / "a.jsonl.xz").write_bytes(
+        lzma.compress(lines[0]) + bytes(num_nuls) + lzma.compress(lines[1]) + bytes(4)
+    )
+    assert read(tmp_path / "a.jsonl.xz") == ROWS
+
+
 def arrow_file(path: Path, new: Callable[..., Any]) -> Path:
     table = pa.Table.from_pylist(ROWS)
     with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
