@@ -1,8 +1,7 @@
 """The best weights so far of a training, beside its checkpoints.
 
-They lie in `work/best` before they count as the best. A checkpoint names those that were best then, and they stay until
-a later checkpoint names others: so a resume from the newest checkpoint finds its own. From an older one, where the
-newest is damaged, it finds them only if they are still the best; else it is refused before it trains.
+They lie in `work/best` before they count as the best. A checkpoint names those that were best then, and they stay as
+long as it does: so a resume finds them, also from an older checkpoint where the newest is damaged.
 """
 
 from __future__ import annotations
@@ -31,15 +30,19 @@ class BestWeights:
 
     def __init__(self, trainer: Trainer, work: Path, models: dict[str, torch.nn.Module], subject: tuple[str, str]):
         self.trainer, self.folder, self.models, self.subject = trainer, work / BEST_FOLDER, models, subject
-        #: The step whose weights the newest checkpoint names as best.
-        self.in_checkpoint: int | None = None
+
+    def note(self, checkpoint: Path, step: int) -> None:
+        """While a checkpoint is written: those of `step` are the best so far, and stay as long as it does."""
+        (checkpoint / f"best-is-step-{step}").touch()
 
     def write(self, step: int) -> None:
-        """Those of now. Others that no checkpoint names make room first: at most two lie there."""
+        """Those of now. Others that no checkpoint names make room first."""
         if not self.trainer.is_world_process_zero():
             return
+        named = Path(self.trainer.args.output_dir).glob("checkpoint-*/best-is-step-*")
+        kept = {file.name.removeprefix("best-is-") for file in named}
         for path in self.folder.glob("step-*"):
-            if path.name != f"step-{self.in_checkpoint}":
+            if path.name not in kept:
                 remove_tree(path)
         folder = self.folder / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +54,6 @@ class BestWeights:
 
     def require(self, best: int, loaded: int) -> None:
         """Before hours of training: the weights that the checkpoint of step `loaded` names as the best are there."""
-        self.in_checkpoint = best
         folder = self.folder / f"step-{best}"
         found = fault(folder, full=True)
         if found is None:

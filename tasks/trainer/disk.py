@@ -80,12 +80,12 @@ def training_bytes(
     num_checkpoints   kept beside the one being written, see `num_checkpoints_kept`
     adapter           where only an adapter is trained
     has_critic        where a critic of the same size is trained beside it
-    keeps_best        where the best weights are kept beside the checkpoints
+    keeps_best        where the best weights are kept beside the checkpoints, at most one for each and one more
     """
     checkpoint = checkpoint_bytes(adapter or size) + (checkpoint_bytes(size) if has_critic else 0)
     at_the_end = model_bytes(size) * (1 + has_critic) + (model_bytes(adapter) if adapter else 0)
     trained = _BYTES_PER_PARAMETER * ((adapter or size).num_parameters + has_critic * size.num_parameters)
-    best = 2 * trained if keeps_best else 0
+    best = num_checkpoints * trained if keeps_best else 0
     return rows_cache_bytes + num_checkpoints * checkpoint + max(checkpoint, at_the_end) + best
 
 

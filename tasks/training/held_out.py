@@ -109,8 +109,9 @@ class HeldOut(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.record.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        self.best.in_checkpoint = self.record.best.step
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.record.save(checkpoint)
+            self.best.note(checkpoint, self.record.best.step)
 
     def _evaluate(self, state: Any, control: Any) -> None:
         """All processes answer a part each, and all know the result."""

@@ -174,8 +174,9 @@ class HeldOutLosses(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.record.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        self.best.in_checkpoint = best_of(self.record.losses).step
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.record.save(checkpoint)
+            self.best.note(checkpoint, best_of(self.record.losses).step)
 
     def _evaluate(self, state: Any, control: Any) -> None:
         """Each process computes a part, and all know the result."""

@@ -33,8 +33,8 @@ def test_disk_by_hand() -> None:
     assert num_checkpoints_kept(compute, True) == 4
     assert num_checkpoints_kept(compute.model_copy(update={"keep_extension_checkpoint": False}), True) == 3
     # Twice the best weights, of policy and critic.
-    assert training_bytes(size, 1000, 3, keeps_best=True) == 1000 + 4 * 12_040_500 + 2 * 4_000_000
-    assert training_bytes(size, 0, 3, has_critic=True, keeps_best=True) == 4 * 2 * 12_040_500 + 2 * 8_000_000
+    assert training_bytes(size, 1000, 3, keeps_best=True) == 1000 + 4 * 12_040_500 + 3 * 4_000_000
+    assert training_bytes(size, 0, 3, has_critic=True, keeps_best=True) == 4 * 2 * 12_040_500 + 3 * 8_000_000
     # Of rank 4 beside six matrices; at the end the model and the adapter are written, and no checkpoint.
     adapter = adapter_size(replace(size, num_matrices=6, matrix_sides=9000), 4)
     assert adapter == ModelSize(num_parameters=36_000, num_tensors=12, other_bytes=500)

@@ -323,6 +323,22 @@ def test_a_damaged_best_is_refused_before_hours_of_training(base: Path, tmp_path
         made_up(trained, "sft", tmp_path, base, settings, save_steps=1)
 
 
+def test_an_older_checkpoint_has_its_best_weights_too(base: Path, tmp_path: Path) -> None:
+    """Checkpoint 2 names those of step 1, checkpoint 4 those of step 3. Step 5 is better; then checkpoint 4 breaks."""
+    settings = {"held_out": {"every_steps": 1, "keep": "best"}}
+    said = {0: 9.0, 1: 8.0, 2: 8.5, 3: 7.0, 4: 7.5, 5: 6.0, 6: 6.5}
+    whole = made_up(trained, "sft", tmp_path / "whole", base, settings, said=said, save_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        made_up(trained, "sft", tmp_path / "broken", base, settings, said=said, save_steps=2, dies_at=6)
+    work = tmp_path / "broken" / "work"
+    assert sorted(path.name for path in (work / "best").iterdir()) == ["step-1", "step-3", "step-5"]
+    (work / "checkpoints" / "checkpoint-4" / "model.safetensors").write_bytes(b"no weights")
+    again = made_up(trained, "sft", tmp_path / "broken", base, settings, said=said, save_steps=2)
+    assert (work / "resumed.jsonl").read_text() == "2\n"
+    assert again.outputs.held_out_loss == whole.outputs.held_out_loss
+    assert differing(weights(whole), weights(again)) == []
+
+
 def test_without_held_out_rows_nothing_is_added(base: Path, tmp_path: Path) -> None:
     config, inputs, _ = stage_arguments("sft", tmp_path, base, conversations(2), {})
     assert config.held_out is None and inputs.held_out is None
