@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from smoltulu.artifacts.secrets import known_secrets, secrets_in
 from smoltulu.flows.reading import Unreadable, read_file, read_json, read_yaml, shortened, within_bounds
+from smoltulu.flows.recipe_problems import did_you_mean, explain
 from smoltulu.recipes import PRESETS
-from smoltulu.schemas.common import MAX_NAME
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.schemas.rlvr import of_another_algorithm
@@ -27,9 +26,6 @@ from smoltulu.tasks.evaluation.reward_benchmark_rows import check_fields
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.verifiers.kinds import check_kind
 
-#: Of the error that lists everything: problems that are listed, and characters of each.
-_NUM_PROBLEMS_SHOWN = 20
-_MAX_PROBLEM = 1000
 _MAX_PATH_BYTES, _MAX_PART_BYTES = 4095, 255
 
 
@@ -93,7 +89,7 @@ def load_recipe(
         checked = Recipe.model_validate(values)
     except ValidationError as error:
         name = values.get("name") or (recipe if isinstance(recipe, str) else "without a name")
-        raise RecipeError(_explain(error, name, _unknown_stages(values.get("compute")))) from None
+        raise RecipeError(explain(error, name, _unknown_stages(values.get("compute")))) from None
     check_compute(checked.compute)
     return checked
 
@@ -393,59 +389,3 @@ def _override(values: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]
         return {**values, head: value}
     inner = values.get(head)
     return {**values, head: _override({} if inner is None else inner, rest, value)}
-
-
-def _explain(error: ValidationError, name: object, more: list[str]) -> str:
-    """Every problem on a line of its own, as many and as much of each as people read."""
-    lines = [_problem(problem) for problem in error.errors(include_url=False)[:_NUM_PROBLEMS_SHOWN]]
-    lines = [line if len(line) <= _MAX_PROBLEM else line[:_MAX_PROBLEM] + "..." for line in (*lines, *more)]
-    num_problems = error.error_count() + len(more)
-    del lines[_NUM_PROBLEMS_SHOWN:]
-    if num_problems > len(lines):
-        lines.append(f"and {num_problems - len(lines):,} more")
-    count = f"{num_problems:,} problem{'s' if num_problems > 1 else ''}"
-    return f"recipe {str(name)[:MAX_NAME]} has {count}:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _problem(problem: Any) -> str:
-    location = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        allowed = list(_fields_at(Recipe, problem["loc"][:-1]))
-        text = f"no such field{did_you_mean(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
-    elif problem["type"] == "missing":
-        text = "is missing; add it"
-    else:
-        given = "" if isinstance(problem["input"], (dict, BaseModel)) else f"; given: {shortened(problem['input'])}"
-        text = problem["msg"].removeprefix("Value error, ") + given
-    return f"{location}: {text}"
-
-
-def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Iterator[str]:
-    """Field names of the model at a location."""
-    found: list[type[BaseModel]] = [model]
-    for part in location:
-        if isinstance(part, int):
-            continue
-        # In a union, the location names the value of the field that discriminates.
-        of_kind = [one for one in found if part in _discriminators(one)]
-        fields = [one.model_fields[part] for one in found if part in one.model_fields]
-        inside = [inner for field in fields for inner in _models_in(field.annotation)]
-        found = of_kind or (inside if fields else found)  # else: a key of a mapping
-    yield from (found[0].model_fields if found else ())
-
-
-def _discriminators(model: type[BaseModel]) -> list[Any]:
-    return [model.model_fields[name].default for name in ("kind", "algorithm") if name in model.model_fields]
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models inside an annotation such as `X | None` or `tuple[X, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
-
-
-def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """` (did you mean 'sft'?)` for a name that is not allowed; empty if no allowed name is similar."""
-    close = difflib.get_close_matches(name, list(allowed), n=1) if len(name) <= MAX_NAME else []
-    return f" (did you mean {close[0]!r}?)" if close else ""

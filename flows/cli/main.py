@@ -71,7 +71,8 @@ def run(
     FILE in `-p recipe=FILE` (sweep, ladder) becomes an absolute path: the flow runs in another folder.
     """
     from smoltulu.flows.machine import doctor, places, prefect_api
-    from smoltulu.flows.recipe import check_parameter, did_you_mean, whole_path
+    from smoltulu.flows.recipe import check_parameter, whole_path
+    from smoltulu.flows.recipe_problems import did_you_mean
 
     with output.failures():
         for text in context.args:

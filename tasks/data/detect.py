@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from smoltulu.schemas.data import DatasetKind, DataSource, RowFormat
-from smoltulu.tasks.data.formats import FORMS, KIND_FORMATS, MalformedRow, SourceCounts
-from smoltulu.tasks.data.formats.columns import ALIASES
-from smoltulu.tasks.data.formats.sft import listed
+from smoltulu.tasks.data.formats import FORMS, KIND_FORMATS, SourceCounts
 from smoltulu.tasks.data.formats.transcripts import dialect_of, is_transcript
-from smoltulu.tasks.data.formats.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, first_role
-from smoltulu.tasks.data.formats.values import is_empty, parsed_json
+from smoltulu.tasks.data.formats.turns import ROLE_KEYS, ROLES
+from smoltulu.tasks.data.formats.values import is_empty
+from smoltulu.tasks.data.found_columns import (
+    Columns,
+    are_calls,
+    asks,
+    ends_with_assistant,
+    is_chat,
+    is_label,
+    is_number,
+    is_scored,
+    is_text,
+    is_text_or_chat,
+    starts_with_user,
+    turns_in,
+)
 
 #: Rows that are looked at, and how many characters of text they may have together: whichever is reached first.
 SAMPLE_ROWS = 10_000
@@ -95,7 +107,7 @@ def detect_format(rows: Iterable[Any]) -> DetectedFormat:
     objects = [row for row in rows if isinstance(row, dict)]
     if not objects:
         raise no_objects(rows)
-    columns = _Columns(objects)
+    columns = Columns(objects)
     found = (
         _preference(columns)
         or _by_label(columns)
@@ -144,120 +156,21 @@ def format_as_given(name: RowFormat, fields: Mapping[str, str]) -> DetectedForma
     return DetectedFormat(kind, name, dict(fields), f"format {name}, as given")  # type: ignore[arg-type]
 
 
-class _Columns:
-    """The columns of some rows, found by name (upper or lower case) and by the kind of their values."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
-        self.names = list(dict.fromkeys(str(name) for row in rows for name in row))
-        self._by_lower = {name.lower(): name for name in reversed(self.names)}
-
-    def first(self, names: Sequence[str], holds: Callable[[Any], bool]) -> str | None:
-        """The first of `names` that is a column whose values (those that are not null) are mostly `holds`."""
-        return next(
-            (column for name in names if (column := self._by_lower.get(name)) and self._mostly(column, holds)), None
-        )
-
-    def fullest(self, names: Sequence[str], holds: Callable[[Any], bool]) -> str | None:
-        """Of the columns that `first` would take, the one that is empty least often; the earlier where they tie."""
-        fitting = [column for name in names if (column := self.first((name,), holds))]
-        return min(fitting, key=lambda column: sum(not row.get(column) for row in self.rows), default=None)
-
-    def named(self, names: Sequence[str]) -> str | None:
-        """The first of `names` that is a column, whatever it holds."""
-        return next((column for name in names if (column := self._by_lower.get(name))), None)
-
-    def values(self, column: str) -> list[Any]:
-        """Values of a column that are not null."""
-        return [row[column] for row in self.rows if row.get(column) is not None]
-
-    def _mostly(self, column: str, holds: Callable[[Any], bool]) -> bool:
-        values = self.values(column)
-        return bool(values) and 2 * sum(map(holds, values)) > len(values)
-
-    def system(self) -> list[str]:
-        """The columns with a system prompt or tools, which every form reads where a row has them."""
-        names = (*ALIASES["system"], *ALIASES["tools"])
-        return [column for name in names if (column := self.first((name,), lambda value: not is_empty(value)))]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _turns(value: Any) -> Any:
-    """A list of turns, also where it stands in a text as JSON."""
-    try:
-        return listed(value, "")
-    except MalformedRow:
-        return value
-
-
-def _is_chat(value: Any) -> bool:
-    turns = _turns(value)
-    return isinstance(turns, list) and bool(turns) and all(
-        isinstance(turn, dict)
-        and any(key in turn for key in ROLE_KEYS)
-        and any(key in turn for key in (*CONTENT_KEYS, "tool_calls"))
-        for turn in turns
-    )  # fmt: skip
-
-
-def _is_text_or_chat(value: Any) -> bool:
-    return _is_text(value) or _is_chat([value] if isinstance(value, dict) else value)
-
-
-def _asks(value: Any) -> bool:
-    return _last_role(value) in ("user", "tool")
-
-
-def _last_role(value: Any) -> str | None:
-    return first_role(_turns(value)[-1:]) if _is_chat(value) else None
-
-
-def _ends_with_assistant(value: Any) -> bool:
-    return _last_role(value) in ("assistant", "call")
-
-
-def _starts_with_user(value: Any) -> bool:
-    return is_transcript(value) or (_is_chat(value) and first_role(_turns(value)) in ("system", "developer", "user"))
-
-
-def _is_label(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
-
-
-def _is_scored(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
-
-
-def _are_calls(value: Any) -> bool:
-    try:
-        calls = parsed_json(value, "") if isinstance(value, str) else value
-    except MalformedRow:
-        return False
-    return _is_scored(calls) and all("name" in call and "arguments" in call for call in calls)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, str)) and not isinstance(value, bool)
-
-
 def _fields(**columns: str) -> dict[str, str]:
     return {name: column for name, column in columns.items() if name != column}
 
 
-def _preference(columns: _Columns) -> DetectedFormat | None:
-    chosen = columns.first(("chosen",), _is_text_or_chat)
-    rejected = columns.first(("rejected",), _is_text_or_chat)
+def _preference(columns: Columns) -> DetectedFormat | None:
+    chosen = columns.first(("chosen",), is_text_or_chat)
+    rejected = columns.first(("rejected",), is_text_or_chat)
     if chosen is None or rejected is None:
         return None
     fields = _fields(chosen=chosen, rejected=rejected)
-    prompt = columns.first(_PROMPT_COLUMNS, _is_text_or_chat) or columns.first(_CHAT_COLUMNS, _asks)
+    prompt = columns.first(_PROMPT_COLUMNS, is_text_or_chat) or columns.first(_CHAT_COLUMNS, asks)
     if prompt is not None:
         said = _say(*columns.system(), prompt, chosen, rejected)
         return DetectedFormat("preference", "preference", fields | _fields(prompt=prompt), said)
-    if columns.first((chosen.lower(),), _starts_with_user) is None:
+    if columns.first((chosen.lower(),), starts_with_user) is None:
         dialect = next(filter(None, map(dialect_of, columns.values(chosen))), None)
         raise ValueError(
             f"the columns {chosen!r} and {rejected!r} hold transcripts in one string ({dialect}); split them into "
@@ -271,9 +184,9 @@ def _preference(columns: _Columns) -> DetectedFormat | None:
     return DetectedFormat("preference", "preference", fields, said)
 
 
-def _by_label(columns: _Columns) -> DetectedFormat | None:
-    prompt = columns.first(("input", "prompt", "instruction"), _is_text)
-    outputs = [columns.first((name,), _is_text) for name in ("output_1", "output_2")]
+def _by_label(columns: Columns) -> DetectedFormat | None:
+    prompt = columns.first(("input", "prompt", "instruction"), is_text)
+    outputs = [columns.first((name,), is_text) for name in ("output_1", "output_2")]
     if prompt is None or None in outputs or "label" not in columns.names:
         return None
     return DetectedFormat(
@@ -281,11 +194,11 @@ def _by_label(columns: _Columns) -> DetectedFormat | None:
     )
 
 
-def _by_strength(columns: _Columns) -> DetectedFormat | None:
-    prompt = columns.first(_PROMPT_COLUMNS, _is_text_or_chat)
+def _by_strength(columns: Columns) -> DetectedFormat | None:
+    prompt = columns.first(_PROMPT_COLUMNS, is_text_or_chat)
     names = ("response_1", "response_2")
-    strength = columns.first(("preference_strength",), _is_number)
-    first, second = (columns.first((name,), _is_text_or_chat) for name in names)
+    strength = columns.first(("preference_strength",), is_number)
+    first, second = (columns.first((name,), is_text_or_chat) for name in names)
     if prompt is None or strength is None or first is None or second is None:
         return None
     fields = _fields(prompt=prompt, response_1=first, response_2=second, preference_strength=strength)
@@ -293,8 +206,8 @@ def _by_strength(columns: _Columns) -> DetectedFormat | None:
     return DetectedFormat("preference", "preference_by_strength", fields, said)
 
 
-def _by_score(columns: _Columns) -> DetectedFormat | None:
-    prompt, completions = columns.first(_PROMPT_COLUMNS, _is_text_or_chat), columns.first(("completions",), _is_scored)
+def _by_score(columns: Columns) -> DetectedFormat | None:
+    prompt, completions = columns.first(_PROMPT_COLUMNS, is_text_or_chat), columns.first(("completions",), is_scored)
     if prompt is None or completions is None:
         return None
     fields = _fields(prompt=prompt, completions=completions)
@@ -302,10 +215,10 @@ def _by_score(columns: _Columns) -> DetectedFormat | None:
     return DetectedFormat("preference", "preference_by_score", fields, said)
 
 
-def _kto(columns: _Columns) -> DetectedFormat | None:
-    prompt = columns.first(("prompt", "question", "instruction"), _is_text_or_chat)
-    completion = columns.first(("completion", "response", "output", "answer"), _is_text_or_chat)
-    label = columns.first(("label",), _is_label)
+def _kto(columns: Columns) -> DetectedFormat | None:
+    prompt = columns.first(("prompt", "question", "instruction"), is_text_or_chat)
+    completion = columns.first(("completion", "response", "output", "answer"), is_text_or_chat)
+    label = columns.first(("label",), is_label)
     if prompt is None or completion is None or label is None:
         return None
     fields = _fields(prompt=prompt, completion=completion, label=label)
@@ -313,32 +226,32 @@ def _kto(columns: _Columns) -> DetectedFormat | None:
     return DetectedFormat("preference", "kto", fields, said)
 
 
-def _conversation(columns: _Columns) -> DetectedFormat | None:
-    column = columns.first(_CHAT_COLUMNS, _ends_with_assistant)
+def _conversation(columns: Columns) -> DetectedFormat | None:
+    column = columns.first(_CHAT_COLUMNS, ends_with_assistant)
     if column is None:
         return None
     return DetectedFormat("sft", "messages", _fields(messages=column), _say(*columns.system(), column))
 
 
-def _function_calls(columns: _Columns) -> DetectedFormat | None:
-    query, calls = columns.first(_PROMPT_COLUMNS, _is_text), columns.first(("answers",), _are_calls)
+def _function_calls(columns: Columns) -> DetectedFormat | None:
+    query, calls = columns.first(_PROMPT_COLUMNS, is_text), columns.first(("answers",), are_calls)
     if query is None or calls is None:
         return None
     said = _say(*columns.system(), query, calls) + " (calls of functions)"
     return DetectedFormat("sft", "function_calls", _fields(query=query, answers=calls), said)
 
 
-def _verified(columns: _Columns) -> DetectedFormat | None:
+def _verified(columns: Columns) -> DetectedFormat | None:
     """Rows of RLVR, read as a prompt and its ground truth: `rlvr` drops rows whose verifier is not known here."""
-    truth = columns.first(("ground_truth",), _is_text)
-    prompt = columns.first(("messages", *_USER_COLUMNS), _is_text_or_chat)
+    truth = columns.first(("ground_truth",), is_text)
+    prompt = columns.first(("messages", *_USER_COLUMNS), is_text_or_chat)
     if truth is None or prompt is None:
         return None
     fields = _fields(prompt=prompt, completion=truth)
     return DetectedFormat("sft", "prompt_completion", fields, _say(prompt, truth) + " (rows of RLVR)")
 
 
-def _transcript(columns: _Columns) -> DetectedFormat | None:
+def _transcript(columns: Columns) -> DetectedFormat | None:
     column = columns.first(_TRANSCRIPT_COLUMNS, is_transcript)
     if column is not None:
         dialect = next(filter(None, map(dialect_of, columns.values(column))))
@@ -354,34 +267,34 @@ def _transcript(columns: _Columns) -> DetectedFormat | None:
     return None
 
 
-def _one_turn(columns: _Columns) -> DetectedFormat | None:
-    user = columns.first(_USER_COLUMNS, _is_text_or_chat)
+def _one_turn(columns: Columns) -> DetectedFormat | None:
+    user = columns.first(_USER_COLUMNS, is_text_or_chat)
     if user is None:
         return None
     system = columns.system()
-    answer = columns.fullest(_ANSWER_COLUMNS, _is_text_or_chat)
+    answer = columns.fullest(_ANSWER_COLUMNS, is_text_or_chat)
     if answer is not None and answer.lower() == "answer":
         # Mathematics: what a model should write is the solution, and the answer its last line.
-        answer = columns.first(("solution", "output"), lambda value: _is_text(value) and not is_empty(value)) or answer
+        answer = columns.first(("solution", "output"), lambda value: is_text(value) and not is_empty(value)) or answer
     if answer is None or user.lower() == "text":
-        if columns.first((user.lower(),), _is_text) is None:
+        if columns.first((user.lower(),), is_text) is None:
             raise ValueError(f"the column {user!r} holds conversations that do not end with the assistant's turn")
         # A row needs an answer to be one; nothing but the user's turns is looked at.
         fields = _fields(prompt=user, completion=user)
         return DetectedFormat("sft", "prompt_completion", fields, f"{_say(user)} as the user's turn; no answers")
-    is_text = columns.first((user.lower(),), _is_text) is not None
-    more = columns.fullest(_MORE_COLUMNS, _is_text)
-    if is_text and (user.lower() == "instruction" or more is not None):
+    holds_text = columns.first((user.lower(),), is_text) is not None
+    more = columns.fullest(_MORE_COLUMNS, is_text)
+    if holds_text and (user.lower() == "instruction" or more is not None):
         fields = _fields(instruction=user, output=answer, **({"input": more} if more else {}))
         return DetectedFormat("sft", "instruction", fields, _say(*system, user, *([more] if more else []), answer))
-    if is_text and user.lower() in ("question", "problem", "query"):
+    if holds_text and user.lower() in ("question", "problem", "query"):
         fields = _fields(question=user, answer=answer)
         return DetectedFormat("sft", "question_answer", fields, _say(*system, user, answer))
     fields = _fields(prompt=user, completion=answer)
     return DetectedFormat("sft", "prompt_completion", fields, _say(*system, user, answer))
 
 
-def _nearest(columns: _Columns) -> str:
+def _nearest(columns: Columns) -> str:
     """The form of which most fields are there, and what it lacks."""
     chat = columns.named(_CHAT_COLUMNS)
     if chat is not None:
@@ -400,9 +313,9 @@ def _nearest(columns: _Columns) -> str:
     return f"The nearest is {name}: {what}. "
 
 
-def _odd_turns(columns: _Columns, column: str) -> str:
+def _odd_turns(columns: Columns, column: str) -> str:
     """Roles of a column that are known nowhere."""
-    turns = [turn for value in columns.values(column) if _is_chat(value) for turn in _turns(value)]
+    turns = [turn for value in columns.values(column) if is_chat(value) for turn in turns_in(value)]
     said = {str(next(turn[key] for key in ROLE_KEYS if key in turn)) for turn in turns}
     unknown = sorted(role[:40] for role in said if role.lower() not in ROLES)
     if unknown:
