@@ -42,6 +42,7 @@ TOO_LONG = "too long"
 NO_TRAINED_TOKEN = "no trained token"
 NO_NUMBER = "loss is no number"
 NOT_RENDERED = "not rendered by the chat template"
+EMPTY_ANSWER = "empty answer"
 
 
 @dataclass(frozen=True)
