@@ -4,8 +4,8 @@ Tokens are those of the preflight, by the same functions. A row of kind `prefere
 answer; one of `rlvr` is its prompt, of which nothing is trained.
 
 Parts of a row are its trained turns, or the steps of these. A step ends with a blank line; in a turn without a blank
-line it is a line. AIR (arXiv 2512.13279) scores reasoning step by step; how it cuts the steps we could not read, so this
-rule is ours.
+line it is a line. AIR (arXiv 2512.13279) scores reasoning step by step. How it cuts the steps we could not read, so
+this rule is ours.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def parts_of(
         NotRendered: the template does not let its turns be told apart.
     """
     text, spans = spans_by_turn(tokenizer, messages, tools)
-    encoding = tokenizer(text, add_special_tokens=False)
+    encoding = tokenizer(text, add_special_tokens=False, verbose=False)
     assert encoding["input_ids"] == list(ids), "the row is rendered otherwise than it was tokenised"
     turns: dict[int, list[tuple[int, int]]] = {}
     for turn, span in spans:
