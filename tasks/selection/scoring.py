@@ -97,7 +97,9 @@ class Selector:
         return Batch(rows, arguments, [part.query[0] for part in segments.parts])
 
 
-def load_selector(folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str, compute: ComputeSettings) -> Selector:
+def load_selector(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str, compute: ComputeSettings
+) -> Selector:
     """The model of a folder, in float32 unless `precision` is bfloat16.
 
     Raises:
@@ -162,9 +164,7 @@ def influence(
         plain, masked = plain_and_masked(selector.model, heads, kind, batch.arguments)
         losses = row_losses(selector.model, plain.flatten(0, 1), batch, whole)
         raised = row_losses(selector.model, masked.flatten(0, 1), batch, whole)
-        return [
-            measured(row, whole, own, other) for row, own, other in zip(batch.rows, losses, raised, strict=True)
-        ]
+        return [measured(row, whole, own, other) for row, own, other in zip(batch.rows, losses, raised, strict=True)]
 
     return measure
 
@@ -207,9 +207,7 @@ def measured(row: Rendered, whole: bool, losses: np.ndarray, masked: np.ndarray 
         where = (places >= part.first) & (places < part.last)
         assert where.any(), (row.id, part)
         own, raised, rise = figures(where)
-        parts.append(
-            PartScore(part.turn, part.step, part.first, part.last, int(where.sum()), own, raised, rise)
-        )
+        parts.append(PartScore(part.turn, part.step, part.first, part.last, int(where.sum()), own, raised, rise))
     return Measured(loss, masked_loss, score, parts=tuple(parts))
 
 
