@@ -73,13 +73,14 @@ def test_what_the_stages_say_of_themselves() -> None:
     assert which("copies_model") == ["publish"]
     assert set(STAGES) - set(which("grows_with_model")) == {
         "mixture", "held_out_rows", "near_duplicates", "preflight", "verifier_audit", "sample_scores",
-        "sampled_rows",
+        "sampled_rows", "selection",
     }  # fmt: skip
     blocks = {name: stage.block for name, stage in STAGES.items() if stage.block}
     assert blocks == {
         "dataset": "data", "mixture": "data", "held_out_rows": "data",
         "benchmark_index": "contamination", "preflight": "trainings",
         "reference_logps": "dpo", "samples": "sampled", "sample_scores": "sampled", "sampled_rows": "sampled",
+        "selection_heads": "selector", "selection_scores": "selector", "selection": "selector",
     }  # fmt: skip
     assert all(hasattr(Recipe, block) or block in Recipe.model_fields for block in blocks.values())
 
