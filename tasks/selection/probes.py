@@ -20,6 +20,7 @@ from smoltulu.tasks.world.lookups import INSTRUCTION, Pair, as_line, as_object, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 @dataclass(frozen=True)
 class Probe:
     """A probe as text and tokens. Token ranges are [first, last).
@@ -81,7 +82,10 @@ def make_graded_probes(tokenizer: PreTrainedTokenizerBase, settings: ProbeSettin
     most = max(settings.max_tokens // 4, 2)
     largest = 0
     sketch = Sketch(draw_pairs(rng, most, settings.key_length), 0.5, _shares(rng, most))
-    while largest + 3 <= most and len(_build(tokenizer, sketch, largest + 3, largest + 1).input_ids) <= settings.max_tokens:
+    while (
+        largest + 3 <= most
+        and len(_build(tokenizer, sketch, largest + 3, largest + 1).input_ids) <= settings.max_tokens
+    ):
         largest += 1
     made = []
     for number, depth in enumerate(balanced_depths(rng, num_probes)):
@@ -151,9 +155,7 @@ def render(pairs: Sequence[Pair], asked: Sequence[int]) -> tuple[str, tuple[int,
     return text, (start, start + len(value)), (end - len(value), end)
 
 
-def tokenised(
-    tokenizer: PreTrainedTokenizerBase, text: str, needle: tuple[int, int], answer: tuple[int, int]
-) -> Probe:
+def tokenised(tokenizer: PreTrainedTokenizerBase, text: str, needle: tuple[int, int], answer: tuple[int, int]) -> Probe:
     """The text's tokens, after what the tokenizer puts before a text, with two ranges of characters as tokens."""
     if not tokenizer.is_fast:
         raise ValueError(

@@ -143,9 +143,7 @@ def read_probes(model: PreTrainedModel, probes: Sequence[Probe], pad_token_id: i
     batch = batch_of(probes, pad_token_id, model.device)
     attended: list[list[torch.Tensor]] = [[] for _ in probes]
 
-    def watch(
-        layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
-    ) -> None:
+    def watch(layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         assert mask is not None and mask.dtype == torch.bool
         for number, probe in enumerate(probes):
             rows = generating_rows(probe.answer)
