@@ -6,9 +6,10 @@ the scores mean nothing. The domain in which an influence is compared with the n
 one length, with none to as many answers shown as fit, so that only the lookups differ.
 
 heads.json has: model (digest of its folder, num_layers, num_heads, num_parameters), mask, rule, threshold, top_share,
-scores (layer x head), chosen ([layer, head], highest score first), probes (what they are, and how well the model does them), control (plain,
-chosen and random: heads, accuracy, correlation), single_heads (accuracy with one head masked, layer x head; null where
-that is dear), resampled, gates (name, passed, sentence). The work goes on after a kill where it stopped.
+scores (layer x head), chosen ([layer, head], highest score first), probes (what they are, and how well the model does
+them), control (plain, chosen and random: heads, accuracy, correlation), single_heads (accuracy with one head masked,
+layer x head; null where that is dear), resampled, gates (name, passed, sentence). The work goes on after a kill where
+it stopped.
 """
 
 from __future__ import annotations
