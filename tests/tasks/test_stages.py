@@ -65,9 +65,10 @@ def test_what_the_stages_say_of_themselves() -> None:
     def which(trait: str) -> list[str]:
         return [name for name, stage in STAGES.items() if getattr(stage, trait)]
 
-    assert which("distributed") == ["samples", "sample_scores", "reference_logps", "pass_rates"]
+    assert which("distributed") == ["samples", "sample_scores", "selection_scores", "reference_logps", "pass_rates"]
     assert which("eval_batch") == [
-        "samples", "sample_scores", "reference_logps", "pass_rates", "evaluation_cell", "evaluation",
+        "samples", "sample_scores", "selection_heads", "selection_scores", "reference_logps", "pass_rates",
+        "evaluation_cell", "evaluation",
     ]  # fmt: skip
     assert which("keeps_rows") == ["contamination", "near_duplicates", "preflight"]
     assert which("copies_model") == ["publish"]
