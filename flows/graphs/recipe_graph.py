@@ -319,8 +319,9 @@ class Graph(NodeGraph):
 
     def _preflights(self, base: str | None) -> None:
         """Those of all trainings whose rows are there. Rows of DPO are checked before SFT, unless SFT writes them."""
-        for name in self._selection.untrained if base else ():
-            self._selection.rows(name, self._sets, base)
+        if base is not None:
+            for name in self._selection.untrained:
+                self._selection.rows(name, self._sets, base)
         for block in self.recipe.trainings:
             if _preflight_of(block) not in self.nodes:
                 self._preflight(block, base, self.recipe.rows_of(block))

@@ -15,6 +15,7 @@ from smoltulu.flows.graphs.sampled_nodes import Add, Parts
 from smoltulu.schemas.data import DataSet, DatasetKind
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.selection import SET_KINDS, SelectedSet, SelectionSettings
+from smoltulu.schemas.training import TrainedTurns
 from smoltulu.tasks.stages import STAGES
 
 _HEADS, _SELECTOR, _TARGETS = "selection-heads", "selector-model", "targets"
@@ -75,7 +76,7 @@ class SelectionNodes:
             return _SELECTOR
         if model is None or model == self.recipe.base_model or settings.scorer == "counts":
             return base
-        if model.scratch is not None and self.recipe.world is None and self.recipe.data.sft and "sft" not in sets:
+        if model.scratch is not None and self.recipe.world is None and self.recipe.data.sft and not sets.get("sft"):
             return None
         return self.model_from(_SELECTOR, model, add=self.add)
 
@@ -122,10 +123,15 @@ class SelectionNodes:
         if own is None:
             return None
         inputs = {"dataset": Binding(own, "file"), **who}
-        config = settings.scores_config(kind)
+        config = settings.scores_config(kind, self._trained_turns(name))
         return self.add(
             f"influence-{name}-{number}", STAGES["selection_scores"], config, inputs=inputs, **self.template
         )
+
+    def _trained_turns(self, name: SelectedSet) -> TrainedTurns:
+        """Turns of pairs that trainings on them train: all where one of them does."""
+        rules = [one.row_rules() for block, one in self.recipe.trainings.items() if self.recipe.rows_of(block) == name]
+        return "all" if any(rule.trained_turns == "all" for rule in rules) else "last"
 
     def _targets(self, data: DataSet, kind: DatasetKind) -> dict[str, Binding]:
         """Rows that the kept ones are to be like, and what benchmarks say of them where the recipe has an index."""
