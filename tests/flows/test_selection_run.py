@@ -72,6 +72,12 @@ def test_another_amount_of_a_selection_runs_only_what_follows(made: dict[str, Ar
     assert outcomes(again(store, other, "selection")) == {"selected-sft"}
     planned = {row.node: row.status for row in plan(load_recipe("tiny", RUN | other), None, [], store).rows}
     assert {node for node, status in planned.items() if status == "runs"} == {"preflight-sft", "sft"}
+    # What one scorer counted is known to the next.
+    asks = {"selection": {"method": "perplexity"}}
+    costs = {row.node: row.estimate for row in plan(load_recipe("tiny", RUN | asks), None, [], store).rows}
+    counted = made["influence-sft-0"].outputs["num_tokens"]
+    assert costs["influence-sft-0"].num_tokens == counted
+    assert costs["influence-sft-0"].flops == 2 * counted * made["base-model"].outputs["num_parameters"]
     # A new source scores only itself.
     third = RUN["data.sft.sources"] + [SFT | {"limit": 20}]
     found = outcomes(again(store, {"data.sft.sources": third}, "selection"))
