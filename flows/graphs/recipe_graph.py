@@ -18,6 +18,7 @@ from smoltulu.flows.graphs.evaluation_settings import asked_of
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
 from smoltulu.flows.graphs.references import References
 from smoltulu.flows.graphs.sampled_nodes import Add, EntryNodes, add_sampled_nodes, node_name
+from smoltulu.flows.graphs.selection_nodes import SelectionNodes
 from smoltulu.flows.graphs.stage_configs import (
     audit_config,
     held_out_config,
@@ -90,6 +91,10 @@ class Graph(NodeGraph):
         self._checked: dict[str, str] = {}
         #: Nodes of the rows that are held out, by their set of `data`.
         self._held_out: dict[str, str] = {}
+        #: What trainings take of each set. What is sampled or held out, and tokenizers, are of all rows.
+        self._selection = SelectionNodes(
+            self, recipe, self._add, self._rows, self._without_contamination, self._model_from, self._template
+        )
         self._lay_out()
 
     # The nodes, in the order of a run.
@@ -236,7 +241,7 @@ class Graph(NodeGraph):
         index = self._benchmark_index()
         if index is None:
             return rows
-        config = settings.stage_config(kind, **({"policy": "report"} if name == "audit" else {}))
+        config = settings.stage_config(kind, **({"policy": "report"} if name in ("audit", "targets") else {}))
         inputs = {"dataset": Binding(rows, "file"), "index": Binding(index)}
         return self._add(f"contamination-{name}", STAGES["contamination"], config, inputs=inputs) or rows
 
@@ -314,18 +319,24 @@ class Graph(NodeGraph):
 
     def _preflights(self, base: str | None) -> None:
         """Those of all trainings whose rows are there. Rows of DPO are checked before SFT, unless SFT writes them."""
+        if base is not None:
+            for name in self._selection.untrained:
+                self._selection.rows(name, self._sets, base)
         for block in self.recipe.trainings:
             if _preflight_of(block) not in self.nodes:
-                self._preflight(block, base, self._sets.get(self.recipe.rows_of(block)))
+                self._preflight(block, base, self.recipe.rows_of(block))
 
-    def _preflight(self, block: str, base: str | None, rows: str | None) -> None:
+    def _preflight(self, block: str, base: str | None, data_set: str) -> None:
         """Tokenised rows of a training stage."""
         first = self._order.index({"dpo": "reference_logps", "rlvr": "pass_rates"}.get(block, block))
-        if base is None or rows is None or self._order.index("verifier_audit") < self._until < first:
+        if base is None or self._order.index("verifier_audit") < self._until < first:
+            return
+        rows = self._selection.rows(data_set, self._sets, base)
+        if rows is None:
             return
         settings, checks = self.recipe.trainings[block], self.recipe.preflight
         nodes = {_preflight_of(block): (checks, Binding(rows, "file"))}
-        if (aside := self._held_out.get(self.recipe.rows_of(block))) is not None:
+        if (aside := self._held_out.get(data_set)) is not None:
             # The same sources: what they lack is said once.
             lenient = {name: 1.0 for name in type(checks).model_fields if name.startswith("max_")}
             checks = checks.model_copy(update={**lenient, "dry_run": False})
@@ -388,6 +399,7 @@ class Graph(NodeGraph):
         if _held_out_of(block) in self.nodes:
             inputs["held_out"] = Binding(_held_out_of(block), "file")
             inputs["held_out_rows"] = Binding(self._held_out[self.recipe.rows_of(block)], "file")
+        inputs |= self._selection.weights(self.recipe.rows_of(block))
         literals = {name: str(folder) for name, folder in folders.items()}
         digests = {name: self._digest_of(folder) for name, folder in folders.items()}
         return self._add(
