@@ -103,6 +103,7 @@ def smoltulu(
         *language_notes(checked),
         *checked.near_duplicate_notes(),
         *checked.sampled_notes(),
+        *checked.selection_notes(),
     ):
         log.warning(sentence)
     graph = Graph(checked, until)

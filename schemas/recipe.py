@@ -20,6 +20,8 @@ from smoltulu.schemas.publish import PublishSettings
 from smoltulu.schemas.rlvr import AnyRLVRSettings, RLVRSettings
 from smoltulu.schemas.sampled import SampledSettings
 from smoltulu.schemas.sampled_checks import sampled_notes, sampled_problems
+from smoltulu.schemas.selection import SelectionSettings
+from smoltulu.schemas.selection_checks import selection_notes, selection_problems
 from smoltulu.schemas.training import (
     DPOSettings,
     RewardModelSettings,
@@ -64,6 +66,7 @@ class Recipe(StrictModel):
     contamination: ContaminationSettings | None = science(None)
     languages: LanguageSettings | None = science(None, description="language shares of the training data, as read")
     near_duplicates: NearDuplicateSettings | None = science(None)
+    selection: SelectionSettings | None = science(None, description="which training rows are kept, or how they weigh")
     preflight: PreflightSettings = machinery(PreflightSettings())
     verifier_audit: VerifierAuditSettings | None = science(None)
     sft: SFTSettings | None = science(None, title="SFT")
@@ -116,6 +119,7 @@ class Recipe(StrictModel):
             ]
         problems += sampled_problems(self)
         problems += mixture_problems(self)
+        problems += selection_problems(self)
         scratch, followed = self.base_model.scratch, self.sft and self.sft.mup_base_width
         made = scratch and scratch.mup and scratch.mup.base_width
         if scratch is not None and followed is not None and followed != made:
@@ -214,6 +218,15 @@ class Recipe(StrictModel):
         """A sentence for every entry of `sampled` whose rows nothing is trained on."""
         return sampled_notes(self)
 
+    @property
+    def selector(self) -> SelectionSettings | None:
+        """The block `selection` where it selects anything."""
+        return None if self.selection is None or self.selection.method == "none" else self.selection
+
+    def selection_notes(self) -> list[str]:
+        """A sentence for every setting of `selection` that does nothing."""
+        return selection_notes(self)
+
     def data_sources(self) -> list[DataSource]:
         """Every data source that the recipe names: training, held-out, audit, benchmarks, evaluation files."""
         sets: list[DataSet | None] = [getattr(self.data, name) for name in DataSettings.model_fields]
@@ -221,6 +234,8 @@ class Recipe(StrictModel):
         if self.contamination:
             sets.append(self.contamination.audit)
             sources += [benchmark.source for benchmark in self.contamination.benchmarks]
+        if self.selector:
+            sets.append(self.selector.targets)
         if self.evaluation:
             sources += [source for task in self.evaluation.tasks for source in task.files.values()]
             sources += [source for one in self.evaluation.reward_benchmarks or () for source in one.sources]

@@ -25,7 +25,18 @@ SCORER: dict[Method, Scorer] = {
     "length": "counts",
     "random": "counts",
 }
+#: Kind of the rows of each set.
+SET_KINDS: dict[SelectedSet, DatasetKind] = {
+    "sft": "sft",
+    "preference": "preference",
+    "dpo": "preference",
+    "rlvr": "rlvr",
+}
 MaskKind = Literal["uniform", "zero_output", "reference_checkpoint"]
+
+
+#: Ways to say how much is kept.
+AMOUNTS = ("share", "token_share", "tokens", "threshold")
 
 
 class ProbeSettings(StrictModel):
@@ -63,11 +74,15 @@ class KeepSettings(StrictModel):
 
     @model_validator(mode="after")
     def _one_amount(self) -> Self:
-        names = ("share", "token_share", "tokens", "threshold")
-        given = [name for name in names if getattr(self, name) is not None]
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"keep: give exactly one of {', '.join(names)}; given: {', '.join(given) or 'none'}")
+            raise ValueError(f"keep: give exactly one of {', '.join(AMOUNTS)}; given: {', '.join(given) or 'none'}")
         return self
+
+    @property
+    def amount(self) -> tuple[str, float]:
+        """Name and value of what is given."""
+        return next((name, value) for name in AMOUNTS if (value := getattr(self, name)) is not None)
 
 
 class SelectionSettings(StrictModel):
@@ -97,6 +112,126 @@ class SelectionSettings(StrictModel):
     heads: HeadSettings = science(HeadSettings())
     gate: Literal["stop", "warn"] = machinery("stop", description="what happens where a gate fails")
     targets: DataSet | None = science(None, description="method: rds_plus. Rows that the kept ones are to be like")
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """Who makes the scores; None: nothing is selected."""
+        return SCORER.get(self.method)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = []
+        if len(set(self.sets)) < len(self.sets):
+            problems.append(f"sets: {', '.join(self.sets)} names a set twice; name each once")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            problems.append(
+                f"min_tokens {self.min_tokens:,} is above max_tokens {self.max_tokens:,}: no row is between"
+            )
+        if self.min_tokens > self.max_length:
+            problems.append(
+                f"min_tokens {self.min_tokens:,} is above max_length {self.max_length:,}, and longer rows are not "
+                "scored, so no row would be left; raise max_length"
+            )
+        if self.min_weight > self.max_weight:
+            problems.append(
+                f"min_weight {self.min_weight:g} is above max_weight {self.max_weight:g}: the row ranked first has "
+                "max_weight; swap them, or set keep.order to lowest"
+            )
+        if self.method == "random" and self.keep.threshold is not None:
+            problems.append("keep.threshold: method random scores nothing; give share, token_share or tokens")
+        if self.method == "rds_plus" and self.targets is None:
+            problems.append("targets: method rds_plus ranks rows by how alike they are to a target set; add targets")
+        others = [name for name in self.sets if name != "sft"]
+        if self.use == "weight" and others:
+            problems.append(
+                f"use: weight weighs the loss of SFT rows alone, and sets has {', '.join(others)}; set use to filter, "
+                "or sets to [sft]"
+            )
+        if self.method == "rds_plus" and len({SET_KINDS[name] for name in self.sets}) > 1:
+            problems.append(
+                f"sets: {', '.join(self.sets)} have rows of different kinds, and targets of rds_plus have one; select "
+                "from one of them"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def ignored(self) -> list[str]:
+        """A sentence for every setting that differs from its default and does nothing."""
+        fields = type(self).model_fields
+        given = [name for name in fields if getattr(self, name) != fields[name].get_default()]
+        if self.method == "none":
+            # A shipped recipe may say who would score: only what asks for a selection is told that there is none.
+            asked = [name for name in ("keep", "use", "min_tokens", "max_tokens") if name in given]
+            return [f"selection: method is none, so {', '.join(asked)} does nothing"] if asked else []
+        notes = []
+
+        def note(names: tuple[str, ...], why: str) -> None:
+            if idle := [name for name in names if name in given]:
+                notes.append(f"selection: {', '.join(idle)} does nothing: {why}")
+
+        if self.method != "attention_influence":
+            note(("mask", "probes", "heads", "gate"), f"method {self.method} masks no heads")
+        if self.scorer == "counts":
+            note(("model", "over", "by"), f"method {self.method} asks no model")
+        if self.method == "rds_plus":
+            note(("by",), "RDS+ scores whole rows")
+        else:
+            note(("targets",), f"method {self.method} compares with no target set")
+        if self.method != "random":
+            note(("seed",), "it is for method random")
+        if self.by != "row" and "rlvr" in self.sets:
+            note(("by",), "prompts of data.rlvr have no trained turns")
+        if self.use == "filter":
+            note(("min_weight", "max_weight"), "they are for use: weight")
+        elif self.keep.amount != fields["keep"].get_default().amount:
+            notes.append(f"selection: keep.{self.keep.amount[0]} does nothing: use: weight keeps all rows with a score")
+        if self.use == "weight" and self.min_weight == self.max_weight:
+            notes.append(f"selection: min_weight and max_weight are both {self.min_weight:g}: all rows weigh the same")
+        if self.max_tokens is not None and self.max_tokens > self.max_length:
+            notes.append(
+                f"selection: max_tokens {self.max_tokens:,} is above max_length {self.max_length:,}, and longer rows "
+                "are not scored: they are kept out"
+            )
+        return notes
+
+    def heads_config(self) -> SelectionHeadsConfig:
+        """What finds the heads that are masked."""
+        return SelectionHeadsConfig(probes=self.probes, heads=self.heads, mask=self.mask, gate=self.gate)
+
+    def scores_config(self, kind: DatasetKind) -> SelectionScoresConfig:
+        """What scores one source. Without what its scorer does not read: methods with one scorer share their scores."""
+        assert self.scorer is not None
+        reads_losses = self.scorer in ("attention_influence", "perplexity")
+        return SelectionScoresConfig(
+            kind=kind,
+            scorer=self.scorer,
+            over="whole" if kind == "rlvr" else self.over if self.scorer != "counts" else "trained",
+            by=self.by if reads_losses and kind != "rlvr" else "row",
+            max_length=self.max_length,
+            mask=self.mask if self.method == "attention_influence" else None,
+        )
+
+    def stage_config(self, kind: DatasetKind, labels: tuple[str, ...]) -> SelectionConfig:
+        """What is kept of a set. Settings that do nothing stand at their defaults: they are in no key."""
+        fields = type(self).model_fields
+        weighs = self.use == "weight"
+        keep = self.keep
+        if weighs:
+            keep = KeepSettings(share=1.0, order=keep.order, within=keep.within)
+        return SelectionConfig(
+            kind=kind,
+            method=self.method,
+            keep=keep,
+            use=self.use,
+            min_weight=self.min_weight if weighs else fields["min_weight"].default,
+            max_weight=self.max_weight if weighs else fields["max_weight"].default,
+            by=self.scores_config(kind).by if weighs else "row",
+            min_tokens=self.min_tokens,
+            max_tokens=self.max_tokens,
+            seed=self.seed if self.method == "random" else 0,
+            labels=labels,
+        )
 
 
 class SelectionHeadsConfig(StrictModel):

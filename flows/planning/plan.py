@@ -151,6 +151,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         *language_notes(recipe),
         *recipe.near_duplicate_notes(),
         *recipe.sampled_notes(),
+        *recipe.selection_notes(),
         *_too_large(costs, rows),
         *unreachable,
         *_check_new_base_model(graph, rows),
