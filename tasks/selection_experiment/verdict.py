@@ -144,8 +144,7 @@ def judge(
             reasons[setting, selector] = reason
             for name, tasks in classes.items() if not reason else ():
                 for control in controls:
-                    sides = [[arms[one].tasks[task] for task in tasks] for one in (selector, control)]
-                    tests[setting, selector, name, control] = compare(*sides)
+                    tests[setting, selector, name, control] = _compared(arms[selector], arms[control], tasks)
     adjusted = dict(zip(tests, holm([one.p_value for one in tests.values()]), strict=True))
     judged = []
     for (setting, selector), reason in reasons.items():
@@ -158,6 +157,10 @@ def judge(
             word: Word = "beats random and longest" if all(one.is_better for one in against) else "does not"
             judged.append(Judged(setting, selector, name, word, against))
     return judged
+
+
+def _compared(arm: ArmScores, control: ArmScores, tasks: Sequence[SweptTask]) -> Difference:
+    return compare([arm.tasks[task] for task in tasks], [control.tasks[task] for task in tasks])
 
 
 def _missing(selector: str, controls: Sequence[str], arms: Mapping[str, ArmScores], fewest: Mapping[str, int]) -> str:
@@ -204,9 +207,7 @@ def beside(
 ) -> list[Beside]:
     """Every selector beside every other arm of `others` (in words -> its runs), where both have two runs or more."""
     return [
-        Beside(
-            selector, other, name, compare(*([side.tasks[task] for task in tasks] for side in (arms[selector], runs)))
-        )
+        Beside(selector, other, name, _compared(arms[selector], runs, tasks))
         for name, tasks in classes.items()
         for selector in roles.selectors
         for other, runs in others.items()
@@ -256,10 +257,10 @@ def groups_of_runs(
     num_found = 0
     for _ in range(num_draws):
         order = draws.permutation(runs.num_seeds)
-        groups = order[: num_seeds[0]], order[num_seeds[0] : sum(num_seeds)]
-        p_values = [
-            compare(*([runs.tasks[task][group] for task in tasks] for group in groups)).p_value
-            for tasks in classes.values()
-        ]
+        one, other = (
+            ArmScores({task: items[group] for task, items in runs.tasks.items()})
+            for group in (order[: num_seeds[0]], order[num_seeds[0] : sum(num_seeds)])
+        )
+        p_values = [_compared(one, other, tasks).p_value for tasks in classes.values()]
         num_found += min(holm(p_values)) < LEVEL
     return NullRate(runs.num_seeds, num_draws, num_found)
