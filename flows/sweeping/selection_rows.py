@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -12,7 +13,6 @@ from smoltulu.artifacts import layout
 from smoltulu.artifacts.store import read_manifest
 from smoltulu.flows.sweeping.states import CellRecord
 from smoltulu.schemas.artifact import Manifest
-from smoltulu.schemas.selection import SelectionOutputs
 
 #: Kept tokens may differ by this: each source's are within a row of its budget.
 MAX_APART = 0.02
@@ -26,14 +26,12 @@ class TrainedOn:
 
     num_rows, num_tokens  that were trained on, once
     num_kept_tokens       by the tokens of the selection; None where all rows were taken
-    num_rows_read         of which the selection chose
     num_trained_tokens    over the whole training; num_steps: optimizer steps
     """
 
     num_rows: int
     num_tokens: int
     num_kept_tokens: int | None
-    num_rows_read: int | None
     num_trained_tokens: int
     num_steps: int
 
@@ -50,18 +48,24 @@ def trained_on(store_root: Path, cell: CellRecord) -> TrainedOn | None:
     if training is None or rows is None:
         return None
     chosen = _upstream(store_root, rows)
-    selected = None
-    if chosen is not None and chosen.spec.stage == "selection":
-        selected = SelectionOutputs.model_validate(chosen.outputs)
     if chosen is None:
         return None
-    counts = [rows.outputs.get("num_rows"), rows.outputs.get("num_tokens")]
-    counts += [training.outputs.get("num_tokens"), training.outputs.get("num_steps")]
-    num_rows, num_tokens, num_trained, num_steps = (one if isinstance(one, int) else 0 for one in counts)
+    selected = chosen.outputs if chosen.spec.stage == "selection" else {}
+    num_rows, num_tokens = _count(rows.outputs, "num_rows"), _count(rows.outputs, "num_tokens")
     if not num_rows or not num_tokens:
         return None
-    kept, read = (selected.num_kept_tokens, selected.num_rows_read) if selected else (None, None)
-    return TrainedOn(num_rows, num_tokens, kept, read, num_trained, num_steps)
+    return TrainedOn(
+        num_rows,
+        num_tokens,
+        _count(selected, "num_kept_tokens"),
+        _count(training.outputs, "num_tokens") or 0,
+        _count(training.outputs, "num_steps") or 0,
+    )
+
+
+def _count(outputs: Mapping[str, Any], name: str) -> int | None:
+    value = outputs.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _upstream(store_root: Path, manifest: Manifest | None) -> Manifest | None:

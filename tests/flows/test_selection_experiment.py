@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,45 @@ def test_random_draws_are_cells_of_their_own_and_other_arms_share_their_rows() -
     assert len({record.training for record in records_of(cells)}) == len(cells)
     check_selection(made, cells)
     check_apart(made, records_of(cells))
+
+
+@pytest.mark.slow
+def test_an_experiment_with_selection_really_runs(tmp_path: Path) -> None:
+    """Two skills, a base model that learned little, eleven cells of some steps: from the command to the verdict."""
+    from tests.flows.cli.test_sweep_command import started
+
+    sources = [{"generated": f"mixed_{skill}.jsonl", "format": "messages"} for skill in ("sorting", "copy")]
+    evaluated = [
+        {"name": f"skill_{skill}", "metric": "exact_match,none",
+         "files": {"test": {"generated": "eval_skills.jsonl", "format": "text"}}} for skill in ("sorting", "copy")
+    ]  # fmt: skip
+    values = VALUES | {
+        "overrides": {
+            "selection.keep.token_share": 0.25,
+            "selection.max_length": 128,
+            "sft.max_length": 128,
+            "world.num_pretrain": 200,
+            "world.skills": {"num_sft": 8, "num_eval": 10, "mixed": {"num_rows": 40}},
+            "base_model.scratch.num_steps": 20,
+            "data.sft.sources": sources,
+            "evaluation.tasks": evaluated,
+        },
+        "num_workers": 1,
+        "selection": {"selectors": ["selected"]},
+        "arms": {name: ARMS[name] for name in ("selected", "random", "longest")},
+        "blocks": [
+            MAIN | {"arms": ["random"], "max_tokens": [2048]},
+            MAIN | {"name": "others", "arms": ["longest", "selected"], "max_tokens": [2048], "seeds": [0, 1, 2]},
+        ],
+        "tasks": [task for task in TASKS if task["task"] != "skill_modular"],
+    }
+    file = tmp_path / "chosen.yaml"
+    file.write_text(json.dumps(values))
+    process = started(str(file), store=tmp_path / "store")
+    output = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, output
+    assert "cells     sweep chosen: 11 done" in output
+    assert re.search(r"verdict   selected, reasoning: (beats random and longest|does not) \(against random: ", output)
+    assert re.search(r"arm       selected, pattern: bits_per_byte \d", output) and "tokens    kept tokens: " in output
+    page = (tmp_path / "sweeps" / "chosen" / "report.html").read_text()
+    assert "Does a selector beat its controls?" in page
