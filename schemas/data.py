@@ -176,6 +176,9 @@ class DataSet(StrictModel):
         0.01, ge=0, le=1, description="share of rows that may be malformed (they are dropped) before the stage fails"
     )
     seed: int = science(0, absent=0, ge=0, description="of a mixture: draws its rows, and their order")
+    expected_rows: int | None = machinery(
+        None, ge=1, description="for `plan`, until they are read: steps, FLOPs and time"
+    )
 
     @model_validator(mode="after")
     def _one_mixture(self) -> Self:

@@ -327,6 +327,17 @@ class SelectionInputs(StrictModel):
     heads: str | None = Field(None, description="heads.json, for the report")
 
 
+class SourceSelection(StrictModel):
+    """What became of the rows of one source."""
+
+    label: str
+    num_rows: int = Field(ge=0)
+    num_tokens: int = Field(ge=0)
+    num_kept: int = Field(ge=0)
+    num_kept_tokens: int = Field(ge=0)
+    dropped: dict[str, int] = Field({}, description="why a row was not kept -> number of rows")
+
+
 class SelectionOutputs(StrictModel):
     """Kept rows in their order, what became of each row, and a page."""
 
@@ -339,3 +350,5 @@ class SelectionOutputs(StrictModel):
     num_rows_read: int = Field(ge=0)
     num_rows: int = Field(ge=1)
     num_kept_tokens: int = Field(ge=0)
+    use: Literal["filter", "weight"]
+    by_source: dict[str, SourceSelection] = Field(description="number of the source -> what became of its rows")

@@ -20,6 +20,8 @@ from smoltulu.tasks.publish.stage import publish
 from smoltulu.tasks.sampled.rows import sampled_rows
 from smoltulu.tasks.sampled.samples import samples
 from smoltulu.tasks.sampled.scores import sample_scores
+from smoltulu.tasks.selection.selection_stage import selection
+from smoltulu.tasks.selection.stubs import selection_heads, selection_scores
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.training.dpo import dpo
 from smoltulu.tasks.training.reference_logps import reference_logps
@@ -46,6 +48,9 @@ STAGES |= {
         samples,
         sample_scores,
         sampled_rows,
+        selection_heads,
+        selection_scores,
+        selection,
         preflight_of(STAGES),  # read when it runs
         verifier_audit,
         sft,

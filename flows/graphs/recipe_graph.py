@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel
 
@@ -18,6 +18,7 @@ from smoltulu.flows.graphs.evaluation_settings import asked_of
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
 from smoltulu.flows.graphs.references import References
 from smoltulu.flows.graphs.sampled_nodes import Add, EntryNodes, add_sampled_nodes, node_name
+from smoltulu.flows.graphs.selection_nodes import add_selection_nodes
 from smoltulu.flows.graphs.stage_configs import (
     audit_config,
     held_out_config,
@@ -37,6 +38,7 @@ from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.rlvr import PPOSettings
 from smoltulu.schemas.sampled import SampledSettings
+from smoltulu.schemas.selection import SelectedSet
 from smoltulu.tasks.data.hub import Reference, resolve_commit
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.models.chat_template import load_chat_template
@@ -86,6 +88,8 @@ class Graph(NodeGraph):
         self._sets: dict[str, str] = {}
         self._models: dict[str, str] = {}
         self._sampled: dict[str, str] = {}
+        #: Nodes of what the selection keeps, by set. What is sampled or held out, and tokenizers, are of all rows.
+        self._selected: dict[str, str] = {}
         #: Nodes of their rows before any mixture.
         self._checked: dict[str, str] = {}
         #: Nodes of the rows that are held out, by their set of `data`.
@@ -236,7 +240,7 @@ class Graph(NodeGraph):
         index = self._benchmark_index()
         if index is None:
             return rows
-        config = settings.stage_config(kind, **({"policy": "report"} if name == "audit" else {}))
+        config = settings.stage_config(kind, **({"policy": "report"} if name in ("audit", "targets") else {}))
         inputs = {"dataset": Binding(rows, "file"), "index": Binding(index)}
         return self._add(f"contamination-{name}", STAGES["contamination"], config, inputs=inputs) or rows
 
@@ -314,18 +318,52 @@ class Graph(NodeGraph):
 
     def _preflights(self, base: str | None) -> None:
         """Those of all trainings whose rows are there. Rows of DPO are checked before SFT, unless SFT writes them."""
+        trained = {self.recipe.rows_of(block) for block in self.recipe.trainings}
+        for name in self.recipe.selector.sets if self.recipe.selector else ():
+            if name not in trained:  # for what keeps the rows, and trains elsewhere
+                self._selection(name, base)
         for block in self.recipe.trainings:
             if _preflight_of(block) not in self.nodes:
-                self._preflight(block, base, self._sets.get(self.recipe.rows_of(block)))
+                self._preflight(block, base, self.recipe.rows_of(block))
 
-    def _preflight(self, block: str, base: str | None, rows: str | None) -> None:
+    def _selection(self, name: str, base: str | None) -> str | None:
+        """The rows of a set that trainings take; None where they are not there yet, or come after `until`."""
+        settings, rows = self.recipe.selector, self._sets.get(name)
+        data: DataSet | None = getattr(self.recipe.data, name)
+        if settings is None or name not in settings.sets or rows is None or data is None or base is None:
+            return rows
+        if name not in self._selected and (selector := self._selector(base)) is not None:
+            kept = add_selection_nodes(
+                self, self._add, settings, cast("SelectedSet", name), data, rows, base=base, selector=selector,
+                read=self._rows, check=self._without_contamination, template=self._template,
+            )  # fmt: skip
+            if kept is not None:
+                self._selected[name] = kept
+        return self._selected.get(name)
+
+    def _selector(self, base: str) -> str | None:
+        """The node of the model that scores; None where what it is made of is not there yet."""
+        assert self.recipe.selector is not None
+        model, name = self.recipe.selector.model, "selector-model"
+        if name in self.nodes:
+            return name
+        if model is None or model == self.recipe.base_model or self.recipe.selector.scorer == "counts":
+            return base
+        if model.scratch is not None and self.recipe.world is None and self.recipe.data.sft and "sft" not in self._sets:
+            return None
+        return self._model_from(name, model, add=self._add)
+
+    def _preflight(self, block: str, base: str | None, data_set: str) -> None:
         """Tokenised rows of a training stage."""
         first = self._order.index({"dpo": "reference_logps", "rlvr": "pass_rates"}.get(block, block))
-        if base is None or rows is None or self._order.index("verifier_audit") < self._until < first:
+        if base is None or self._order.index("verifier_audit") < self._until < first:
+            return
+        rows = self._selection(data_set, base)
+        if rows is None:
             return
         settings, checks = self.recipe.trainings[block], self.recipe.preflight
         nodes = {_preflight_of(block): (checks, Binding(rows, "file"))}
-        if (aside := self._held_out.get(self.recipe.rows_of(block))) is not None:
+        if (aside := self._held_out.get(data_set)) is not None:
             # The same sources: what they lack is said once.
             lenient = {name: 1.0 for name in type(checks).model_fields if name.startswith("max_")}
             checks = checks.model_copy(update={**lenient, "dry_run": False})
@@ -388,6 +426,9 @@ class Graph(NodeGraph):
         if _held_out_of(block) in self.nodes:
             inputs["held_out"] = Binding(_held_out_of(block), "file")
             inputs["held_out_rows"] = Binding(self._held_out[self.recipe.rows_of(block)], "file")
+        selector, data_set = self.recipe.selector, self.recipe.rows_of(block)
+        if selector is not None and selector.use == "weight" and data_set in self._selected:
+            inputs["weights"] = Binding(self._selected[data_set], "weights_file")
         literals = {name: str(folder) for name, folder in folders.items()}
         digests = {name: self._digest_of(folder) for name, folder in folders.items()}
         return self._add(

@@ -148,6 +148,24 @@ def trained_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools:
     ]
 
 
+def spans_by_turn(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None
+) -> tuple[str, list[tuple[int, Span]]]:
+    """A conversation's text, and for each {% generation %} block its turn and its part of the text, in their order.
+
+    A block that several turns share counts as the first one's.
+
+    Raises:
+        NotRendered: as `trained_spans`.
+    """
+    text, spans, marked, marked_text, marked_spans = _looked_at(tokenizer, messages, tools, False)
+    if len(spans) != len(marked_spans):
+        raise _other_text()
+    marks = marked.marks(marked_text)
+    turns = [_turns_of(messages, marks, span) for span in marked_spans]
+    return text, [(min(found), span) for found, span in zip(turns, spans, strict=True) if found and span[0] < span[1]]
+
+
 def check_rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None) -> None:
     """Of a prompt: raises NotRendered where a text of it is not in what the template renders."""
     _looked_at(tokenizer, messages, tools, True)
@@ -256,7 +274,18 @@ def _refuse_untrained_calls(messages: Messages, marks: list[tuple[int, _Part]], 
 
 
 def _is_trained(messages: Messages, marks: list[tuple[int, _Part]], span: Span) -> bool:
-    """Whether a {% generation %} block belongs to a turn that is trained on.
+    """Whether a {% generation %} block belongs to a turn that is trained on."""
+    answers = {messages[turn].get("train", True) for turn in _turns_of(messages, marks, span)}
+    if len(answers) != 1:
+        raise NotRendered(
+            "the chat template marks turns with train false and turns that are trained as one: put {% generation %} … "
+            "{% endgeneration %} around each turn of its own"
+        )
+    return answers.pop()
+
+
+def _turns_of(messages: Messages, marks: list[tuple[int, _Part]], span: Span) -> set[int]:
+    """The turns of a {% generation %} block.
 
     A block without a mark, as of the end of a turn, belongs to the assistant's turn before or behind it.
     """
@@ -265,13 +294,7 @@ def _is_trained(messages: Messages, marks: list[tuple[int, _Part]], span: Span) 
     if first == last:
         beside = {part.turn for _, part in marks[max(first - 1, 0) : last + 1] if part.turn != _OF_TOOLS}
         turns = {turn for turn in beside if messages[turn]["role"] == "assistant"}
-    answers = {messages[turn].get("train", True) for turn in turns}
-    if len(answers) != 1:
-        raise NotRendered(
-            "the chat template marks turns with train false and turns that are trained as one: put {% generation %} … "
-            "{% endgeneration %} around each turn of its own"
-        )
-    return answers.pop()
+    return turns
 
 
 def _other_text() -> NotRendered:

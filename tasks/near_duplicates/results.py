@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smoltulu.schemas.near_duplicates import DuplicateCount
 from smoltulu.tasks.data import rows as rows_file
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,13 @@ def source_of(row_id: str) -> str:
     return row_id.partition(":")[0]
 
 
-def write_kept(source: Path, kept: Path, removed: Sequence[int]) -> None:
+def write_kept(source: Path, kept: Path, removed: Sequence[int] | np.ndarray) -> None:
     """The rows file without the rows of these numbers; row groups stay as they are otherwise."""
     import numpy as np
     import pyarrow as pa
     from pyarrow import parquet
 
-    if not removed:
+    if not len(removed):
         shutil.copyfile(source, kept)
         return
     gone = np.asarray(removed)

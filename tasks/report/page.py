@@ -26,6 +26,7 @@ from smoltulu.schemas.near_duplicates import NearDuplicateOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import Outcome, RunSummary, StageRun
 from smoltulu.schemas.sampled import SampledRowsOutputs
+from smoltulu.schemas.selection import SelectionOutputs
 from smoltulu.schemas.verdict import AnsweredPrompt, Verdict
 from smoltulu.schemas.verifier_audit import PassRatesOutputs, VerifierAuditOutputs
 from smoltulu.tasks.report import text, verdict
@@ -93,7 +94,12 @@ def html_report(
             "Near-duplicates",
             [(name, outputs) for name, _, outputs in _outputs_of(NearDuplicateOutputs, runs)],
         ),
-        ("data", "Data", [dataset for dataset in datasets if dataset[2].sources]),
+        (
+            "selection",
+            "Selection of training rows",
+            [(name, outputs) for name, _, outputs in _outputs_of(SelectionOutputs, runs)],
+        ),
+        ("data", "Data", _read_once(datasets)),
         ("mixtures", "Mixtures", _mixtures(runs, preflights)),
         ("preflight", "Preflight", [(name, preflight_figures(outputs)) for name, _, outputs in preflights]),
         ("verifier_audit", "Verifier audit", _verifier_audit(runs)),
@@ -215,6 +221,18 @@ def _verifier_audit(runs: Sequence[tuple[StageRun, Manifest | None]]) -> dict[st
     left_out = [manifest.spec.config.get("leave_out") for _, manifest in runs if manifest is not None]
     named = sorted({str(pool) for pools in left_out if isinstance(pools, (list, tuple)) for pool in pools})
     return {"audits": audits, "measured": measured, "left_out": named} if audits or measured else {}
+
+
+def _read_once(
+    datasets: Sequence[tuple[str, Manifest, DatasetOutputs]],
+) -> list[tuple[str, Manifest, DatasetOutputs]]:
+    """Sets with sources that no set before them has: a selection reads each source of a set once more, by itself."""
+    found, seen = [], list[Any]()
+    for dataset in datasets:
+        if any(source not in seen for source in dataset[2].sources):
+            found.append(dataset)
+            seen += dataset[2].sources
+    return found
 
 
 def _outputs_of(

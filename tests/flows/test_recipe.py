@@ -23,6 +23,7 @@ from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings, RLOOSettings
 from smoltulu.schemas.sampled import SampledRowsConfig, SamplesConfig, SampleScoresConfig
+from smoltulu.schemas.selection import SelectionConfig, SelectionHeadsConfig, SelectionScoresConfig
 from smoltulu.schemas.verifier_audit import PassRatesConfig, VerifierAuditConfig
 
 
@@ -184,6 +185,9 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         SamplesConfig,
         SampleScoresConfig,
         SampledRowsConfig,
+        SelectionHeadsConfig,
+        SelectionScoresConfig,
+        SelectionConfig,
     )
     for model in (Recipe, DatasetStageConfig, *configs):
         roles.update(all_fields(model, seen))
@@ -212,6 +216,10 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
         "PPOSettings.max_rollouts_without_signal",
         "GRPOSettings.max_rollouts_without_signal",
         "RLOOSettings.max_rollouts_without_signal",
+        "SelectionSettings.gate",
+        "SelectionHeadsConfig.gate",
+        "SelectionConfig.labels",
+        "DataSet.expected_rows",
         "CriticSettings.path",
         "CriticSettings.offload_optimizer",
         "GateSettings.num_prompts",
