@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from smoltulu.schemas.common import ArtifactPath, StrictModel, machinery, science
 from smoltulu.schemas.data import DataSet, DatasetKind
 from smoltulu.schemas.models import ModelSource
+from smoltulu.schemas.training import TrainedTurns
 
 #: Sets of `data` whose rows can be selected.
 SelectedSet = Literal["sft", "preference", "dpo", "rlvr"]
@@ -279,6 +280,10 @@ class SelectionScoresConfig(StrictModel):
     by: Literal["row", "turn", "step"] = science()
     max_length: int = science()
     mask: MaskKind | None = science(description="attention_influence alone")
+    trained_turns: TrainedTurns = science("last", absent="last", description="kind preference: as the pairs train")
+    precision: Literal["float32", "bfloat16"] = science(
+        "float32", absent="float32", description="of the weights; losses are float32 either way"
+    )
 
 
 class SelectionScoresInputs(StrictModel):

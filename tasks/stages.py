@@ -20,8 +20,9 @@ from smoltulu.tasks.publish.stage import publish
 from smoltulu.tasks.sampled.rows import sampled_rows
 from smoltulu.tasks.sampled.samples import samples
 from smoltulu.tasks.sampled.scores import sample_scores
+from smoltulu.tasks.selection.heads_stage import selection_heads
+from smoltulu.tasks.selection.scores_stage import selection_scores
 from smoltulu.tasks.selection.selection_stage import selection
-from smoltulu.tasks.selection.stubs import selection_heads, selection_scores
 from smoltulu.tasks.stage import Stage
 from smoltulu.tasks.training.dpo import dpo
 from smoltulu.tasks.training.reference_logps import reference_logps

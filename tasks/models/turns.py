@@ -162,8 +162,17 @@ def spans_by_turn(
     if len(spans) != len(marked_spans):
         raise _other_text()
     marks = marked.marks(marked_text)
-    turns = [_turns_of(messages, marks, span) for span in marked_spans]
+    turns = [_turns_of(messages, marks, span) or _unmarked_between(messages, marks, span[0]) for span in marked_spans]
     return text, [(min(found), span) for found, span in zip(turns, spans, strict=True) if found and span[0] < span[1]]
+
+
+def _unmarked_between(messages: Messages, marks: list[tuple[int, _Part]], at: int) -> set[int]:
+    """The assistant's turns without a text, and so without a mark, between the marks before and behind a place."""
+    behind = bisect_left(marks, at, key=lambda mark: mark[0])
+    before = [part.turn for _, part in marks[:behind] if part.turn != _OF_TOOLS]
+    after = [part.turn for _, part in marks[behind:] if part.turn != _OF_TOOLS]
+    between = range(max(before, default=-1) + 1, min(after, default=len(messages)))
+    return {turn for turn in between if messages[turn]["role"] == "assistant"}
 
 
 def check_rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None) -> None:

@@ -40,9 +40,17 @@ DIGEST_LENGTH = 16
 
 TOO_LONG = "too long"
 NO_TRAINED_TOKEN = "no trained token"
+EMPTY_ANSWER = "empty answer"
 NO_NUMBER = "loss is no number"
 NOT_RENDERED = "not rendered by the chat template"
-EMPTY_ANSWER = "empty answer"
+#: Why a row has no score -> what to do where no row has one.
+PROBLEMS = {
+    TOO_LONG: "Raise selection.max_length ({max_length} tokens, and at most the selector model's positions).",
+    NO_TRAINED_TOKEN: "Look at the rows: somebody must answer, and the template must mark what the answer is.",
+    EMPTY_ANSWER: "Look at the rows: their answers have no text.",
+    NO_NUMBER: "The selector model is broken, or its precision too small: look at it, or set precision to float32.",
+    NOT_RENDERED: "Name a chat template that takes these rows.",
+}
 
 
 @dataclass(frozen=True)
@@ -127,11 +135,14 @@ class ScoresWriter:
 
     def write(self, score: RowScore) -> None:
         """Add a line."""
-        for one in (score, *score.parts):
-            measured = [getattr(one, name) for name in _MEASURED]
-            assert all(value is None or math.isfinite(value) for value in measured), one
-        assert not (score.problem and score.score is not None), score
-        self._waiting.append(asdict(score))
+        self.write_line(asdict(score))
+
+    def write_line(self, line: dict[str, Any]) -> None:
+        """Add a line that is a dictionary already."""
+        for one in (line, *line["parts"]):
+            assert all(one[name] is None or math.isfinite(one[name]) for name in _MEASURED), one
+        assert not (line["problem"] and line["score"] is not None), line
+        self._waiting.append(line)
         if len(self._waiting) == GROUP_ROWS:
             self._end_group()
 
