@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -55,6 +55,13 @@ class BaseModelConfig(StrictModel):
         20_000, ge=1, description="at most so many texts are read; the tokenizer and the training see no others"
     )
     max_text_characters: int = science(2_000, ge=16, description="longer texts are cut here")
+    texts: Literal["given", "copying"] = science(
+        "given",
+        absent="given",
+        description="copying: the tokenizer learns from the texts given, the model from lookups and repeated segments "
+        "in JSON, for a selector model that can copy (docs/selection.md)",
+    )
+    key_length: int = science(4, absent=4, ge=2, le=64, description="texts: copying. Characters of a key")
 
     num_threads: int | None = machinery(None, ge=1, description="torch threads; None leaves torch's default")
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from smoltulu.schemas.base_model import BaseModelConfig
 from smoltulu.tasks.models import mup
 from smoltulu.tasks.stage import Report
+from smoltulu.tasks.world.lookups import draw_copying_text
 
 if TYPE_CHECKING:
     from transformers import GraniteForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,6 +28,8 @@ PAD = "<pad>"  # not the eos: a masked eos would never be learned
 # which shortens every conversation. Their newline stays outside: lm-eval moves it from the prompt to the answer, and
 # tokens must not depend on that. Digits stay single: arithmetic is learnable digit by digit.
 _HEADERS = ("<|system|>", "<|user|>", "<|assistant|>")
+#: Tokens of a copying text, at the least of a tokenizer's worst.
+_COPYING_TEXT_TOKENS = 100
 _PIECES = r"<\|(?:system|user|assistant)\|>|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -49,7 +52,8 @@ def build_base_model(config: BaseModelConfig, texts: Iterable[str], folder: Path
 
     tokenizer = train_tokenizer(sample, config)
     model = new_model(config, tokenizer)
-    metrics = _pretrain(model, tokenizer, sample, config, report)
+    learned = sample if config.texts == "given" else _copying_texts(config)
+    metrics = _pretrain(model, tokenizer, learned, config, report)
 
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)  # writes config.json, generation_config.json and model.safetensors
@@ -186,6 +190,18 @@ def _pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], config: BaseMode
             f"{config.sequence_length}: give more text or shorten the sequence"
         )
     return torch.tensor(stream[: rows * config.sequence_length]).view(rows, config.sequence_length)
+
+
+def _copying_texts(config: BaseModelConfig) -> list[str]:
+    """Texts of nothing but lookups and repetitions: `num_steps` of them, and more, are never read twice.
+
+    A model of this size learns from the world's texts what comes next in the world, and copies nothing. The tokenizer
+    is still that of the texts given: a selector model must have the one of the model whose rows it scores.
+    """
+    rng = random.Random(f"copying {config.seed}")
+    num_tokens = config.num_steps * config.effective_batch_size * config.sequence_length
+    num_texts = max(100, min(config.max_texts, num_tokens // _COPYING_TEXT_TOKENS))
+    return [draw_copying_text(rng, config.key_length) for _ in range(num_texts)]
 
 
 def _endless_order(count: int, seed: int) -> Iterator[int]:

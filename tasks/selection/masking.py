@@ -152,10 +152,18 @@ def lowest_layer(heads: Sequence[HeadPlace]) -> int:
 def plain_and_masked(
     model: PreTrainedModel, heads: Sequence[HeadPlace], kind: MaskKind, batch: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head of the model reads, (B, L, hidden) each: without a mask, and with `heads` masked.
+    """What the head of the model reads, (B, L, hidden) each: without a mask, and with `heads` masked."""
+    plain, other = masked_passes(model, [heads], kind, batch)
+    return plain, other
 
-    Layers below the lowest masked one are computed once. Both passes attend with the same kernel and mask, so that
-    without heads they are equal bit for bit.
+
+def masked_passes(
+    model: PreTrainedModel, head_sets: Sequence[Sequence[HeadPlace]], kind: MaskKind, batch: Mapping[str, Any]
+) -> Iterator[torch.Tensor]:
+    """What the head of the model reads, (B, L, hidden) each: without a mask, then with each of the sets masked.
+
+    Layers below the lowest masked one of a set are those of the pass without a mask, computed once. All passes attend
+    with the same kernel and mask, so that an empty set gives the plain pass bit for bit. One pass is alive at a time.
 
     Args:
         batch: arguments of forward: input_ids, attention_mask, position_ids, segments. No labels.
@@ -163,7 +171,6 @@ def plain_and_masked(
     Raises:
         ValueError: as `masked`, and a model whose layers or last norm are not where Llama has them.
     """
-    check_heads(model, heads)
     body = model.base_model
     layers, norm = getattr(body, "layers", None), getattr(body, "norm", None)
     if layers is None or norm is None:
@@ -171,31 +178,38 @@ def plain_and_masked(
             f"{type(model).__name__} has no `layers` and `norm`, so its passes cannot be shared; give another selector "
             "model (Llama, Qwen, Granite, SmolLM2)"
         )
-    lowest = lowest_layer(heads) if heads else len(layers)
+    for heads in head_sets:
+        check_heads(model, heads)
+    starts = {lowest_layer(heads) for heads in head_sets if heads}
     seen: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def keep(number: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Inputs of later layers are made again: kept, they would be as much memory as training takes.
-            seen[number] = (args if number == lowest else (None, *args[1:]), kwargs)
+            # Inputs of other layers are made again: kept, they would be as much memory as training takes.
+            seen[number] = (args if number in starts else (None, *args[1:]), kwargs)
 
         return hook
 
     with ExitStack() as stack:
-        for number in range(lowest, len(layers)):
+        for number in range(min(starts, default=len(layers)), len(layers)):
             hook = layers[number].register_forward_pre_hook(keep(number), with_kwargs=True)
             stack.callback(hook.remove)
         with attend_with_heads(model):
             plain: torch.Tensor = body(**batch, use_cache=False).last_hidden_state
-    if lowest == len(layers):
-        return plain, plain
-    hidden = seen[lowest][0][0]
-    with ExitStack() as stack:
-        if kind != "uniform":  # the masks that were made are this attention's
-            stack.enter_context(attend_with_heads(model))
-        stack.enter_context(masked(model, heads, kind))
-        for number in range(lowest, len(layers)):
-            args, kwargs = seen[number]
-            made = layers[number](hidden, *args[1:], **kwargs)
-            hidden = made[0] if isinstance(made, tuple) else made
-        return plain, norm(hidden)
+    yield plain
+    for heads in head_sets:
+        if not heads:
+            yield plain
+            continue
+        with ExitStack() as stack:
+            if kind != "uniform":  # the masks that were made are this attention's
+                stack.enter_context(attend_with_heads(model))
+            stack.enter_context(masked(model, heads, kind))
+            lowest = lowest_layer(heads)
+            hidden = seen[lowest][0][0]
+            for number in range(lowest, len(layers)):
+                args, kwargs = seen[number]
+                made = layers[number](hidden, *args[1:], **kwargs)
+                hidden = made[0] if isinstance(made, tuple) else made
+            other: torch.Tensor = norm(hidden)
+        yield other
