@@ -61,7 +61,6 @@ class BaseModelConfig(StrictModel):
         description="copying: the tokenizer learns from the texts given, the model from lookups and repeated segments "
         "in JSON, for a selector model that can copy (docs/selection.md)",
     )
-    key_length: int = science(4, absent=4, ge=2, le=64, description="texts: copying. Characters of a key")
 
     num_threads: int | None = machinery(None, ge=1, description="torch threads; None leaves torch's default")
 

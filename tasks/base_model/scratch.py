@@ -28,8 +28,9 @@ PAD = "<pad>"  # not the eos: a masked eos would never be learned
 # which shortens every conversation. Their newline stays outside: lm-eval moves it from the prompt to the answer, and
 # tokens must not depend on that. Digits stay single: arithmetic is learnable digit by digit.
 _HEADERS = ("<|system|>", "<|user|>", "<|assistant|>")
-#: Tokens of a copying text, at the least of a tokenizer's worst.
-_COPYING_TEXT_TOKENS = 100
+#: Fewer tokens than a copying text has on average.
+_COPYING_TEXT_TOKENS = 80
+_MOST_COPYING_TEXTS = 100_000
 _PIECES = r"<\|(?:system|user|assistant)\|>|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -193,15 +194,15 @@ def _pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], config: BaseMode
 
 
 def _copying_texts(config: BaseModelConfig) -> list[str]:
-    """Texts of nothing but lookups and repetitions: `num_steps` of them, and more, are never read twice.
+    """Texts of nothing but lookups and repetitions, enough that few are read twice.
 
     A model of this size learns from the world's texts what comes next in the world, and copies nothing. The tokenizer
     is still that of the texts given: a selector model must have the one of the model whose rows it scores.
     """
     rng = random.Random(f"copying {config.seed}")
     num_tokens = config.num_steps * config.effective_batch_size * config.sequence_length
-    num_texts = max(100, min(config.max_texts, num_tokens // _COPYING_TEXT_TOKENS))
-    return [draw_copying_text(rng, config.key_length) for _ in range(num_texts)]
+    num_texts = min(_MOST_COPYING_TEXTS, 100 + num_tokens // _COPYING_TEXT_TOKENS)
+    return [draw_copying_text(rng) for _ in range(num_texts)]
 
 
 def _endless_order(count: int, seed: int) -> Iterator[int]:

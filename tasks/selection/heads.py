@@ -117,7 +117,8 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def influence(plain: float, masked: float) -> float:
-    """How much more a text costs without the heads, as a share of its loss (2505.07293, eq. 5), a loss under 0.1 as 0.1."""
+    """How much more a text costs without the heads, as a share of its loss, which counts as 0.1 where it is less
+    (2505.07293, eq. 5)."""
     return (masked - plain) / max(plain, 0.1)
 
 

@@ -1,9 +1,9 @@
 """Stage `selection_heads`: the heads of a model that copy, with the evidence that they do.
 
 Probes that only copying can answer (`probes.py`) give every head a retrieval score (`retrieval.py`). The highest are
-chosen (`heads.py`). Then they are masked, and random sets of the same layers too: the chosen ones must cost more, or the
-scores mean nothing. The domain in which an influence is compared with the number of lookups are graded probes: of one
-length, with none to as many answers shown as fit, so that only the lookups differ.
+chosen (`heads.py`). Then they are masked, and random sets of the same layers too: the chosen ones must cost more, or
+the scores mean nothing. The domain in which an influence is compared with the number of lookups are graded probes: of
+one length, with none to as many answers shown as fit, so that only the lookups differ.
 
 heads.json has: model (num_layers, num_heads, num_parameters), mask, rule, threshold, top_share, scores (layer x head),
 chosen ([layer, head], highest score first), probes (what they are, and how well the model does them), control (plain,
@@ -27,7 +27,6 @@ from smoltulu.schemas.selection import Head, SelectionHeadsConfig, SelectionHead
 from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model, load_tokenizer
 from smoltulu.tasks.selection.attention import HeadPlace, attention_modules
 from smoltulu.tasks.selection.heads import (
-    Choice,
     Effect,
     choose_heads,
     gates,
@@ -275,7 +274,7 @@ def _each_pass(
 
 
 def text_loss(model: PreTrainedModel, hidden: torch.Tensor, probe: Probe) -> float:
-    """Mean cross-entropy over a whole text but its first token. hidden: (L, d) of the last layer, padding at the end."""
+    """Mean cross-entropy over a text but its first token. hidden: (L, d) of the last layer, padding at the end."""
     import torch
 
     ids = torch.tensor(probe.input_ids, device=hidden.device)

@@ -36,14 +36,14 @@ class Pair(NamedTuple):
     value: str
 
 
-def draw_pairs(rng: random.Random, count: int, key_length: int) -> list[Pair]:
-    """`count` pairs with different keys. In any first n of them no word is more than once oftener than another of its
-    list."""
+def draw_pairs(rng: random.Random, count: int, key_length: int, num_words: int = len(WORD_LISTS)) -> list[Pair]:
+    """`count` pairs with different keys, and values of one word from each of the first `num_words` lists. In any first
+    n of them no word is more than once oftener than another of its list."""
     keys: dict[str, None] = {}
     while len(keys) < count:
         keys["".join(rng.choices(_ALPHABET, k=key_length))] = None
     columns = []
-    for words in WORD_LISTS:
+    for words in WORD_LISTS[:num_words]:
         column: list[str] = []
         while len(column) < count:
             column += rng.sample(words, len(words))
@@ -61,14 +61,18 @@ def as_line(pair: Pair) -> str:
     return f'"{pair.key}": "{pair.value}"'
 
 
-def draw_copying_text(rng: random.Random, key_length: int = 4) -> str:
-    """A text that can be foretold by copying alone: an object and lines of it, or words and signs said again."""
+def draw_copying_text(rng: random.Random) -> str:
+    """A text that can be foretold by copying alone: an object and lines of it, or words and signs said again.
+
+    Short keys and values are easier to find again, and long ones are learned after them.
+    """
+    key_length = rng.randint(1, 5)
     if rng.random() < 0.25:
         pieces = [_piece(rng, key_length) for _ in range(rng.randint(4, 24))]
         return "\n".join([" ".join(pieces)] * rng.randint(2, 4))
-    pairs = draw_pairs(rng, rng.randint(2, 8), key_length)
-    head = f"{INSTRUCTION}\n" if rng.random() < 0.25 else ""
-    lines = [as_line(rng.choice(pairs)) for _ in range(rng.randint(len(pairs) // 2, 2 * len(pairs)))]
+    pairs = draw_pairs(rng, rng.randint(2, 8), key_length, rng.randint(1, len(WORD_LISTS)))
+    head = f"{INSTRUCTION}\n" if rng.random() < 0.1 else ""
+    lines = [as_line(rng.choice(pairs)) for _ in range(rng.randint(len(pairs), 2 * len(pairs)))]
     return "\n".join([head + as_object(pairs), *lines])
 
 
