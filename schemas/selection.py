@@ -109,6 +109,9 @@ class SelectionSettings(StrictModel):
     max_tokens: int | None = science(None, ge=1, description="rows with more tokens are kept out")
     seed: int = science(0, ge=0, description="method: random")
     mask: MaskKind = science("uniform")
+    precision: Literal["float32", "bfloat16"] = science(
+        "float32", description="of the selector model's weights; losses are float32 either way"
+    )
     probes: ProbeSettings = science(ProbeSettings())
     heads: HeadSettings = science(HeadSettings())
     gate: Literal["stop", "warn"] = machinery("stop", description="what happens where a gate fails")
@@ -174,7 +177,7 @@ class SelectionSettings(StrictModel):
         if self.method != "attention_influence":
             note(("mask", "probes", "heads", "gate"), f"method {self.method} masks no heads")
         if self.scorer == "counts":
-            note(("model", "over", "by"), f"method {self.method} asks no model")
+            note(("model", "over", "by", "precision"), f"method {self.method} asks no model")
         if self.method == "rds_plus":
             note(("by",), "RDS+ scores whole rows")
         else:
@@ -200,8 +203,11 @@ class SelectionSettings(StrictModel):
         """What finds the heads that are masked."""
         return SelectionHeadsConfig(probes=self.probes, heads=self.heads, mask=self.mask, gate=self.gate)
 
-    def scores_config(self, kind: DatasetKind) -> SelectionScoresConfig:
-        """What scores one source. Without what its scorer does not read: methods with one scorer share their scores."""
+    def scores_config(self, kind: DatasetKind, trained_turns: TrainedTurns = "last") -> SelectionScoresConfig:
+        """What scores one source. Without what its scorer does not read: methods with one scorer share their scores.
+
+        trained_turns  of the trainings on pairs
+        """
         assert self.scorer is not None
         reads_losses = self.scorer in ("attention_influence", "perplexity")
         return SelectionScoresConfig(
@@ -211,6 +217,8 @@ class SelectionSettings(StrictModel):
             by=self.by if reads_losses and kind != "rlvr" else "row",
             max_length=self.max_length,
             mask=self.mask if self.method == "attention_influence" else None,
+            trained_turns=trained_turns if kind == "preference" else "last",
+            precision=self.precision if self.scorer != "counts" else "float32",
         )
 
     def stage_config(self, kind: DatasetKind, labels: tuple[str, ...]) -> SelectionConfig:

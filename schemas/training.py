@@ -314,6 +314,12 @@ class TrainingInputs(StrictModel):
     held_out_rows: str | None = Field(None, description="the same rows as text: their ids name their sources")
 
 
+class SFTInputs(TrainingInputs):
+    """Those of SFT."""
+
+    weights: str | None = Field(None, description="weights.parquet of the rows file that the preflight read")
+
+
 class DPOInputs(TrainingInputs):
     """Those of DPO."""
 

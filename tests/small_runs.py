@@ -27,6 +27,7 @@ from smoltulu.schemas.training import (
     DPOInputs,
     DPOSettings,
     RewardModelSettings,
+    SFTInputs,
     SFTSettings,
     TrainingInputs,
     TrainingSettings,
@@ -189,10 +190,12 @@ def trainer_of(
 
 
 def two_processes(
-    stage: str, folder: Path, model: Path, rows: list[Any], settings: Any, **compute: Any
+    stage: str, folder: Path, model: Path, rows: list[Any], settings: Any, weights: str | None = None, **compute: Any
 ) -> Callable[[str], Path]:
     """A function: name of a folder -> the work folder of a training there by two processes."""
     config, inputs, context = stage_arguments(stage, folder / "job", model, rows, settings, num_processes=2, **compute)
+    if weights is not None:
+        inputs = SFTInputs(**inputs.model_dump(), weights=weights)
     spec = Spec(stage=stage, version=1, config=scientific(config), inputs={}, externals={})
     job = Job(stage, STAGES[stage], config, context.compute, spec, inputs)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -18,7 +18,7 @@ from smoltulu.flows.graphs.evaluation_settings import asked_of
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
 from smoltulu.flows.graphs.references import References
 from smoltulu.flows.graphs.sampled_nodes import Add, EntryNodes, add_sampled_nodes, node_name
-from smoltulu.flows.graphs.selection_nodes import add_selection_nodes
+from smoltulu.flows.graphs.selection_nodes import SelectionNodes
 from smoltulu.flows.graphs.stage_configs import (
     audit_config,
     held_out_config,
@@ -38,7 +38,6 @@ from smoltulu.schemas.recipe import Recipe
 from smoltulu.schemas.reference import ReferenceLogpsConfig
 from smoltulu.schemas.rlvr import PPOSettings
 from smoltulu.schemas.sampled import SampledSettings
-from smoltulu.schemas.selection import SelectedSet
 from smoltulu.tasks.data.hub import Reference, resolve_commit
 from smoltulu.tasks.data.sources import expand_path
 from smoltulu.tasks.models.chat_template import load_chat_template
@@ -88,12 +87,14 @@ class Graph(NodeGraph):
         self._sets: dict[str, str] = {}
         self._models: dict[str, str] = {}
         self._sampled: dict[str, str] = {}
-        #: Nodes of what the selection keeps, by set. What is sampled or held out, and tokenizers, are of all rows.
-        self._selected: dict[str, str] = {}
         #: Nodes of their rows before any mixture.
         self._checked: dict[str, str] = {}
         #: Nodes of the rows that are held out, by their set of `data`.
         self._held_out: dict[str, str] = {}
+        #: What trainings take of each set. What is sampled or held out, and tokenizers, are of all rows.
+        self._selection = SelectionNodes(
+            self, recipe, self._add, self._rows, self._without_contamination, self._model_from, self._template
+        )
         self._lay_out()
 
     # The nodes, in the order of a run.
@@ -318,47 +319,19 @@ class Graph(NodeGraph):
 
     def _preflights(self, base: str | None) -> None:
         """Those of all trainings whose rows are there. Rows of DPO are checked before SFT, unless SFT writes them."""
-        trained = {self.recipe.rows_of(block) for block in self.recipe.trainings}
-        for name in self.recipe.selector.sets if self.recipe.selector else ():
-            if name not in trained:  # for what keeps the rows, and trains elsewhere
-                self._selection(name, base)
+        if base is not None:
+            for name in self._selection.untrained:
+                self._selection.rows(name, self._sets, base)
         for block in self.recipe.trainings:
             if _preflight_of(block) not in self.nodes:
                 self._preflight(block, base, self.recipe.rows_of(block))
-
-    def _selection(self, name: str, base: str | None) -> str | None:
-        """The rows of a set that trainings take; None where they are not there yet, or come after `until`."""
-        settings, rows = self.recipe.selector, self._sets.get(name)
-        data: DataSet | None = getattr(self.recipe.data, name)
-        if settings is None or name not in settings.sets or rows is None or data is None or base is None:
-            return rows
-        if name not in self._selected and (selector := self._selector(base)) is not None:
-            kept = add_selection_nodes(
-                self, self._add, settings, cast("SelectedSet", name), data, rows, base=base, selector=selector,
-                read=self._rows, check=self._without_contamination, template=self._template,
-            )  # fmt: skip
-            if kept is not None:
-                self._selected[name] = kept
-        return self._selected.get(name)
-
-    def _selector(self, base: str) -> str | None:
-        """The node of the model that scores; None where what it is made of is not there yet."""
-        assert self.recipe.selector is not None
-        model, name = self.recipe.selector.model, "selector-model"
-        if name in self.nodes:
-            return name
-        if model is None or model == self.recipe.base_model or self.recipe.selector.scorer == "counts":
-            return base
-        if model.scratch is not None and self.recipe.world is None and self.recipe.data.sft and "sft" not in self._sets:
-            return None
-        return self._model_from(name, model, add=self._add)
 
     def _preflight(self, block: str, base: str | None, data_set: str) -> None:
         """Tokenised rows of a training stage."""
         first = self._order.index({"dpo": "reference_logps", "rlvr": "pass_rates"}.get(block, block))
         if base is None or self._order.index("verifier_audit") < self._until < first:
             return
-        rows = self._selection(data_set, base)
+        rows = self._selection.rows(data_set, self._sets, base)
         if rows is None:
             return
         settings, checks = self.recipe.trainings[block], self.recipe.preflight
@@ -426,9 +399,7 @@ class Graph(NodeGraph):
         if _held_out_of(block) in self.nodes:
             inputs["held_out"] = Binding(_held_out_of(block), "file")
             inputs["held_out_rows"] = Binding(self._held_out[self.recipe.rows_of(block)], "file")
-        selector, data_set = self.recipe.selector, self.recipe.rows_of(block)
-        if selector is not None and selector.use == "weight" and data_set in self._selected:
-            inputs["weights"] = Binding(self._selected[data_set], "weights_file")
+        inputs |= self._selection.weights(self.recipe.rows_of(block))
         literals = {name: str(folder) for name, folder in folders.items()}
         digests = {name: self._digest_of(folder) for name, folder in folders.items()}
         return self._add(

@@ -5,10 +5,11 @@ chosen (`heads.py`). Then they are masked, and random sets of the same layers to
 the scores mean nothing. The domain in which an influence is compared with the number of lookups are graded probes: of
 one length, with none to as many answers shown as fit, so that only the lookups differ.
 
-heads.json has: model (num_layers, num_heads, num_parameters), mask, rule, threshold, top_share, scores (layer x head),
-chosen ([layer, head], highest score first), probes (what they are, and how well the model does them), control (plain,
-chosen and random: heads, accuracy, correlation), single_heads (accuracy with one head masked, layer x head; null where
-that is dear), resampled, gates (name, passed, sentence). The work goes on after a kill where it stopped.
+heads.json has: model (digest of its folder, num_layers, num_heads, num_parameters), mask, rule, threshold, top_share,
+scores (layer x head), chosen ([layer, head], highest score first), probes (what they are, and how well the model does
+them), control (plain, chosen and random: heads, accuracy, correlation), single_heads (accuracy with one head masked,
+layer x head; null where that is dear), resampled, gates (name, passed, sentence). The work goes on after a kill where
+it stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts.files import made_from_folder, write_atomically
-from smoltulu.artifacts.keys import canonical_json, file_digest
+from smoltulu.artifacts.keys import canonical_json, file_digest, folder_digest
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.selection import Head, SelectionHeadsConfig, SelectionHeadsInputs, SelectionHeadsOutputs
 from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model, load_tokenizer
@@ -138,7 +139,12 @@ def find_heads(
         failed_gates=tuple(failed),
     )
     report = {
-        "model": {"num_layers": num_layers, "num_heads": num_heads, "num_parameters": model.num_parameters()},
+        "model": {
+            "digest": folder_digest(Path(inputs.model)),
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "num_parameters": model.num_parameters(),
+        },
         "mask": config.mask,
         "rule": choice.rule,
         "threshold": config.heads.threshold,
@@ -317,5 +323,5 @@ def gate_failures(config: SelectionHeadsConfig, outputs: SelectionHeadsOutputs, 
 
 selection_heads = Stage(
     "selection_heads", 1, SelectionHeadsConfig, SelectionHeadsInputs, SelectionHeadsOutputs, find_heads, gate_failures,
-    block="selection", eval_batch=True,
+    block="selector", eval_batch=True,
 )  # fmt: skip

@@ -219,7 +219,7 @@ def chosen_heads(file: Path, model: Path) -> list[tuple[int, int]]:
     try:
         said = json.loads(file.read_text())
         chosen = [(int(layer), int(head)) for layer, head in said["chosen"]]
-        digest = said["model"]
+        digest = said["model"]["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not the heads file of the stage selection_heads ({error!r})") from None
     if digest != (here := folder_digest(model)):
@@ -301,5 +301,5 @@ def _made_from(config: SelectionScoresConfig, inputs: SelectionScoresInputs) -> 
 
 selection_scores = Stage(
     "selection_scores", 1, SelectionScoresConfig, SelectionScoresInputs, SelectionScoresOutputs, score_source,
-    block="selection", distributed=True, eval_batch=True,
+    block="selector", distributed=True, eval_batch=True,
 )  # fmt: skip

@@ -78,12 +78,12 @@ def select(
     write_page(context.folder / outputs.page_file, config, inputs, outputs, scored, kept, why, reasons)
     unscored = int((scored.problems >= 0).sum())
     if unscored:
-        said = [f"{reason}: {int((scored.problems == code).sum()):,}" for code, reason in enumerate(scored.reasons)]
+        counts = [f"{reason}: {int((scored.problems == code).sum()):,}" for code, reason in enumerate(scored.reasons)]
         logger.warning(
             "selection: %s of %s rows have no score and are kept out (%s)",
             f"{unscored:,}",
             f"{num_rows:,}",
-            ", ".join(said),
+            ", ".join(counts),
         )
     metrics = {
         "num_rows": float(outputs.num_rows),

@@ -113,7 +113,8 @@ def write_weights(file: Path, num_tokens: np.ndarray, weights: np.ndarray, parts
         for begin in range(0, len(weights), _GROUP_ROWS):
             end = min(begin + _GROUP_ROWS, len(weights))
             own = slice(starts[begin], starts[end])
-            columns = [[], [], []] if parts is None else [parts.first[own], parts.last[own], parts.weights[own]]
+            none = np.empty(0)
+            columns = [none] * 3 if parts is None else [parts.first[own], parts.last[own], parts.weights[own]]
             values = [pa.array(one, field.type) for one, field in zip(columns, kind.value_type, strict=True)]
             spans = pa.StructArray.from_arrays(values, fields=list(kind.value_type))
             offsets = pa.array((starts[begin : end + 1] - starts[begin]).astype(np.int32))

@@ -180,7 +180,8 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
             # Every process sees the numbers of all: if only the one with corrupt rows raised, the others would wait.
             of_processes = trainer.accelerator.gather(torch.stack([loss, norm, has_rows])[None]).tolist()
             # The loss of a process without rows is 0, and its gradient norm that of the others.
-            losses, norms, _ = zip(*(row for row in of_processes if row[2]), strict=True)
+            with_rows = [row for row in of_processes if row[2]]  # none: weights of 0 left them all out
+            losses, norms = [row[0] for row in with_rows], [row[1] for row in with_rows]
             fault = fault_of_step(losses, norms, rule.zero_is_fault)
             if fault is not None:
                 rows = gather_object(rows_where(lambda loss: is_corrupt(loss, rule.zero_is_fault)))

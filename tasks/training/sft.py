@@ -3,7 +3,7 @@
 Rows come tokenised from the preflight. Those of a micro-batch lie end to end (docs/packing.md) or are padded, which
 changes no result: TRL divides the summed loss by the number of supervised tokens in the whole optimizer step, so the
 gradient does not depend on how the step is cut. Tulu 3 summed and left the scale to Adam (open-instruct,
-`--reduce_loss sum`), which is the same up to a per-step factor.
+`--reduce_loss sum`), which is the same up to a per-step factor. Rows may have weights: tasks/training/row_weights.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.models import ModelOutputs
-from smoltulu.schemas.training import SFTSettings, TrainingInputs
+from smoltulu.schemas.training import SFTInputs, SFTSettings, TrainingInputs
 from smoltulu.tasks.models import mup
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import IGNORED
@@ -24,6 +24,14 @@ from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.packed_attention import segments_of_lengths
+from smoltulu.tasks.training.row_weights import (
+    WEIGHTS,
+    WeightedCollator,
+    normalise,
+    pass_over_steps_without_weight,
+    weighted,
+    with_weights,
+)
 from smoltulu.tasks.training.watched import finish_watched, watch_losses
 
 if TYPE_CHECKING:
@@ -63,9 +71,9 @@ class RowCollator:
 
 
 def _trainer_class() -> type:
-    """TRL's trainer, which also takes blank batches (tasks/trainer/even_rows.py) and the numbers of rows.
+    """TRL's trainer, which also takes blank batches (tasks/trainer/even_rows.py), numbers of rows, and weights.
 
-    Without a supervised token they add nothing to its sums; only their tokens must not be counted.
+    Without a supervised token blank ones add nothing to its sums; only their tokens must not be counted.
     """
     import torch
     from trl import SFTTrainer
@@ -84,10 +92,17 @@ def _trainer_class() -> type:
                 self._num_supervised.clear()
             super().log(logs, start_time)
 
+        def get_batch_samples(self, *args: Any) -> Any:
+            batches, num_tokens = super().get_batch_samples(*args)
+            if batches and WEIGHTS in batches[0]:
+                self.num_weighted_tokens = normalise(batches, self.accelerator)
+            return batches, num_tokens
+
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             self._num_supervised.append((inputs["labels"][:, 1:] != IGNORED).sum())
-            batch = {name: value for name, value in inputs.items() if name not in (BLANK, "row")}
+            batch = {name: value for name, value in inputs.items() if name not in (BLANK, WEIGHTS, "row")}
             if not is_blank(inputs):
+                model = weighted(model, inputs[WEIGHTS]) if WEIGHTS in inputs else model
                 return super().compute_loss(model, batch, *args, **kwargs)
 
             def without_mask(attention_mask: torch.Tensor, **batch: Any) -> Any:
@@ -112,6 +127,10 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
 
     collate = collate_packed if context.compute.packing else DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     rows = load_rows(inputs.dataset, context, list(COLUMNS))
+    collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] = RowCollator(collate)
+    weights = inputs.weights if isinstance(inputs, SFTInputs) else None  # a dry run has none
+    if weights is not None:
+        rows, collator = with_weights(rows, weights, config.max_length), WeightedCollator(collator)
     trainer = _trainer_class()(
         model=model,
         args=config_of(
@@ -131,11 +150,13 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
             pad_token=None,
             remove_unused_columns=False,  # TRL would drop the numbers of the rows
         ),
-        data_collator=RowCollator(collate),
+        data_collator=collator,
         train_dataset=rows,
         processing_class=tokenizer,
     )
     even_out(trainer)
+    if weights is not None:
+        trainer.add_callback(pass_over_steps_without_weight(trainer))
     if config.mup_base_width is not None:
         mup.follow(trainer, config.mup_base_width)
     return trainer
@@ -176,4 +197,4 @@ def train_sft(
     return finish_watched(held_out, trainer, context, num_steps, shown, config.gate)
 
 
-sft = Stage("sft", 2, SFTSettings, TrainingInputs, ModelOutputs, train_sft, gate_failures, build)
+sft = Stage("sft", 2, SFTSettings, SFTInputs, ModelOutputs, train_sft, gate_failures, build)

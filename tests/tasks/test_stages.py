@@ -65,21 +65,23 @@ def test_what_the_stages_say_of_themselves() -> None:
     def which(trait: str) -> list[str]:
         return [name for name, stage in STAGES.items() if getattr(stage, trait)]
 
-    assert which("distributed") == ["samples", "sample_scores", "reference_logps", "pass_rates"]
+    assert which("distributed") == ["samples", "sample_scores", "selection_scores", "reference_logps", "pass_rates"]
     assert which("eval_batch") == [
-        "samples", "sample_scores", "reference_logps", "pass_rates", "evaluation_cell", "evaluation",
+        "samples", "sample_scores", "selection_heads", "selection_scores", "reference_logps", "pass_rates",
+        "evaluation_cell", "evaluation",
     ]  # fmt: skip
     assert which("keeps_rows") == ["contamination", "near_duplicates", "preflight"]
     assert which("copies_model") == ["publish"]
     assert set(STAGES) - set(which("grows_with_model")) == {
         "mixture", "held_out_rows", "near_duplicates", "preflight", "verifier_audit", "sample_scores",
-        "sampled_rows",
+        "sampled_rows", "selection",
     }  # fmt: skip
     blocks = {name: stage.block for name, stage in STAGES.items() if stage.block}
     assert blocks == {
         "dataset": "data", "mixture": "data", "held_out_rows": "data",
         "benchmark_index": "contamination", "preflight": "trainings",
         "reference_logps": "dpo", "samples": "sampled", "sample_scores": "sampled", "sampled_rows": "sampled",
+        "selection_heads": "selector", "selection_scores": "selector", "selection": "selector",
     }  # fmt: skip
     assert all(hasattr(Recipe, block) or block in Recipe.model_fields for block in blocks.values())
 

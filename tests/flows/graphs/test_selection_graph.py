@@ -137,8 +137,18 @@ def test_selection_of_pairs_and_prompts() -> None:
     made = graph(selection={"method": "length", "sets": ["preference", "rlvr"]})
     for block, name in (("reward-model", "preference"), ("dpo", "preference"), ("rlvr", "rlvr")):
         assert made.nodes[f"preflight-{block}"].bindings()["dataset"].node == f"selected-{name}"
+    assert made.nodes["influence-preference-0"].config.trained_turns == "last"  # type: ignore[attr-defined]
+    made = graph(selection={"sets": ["preference"]}, dpo__trained_turns="all")
+    assert made.nodes["influence-preference-0"].config.trained_turns == "all"  # type: ignore[attr-defined]
     influence = graph(selection={"sets": ["rlvr"], "by": "turn"}).nodes["influence-rlvr-0"].config
     assert (influence.over, influence.by) == ("whole", "row")  # type: ignore[attr-defined]
+
+
+def test_weights_go_to_sft_alone() -> None:
+    made = graph(selection={"use": "weight"})
+    assert made.nodes["sft"].bindings()["weights"].node == "selected-sft"
+    assert "weights" not in made.nodes["dpo"].inputs | graph().nodes["sft"].inputs
+    assert of_selection(changed(made, graph(selection={"use": "weight", "max_weight": 2}))) == {"selected-sft"}
 
 
 def test_until_of_a_selection() -> None:

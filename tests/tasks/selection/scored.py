@@ -33,7 +33,7 @@ def conversations(num: int, seed: int = 0, most: int = 30) -> list[dict[str, Any
 
 def write_heads(file: Path, model: Path, chosen: Sequence[tuple[int, int]]) -> Path:
     """What the stage `selection_heads` says of a model, as far as it is read here."""
-    file.write_text(json.dumps({"chosen": [list(head) for head in chosen], "model": folder_digest(model)}))
+    file.write_text(json.dumps({"chosen": [list(head) for head in chosen], "model": {"digest": folder_digest(model)}}))
     return file
 
 
