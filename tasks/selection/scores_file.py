@@ -55,6 +55,9 @@ PROBLEMS = {
 }
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 @dataclass(frozen=True)
 class PartScore:
     """A turn of a row, or a step of a turn. `num_tokens`: those of [first, last) that are scored.
@@ -90,18 +93,16 @@ class RowScore:
     parts: tuple[PartScore, ...] = ()
 
 
-_plain_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
-
 COLUMNS = tuple(field.name for field in fields(RowScore))
 _MEASURED = ("loss", "masked_loss", "score")
 
 
 def row_digest(row: Mapping[str, Any]) -> str:
     """Digest of a row's content. Repeats of a row, which differ in their ids, have the same."""
-    content = {name: value for name, value in row.items() if name != "id"}
-    # Of a plain row every value is a text: json writes it as canonical_json does, which is slower.
-    said = canonical_json(content) if is_rich(row) else _plain_json(content)
-    return hashlib.blake2b(said.encode()).hexdigest()[:DIGEST_LENGTH]
+    plain = {name: value for name, value in row.items() if name != "id"}
+    # Of texts alone the canonical form is what json writes: half of the time, for a million rows.
+    content = canonical_json(plain) if is_rich(row) else _ENCODER.encode(plain)
+    return hashlib.blake2b(content.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def scores_schema(scorer: Scorer) -> pa.Schema:

@@ -72,6 +72,12 @@ def test_another_amount_of_a_selection_runs_only_what_follows(made: dict[str, Ar
     assert outcomes(again(store, other, "selection")) == {"selected-sft"}
     planned = {row.node: row.status for row in plan(load_recipe("tiny", RUN | other), None, [], store).rows}
     assert {node for node, status in planned.items() if status == "runs"} == {"preflight-sft", "sft"}
+    # What one scorer counted is known to the next.
+    asks = {"selection": {"method": "perplexity"}}
+    costs = {row.node: row.estimate for row in plan(load_recipe("tiny", RUN | asks), None, [], store).rows}
+    counted = made["influence-sft-0"].outputs["num_tokens"]
+    assert costs["influence-sft-0"].num_tokens == counted
+    assert costs["influence-sft-0"].flops == 2 * counted * made["base-model"].outputs["num_parameters"]
     # A new source scores only itself.
     third = RUN["data.sft.sources"] + [SFT | {"limit": 20}]
     found = outcomes(again(store, {"data.sft.sources": third}, "selection"))
@@ -103,4 +109,4 @@ def test_a_selection_is_in_the_report(made: dict[str, ArtifactReference], store:
     assert f"Method length: {outputs['num_rows']:,} of {outputs['num_rows_read']:,} rows" in page
     assert "ranked below the cut" in page
     # The sources, which are read once more to be scored, are told once.
-    assert ">sft-0<" not in page
+    assert '<th scope="row" class="tight">sft-0</th>' not in page
