@@ -1,20 +1,12 @@
 """AttentionInfluence on a real model and real rows: do planted lookups rank on top of their domain, and what else does?
 
-    python benchmarks/real_selection_scores.py --model FOLDER --heads heads.json --data FOLDER --folder WORK
-        [--rows 500] [--max-tokens 400] [--threads 1]
-
---model   benchmarks/real_model.py makes it; --heads: its heads, by the stage selection_heads
---data    folder with the training rows of SMOLTULU_REAL_DATA; six files, each a domain
---folder  where the work goes on after a kill
-
+The part `scores` of benchmarks/real_selection.py. Rows are those of six files of SMOLTULU_REAL_DATA, each a domain.
 Among the rows of each domain three of each kind are planted, made in code: lookups in a JSON object; a question that
-repeats itself; an answer that repeats itself. Rows longer than --max-tokens are not taken. Prints Markdown and a line
-RESULTS; no text of a row.
+repeats itself; an answer that repeats itself. Prints figures, and no text of a row.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
@@ -26,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.training_tools import table
 from smoltulu.recipes import CHAT_TEMPLATES
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.selection import SelectionScoresConfig, SelectionScoresInputs
@@ -49,6 +42,9 @@ SOURCES = {
 }
 KINDS = ("lookup", "repeated question", "repeated answer")
 NUM_PLANTED = 3
+#: Rank correlation of the score of real rows with these.
+CORRELATED = {"ρ tokens": "num_tokens", "ρ loss": "loss", "ρ repetition": "repetition"}
+FIGURES = ("median", *CORRELATED)
 TEMPLATE = (CHAT_TEMPLATES / "tulu.jinja").read_text()
 
 Pair = tuple[str, str]
@@ -128,66 +124,64 @@ def placed(lines: Sequence[RowScore], kinds: dict[str, str]) -> list[dict[str, A
                 "ranks": [rank[line.id] for line in mine],
                 "scores": [round(line.score or 0, 3) for line in mine],
                 "tokens": round(fmean(line.num_tokens for line in mine)) if mine else None,
-                "beaten_of_its_length": fmean(beaten) if beaten else None,
+                "beaten": fmean(beaten) if beaten else None,
             }
         real = [line for line in own if kinds[line.id] == "real"]
         scores = np.array([line.score for line in real])
-        for what in ("num_tokens", "num_trained_tokens", "loss", "repetition"):
-            found[f"spearman_{what}"] = spearman(scores, np.array([getattr(line, what) for line in real]))
-        found["median_real"] = median(scores.tolist()) if real else None
+        found["median"] = median(scores.tolist()) if real else None
+        for name, what in CORRELATED.items():
+            found[name] = spearman(scores, np.array([getattr(line, what) for line in real]))
         table.append(found)
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "heads", "data", "folder"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=500)
-    parser.add_argument("--max-tokens", type=int, default=400)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    rows = options.folder / "rows.parquet"
-    kinds = write_rows(options.data, options.model, rows, options.rows, options.max_tokens)
+def run_scores(
+    model: Path, heads: Path, data: Path, folder: Path, num_rows: int, max_tokens: int, compute: ComputeSettings
+) -> None:
+    """Score the rows and print where the planted ones stand. Goes on in `folder` where it was stopped.
+
+    max_tokens  of a real row; longer ones are not taken
+    """
     for name in ("out", "work"):
-        (options.folder / name).mkdir(exist_ok=True)
-    compute = ComputeSettings(device="cpu", num_threads=options.threads, per_device_eval_batch_size=4)
-    said = [time.monotonic()]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    rows = folder / "rows.parquet"
+    kinds = write_rows(data, model, rows, num_rows, max_tokens)
 
     def report(step: int, num_steps: int, **metrics: float) -> None:
         print(f"{step} of {num_steps} rows, {metrics['tokens_per_second']:.0f} tokens/s", flush=True)
-        said.append(metrics["tokens_per_second"])
 
     config = SelectionScoresConfig(
-        kind="sft", scorer="attention_influence", over="trained", by="row", max_length=options.max_tokens + 400,
+        kind="sft",
+        scorer="attention_influence",
+        over="trained",
+        by="row",
+        max_length=2 * max_tokens,  # planted rows are all scored
         mask="uniform",
-    )  # fmt: skip
-    inputs = SelectionScoresInputs(
-        model=str(options.model), tokenizer=str(options.model), dataset=str(rows), heads=str(options.heads),
-        chat_template=TEMPLATE,
-    )  # fmt: skip
-    started = time.monotonic()
-    context = StageContext(options.folder / "out", options.folder / "work", compute, report)
-    outputs, metrics = score_source(config, inputs, context)
-    minutes = (time.monotonic() - started) / 60
-    lines = list(stored_scores(options.folder / "out" / outputs.scores_file))
-    table = placed(lines, kinds)
-    heads = json.loads(options.heads.read_text())["chosen"]
-    print(
-        f"\n{outputs.num_scored_rows} rows, {outputs.num_tokens:,} tokens, {len(heads)} heads, {minutes:.1f} minutes\n"
     )
-    ranks = " | ".join(f"ranks: {kind}" for kind in KINDS)
-    print(f"| domain | rows | {ranks} | median real | ρ tokens | ρ loss | ρ repetition |")
-    print(f"|---|---:|{'---|' * len(KINDS)}---:|---:|---:|---:|")
-    for found in table:
-        ranks = " | ".join(" ".join(map(str, found[kind]["ranks"])) for kind in KINDS)
-        figures = [found["median_real"], *(found[f"spearman_{what}"] for what in ("num_tokens", "loss", "repetition"))]
-        print(f"| {found['domain']} | {found['num_rows']} | {ranks} | "
-              f"{' | '.join('–' if value is None else f'{value:.3f}' for value in figures)} |")  # fmt: skip
-    results = {"minutes": minutes, "num_tokens": outputs.num_tokens, "heads": heads, "domains": table, **metrics}
-    print(f"\nRESULTS {json.dumps(results)}")
-
-
-if __name__ == "__main__":
-    main()
+    inputs = SelectionScoresInputs(
+        model=str(model), tokenizer=str(model), dataset=str(rows), heads=str(heads), chat_template=TEMPLATE
+    )
+    started = time.monotonic()
+    outputs, metrics = score_source(config, inputs, StageContext(folder / "out", folder / "work", compute, report))
+    minutes = (time.monotonic() - started) / 60
+    found = placed(list(stored_scores(folder / "out" / outputs.scores_file)), kinds)
+    chosen = json.loads(heads.read_text())["chosen"]
+    print(
+        f"\n{outputs.num_scored_rows} rows scored, {outputs.num_unscored_rows} not, {outputs.num_tokens:,} tokens; "
+        f"{len(chosen)} heads, layers {min(layer for layer, _ in chosen)} and up: {minutes:.1f} min"
+    )
+    cells = [
+        [
+            one["domain"],
+            str(one["num_rows"]),
+            *(" ".join(map(str, one[kind]["ranks"])) for kind in KINDS),
+            *("–" if one[name] is None else f"{one[name]:.2f}" for name in FIGURES),
+        ]
+        for one in found
+    ]
+    table(["domain", "rows", *(f"{kind}: ranks" for kind in KINDS), *FIGURES], cells)
+    beaten = [
+        [kind, *("–" if (share := one[kind]["beaten"]) is None else f"{share:.2f}" for one in found)] for kind in KINDS
+    ]
+    table(["real rows of its length that it beats", *(one["domain"] for one in found)], beaten)
+    print(f"RESULTS {json.dumps({'minutes': minutes, 'num_tokens': outputs.num_tokens, 'domains': found, **metrics})}")
