@@ -94,7 +94,10 @@ class Stage:
                        2001.08361, section 2.1). Attention's own share, which grows with row length, is left out
     most_flops(config, num_rows)  FLOPs per parameter of a stage that is no training and has a model write, if every
                        answer is as long as allowed. num_rows: of its input `dataset`; None: unknown
+    num_passes(config) passes of its input `model` over each token of `dataset`, for a stage that only has its rows
+                       read; 0: it counts tokens alone
     keeps_rows         passes on nearly all rows of its input `dataset`
+    kept_share(config) share of the rows of its input `dataset` that it passes on; None: not known before
     grows_with_model   takes longer the larger its input `model` is
     copies_model       its cost depends on the size of its input `model` only
     reencodes          the version before, where many of its rows are as today's: they are made again and compared
@@ -117,7 +120,9 @@ class Stage:
     memory_advice: str | None = None
     flops: Callable[[Any], float] = lambda config: 6.0
     most_flops: Callable[[Any, int | None], float | None] | None = None
+    num_passes: Callable[[Any], int] | None = None
     keeps_rows: bool = False
+    kept_share: Callable[[Any], float | None] | None = None
     grows_with_model: bool = True
     copies_model: bool = False
     reencodes: int | None = None

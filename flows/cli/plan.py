@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 #: Fields of `Estimate` that are shown: heading and format.
 _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "num_rows": ("rows", "{:,}".format),
     "num_steps": ("steps", "{:,}".format),
     "num_tokens": ("tokens", readable.count),
     "flops": ("FLOPs", "{:.2e}".format),
@@ -154,6 +155,8 @@ def summary(planned: Plan, parameters: str = "", arguments: str = "") -> list[st
 def _still_to_do(planned: Plan) -> str:
     parts = []
     for name, (heading, _) in _FIGURES.items():
+        if name == "num_rows":
+            continue  # read several times by several stages
         value, num_unknown = planned.totals[name]
         if value:
             more = f" (and {num_unknown} stages unknown)" if num_unknown else ""

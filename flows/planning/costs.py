@@ -7,14 +7,18 @@ arithmetic; the second part reads the store and the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from smoltulu.artifacts.layout import key_path
 from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
 from smoltulu.flows.graphs.recipe_graph import Binding, Graph, Node
+from smoltulu.flows.planning.reading_costs import Reading, known_tokens, reading_of, reading_seconds, work_of
 from smoltulu.schemas.budget import tokens_of_steps
+from smoltulu.schemas.data import DatasetStageConfig
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.held_out_loss import HeldOutLossSettings
 from smoltulu.schemas.models import ModelSource
@@ -35,6 +39,7 @@ from smoltulu.tasks.trainer.disk import (
 class Estimate:
     """The remaining cost of a stage; None: unknown.
 
+    num_rows         rows that are read, of a stage that has a model read them
     num_steps        optimizer steps
     num_tokens       tokens, as the trainers count them: without padding; with both answers of a pair
     flops            floating-point operations of the model (recomputed activations not counted)
@@ -49,9 +54,10 @@ class Estimate:
     disk_bytes: int | None = None
     peak_disk_bytes: int | None = None
     seconds: float | None = None
+    num_rows: int | None = None
 
 
-NOTHING = Estimate(0, 0, 0.0, 0, 0, 0.0)
+NOTHING = Estimate(0, 0, 0.0, 0, 0, 0.0, 0)
 
 
 @dataclass(frozen=True)
@@ -154,10 +160,14 @@ class _Facts:
 
 @dataclass
 class Costs:
-    """Call `cached` or `estimate` for every node in graph order: later nodes use the facts of earlier ones."""
+    """Call `cached` or `estimate` for every node in graph order: later nodes use the facts of earlier ones.
+
+    as_if_longest  node -> tokens that each of its rows is taken to have, where their number is not known
+    """
 
     graph: Graph
     index: SpecIndex
+    as_if_longest: dict[str, int] = field(default_factory=dict)
     _facts: dict[str, _Facts] = field(default_factory=dict)
     _twins: dict[str, str] = field(default_factory=dict)
 
@@ -170,13 +180,16 @@ class Costs:
         node = self.graph.nodes[name]
         if isinstance(node.config, TrainingSettings):
             return self._training(node, step, num_steps)
+        if node.stage.num_passes is not None:
+            return self._reading(node)
         twin = self._twin(name)
         flops = self._most_flops(node)
         if twin is None:
-            self._facts[name] = self._upstream(node, "dataset") if node.stage.keeps_rows else _Facts()
+            self._facts[name] = self._passed_on(node)
             if isinstance(node.config, ModelSource):
                 self._facts[name] = _Facts(num_parameters=node.config.num_parameters)
-            return Estimate(flops=flops)
+            read = self._upstream(node, "dataset").num_rows if node.stage.kept_share is not None else None
+            return Estimate(flops=flops, num_rows=read)
         sizes = _file_bytes(twin)
         facts = _facts_of(twin.get("outputs", {}), sizes)
         self._facts[name] = facts
@@ -189,6 +202,50 @@ class Costs:
             if node.stage.copies_model:
                 num_bytes = None if ratio is None else round(total * ratio)
         return Estimate(flops=flops, disk_bytes=num_bytes, peak_disk_bytes=num_bytes, seconds=seconds)
+
+    def _passed_on(self, node: Node) -> _Facts:
+        """What is known of the rows of a stage before it has run."""
+        if isinstance(node.config, DatasetStageConfig):
+            return _Facts(num_rows=node.config.data.expected_rows)
+        if node.stage.keeps_rows:
+            return self._upstream(node, "dataset")
+        share = node.stage.kept_share(node.config) if node.stage.kept_share is not None else None
+        given = self._upstream(node, "dataset").num_rows if share is not None else None
+        return _Facts(num_rows=None if share is None or given is None else max(round(share * given), 1))
+
+    def _reading(self, node: Node) -> Estimate:
+        """Of a stage that has its model read its rows. Where their tokens are not known, as if all were longest."""
+        assert node.stage.num_passes is not None
+        num_passes, max_length = node.stage.num_passes(node.config), _max_length(node.config.model_dump())
+        num_rows = self._upstream(node, "dataset").num_rows
+        size = self._upstream(node, "model").num_parameters if num_passes else None
+        dataset = str(self.graph.spec(node.name).inputs["dataset"])
+        finished = list(self._readings(node))
+        num_tokens = known_tokens(finished, dataset)
+        if num_tokens is None and num_rows is not None:
+            num_tokens = num_rows * max_length
+            self.as_if_longest[node.name] = max_length
+        if num_tokens is None or (num_passes and size is None):
+            return Estimate(num_tokens=num_tokens, num_rows=num_rows)
+        compute, work = self.graph.compute_of(node), work_of(num_tokens, num_passes, size)
+        seconds = reading_seconds(
+            work, finished, compute.device, compute.num_processes, compute.device_tflops, num_passes > 0
+        )
+        return Estimate(num_tokens=num_tokens, flops=work if num_passes else None, seconds=seconds, num_rows=num_rows)
+
+    def _readings(self, node: Node) -> Iterator[Reading]:
+        """Finished stages of this kind."""
+        assert node.stage.num_passes is not None
+        for near in self.index.ranked(self.graph.spec(node.name).model_dump()):
+            if (manifest := read_generation(near.folder)) is None:
+                continue
+            try:
+                passes = node.stage.num_passes(node.stage.config.model_validate(manifest["spec"]["config"]))
+            except (KeyError, ValidationError):
+                continue
+            made = reading_of(manifest, passes, self._model_size(manifest) if passes else None)
+            if made is not None:
+                yield made
 
     def _most_flops(self, node: Node) -> float | None:
         """Of a stage that has its input model write; None where it does not, or where no size is known."""
@@ -268,17 +325,22 @@ class Costs:
 
     def _size_ratio(self, node: Node, twin: Mapping[str, Any]) -> float | None:
         """Number of parameters of a node's input model, divided by that of its twin's."""
-        wanted = self._upstream(node, "model").num_parameters
-        record = twin["inputs"].get("model", {})
+        wanted, size = self._upstream(node, "model").num_parameters, self._model_size(twin)
+        return wanted / size if wanted and size else None
+
+    def _model_size(self, manifest: Mapping[str, Any]) -> int | None:
+        """Number of parameters of the input model of a finished artifact."""
+        record = manifest["inputs"].get("model", {})
         try:
             taken = read_generation(key_path(self.index.root, record.get("stage", ""), record.get("key", "")))
         except ValueError:
             return None
-        size = _count(taken["outputs"], "num_parameters") if taken else None
-        return wanted / size if wanted and size else None
+        return _count(taken["outputs"], "num_parameters") if taken else None
 
     def _upstream(self, node: Node, name: str) -> _Facts:
-        binding = node.inputs[name]
+        binding = node.inputs.get(name)
+        if binding is None:
+            return _Facts()
         assert isinstance(binding, Binding)
         return self._facts.get(binding.node, _Facts())
 

@@ -152,6 +152,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         *recipe.near_duplicate_notes(),
         *recipe.sampled_notes(),
         *recipe.selection_notes(),
+        *_as_if_longest(costs, rows),
         *_too_large(costs, rows),
         *unreachable,
         *_check_new_base_model(graph, rows),
@@ -178,6 +179,17 @@ def _cells(graph: Graph, store: Store, name: str, references: Mapping[str, Artif
 
 def _resolve(reference: Reference) -> str:
     return resolve_commit(*reference, timeout_seconds=_HUB_TIMEOUT_SECONDS)
+
+
+def _as_if_longest(costs: Costs, rows: list[PlanRow]) -> Iterator[str]:
+    """A sentence where figures are an upper bound, and how to know better."""
+    for row in rows:
+        if row.node in costs.as_if_longest and row.status != "cached":
+            yield (
+                f"{row.node}: tokens, FLOPs and time are at most so much, as if each row had "
+                f"{costs.as_if_longest[row.node]:,} tokens; a run with selection.method=length "
+                f"-p until={row.stage} counts them, without a model"
+            )
 
 
 def _too_large(costs: Costs, rows: list[PlanRow]) -> Iterator[str]:

@@ -59,37 +59,50 @@ def choose_heads(scores: Scores, settings: HeadSettings) -> Choice:
     return Choice(rule, [(layer, head) for _, layer, head in chosen], tied)
 
 
+#: With fewer random sets than these a control says nothing.
+MIN_SETS = 2
+
+
 def random_sets(
     chosen: Sequence[HeadPlace], num_layers: int, num_heads: int, num_sets: int, seed: int
 ) -> list[list[HeadPlace]]:
     """Different sets of unchosen heads, as many heads in each layer as are chosen there.
 
-    A layer with too few unchosen heads is helped out by the nearest layers that have some, above first: a lower layer
-    may feed the chosen heads, which makes it no neutral control. Fewer sets, or none, where there are not so many.
+    Where a layer has too few unchosen heads, or only one set can be drawn, the nearest layers help out, those above
+    first: a lower layer may feed the chosen heads, which makes it no neutral control. Fewer sets, or none, where there
+    are not so many.
     """
-    free = {
-        layer: [head for head in range(num_heads) if (layer, head) not in set(chosen)] for layer in range(num_layers)
-    }
-    wanted = Counter(layer for layer, _ in chosen)
+    taken = set(chosen)
+    free = {layer: [head for head in range(num_heads) if (layer, head) not in taken] for layer in range(num_layers)}
     if len(chosen) > num_layers * num_heads - len(chosen):
         return []
     rng = random.Random(f"random heads {seed}")
     found: dict[tuple[HeadPlace, ...], None] = {}
-    for _ in range(50 * num_sets):
-        if len(found) == num_sets:
+    for num_moved in range(len(chosen) + 1):
+        for _ in range(50 * num_sets):
+            if len(found) == num_sets:
+                break
+            moved = Counter(layer for layer, _ in rng.sample(list(chosen), num_moved))
+            found[tuple(sorted(_draw(rng, Counter(layer for layer, _ in chosen), moved, free)))] = None
+        if len(found) >= min(MIN_SETS, num_sets):
             break
-        left = {layer: rng.sample(heads, len(heads)) for layer, heads in free.items()}
-        drawn: list[HeadPlace] = []
-        short: list[int] = []
-        for layer, count in sorted(wanted.items()):
-            own = left[layer]
-            drawn += [(layer, own.pop()) for _ in range(min(count, len(own)))]
-            short += [layer] * (count - sum(place[0] == layer for place in drawn))
-        for layer in short:
-            nearest = min((one for one in left if left[one]), key=lambda one: (abs(one - layer), one < layer))
-            drawn.append((nearest, left[nearest].pop()))
-        found[tuple(sorted(drawn))] = None
     return [list(heads) for heads in found]
+
+
+def _draw(rng: random.Random, wanted: Counter[int], moved: Counter[int], free: dict[int, list[int]]) -> list[HeadPlace]:
+    """`wanted` heads of each layer, of which `moved` come from another one if there is one with heads left."""
+    left = {layer: rng.sample(heads, len(heads)) for layer, heads in free.items()}
+    drawn: list[HeadPlace] = []
+    short: list[int] = []
+    for layer, count in sorted(wanted.items()):
+        own = min(count - moved[layer], len(left[layer]))
+        drawn += [(layer, left[layer].pop()) for _ in range(own)]
+        short += [layer] * (count - own)
+    for layer in short:
+        others = [one for one in left if left[one]]
+        nearest = min(others, key=lambda one: (one == layer and moved[layer] > 0, abs(one - layer), one < layer))
+        drawn.append((nearest, left[nearest].pop()))
+    return drawn
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -173,9 +186,10 @@ def gates(
             else "no head ties at the cut",
         ),
     ]
-    if len(controls) < min(2, num_random_sets):
-        what = f"only {len(controls)} random sets" if controls else "no random set"
-        sentence = f"{len(choice.heads)} of {sum(map(len, scores))} heads are chosen, so that {what} of equal size can be drawn"
+    if len(controls) < min(MIN_SETS, num_random_sets):
+        few = f"only {len(controls)} random sets" if controls else "no random set"
+        every = sum(map(len, scores))
+        sentence = f"{len(choice.heads)} of {every} heads are chosen, so that {few} of equal size can be drawn"
         return [*made, Gate("control", False, sentence), _kept_gate(kept)]
     worst = min(control.accuracy for control in controls)
     best = max(control.correlation for control in controls)

@@ -321,7 +321,13 @@ def gate_failures(config: SelectionHeadsConfig, outputs: SelectionHeadsOutputs, 
     return list(outputs.failed_gates) if config.gate == "stop" else []
 
 
+def _most_flops(config: SelectionHeadsConfig, num_rows: int | None) -> float:
+    """Two readings of probes, and both controls without a mask, without the chosen heads and without random sets."""
+    num_passes = 2 + 2 * (2 + config.heads.num_random_sets)
+    return 2.0 * num_passes * config.probes.num_probes * config.probes.max_tokens
+
+
 selection_heads = Stage(
     "selection_heads", 1, SelectionHeadsConfig, SelectionHeadsInputs, SelectionHeadsOutputs, find_heads, gate_failures,
-    block="selector", eval_batch=True,
+    block="selector", eval_batch=True, most_flops=_most_flops,
 )  # fmt: skip

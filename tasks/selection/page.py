@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,21 +107,29 @@ def _ends(
 
 
 def _heads(file: str | None) -> dict[str, Any] | None:
-    """What the heads artifact says, for a drawing and its tables."""
+    """What the heads artifact says (tasks/selection/heads_stage.py), for a drawing and its tables."""
     if file is None:
         return None
-    found: Mapping[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
-    scores = found["scores"]
+    found: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
     chosen = {(int(layer), int(head)) for layer, head in found["chosen"]}
+    control = found["control"]
     return {
         "cells": [
             (layer, head, value, (layer, head) in chosen)
-            for layer, values in enumerate(scores)
+            for layer, values in enumerate(found["scores"])
             for head, value in enumerate(values)
         ],
-        "num_layers": len(scores),
-        "num_heads": max(map(len, scores), default=0),
+        "num_layers": len(found["scores"]),
+        "num_heads": max(map(len, found["scores"])),
         "num_chosen": len(chosen),
-        "gates": found.get("gates"),
-        "control": found.get("control"),
+        "model": found["model"],
+        "rule": found["rule"],
+        "mask": found["mask"],
+        "probes": found["probes"],
+        "gates": found["gates"],
+        "sets": [
+            ("none", control["plain"]),
+            ("the chosen heads", control["chosen"]),
+            *((f"random set {number}", one) for number, one in enumerate(control["random"], 1)),
+        ],
     }

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts.keys import canonical_json, file_digest, folder_digest, text_digest
 from smoltulu.schemas.common import scientific
-from smoltulu.schemas.selection import SelectionScoresConfig, SelectionScoresInputs, SelectionScoresOutputs
+from smoltulu.schemas.selection import Scorer, SelectionScoresConfig, SelectionScoresInputs, SelectionScoresOutputs
 from smoltulu.tasks.data.rows import num_rows, stored_rows
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
 from smoltulu.tasks.sampled import parts
@@ -44,6 +44,9 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "jinja2")
 #: Raise it when the lines of a part change.
 _FORMAT = 1
 _SHOWN = 5
+
+#: Passes of the selector model over each token.
+PASSES: dict[Scorer, int] = {"counts": 0, "perplexity": 1, "rds_plus": 1, "attention_influence": 2}
 
 Score = Callable[[list[Rendered]], dict[int, "Measured"]]  # rows without a problem -> by number, what was measured
 
@@ -301,5 +304,5 @@ def _made_from(config: SelectionScoresConfig, inputs: SelectionScoresInputs) -> 
 
 selection_scores = Stage(
     "selection_scores", 1, SelectionScoresConfig, SelectionScoresInputs, SelectionScoresOutputs, score_source,
-    block="selector", distributed=True, eval_batch=True,
+    block="selector", distributed=True, eval_batch=True, num_passes=lambda config: PASSES[config.scorer],
 )  # fmt: skip

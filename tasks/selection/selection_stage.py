@@ -208,7 +208,12 @@ def _write_fates(
         writer.close()
 
 
+def _kept_share(config: SelectionConfig) -> float | None:
+    """Of the rows, where the settings say it; a share of tokens is not far from one of rows."""
+    return config.keep.share or config.keep.token_share
+
+
 selection = Stage(
     "selection", 1, SelectionConfig, SelectionInputs, SelectionOutputs, select, block="selector",
-    grows_with_model=False,
+    grows_with_model=False, kept_share=_kept_share,
 )  # fmt: skip

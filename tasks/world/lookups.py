@@ -67,8 +67,8 @@ def draw_copying_text(rng: random.Random) -> str:
     Short keys and values are easier to find again, and long ones are learned after them.
     """
     key_length = rng.randint(1, 5)
-    if rng.random() < 0.25:
-        pieces = [_piece(rng, key_length) for _ in range(rng.randint(4, 24))]
+    if rng.random() < 0.5:
+        pieces = [_piece(rng, key_length) for _ in range(rng.randint(3, 12))]
         return "\n".join([" ".join(pieces)] * rng.randint(2, 4))
     pairs = draw_pairs(rng, rng.randint(2, 8), key_length, rng.randint(1, len(WORD_LISTS)))
     head = f"{INSTRUCTION}\n" if rng.random() < 0.1 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tracemalloc
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def write_scores(
 
 
 def run(
-    folder: Path, rows: Sequence[dict[str, Any]], scores: dict[str, str], **settings: Any
+    folder: Path, rows: Sequence[dict[str, Any]], scores: dict[str, str], heads: str | None = None, **settings: Any
 ) -> tuple[SelectionOutputs, Path, dict[str, float]]:
     dataset = write_rows(folder / "given.parquet", rows, "sft", group_rows=3)
     out = folder / f"out{len(list(folder.glob('out*')))}"
@@ -53,7 +54,7 @@ def run(
     given = {"method": "attention_influence", "keep": {"share": 0.5}} | settings
     config = SelectionSettings.model_validate(given).stage_config("sft", ("first", "second"))
     context = StageContext(out, folder / "work", ComputeSettings(), lambda step, num_steps, **metrics: None)
-    made, metrics = select(config, SelectionInputs(dataset=str(dataset), scores=scores), context)
+    made, metrics = select(config, SelectionInputs(dataset=str(dataset), scores=scores, heads=heads), context)
     assert isinstance(made, SelectionOutputs)
     return made, out, metrics
 
@@ -230,3 +231,36 @@ def test_texts_are_never_in_memory_together(tmp_path: Path) -> None:
         return found
 
     assert peak(1600) - peak(400) < 1_000_000  # 24 MB of text more
+
+
+HEADS: dict[str, Any] = {
+    "model": {"digest": "0" * 64, "num_layers": 2, "num_heads": 3, "num_parameters": 1234},
+    "mask": "uniform", "rule": "threshold", "scores": [[0.0, 0.1, 0.0], [0.9, 0.0, 0.05]], "chosen": [[1, 0], [0, 1]],
+    "probes": {"accuracy": 0.95, "num_probes": 20},
+    "control": {
+        "plain": {"accuracy": 0.95}, "chosen": {"heads": [[1, 0], [0, 1]], "accuracy": 0.1, "correlation": 0.97},
+        "random": [{"heads": [[0, 0], [1, 1]], "accuracy": 0.9, "correlation": None}],
+    },
+    "gates": [{"name": "accuracy", "passed": True, "sentence": "the model does 95 %"},
+              {"name": "ties", "passed": False, "sentence": "heads tie at the cut <b>"}],
+}  # fmt: skip
+
+
+def test_the_page_of_a_selection(tmp_path: Path) -> None:
+    rows = [sft_row("0:0", "<script>alert(1)</script>" + "y" * 900), *ROWS[1:]]
+    scores = {
+        str(n): write_scores(tmp_path / f"{n}.parquet", rows[4 * n : 4 * n + 4], loss=[4.0, 3, 2, 1]) for n in (0, 1)
+    }
+    heads = tmp_path / "heads.json"
+    heads.write_text(json.dumps(HEADS))
+    page = (run(tmp_path, rows, scores, str(heads))[1] / "selection.html").read_text()
+    assert "default-src 'none'" in page and "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert "heads tie at the cut &lt;b&gt;" in page and "y" * 500 in page and "y" * 700 not in page
+    assert page.count("<rect ") == 6 and "layer 1, head 0: 0.900, masked" in page
+    for said in (
+        "share 0.5, highest first, ranked within each source", "4 of 8 rows kept, with 140 tokens",
+        "ranked below the cut: 2", "random set 1", " of 20 lookups", "lowest perplexity",
+    ):  # fmt: skip
+        assert said in page, said
+    weighed = (run(tmp_path, rows, scores, use="weight")[1] / "selection.html").read_text()
+    assert "rows weigh 0.5 to 1.5 by their rank" in weighed and "Jaccard" not in weighed
