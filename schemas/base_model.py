@@ -55,11 +55,12 @@ class BaseModelConfig(StrictModel):
         20_000, ge=1, description="at most so many texts are read; the tokenizer and the training see no others"
     )
     max_text_characters: int = science(2_000, ge=16, description="longer texts are cut here")
-    texts: Literal["given", "copying"] = science(
+    texts: Literal["given", "copying", "both"] = science(
         "given",
         absent="given",
         description="copying: the tokenizer learns from the texts given, the model from lookups and repeated segments "
-        "in JSON, for a selector model that can copy (docs/selection.md)",
+        "in JSON, for a selector model that can copy (docs/selection.md); both: the model learns from both, and so "
+        "also knows what the texts given are about",
     )
 
     num_threads: int | None = machinery(None, ge=1, description="torch threads; None leaves torch's default")

@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tasks.surface",
         "tasks.training",
     ),
-    ("tasks.preflight", "tasks.sampled", "tasks.verifier_audit"),
+    ("tasks.preflight", "tasks.sampled", "tasks.selection_experiment", "tasks.verifier_audit"),
     ("tasks.selection",),
     ("tasks.stages",),
     ("tasks.engine",),
