@@ -16,7 +16,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 from hypothesis import settings
 
+from smoltulu.tasks.engine import warm
 from tests.copies import second_copies
+
+# Else every test would start a server of its own: pytest names the test in the environment.
+warm.OWN_VARIABLES = (*warm.OWN_VARIABLES, "PYTEST_CURRENT_TEST")
 
 # A machine that others use as well stalls now and then; speed is measured in benchmarks/.
 settings.register_profile("tests", deadline=None)

@@ -152,7 +152,7 @@ def _run_once(
         # This thread starts the child and waits for it: the child dies with the thread that started it.
         with _running_lock:
             environment = _child_environment(compute, num_ranks) | {PIPE_VARIABLE: path}
-            process = _start(description, job_file, environment, is_warm=compute.launcher == "warm" and num_ranks == 1)
+            process = _start(description, job_file, environment, is_warm=compute.launcher == "warm")
             _running[process] = environment.get("CUDA_VISIBLE_DEVICES", "")
         limit = _TimeLimit(process, deadline)
         try:

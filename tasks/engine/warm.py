@@ -277,7 +277,7 @@ def _become_stage(message: dict[str, Any], output: int, inherited: tuple[int, ..
         from smoltulu.tasks.engine.child import main
 
         try:
-            status = main(message["job"])
+            status = main(message["job"], is_warm=True)
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
             if isinstance(stop.code, str):
