@@ -40,9 +40,13 @@ def canonical_json(value: Any) -> str:
 
 def _canonical(value: Any) -> Any:
     if isinstance(value, str):
-        # JSON escapes two lone surrogates like the one character that a pair of them stands for.
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"text {value[:40]!r} holds a lone surrogate; it cannot be part of an artifact key")
+        # JSON escapes two lone surrogates like the one character that a pair of them stands for. UTF-8 has neither.
+        try:
+            value.isascii() or value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"text {value[:40]!r} holds a lone surrogate; it cannot be part of an artifact key"
+            ) from None
         return value
     if value is None or isinstance(value, (bool, int)):
         return value

@@ -18,6 +18,8 @@ from smoltulu.schemas.evaluation import LOWER_IS_BETTER
 
 #: Learning rates and batch sizes that a surface needs at least; a scan needs none, and gets no verdict.
 MIN_RATES, MIN_BATCHES = 5, 3
+#: Seeds of an arm that trains on chosen rows, and of one that draws them.
+MIN_SELECTION_SEEDS, MIN_RANDOM_SEEDS = 3, 5
 MAX_CELLS = 20_000
 _MAX_VALUES = 200
 MAX_EXPONENT = 40
@@ -122,11 +124,30 @@ class Arm(StrictModel):
     """Another way to train, at the same places."""
 
     overrides: dict[str, Any] = science({}, description="dotted recipe fields, e.g. {sft.lora: {r: 16}}")
+    follows_seed: tuple[str, ...] = science(
+        (), description="dotted recipe fields that are the cell's seed, e.g. [selection.seed]: rows drawn anew a seed"
+    )
     beta2_half_life_batch: int | None = science(
         None,
         ge=1,
         description="B0: Adam forgets by tokens, beta2 = 0.999^(B / B0) (arXiv 2507.07101); none: 0.999",
     )
+
+
+class SelectionRoles(StrictModel):
+    """Which arm of a sweep of kind `selection` is what (docs/selection-experiment.md)."""
+
+    selectors: tuple[_Name, ...] = science(min_length=1, description="arms that are judged, the main one first")
+    random: _Name = science("random", description="control: rows drawn anew with every seed")
+    longest: _Name = science("longest", description="control: the longest rows")
+    lowest: _Name | None = science(None, description="rows that the first selector ranks last; shown, not judged")
+    full: _Name | None = science(None, description="all rows, at the same tokens and, where given, at the same epochs")
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All of them, in the order of tables."""
+        others = (self.random, self.longest, self.lowest, self.full)
+        return (*self.selectors, *(name for name in others if name is not None))
 
 
 class SweptTask(StrictModel):
@@ -162,7 +183,11 @@ class SweepSettings(StrictModel):
     description: str = machinery("")
     recipe: str = machinery(max_length=MAX_PATH, description="preset or path of a YAML file; cells set its fields")
     stage: SweptStage = science()
-    kind: Literal["surface", "scan"] = science("surface", description="a scan may be of any shape and has no verdict")
+    kind: Literal["surface", "scan", "selection"] = science(
+        "surface",
+        description="a scan may be of any shape and has no verdict; selection compares arms that train on chosen rows",
+    )
+    selection: SelectionRoles | None = science(None, description="kind: selection. What its arms are")
     overrides: dict[str, Any] = science({}, description="dotted recipe fields, the same for all cells")
     blocks: tuple[SweepBlock, ...] = science(min_length=1, description="in the order in which they run")
     sizes: dict[_Name, Size] = science({"base": Size()})
@@ -214,6 +239,14 @@ class SweepSettings(StrictModel):
         num_cells = sum(_size(block) for block in self.blocks)
         if num_cells > MAX_CELLS:
             problems.append(f"{num_cells:,} cells; {MAX_CELLS:,} are allowed at most")
+        if (self.kind == "selection") != (self.selection is not None):
+            problems.append("kind: selection and a block `selection` that names its arms belong together; give both")
+        elif self.selection is not None and self.max_edge_cells:
+            problems.append(
+                "an experiment with selection has no best rate that could lie at an edge; leave out max_edge_cells"
+            )
+        elif self.selection is not None and not problems:
+            problems += _selection_problems(self, self.selection)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -221,6 +254,37 @@ class SweepSettings(StrictModel):
     def with_blocks(self, blocks: Sequence[SweepBlock]) -> SweepSettings:
         """With these blocks behind its own. ValidationError where they are no blocks of this sweep."""
         return SweepSettings.model_validate({**dict(self), "blocks": (*self.blocks, *blocks)})
+
+
+def _selection_problems(sweep: SweepSettings, roles: SelectionRoles) -> list[str]:
+    """What an experiment with selection lacks for a verdict."""
+    if len(set(roles.arms)) < len(roles.arms):
+        return [f"selection: an arm has two roles in {list(roles.arms)}; give each its own"]
+    if unknown := [name for name in roles.arms if name not in sweep.arms]:
+        return [f"selection: there is no arm {unknown[0]!r}; known: {sorted(sweep.arms)}"]
+    if "selection.seed" not in sweep.arms[roles.random].follows_seed:
+        return [
+            f"arms.{roles.random}: rows that are drawn once say nothing of other draws; add "
+            "follows_seed: [selection.seed]"
+        ]
+    seeds: dict[tuple[Any, ...], dict[str, set[int]]] = {}
+    for place in places(sweep):
+        seeds.setdefault(place.setting, {}).setdefault(place.arm, set()).add(place.seed)
+    judged = [arms for arms in seeds.values() if {roles.random, roles.longest, *roles.selectors} <= arms.keys()]
+    if not judged:
+        return [
+            "selection: no rate, batch and budget is in the blocks of all selectors, of "
+            f"{roles.random} and of {roles.longest}; put these arms into one block"
+        ]
+    problems = []
+    for name in roles.arms:
+        wanted = MIN_RANDOM_SEEDS if name == roles.random else MIN_SELECTION_SEEDS
+        fewest = min((len(arms[name]) for arms in judged if name in arms), default=None)
+        if fewest is None:
+            problems.append(f"selection: arm {name} is never beside the others; put it into a block of theirs")
+        elif fewest < wanted:
+            problems.append(f"arm {name} has {fewest} seeds; give it {wanted} at least, or set kind: scan (no verdict)")
+    return problems
 
 
 def _size(block: SweepBlock) -> int:
@@ -248,6 +312,11 @@ class Place(StrictModel):
     def effective_batch_size(self) -> int:
         """2^log2_batch rows."""
         return round(2.0**self.log2_batch)
+
+    @property
+    def setting(self) -> tuple[float, float, int, str]:
+        """Rate, batch, budget and size: what arms and seeds share."""
+        return self.log2_learning_rate, self.log2_batch, self.max_tokens, self.size
 
     @property
     def name(self) -> str:
@@ -298,6 +367,7 @@ def overrides_of(sweep: SweepSettings, place: Place) -> dict[str, Any]:
         ("overrides", sweep.overrides),
         (f"sizes.{place.size}", sweep.sizes[place.size].overrides),
         (f"arms.{place.arm}", arm.overrides),
+        (f"arms.{place.arm}.follows_seed", dict.fromkeys(arm.follows_seed, place.seed)),
         ("the cell's place", at_place),
     ):
         if twice := sorted(merged.keys() & fields.keys()):

@@ -7,12 +7,24 @@ from pydantic import Field
 from smoltulu.schemas.common import ArtifactPath, StrictModel, science
 
 
+class MixedSettings(StrictModel):
+    """A file of conversations a skill, of which a part is useless (tasks/world/mixed.py), and rows for RDS+."""
+
+    num_rows: int = science(400, ge=2, le=100_000, description="conversations of each skill, useless ones included")
+    useless_share: float = science(
+        0.5, ge=0, le=0.9, description="share of the rows that are copies of others with answers to other questions"
+    )
+    max_turns: int = science(3, ge=1, le=8, description="a row has 1 to so many questions: rows differ in length")
+    num_targets: int = science(8, ge=1, le=1000, description="useful rows of each skill in targets.jsonl")
+
+
 class SkillSettings(StrictModel):
     """Eight skills with short answers (tasks/world/skills.py), beside what the world has without them."""
 
     num_sft: int = science(16_000, ge=1, description="conversations of skills.jsonl, all skills alike")
     num_eval: int = science(100, ge=1, le=150, description="held-out questions of each skill")
     pretrain_share: float = science(0.8, gt=0, le=1, description="share of the plain texts that are about skills")
+    mixed: MixedSettings | None = science(None, absent=None)
 
 
 class WorldConfig(StrictModel):
@@ -69,5 +81,10 @@ class WorldOutputs(StrictModel):
     )
     skills: ArtifactPath | None = Field(None, description="rows {messages}; with `skills`")
     eval_skills: ArtifactPath | None = Field(None, description="rows {subset, prompt, answer}; with `skills`")
+    mixed: dict[str, ArtifactPath] = Field({}, description="skill -> rows {messages}; with `skills.mixed`")
+    targets: ArtifactPath | None = Field(None, description="rows {messages}; with `skills.mixed`")
+    useless_rows: ArtifactPath | None = Field(
+        None, description="skill -> numbers of its useless rows: the truth, for tests and benchmarks only"
+    )
     num_rows: dict[str, int] = Field(description="rows per jsonl file, by field name")
     num_planted: dict[str, int] = Field(description="planted leaks per training set")

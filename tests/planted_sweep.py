@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
+from smoltulu.artifacts.manifests import Ref
 from smoltulu.flows.sweeping.states import CellRecord, sweep_folder, write_outcome
 from smoltulu.schemas.sweep import Place, SweepSettings, places
 from smoltulu.tasks.evaluation.samples import write_samples
@@ -55,10 +56,12 @@ def plant(
     noise: float = 0.01,
     seed: int = 0,
     details: dict[str, Any] | None = None,
+    rows_of: Callable[[HandStore, Place], Ref] | None = None,
 ) -> HandStore:
     """Write trainings, evaluations and the sweep's own record. Items differ by more than seeds do.
 
     details  of the scores
+    rows_of  makes the tokenised rows of a cell
     """
     store = HandStore(root)
     folder = sweep_folder(root, sweep.name)
@@ -83,6 +86,7 @@ def plant(
         num_steps = max(place.max_tokens // tokens_a_step, 1)
         model = store.make(
             "sft", f"sft {place.name}", weight_decay=0.0,
+            inputs={} if rows_of is None else {"dataset": rows_of(store, place)},
             outputs={"num_parameters": 1000, "num_steps": num_steps, "num_tokens": num_steps * tokens_a_step},
         )  # fmt: skip
         rows, scores = [], []

@@ -88,7 +88,7 @@ def test_entrypoints_import_and_take_their_parameters(deployment: dict[str, Any]
     flow = getattr(importlib.import_module(f"smoltulu.{path.removesuffix('.py').replace('/', '.')}"), name)
     assert isinstance(flow, Flow)
     others = {"nightly": "smoltulu-eval", "data": "smoltulu-audit"}
-    others |= dict.fromkeys(("surface", "ladder"), "smoltulu-sweep")
+    others |= dict.fromkeys(("surface", "ladder", "selection"), "smoltulu-sweep")
     assert flow.name == others.get(deployment["name"], "smoltulu")
     flow.validate_parameters(deployment.get("parameters", {}))
     assert deployment["work_pool"]["name"] == prefect_api.POOL
@@ -114,6 +114,7 @@ def test_installed_deployments_name_modules(monkeypatch: pytest.MonkeyPatch) -> 
         "data": "smoltulu.flows.audit.audit_data",
         "surface": "smoltulu.flows.sweep.smoltulu_sweep",
         "ladder": "smoltulu.flows.ladder.smoltulu_ladder",
+        "selection": "smoltulu.flows.sweep.smoltulu_sweep",
     }
     assert [{**entry, "entrypoint": ""} for entry in given] == [{**entry, "entrypoint": ""} for entry in DEPLOYMENTS]
 

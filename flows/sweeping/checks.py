@@ -59,6 +59,42 @@ def check_apart(sweep: SweepSettings, records: Iterable[CellRecord]) -> None:
             )
 
 
+def check_selection(sweep: SweepSettings, cells: Iterable[SweepCell]) -> None:
+    """ValueError where arms of an experiment with selection are not what their roles say, or not at equal tokens."""
+    roles = sweep.selection
+    if roles is None:
+        return
+    keeps: dict[str, tuple[str, float]] = {}
+    for arm, cell in {cell.place.arm: cell for cell in cells}.items():
+        selector, rows = cell.graph.recipe.selector, cell.graph.recipe.rows_of(sweep.stage)
+        if arm not in roles.arms or (selector is None and arm == roles.full):
+            continue
+        wanted = {roles.random: "random", roles.longest: "length"}.get(arm, "" if selector is None else selector.method)
+        if arm == roles.full:
+            wanted = "none"
+        method = "none" if selector is None else selector.method
+        if method != wanted or (arm == roles.longest and selector is not None and selector.keep.order != "highest"):
+            order = f", keep.order {selector.keep.order}" if selector is not None else ""
+            raise ValueError(
+                f"sweep {sweep.name}: arm {arm} has selection.method {method}{order}; its role needs "
+                f"{wanted or 'a method that scores rows'}{', keep.order highest' if arm == roles.longest else ''}"
+            )
+        assert selector is not None
+        if rows not in selector.sets:
+            raise ValueError(
+                f"sweep {sweep.name}: arm {arm} selects from {', '.join(selector.sets)}, but {sweep.stage} is trained "
+                f"on data.{rows}; set selection.sets to [{rows}]"
+            )
+        if selector.use == "filter":  # weights keep every row
+            keeps[arm] = selector.keep.amount
+    if len(set(keeps.values())) > 1 or any(name not in ("tokens", "token_share") for name, _ in keeps.values()):
+        told = ", ".join(f"{arm}: {name} {value:g}" for arm, (name, value) in keeps.items())
+        raise ValueError(
+            f"sweep {sweep.name}: its arms are not at equal tokens ({told}); give all of them the same "
+            "selection.keep.tokens or selection.keep.token_share"
+        )
+
+
 def check_steps(sweep: SweepSettings, cells: Iterable[SweepCell], shared: Mapping[str, ArtifactReference]) -> list[str]:
     """What to know of the number of steps of the cells, now that their rows are counted.
 

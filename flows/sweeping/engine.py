@@ -18,7 +18,7 @@ from smoltulu.artifacts import layout, readable
 from smoltulu.artifacts.store import Found, Log, Store
 from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.runs import begin_run, end_run, extend_run
-from smoltulu.flows.sweeping.checks import check_apart, check_fractions, check_steps
+from smoltulu.flows.sweeping.checks import check_apart, check_fractions, check_selection, check_steps
 from smoltulu.flows.sweeping.extension import edge_blocks, num_edge_cells, with_extension, write_extension
 from smoltulu.flows.sweeping.forecast import by_block, check_limit, estimate, forecast_of
 from smoltulu.flows.sweeping.grid import SweepCell, cells_of, store_of
@@ -142,6 +142,7 @@ class SweepRun:
         records = records_of(self._whole)
         self._records = {record.place: record for record in records}
         check_fractions(sweep, self._whole)
+        check_selection(sweep, self._whole)
         check_apart(sweep, records)
         check_unchanged(self.store_root, self.folder, records)
 

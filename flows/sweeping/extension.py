@@ -108,6 +108,10 @@ def add(
     folder = sweep_folder(store_root, asked.name)
     before = with_extension(asked, folder)
     blocks: list[SweepBlock] = []
+    if before.kind == "selection" and (edges is not None or best is not None):
+        raise ValueError(
+            f"sweep {asked.name} compares arms and has no best place; add seeds, rates, batches or budgets"
+        )
     if edges is not None or best is not None:
         states = states_of(store_root, folder, known_of(before, folder))
         arms = dict.fromkeys(one.cell.place.arm for one in states if one.state == "done")

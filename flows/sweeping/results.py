@@ -18,11 +18,14 @@ from smoltulu.artifacts.files import private_folder, write_atomically, write_syn
 from smoltulu.flows.reporting import now
 from smoltulu.flows.sweeping.gather import Gathered, gather
 from smoltulu.flows.sweeping.recommending import recommended, unit_of
+from smoltulu.flows.sweeping.selection_results import ARM_COLUMNS, arm_rows, experiment_of
 from smoltulu.flows.sweeping.states import State
-from smoltulu.flows.sweeping.table import SUFFIXES, cell_rows, optimum_rows, table_bytes
+from smoltulu.flows.sweeping.table import OPTIMUM_COLUMNS, SUFFIXES, cell_rows, optimum_rows, table_bytes
 from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.recommendation import Recommendation
 from smoltulu.schemas.sweep import SweepSettings, SweptTask
+from smoltulu.tasks.selection_experiment import verdict as verdict_module
+from smoltulu.tasks.selection_experiment.page import draw_experiment, experiment_page
 from smoltulu.tasks.surface import analysis as analysis_module
 from smoltulu.tasks.surface.analysis import Analysis
 from smoltulu.tasks.surface.figures import Labels
@@ -70,13 +73,20 @@ def write_page(sweep: SweepSettings, store_root: Path) -> tuple[Path, list[str]]
 
 
 def _write(found: Gathered, stamp: str) -> tuple[Path, list[str]]:
+    words = _write_experiment(found) if found.sweep.kind == "selection" else _write_surface(found)
+    # Last: what is on record is on the page.
+    write_atomically(found.folder / _WRITTEN, _Written(stamp=stamp, words=tuple(words)).model_dump_json())
+    return found.folder / PAGE, words
+
+
+def _write_surface(found: Gathered) -> list[str]:
     sweep = found.sweep
     analyses = found.analyses()
     rows = cell_rows(found)
     folder = found.folder
     for suffix in SUFFIXES:
         _replace(folder / f"cells{suffix}", table_bytes(rows, suffix))
-        _replace(folder / f"optima{suffix}", table_bytes(optimum_rows(found, analyses), suffix, of_optima=True))
+        _replace(folder / f"optima{suffix}", table_bytes(optimum_rows(found, analyses), suffix, OPTIMUM_COLUMNS))
     sizes = {math.log2(one.num_parameters or 1): name for name, one in sweep.sizes.items()}
     labels = Labels(sizes, unit_of(sweep))
     drawn = draw_all(analyses, labels)
@@ -88,10 +98,6 @@ def _write(found: Gathered, stamp: str) -> tuple[Path, list[str]]:
     except ValueError as error:
         answer = None
         notes.append(f"no place can be recommended: {error}")
-    ended = [cell for cell in found.cells if cell.state in ("failed", "diverged")]
-    failures = [(f"{cell.place.name}: {cell.state}", cell.message) for cell in ended[:_MAX_FAILURES]]
-    if len(ended) > _MAX_FAILURES:
-        failures.append((f"and {len(ended) - _MAX_FAILURES} more", "the table has them all"))
     page = sweep_page(
         name=sweep.name,
         facts=_facts(found),
@@ -103,16 +109,52 @@ def _write(found: Gathered, stamp: str) -> tuple[Path, list[str]]:
         recommendation=answer,
         scores=[score_name(task) for task in sweep.tasks],
         rows=_page_rows(found, rows),
-        failures=failures,
+        failures=_failures(found),
         files=[f"{name}{suffix}" for name in ("cells", "optima") for suffix in SUFFIXES],
         turning=turning,
         written_at=now(),
     )
     write_atomically(folder / PAGE, page)
-    words = [line for analysis in analyses for line in verdict_lines(analysis)]
-    # Last: what is on record is on the page.
-    write_atomically(folder / _WRITTEN, _Written(stamp=stamp, words=tuple(words)).model_dump_json())
-    return folder / PAGE, words
+    return [line for analysis in analyses for line in verdict_lines(analysis)]
+
+
+def _write_experiment(found: Gathered) -> list[str]:
+    """The page of a sweep of kind `selection`."""
+    sweep, folder = found.sweep, found.folder
+    rows = cell_rows(found)
+    experiment = experiment_of(found)
+    for suffix in SUFFIXES:
+        _replace(folder / f"cells{suffix}", table_bytes(rows, suffix))
+        _replace(folder / f"arms{suffix}", table_bytes(arm_rows(experiment), suffix, ARM_COLUMNS))
+    drawn = draw_experiment([(one.name, one.rows) for one in experiment.settings], experiment.roles, experiment.classes)
+    _write_figures(folder / "figures", drawn)
+    page = experiment_page(
+        name=sweep.name,
+        description=sweep.description,
+        facts=_facts(found),
+        notes=found.notes,
+        roles=experiment.roles,
+        classes=experiment.classes,
+        judged=experiment.judged,
+        num_tests=experiment.num_tests,
+        settings=[one.shown() for one in experiment.settings],
+        drawn=drawn,
+        scores=[score_name(task) for task in sweep.tasks],
+        rows=_page_rows(found, rows),
+        failures=_failures(found),
+        files=[f"{name}{suffix}" for name in ("arms", "cells") for suffix in SUFFIXES],
+        written_at=now(),
+    )
+    write_atomically(folder / PAGE, page)
+    return experiment.lines()
+
+
+def _failures(found: Gathered) -> list[tuple[str, str]]:
+    ended = [cell for cell in found.cells if cell.state in ("failed", "diverged")]
+    told = [(f"{cell.place.name}: {cell.state}", cell.message) for cell in ended[:_MAX_FAILURES]]
+    if len(ended) > _MAX_FAILURES:
+        told.append((f"and {len(ended) - _MAX_FAILURES} more", "the table has them all"))
+    return told
 
 
 def verdict_lines(analysis: Analysis) -> list[str]:
@@ -136,7 +178,8 @@ def _stamp(found: Gathered) -> str:
         for one in scores:
             digest.update(f"{arm} {one.task.task} {one.task.metric} {one.cells.items.shape}".encode())
             digest.update(np.ascontiguousarray(one.cells.items).data)
-    for folder in (Path(__file__).parent, Path(analysis_module.__file__).parent):
+    for module in (__file__, analysis_module.__file__, verdict_module.__file__):
+        folder = Path(module).parent
         for file in sorted(folder.glob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -164,8 +207,11 @@ def recommend(sweep: SweepSettings, store_root: Path, weights: dict[str, float] 
     """The best place for each task class and for all of them; with `weights` (of tasks or classes) for these first.
 
     Raises:
-        ValueError: no cell has scores yet; weights of what is neither a task nor a class, below 0, or all 0.
+        ValueError: no cell has scores yet; weights of what is neither a task nor a class, below 0, or all 0; a sweep
+            that compares chosen rows.
     """
+    if sweep.kind == "selection":
+        raise ValueError(f"sweep {sweep.name} compares chosen rows at one place; its page says what they are worth")
     analyses = gather(sweep, store_root).analyses()
     if not analyses:
         raise ValueError(f"sweep {sweep.name}: no cell has scores yet; run it first")

@@ -35,12 +35,14 @@ class TaskScores:
     cells   for the analysis: larger is better, so bits per byte are negative there
     means   (num_cells,) as the score is spelt; nan where a cell diverged
     of      the cells, in the same order
+    items   names, in the order of the columns of `cells.items`; () where they are not from evaluations
     """
 
     task: SweptTask
     cells: Cells
     means: NDArray[np.float64]
     of: tuple[CellRecord, ...]
+    items: tuple[str, ...] = ()
 
 
 def load_scores(
@@ -60,7 +62,8 @@ def load_scores(
     sizes = {name: math.log2(size.num_parameters or 1) for name, size in sweep.sizes.items()}
     made = []
     for task in sweep.tasks:
-        values = iter(_same_items(sweep, task, done, [of_cell[cell.evaluation][task] for cell in done]))
+        scored = [of_cell[cell.evaluation][task] for cell in done]
+        values, names = iter(_same_items(sweep, task, done, scored)), tuple(sorted(scored[0].item_names()))
         num_items = len(of_cell[done[0].evaluation][task].values)
         sign = -1.0 if task.lower_is_better else 1.0
         rows = [sign * next(values) if one.state == "done" else np.full(num_items, np.nan) for one in ended]
@@ -74,7 +77,8 @@ def load_scores(
             diverged=np.array([one.state == "diverged" for one in ended]),
             items=np.array(rows),
         )
-        made.append(TaskScores(task, cells, sign * cells.items.mean(axis=1), tuple(one.cell for one in ended)))
+        of = tuple(one.cell for one in ended)
+        made.append(TaskScores(task, cells, sign * cells.items.mean(axis=1), of, names))
     return made
 
 

@@ -14,7 +14,7 @@ from smoltulu.tasks.surface.panels import ridge_half_widths
 #: Forms that a table is written in.
 SUFFIXES = (".parquet", ".csv")
 #: Columns of the table, with their types in Parquet.
-_COLUMNS = {
+CELL_COLUMNS = {
     "cell": "string", "block": "string", "state": "string", "task": "string", "metric": "string",
     "task_class": "string", "arm": "string", "size": "string", "num_parameters": "int64",
     "log2_learning_rate": "float64", "learning_rate": "float64", "log2_batch": "float64",
@@ -23,7 +23,7 @@ _COLUMNS = {
     "mean": "float64", "stderr": "float64", "num_items": "int64", "chance": "float64", "lower_is_better": "bool",
     "message": "string",
 }  # fmt: skip
-_OPTIMUM_COLUMNS = {
+OPTIMUM_COLUMNS = {
     "arm": "string", "task": "string", "metric": "string", "task_class": "string", "log2_batch": "float64",
     "log2_tokens": "float64", "log2_parameters": "float64", "log2_best_learning_rate": "float64", "stderr": "float64",
     "low": "float64", "high": "float64", "by_gaussian_process": "float64", "curvature": "float64", "num_seeds": "int64",
@@ -82,12 +82,11 @@ def optimum_rows(found: Gathered, analyses: Sequence[Analysis]) -> list[dict[str
     return rows
 
 
-def table_bytes(rows: Sequence[Mapping[str, Any]], suffix: str, *, of_optima: bool = False) -> bytes:
-    """A table as the bytes of a file. `suffix`: one of `SUFFIXES`."""
+def table_bytes(rows: Sequence[Mapping[str, Any]], suffix: str, columns: Mapping[str, str] = CELL_COLUMNS) -> bytes:
+    """A table as the bytes of a file. `suffix`: one of `SUFFIXES`; `columns`: name -> type."""
     import pyarrow as pa
     from pyarrow import csv, parquet
 
-    columns = _OPTIMUM_COLUMNS if of_optima else _COLUMNS
     schema = pa.schema([(name, getattr(pa, "bool_" if kind == "bool" else kind)()) for name, kind in columns.items()])
 
     def value(row: Mapping[str, Any], name: str) -> Any:

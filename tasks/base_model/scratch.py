@@ -56,7 +56,7 @@ def build_base_model(config: BaseModelConfig, texts: Iterable[str], folder: Path
     model = new_model(config, tokenizer)
     if config.texts != "given":
         start_copying(model, config.seed)
-    learned = sample if config.texts == "given" else _copying_texts(config)
+    learned = [*(sample if config.texts != "copying" else []), *_copying_texts(config)]
     metrics = _pretrain(model, tokenizer, learned, config, report)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,13 +197,17 @@ def _pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], config: BaseMode
 
 
 def _copying_texts(config: BaseModelConfig) -> list[str]:
-    """Texts of nothing but lookups and repetitions, enough that few are read twice.
+    """Texts of nothing but lookups and repetitions, enough that few are read twice; none where they are not asked for.
 
     A model of this size learns from the world's texts what comes next in the world, and copies nothing. The tokenizer
     is still that of the texts given: a selector model must have the one of the model whose rows it scores.
     """
+    if config.texts == "given":
+        return []
     rng = random.Random(f"copying {config.seed}")
     num_tokens = config.num_steps * config.effective_batch_size * config.sequence_length
+    if config.texts == "both":
+        num_tokens //= 2
     num_texts = min(_MOST_COPYING_TEXTS, 100 + num_tokens // _COPYING_TEXT_TOKENS)
     return [draw_copying_text(rng) for _ in range(num_texts)]
 

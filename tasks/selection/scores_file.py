@@ -18,6 +18,7 @@ file's metadata names the scorer. docs/selection.md says what the figures mean.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from smoltulu.artifacts.keys import canonical_json
 from smoltulu.schemas.selection import Scorer
+from smoltulu.tasks.data.rows import is_rich
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,6 +53,9 @@ PROBLEMS = {
     NO_NUMBER: "The selector model is broken, or its precision too small: look at it, or set precision to float32.",
     NOT_RENDERED: "Name a chat template that takes these rows.",
 }
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,9 @@ _MEASURED = ("loss", "masked_loss", "score")
 
 def row_digest(row: Mapping[str, Any]) -> str:
     """Digest of a row's content. Repeats of a row, which differ in their ids, have the same."""
-    content = canonical_json({name: value for name, value in row.items() if name != "id"})
+    plain = {name: value for name, value in row.items() if name != "id"}
+    # Of texts alone the canonical form is what json writes: half of the time, for a million rows.
+    content = canonical_json(plain) if is_rich(row) else _ENCODER.encode(plain)
     return hashlib.blake2b(content.encode()).hexdigest()[:DIGEST_LENGTH]
 
 

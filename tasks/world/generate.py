@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smoltulu.schemas.world import SkillSettings, WorldConfig, WorldOutputs
+from smoltulu.schemas.world import MixedSettings, SkillSettings, WorldConfig, WorldOutputs
 from smoltulu.tasks.world.constraints import Instruction, draw_instruction, violating_answer
+from smoltulu.tasks.world.mixed import mixed_rows, target_rows
 from smoltulu.tasks.world.pretrain import draw_plain_text
 from smoltulu.tasks.world.problems import (
     Problem,
@@ -99,18 +100,21 @@ def generate_world(config: WorldConfig, folder: Path) -> WorldOutputs:
         "eval_verified": [_rlvr_row(eval_rng, config, task, task.prompt) for task in verified],
         "preference_eval": [_preference_row(eval_rng, config, task, task.prompt) for task in preference_eval],
     }
-    names: dict[str, str] = {}
+    names: dict[str, Any] = {}
+    mixed_counts: dict[str, int] = {}
     if config.skills:
         names = {"skills": "skills.jsonl", "eval_skills": "eval_skills.jsonl"}
         files |= _skill_files(config, config.skills, files["pretrain"])
+        if config.skills.mixed:
+            mixed, mixed_counts = _write_mixed(config, config.skills.mixed, files["eval_skills"], folder)
+            names |= mixed
     outputs = WorldOutputs(
         **names,
-        num_rows={name: len(content) for name, content in files.items()},
+        num_rows={name: len(content) for name, content in files.items()} | mixed_counts,
         num_planted={name: len(truth[name]["rows"]) for name in truth},
     )
     for name, content in files.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-        (folder / getattr(outputs, name)).write_text(lines, encoding="utf-8")
+        _write_rows(folder / getattr(outputs, name), content)
     (folder / outputs.planted_leaks).write_text(json.dumps(truth, indent=2) + "\n", encoding="utf-8")
     return outputs
 
@@ -144,6 +148,38 @@ def _skill_files(config: WorldConfig, skills: SkillSettings, plain: list[Row]) -
             for text in plain
         ],
     }
+
+
+def _write_mixed(
+    config: WorldConfig, mixed: MixedSettings, held_out: list[Row], folder: Path
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Write rows of each skill with the useless ones among them, targets, and the truth. Returns names and sizes."""
+    rng = _stream(config, "mixed")
+    keys = {(row["subset"], row["prompt"]) for row in held_out}
+    names: dict[str, Any] = {"mixed": {}, "targets": "targets.jsonl", "useless_rows": "useless_rows.json"}
+    targets: list[Row] = []
+    truth: dict[str, list[int]] = {}
+    sizes: dict[str, int] = {}
+    for skill in SKILLS:
+
+        def draw(skill: str = skill) -> Question:
+            while (question := draw_question(rng, skill)).key in keys:
+                pass
+            return question
+
+        rows, useless = mixed_rows(rng, mixed, draw)
+        names["mixed"][skill] = f"mixed_{skill}.jsonl"
+        _write_rows(folder / names["mixed"][skill], rows)
+        sizes[f"mixed_{skill}"] = len(rows)
+        truth[skill] = sorted(useless)
+        targets += target_rows(rng, mixed, draw)
+    _write_rows(folder / names["targets"], targets)
+    (folder / names["useless_rows"]).write_text(json.dumps(truth) + "\n", encoding="utf-8")
+    return names, sizes | {"targets": len(targets)}
+
+
+def _write_rows(file: Path, rows: list[Row]) -> None:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def answer_of(rng: random.Random, config: WorldConfig, task: Task) -> str:

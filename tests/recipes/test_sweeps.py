@@ -22,6 +22,7 @@ DECLARED = {
         "paper-1130": 3, "paper-1207": 3, "same-ratio-as-1130": 3, "same-rate-as-1130": 3,
     },
     "surface-135m-short": {"main": 42, "quarter": 21},
+    "selection-tiny": {"main": 25, "beside": 6, "epochs": 3, "draws": 16},
 }  # fmt: skip
 
 
@@ -45,9 +46,15 @@ def a_cell_of_each_block(sweep: SweepSettings) -> SweepSettings:
         place = first[block.name]
         rate = {"low": place.log2_learning_rate, "high": place.log2_learning_rate}
         batch = {"low": place.log2_batch, "high": place.log2_batch}
-        own = {"log2_learning_rate": rate, "log2_batch": batch, "seeds": [place.seed], "max_tokens": [place.max_tokens]}
+        own = {
+            "arms": [place.arm],
+            "log2_learning_rate": rate,
+            "log2_batch": batch,
+            "seeds": [place.seed],
+            "max_tokens": [place.max_tokens],
+        }
         blocks.append(block.model_dump(mode="json") | own)
-    return load_sweep(sweep.model_dump(mode="json") | {"blocks": blocks, "kind": "scan"})
+    return load_sweep(sweep.model_dump(mode="json") | {"blocks": blocks, "kind": "scan", "selection": None})
 
 
 def test_all_of_them_are_declared_here() -> None:
@@ -72,7 +79,7 @@ def test_declared_cells_plan_offline_and_measure_their_tasks(name: str) -> None:
         assert {one.task for one in sweep.tasks} <= {task.name for task in settings.tasks}
 
 
-@pytest.mark.parametrize("name", ["surface-tiny", "surface-135m"])
+@pytest.mark.parametrize("name", ["surface-tiny", "surface-135m", "selection-tiny"])
 def test_four_tasks_against_four(name: str) -> None:
     classes = {one.task: one.task_class for one in load_sweep(name).tasks}
     assert Counter(classes.values()) == {"reasoning": 4, "pattern": 4}
