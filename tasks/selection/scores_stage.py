@@ -92,6 +92,7 @@ def score_source(
             nonlocal num_done
             waiting = ahead.pop(number, None)
             rows = rendered(number) if waiting is None else waiting.result()
+            score([])  # what it loads may tokenise too, and a tokenizer works for one thread at a time
             if (number + stride) * PART_ROWS < total:
                 ahead[number + stride] = threads.submit(rendered, number + stride)
             found = score([row for row in rows if not row.problem])

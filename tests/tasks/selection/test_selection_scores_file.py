@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from smoltulu.artifacts.keys import canonical_json
 from smoltulu.tasks.selection import scores_file
 from smoltulu.tasks.selection.scores_file import (
     PartScore,
@@ -20,6 +22,7 @@ from smoltulu.tasks.selection.scores_file import (
     scores_schema,
     stored_scores,
 )
+from tests.small_runs import pairs
 
 PART = PartScore(turn=1, step=0, first=3, last=9, num_tokens=5, loss=2.0, masked_loss=2.5, score=0.25)
 LINES = [
@@ -57,6 +60,9 @@ def test_a_digest_is_that_of_the_content() -> None:
     row = {"id": "0:1", "messages": [{"role": "user", "content": "né"}]}
     assert row_digest(row) == row_digest({**row, "id": "0:1#2"}) == row_digest(dict(reversed(row.items())))
     assert row_digest(row) == "6372f3637bba3246"  # the same on every machine
+    for one in (row, {"id": "", **pairs(2)[0]}, {**row, "tools": [{"limit": 1.0}]}):
+        content = canonical_json({name: value for name, value in one.items() if name != "id"})
+        assert row_digest(one) == hashlib.blake2b(content.encode()).hexdigest()[:16]
     others: list[dict[str, Any]] = [
         {"id": "0:1", "messages": [{"role": "user", "content": "ne"}]},
         {"id": "0:1", "messages": [{"role": "user", "content": "né", "train": False}]},
