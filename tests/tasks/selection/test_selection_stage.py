@@ -48,7 +48,7 @@ def write_scores(
 def run(
     folder: Path, rows: Sequence[dict[str, Any]], scores: dict[str, str], heads: str | None = None, **settings: Any
 ) -> tuple[SelectionOutputs, Path, dict[str, float]]:
-    dataset = write_rows(folder / "given.parquet", rows, "sft", group_rows=3)
+    dataset = write_rows(folder / "given.parquet", rows, None if rows else "sft", group_rows=3)
     out = folder / f"out{len(list(folder.glob('out*')))}"
     out.mkdir()
     given = {"method": "attention_influence", "keep": {"share": 0.5}} | settings
@@ -109,6 +109,21 @@ def test_selection_keeps_rich_rows_as_they_were(tmp_path: Path) -> None:
     assert read_rows(out / "rows.parquet") == rows
     _, out, _ = run(tmp_path, rows, scores)
     assert read_rows(out / "rows.parquet") == rows[2:]
+
+
+@pytest.mark.parametrize("kind", ["preference", "rlvr"])
+def test_selection_of_pairs_and_prompts(tmp_path: Path, kind: str) -> None:
+    def row(number: int) -> dict[str, Any]:
+        given: dict[str, Any] = {"id": f"0:{number}", "prompt": [{"role": "user", "content": f"question {number}"}]}
+        if kind == "rlvr":
+            return given | {"verifier": "gsm8k", "ground_truth": str(number)}
+        return given | {side: [{"role": "assistant", "content": f"{side} {number}"}] for side in ("chosen", "rejected")}
+
+    rows = [row(number) for number in range(4)]
+    scores = {"0": write_scores(tmp_path / "s.parquet", rows)}
+    _, out, _ = run(tmp_path, rows, scores)
+    assert read_rows(out / "rows.parquet") == rows[2:]
+    assert "user: question 3" in (out / "selection.html").read_text()
 
 
 def test_length_and_random_read_the_same_counts(tmp_path: Path) -> None:
