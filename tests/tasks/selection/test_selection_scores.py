@@ -300,9 +300,10 @@ def test_the_next_part_is_tokenised_while_one_is_scored(
             begun.set()
         return render(self, rows)
 
-    def scoring_rows(*args: Any) -> Any:
-        waited.append(begun.wait(20))
-        return score_rows(*args)
+    def scoring_rows(selector: Any, rows: Any, measure: Any) -> Any:
+        if rows:
+            waited.append(begun.wait(20))
+        return score_rows(selector, rows, measure)
 
     monkeypatch.setattr(Renderer, "__call__", rendering)
     monkeypatch.setattr(scoring, "score_rows", scoring_rows)
