@@ -31,6 +31,8 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from benchmarks.training_rows import MIX_MEAN, MIX_MEDIAN, SHAPES, Shape, conversation_rows, mixed_lengths
 from smoltulu.recipes import CHAT_TEMPLATES
 from smoltulu.schemas.compute import ComputeSettings

@@ -134,6 +134,14 @@ def test_rows_without_a_score_are_told_and_kept_out(tmp_path: Path, caplog: pyte
     assert (fates[1]["score"], fates[1]["rank"], fates[1]["why"]) == (None, 0, "too long")
 
 
+def test_a_source_of_which_nothing_is_kept_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scores = both(tmp_path)
+    scores["1"] = write_scores(tmp_path / "low.parquet", ROWS[4:], score=[-4, -3, -2, -1])
+    with caplog.at_level(logging.WARNING):
+        _, out, _ = run(tmp_path, ROWS, scores, keep={"threshold": 0.2})
+    assert kept_ids(out) == ["0:1", "0:2", "0:3"] and "no row is kept of source 1 (second)" in caplog.text
+
+
 def test_limits_of_length(tmp_path: Path) -> None:
     outputs, out, _ = run(tmp_path, ROWS, both(tmp_path), keep={"share": 1}, min_tokens=20, max_tokens=30)
     assert kept_ids(out) == ["0:1", "0:2", "1:1", "1:2"]
@@ -177,6 +185,7 @@ def test_weights_where_no_turn_has_a_score(tmp_path: Path) -> None:
         ([*ROWS[:3], sft_row("0:3", "edited")], {},
          r"1 of 4 rows of source 0 \(first\) are not in its scores .*the first is row 0:3: these are scores of"),
         ([sft_row("2:0", "a")], {}, "has rows of source 2, and there are scores of 0, 1; score each source"),
+        ([sft_row("9" * 5000 + ":1", "a")], {}, "does not begin with the number of a source"),
         ([sft_row("row-1", "a")], {}, "row id 'row-1' does not begin with the number of a source"),
         (ROWS, {"method": "perplexity"}, "by attention_influence .* method perplexity needs those of perplexity"),
         (ROWS, {"method": "length"}, "method length needs those of counts"),
