@@ -208,7 +208,8 @@ def _scorer(
     def load() -> Score:
         from smoltulu.tasks.selection import rds_plus, scoring
 
-        selector = scoring.load_selector(folder, tokenizer, config.precision, context.compute)
+        device = str(parts.processes_of(context).device)
+        selector = scoring.load_selector(folder, tokenizer, config.precision, context.compute, device)
         whole = config.over == "whole" or config.kind == "rlvr"
         if config.scorer == "rds_plus":
             assert inputs.targets is not None
