@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 
 # Two test processes that each spin on all cores are 40 times slower than two with one thread each.
@@ -16,7 +18,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 from hypothesis import settings
 
+from smoltulu.tasks.engine import warm
 from tests.copies import second_copies
+
+# Else every test would start a server of its own: pytest names the test in the environment.
+warm.OWN_VARIABLES = (*warm.OWN_VARIABLES, "PYTEST_CURRENT_TEST")
 
 # A machine that others use as well stalls now and then; speed is measured in benchmarks/.
 settings.register_profile("tests", deadline=None)
@@ -28,3 +34,11 @@ def no_module_is_there_twice() -> Iterator[None]:
     """Whatever the tests of this process imported: see tests/test_copies.py."""
     yield
     assert second_copies() == []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_imported_is_no_garbage() -> None:
+    """Every training ends with a collection, which goes through a million objects of libraries: half a second."""
+    if "torch" in sys.modules and not os.environ.get("NOFREEZE"):
+        gc.collect()
+        gc.freeze()

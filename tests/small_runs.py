@@ -192,8 +192,9 @@ def trainer_of(
 def two_processes(
     stage: str, folder: Path, model: Path, rows: list[Any], settings: Any, weights: str | None = None, **compute: Any
 ) -> Callable[[str], Path]:
-    """A function: name of a folder -> the work folder of a training there by two processes."""
-    config, inputs, context = stage_arguments(stage, folder / "job", model, rows, settings, num_processes=2, **compute)
+    """A function: name of a folder -> the work folder of a training there by two processes, warm ones."""
+    compute = {"num_processes": 2, "launcher": "warm"} | compute
+    config, inputs, context = stage_arguments(stage, folder / "job", model, rows, settings, **compute)
     if weights is not None:
         inputs = SFTInputs(**inputs.model_dump(), weights=weights)
     spec = Spec(stage=stage, version=1, config=scientific(config), inputs={}, externals={})

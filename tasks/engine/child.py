@@ -23,7 +23,8 @@ from smoltulu.artifacts.files import write_atomically
 from smoltulu.artifacts.layout import WRITER
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.messages import PIPE_VARIABLE, Sender, ToFlow
-from smoltulu.tasks.process import die_with_parent, is_out_of_memory
+from smoltulu.tasks.engine.ranks import fork_ranks
+from smoltulu.tasks.process import die_with_parent, is_out_of_memory, leave_out
 from smoltulu.tasks.stage import STOPPED, Diverged, Report, Stage, StageContext, StageStopped, part_of
 
 #: Files of `work` that say why a stage ended; any rank may write them.
@@ -86,15 +87,20 @@ def run_cells(stage: Stage, job: dict, report: Report) -> None:
         raise ValueError("; ".join(failures))
 
 
-def main(job_file: str) -> int:
+def main(job_file: str, is_warm: bool = False) -> int:
+    """Run the job. `is_warm`: this process is a fork that has imported everything (tasks/engine/warm.py)."""
+    leave_out()
     job = json.loads(Path(job_file).read_text())
-    rank = int(os.environ.get("RANK", "0"))
     # Ranks of a multi-process stage are children of torchrun, whose own parent is the flow's process.
     die_with_parent(int(job["parent_pid"]) if "RANK" not in os.environ else os.getppid())
-    if job["num_ranks"] > 1 and "RANK" not in os.environ:
+    if job["num_ranks"] > 1 and is_warm:
+        if (status := fork_ranks(job["num_ranks"])) is not None:
+            return status
+    elif job["num_ranks"] > 1 and "RANK" not in os.environ:
         # In place of this process, so that it dies with its parent too: the kernel keeps that over exec, not over fork.
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job['num_ranks']}"]
         os.execv(sys.executable, [sys.executable, *launcher, "-m", "smoltulu.tasks.engine.child", job_file])
+    rank = int(os.environ.get("RANK", "0"))
     # Shared by all ranks and kept until exit; launchers do not pass descriptors on, so each process takes it itself.
     writers = [open(Path(one["work"]).parent / WRITER, "a+") for one in (job, *job.get("cells", ()))]  # noqa: SIM115
     for writer in writers:
