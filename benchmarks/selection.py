@@ -31,6 +31,8 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from benchmarks.training_rows import MIX_MEAN, MIX_MEDIAN, SHAPES, Shape, conversation_rows, mixed_lengths
 from smoltulu.recipes import CHAT_TEMPLATES
 from smoltulu.schemas.compute import ComputeSettings
@@ -71,7 +73,7 @@ def random_selector(shape: Shape, packs: bool, max_tokens: int = 4096) -> scorin
     model.eval()
     if packs:
         pack(model)
-    return scoring.Selector(model, max_tokens, packs, pad_id=1, max_length=shape.max_position_embeddings)
+    return scoring.Selector(model, max_tokens, packs, pad_id=1)
 
 
 def rendered_rows(lengths: list[int], shape: Shape) -> list[Rendered]:
@@ -107,7 +109,7 @@ def measure_cost(model: str | None, repeats: int) -> dict[str, float]:
         from smoltulu.tasks.models.folders import load_tokenizer
 
         tokenizer = load_tokenizer(Path(model), (CHAT_TEMPLATES / "tulu.jinja").read_text())
-        selector = scoring.load_selector(Path(model), tokenizer, "float32", ComputeSettings(device="cpu"))
+        selector = scoring.load_selector(Path(model), tokenizer, "float32", ComputeSettings(device="cpu"), "cpu")
         vocabulary = replace(DEEP, vocab_size=selector.model.config.vocab_size)
     rows = rendered_rows(mixed_lengths(16, MIX_MEAN, MIX_MEDIAN, LONGEST, seed=0), vocabulary)
     num_tokens = sum(len(row.ids) for row in rows)

@@ -58,12 +58,31 @@ class BaseModelConfig(StrictModel):
     texts: Literal["given", "copying", "both"] = science(
         "given",
         absent="given",
-        description="copying: the tokenizer learns from the texts given, the model from lookups and repeated segments "
-        "in JSON, for a selector model that can copy (docs/selection.md); both: the model learns from both, and so "
-        "also knows what the texts given are about",
+        description="copying: the tokenizer learns from the texts given, the model from lookups and repeated segments, "
+        "and its first weights copy: a selector model that can copy (docs/selection.md); both: the model learns from "
+        "both, and so also knows what the texts given are about",
     )
 
     num_threads: int | None = machinery(None, ge=1, description="torch threads; None leaves torch's default")
+
+    @model_validator(mode="after")
+    def _can_copy(self) -> Self:
+        """A model that is to copy has room for the circuit that it starts with (tasks/base_model/copying.py)."""
+        if self.texts == "given":
+            return self
+        head_dim = self.hidden_size // self.num_attention_heads
+        allowed = {
+            "num_hidden_layers": (self.num_hidden_layers, "2 or more", self.num_hidden_layers >= 2),
+            "tie_word_embeddings": (self.tie_word_embeddings, "false", not self.tie_word_embeddings),
+            "rope_theta": (self.rope_theta, "1e8 or more", self.rope_theta >= 1e8),
+            "hidden_size / num_attention_heads": (head_dim, "12 or more", head_dim >= 12),
+            "num_attention_heads": (self.num_attention_heads, "6 or more", self.num_attention_heads >= 6),
+            "mup": (self.mup and "set", "none", self.mup is None),
+        }
+        wrong = [f"{name} {given} (allowed: {said})" for name, (given, said, fits) in allowed.items() if not fits]
+        if wrong:
+            raise ValueError(f"texts {self.texts}: a model that is to copy needs other settings: {', '.join(wrong)}")
+        return self
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:

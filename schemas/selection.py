@@ -77,7 +77,10 @@ class KeepSettings(StrictModel):
     def _one_amount(self) -> Self:
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"keep: give exactly one of {', '.join(AMOUNTS)}; given: {', '.join(given) or 'none'}")
+            more = "; set the others to null" if given else ""
+            raise ValueError(
+                f"keep: give exactly one of {', '.join(AMOUNTS)}; given: {', '.join(given) or 'none'}{more}"
+            )
         return self
 
     @property

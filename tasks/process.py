@@ -8,6 +8,8 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+#: Modules that a stage's process does without.
+WITHOUT_VARIABLE = "SMOLTULU_WITHOUT"
 #: What torch's allocators and the libraries below it say. CUDA's own exception is told by its name.
 _OUT_OF_MEMORY_TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -26,6 +28,12 @@ def die_with_parent(parent_pid: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         sys.exit("the process that started this stage is gone")
+
+
+def leave_out() -> None:
+    """Have the libraries take what `WITHOUT_VARIABLE` names for not installed: they import it wherever it is."""
+    for name in os.environ.get(WITHOUT_VARIABLE, "").split():
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def num_cores() -> int:

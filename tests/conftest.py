@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 
 # Two test processes that each spin on all cores are 40 times slower than two with one thread each.
@@ -32,3 +34,11 @@ def no_module_is_there_twice() -> Iterator[None]:
     """Whatever the tests of this process imported: see tests/test_copies.py."""
     yield
     assert second_copies() == []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_imported_is_no_garbage() -> None:
+    """Every training ends with a collection, which goes through a million objects of libraries: half a second."""
+    if "torch" in sys.modules and not os.environ.get("NOFREEZE"):
+        gc.collect()
+        gc.freeze()

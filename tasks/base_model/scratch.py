@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.base_model import BaseModelConfig
+from smoltulu.tasks.base_model.copying import start_copying
 from smoltulu.tasks.models import mup
 from smoltulu.tasks.stage import Report
 from smoltulu.tasks.world.lookups import draw_copying_text
@@ -53,6 +54,8 @@ def build_base_model(config: BaseModelConfig, texts: Iterable[str], folder: Path
 
     tokenizer = train_tokenizer(sample, config)
     model = new_model(config, tokenizer)
+    if config.texts != "given":
+        start_copying(model, config.seed)
     learned = [*(sample if config.texts != "copying" else []), *_copying_texts(config)]
     metrics = _pretrain(model, tokenizer, learned, config, report)
 

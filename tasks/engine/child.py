@@ -24,7 +24,7 @@ from smoltulu.artifacts.layout import WRITER
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.messages import PIPE_VARIABLE, Sender, ToFlow
 from smoltulu.tasks.engine.ranks import fork_ranks
-from smoltulu.tasks.process import die_with_parent, is_out_of_memory
+from smoltulu.tasks.process import die_with_parent, is_out_of_memory, leave_out
 from smoltulu.tasks.stage import STOPPED, Diverged, Report, Stage, StageContext, StageStopped, part_of
 
 #: Files of `work` that say why a stage ended; any rank may write them.
@@ -89,6 +89,7 @@ def run_cells(stage: Stage, job: dict, report: Report) -> None:
 
 def main(job_file: str, is_warm: bool = False) -> int:
     """Run the job. `is_warm`: this process is a fork that has imported everything (tasks/engine/warm.py)."""
+    leave_out()
     job = json.loads(Path(job_file).read_text())
     # Ranks of a multi-process stage are children of torchrun, whose own parent is the flow's process.
     die_with_parent(int(job["parent_pid"]) if "RANK" not in os.environ else os.getppid())

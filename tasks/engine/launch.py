@@ -25,6 +25,7 @@ from smoltulu.tasks.engine.child import ERROR_FILE, OUT_OF_MEMORY_FILE
 from smoltulu.tasks.engine.messages import PIPE_VARIABLE, listen, pipe
 from smoltulu.tasks.engine.warm import OWN_VARIABLES, WarmProcess, server_for
 from smoltulu.tasks.job import Job
+from smoltulu.tasks.process import WITHOUT_VARIABLE
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import STOPPED, Diverged
 
@@ -276,6 +277,8 @@ def _child_environment(compute: ComputeSettings, num_ranks: int) -> dict[str, st
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
     }
+    if "wandb" not in compute.report_to:
+        extra[WITHOUT_VARIABLE] = "wandb"  # TRL would import it: a second of every start
     if compute.num_threads:
         extra["OMP_NUM_THREADS"] = str(compute.num_threads)
     if num_ranks == 1 and compute.device != "cpu":

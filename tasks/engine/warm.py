@@ -192,8 +192,9 @@ def server_for(environment: Mapping[str, str]) -> _Server:
 
 def serve(descriptor: int) -> int:
     """Import, then fork a stage for every request, until the flow closes its end."""
-    from smoltulu.tasks.process import die_with_parent
+    from smoltulu.tasks.process import die_with_parent, leave_out
 
+    leave_out()
     die_with_parent(int(os.environ.pop("SMOLTULU_PARENT")))
     on_interrupt = signal.getsignal(signal.SIGINT)  # ignored where the flow was begun in the background
     # Ctrl-C and a machine that goes down ask every process to end: stages write a checkpoint if their server lives on.

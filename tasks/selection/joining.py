@@ -1,4 +1,4 @@
-"""Rows of a set with the scores that belong to them by content. Columns are numpy arrays: some 100 bytes a row.
+"""Rows of a set with the scores that belong to them by content. Columns are numpy arrays.
 
 Repeats of a mixture, and rows that are the same, have the same digest and so the same score.
 """
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Rows without a score of which none is said by its scores file.
 _UNSAID = "no score"
+#: Of the number of a source.
+_MAX_DIGITS = 6
 _NUMBERS = ("num_tokens", "num_trained_tokens", "num_characters", "repetition", "loss", "score")
 
 
@@ -136,7 +138,7 @@ def _rows(
         named = []
         for row in rows_file.stored_rows(dataset, start, end - start):
             before, colon, _ = row["id"].partition(":")
-            if not colon or not before.isdecimal():
+            if not colon or not before.isdecimal() or len(before) > _MAX_DIGITS:
                 raise ValueError(
                     f"selection: {dataset}: row id {row['id']!r:.80} does not begin with the number of a source, as "
                     "3:17 does; take rows of the stage dataset"

@@ -66,62 +66,89 @@ def score_source(
     from smoltulu.tasks.trainer.loop import prepare_torch
 
     _check(config, inputs)
-    source = Path(inputs.dataset)
-    total = num_rows(source)
+    total = num_rows(Path(inputs.dataset))
     if total == 0:
-        raise ValueError(f"selection: {source} has no row to score")
+        raise ValueError(f"selection: {inputs.dataset} has no row to score")
     if config.scorer != "counts":
         prepare_torch(context)
     tokenizer = load_tokenizer(Path(inputs.tokenizer), inputs.chat_template)
     check_template(tokenizer, config.kind)
     max_length, score = _scorer(config, inputs, context, tokenizer)
     render = Renderer(tokenizer, config.kind, max_length, _by(config), config.trained_turns)
-    stride = parts.processes_of(context).num_processes
-    counts: Counter[str] = Counter()
-    listed: dict[str, list[str]] = {}
-    started, num_done = time.monotonic(), 0
-
-    def rendered(number: int) -> list[Rendered]:
-        first = number * PART_ROWS
-        return render(enumerate(stored_rows(source, first, PART_ROWS), first))
-
-    with ThreadPoolExecutor(1) as threads:
-        ahead: dict[int, Future[list[Rendered]]] = {}
-
-        def make(number: int) -> parts.Lines:
-            nonlocal num_done
-            waiting = ahead.pop(number, None)
-            rows = rendered(number) if waiting is None else waiting.result()
-            if (number + stride) * PART_ROWS < total:
-                ahead[number + stride] = threads.submit(rendered, number + stride)
-            found = score([row for row in rows if not row.problem])
-            num_done += sum(len(row.ids) for row in rows)
-            speed = num_done / max(time.monotonic() - started, 1e-9)
-            context.report(min((number + 1) * PART_ROWS, total), total, tokens_per_second=speed)
-            return [asdict(_line(row, found.get(row.row))) for row in rows]
-
-        order = range(-(-total // PART_ROWS))
-        made = parts.lines_in_parts(context, _made_from(config, inputs), order, scores_schema(config.scorer), make)
-        is_main = parts.processes_of(context).is_main_process
-        outputs = SelectionScoresOutputs.model_fields["scores_file"].default
-        with ScoresWriter(context.folder / outputs, config.scorer) if is_main else nullcontext() as writer:
-            for lines in made:
-                for line in lines:
-                    _count(line, counts, listed)
-                    if writer is not None:
-                        writer.write_line(line)
-    _accept(counts, listed, total, config)
-    num_scored = counts["scored"]
-    means = {name: counts[name] / num_scored for name in ("loss", "masked_loss", "score") if name in counts}
-    return (
-        SelectionScoresOutputs(
-            scorer=config.scorer,
-            num_scored_rows=num_scored,
-            num_unscored_rows=total - num_scored,
-            num_tokens=counts["num_tokens"],
-        ),
-        {"num_scored_rows": float(num_scored), "num_unscored_rows": float(total - num_scored), **means},
+    processes = parts.processes_of(context)
+    seen = _Seen()
+    name = SelectionScoresOutputs.model_fields["scores_file"].default
+    with (
+        _Parts(Path(inputs.dataset), total, render, processes.num_processes) as ahead,
+        ScoresWriter(context.folder / name, config.scorer) if processes.is_main_process else nullcontext() as writer,
+    ):
+        for lines in parts.lines_in_parts(
+            context,
+            _made_from(config, inputs),
+            range(ahead.num_parts),
+            scores_schema(config.scorer),
+            lambda number: _score_part(number, ahead, score, context),
+        ):
+            for line in lines:
+                seen.count(line)
+                if writer is not None:
+                    writer.write_line(line)
+    seen.accept(total, config)
+    outputs = SelectionScoresOutputs(
+        scorer=config.scorer,
+        num_scored_rows=seen.num_scored,
+        num_unscored_rows=total - seen.num_scored,
+        num_tokens=seen.num_tokens,
     )
+    means = {measure: value / seen.num_scored for measure, value in seen.sums.items()}
+    return outputs, {
+        "num_scored_rows": float(outputs.num_scored_rows),
+        "num_unscored_rows": float(outputs.num_unscored_rows),
+        **means,
+    }
+
+
+class _Parts:
+    """The rows of each part, rendered. While a part is scored, the next one of this process is rendered."""
+
+    def __init__(self, source: Path, num_rows: int, render: Renderer, stride: int) -> None:
+        self._source, self._render, self._stride, self.num_rows = source, render, stride, num_rows
+        self.num_parts = -(-num_rows // PART_ROWS)
+        self._thread = ThreadPoolExecutor(1)
+        self._begun: dict[int, Future[list[Rendered]]] = {}
+        self.started, self.num_tokens = time.monotonic(), 0
+
+    def take(self, number: int) -> list[Rendered]:
+        """The rows of a part."""
+        begun = self._begun.pop(number, None)
+        rows = self._rows(number) if begun is None else begun.result()
+        self.num_tokens += sum(len(row.ids) for row in rows)
+        return rows
+
+    def begin_after(self, number: int) -> None:
+        """Have the part after this one rendered. A tokenizer works for one thread at a time."""
+        if number + self._stride < self.num_parts:
+            self._begun[number + self._stride] = self._thread.submit(self._rows, number + self._stride)
+
+    def _rows(self, number: int) -> list[Rendered]:
+        first = number * PART_ROWS
+        return self._render(enumerate(stored_rows(self._source, first, PART_ROWS), first))
+
+    def __enter__(self) -> _Parts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+
+def _score_part(number: int, ahead: _Parts, score: Score, context: StageContext) -> parts.Lines:
+    rows = ahead.take(number)
+    score([])  # what is loaded for it may tokenise too
+    ahead.begin_after(number)
+    found = score([row for row in rows if not row.problem])
+    speed = ahead.num_tokens / max(time.monotonic() - ahead.started, 1e-9)
+    context.report(min((number + 1) * PART_ROWS, ahead.num_rows), ahead.num_rows, tokens_per_second=speed)
+    return [asdict(_line(row, found.get(row.row))) for row in rows]
 
 
 def _check(config: SelectionScoresConfig, inputs: SelectionScoresInputs) -> None:
@@ -181,7 +208,8 @@ def _scorer(
     def load() -> Score:
         from smoltulu.tasks.selection import rds_plus, scoring
 
-        selector = scoring.load_selector(folder, tokenizer, config.precision, context.compute)
+        device = str(parts.processes_of(context).device)
+        selector = scoring.load_selector(folder, tokenizer, config.precision, context.compute, device)
         whole = config.over == "whole" or config.kind == "rlvr"
         if config.scorer == "rds_plus":
             assert inputs.targets is not None
@@ -252,33 +280,41 @@ def _line(row: Rendered, found: Measured | None) -> RowScore:
     return RowScore(**{**vars(line), **changes})
 
 
-def _count(line: dict[str, Any], counts: Counter[str], listed: dict[str, list[str]]) -> None:
-    counts["num_tokens"] += line["num_tokens"]
-    if problem := line["problem"]:
-        counts[problem] += 1
-        if counts[problem] <= _SHOWN:
-            listed.setdefault(problem, []).append(line["id"])
-        return
-    counts["scored"] += 1
-    for name in ("loss", "masked_loss", "score"):
-        if line[name] is not None:
-            counts[name] += line[name]
+class _Seen:
+    """What there is of the lines: sums, and of each problem how many rows have it and the first of their ids."""
 
+    def __init__(self) -> None:
+        self.num_scored = self.num_tokens = 0
+        self.sums: dict[str, float] = {}
+        self.problems: Counter[str] = Counter()
+        self.ids: dict[str, list[str]] = {}
 
-def _accept(counts: Counter[str], listed: dict[str, list[str]], total: int, config: SelectionScoresConfig) -> None:
-    """Say which rows have no score. ValueError where none has one."""
-    found = [
-        f"{counts[problem]:,} {problem} (rows {', '.join(ids)}{', ...' if counts[problem] > _SHOWN else ''})"
-        for problem, ids in sorted(listed.items())
-    ]
-    if not counts["scored"]:
-        raise ValueError(
-            f"selection: none of the {total:,} rows has a score: {'; '.join(found)}. "
-            + " ".join(PROBLEMS[problem].format(max_length=f"{config.max_length:,}") for problem in sorted(listed))
+    def count(self, line: dict[str, Any]) -> None:
+        """A line of the file."""
+        self.num_tokens += line["num_tokens"]
+        if problem := line["problem"]:
+            self.problems[problem] += 1
+            if self.problems[problem] <= _SHOWN:
+                self.ids.setdefault(problem, []).append(line["id"])
+            return
+        self.num_scored += 1
+        for name in ("loss", "masked_loss", "score"):
+            if line[name] is not None:
+                self.sums[name] = self.sums.get(name, 0.0) + line[name]
+
+    def accept(self, total: int, config: SelectionScoresConfig) -> None:
+        """Say which rows have no score. ValueError where none has one."""
+        found = "; ".join(
+            f"{self.problems[problem]:,} {problem} (rows {', '.join(ids)}"
+            f"{', ...' if self.problems[problem] > _SHOWN else ''})"
+            for problem, ids in sorted(self.ids.items())
         )
-    if found:
-        logger.warning("selection: %s of %s rows have no score: %s", f"{total - counts['scored']:,}", f"{total:,}",
-                       "; ".join(found))  # fmt: skip
+        if not self.num_scored:
+            advice = [PROBLEMS[problem].format(max_length=f"{config.max_length:,}") for problem in sorted(self.ids)]
+            raise ValueError(f"selection: none of the {total:,} rows has a score: {found}. {' '.join(advice)}")
+        if found:
+            num_unscored = total - self.num_scored
+            logger.warning("selection: %s of %s rows have no score: %s", f"{num_unscored:,}", f"{total:,}", found)
 
 
 def _made_from(config: SelectionScoresConfig, inputs: SelectionScoresInputs) -> str:

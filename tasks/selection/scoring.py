@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.selection import MaskKind
 from smoltulu.tasks.models.decoding import padded
-from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model, use_bfloat16
+from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, use_bfloat16
 from smoltulu.tasks.selection.masking import plain_and_masked
 from smoltulu.tasks.selection.rendering import Rendered
 from smoltulu.tasks.selection.scores_file import NO_NUMBER, PartScore
@@ -62,13 +62,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Selector:
-    """A selector model, and how its batches are made. `max_length`: tokens that it has positions for."""
+    """A selector model, and how its batches are made."""
 
     model: PreTrainedModel
     max_tokens: int
     packs: bool
     pad_id: int
-    max_length: int
     is_sorted: bool = True
 
     def batches(self, rows: Sequence[Rendered]) -> Iterator[Batch]:
@@ -97,9 +96,9 @@ class Selector:
 
 
 def load_selector(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str, compute: ComputeSettings
+    folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str, compute: ComputeSettings, device: str
 ) -> Selector:
-    """The model of a folder, in float32 unless `precision` is bfloat16.
+    """The model of a folder, in float32 unless `precision` is bfloat16. device: of this process.
 
     Raises:
         ValueError: the folder is no model that we load, or its logits cannot be made apart from its layers.
@@ -111,22 +110,20 @@ def load_selector(
     if use_bfloat16(precision, compute):
         for parameter in model.parameters():  # not the buffers: rotary frequencies need float32
             parameter.data = parameter.data.to(torch.bfloat16)
-    model.to(device_of(compute)).eval()
-    packs = compute.packing
+    model.to(device).eval()
+    packs, before = compute.packing, model.config.get_text_config()._attn_implementation
     if packs:
         try:
             pack(model)
         except ValueError as error:
             logger.info("selection: rows are padded, not packed: %s", error)
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation(before)
             packs = False
-    config = model.config.get_text_config()
     selector = Selector(
         model,
         max_tokens=compute.per_device_eval_batch_size * ROW_TOKENS,
         packs=packs,
         pad_id=tokenizer.pad_token_id,
-        max_length=getattr(config, "max_position_embeddings", None) or 1 << 30,
     )
     check_head(selector)
     return selector

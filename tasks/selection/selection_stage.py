@@ -1,7 +1,7 @@
 """Stage `selection`: which rows of a set are trained on, or how much each of them weighs.
 
-It stands behind all checks and finds the score of a row by its content. Texts are never in memory together: a million
-rows take some 200 MB.
+It stands behind all checks and finds the score of a row by its content. Texts are never in memory together: a row takes
+some 270 bytes, measured on 100,000 and 300,000.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ def select(
         _write_weights(context.folder / outputs.weights_file, config, inputs, scored, kept)
     context.report(3 * num_rows // 2, 2 * num_rows, num_rows=float(num_rows))
     write_page(context.folder / outputs.page_file, config, inputs, outputs, scored, kept, why, reasons)
+    emptied = [f"{number} ({one.label})" for number, one in outputs.by_source.items() if not one.num_kept]
+    if emptied:
+        logger.warning("selection: no row is kept of source %s", ", ".join(emptied))
     unscored = int((scored.problems >= 0).sum())
     if unscored:
         counts = [f"{reason}: {int((scored.problems == code).sum()):,}" for code, reason in enumerate(scored.reasons)]

@@ -33,6 +33,7 @@ SMALL: dict[str, Any] = {
     "sft.max_steps": 4,
     "evaluation.sampled": None,
     "compute.min_free_disk_gb": 0,
+    "compute.launcher": "warm",
 }
 #: All that `smoltulu plan` imports: an interpreter without torch has it in half a minute.
 PLAN_NEEDS = ("pydantic", "pyyaml", "typer", "rich", "jinja2", "blake3")

@@ -72,6 +72,10 @@ def test_another_amount_of_a_selection_runs_only_what_follows(made: dict[str, Ar
     assert outcomes(again(store, other, "selection")) == {"selected-sft"}
     planned = {row.node: row.status for row in plan(load_recipe("tiny", RUN | other), None, [], store).rows}
     assert {node for node, status in planned.items() if status == "runs"} == {"preflight-sft", "sft"}
+    # As the plan says why: the nearest is of another amount.
+    share = {"selection": RUN["selection"] | {"keep": {"share": 0.9}}}
+    reasons = {row.node: row.reason for row in plan(load_recipe("tiny", RUN | share), "selection", [], store).rows}
+    assert "keep.share" in reasons["selected-sft"]
     # What one scorer counted is known to the next.
     asks = {"selection": {"method": "perplexity"}}
     costs = {row.node: row.estimate for row in plan(load_recipe("tiny", RUN | asks), None, [], store).rows}

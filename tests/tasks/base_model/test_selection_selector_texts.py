@@ -11,7 +11,8 @@ from smoltulu.tasks.base_model.scratch import _copying_texts, build_base_model
 from smoltulu.tasks.models.folders import load_tokenizer
 
 TEXTS = [f"the cat number {number} sat on the mat" for number in range(300)]
-SMALL = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "sequence_length": 32}
+SMALL = {"vocab_size": 320, "hidden_size": 72, "intermediate_size": 16, "num_hidden_layers": 2, "sequence_length": 32,
+         "num_attention_heads": 6, "tie_word_embeddings": False, "rope_theta": 1e8}  # fmt: skip
 
 
 def config(texts: str, **changes: int) -> BaseModelConfig:

@@ -40,7 +40,9 @@ from smoltulu.tasks.stages import STAGES
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
 
 LOG = logging.getLogger("test")
-COMPUTE = ComputeSettings(device="cpu", num_threads=1, min_free_disk_gb=0, per_device_eval_batch_size=2)
+COMPUTE = ComputeSettings(
+    device="cpu", num_threads=1, min_free_disk_gb=0, per_device_eval_batch_size=2, launcher="warm"
+)
 
 
 def model_of(store: Store, name: str, seed: int = 0, log: str = "") -> tuple[str, InputRecord]:
@@ -245,7 +247,7 @@ def test_a_damaged_cell_is_said_and_made_again(tmp_path: Path) -> None:
 
 
 _RUN = """
-import logging, sys
+import dataclasses, logging, sys
 from pathlib import Path
 from smoltulu.artifacts.store import Store
 from smoltulu.tasks.engine.runner import run_stage
@@ -253,6 +255,7 @@ from tests.tasks.engine.test_cells import job_of, model_of, task
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 store = Store(sys.argv[1])
 job = job_of(model_of(store, "sft"), [task(Path(sys.argv[2]))])
+job = dataclasses.replace(job, compute=job.compute.model_copy(update={"launcher": "process"}))  # one start alone
 print("outcome", run_stage(job, store, logging.getLogger()).outcome, flush=True)
 """
 
@@ -261,7 +264,7 @@ def test_killed_in_the_middle_of_a_task_it_goes_on_and_gives_the_same_samples(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """SIGKILL, for real. A shard has 4 items here: two batches of two."""
-    file, killed = rows_of(tmp_path, 200), Store(tmp_path / "killed")
+    file, killed = rows_of(tmp_path, 120), Store(tmp_path / "killed")
     process = subprocess.Popen([sys.executable, "-c", _RUN, str(killed.root), str(file)])
     deadline = time.monotonic() + 300
     answers: list[Path] = []
@@ -277,7 +280,7 @@ def test_killed_in_the_middle_of_a_task_it_goes_on_and_gives_the_same_samples(
     shards = [
         json.loads(line) for line in answers[0].read_bytes().splitlines(keepends=True)[1:] if line.endswith(b"\n")
     ]
-    assert 2 <= len(shards) < 25, "killed too late to tell"
+    assert 2 <= len(shards) < 15, "killed too late to tell"
     with answers[0].open("ab") as stream:
         stream.write(b'{"cut sho')  # as a kill leaves it
     job = job_of(_stored_model(killed), [task(file)])

@@ -110,10 +110,10 @@ print("outcome", reference.outcome, reference.path, flush=True)
 
 
 def sft_job(folder: Path) -> Job:
-    """SFT of 400 steps over the rows in `folder`, a checkpoint every 20."""
+    """SFT of 200 steps over the rows in `folder`, a checkpoint every 20."""
     stage = STAGES["sft"]
     settings = SFTSettings(
-        learning_rate=1e-3, effective_batch_size=4, max_length=128, precision="float32", max_steps=400,
+        learning_rate=1e-3, effective_batch_size=4, max_length=128, precision="float32", max_steps=200,
         gate=GateSettings(num_prompts=0),
     )  # fmt: skip
     inputs = TrainingInputs(
@@ -122,6 +122,10 @@ def sft_job(folder: Path) -> Job:
     compute = COMPUTE.model_copy(update={"per_device_train_batch_size": 4, "save_steps": 20})
     spec = Spec(stage="sft", version=1, config=scientific(settings), inputs={}, externals={})
     return Job("sft", stage, settings, compute, spec, inputs)
+
+
+def warm(job: Job) -> Job:
+    return dataclasses.replace(job, compute=job.compute.model_copy(update={"launcher": "warm"}))
 
 
 def write_sft_world(folder: Path) -> Path:
@@ -160,8 +164,9 @@ def wait_for_checkpoint(store: Path, process: subprocess.Popen[str]) -> psutil.P
 
 
 def test_killed_parent_takes_its_child_along_and_the_next_run_resumes_to_the_same_weights(
-    sft_world: Path, tmp_path: Path
+    sft_world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Started as a process of its own, gone on with and repeated as warm ones."""
     store = tmp_path / "store"
     parent = start_sft(sft_world, store)
     child = wait_for_checkpoint(store, parent)
@@ -170,17 +175,13 @@ def test_killed_parent_takes_its_child_along_and_the_next_run_resumes_to_the_sam
     _, alive = psutil.wait_procs([child], timeout=10)
     assert not alive, "the training process outlived its parent"
 
-    resumed = start_sft(sft_world, store)
-    out, _ = resumed.communicate(timeout=600)
-    assert "outcome Resumed" in out and "resumes at step" in out
-    unbroken = start_sft(sft_world, tmp_path / "unbroken")
-    out_unbroken, _ = unbroken.communicate(timeout=600)
-    assert "outcome Completed" in out_unbroken and "step 400 of 400" in out_unbroken
-
-    def weights(text: str) -> dict[str, torch.Tensor]:
-        return load_file(Path(text.split("outcome ")[1].split()[1]) / "model" / "model.safetensors")
-
-    first, second = weights(out), weights(out_unbroken)
+    job = warm(sft_job(sft_world))
+    with caplog.at_level(logging.INFO, "test"):
+        resumed = run_stage(job, Store(store), LOG)
+        assert resumed.outcome == "Resumed" and "resumes at step" in caplog.text
+        unbroken = run_stage(job, Store(tmp_path / "unbroken"), LOG)
+    assert unbroken.outcome == "Completed" and "step 200 of 200" in caplog.text
+    first, second = (load_file(Path(one.path) / "model" / "model.safetensors") for one in (resumed, unbroken))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -188,11 +189,12 @@ def test_max_hours_ends_a_training_with_a_checkpoint_that_the_next_run_goes_on_f
     sft_world: Path, tmp_path: Path
 ) -> None:
     """No checkpoint was due: this one was made because the time was over."""
-    job, store = sft_job(sft_world), Store(tmp_path)
-    compute = job.compute.model_copy(update={"save_steps": 100_000, "max_hours": 25 / 3600})
+    run_stage(warm(world_job()), Store(tmp_path / "before"), LOG)  # imports once, outside of the time
+    job, store = warm(sft_job(sft_world)), Store(tmp_path)
+    compute = job.compute.model_copy(update={"save_steps": 100_000, "max_hours": 8 / 3600})
     config = job.config.model_copy(update={"max_steps": 100_000})
     asked = dataclasses.replace(job, compute=compute, config=config)
-    with pytest.raises(StageFailed, match=r"sft: was stopped, as compute.max_hours \(0.00694444\) is over. Run again"):
+    with pytest.raises(StageFailed, match=r"sft: was stopped, as compute.max_hours \(0.00222222\) is over. Run again"):
         run_stage(asked, store, LOG)
     (work,) = tmp_path.glob("sft/*/work")
     newest = newest_checkpoint(work / "checkpoints", full=True)
@@ -225,19 +227,20 @@ def test_killed_child_is_a_clear_failure_that_names_the_log(sft_world: Path, tmp
 
 
 def test_two_processes_train_to_the_weights_of_one(sft_world: Path, tmp_path: Path) -> None:
-    """torchrun over gloo, same effective batch; equal to float32 tolerance."""
-    trained = []
-    for num_processes in (1, 2):
+    """torchrun over gloo, same effective batch; equal to float32 tolerance. Two forks are the two of torchrun."""
+    made = []
+    for num_processes, launcher in ((1, "warm"), (2, "process"), (2, "warm")):
         job = sft_job(sft_world)
-        compute = job.compute.model_copy(
-            update={"num_processes": num_processes, "per_device_train_batch_size": 4 // num_processes}
-        )
+        size = 4 // num_processes
+        changes = {"num_processes": num_processes, "per_device_train_batch_size": size, "launcher": launcher}
+        compute = job.compute.model_copy(update=changes)
         job = dataclasses.replace(job, config=job.config.model_copy(update={"max_steps": 20}), compute=compute)
-        reference = run_stage(job, Store(tmp_path / str(num_processes)), LOG)
-        assert reference.outputs["num_steps"] == 20
-        trained.append(load_file(Path(reference.path) / "model" / "model.safetensors"))
-    for name, value in trained[0].items():
-        torch.testing.assert_close(trained[1][name], value, rtol=0, atol=1e-5)
+        made.append(run_stage(job, Store(tmp_path / f"{num_processes}-{launcher}"), LOG))
+        assert made[-1].outputs["num_steps"] == 20
+    assert made[1].digest == made[2].digest
+    one, two = (load_file(Path(reference.path) / "model" / "model.safetensors") for reference in made[:2])
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
 
 
 def test_drift_by_hand() -> None:

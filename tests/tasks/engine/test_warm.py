@@ -102,6 +102,39 @@ def test_an_end_without_a_result_is_told_and_the_next_attempt_goes_on(
     assert again.outcome == "Resumed"
 
 
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        (lambda process, ranks: ranks[1].kill(), "rank 1 was killed by signal 9"),
+        (lambda process, ranks: stop_children(), "was stopped. Run again"),
+        (lambda process, ranks: os.kill(process.pid, signal.SIGKILL), "was killed by signal 9"),
+    ],
+    ids=["a rank killed", "stopped", "killed"],
+)
+def test_two_ranks_end_together(sft_world: Path, tmp_path: Path, end: object, told: str) -> None:
+    job = warm_job(sft_job(sft_world), max_steps=10_000)
+    two = job.compute.model_copy(update={"num_processes": 2, "per_device_train_batch_size": 2})
+    failures: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            run_stage(dataclasses.replace(job, compute=two), Store(tmp_path), LOG)
+        except StageFailed as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    process = _running(tmp_path)
+    assert process.pid is not None
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    end(process, ranks)  # type: ignore[operator]
+    thread.join(60)
+    assert len(failures) == 1 and told in str(failures[0])
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive, "a rank outlived the stage"
+
+
 def test_a_killed_flow_takes_server_and_stage_along(sft_world: Path, tmp_path: Path) -> None:
     script = _SFT.replace("sft_job(Path(sys.argv[1]))", "warm_job(sft_job(Path(sys.argv[1])))")
     script = script.replace("import sft_job", "import sft_job\nfrom tests.tasks.engine.test_warm import warm_job")

@@ -162,12 +162,12 @@ def test_resumed_sft_with_dropout_and_grown_embeddings_ends_bitwise_the_same(bas
     assert dropped[0] == plain[0] and dropped[1] != plain[1]  # B is zero in the first step
 
 
-@pytest.mark.slow  # two starts of torchrun
+@pytest.mark.slow  # two trainings by two processes
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_two_processes_train_the_adapter_of_one_and_resume_to_the_same_bytes(
     base: Path, tmp_path: Path, stage: str
 ) -> None:
-    """torchrun over gloo, same effective batch; dropout off, because each process draws its own."""
+    """Over gloo, same effective batch; dropout off, because each process draws its own."""
     settings = SETTINGS | {"learning_rate": 1e-3}
     one = load_file(run(stage, tmp_path / "one", base, ROWS[stage], settings).model / "model.safetensors")
     made = two_processes(stage, tmp_path, base, ROWS[stage], settings)

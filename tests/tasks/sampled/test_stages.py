@@ -225,7 +225,9 @@ def test_two_processes_write_the_same_files(tmp_path: Path, model: Path, monkeyp
     rows = prompts(140)
     sample(tmp_path / "one", model, rows, num_samples=2)
     scored(tmp_path / "scores", tmp_path / "one" / "out" / "samples.parquet")
-    compute = ComputeSettings(device="cpu", num_threads=1, per_device_eval_batch_size=8, num_processes=2)
+    compute = ComputeSettings(
+        device="cpu", num_threads=1, per_device_eval_batch_size=8, num_processes=2, launcher="warm"
+    )
     samples = tmp_path / "one" / "out" / "samples.parquet"
     jobs = {
         "samples": (config(num_samples=2), SamplesInputs(

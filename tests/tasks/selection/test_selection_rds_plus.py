@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,26 @@ def test_scores_are_the_greatest_cosine(tmp_path: Path, model: Path) -> None:
         assert line.score == pytest.approx(max(cosines), abs=1e-5)
         assert twin.score == pytest.approx(line.score, abs=1e-6)
         assert line.loss is line.masked_loss is None and not line.parts
+
+
+def test_the_tokenizer_works_for_one_thread_at_a_time(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once, and it raises "Already borrowed": the targets are rendered before the next rows are."""
+    render, inside, most = Renderer.__call__, [0], [0]
+
+    def rendering(self: Renderer, rows: Any) -> list[Rendered]:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.1)
+        made = render(self, rows)
+        inside[0] -= 1
+        return made
+
+    monkeypatch.setattr(Renderer, "__call__", rendering)
+    file = write_rows(tmp_path / "targets.parquet", conversations(3, seed=4))
+    scored(tmp_path, model, conversations(20), scorer="rds_plus", targets=file)
+    assert most == [1]
 
 
 def test_a_target_is_the_row_that_is_most_like_it(tmp_path: Path, model: Path) -> None:

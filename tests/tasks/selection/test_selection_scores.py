@@ -161,13 +161,32 @@ def test_logits_that_a_model_scales(tmp_path: Path) -> None:
     assert "forward" not in vars(net.model)
     net.forward = lambda **given: type(net).forward(net, **given) if "inputs_embeds" in given else _doubled(net, given)
     with pytest.raises(ValueError, match="makes its logits in a way that is not known"):
-        scoring.check_head(scoring.Selector(net, 32, False, 0, 64))
+        scoring.check_head(scoring.Selector(net, 32, False, 0))
 
 
 def _doubled(net: Any, given: dict[str, Any]) -> Any:
     made = type(net).forward(net, **given)
     made.logits = made.logits * 2
     return made
+
+
+def test_a_model_that_cannot_be_packed_is_padded(tmp_path: Path) -> None:
+    """A sliding window: no head can be masked there, but there is a loss."""
+    import json
+
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder = build_tiny_model(tmp_path / "model")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = MistralConfig(vocab_size=tokens, num_key_value_heads=1, sliding_window=8, **sizes)
+    torch.manual_seed(0)
+    MistralForCausalLM(config).save_pretrained(folder)
+    rows = conversations(4)
+    lines, _, _ = scored(tmp_path / "packed", folder, rows, scorer="perplexity")
+    near(scored(tmp_path / "padded", folder, rows, scorer="perplexity", compute={"packing": False})[0], lines)
+    with pytest.raises(ValueError, match="sliding window"):
+        scored(tmp_path / "masked", folder, rows)
 
 
 def test_logits_exist_chunk_by_chunk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,9 +319,10 @@ def test_the_next_part_is_tokenised_while_one_is_scored(
             begun.set()
         return render(self, rows)
 
-    def scoring_rows(*args: Any) -> Any:
-        waited.append(begun.wait(20))
-        return score_rows(*args)
+    def scoring_rows(selector: Any, rows: Any, measure: Any) -> Any:
+        if rows:
+            waited.append(begun.wait(20))
+        return score_rows(selector, rows, measure)
 
     monkeypatch.setattr(Renderer, "__call__", rendering)
     monkeypatch.setattr(scoring, "score_rows", scoring_rows)

@@ -48,7 +48,7 @@ def write_scores(
 def run(
     folder: Path, rows: Sequence[dict[str, Any]], scores: dict[str, str], heads: str | None = None, **settings: Any
 ) -> tuple[SelectionOutputs, Path, dict[str, float]]:
-    dataset = write_rows(folder / "given.parquet", rows, "sft", group_rows=3)
+    dataset = write_rows(folder / "given.parquet", rows, None if rows else "sft", group_rows=3)
     out = folder / f"out{len(list(folder.glob('out*')))}"
     out.mkdir()
     given = {"method": "attention_influence", "keep": {"share": 0.5}} | settings
@@ -111,6 +111,21 @@ def test_selection_keeps_rich_rows_as_they_were(tmp_path: Path) -> None:
     assert read_rows(out / "rows.parquet") == rows[2:]
 
 
+@pytest.mark.parametrize("kind", ["preference", "rlvr"])
+def test_selection_of_pairs_and_prompts(tmp_path: Path, kind: str) -> None:
+    def row(number: int) -> dict[str, Any]:
+        given: dict[str, Any] = {"id": f"0:{number}", "prompt": [{"role": "user", "content": f"question {number}"}]}
+        if kind == "rlvr":
+            return given | {"verifier": "gsm8k", "ground_truth": str(number)}
+        return given | {side: [{"role": "assistant", "content": f"{side} {number}"}] for side in ("chosen", "rejected")}
+
+    rows = [row(number) for number in range(4)]
+    scores = {"0": write_scores(tmp_path / "s.parquet", rows)}
+    _, out, _ = run(tmp_path, rows, scores)
+    assert read_rows(out / "rows.parquet") == rows[2:]
+    assert "user: question 3" in (out / "selection.html").read_text()
+
+
 def test_length_and_random_read_the_same_counts(tmp_path: Path) -> None:
     scores = both(tmp_path, "length")
     assert kept_ids(run(tmp_path, ROWS, scores, method="length")[1]) == ["0:2", "0:3", "1:2", "1:3"]
@@ -132,6 +147,14 @@ def test_rows_without_a_score_are_told_and_kept_out(tmp_path: Path, caplog: pyte
     assert "4 of 8 rows have no score and are kept out (too long: 2, loss is no number: 2)" in caplog.text
     fates = parquet.read_table(out / "fates.parquet").to_pylist()
     assert (fates[1]["score"], fates[1]["rank"], fates[1]["why"]) == (None, 0, "too long")
+
+
+def test_a_source_of_which_nothing_is_kept_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scores = both(tmp_path)
+    scores["1"] = write_scores(tmp_path / "low.parquet", ROWS[4:], score=[-4, -3, -2, -1])
+    with caplog.at_level(logging.WARNING):
+        _, out, _ = run(tmp_path, ROWS, scores, keep={"threshold": 0.2})
+    assert kept_ids(out) == ["0:1", "0:2", "0:3"] and "no row is kept of source 1 (second)" in caplog.text
 
 
 def test_limits_of_length(tmp_path: Path) -> None:
@@ -177,6 +200,7 @@ def test_weights_where_no_turn_has_a_score(tmp_path: Path) -> None:
         ([*ROWS[:3], sft_row("0:3", "edited")], {},
          r"1 of 4 rows of source 0 \(first\) are not in its scores .*the first is row 0:3: these are scores of"),
         ([sft_row("2:0", "a")], {}, "has rows of source 2, and there are scores of 0, 1; score each source"),
+        ([sft_row("9" * 5000 + ":1", "a")], {}, "does not begin with the number of a source"),
         ([sft_row("row-1", "a")], {}, "row id 'row-1' does not begin with the number of a source"),
         (ROWS, {"method": "perplexity"}, "by attention_influence .* method perplexity needs those of perplexity"),
         (ROWS, {"method": "length"}, "method length needs those of counts"),

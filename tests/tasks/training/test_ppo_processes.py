@@ -33,7 +33,7 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
     inputs = world(tmp_path / "world")
     alone = run(inputs, tmp_path / "alone", CHANGES, per_device_train_batch_size=6)
     config = PPOSettings.model_validate(SETTINGS | CHANGES)
-    compute = context(tmp_path / "two", num_processes=2, per_device_train_batch_size=3).compute
+    compute = context(tmp_path / "two", num_processes=2, launcher="warm", per_device_train_batch_size=3).compute
     spec = Spec(stage="rlvr", version=1, config=scientific(config), inputs={}, externals={})
     work = tmp_path / "two" / "work"
     job = Job("rlvr", STAGES["rlvr"], config, compute, spec, inputs)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +16,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import smoltulu.tasks.training.reference_logps
+from smoltulu.schemas.artifact import Spec
+from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs
 from smoltulu.schemas.training import DPOInputs
+from smoltulu.tasks.engine.launch import run_child
+from smoltulu.tasks.job import Job
 from smoltulu.tasks.stage import Report, StageContext
+from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.training.reference_logps import run_reference_logps
-from tests import ROOT
 from tests.small_runs import pairs, run, stage_arguments
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
 
@@ -126,31 +127,19 @@ def test_machinery_changes_nothing(base: Path, rows: Path, tmp_path: Path, machi
 
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torchrun starts them; every second shard each."""
+    """Every second shard each."""
     monkeypatch.setattr(smoltulu.tasks.training.reference_logps, "SHARD_PAIRS", 512)  # the processes import their own
     many = pairs(1100)[1:]
     _, inputs, context = stage_arguments("dpo", tmp_path, base, many, {})
     assert isinstance(inputs, DPOInputs)
     alone = parquet.read_table(inputs.reference_logps)
-    for name in ("out", "work"):
-        (tmp_path / "two" / name).mkdir(parents=True)
-    job = {
-        "stage": "reference_logps",
-        "config": {"precision": "float32"},
-        "inputs": {name: getattr(inputs, name) for name in ReferenceLogpsInputs.model_fields},
-        "externals": {},
-        "compute": context.compute.model_copy(update={"num_processes": 2}).model_dump(mode="json"),
-        "folder": str(tmp_path / "two" / "out"),
-        "work": str(tmp_path / "two" / "work"),
-        "parent_pid": os.getpid(),
-        "num_ranks": 2,
-    }
-    file = tmp_path / "two" / "work" / "job.json"
-    file.write_text(json.dumps(job))
-    ended = subprocess.run(
-        [sys.executable, "-m", "smoltulu.tasks.engine.child", str(file)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    compute = context.compute.model_copy(update={"num_processes": 2, "launcher": "warm"})
+    config = ReferenceLogpsConfig(precision="float32")
+    own = ReferenceLogpsInputs(**{name: getattr(inputs, name) for name in ReferenceLogpsInputs.model_fields})
+    spec = Spec(stage="reference_logps", version=1, config=scientific(config), inputs={}, externals={})
+    (tmp_path / "two" / "out").mkdir(parents=True)
+    job = Job("reference-logps", STAGES["reference_logps"], config, compute, spec, own)
+    run_child(job, tmp_path / "two", tmp_path / "two" / "out", logging.getLogger("test"))
     together = parquet.read_table(tmp_path / "two" / "out" / "reference_logps.parquet")
     assert len(together) == len(many) and together.equals(alone)
 

@@ -186,13 +186,13 @@ def test_pairs_too_long_are_dropped_whatever_dpo_does() -> None:
 
 
 def test_two_processes_train_to_the_weights_of_one(base: Path, tmp_path: Path) -> None:
-    """torchrun over gloo, same effective batch; equal to float32 tolerance."""
+    """Over gloo, same effective batch; equal to float32 tolerance."""
     settings: dict[str, Any] = {"max_steps": 4, "num_train_epochs": 2, "effective_batch_size": 4, "learning_rate": 1e-4}
     finished = run("reward_model", tmp_path / "one", base, PAIRS, settings, per_device_train_batch_size=4)
     one = load_file(finished.model / "model.safetensors")
     config, inputs, context = stage_arguments("reward_model", tmp_path / "two", base, PAIRS, settings, num_processes=2)
     spec = Spec(stage="reward_model", version=2, config=scientific(config), inputs={}, externals={})
-    compute = context.compute.model_copy(update={"min_free_disk_gb": 0.0})
+    compute = context.compute.model_copy(update={"min_free_disk_gb": 0.0, "launcher": "warm"})
     job = Job("reward-model", STAGES["reward_model"], config, compute, spec, inputs)
     reference = run_stage(job, Store(tmp_path / "store"), logging.getLogger("smoltulu"))
     two = load_file(Path(reference.path) / "model" / "model.safetensors")

@@ -190,7 +190,9 @@ def test_two_processes_write_the_same_file(tmp_path: Path, model: Path, monkeypa
     monkeypatch.setattr(stage, "PART_PROMPTS", 128)  # what a process of its own has
     rows = prompts(140)
     _, _, lines = measure(tmp_path / "one", model, rows)
-    compute = ComputeSettings(device="cpu", num_threads=1, per_device_eval_batch_size=8, num_processes=2)
+    compute = ComputeSettings(
+        device="cpu", num_threads=1, per_device_eval_batch_size=8, num_processes=2, launcher="warm"
+    )
     inputs = PassRatesInputs(
         model=str(model), dataset=str(tmp_path / "one" / "rows.parquet"), chat_template=TULU_TEMPLATE
     )
