@@ -149,10 +149,13 @@ def _smaller(batch: _MicroBatch, compute: ComputeSettings) -> _MicroBatch:
         return replace(batch, num_rows=num_rows)
     costs = row_costs(batch.rows.slice(0, batch.num_rows), compute.packing)
     if isinstance(compute.tokens_per_device, int):
-        num_tokens = min(batch.num_tokens, batch_cost(costs, compute.packing)) // 2
-        rows = batch.rows.take(costliest(costs, num_tokens, num_rows, compute.packing))
-        return _MicroBatch(rows, len(rows), num_tokens)
-    return replace(batch, num_rows=num_rows, num_tokens=batch_cost(costs[:num_rows], compute.packing))
+        half = min(batch.num_tokens, batch_cost(costs, compute.packing)) // 2
+        places = costliest(costs, half, num_rows, compute.packing)
+    else:
+        places = list(range(num_rows))
+    # Not more than is tried: the rows may leave some of the half empty.
+    num_tokens = batch_cost([costs[place] for place in places], compute.packing)
+    return _MicroBatch(batch.rows.take(places), len(places), num_tokens)
 
 
 def _measured(train: Callable[[], Step], device: str) -> tuple[Step, int]:
