@@ -6,8 +6,8 @@ Lengths: log-normal with mean 517 and median 404 tokens, cut at 4,096, all divid
 arm takes the same steps on the same rows through the stage's own trainer (attention, loss, clipping, AdamW). Arms take
 turns within a round; of every step the fastest round counts, which the machine's other work disturbed least.
 
-Fixed rows (1: the default; `--rows`: 4, as recipe smoltulu-1130) are compared with `auto` of as many: a micro-batch then
-holds at most the tokens that so many rows have at their worst, so the memory that must be there is the same.
+Fixed rows (1: the default; `--rows`: 4, as recipe smoltulu-1130) are compared with `auto` of as many: a micro-batch
+then holds at most the tokens that so many rows have at their worst, so the memory that must be there is the same.
 """
 
 from __future__ import annotations
@@ -159,13 +159,11 @@ def main(arguments: list[str]) -> int:
         lines.append([arm.name, per_step, f"{arm.most_tokens:,}", f"{seconds:.3f}", shown, far])
     print(
         f"{shape.name} ({shape.num_parameters / 1e6:.1f} M parameters), rows of {statistics.fmean(lengths):.0f} tokens "
-        f"(median {statistics.median(lengths):.0f}, longest {max(lengths)}), {options.steps} steps of {EFFECTIVE} rows, "
-        f"fastest of {options.rounds} rounds, one thread"
+        f"(median {statistics.median(lengths):.0f}, longest {max(lengths)}), {options.steps} steps of {EFFECTIVE} "
+        f"rows, fastest of {options.rounds} rounds, one thread"
     )
-    table(
-        ["arm", "micro-batches a step", "most tokens", "seconds a step", "fixed / budget (of steps)", "loss apart"],
-        lines,
-    )
+    head = ["arm", "micro-batches a step", "most tokens", "seconds a step", "fixed / budget (of steps)", "loss apart"]
+    table(head, lines)
     print()
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f} x, goal {GOAL} x " + ("met" if ratio >= GOAL else "missed"))
