@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.process import is_out_of_memory
-from smoltulu.tasks.trainer.even_rows import BlankCollator, blank_row
+from smoltulu.tasks.trainer.even_rows import BlankCollator, blank_row, is_blank
 
 if TYPE_CHECKING:
     import torch
@@ -162,15 +162,12 @@ def cut_by_tokens(trainer: Trainer, compute: ComputeSettings) -> None:
     from accelerate.utils import send_to_device
 
     accelerator, dataset = trainer.accelerator, trainer.train_dataset
-    budget = TokenBudget(budget_of(compute, row_costs(dataset.data, compute.packing)), compute.packing)
+    is_auto = compute.tokens_per_device == "auto"
+    costs = row_costs(dataset.data, compute.packing) if is_auto else ()
+    budget = TokenBudget(budget_of(compute, costs), compute.packing)
     trainer.token_budget = budget
-    logger.info(
-        "micro-batches of up to %s tokens%s",
-        f"{budget.num_tokens:,}",
-        f" (auto: {compute.per_device_train_batch_size:,} of the longest rows)"
-        if compute.tokens_per_device == "auto"
-        else "",
-    )
+    made_of = f" (auto: those of the {compute.per_device_train_batch_size:,} longest rows)" if is_auto else ""
+    logger.info("micro-batches of up to %s tokens%s", f"{budget.num_tokens:,}", made_of)
     loader_of_trainer, samples_of_trainer = trainer.get_train_dataloader, trainer.get_batch_samples
     step_of_trainer, flops_of_trainer = trainer.training_step, trainer.floating_point_ops
 
@@ -210,7 +207,7 @@ def cut_by_tokens(trainer: Trainer, compute: ComputeSettings) -> None:
                 try:
                     step.losses.append(step_of_trainer(model, batch, *args, **kwargs))
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error) or len(batch["row"]) > 1:
+                    if not is_out_of_memory(error) or is_blank(batch) or len(batch["row"]) > 1:
                         raise
                     raise ValueError(_one_row(batch, error)) from error
         return sum(step.losses[1:], start=step.losses[0])

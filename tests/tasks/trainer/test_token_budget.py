@@ -66,6 +66,11 @@ def rows_of_stage(stage: str, count: int = NUM_ROWS) -> list[dict[str, Any]]:
     return conversations(count) if stage == "sft" else pairs(count + 1)[1:]
 
 
+def one_is_enough(stage: str) -> list[Any]:
+    """The stages, the others marked slow."""
+    return [pytest.param(one, marks=[] if one == stage else pytest.mark.slow) for one in STAGE_NAMES]
+
+
 # ------------------------------------------------------------------------------------------------------------- the cut
 
 
@@ -274,9 +279,7 @@ def test_no_budget_changes_anything_with_weights_of_rows(base: Path, tmp_path: P
     assert abs(plain.history[0]["loss"] - fixed.history[0]["loss"]) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(one, marks=[] if one == "dpo" else pytest.mark.slow) for one in STAGE_NAMES]
-)
+@pytest.mark.parametrize("stage", one_is_enough("dpo"))
 def test_two_ranks_train_as_one_with_a_budget(base: Path, tmp_path: Path, stage: str) -> None:
     """11 rows in steps of 6: each rank takes three rows, and of the last five the second takes two.
 
@@ -323,7 +326,7 @@ def test_the_rank_with_fewer_micro_batches_of_a_budget_adds_blank_ones(
     assert int(num_items) % int((batches[0]["labels"][:, 1:] != -100).sum()) == 0 and num_items > 0
 
 
-@pytest.mark.parametrize("stage", STAGE_NAMES)
+@pytest.mark.parametrize("stage", one_is_enough("sft"))
 def test_a_resume_goes_on_bit_for_bit_and_to_the_same_with_another_budget(
     base: Path, tmp_path: Path, stage: str
 ) -> None:
