@@ -14,8 +14,8 @@ def _whole_tokens(value: Any) -> Any:
     if value in ("auto", "none", None) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
     raise ValueError(
-        f"is {value!r}; allowed are auto, none, or a whole number of tokens above 0: as many as a micro-batch may hold "
-        "on one device"
+        f"is {value!r:.60}; allowed are auto, none, or a whole number of tokens above 0: as many as a micro-batch may "
+        "hold on one device"
     )
 
 

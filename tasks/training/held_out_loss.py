@@ -32,7 +32,7 @@ from smoltulu.schemas.held_out_loss import HeldOutLoss, HeldOutLossOutputs, Held
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.tasks.stage import Diverged, StageContext
 from smoltulu.tasks.trainer.best_weights import BestWeights
-from smoltulu.tasks.trainer.token_budget import row_cost, token_budget
+from smoltulu.tasks.trainer.token_budget import row_costs, token_budget
 
 logger = logging.getLogger("smoltulu")
 #: File of a checkpoint.
@@ -220,7 +220,8 @@ class HeldOutLosses(TrainerCallback):
     def _micro_batches(self, numbers: Sequence[int]) -> list[Sequence[int]]:
         """As the training cuts its steps: so many rows, or so many tokens."""
         if (budget := token_budget(self.trainer)) is not None:
-            places = budget.cut([row_cost(self.rows[number], budget.packing) for number in numbers])
+            costs = row_costs(self.rows.data, budget.packing)
+            places = budget.cut([costs[number] for number in numbers])
             return [[numbers[place] for place in several] for several in places]
         size = self.trainer.args.per_device_train_batch_size
         return [numbers[start : start + size] for start in range(0, len(numbers), size)]
