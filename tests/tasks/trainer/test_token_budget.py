@@ -305,7 +305,7 @@ def test_two_ranks_train_as_one_with_a_budget_and_weights(base: Path, tmp_path: 
     stage = arguments(tmp_path / "one", base, uneven, settings=SETTINGS)
     history, weights = trained_with_weights(*stage)
     two = two_processes(
-        "sft", tmp_path, base, conversations(16), SETTINGS, weights=stage[1].weights, tokens_per_device=90
+        "sft", tmp_path, base, conversations(14), SETTINGS, weights=stage[1].weights, tokens_per_device=90
     )("two")
     logged = [json.loads(line) for line in (two / "output" / "logs" / "history.jsonl").open()]
     assert [row["loss"] for row in logged] == pytest.approx([row["loss"] for row in history], abs=1e-5)
