@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> int:
     recipe = load_recipe(arguments[0], parse_overrides(arguments[1:]))
     check_evaluation(recipe)
     log = logging.getLogger("smoltulu.local")
-    for lowered in recipe.lowered_batches():
-        log.warning(lowered)
+    for note in recipe.batch_notes():
+        log.warning(note)
     store = open_store(recipe.compute)
     run_graph(Graph(recipe), store, log)
     return 0

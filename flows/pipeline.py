@@ -96,7 +96,7 @@ def smoltulu(
     check_evaluation(checked)
     token = os.environ.get("HF_TOKEN")
     for sentence in (
-        *checked.lowered_batches(),
+        *checked.batch_notes(),
         *checked.audit_notes(),
         *checked.evaluation_notes(),
         *checked.mup_notes(),

@@ -88,6 +88,19 @@ def accumulation_steps(effective_batch_size: int, compute: Batches) -> int:
     return effective_batch_size // per_step
 
 
+def rows_of_process(effective_batch_size: int, num_processes: int) -> int:
+    """Rows of an optimizer step that each process takes, where its micro-batches are cut by tokens.
+
+    ValueError where they do not divide, as in `accumulation_steps`.
+    """
+    if effective_batch_size % num_processes:
+        raise ValueError(
+            f"effective_batch_size {effective_batch_size} is not a multiple of num_processes {num_processes}: each "
+            "process takes equally many rows of an optimizer step; set compute.num_processes to one that divides it"
+        )
+    return effective_batch_size // num_processes
+
+
 def largest_batch(most: int, effective_batch_size: int, num_processes: int) -> int | None:
     """The largest per-device batch of at most `most` rows that divides the effective batch; None if there is none."""
     most = min(most, effective_batch_size)

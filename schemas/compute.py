@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from smoltulu.schemas.budget import largest_batch
 from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery
+
+
+def _whole_tokens(value: Any) -> Any:
+    if value in ("auto", "none", None) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(
+        f"is {value!r:.60}; allowed are auto, none, or a whole number of tokens above 0: as many as a micro-batch may "
+        "hold on one device"
+    )
+
+
+def _none_for_null(value: Any) -> Any:
+    return "none" if value is None else _whole_tokens(value)
+
+
+#: Tokens that a micro-batch may hold on one device.
+TokensPerDevice = Literal["auto", "none"] | int
 
 
 class StageCompute(StrictModel):
     """Per-stage exceptions from `compute`."""
 
     per_device_train_batch_size: int | None = machinery(None, ge=1)
+    tokens_per_device: Annotated[TokensPerDevice | None, BeforeValidator(_whole_tokens)] = machinery(None)
     per_device_eval_batch_size: int | None = machinery(None, ge=1)
     save_steps: int | None = machinery(None, ge=1)
     logging_steps: int | None = machinery(None, ge=1)
@@ -60,6 +80,12 @@ class ComputeSettings(StrictModel):
         description="gradient_accumulation_steps is derived from it; one that does not divide the effective batch is "
         "lowered, with a warning, to the largest that does",
     )
+    tokens_per_device: Annotated[TokensPerDevice, BeforeValidator(_none_for_null)] = machinery(
+        "none",
+        description="SFT, reward model, DPO: a micro-batch holds rows of up to so many tokens, padding counted, in "
+        "place of per_device_train_batch_size rows; an optimizer step holds the same rows. auto: as many tokens as the "
+        "per_device_train_batch_size longest rows have",
+    )
     per_device_eval_batch_size: int = machinery(8, ge=1)
     activation_checkpointing: bool = machinery(False, description="trade compute for memory")
     packing: bool = machinery(
@@ -95,6 +121,11 @@ class ComputeSettings(StrictModel):
         "checkpoint (with several processes: from the last one that was due)",
     )
     stages: dict[str, StageCompute] = machinery({}, description="exceptions per stage, by its name")
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether trainings on rows cut their optimizer steps by tokens."""
+        return self.tokens_per_device != "none"
 
     def of(self, stage: str, effective_batch_size: int | None = None) -> ComputeSettings:
         """These settings with the exceptions of `stage` applied.

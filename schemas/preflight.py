@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from smoltulu.schemas.common import ArtifactPath, StrictModel, machinery
+from smoltulu.schemas.compute import TokensPerDevice
 from smoltulu.schemas.training import RowRules
 
 
@@ -75,7 +76,9 @@ class TokenizerFacts(StrictModel):
 class DryRun(StrictModel):
     """One training step on the longest rows. Belongs to the machine and the settings that it names.
 
-    `per_device_train_batch_size` is the largest that fits, `asked_batch_size` what compute says.
+    `per_device_train_batch_size` is the largest that fits, `asked_batch_size` what compute says. Where compute gives
+    micro-batches a number of tokens, `tokens_per_device` is the largest that fits, and the batch as many of the longest
+    rows as go into it.
     """
 
     subject: str = Field("", description="training stage whose step it was")
@@ -86,6 +89,10 @@ class DryRun(StrictModel):
     packing: bool = True
     lora_r: int | None = Field(None, description="rank of the adapters that alone were trained")
     asked_batch_size: int | None = None
+    asked_tokens: TokensPerDevice = Field("none", description="compute.tokens_per_device")
+    tokens_per_device: int | None = Field(
+        None, description="tokens that a micro-batch may hold; none: a number of rows"
+    )
     num_tokens: int = Field(description="tokens of the batch, padding not counted")
     seconds: float
     peak_memory_bytes: int = Field(description="highest during the step; model, gradients, optimizer state included")

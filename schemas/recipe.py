@@ -27,6 +27,7 @@ from smoltulu.schemas.training import (
     RewardModelSettings,
     RowKind,
     SFTSettings,
+    SupervisedSettings,
     TrainingSettings,
 )
 from smoltulu.schemas.verifier_audit import PassRatesSettings, VerifierAuditSettings
@@ -143,10 +144,22 @@ class Recipe(StrictModel):
         blocks = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: block for name, block in blocks.items() if isinstance(block, TrainingSettings)}
 
-    def lowered_batches(self) -> list[str]:
-        """A sentence for every training whose per-device batch is lowered to one that divides the effective batch."""
+    def batch_notes(self) -> list[str]:
+        """A sentence for every training whose per-device batch is lowered to one that divides the effective batch.
+
+        And for one that does not cut its micro-batches by tokens, though it is asked to.
+        """
         sentences = []
         for block, settings in self.trainings.items():
+            tokens = self.compute.of(block).tokens_per_device
+            if tokens != "none" and not isinstance(settings, SupervisedSettings):
+                sentences.append(
+                    f"{block}: compute.tokens_per_device {tokens} does nothing here: a micro-batch is "
+                    "per_device_train_batch_size rollouts, as before; "
+                    f"compute.stages.{block}.tokens_per_device: none says that this is meant"
+                )
+            elif isinstance(tokens, int):
+                continue
             asked = self.compute.of(block).per_device_train_batch_size
             used = self.compute.of(block, settings.effective_batch_size).per_device_train_batch_size
             if used != asked:

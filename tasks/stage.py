@@ -15,14 +15,14 @@ from pydantic import BaseModel, ValidationError
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.common import artifact_paths, first_problem
 from smoltulu.schemas.compute import ComputeSettings
-from smoltulu.schemas.training import TrainingSettings
+from smoltulu.schemas.training import SupervisedSettings, TrainingSettings
 
 #: Folder of a stage's `work` for caches of its rows, marked complete like a checkpoint.
 DATASETS_FOLDER = "datasets"
 #: Exit status of a stage process that was asked to stop and did, its checkpoint written.
 STOPPED = 143
 
-BatchSetting = Literal["per_device_train_batch_size", "per_device_eval_batch_size"]
+BatchSetting = Literal["per_device_train_batch_size", "tokens_per_device", "per_device_eval_batch_size"]
 
 
 class StageStopped(Exception):
@@ -141,9 +141,13 @@ class Stage:
         """Number of processes that run it."""
         return compute.num_processes if self.is_training or self.distributed else 1
 
-    @property
-    def batch_setting(self) -> BatchSetting | None:
-        """The compute setting that is halved when memory runs out; None where there is none."""
+    def batch_setting(self, compute: ComputeSettings) -> BatchSetting | None:
+        """The compute setting that is halved when memory runs out; None where there is none.
+
+        A budget of tokens that is `auto` is made of the per-device batch, and so halved with it.
+        """
+        if issubclass(self.config, SupervisedSettings) and isinstance(compute.tokens_per_device, int):
+            return "tokens_per_device"
         if self.is_training:
             return "per_device_train_batch_size"
         return "per_device_eval_batch_size" if self.eval_batch else None

@@ -107,6 +107,9 @@ def _made_with(figures: PreflightFigures) -> str:
     if run is None:
         return "no dry run"
     parts = [run["device"], run["precision"], f"{run['per_device_train_batch_size']} rows"]
+    if run["tokens_per_device"] is not None:
+        auto = " (auto)" if run["asked_tokens"] == "auto" else ""
+        parts.append(f"micro-batches of up to {run['tokens_per_device']:,} tokens{auto}")
     parts += [name for name in ("activation_checkpointing", "packing") if run[name]]
     parts += [f"LoRA of rank {run['lora_r']}"] if run["lora_r"] else []
     if figures.notes:

@@ -144,7 +144,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
             row = replace(row, device_bytes=costs.device_bytes(name))
         rows.append(replace(row, preflight=_figures(graph, name, preflights)))
     notes = (
-        *recipe.lowered_batches(),
+        *recipe.batch_notes(),
         *recipe.audit_notes(),
         *recipe.evaluation_notes(),
         *recipe.mup_notes(),

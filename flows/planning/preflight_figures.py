@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PreflightConfig, PreflightOutputs
-from smoltulu.schemas.training import TrainingSettings
+from smoltulu.schemas.training import SupervisedSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,21 @@ def _other_settings(
 ) -> list[str]:
     """Differences between the dry run and the recipe: name old -> new."""
     asked = run.asked_batch_size or run.per_device_train_batch_size
+    tokens = compute.tokens_per_device if isinstance(settings, SupervisedSettings) else "none"
     lora = getattr(settings, "lora", None)
     pairs: list[tuple[str, object, object]] = [
         ("stage", run.subject or config.subject, config.subject),
         ("activation_checkpointing", run.activation_checkpointing, compute.activation_checkpointing),
-        ("per_device_train_batch_size", asked, compute.per_device_train_batch_size),
+        ("tokens_per_device", run.asked_tokens, tokens),
         ("trains", _what_is_trained(run.lora_r), _what_is_trained(lora and lora.r)),
     ]
+    if not isinstance(tokens, int):  # else it decides nothing
+        pairs.append(("per_device_train_batch_size", asked, compute.per_device_train_batch_size))
     if config.kind != "prompts":
         pairs.append(("packing", run.packing, compute.packing))
     other = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
-    if run.per_device_train_batch_size != asked:
+    if isinstance(run.asked_tokens, int) and run.tokens_per_device != run.asked_tokens:
+        other.append(f"out of memory with {run.asked_tokens:,} tokens, {run.tokens_per_device:,} fit")
+    elif run.per_device_train_batch_size != asked:
         other.append(f"out of memory with {asked} rows, {run.per_device_train_batch_size} fit")
     return other

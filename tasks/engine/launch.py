@@ -71,7 +71,7 @@ def run_child(job: Job, work: Path, output: Path, log: Log, cells: Sequence[Mapp
     effective batch), and goes on from its last checkpoint. What fits is remembered in `work`: a later attempt begins
     with it, unless compute is another by then.
     """
-    setting = job.stage.batch_setting
+    setting = job.stage.batch_setting(job.compute)
     compute = _that_fits(job, work)
     if setting is not None and compute != job.compute:
         log.info("%s: begins with %s %d, which fitted into memory before", job.node, setting, getattr(compute, setting))
@@ -81,7 +81,9 @@ def run_child(job: Job, work: Path, output: Path, log: Log, cells: Sequence[Mapp
             raise ValueError(f"{job.node}: out of memory. It said: {message}")
         size: int = getattr(compute, setting)
         if job.stage.is_training:
-            smaller = smaller_batch(size, job.config.effective_batch_size, compute.num_processes)  # type: ignore[attr-defined]
+            smaller = size // 2 or None
+            if setting == "per_device_train_batch_size":
+                smaller = smaller_batch(size, job.config.effective_batch_size, compute.num_processes)  # type: ignore[attr-defined]
             same, advice = ", same effective batch", job.stage.memory_advice or _TRAINING_ADVICE
         else:
             smaller, same, advice = size // 2 or None, "", job.stage.memory_advice or _EVALUATION_ADVICE

@@ -239,7 +239,15 @@ def _of_the_model(config: PreflightConfig, outputs: PreflightOutputs, share: Cal
             advice=f"lower the lengths to {room:,} together, or take a model with a longer context",
         )
     run = outputs.dry_run
-    if run is not None and run.asked_batch_size not in (None, run.per_device_train_batch_size):
+    if run is not None and isinstance(run.asked_tokens, int) and run.tokens_per_device != run.asked_tokens:
+        yield Check(
+            "Memory",
+            "noticed",
+            f"out of memory with the longest rows of {run.asked_tokens:,} tokens; {run.tokens_per_device:,} fit",
+            advice=f"set compute.stages.{config.subject}.tokens_per_device to {run.tokens_per_device}; the training "
+            "halves it by itself",
+        )
+    elif run is not None and run.asked_batch_size not in (None, run.per_device_train_batch_size):
         yield Check(
             "Memory",
             "noticed",

@@ -13,11 +13,12 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.schemas.budget import rows_of_process
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PreflightInputs
 from smoltulu.schemas.rlvr import RLVRSettings
@@ -28,6 +29,7 @@ from smoltulu.tasks.models.tokens import prompt_ids
 from smoltulu.tasks.preflight.rollout_memory import require_memory, rollout_bytes
 from smoltulu.tasks.process import is_out_of_memory
 from smoltulu.tasks.stage import Stage, StageContext
+from smoltulu.tasks.trainer.token_budget import batch_cost, budget_of, costliest, row_costs
 from smoltulu.tasks.trainer.tracking import peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -56,33 +58,35 @@ def dry_run(
 ) -> DryRun:
     """Train on the longest rows of `file`, in as large a micro-batch as compute asks for, or as fits.
 
+    Asked for are so many rows, or so many tokens (`auto`: those of so many rows).
+
     `longest`: tokens of the longest row, of a pair's longer side. ValueError where not even one row fits.
     """
     import torch
 
     compute = context.compute.of(subject.name, training.effective_batch_size)
     device = device_of(compute)
-    size = asked = compute.per_device_train_batch_size
     are_prompts = training.row_rules().kind == "prompts"
     if are_prompts:
         longest += getattr(training, "max_completion_length", 0)
         tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
         longest_prompt = _longest_prompt(file, tokenizer)
         rows = rows_table([longest_prompt], "rlvr", is_rich(longest_prompt))
+        batch = asked = _MicroBatch(rows, compute.per_device_train_batch_size)
     else:
-        rows = _longest(file, asked, compute.packing)
-        size = asked = min(asked, len(rows))
+        batch = asked = _asked(file, training, compute)
     step, peak = None, 0
-    while step is None and size:
+    while step is None and batch.num_rows:
         try:
-            machinery = compute.model_copy(update={"per_device_train_batch_size": size})
-            train = partial(_train, subject, training, inputs, rows, machinery, context.work)
+            # The rows are one micro-batch, whatever will cut it.
+            one = {"per_device_train_batch_size": batch.num_rows, "tokens_per_device": "none"}
+            train = partial(_train, subject, training, inputs, batch.rows, compute.model_copy(update=one), context.work)
             step, peak = _measured(train, device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            logger.warning("dry run of %s: out of memory with %d of the longest rows", subject.name, size)
-            size //= 2
+            logger.warning("dry run of %s: out of memory with %d of the longest rows", subject.name, batch.num_rows)
+            batch = _smaller(batch, compute)
         # Not in the except block: there the error's frames still hold the model.
         _free(device)
     lora = getattr(training, "lora", None)
@@ -104,8 +108,10 @@ def dry_run(
         subject=subject.name,
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
         precision="bfloat16" if bfloat16 else "float32",
-        per_device_train_batch_size=size,
-        asked_batch_size=asked,
+        per_device_train_batch_size=batch.num_rows,
+        asked_batch_size=asked.num_rows,
+        asked_tokens="none" if asked.num_tokens is None else compute.tokens_per_device,
+        tokens_per_device=batch.num_tokens,
         activation_checkpointing=compute.activation_checkpointing,
         packing=compute.packing and not are_prompts,
         lora_r=lora and lora.r,
@@ -114,6 +120,42 @@ def dry_run(
         peak_memory_bytes=peak,
         generation_bytes=generation,
     )
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """The first `num_rows` of `rows` (of prompts: so many rollouts), and the budget of tokens that they stand for."""
+
+    rows: pa.Table
+    num_rows: int
+    num_tokens: int | None = None
+
+
+def _asked(file: Path, training: TrainingSettings, compute: ComputeSettings) -> _MicroBatch:
+    """The costliest micro-batch that a training may make of a tokenised file."""
+    if not isinstance(compute.tokens_per_device, int):
+        rows = _longest(file, compute.per_device_train_batch_size, compute.packing)
+        costs = row_costs(rows, compute.packing)
+        return _MicroBatch(rows, len(rows), budget_of(compute, costs) if compute.by_tokens else None)
+    most = rows_of_process(training.effective_batch_size, compute.num_processes)
+    places = costliest(_costs(file, compute.packing), compute.tokens_per_device, most, compute.packing)
+    return _MicroBatch(_taken(file, places), len(places), compute.tokens_per_device)
+
+
+def _smaller(batch: _MicroBatch, compute: ComputeSettings) -> _MicroBatch:
+    """What a training goes on with that has no memory for this: half the rows, or half the tokens."""
+    num_rows = batch.num_rows // 2
+    if batch.num_tokens is None or num_rows == 0:
+        return replace(batch, num_rows=num_rows)
+    costs = row_costs(batch.rows.slice(0, batch.num_rows), compute.packing)
+    if isinstance(compute.tokens_per_device, int):
+        half = min(batch.num_tokens, batch_cost(costs, compute.packing)) // 2
+        places = costliest(costs, half, num_rows, compute.packing)
+    else:
+        places = list(range(num_rows))
+    # Not more than is tried: the rows may leave some of the half empty.
+    num_tokens = batch_cost([costs[place] for place in places], compute.packing)
+    return _MicroBatch(batch.rows.take(places), len(places), num_tokens)
 
 
 def _measured(train: Callable[[], Step], device: str) -> tuple[Step, int]:
@@ -184,33 +226,23 @@ def _clock(seconds: list[float]) -> TrainerCallback:
     return Clock()
 
 
-def _longest(file: Path, number: int, packed: bool) -> pa.Table:
-    """The costliest rows of a tokenised file, costliest first. Holds only lengths, and one batch of rows at a time."""
-    from pyarrow import dataset, parquet
+def _longest(file: Path, number: int, packing: bool) -> pa.Table:
+    """The costliest rows of a tokenised file, costliest first."""
+    costs = _costs(file, packing)
+    return _taken(file, heapq.nlargest(number, range(len(costs)), key=costs.__getitem__))
 
-    costs = [cost for batch in parquet.ParquetFile(file).iter_batches(1024) for cost in _costs(batch, packed)]
-    places = heapq.nlargest(number, range(len(costs)), key=costs.__getitem__)
+
+def _taken(file: Path, places: list[int]) -> pa.Table:
+    from pyarrow import dataset
+
     return dataset.dataset(file).take(places, batch_readahead=1, fragment_readahead=1, use_threads=False)
 
 
-def _costs(batch: Any, packed: bool) -> list[int]:
-    """Tokens that the model computes for each row of an Arrow batch.
+def _costs(file: Path, packing: bool) -> list[int]:
+    """Tokens that the model computes for each row of a tokenised file. Holds only lengths, and one batch of rows."""
+    from pyarrow import parquet
 
-    A packed pair costs its prompt once, a padded one twice its longer side.
-    """
-    import pyarrow.compute as pc
-
-    def lengths(name: str) -> list[int]:
-        values: list[int] = pc.list_value_length(batch.column(name)).to_pylist()
-        return values
-
-    if "input_ids" in batch.schema.names:
-        return lengths("input_ids")
-    sides = zip(lengths("prompt_ids"), lengths("chosen_ids"), lengths("rejected_ids"), strict=True)
-    return [
-        prompt + chosen + rejected if packed else 2 * (prompt + max(chosen, rejected))
-        for prompt, chosen, rejected in sides
-    ]
+    return [cost for batch in parquet.ParquetFile(file).iter_batches(1024) for cost in row_costs(batch, packing)]
 
 
 def _longest_prompt(file: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

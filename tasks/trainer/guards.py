@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.tasks.stage import Diverged
 from smoltulu.tasks.trainer.even_rows import is_blank
+from smoltulu.tasks.trainer.token_budget import CutStep
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +149,9 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
 
     def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = step_of_trainer(model, inputs, *args, **kwargs)
-        micro_batches.append((inputs, loss))
+        micro_batches.extend(
+            zip(inputs, inputs.losses, strict=True) if isinstance(inputs, CutStep) else [(inputs, loss)]
+        )
         return loss
 
     def grad_norm(*args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from smoltulu.artifacts.checkpoints import mark_complete, newest_checkpoint, num
 from smoltulu.artifacts.files import remove_tree, write_atomically
 from smoltulu.artifacts.keys import LOGS_FOLDER
 from smoltulu.artifacts.layout import CHECKPOINTS
-from smoltulu.schemas.budget import accumulation_steps
+from smoltulu.schemas.budget import accumulation_steps, rows_of_process
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.schedules import ScheduleSettings
 from smoltulu.schemas.training import GateSettings, SupervisedSettings, TrainingInputs, TrainingSettings
@@ -120,6 +120,12 @@ def load_model(
 def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict[str, Any]:
     """Keyword arguments that every TRL config takes, from a stage's science and its machinery."""
     compute = context.compute
+    if compute.by_tokens and isinstance(settings, SupervisedSettings):
+        # A batch of the loader is a whole optimizer step, which tasks/trainer/token_budget.py cuts.
+        num_rows, num_batches = rows_of_process(settings.effective_batch_size, compute.num_processes), 1
+    else:
+        num_rows = compute.per_device_train_batch_size
+        num_batches = accumulation_steps(settings.effective_batch_size, compute)
     return {
         **FIXED,
         "output_dir": str(context.work / CHECKPOINTS),
@@ -132,8 +138,8 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "data_seed": settings.seed,
-        "per_device_train_batch_size": compute.per_device_train_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(settings.effective_batch_size, compute),
+        "per_device_train_batch_size": num_rows,
+        "gradient_accumulation_steps": num_batches,
         "bf16": use_bfloat16(settings.precision, compute),
         "use_cpu": device_of(compute) == "cpu",
         "activation_checkpointing": compute.activation_checkpointing,

@@ -32,6 +32,7 @@ from smoltulu.schemas.held_out_loss import HeldOutLoss, HeldOutLossOutputs, Held
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.tasks.stage import Diverged, StageContext
 from smoltulu.tasks.trainer.best_weights import BestWeights
+from smoltulu.tasks.trainer.token_budget import row_costs, token_budget
 
 logger = logging.getLogger("smoltulu")
 #: File of a checkpoint.
@@ -200,15 +201,15 @@ class HeldOutLosses(TrainerCallback):
     @torch.no_grad()
     def _row_losses(self) -> dict[int, RowLoss]:
         """Of all processes, by number of the row."""
-        accelerator, size = self.trainer.accelerator, self.trainer.args.per_device_train_batch_size
+        accelerator = self.trainer.accelerator
         model = accelerator.unwrap_model(self.trainer.model)
         mine = self.order[accelerator.process_index :: accelerator.num_processes]
         was_training, found = model.training, []
         model.eval()
         try:
             with accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext():
-                for start in range(0, len(mine), size):
-                    several = [self.rows[number] for number in mine[start : start + size]]
+                for numbers in self._micro_batches(mine):
+                    several = [self.rows[number] for number in numbers]
                     batch = send_to_device(self._collated(several), accelerator.device)
                     losses = self.losses_of(model, batch, several)
                     found += [(row["row"], asdict(one)) for row, one in zip(several, losses, strict=True)]
@@ -216,6 +217,15 @@ class HeldOutLosses(TrainerCallback):
             model.train(was_training)
         of_all: list[tuple[int, dict[str, Any]]] = sorted(gather_object(found), key=lambda pair: pair[0])
         return {number: RowLoss(**one) for number, one in of_all}
+
+    def _micro_batches(self, numbers: Sequence[int]) -> list[Sequence[int]]:
+        """As the training cuts its steps: so many rows, or so many tokens."""
+        if (budget := token_budget(self.trainer)) is not None:
+            costs = row_costs(self.rows.data, budget.packing)
+            places = budget.cut([costs[number] for number in numbers])
+            return [[numbers[place] for place in several] for several in places]
+        size = self.trainer.args.per_device_train_batch_size
+        return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
     def _collated(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = self.trainer.data_collator(rows)

@@ -16,6 +16,7 @@ from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.even_rows import even_out
 from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.token_budget import cut_by_tokens
 from smoltulu.tasks.training.watched import finish_watched, watch_losses
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def build(config: RewardModelSettings, inputs: TrainingInputs, context: StageCon
         processing_class=tokenizer,
     )
     even_out(trainer)
+    cut_by_tokens(trainer, context.compute)
     return trainer
 
 

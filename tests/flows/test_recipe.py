@@ -250,7 +250,7 @@ def test_every_field_is_marked_and_the_machinery_is_exactly_this() -> None:
 def test_a_per_device_batch_that_does_not_divide_is_lowered() -> None:
     """Gradient accumulation is derived from it: it changes no result, so it is no reason to refuse a recipe."""
     asked = load_recipe("smoltulu-1130", {"compute.per_device_train_batch_size": 8, "compute.stages": {}})
-    assert asked.lowered_batches() == [
+    assert asked.batch_notes() == [
         f"{block}: per_device_train_batch_size 8 does not divide effective_batch_size {effective}: "
         f"lowered to {size}, which changes no result"
         for block, effective, size in (("reward_model", 4, 4), ("dpo", 12, 6))
@@ -261,7 +261,7 @@ def test_a_per_device_batch_that_does_not_divide_is_lowered() -> None:
     for name, node in graph.nodes.items():
         if node.stage.is_training:
             assert node.config.effective_batch_size % sizes[name] == 0  # type: ignore[attr-defined]
-    assert load_recipe("tiny").lowered_batches() == []
+    assert load_recipe("tiny").batch_notes() == []
 
 
 def test_processes_that_do_not_divide_are_refused_before_anything_runs() -> None:
