@@ -266,12 +266,14 @@ def test_what_lm_eval_writes_is_compared(store: HandStore, tmp_path: Path) -> No
         "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }  # fmt: skip
     (tmp_path / "tasks" / "pick.yaml").write_text(yaml.safe_dump(task))
-    commands = [
-        ["lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={build_tiny_model(model, seed=seed)}", "--tasks",
-         "pick", "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / f"out-{seed}"),
-         "--log_samples", "--device", "cpu"]
-        for seed, model in enumerate((tmp_path / "model-0", tmp_path / "model-1"))
-    ]  # fmt: skip
+    commands = []
+    for seed in (0, 1):
+        model = build_tiny_model(tmp_path / f"model-{seed}", seed=seed)
+        commands.append(
+            ["lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model}", "--tasks", "pick",
+             "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / f"out-{seed}"),
+             "--log_samples", "--device", "cpu"]
+        )  # fmt: skip
     code = "import json, sys\nfrom lm_eval.__main__ import cli_evaluate\n"
     code += "for sys.argv in json.loads(sys.argv[1]):\n    cli_evaluate()"
     subprocess.run([sys.executable, "-c", code, json.dumps(commands)], check=True, capture_output=True)
