@@ -9,8 +9,8 @@ overlap  a source scored while the next rows are tokenised, against one after th
 memory   peak memory over the length of rows, as many tokens in all
 choice   100,000 rows selected from stored scores
 
-Arms of a comparison take turns, and the median counts: of CPU seconds, but for overlap. Random weights and tokens; --model: a real model instead, for
-cost. Prints Markdown and a line RESULTS.
+Arms of a comparison take turns, and the median counts: of CPU seconds, but for overlap. Random weights and tokens;
+--model: a real model instead, for cost. Prints Markdown and a line RESULTS.
 """
 
 from __future__ import annotations
