@@ -16,6 +16,8 @@ from smoltulu.tasks.stage import STOPPED
 
 #: Bytes of a port in the pipe.
 _DIGITS = 5
+#: Seconds that ranks have to end after one failed; those that hang are killed then. torchrun has the same.
+_GRACE_S = 30
 
 
 def fork_ranks(num_ranks: int) -> int | None:
@@ -42,6 +44,7 @@ def fork_ranks(num_ranks: int) -> int | None:
         _send(ranks, number)
 
     signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGALRM, lambda number, frame: _send(ranks, signal.SIGKILL))
 
     from torch.distributed import TCPStore
 
@@ -59,6 +62,8 @@ def fork_ranks(num_ranks: int) -> int | None:
         if code < 0 and not asked and not status:
             print(f"rank {rank_of} was killed by signal {-code}", flush=True)
         _send(ranks, signal.SIGTERM)
+        if not status and not asked:
+            signal.alarm(_GRACE_S)
         status = status or (STOPPED if asked else code if code > 0 else 1)
     return status
 

@@ -135,6 +135,23 @@ def test_two_ranks_end_together(sft_world: Path, tmp_path: Path, end: object, to
     assert not alive, "a rank outlived the stage"
 
 
+def test_a_rank_that_hangs_ends_soon_after_another_failed() -> None:
+    """It ignores SIGTERM, as one that waits in a collective does."""
+    script = """
+import os, signal, sys, time
+from smoltulu.tasks.engine import ranks
+ranks._GRACE_S = 1
+status = ranks.fork_ranks(2)
+if status is None and os.environ["RANK"] == "1":
+    os._exit(3)
+if status is None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(300)
+sys.exit(status)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 3
+
+
 def test_a_killed_flow_takes_server_and_stage_along(sft_world: Path, tmp_path: Path) -> None:
     script = _SFT.replace("sft_job(Path(sys.argv[1]))", "warm_job(sft_job(Path(sys.argv[1])))")
     script = script.replace("import sft_job", "import sft_job\nfrom tests.tasks.engine.test_warm import warm_job")
