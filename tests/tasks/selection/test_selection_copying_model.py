@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.base_model import BaseModelConfig
 from smoltulu.schemas.common import scientific
 from smoltulu.tasks.base_model import scratch
@@ -119,3 +120,15 @@ def test_the_first_weights_copy(tmp_path: Path) -> None:
     # One offset more would look one token too far.
     assert (looked[70:-2] == ids[72:]).float().mean() < 0.1
     assert len(tokenizer) == model.config.vocab_size
+
+
+def test_the_selector_of_the_recipe_tiny_has_the_tokenizer_of_its_base_model() -> None:
+    """What a tokenizer and its files are made of is the same in both."""
+    recipe = load_recipe("tiny")
+    assert recipe.selection is not None and recipe.selection.model is not None
+    one, other = recipe.base_model.scratch, recipe.selection.model.scratch
+    assert one is not None and other is not None and other.texts != "given"
+    for name in ("vocab_size", "max_texts", "max_text_characters", "max_position_embeddings"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert recipe.selection.probes.max_tokens <= other.max_position_embeddings
+    assert recipe.selection.method == "none", "the recipe selects nothing by itself"
