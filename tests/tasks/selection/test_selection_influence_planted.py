@@ -81,7 +81,7 @@ def test_lookups_rank_on_top_of_their_domain(tmp_path: Path, model: Path) -> Non
     scores = _values(_scores(tmp_path, model, rows))
     ranking = sorted(range(24), key=lambda row: -scores[row])
     assert set(ranking[:6]) == set(planted)
-    assert scores[ranking[5]] > 0.3 and scores[ranking[6]] < 0.02
+    assert scores[ranking[5]] > 0.3 and scores[ranking[6]] < 0.1
     # Heads that copy nothing give no such ranking: it is these heads that do it.
     others = _values(_scores(tmp_path / "others", model, rows, heads=[(0, 2), (1, 0)]))
     assert max(map(abs, others)) < 1e-5
@@ -116,11 +116,11 @@ def test_length_and_repetition_alone_win_nothing(tmp_path: Path, model: Path) ->
         lengths = [own[number].num_tokens for own in lines.values()]
         assert max(lengths) < 1.5 * min(lengths), lengths  # of about one length
         found = {name: _values(own)[number] for name, own in lines.items()}
-        assert found["lookups"] > 0.3 and max(found["prose"], found["repeated"], found["long answers"]) < 0.02
+        assert found["lookups"] > 0.3 and max(found["prose"], found["repeated"], found["long answers"]) < 0.1
     for name in ("prose", "repeated", "long answers"):
         shortest, _, longest = lines[name]
         assert longest.num_tokens > 3 * shortest.num_tokens
-        assert abs((longest.score or 0) - (shortest.score or 0)) < 0.03, name
+        assert abs((longest.score or 0) - (shortest.score or 0)) < 0.1, name
     assert lines["repeated"][2].repetition > 0.9
 
 
@@ -130,7 +130,7 @@ def test_an_answer_that_repeats_itself_is_copied_too(tmp_path: Path, model: Path
     question, answer = prose(rng, 8, 8)
     rows = [(question, " ".join([answer] * 8)), prose(rng, 8, 64)]
     again, plain = _scores(tmp_path, model, rows)
-    assert again.num_tokens == plain.num_tokens and (again.score or 0) > 0.3 > 0.02 > (plain.score or 0)
+    assert again.num_tokens == plain.num_tokens and (again.score or 0) > 0.3 > 0.1 > (plain.score or 0)
     assert again.repetition > 0.7 and plain.repetition == 0
 
 
