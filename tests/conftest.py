@@ -14,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A worker looks for work every third second (prefect.toml), and dozens of tests wait for it.
+os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "0.5")
 
 import pytest
 from hypothesis import settings
@@ -38,7 +40,7 @@ def no_module_is_there_twice() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def what_is_imported_is_no_garbage() -> None:
-    """Every training ends with a collection, which goes through a million objects of libraries: half a second."""
-    if "torch" in sys.modules and not os.environ.get("NOFREEZE"):
+    """Trainings collect garbage, and would go through the million objects of the libraries each time: half a second."""
+    if "torch" in sys.modules:
         gc.collect()
         gc.freeze()

@@ -122,9 +122,10 @@ def test_installed_deployments_name_modules(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("given", [None, "http://127.0.0.1:4999/api"])
 @pytest.mark.parametrize("installed", [False, True])
 def test_settings_of_prefect_toml_hold_and_the_environment_wins(
-    installed: bool, given: str | None, tmp_path: Path
+    installed: bool, given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a checkout Prefect reads the file; what `smoltulu up` starts elsewhere gets them by the environment."""
+    monkeypatch.delenv("PREFECT_WORKER_QUERY_SECONDS")  # tests/conftest.py
     code = """if True:
         from prefect.settings import get_current_settings
         settings = get_current_settings()

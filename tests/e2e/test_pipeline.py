@@ -171,7 +171,6 @@ def test_sigkill_during_dpo_then_the_same_command_resumes_it(place: Place) -> No
 def test_bad_input_is_one_clear_message_and_not_zero(place: Place, tmp_path: Path) -> None:
     for parameters, message in (
         ({"recipe": "tinny"}, "no recipe is called 'tinny' (did you mean 'tiny'?)"),
-        ({"until": "rlhf"}, "until: no stage is called 'rlhf'"),
         (
             {"overrides": {"data.sft.sources": [{"path": str(tmp_path), "format": "messages"}]}},
             "the folder is empty",

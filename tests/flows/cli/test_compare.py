@@ -266,14 +266,17 @@ def test_what_lm_eval_writes_is_compared(store: HandStore, tmp_path: Path) -> No
         "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }  # fmt: skip
     (tmp_path / "tasks" / "pick.yaml").write_text(yaml.safe_dump(task))
+    commands = []
     for seed in (0, 1):
         model = build_tiny_model(tmp_path / f"model-{seed}", seed=seed)
-        subprocess.run(
-            [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model}", "--tasks",
-             "pick", "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / f"out-{seed}"),
-             "--log_samples", "--device", "cpu"],
-            check=True, capture_output=True,
+        commands.append(
+            ["lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model}", "--tasks", "pick",
+             "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / f"out-{seed}"),
+             "--log_samples", "--device", "cpu"]
         )  # fmt: skip
+    code = "import json, sys\nfrom lm_eval.__main__ import cli_evaluate\n"
+    code += "for sys.argv in json.loads(sys.argv[1]):\n    cli_evaluate()"
+    subprocess.run([sys.executable, "-c", code, json.dumps(commands)], check=True, capture_output=True)
     sides = [read_folder(tmp_path / f"out-{seed}") for seed in (0, 1)]
     for side in sides:
         assert side.keys() == {"pick acc,none", "pick acc_norm,none"}

@@ -233,7 +233,6 @@ def test_run_waits_for_the_end_and_shows_the_log(box: Box) -> None:
     ("given", "message"),
     [
         ('recipe={"extends": "tiny", "dpo": {"beta": -1}}', "dpo.beta: Input should be greater than 0; given: -1"),
-        ('recipe={"name": "mine"}', "base_model: is missing; add it"),
         ("until=rlhf", "until: no stage is called 'rlhf'"),
     ],
 )

@@ -373,7 +373,7 @@ def hungry_job(folder: Path, size: int) -> Job:
 
 
 class Watched(threading.Thread):
-    """Looks at the children of this process: how much address space they mapped; sets them a limit, if one is given."""
+    """Looks at new children of this process: how much address space they mapped; sets them a limit, if one is given."""
 
     def __init__(self, limit: int | None = None) -> None:
         super().__init__(daemon=True)
@@ -382,7 +382,7 @@ class Watched(threading.Thread):
     def run(self) -> None:
         limited: set[int] = set()
         while not self.ended.wait(0.01):
-            for child in psutil.Process().children():
+            for child in set(psutil.Process().children()) - self.before:
                 try:
                     if self.limit is not None and child.pid not in limited:
                         child.rlimit(psutil.RLIMIT_AS, (self.limit, self.limit))
@@ -394,6 +394,7 @@ class Watched(threading.Thread):
                     self.most = max(self.most, 1024 * int(status.split("VmPeak:")[1].split()[0]))
 
     def __enter__(self) -> Watched:
+        self.before = set(psutil.Process().children())  # servers of warm processes, which other tests go on with
         self.start()
         return self
 
