@@ -12,6 +12,7 @@ from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.schemas.budget import steps_for_tokens
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.schedules import Budgets
+from smoltulu.schemas.selection import SelectionSettings
 from smoltulu.schemas.sweep import Place, SweepSettings
 from smoltulu.schemas.training import SupervisedSettings, TrainingSettings
 
@@ -65,7 +66,18 @@ def check_selection(sweep: SweepSettings, cells: Iterable[SweepCell]) -> None:
     if roles is None:
         return
     keeps: dict[str, tuple[str, float]] = {}
-    for arm, cell in {cell.place.arm: cell for cell in cells}.items():
+    of_sizes = {(cell.place.size, cell.place.arm): cell for cell in cells}
+    of_arms = {arm: cell for (_, arm), cell in of_sizes.items()}
+    for size, arm in of_sizes:
+        if arm != roles.lowest or (size, roles.selectors[0]) not in of_sizes:
+            continue
+        first, last = (of_sizes[size, name].graph.recipe.selector for name in (roles.selectors[0], arm))
+        if first is not None and (last is None or last != _other_end(first, last.seed)):  # seeds may follow the cell
+            raise ValueError(
+                f"sweep {sweep.name}: arm {roles.lowest} is to have the rows that arm {roles.selectors[0]} ranks last; "
+                f"give it the same block `selection`, with keep.order {_other_end(first, 0).keep.order}"
+            )
+    for arm, cell in of_arms.items():
         selector, rows = cell.graph.recipe.selector, cell.graph.recipe.rows_of(sweep.stage)
         if arm not in roles.arms or (selector is None and arm == roles.full):
             continue
@@ -93,6 +105,11 @@ def check_selection(sweep: SweepSettings, cells: Iterable[SweepCell]) -> None:
             f"sweep {sweep.name}: its arms are not at equal tokens ({told}); give all of them the same "
             "selection.keep.tokens or selection.keep.token_share"
         )
+
+
+def _other_end(selector: SelectionSettings, seed: int) -> SelectionSettings:
+    order = "lowest" if selector.keep.order == "highest" else "highest"
+    return selector.model_copy(update={"seed": seed, "keep": selector.keep.model_copy(update={"order": order})})
 
 
 def check_steps(sweep: SweepSettings, cells: Iterable[SweepCell], shared: Mapping[str, ArtifactReference]) -> list[str]:

@@ -27,7 +27,7 @@ class TrainedOn:
     """Rows of one cell.
 
     num_rows, num_tokens  that were trained on, once
-    num_kept_tokens       by the tokens of the selection; None where all rows were taken
+    num_kept_tokens       by the tokens of the selection; None where all rows were taken, weighed or not
     num_trained_tokens    over the whole training; num_steps: optimizer steps
     """
 
@@ -53,7 +53,8 @@ def trained_on(store_root: Path, cell: CellRecord) -> TrainedOn | None:
     if chosen is None:
         return None
     stage = STAGES.get(chosen.spec.stage)
-    selected = chosen.outputs if stage is not None and stage.makes(SelectionOutputs) else {}
+    is_cut = stage is not None and stage.makes(SelectionOutputs) and chosen.outputs.get("weights_file") is None
+    selected = chosen.outputs if is_cut else {}
     num_rows, num_tokens = _count(rows.outputs, "num_rows"), _count(rows.outputs, "num_tokens")
     if not num_rows or not num_tokens:
         return None

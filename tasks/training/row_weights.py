@@ -48,7 +48,8 @@ _MAX_WEIGHT = 1e100
 def with_weights(rows: Dataset, file: str, max_length: int) -> Dataset:
     """Tokenised rows with the columns `weight` and `spans` of their lines in a weights file.
 
-    ValueError where the file is malformed, has a weight that is negative or no number, or is of another row set.
+    ValueError where the file is malformed, has a weight that is negative or no number, is of another row set, or has
+    no weight above 0 on a supervised token.
     """
     import numpy as np
     import pyarrow.compute as pc
@@ -69,7 +70,13 @@ def with_weights(rows: Dataset, file: str, max_length: int) -> Dataset:
         row, there, said = numbers[wrong[0]], lengths[wrong[0]], rendered[wrong[0]]
         raise _of_another_set(file, f"row {row:,} has {there:,} tokens (max_length {max_length:,}), there {said:,}")
     joined = table.select(["weight", "spans"]).take(lines)
-    return concatenate_datasets([rows, Dataset(InMemoryTable(joined))], axis=1)
+    together = concatenate_datasets([rows, Dataset(InMemoryTable(joined))], axis=1)
+    if not any(any(token_weights(row)) for row in together):  # ends at the first row with a weight
+        raise ValueError(
+            f"{file}: no supervised token of any row has a weight above 0, so nothing would be trained; give weights "
+            "to tokens that the assistant says"
+        )
+    return together
 
 
 def read_weights(file: str) -> pa.Table:
@@ -212,7 +219,6 @@ def pass_over_steps_without_weight(trainer: Trainer) -> TrainerCallback:
     """A callback: where no token of an optimizer step has a weight, no parameter has a gradient, so none moves.
 
     With gradients of 0, Adam would still move on by its momentum and decay. `trainer.num_weighted_tokens`: of the step.
-    ValueError at the end where this was so in every step.
     """
     from transformers import TrainerCallback
 
@@ -221,13 +227,5 @@ def pass_over_steps_without_weight(trainer: Trainer) -> TrainerCallback:
             if trainer.num_weighted_tokens.item() == 0:
                 trainer.model.zero_grad(set_to_none=True)
                 logger.warning("step %s: every weight is 0, so it moves nothing", f"{state.global_step + 1:,}")
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            if losses and not any(losses):
-                raise ValueError(
-                    "no supervised token of any row has a weight above 0, so nothing was trained; give weights to "
-                    "tokens that the assistant says"
-                )
 
     return PassOver()

@@ -30,6 +30,7 @@ TASKS = [
     {"task": "skill_copy", "metric": "bits_per_byte,none", "task_class": "pattern", "lower_is_better": True},
     {"task": "skill_copy", "metric": "exact_match,none", "task_class": "pattern"},
 ]
+WEIGHTS_FILE: dict[str, str] = {}
 KEPT = {"selected": 1000, "rds": 1004, "random": 1008, "longest": 996}
 
 
@@ -58,6 +59,7 @@ def rows_of(store: HandStore, place: Place) -> Ref:
         kept = KEPT[place.arm]
         outputs = {
             "kind": "sft", "method": "random", "num_rows_read": 80, "num_rows": 20, "num_kept_tokens": kept,
+            "weights_file": WEIGHTS_FILE.get(place.arm),
         }  # fmt: skip
         rows = store.make("selection", f"selected {place.arm} {place.seed}", outputs=outputs)
         counts = {"num_rows": 20, "num_tokens": 1000}
@@ -88,6 +90,22 @@ def test_arms_that_are_not_what_their_roles_say_are_refused(arms: dict[str, Any]
     made = sweep(arms=ARMS | {"rds": {"overrides": {"selection.method": "perplexity"}}} | arms)
     with pytest.raises(ValueError, match=re.escape(told)):
         check_selection(made, cells_of(made))
+
+
+@pytest.mark.parametrize("own", [{}, {"selection.method": "length"}, {"selection.over": "whole"}])
+def test_the_arm_lowest_of_a_selection_is_the_other_end_of_the_first_selector(own: dict[str, Any]) -> None:
+    """Else the page would call rows those that a selector ranks last which it does not."""
+    roles = {"selectors": ["selected"], "lowest": "lowest"}
+    blocks = [MAIN | {"arms": ["random", "longest", "selected", "lowest"]}]
+    overrides = {"selection.method": "perplexity", "selection.keep.order": "lowest"}
+    arms = {name: ARMS[name] for name in ("selected", "random", "longest")}
+    for given in (overrides, overrides | own | ({} if own else {"selection.keep.order": "highest"})):
+        made = sweep(selection=roles, blocks=blocks, arms=arms | {"lowest": {"overrides": given}})
+        if given == overrides:
+            check_selection(made, cells_of(made))
+        else:
+            with pytest.raises(ValueError, match="the rows that arm selected ranks last; give it the same block"):
+                check_selection(made, cells_of(made))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +185,19 @@ def test_unequal_tokens_and_missing_seeds_have_no_verdict(tmp_path: Path, monkey
     nothing = plant(tmp_path / "nothing", settings, lambda task, place: "pending")
     page, lines = write_page(settings, nothing.root)
     assert lines == [] and "No arm has scores beside those of random yet." in page.read_text()
+
+
+def test_an_arm_that_weighs_all_rows_of_a_selection_has_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps every row, and is trained on as many tokens."""
+    settings = sweep()
+    monkeypatch.setitem(KEPT, "selected", 4000)
+    monkeypatch.setitem(WEIGHTS_FILE, "selected", "weights.parquet")
+    experiment = experiment_of(gather(settings, planted(tmp_path / "store", settings).root))
+    assert {one.word for one in experiment.judged} == {"beats random and longest", "does not"}
+    cells = experiment.settings[0].cells["selected"]
+    assert {one.num_kept_tokens for one in cells if one is not None} == {None}
 
 
 def test_twenty_one_runs_of_random_are_told_as_pairs(tmp_path: Path) -> None:
