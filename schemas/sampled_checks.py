@@ -135,7 +135,8 @@ def dependencies(recipe: Recipe) -> dict[str, list[str]]:
         needs[block] = [settings.starts_from or "base_model", f"data.{recipe.rows_of(block)}"]
         if recipe.selector and recipe.rows_of(block) in recipe.selector.sets:
             # Its rows are scored by a model that is made of the texts of data.sft.
-            own = recipe.selector.model is not None and recipe.selector.model.scratch is not None
+            model = recipe.selector.model if recipe.selector.asks_model else None
+            own = model is not None and model.scratch is not None
             needs[block] += ["data.sft"] if own and recipe.world is None else []
     if recipe.rlvr is not None:
         needs["rlvr"] += (["dpo"] if recipe.dpo else []) + (["reward_model"] if recipe.rlvr.needs_reward_model else [])

@@ -125,6 +125,11 @@ class SelectionSettings(StrictModel):
         """Who makes the scores; None: nothing is selected."""
         return SCORER.get(self.method)
 
+    @property
+    def asks_model(self) -> bool:
+        """Whether a model reads the rows."""
+        return self.scorer not in (None, "counts")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = []

@@ -74,7 +74,7 @@ class SelectionNodes:
         model = settings.model
         if _SELECTOR in self.graph.nodes:
             return _SELECTOR
-        if model is None or model == self.recipe.base_model or settings.scorer == "counts":
+        if model is None or model == self.recipe.base_model or not settings.asks_model:
             return base
         if model.scratch is not None and self.recipe.world is None and self.recipe.data.sft and not sets.get("sft"):
             return None
@@ -94,7 +94,7 @@ class SelectionNodes:
                 return None
             heads = {"heads": Binding(_HEADS, "heads_file")}
         who = {"tokenizer": Binding(base, "folder"), **heads}
-        if settings.scorer != "counts":
+        if settings.asks_model:
             who["model"] = Binding(selector, "folder")
         if settings.targets is not None and settings.method == "rds_plus":
             who |= self._targets(settings.targets, kind)
@@ -113,9 +113,9 @@ class SelectionNodes:
     ) -> str | None:
         """The scores of one source, which is read by itself: their key hangs on no other source."""
         kind, is_alone = SET_KINDS[name], len(data.sources) == 1
-        # The node of the whole set judges how many rows may be malformed.
+        # The node of the whole set judges how many rows may be malformed, and a share of a mixture is none of one source.
         source = DataSet(
-            sources=(data.sources[number],),
+            sources=(data.unmixed.sources[number],),
             max_malformed_share=1.0,
             expected_rows=data.expected_rows if is_alone else None,
         )

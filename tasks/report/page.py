@@ -99,7 +99,7 @@ def html_report(
             "Selection of training rows",
             [(name, outputs) for name, _, outputs in _outputs_of(SelectionOutputs, runs)],
         ),
-        ("data", "Data", _read_once(datasets)),
+        ("data", "Data", _sets_of(datasets, runs)),
         ("mixtures", "Mixtures", _mixtures(runs, preflights)),
         ("preflight", "Preflight", [(name, preflight_figures(outputs)) for name, _, outputs in preflights]),
         ("verifier_audit", "Verifier audit", _verifier_audit(runs)),
@@ -223,16 +223,15 @@ def _verifier_audit(runs: Sequence[tuple[StageRun, Manifest | None]]) -> dict[st
     return {"audits": audits, "measured": measured, "left_out": named} if audits or measured else {}
 
 
-def _read_once(
-    datasets: Sequence[tuple[str, Manifest, DatasetOutputs]],
+def _sets_of(
+    datasets: Sequence[tuple[str, Manifest, DatasetOutputs]], runs: Sequence[tuple[StageRun, Manifest | None]]
 ) -> list[tuple[str, Manifest, DatasetOutputs]]:
-    """Sets with sources that no set before them has: a selection reads each source of a set once more, by itself."""
-    found, seen = [], list[Any]()
-    for dataset in datasets:
-        if any(source not in seen for source in dataset[2].sources):
-            found.append(dataset)
-            seen += dataset[2].sources
-    return found
+    """Those with rows, without the single sources that a selection reads once more to score them."""
+    scored, taken = set(), set()
+    for run, manifest in runs:
+        for name, record in manifest.inputs.items() if manifest else ():
+            (scored if (run.stage, name) == ("selection_scores", "dataset") else taken).add(record.key)
+    return [one for one in datasets if one[2].sources and one[1].key not in scored - taken]
 
 
 def _outputs_of(

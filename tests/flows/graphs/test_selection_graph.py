@@ -144,6 +144,28 @@ def test_selection_of_pairs_and_prompts() -> None:
     assert (influence.over, influence.by) == ("whole", "row")  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("rule", [{"share": 0.7}, {"share": 0.3, "num_held_out": 5}, {"weight": 2}, {"num_rows": 9}])
+def test_a_source_of_any_mixture_is_scored_by_itself(rule: dict[str, Any]) -> None:
+    rest = {name: 1 - value if name == "share" else value for name, value in rule.items() if name != "num_held_out"}
+    made = graph(data__sft__sources=[ONE | rule, TWO[1] | rest])
+    assert made.nodes["selected-sft"].bindings()["dataset"].node == "mixture-sft"
+    assert made.keys()["influence-sft-0"] == graph().keys()["influence-sft-0"]
+
+
+def test_what_a_method_does_not_read_is_not_looked_for() -> None:
+    asked: list[Any] = []
+
+    def resolve(reference: Any) -> str:
+        asked.append(reference.repository)
+        return made_up_commit(reference)
+
+    idle = {"model": {"repository": "a/b"}, "targets": {"sources": [{"repository": "c/d", "format": "messages"}]}}
+    for method, wanted in (("length", []), ("perplexity", ["a/b"]), ("rds_plus", ["c/d", "a/b"])):
+        asked.clear()
+        Graph(load_recipe("tiny", {"selection": idle | {"method": method}}), resolve=resolve)
+        assert asked == wanted
+
+
 def test_weights_go_to_sft_alone() -> None:
     made = graph(selection={"use": "weight"})
     assert made.nodes["sft"].bindings()["weights"].node == "selected-sft"
