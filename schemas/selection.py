@@ -198,6 +198,8 @@ class SelectionSettings(StrictModel):
             note(("min_weight", "max_weight"), "they are for use: weight")
         elif self.keep.amount != fields["keep"].get_default().amount:
             notes.append(f"selection: keep.{self.keep.amount[0]} does nothing: use: weight keeps all rows with a score")
+        if self.use == "filter" and self.keep.threshold is not None and self.keep.within == "all":
+            notes.append("selection: keep.within changes no kept row: a threshold asks for no ranking")
         if self.use == "weight" and self.min_weight == self.max_weight:
             notes.append(f"selection: min_weight and max_weight are both {self.min_weight:g}: all rows weigh the same")
         if self.max_tokens is not None and self.max_tokens > self.max_length:

@@ -53,6 +53,32 @@ def test_mixtures_and_their_tokens(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_sources_that_a_selection_reads_again_are_told_once(tmp_path: Path) -> None:
+    """Another set with the same counts is another set."""
+    summary, manifests, folders, recipe = sample_run(tmp_path)
+    names = [run.node for run in summary.stages if run.node.startswith("dataset-")][:3]
+    outputs = manifests[names[0]].outputs
+    for name in names[1:]:
+        manifests[name] = with_outputs(manifests[name], outputs)
+    shown = section(html_report(summary, manifests, folders, recipe), "data")
+    assert all(f">{name.removeprefix('dataset-')}</th>" in shown for name in names)
+    # The last of them is read to be scored, and by nothing else.
+    key, scorer = manifests[names[2]].key, "verifier-audit"
+    for name, manifest in manifests.items():
+        others = {field: record for field, record in manifest.inputs.items() if record.key != key}
+        manifests[name] = manifest.model_copy(update={"inputs": others})
+    scored = {"dataset": InputRecord(stage="dataset", key=key, digest="ef" * 32)}
+    manifests[scorer] = manifests[scorer].model_copy(update={"inputs": scored})
+    stages = tuple(
+        run.model_copy(update={"stage": "selection_scores"}) if run.node == scorer else run for run in summary.stages
+    )
+    shown = section(
+        html_report(summary.model_copy(update={"stages": stages}), manifests, folders, recipe), "data"
+    )
+    assert f">{names[1].removeprefix('dataset-')}</th>" in shown
+    assert f">{names[2].removeprefix('dataset-')}</th>" not in shown
+
+
 def test_a_held_out_loss(tmp_path: Path) -> None:
     summary, manifests, folders, recipe = sample_run(tmp_path)
     found = HeldOutLossOutputs(
