@@ -113,7 +113,8 @@ class SelectionNodes:
     ) -> str | None:
         """The scores of one source, which is read by itself: their key hangs on no other source."""
         kind, is_alone = SET_KINDS[name], len(data.sources) == 1
-        # The node of the whole set judges how many rows may be malformed, and a share of a mixture is none of one source.
+        # The node of the whole set judges how many rows may be malformed: with its limit here, a source would have
+        # another key once it is not alone, and be scored again. Shares of a mixture are of the whole set too.
         source = DataSet(
             sources=(data.unmixed.sources[number],),
             max_malformed_share=1.0,

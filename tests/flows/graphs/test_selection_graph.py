@@ -200,20 +200,3 @@ def test_held_out_rows_and_samples_are_of_all_rows() -> None:
     # Rows that a model writes are selected once they are there.
     assert made.nodes["preflight-dpo"].bindings()["dataset"].node == "selected-dpo"
     assert made.nodes["dataset-dpo-0"].bindings()["sampled.a"].node == "sampled-rows-a"
-
-
-def test_a_selector_that_is_made_of_rows_that_wait_for_it_is_refused() -> None:
-    with pytest.raises(ValueError, match="goes in a circle"):
-        load_recipe(
-            "tiny",
-            {
-                "sampled": {"a": {"model": "base_model", "prompts": "rlvr", "score": "reward_model", "make": "best"}},
-                "data.sft.sources": [{"sampled": "a"}], "selection": {
-                    "method": "perplexity", "sets": ["preference"], "model": SELECTOR},
-                "world": None, "base_model": {"repository": "a/b"}, "contamination": None, "evaluation": None,
-                "data.preference_eval": None, "data.verified_eval": None,
-                "data.rlvr.sources": [{"path": "/x.jsonl", "format": "rlvr"}],
-                "data.preference.sources": [{"path": "/y.jsonl", "format": "preference"}],
-                "reward_model.start_from": "sft",
-            },
-        )  # fmt: skip

@@ -72,9 +72,7 @@ def test_sources_that_a_selection_reads_again_are_told_once(tmp_path: Path) -> N
     stages = tuple(
         run.model_copy(update={"stage": "selection_scores"}) if run.node == scorer else run for run in summary.stages
     )
-    shown = section(
-        html_report(summary.model_copy(update={"stages": stages}), manifests, folders, recipe), "data"
-    )
+    shown = section(html_report(summary.model_copy(update={"stages": stages}), manifests, folders, recipe), "data")
     assert f">{names[1].removeprefix('dataset-')}</th>" in shown
     assert f">{names[2].removeprefix('dataset-')}</th>" not in shown
 
