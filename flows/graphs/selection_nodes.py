@@ -112,15 +112,13 @@ class SelectionNodes:
         self, settings: SelectionSettings, name: SelectedSet, number: int, data: DataSet, who: Mapping[str, Binding]
     ) -> str | None:
         """The scores of one source, which is read by itself: their key hangs on no other source."""
-        kind, is_alone = SET_KINDS[name], len(data.sources) == 1
-        # The node of the whole set judges how many rows may be malformed: with its limit here, a source would have
-        # another key once it is not alone, and be scored again. Shares of a mixture are of the whole set too.
-        source = DataSet(
-            sources=(data.unmixed.sources[number],),
-            max_malformed_share=1.0,
-            expected_rows=data.expected_rows if is_alone else None,
-        )
-        own = self.read(f"{name}-{number}", kind, source)
+        kind = SET_KINDS[name]
+        own: str | None = f"dataset-{name}"
+        if len(data.sources) > 1:
+            # Shares of a mixture are of the whole set. The limit of malformed rows is of each source anyway, and the
+            # same in the key of a source that is alone: what was read and scored then is found when others join it.
+            source = DataSet(sources=(data.unmixed.sources[number],), max_malformed_share=data.max_malformed_share)
+            own = self.read(f"{name}-{number}", kind, source)
         if own is None:
             return None
         inputs = {"dataset": Binding(own, "file"), **who}

@@ -83,15 +83,18 @@ def test_a_new_source_scores_only_itself() -> None:
     assert of_selection(changed(made, more)) == {
         "dataset-sft", "dataset-sft-2", "influence-sft-2", "selected-sft",
     }  # fmt: skip
+    # Nor does one that was alone: it was read once, as the set itself.
+    alone = graph(data__sft__sources=[ONE])
+    assert alone.nodes["influence-sft-0"].bindings()["dataset"].node == "dataset-sft"
+    assert "dataset-sft-0" not in alone.nodes
+    assert alone.keys()["influence-sft-0"] == made.keys()["influence-sft-0"]
     # The order of sources is no part of it either.
     swapped = graph(data__sft__sources=TWO[::-1]).keys()
     assert [swapped[f"influence-sft-{number}"] for number in (1, 0)] == [
         made.keys()[f"influence-sft-{number}"] for number in (0, 1)
     ]
-    # Nor are mixture, checks and how many rows may be malformed.
-    other = graph(
-        data__sft__sources=[ONE | {"repeats": 2}, TWO[1]], data__sft__max_malformed_share=0.5, contamination=None
-    )
+    # Nor are mixture and checks.
+    other = graph(data__sft__sources=[ONE | {"repeats": 2}, TWO[1]], contamination=None)
     assert other.keys()["influence-sft-0"] == made.keys()["influence-sft-0"]
     assert other.nodes["selected-sft"].bindings()["dataset"].node == "mixture-sft"
 
@@ -199,4 +202,5 @@ def test_held_out_rows_and_samples_are_of_all_rows() -> None:
     assert made.nodes["samples-a"].bindings()["dataset"].node == "contamination-rlvr"
     # Rows that a model writes are selected once they are there.
     assert made.nodes["preflight-dpo"].bindings()["dataset"].node == "selected-dpo"
-    assert made.nodes["dataset-dpo-0"].bindings()["sampled.a"].node == "sampled-rows-a"
+    assert made.nodes["influence-dpo-0"].bindings()["dataset"].node == "dataset-dpo"
+    assert made.nodes["dataset-dpo"].bindings()["sampled.a"].node == "sampled-rows-a"

@@ -62,19 +62,14 @@ def test_sources_that_a_selection_reads_again_are_told_once(tmp_path: Path) -> N
         manifests[name] = with_outputs(manifests[name], outputs)
     shown = section(html_report(summary, manifests, folders, recipe), "data")
     assert all(f">{name.removeprefix('dataset-')}</th>" in shown for name in names)
-    # The last of them is read to be scored, and by nothing else.
-    key, scorer = manifests[names[2]].key, "verifier-audit"
-    for name, manifest in manifests.items():
-        others = {field: record for field, record in manifest.inputs.items() if record.key != key}
-        manifests[name] = manifest.model_copy(update={"inputs": others})
-    scored = {"dataset": InputRecord(stage="dataset", key=key, digest="ef" * 32)}
-    manifests[scorer] = manifests[scorer].model_copy(update={"inputs": scored})
+    # The last of them is one source of the first, read once more to be scored.
+    for found in (manifests, folders):
+        found["dataset-sft-0"] = found.pop(names[2])
     stages = tuple(
-        run.model_copy(update={"stage": "selection_scores"}) if run.node == scorer else run for run in summary.stages
+        run.model_copy(update={"node": "dataset-sft-0"}) if run.node == names[2] else run for run in summary.stages
     )
     shown = section(html_report(summary.model_copy(update={"stages": stages}), manifests, folders, recipe), "data")
-    assert f">{names[1].removeprefix('dataset-')}</th>" in shown
-    assert f">{names[2].removeprefix('dataset-')}</th>" not in shown
+    assert f">{names[1].removeprefix('dataset-')}</th>" in shown and ">sft-0</th>" not in shown
 
 
 def test_a_held_out_loss(tmp_path: Path) -> None:
