@@ -125,6 +125,11 @@ class SelectionSettings(StrictModel):
         """Who makes the scores; None: nothing is selected."""
         return SCORER.get(self.method)
 
+    @property
+    def asks_model(self) -> bool:
+        """Whether a model reads the rows."""
+        return self.scorer not in (None, "counts")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = []
@@ -193,6 +198,8 @@ class SelectionSettings(StrictModel):
             note(("min_weight", "max_weight"), "they are for use: weight")
         elif self.keep.amount != fields["keep"].get_default().amount:
             notes.append(f"selection: keep.{self.keep.amount[0]} does nothing: use: weight keeps all rows with a score")
+        if self.use == "filter" and self.keep.threshold is not None and self.keep.within == "all":
+            notes.append("selection: keep.within changes no kept row: a threshold asks for no ranking")
         if self.use == "weight" and self.min_weight == self.max_weight:
             notes.append(f"selection: min_weight and max_weight are both {self.min_weight:g}: all rows weigh the same")
         if self.max_tokens is not None and self.max_tokens > self.max_length:

@@ -80,6 +80,8 @@ def test_targets_of_a_selection_are_data_sources_of_the_recipe() -> None:
         ({"method": "rds_plus", "targets": TARGETS, "by": "turn"}, ["by does nothing: RDS+ scores whole rows"]),
         ({"use": "weight", "keep": {"share": 0.5}}, ["keep.share does nothing: use: weight keeps all rows"]),
         ({"use": "weight", "min_weight": 1.0, "max_weight": 1.0}, ["are both 1: all rows weigh the same"]),
+        ({"keep": {"threshold": 0.1, "within": "all"}}, ["keep.within changes no kept row"]),
+        ({"max_length": 100}, ["selection.max_length 100 is below sft.max_length 128: rows between are not scored"]),
         ({"max_tokens": 4096}, ["max_tokens 4,096 is above max_length 2,048"]),
         ({"sets": ["rlvr"], "by": "step"}, ["by does nothing: prompts of data.rlvr have no trained turns"]),
         ({"sets": ["rlvr"]}, []),
