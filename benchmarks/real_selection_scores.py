@@ -1,8 +1,9 @@
 """AttentionInfluence on a real model and real rows: do planted lookups rank on top of their domain, and what else does?
 
 The part `scores` of benchmarks/real_selection.py. Rows are those of six files of SMOLTULU_REAL_DATA, each a domain.
-Among the rows of each domain three of each kind are planted, made in code: lookups in a JSON object; a question that
-repeats itself; an answer that repeats itself. Prints figures, and no text of a row.
+Among the rows of each domain three of each kind are planted, made in code: lookups in a JSON object, with answers shown
+before as the probes have them; bare lookups, whose answer is a value alone, which a small model mostly does not know to
+copy; a question that repeats itself; an answer that repeats itself. Prints figures, and no text of a row.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from smoltulu.tasks.selection.figures import spearman
 from smoltulu.tasks.selection.scores_file import RowScore, stored_scores
 from smoltulu.tasks.selection.scores_stage import score_source
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.world.lookups import INSTRUCTION, WORD_LISTS, as_object, draw_pairs
+from smoltulu.tasks.world.lookups import INSTRUCTION, WORD_LISTS, as_line, as_object, draw_pairs
 
 #: Files, and the fields of question and answer.
 SOURCES = {
@@ -40,7 +41,7 @@ SOURCES = {
     "dolly_hhrlhf_small.jsonl.gz": (("prompt",), "response"),
     "t0_p3.jsonl.gz": (("prompt",), "completion"),
 }
-KINDS = ("lookup", "repeated question", "repeated answer")
+KINDS = ("lookup", "bare lookup", "repeated question", "repeated answer")
 NUM_PLANTED = 3
 #: Rank correlation of the score of real rows with these.
 CORRELATED = {"ρ tokens": "num_tokens", "ρ loss": "loss", "ρ repetition": "repetition"}
@@ -62,10 +63,14 @@ def planted_pairs(kind: str, draw: random.Random) -> Iterator[Pair]:
     """Rows of a kind."""
     while True:
         words = [draw.choice(draw.choice(WORD_LISTS)) for _ in range(24)]
-        if kind == "lookup":
+        if kind.endswith("lookup"):
             pairs = draw_pairs(draw, 6, key_length=8)
-            asked = draw.choice(pairs)
-            yield f'{INSTRUCTION}\n{as_object(pairs)}\nQuestion: what is the value of "{asked.key}"?', asked.value
+            *shown, asked = draw.sample(pairs, 4)
+            given = f"{INSTRUCTION}\n{as_object(pairs)}\n"
+            if kind == "lookup":
+                yield given + "\n".join(map(as_line, shown)) + f"\nKey: {asked.key}", as_line(asked)
+            else:
+                yield given + f'Question: what is the value of "{asked.key}"?', asked.value
         elif kind == "repeated question":
             yield "\n".join([" ".join(words[:12])] * 12), " ".join(words[12:])
         else:

@@ -13,6 +13,8 @@ from smoltulu.artifacts import layout
 from smoltulu.artifacts.store import read_manifest
 from smoltulu.flows.sweeping.states import CellRecord
 from smoltulu.schemas.artifact import Manifest
+from smoltulu.schemas.selection import SelectionOutputs
+from smoltulu.tasks.stages import STAGES
 
 #: Kept tokens may differ by this: each source's are within a row of its budget.
 MAX_APART = 0.02
@@ -50,7 +52,8 @@ def trained_on(store_root: Path, cell: CellRecord) -> TrainedOn | None:
     chosen = _upstream(store_root, rows)
     if chosen is None:
         return None
-    selected = chosen.outputs if chosen.spec.stage == "selection" else {}
+    stage = STAGES.get(chosen.spec.stage)
+    selected = chosen.outputs if stage is not None and stage.makes(SelectionOutputs) else {}
     num_rows, num_tokens = _count(rows.outputs, "num_rows"), _count(rows.outputs, "num_tokens")
     if not num_rows or not num_tokens:
         return None

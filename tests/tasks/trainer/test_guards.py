@@ -373,7 +373,7 @@ def hungry_job(folder: Path, size: int) -> Job:
 
 
 class Watched(threading.Thread):
-    """Looks at the new children of this process: how much address space they mapped; sets them a limit, if one is given."""
+    """Looks at new children of this process: how much address space they mapped; sets them a limit, if one is given."""
 
     def __init__(self, limit: int | None = None) -> None:
         super().__init__(daemon=True)
