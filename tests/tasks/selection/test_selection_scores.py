@@ -473,12 +473,12 @@ def test_positions_under_another_name(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = build_tiny_model(tmp_path / "model")
-    tokens = len(build_tokenizer())
-    net = GPT2LMHeadModel(GPT2Config(vocab_size=tokens, n_positions=24, n_embd=16, n_layer=1, n_head=2))
-    net.save_pretrained(folder)
-    lines, _, _ = scored(tmp_path, folder, conversations(6), scorer="perplexity")
-    assert {line.problem for line in lines if line.num_tokens > 24} == {"too long"}
-    assert any(line.score for line in lines) and all(line.score for line in lines if line.num_tokens <= 24)
+    rows = conversations(6)
+    room = sorted(line.num_tokens for line in scored(tmp_path / "counts", folder, rows, scorer="counts")[0])[3]
+    sizes = {"n_positions": room, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(build_tokenizer()), **sizes)).save_pretrained(folder)
+    lines, _, _ = scored(tmp_path / "scores", folder, rows, scorer="perplexity")
+    assert {line.problem: line.num_tokens > room for line in lines} == {"": False, "too long": True}
 
 
 def test_a_selector_of_another_tokenizer_is_refused(tmp_path: Path, model: Path) -> None:
