@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +74,7 @@ def find_heads(
 
     Raises:
         ValueError: a model whose heads cannot be told; probes longer than its context; no score above zero; no head
-            that the rule chooses; with gate `stop`, a gate that fails.
+            that the rule chooses; a loss that is no number; with gate `stop`, a gate that fails.
     """
     prepare_torch(context)
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
@@ -113,6 +114,11 @@ def find_heads(
     ]
     right = parts.rows("right", probes, lambda part: _right(model, part, sets, config, pad))
     losses = parts.rows("losses", graded, lambda part: _losses(model, part, sets, config, pad))
+    if not all(math.isfinite(loss) for row in losses for loss in row):  # ranks of these would be those of chance
+        raise ValueError(
+            "the selector model's loss of a probe is no number, with or without some heads; look at its weights, or "
+            "give another selection.model"
+        )
     lookups = [probe.num_shown + 1 for probe in graded]
     effects = [
         Effect(

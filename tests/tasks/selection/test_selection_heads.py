@@ -379,6 +379,12 @@ def test_a_model_that_copies_nothing_is_an_error_even_with_a_warning(tmp_path: P
         run(model, tmp_path, gate="warn")
 
 
+def test_a_loss_that_is_no_number_is_no_rank(copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads_stage, "token_losses", lambda model, hidden, ids: hidden[:, 0] * torch.nan)
+    with pytest.raises(ValueError, match="loss of a probe is no number"):
+        run(copying, tmp_path)
+
+
 def test_no_head_above_the_threshold(copying: Path, tmp_path: Path) -> None:
     probes = PROBES.model_copy(update={"seed": 2})  # one of them is not done
     with pytest.raises(ValueError, match=r"score of 1 \(selection.heads.threshold\): the largest is 0\.9"):
