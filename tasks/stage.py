@@ -141,13 +141,18 @@ class Stage:
         """Number of processes that run it."""
         return compute.num_processes if self.is_training or self.distributed else 1
 
-    def batch_setting(self, compute: ComputeSettings) -> BatchSetting | None:
-        """The compute setting that is halved when memory runs out; None where there is none.
+    def halved_setting(self, compute: ComputeSettings) -> BatchSetting | None:
+        """The setting that is halved when memory runs out: the batch setting, or a number of tokens in its place.
 
         A budget of tokens that is `auto` is made of the per-device batch, and so halved with it.
         """
         if issubclass(self.config, SupervisedSettings) and isinstance(compute.tokens_per_device, int):
             return "tokens_per_device"
+        return self.batch_setting
+
+    @property
+    def batch_setting(self) -> BatchSetting | None:
+        """The compute setting that its memory grows with; None where there is none."""
         if self.is_training:
             return "per_device_train_batch_size"
         return "per_device_eval_batch_size" if self.eval_batch else None

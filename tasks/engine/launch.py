@@ -71,7 +71,7 @@ def run_child(job: Job, work: Path, output: Path, log: Log, cells: Sequence[Mapp
     effective batch), and goes on from its last checkpoint. What fits is remembered in `work`: a later attempt begins
     with it, unless compute is another by then.
     """
-    setting = job.stage.batch_setting(job.compute)
+    setting = job.stage.halved_setting(job.compute)
     compute = _that_fits(job, work)
     if setting is not None and compute != job.compute:
         log.info("%s: begins with %s %d, which fitted into memory before", job.node, setting, getattr(compute, setting))

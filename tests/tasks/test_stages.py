@@ -49,10 +49,10 @@ def test_traits_follow_from_the_config(stage: Stage) -> None:
     assert stage.num_ranks(ComputeSettings()) == 1
     block = stage.block or stage.name
     if not stage.is_training:
-        assert stage.batch_setting(TWO) in (None, "per_device_eval_batch_size")
+        assert stage.batch_setting in (None, "per_device_eval_batch_size")
         return
     assert stage.build is not None, "the dry run cannot try it"
-    assert stage.num_ranks(TWO) == 2 and stage.batch_setting(TWO) == "per_device_train_batch_size"
+    assert stage.num_ranks(TWO) == 2 and stage.batch_setting == "per_device_train_batch_size"
     assert stage.makes(ModelOutputs) and issubclass(stage.inputs, TrainingInputs)
     assert block == stage.name and block in Recipe.model_fields and title(block) != block
     settings = settings_of(stage)
