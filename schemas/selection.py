@@ -5,6 +5,7 @@ docs/selection.md says what was claimed of each method, and what our controls sh
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -151,6 +152,8 @@ class SelectionSettings(StrictModel):
             )
         if self.method == "random" and self.keep.threshold is not None:
             problems.append("keep.threshold: method random scores nothing; give share, token_share or tokens")
+        if self.keep.threshold is not None and self.use == "filter":
+            problems += self._out_of_range(self.keep.threshold)
         if self.method == "rds_plus" and self.targets is None:
             problems.append("targets: method rds_plus ranks rows by how alike they are to a target set; add targets")
         others = [name for name in self.sets if name != "sft"]
@@ -167,6 +170,23 @@ class SelectionSettings(StrictModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _out_of_range(self, threshold: float) -> list[str]:
+        """Why a threshold keeps no row or every row, whatever the scores."""
+        ranges: dict[Method, tuple[float, float]] = {
+            "attention_influence": (-1, math.inf),  # the masked loss is 0
+            "rds_plus": (-1, 1),
+            "perplexity": (0, math.inf),
+            "length": (self.min_tokens, min(self.max_length, self.max_tokens or self.max_length)),
+        }
+        low, high = ranges.get(self.method, (-math.inf, math.inf))
+        if low <= threshold <= high:
+            return []
+        limits = f"from {low:,g} to {high:,g}" if high < math.inf else f"at least {low:g}"
+        return [
+            f"keep.threshold {threshold:g} would keep no row or every row: scores of method {self.method} are "
+            f"{limits}; give one of these, or a share"
+        ]
 
     def ignored(self) -> list[str]:
         """A sentence for every setting that differs from its default and does nothing."""
