@@ -247,7 +247,7 @@ class Recipe(StrictModel):
         if self.contamination:
             sets.append(self.contamination.audit)
             sources += [benchmark.source for benchmark in self.contamination.benchmarks]
-        if self.selector:
+        if self.selector and self.selector.method == "rds_plus":
             sets.append(self.selector.targets)
         if self.evaluation:
             sources += [source for task in self.evaluation.tasks for source in task.files.values()]

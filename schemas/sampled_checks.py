@@ -15,7 +15,6 @@ from smoltulu.schemas.data import SAMPLED_FORMATS, DataSet, DataSettings, DataSo
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.schemas.sampled import SampledSettings
-from smoltulu.schemas.selection import SelectionSettings
 from smoltulu.schemas.training import DPOSettings, RewardModelSettings, TrainingSettings
 from smoltulu.schemas.world import WorldConfig
 
@@ -39,8 +38,6 @@ class Recipe(Protocol):
     def dpo(self) -> DPOSettings | None: ...
     @property
     def rlvr(self) -> RLVRSettings | None: ...
-    @property
-    def selector(self) -> SelectionSettings | None: ...
     @property
     def trainings(self) -> Mapping[str, TrainingSettings]: ...
 
@@ -133,10 +130,6 @@ def dependencies(recipe: Recipe) -> dict[str, list[str]]:
     needs["base_model"] = ["data.sft"] if made_here else []
     for block, settings in recipe.trainings.items():
         needs[block] = [settings.starts_from or "base_model", f"data.{recipe.rows_of(block)}"]
-        if recipe.selector and recipe.rows_of(block) in recipe.selector.sets:
-            # Its rows are scored by a model that is made of the texts of data.sft.
-            own = recipe.selector.model is not None and recipe.selector.model.scratch is not None
-            needs[block] += ["data.sft"] if own and recipe.world is None else []
     if recipe.rlvr is not None:
         needs["rlvr"] += (["dpo"] if recipe.dpo else []) + (["reward_model"] if recipe.rlvr.needs_reward_model else [])
     return needs

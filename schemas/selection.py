@@ -5,6 +5,7 @@ docs/selection.md says what was claimed of each method, and what our controls sh
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -125,6 +126,11 @@ class SelectionSettings(StrictModel):
         """Who makes the scores; None: nothing is selected."""
         return SCORER.get(self.method)
 
+    @property
+    def asks_model(self) -> bool:
+        """Whether a model reads the rows."""
+        return self.scorer not in (None, "counts")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = []
@@ -146,6 +152,8 @@ class SelectionSettings(StrictModel):
             )
         if self.method == "random" and self.keep.threshold is not None:
             problems.append("keep.threshold: method random scores nothing; give share, token_share or tokens")
+        if self.keep.threshold is not None and self.use == "filter":
+            problems += self._out_of_range(self.keep.threshold)
         if self.method == "rds_plus" and self.targets is None:
             problems.append("targets: method rds_plus ranks rows by how alike they are to a target set; add targets")
         others = [name for name in self.sets if name != "sft"]
@@ -162,6 +170,23 @@ class SelectionSettings(StrictModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _out_of_range(self, threshold: float) -> list[str]:
+        """Why a threshold keeps no row or every row, whatever the scores."""
+        ranges: dict[Method, tuple[float, float]] = {
+            "attention_influence": (-1, math.inf),  # the masked loss is 0
+            "rds_plus": (-1, 1),
+            "perplexity": (0, math.inf),
+            "length": (self.min_tokens, min(self.max_length, self.max_tokens or self.max_length)),
+        }
+        low, high = ranges.get(self.method, (-math.inf, math.inf))
+        if low <= threshold <= high:
+            return []
+        limits = f"from {low:,g} to {high:,g}" if high < math.inf else f"at least {low:g}"
+        return [
+            f"keep.threshold {threshold:g} would keep no row or every row: scores of method {self.method} are "
+            f"{limits}; give one of these, or a share"
+        ]
 
     def ignored(self) -> list[str]:
         """A sentence for every setting that differs from its default and does nothing."""
@@ -193,6 +218,8 @@ class SelectionSettings(StrictModel):
             note(("min_weight", "max_weight"), "they are for use: weight")
         elif self.keep.amount != fields["keep"].get_default().amount:
             notes.append(f"selection: keep.{self.keep.amount[0]} does nothing: use: weight keeps all rows with a score")
+        if self.use == "filter" and self.keep.threshold is not None and self.keep.within == "all":
+            notes.append("selection: keep.within changes no kept row: a threshold asks for no ranking")
         if self.use == "weight" and self.min_weight == self.max_weight:
             notes.append(f"selection: min_weight and max_weight are both {self.min_weight:g}: all rows weigh the same")
         if self.max_tokens is not None and self.max_tokens > self.max_length:

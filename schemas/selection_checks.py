@@ -46,7 +46,7 @@ def selection_problems(recipe: Recipe) -> list[str]:
 
 
 def selection_notes(recipe: Recipe) -> list[str]:
-    """A sentence for every setting that does nothing, and for sets that nothing is trained on."""
+    """A sentence for every setting that does nothing, sets that nothing is trained on, and rows that are too long."""
     settings = recipe.selection
     if settings is None:
         return []
@@ -54,6 +54,13 @@ def selection_notes(recipe: Recipe) -> list[str]:
     if settings.method == "none":
         return notes
     trained = {recipe.rows_of(block) for block in recipe.trainings}
+    for block, training in recipe.trainings.items():
+        longest = getattr(training, "max_length", None)
+        if recipe.rows_of(block) in settings.sets and longest is not None and longest > settings.max_length:
+            notes.append(
+                f"selection.max_length {settings.max_length:,} is below {block}.max_length {longest:,}: rows between "
+                "are not scored, and kept out by every method; raise it if they are to be trained on"
+            )
     return notes + [
         f"selection.sets: data.{name} is selected from, and nothing here is trained on it"
         for name in settings.sets

@@ -74,7 +74,7 @@ class SelectionNodes:
         model = settings.model
         if _SELECTOR in self.graph.nodes:
             return _SELECTOR
-        if model is None or model == self.recipe.base_model or settings.scorer == "counts":
+        if model is None or model == self.recipe.base_model or not settings.asks_model:
             return base
         if model.scratch is not None and self.recipe.world is None and self.recipe.data.sft and not sets.get("sft"):
             return None
@@ -94,7 +94,7 @@ class SelectionNodes:
                 return None
             heads = {"heads": Binding(_HEADS, "heads_file")}
         who = {"tokenizer": Binding(base, "folder"), **heads}
-        if settings.scorer != "counts":
+        if settings.asks_model:
             who["model"] = Binding(selector, "folder")
         if settings.targets is not None and settings.method == "rds_plus":
             who |= self._targets(settings.targets, kind)
@@ -112,14 +112,13 @@ class SelectionNodes:
         self, settings: SelectionSettings, name: SelectedSet, number: int, data: DataSet, who: Mapping[str, Binding]
     ) -> str | None:
         """The scores of one source, which is read by itself: their key hangs on no other source."""
-        kind, is_alone = SET_KINDS[name], len(data.sources) == 1
-        # The node of the whole set judges how many rows may be malformed.
-        source = DataSet(
-            sources=(data.sources[number],),
-            max_malformed_share=1.0,
-            expected_rows=data.expected_rows if is_alone else None,
-        )
-        own = self.read(f"{name}-{number}", kind, source)
+        kind = SET_KINDS[name]
+        own: str | None = f"dataset-{name}"
+        if len(data.sources) > 1:
+            # Shares of a mixture are of the whole set. The limit of malformed rows is of each source anyway, and the
+            # same in the key of a source that is alone: what was read and scored then is found when others join it.
+            source = DataSet(sources=(data.unmixed.sources[number],), max_malformed_share=data.max_malformed_share)
+            own = self.read(f"{name}-{number}", kind, source)
         if own is None:
             return None
         inputs = {"dataset": Binding(own, "file"), **who}

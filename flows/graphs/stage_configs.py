@@ -96,6 +96,6 @@ def hub_references(recipe: Recipe) -> list[Reference]:
     """All Hub references of a recipe. Data come first: the first error of this order is reported."""
     references = [hub_reference(source) for source in recipe.data_sources() if source.repository is not None]
     models = [recipe.base_model, *(entry.checkpoint for entry in recipe.sampled.values() if entry.checkpoint)]
-    if recipe.selector is not None and recipe.selector.model is not None:
+    if recipe.selector and recipe.selector.model is not None and recipe.selector.asks_model:
         models.append(recipe.selector.model)
     return references + [Reference("model", one.repository, one.revision) for one in models if one.repository]

@@ -219,9 +219,9 @@ class Costs:
         num_passes, max_length = node.stage.num_passes(node.config), _max_length(node.config.model_dump())
         num_rows = self._upstream(node, "dataset").num_rows
         size = self._upstream(node, "model").num_parameters if num_passes else None
-        dataset = str(self.graph.spec(node.name).inputs["dataset"])
+        keys = self.graph.spec(node.name).inputs
         finished = list(self._readings(node))
-        num_tokens = known_tokens(finished, dataset)
+        num_tokens = known_tokens(finished, str(keys["dataset"]), str(keys["tokenizer"]))
         if num_tokens is None and num_rows is not None:
             num_tokens = num_rows * max_length
             self.as_if_longest[node.name] = max_length

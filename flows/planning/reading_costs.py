@@ -12,12 +12,16 @@ class Reading:
     """A finished stage of the same kind.
 
     dataset         key of the rows
+    tokenizer       key of the model whose tokens are counted
     num_tokens      of all rows, read once
+    has_model       whether a model reads them, or their tokens alone are counted
     work            FLOPs of its passes; tokens where it has no model
     """
 
     dataset: str
+    tokenizer: str
     num_tokens: int
+    has_model: bool
     device: str
     num_processes: int
     work: float
@@ -32,7 +36,9 @@ def reading_of(manifest: Mapping[str, Any], num_passes: float, num_parameters: i
             return None
         return Reading(
             dataset=str(manifest["spec"]["inputs"]["dataset"]),
+            tokenizer=str(manifest["spec"]["inputs"]["tokenizer"]),
             num_tokens=num_tokens,
+            has_model=num_passes > 0,
             device=str(compute["device"]),
             num_processes=int(compute["num_processes"]),
             work=work_of(num_tokens, num_passes, num_parameters),
@@ -47,16 +53,24 @@ def work_of(num_tokens: float, num_passes: float, num_parameters: int | None) ->
     return 2.0 * num_passes * (num_parameters or 0) * num_tokens if num_passes else float(num_tokens)
 
 
-def known_tokens(finished: Iterable[Reading], dataset: str) -> int | None:
+def known_tokens(finished: Iterable[Reading], dataset: str, tokenizer: str) -> int | None:
     """Tokens of these rows, where another scorer has read them."""
-    return next((one.num_tokens for one in finished if one.dataset == dataset), None)
+    asked = (dataset, tokenizer)
+    return next((one.num_tokens for one in finished if (one.dataset, one.tokenizer) == asked), None)
 
 
 def reading_seconds(
     work: float, finished: Iterable[Reading], device: str, num_processes: int, tflops: float | None, has_model: bool
 ) -> float | None:
-    """From a finished one on such a device, the longest of them; else from the FLOPs that a device is said to do."""
-    alike = [one for one in finished if one.device == device and one.work > 0 and one.seconds > 0]
+    """From a finished one on such a device, the longest of them; else from the FLOPs that a device is said to do.
+
+    Counting tokens says nothing about a model's reading, nor the other way round.
+    """
+    alike = [
+        one
+        for one in finished
+        if (one.device, one.has_model) == (device, has_model) and one.work > 0 and one.seconds > 0
+    ]
     if alike:
         best = max(alike, key=lambda one: one.work)
         return work * best.seconds / best.work * best.num_processes / num_processes

@@ -1,10 +1,11 @@
 """A model that is to copy starts as one that does, a little: weights of two layers, written by hand.
 
-From random weights a model of this size does not come to copy within ten minutes of one core (docs/selection.md has the
-figures). So it starts with the circuit that such a model ends with (Olsson et al. 2022, In-context learning and
-induction heads). A head of layer 0 looks k tokens back and writes down what it sees, one head for each k. A head of
-layer 1 looks for a place where the token k + 1 back is the one that is k back here, and copies the token of that place.
-Several of them agree on what followed the same few tokens before. Training changes all of it as it likes.
+From random weights a model of this size does not come to copy within ten minutes of one core. So it starts with the
+circuit that such a model ends with (Olsson et al. 2022, In-context learning and induction heads). A head of layer 0
+looks k tokens back and writes down what it sees, one head for each k. A head of layer 1 looks for a place where the
+token k + 1 back is the one that is k back here, and copies the token of that place. Several of them agree on what
+followed the same few tokens before. Training changes all of it as it likes. The model's config says that its copying
+is planted.
 
 The hidden state has a constant, then blocks of `head_dim`: the token, the tokens 1, 2, ... back, what is copied.
 """
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+#: What the config of such a model has beside its shape.
+PLANTED = "smoltulu_planted_copying"
 #: Pairs of a head's dimensions that tell distances: with rope_theta 1e8 the others rotate too slowly to matter.
 _FAST_PAIRS = 3
 _SHARP_PLACE, _SHARP_TOKEN, _LOUD = 120.0, 60.0, 8.0

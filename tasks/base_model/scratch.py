@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.base_model import BaseModelConfig
-from smoltulu.tasks.base_model.copying import start_copying
+from smoltulu.tasks.base_model.copying import PLANTED, start_copying
 from smoltulu.tasks.models import mup
 from smoltulu.tasks.stage import Report
 from smoltulu.tasks.world.lookups import draw_copying_text
@@ -56,6 +56,7 @@ def build_base_model(config: BaseModelConfig, texts: Iterable[str], folder: Path
     model = new_model(config, tokenizer)
     if config.texts != "given":
         start_copying(model, config.seed)
+        setattr(model.config, PLANTED, True)  # in its config.json: whoever finds that it copies has to know
     learned = [*(sample if config.texts != "copying" else []), *_copying_texts(config)]
     metrics = _pretrain(model, tokenizer, learned, config, report)
 

@@ -6,6 +6,7 @@ This module prepares plain values; templates/run.html.jinja, verdict.html.jinja 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from smoltulu.schemas.near_duplicates import NearDuplicateOutputs
 from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.run import Outcome, RunSummary, StageRun
 from smoltulu.schemas.sampled import SampledRowsOutputs
-from smoltulu.schemas.selection import SelectionOutputs
+from smoltulu.schemas.selection import SET_KINDS, SelectionOutputs
 from smoltulu.schemas.verdict import AnsweredPrompt, Verdict
 from smoltulu.schemas.verifier_audit import PassRatesOutputs, VerifierAuditOutputs
 from smoltulu.tasks.report import text, verdict
@@ -99,7 +100,7 @@ def html_report(
             "Selection of training rows",
             [(name, outputs) for name, _, outputs in _outputs_of(SelectionOutputs, runs)],
         ),
-        ("data", "Data", _read_once(datasets)),
+        ("data", "Data", _sets_of(datasets)),
         ("mixtures", "Mixtures", _mixtures(runs, preflights)),
         ("preflight", "Preflight", [(name, preflight_figures(outputs)) for name, _, outputs in preflights]),
         ("verifier_audit", "Verifier audit", _verifier_audit(runs)),
@@ -223,16 +224,12 @@ def _verifier_audit(runs: Sequence[tuple[StageRun, Manifest | None]]) -> dict[st
     return {"audits": audits, "measured": measured, "left_out": named} if audits or measured else {}
 
 
-def _read_once(
+def _sets_of(
     datasets: Sequence[tuple[str, Manifest, DatasetOutputs]],
 ) -> list[tuple[str, Manifest, DatasetOutputs]]:
-    """Sets with sources that no set before them has: a selection reads each source of a set once more, by itself."""
-    found, seen = [], list[Any]()
-    for dataset in datasets:
-        if any(source not in seen for source in dataset[2].sources):
-            found.append(dataset)
-            seen += dataset[2].sources
-    return found
+    """Those with rows, without the single sources that a selection reads once more: `dataset-SET-NUMBER`."""
+    of_source = re.compile(rf"({'|'.join(SET_KINDS)})-\d+")
+    return [one for one in datasets if one[2].sources and not of_source.fullmatch(one[0])]
 
 
 def _outputs_of(

@@ -89,6 +89,12 @@ def random_sets(
     return [list(heads) for heads in found]
 
 
+def num_elsewhere(heads: Sequence[HeadPlace], chosen: Sequence[HeadPlace]) -> int:
+    """How many of a random set's heads are of a layer that has not so many chosen ones."""
+    layers = [Counter(layer for layer, _ in one) for one in (heads, chosen)]
+    return (layers[0] - layers[1]).total()
+
+
 def _draw(rng: random.Random, wanted: Counter[int], moved: Counter[int], free: dict[int, list[int]]) -> list[HeadPlace]:
     """`wanted` heads of each layer, of which `moved` come from another one if there is one with heads left."""
     left = {layer: rng.sample(heads, len(heads)) for layer, heads in free.items()}
@@ -127,12 +133,6 @@ def _ranks(values: Sequence[float]) -> list[float]:
             ranks[number] = (start + end - 1) / 2
         start = end
     return ranks
-
-
-def influence(plain: float, masked: float) -> float:
-    """How much more a text costs without the heads, as a share of its loss, which counts as 0.1 where it is less
-    (2505.07293, eq. 5)."""
-    return (masked - plain) / max(plain, 0.1)
 
 
 class Effect(NamedTuple):
@@ -192,6 +192,9 @@ def gates(
         sentence = f"{len(choice.heads)} of {every} heads are chosen, so that {few} of equal size can be drawn"
         return [*made, Gate("control", False, sentence), _kept_gate(kept)]
     worst = min(control.accuracy for control in controls)
+    num_moved = sum(num_elsewhere(control.heads, choice.heads) for control in controls)
+    every = sum(len(control.heads) for control in controls)
+    moved = f"; {num_moved} of their {every} heads are of other layers, where the chosen ones leave too few"
     best = max(control.correlation for control in controls)
     return [
         *made,
@@ -199,7 +202,7 @@ def gates(
             "control_accuracy",
             chosen.accuracy < worst,
             f"without the {len(choice.heads)} chosen heads the accuracy is {chosen.accuracy:.0%}, without the worst of "
-            f"{len(controls)} random sets {worst:.0%} (the chosen ones must cost more)",
+            f"{len(controls)} random sets {worst:.0%} (the chosen ones must cost more{moved if num_moved else ''})",
         ),
         Gate(
             "control_correlation",

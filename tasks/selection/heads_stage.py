@@ -5,7 +5,8 @@ chosen (`heads.py`). Then they are masked, and random sets of the same layers to
 the scores mean nothing. The domain in which an influence is compared with the number of lookups are graded probes: of
 one length, with none to as many answers shown as fit, so that only the lookups differ.
 
-heads.json has: model (digest of its folder, num_layers, num_heads, num_parameters), mask, rule, threshold, top_share,
+heads.json has: model (digest of its folder, num_layers, num_heads, num_parameters, planted: whether it began with a
+copying circuit written by hand, tasks/base_model/copying.py), mask, rule, threshold, top_share,
 scores (layer x head), chosen ([layer, head], highest score first), probes (what they are, and how well the model does
 them), control (plain, chosen and random: heads, accuracy, correlation), single_heads (accuracy with one head masked,
 layer x head; null where that is dear), resampled, gates (name, passed, sentence). The work goes on after a kill where
@@ -16,22 +17,23 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts.files import made_from_folder, write_atomically
-from smoltulu.artifacts.keys import canonical_json, file_digest, folder_digest
+from smoltulu.artifacts.keys import canonical_json, folder_digest
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.selection import Head, SelectionHeadsConfig, SelectionHeadsInputs, SelectionHeadsOutputs
-from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model, load_tokenizer
+from smoltulu.tasks.base_model.copying import PLANTED
+from smoltulu.tasks.models.folders import device_of, load_tokenizer
 from smoltulu.tasks.selection.attention import HeadPlace, attention_modules
 from smoltulu.tasks.selection.heads import (
     Effect,
     choose_heads,
     gates,
-    influence,
     random_sets,
     rank_correlation,
 )
@@ -41,10 +43,10 @@ from smoltulu.tasks.selection.retrieval import (
     Reading,
     batch_of,
     choices,
-    head_logits,
     read_probes,
     retrieval_scores,
 )
+from smoltulu.tasks.selection.scoring import influence_score, selector_model, token_losses
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.loop import prepare_torch
 
@@ -58,8 +60,6 @@ logger = logging.getLogger("smoltulu")
 PART_PROBES = 8
 #: Every head is masked by itself where that takes at most so many FLOPs: a minute on one core.
 SINGLE_HEADS_FLOPS = 1e12
-#: Rows of logits at once: a vocabulary of 50,000 in float32 is 50 MB of them.
-LOGIT_ROWS = 256
 ADVICE = (
     "a selector model that cannot do this ranks rows by nothing. Choose selection.method rds_plus or length; or give "
     "selection.model a larger model, or one that learned to copy (scratch: {texts: copying}); or set selection.gate to "
@@ -74,14 +74,18 @@ def find_heads(
 
     Raises:
         ValueError: a model whose heads cannot be told; probes longer than its context; no score above zero; no head
-            that the rule chooses; with gate `stop`, a gate that fails.
+            that the rule chooses; a loss that is no number; with gate `stop`, a gate that fails.
     """
     prepare_torch(context)
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
-    model = load_language_model(Path(inputs.model))
-    fit_embeddings(model, tokenizer)
-    model.to(device_of(context.compute)).eval()
+    model = selector_model(Path(inputs.model), tokenizer).to(device_of(context.compute))
     num_layers, num_heads = len(attention_modules(model)), model.config.get_text_config().num_attention_heads
+    planted = bool(getattr(model.config, PLANTED, False))
+    if planted:
+        logger.warning(
+            "the selector model began with a copying circuit that was written into its weights (scratch texts): that "
+            "it has heads that copy is no finding"
+        )
     _check_context(model, config)
     settings = config.probes
     probes, others = make_probes(tokenizer, settings), make_probes(tokenizer, settings, draw=1)
@@ -110,12 +114,17 @@ def find_heads(
     ]
     right = parts.rows("right", probes, lambda part: _right(model, part, sets, config, pad))
     losses = parts.rows("losses", graded, lambda part: _losses(model, part, sets, config, pad))
+    if not all(math.isfinite(loss) for row in losses for loss in row):  # ranks of these would be those of chance
+        raise ValueError(
+            "the selector model's loss of a probe is no number, with or without some heads; look at its weights, or "
+            "give another selection.model"
+        )
     lookups = [probe.num_shown + 1 for probe in graded]
     effects = [
         Effect(
             heads,
             sum(row[number] for row in right) / len(right),
-            rank_correlation(lookups, [influence(row[0], row[number]) for row in losses]),
+            rank_correlation(lookups, [influence_score(row[0], row[number]) for row in losses]),
         )
         for number, heads in enumerate([[], *sets])
     ]
@@ -144,6 +153,7 @@ def find_heads(
             "num_layers": num_layers,
             "num_heads": num_heads,
             "num_parameters": model.num_parameters(),
+            "planted": planted,
         },
         "mask": config.mask,
         "rule": choice.rule,
@@ -198,8 +208,7 @@ class _Parts:
     def __init__(
         self, config: SelectionHeadsConfig, inputs: SelectionHeadsInputs, context: StageContext, num_probes: int
     ) -> None:
-        weights = sorted(Path(inputs.model).glob("*.safetensors"))
-        made_from = {"config": scientific(config), "files": [file_digest(file) for file in weights], "version": 1}
+        made_from = {"config": scientific(config), "model": folder_digest(Path(inputs.model)), "version": 2}
         self.folder = made_from_folder(context.work / "heads", canonical_json(made_from))
         self.context, self.num_probes, self.num_done = context, num_probes, 0
 
@@ -256,7 +265,13 @@ def _losses(
     pad_token_id: int,
 ) -> list[list[float]]:
     """For each probe its mean loss over all tokens: as the model is, and without each of the sets."""
-    return _each_pass(model, probes, sets, config, pad_token_id, lambda hidden, probe: text_loss(model, hidden, probe))
+    import torch
+
+    def text_loss(hidden: torch.Tensor, probe: Probe) -> float:
+        ids = torch.tensor(probe.input_ids[1:], device=hidden.device)
+        return float(token_losses(model, hidden[: len(ids)], ids).mean())
+
+    return _each_pass(model, probes, sets, config, pad_token_id, text_loss)
 
 
 def _each_pass(
@@ -277,19 +292,6 @@ def _each_pass(
             for number, probe in enumerate(probes):
                 rows[number].append(measure(hidden[number], probe))
     return rows
-
-
-def text_loss(model: PreTrainedModel, hidden: torch.Tensor, probe: Probe) -> float:
-    """Mean cross-entropy over a text but its first token. hidden: (L, d) of the last layer, padding at the end."""
-    import torch
-
-    ids = torch.tensor(probe.input_ids, device=hidden.device)
-    total = 0.0
-    for start in range(0, len(ids) - 1, LOGIT_ROWS):
-        end = min(start + LOGIT_ROWS, len(ids) - 1)
-        logits = head_logits(model, hidden[start:end])
-        total += float(torch.nn.functional.cross_entropy(logits, ids[start + 1 : end + 1], reduction="sum"))
-    return total / (len(ids) - 1)
 
 
 def _described(probes: Sequence[Probe], readings: Sequence[Reading]) -> dict[str, Any]:

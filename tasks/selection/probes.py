@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from smoltulu.schemas.selection import ProbeSettings
 from smoltulu.tasks.models.tokens import added_tokens
-from smoltulu.tasks.world.lookups import INSTRUCTION, Pair, as_line, as_object, draw_pairs
+from smoltulu.tasks.world.lookups import INSTRUCTION, Pair, as_line, as_object, draw_pairs, most_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,8 +65,7 @@ def make_probes(
     count = settings.num_probes if num_probes is None else num_probes
     rng = random.Random(f"probes {settings.seed} {draw}")
     depths = balanced_depths(rng, count)
-    # More pairs than can fit: a pair has at least a token for each of its parts.
-    most = max(settings.max_tokens // 4, settings.num_shown + 2)
+    most = max(most_pairs(settings), settings.num_shown + 2)
     return [
         _largest(tokenizer, Sketch(draw_pairs(rng, most, settings.key_length), depth, _shares(rng, most)), settings)
         for depth in depths
@@ -79,7 +78,7 @@ def make_graded_probes(tokenizer: PreTrainedTokenizerBase, settings: ProbeSettin
     How much a set of heads costs such a probe must grow with the number of its lookups.
     """
     rng = random.Random(f"graded probes {settings.seed}")
-    most = max(settings.max_tokens // 4, 2)
+    most = max(most_pairs(settings), 2)
     largest = 0
     sketch = Sketch(draw_pairs(rng, most, settings.key_length), 0.5, _shares(rng, most))
     while (
@@ -96,6 +95,12 @@ def make_graded_probes(tokenizer: PreTrainedTokenizerBase, settings: ProbeSettin
             num_shown -= 1
         made.append(_largest(tokenizer, sketch, replace_shown(settings, num_shown)))
     return made
+
+
+def most_pairs(settings: ProbeSettings) -> int:
+    """Pairs that are drawn for a probe: more than can fit, as a pair has at least a token for each of its parts; and
+    where keys are short, no more than half of all keys, so that different ones are soon found."""
+    return min(settings.max_tokens // 4, most_keys(settings.key_length) // 2)
 
 
 def replace_shown(settings: ProbeSettings, num_shown: int) -> ProbeSettings:

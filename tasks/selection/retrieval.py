@@ -123,16 +123,11 @@ def batch_of(probes: Sequence[Probe], pad_token_id: int, device: Any) -> dict[st
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """(..., hidden) -> (..., vocabulary) in float32, as the model's own forward computes them (muP divides them)."""
-    logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    return logits.float() / float(getattr(model.config.get_text_config(), "logits_scaling", 1.0))
-
-
 def choices(model: PreTrainedModel, hidden: torch.Tensor, probe: Probe) -> torch.Tensor:
     """Whether each token of the answer is the model's own choice, (R,) bool. hidden: (L, d) of the last layer."""
     rows = generating_rows(probe.answer)
-    predicted = head_logits(model, hidden[rows[0] : rows[-1] + 1]).argmax(-1)
+    # What some models do to their logits, such as to divide or to cap them, changes no choice.
+    predicted = model.get_output_embeddings()(hidden[rows[0] : rows[-1] + 1]).argmax(-1)
     return predicted == predicted.new_tensor(probe.input_ids[probe.answer[0] : probe.answer[1]])
 
 

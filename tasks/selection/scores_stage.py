@@ -189,7 +189,7 @@ def _scorer(
         return config.max_length, lambda rows: {}
     folder = Path(inputs.model)
     _check_tokenizer(folder, inputs, config, tokenizer)
-    positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings") or config.max_length
+    positions = _positions(folder) or config.max_length
     if positions < config.max_length:
         logger.warning(
             "selection.max_length %s is more than the %s positions of the selector model: rows longer than these are "
@@ -227,6 +227,14 @@ def _scorer(
         return score(rows)
 
     return max_length, scored
+
+
+def _positions(folder: Path) -> int | None:
+    """Tokens that the model reads at most, whatever its config calls them (GPT-2: n_positions); None: no bound."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _check_tokenizer(

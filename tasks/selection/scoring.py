@@ -95,6 +95,20 @@ class Selector:
         return Batch(rows, arguments, [part.query[0] for part in segments.parts])
 
 
+def selector_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model of a folder in float32, the same each time: also where its embeddings have to grow, which is by chance.
+
+    A part of the rows may be scored by another process, or days later. ValueError: the folder is no model that we load.
+    """
+    import torch
+
+    model = load_language_model(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fit_embeddings(model, tokenizer)
+    return model.eval()
+
+
 def load_selector(
     folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str, compute: ComputeSettings, device: str
 ) -> Selector:
@@ -105,8 +119,7 @@ def load_selector(
     """
     import torch
 
-    model = load_language_model(folder)
-    fit_embeddings(model, tokenizer)
+    model = selector_model(folder, tokenizer)
     if use_bfloat16(precision, compute):
         for parameter in model.parameters():  # not the buffers: rotary frequencies need float32
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -246,9 +259,16 @@ def _layers_left_out(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[N
     """Inside, the model's layers give these hidden states, (1, N, hidden), whatever they read."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
+    class Given(BaseModelOutputWithPast):
+        """Nothing but hidden states, whatever else a head asks for: what routers said, attentions, a cache."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
     body = model.base_model
     assert body is not model and "forward" not in vars(body), type(model).__name__
-    body.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    body.forward = lambda *args, **kwargs: Given(last_hidden_state=hidden)
     try:
         yield
     finally:
@@ -262,18 +282,24 @@ def check_head(selector: Selector) -> None:
 
     model = selector.model
     ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    unknown = ValueError(
+        f"{type(model).__name__} makes its logits in a way that is not known here; give another selection.model "
+        "(Llama, Qwen, Granite, SmolLM2)"
+    )
+    if model.base_model is model:
+        raise unknown
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
-        hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        ours = token_losses(model, hidden.last_hidden_state[0, :-1], ids[0, 1:])
+        made = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        hidden = getattr(made, "last_hidden_state", None)
+        if hidden is None:  # the body of a model of texts and images is a language model with a head of its own
+            raise unknown
+        ours = token_losses(model, hidden[0, :-1], ids[0, 1:])
     whole = cross_entropy(logits.float(), ids[0, 1:], reduction="none")
-    tolerance = 1e-3 if hidden.last_hidden_state.dtype == torch.float32 else 5e-2
+    tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
     # NaN counts as equal: rows without a loss are listed.
     if not torch.allclose(ours, whole, rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise ValueError(
-            f"{type(model).__name__} makes its logits in a way that is not known here; give another selection.model "
-            "(Llama, Qwen, Granite, SmolLM2)"
-        )
+        raise unknown
 
 
 def score_rows(

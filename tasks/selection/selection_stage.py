@@ -1,7 +1,7 @@
 """Stage `selection`: which rows of a set are trained on, or how much each of them weighs.
 
 It stands behind all checks and finds the score of a row by its content. Texts are never in memory together: a row takes
-some 270 bytes, measured on 100,000 and 300,000.
+some 300 bytes: 204 MB at 100,000 rows, 443 MB at 939,343.
 """
 
 from __future__ import annotations

@@ -126,6 +126,8 @@ def pack(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} has dropout in its attention ({', '.join(rates)}), packing has none; {remedy}"
         ) from None
+    finally:
+        model.train(training)
     model.eval()
     with torch.no_grad():
         hidden = [

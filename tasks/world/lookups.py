@@ -36,6 +36,11 @@ class Pair(NamedTuple):
     value: str
 
 
+def most_keys(key_length: int) -> int:
+    """How many different keys there are."""
+    return len(_ALPHABET) ** key_length
+
+
 def draw_pairs(rng: random.Random, count: int, key_length: int, num_words: int = len(WORD_LISTS)) -> list[Pair]:
     """`count` pairs with different keys, and values of one word from each of the first `num_words` lists. In any first
     n of them no word is more than once oftener than another of its list."""

@@ -83,15 +83,18 @@ def test_a_new_source_scores_only_itself() -> None:
     assert of_selection(changed(made, more)) == {
         "dataset-sft", "dataset-sft-2", "influence-sft-2", "selected-sft",
     }  # fmt: skip
+    # Nor does one that was alone: it was read once, as the set itself.
+    alone = graph(data__sft__sources=[ONE])
+    assert alone.nodes["influence-sft-0"].bindings()["dataset"].node == "dataset-sft"
+    assert "dataset-sft-0" not in alone.nodes
+    assert alone.keys()["influence-sft-0"] == made.keys()["influence-sft-0"]
     # The order of sources is no part of it either.
     swapped = graph(data__sft__sources=TWO[::-1]).keys()
     assert [swapped[f"influence-sft-{number}"] for number in (1, 0)] == [
         made.keys()[f"influence-sft-{number}"] for number in (0, 1)
     ]
-    # Nor are mixture, checks and how many rows may be malformed.
-    other = graph(
-        data__sft__sources=[ONE | {"repeats": 2}, TWO[1]], data__sft__max_malformed_share=0.5, contamination=None
-    )
+    # Nor are mixture and checks.
+    other = graph(data__sft__sources=[ONE | {"repeats": 2}, TWO[1]], contamination=None)
     assert other.keys()["influence-sft-0"] == made.keys()["influence-sft-0"]
     assert other.nodes["selected-sft"].bindings()["dataset"].node == "mixture-sft"
 
@@ -144,6 +147,28 @@ def test_selection_of_pairs_and_prompts() -> None:
     assert (influence.over, influence.by) == ("whole", "row")  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("rule", [{"share": 0.7}, {"share": 0.3, "num_held_out": 5}, {"weight": 2}, {"num_rows": 9}])
+def test_a_source_of_any_mixture_is_scored_by_itself(rule: dict[str, Any]) -> None:
+    rest = {name: 1 - value if name == "share" else value for name, value in rule.items() if name != "num_held_out"}
+    made = graph(data__sft__sources=[ONE | rule, TWO[1] | rest])
+    assert made.nodes["selected-sft"].bindings()["dataset"].node == "mixture-sft"
+    assert made.keys()["influence-sft-0"] == graph().keys()["influence-sft-0"]
+
+
+def test_what_a_method_does_not_read_is_not_looked_for() -> None:
+    asked: list[Any] = []
+
+    def resolve(reference: Any) -> str:
+        asked.append(reference.repository)
+        return made_up_commit(reference)
+
+    idle = {"model": {"repository": "a/b"}, "targets": {"sources": [{"repository": "c/d", "format": "messages"}]}}
+    for method, wanted in (("length", []), ("perplexity", ["a/b"]), ("rds_plus", ["c/d", "a/b"])):
+        asked.clear()
+        Graph(load_recipe("tiny", {"selection": idle | {"method": method}}), resolve=resolve)
+        assert asked == wanted
+
+
 def test_weights_go_to_sft_alone() -> None:
     made = graph(selection={"use": "weight"})
     assert made.nodes["sft"].bindings()["weights"].node == "selected-sft"
@@ -177,21 +202,5 @@ def test_held_out_rows_and_samples_are_of_all_rows() -> None:
     assert made.nodes["samples-a"].bindings()["dataset"].node == "contamination-rlvr"
     # Rows that a model writes are selected once they are there.
     assert made.nodes["preflight-dpo"].bindings()["dataset"].node == "selected-dpo"
-    assert made.nodes["dataset-dpo-0"].bindings()["sampled.a"].node == "sampled-rows-a"
-
-
-def test_a_selector_that_is_made_of_rows_that_wait_for_it_is_refused() -> None:
-    with pytest.raises(ValueError, match="goes in a circle"):
-        load_recipe(
-            "tiny",
-            {
-                "sampled": {"a": {"model": "base_model", "prompts": "rlvr", "score": "reward_model", "make": "best"}},
-                "data.sft.sources": [{"sampled": "a"}], "selection": {
-                    "method": "perplexity", "sets": ["preference"], "model": SELECTOR},
-                "world": None, "base_model": {"repository": "a/b"}, "contamination": None, "evaluation": None,
-                "data.preference_eval": None, "data.verified_eval": None,
-                "data.rlvr.sources": [{"path": "/x.jsonl", "format": "rlvr"}],
-                "data.preference.sources": [{"path": "/y.jsonl", "format": "preference"}],
-                "reward_model.start_from": "sft",
-            },
-        )  # fmt: skip
+    assert made.nodes["influence-dpo-0"].bindings()["dataset"].node == "dataset-dpo"
+    assert made.nodes["dataset-dpo"].bindings()["sampled.a"].node == "sampled-rows-a"

@@ -48,15 +48,22 @@ def test_passes_of_a_selection(tmp_path: Path, method: str, num_passes: int) -> 
 def test_costs_of_reading_by_hand() -> None:
     assert (work_of(10, 2, 3), work_of(10, 0, None)) == (120, 10)
     manifest = {
-        "outputs": {"num_tokens": 100}, "spec": {"inputs": {"dataset": "k"}}, "duration_seconds": 5,
+        "outputs": {"num_tokens": 100}, "spec": {"inputs": {"dataset": "k", "tokenizer": "t"}}, "duration_seconds": 5,
         "compute": {"device": "cpu", "num_processes": 2},
     }  # fmt: skip
     one = reading_of(manifest, 2, 10)
-    assert one == Reading("k", 100, "cpu", 2, 4000.0, 5.0)
+    assert one == Reading("k", "t", 100, True, "cpu", 2, 4000.0, 5.0)
     assert reading_of(manifest, 2, None) is None and reading_of({}, 2, 10) is None
-    assert known_tokens([one], "k") == 100 and known_tokens([one], "other") is None
+    assert known_tokens([one], "k", "t") == 100
+    assert known_tokens([one], "other", "t") is None is known_tokens([one], "k", "other")
     # Twice the work, by one process.
     assert reading_seconds(8000, [one], "cpu", 1, None, True) == 20
     assert reading_seconds(8000, [one], "cuda", 1, 4e-9, True) == pytest.approx(2)
     assert reading_seconds(8000, [one], "cuda", 1, None, True) is None
     assert reading_seconds(8000, [], "cuda", 1, 4e-9, False) is None
+    # What counted tokens is no measure of what reads them with a model: its work is tokens, not FLOPs.
+    counted = reading_of(manifest, 0, None)
+    assert counted is not None and (counted.work, counted.has_model) == (100.0, False)
+    assert reading_seconds(8000, [counted, one], "cpu", 1, None, True) == 20
+    assert reading_seconds(8000, [counted], "cpu", 1, None, True) is None
+    assert reading_seconds(50, [counted, one], "cpu", 2, None, False) == 2.5

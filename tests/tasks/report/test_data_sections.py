@@ -53,6 +53,25 @@ def test_mixtures_and_their_tokens(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_sources_that_a_selection_reads_again_are_told_once(tmp_path: Path) -> None:
+    """Another set with the same counts is another set."""
+    summary, manifests, folders, recipe = sample_run(tmp_path)
+    names = [run.node for run in summary.stages if run.node.startswith("dataset-")][:3]
+    outputs = manifests[names[0]].outputs
+    for name in names[1:]:
+        manifests[name] = with_outputs(manifests[name], outputs)
+    shown = section(html_report(summary, manifests, folders, recipe), "data")
+    assert all(f">{name.removeprefix('dataset-')}</th>" in shown for name in names)
+    # The last of them is one source of the first, read once more to be scored.
+    for found in (manifests, folders):
+        found["dataset-sft-0"] = found.pop(names[2])
+    stages = tuple(
+        run.model_copy(update={"node": "dataset-sft-0"}) if run.node == names[2] else run for run in summary.stages
+    )
+    shown = section(html_report(summary.model_copy(update={"stages": stages}), manifests, folders, recipe), "data")
+    assert f">{names[1].removeprefix('dataset-')}</th>" in shown and ">sft-0</th>" not in shown
+
+
 def test_a_held_out_loss(tmp_path: Path) -> None:
     summary, manifests, folders, recipe = sample_run(tmp_path)
     found = HeldOutLossOutputs(

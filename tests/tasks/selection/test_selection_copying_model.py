@@ -15,6 +15,7 @@ from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.base_model import BaseModelConfig
 from smoltulu.schemas.common import scientific
 from smoltulu.tasks.base_model import scratch
+from smoltulu.tasks.base_model.copying import PLANTED
 from smoltulu.tasks.base_model.scratch import build_base_model
 from smoltulu.tasks.selection.attention import attend_with_heads
 
@@ -120,6 +121,7 @@ def test_the_first_weights_copy(tmp_path: Path) -> None:
     # One offset more would look one token too far.
     assert (looked[70:-2] == ids[72:]).float().mean() < 0.1
     assert len(tokenizer) == model.config.vocab_size
+    assert getattr(model.config, PLANTED) is True, "whoever uses it is told"
 
 
 def test_the_selector_of_the_recipe_tiny_has_the_tokenizer_of_its_base_model() -> None:

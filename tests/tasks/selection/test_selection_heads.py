@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.selection import (
@@ -24,13 +24,13 @@ from smoltulu.schemas.selection import (
     SelectionHeadsInputs,
     SelectionHeadsOutputs,
 )
+from smoltulu.tasks.base_model.copying import PLANTED
 from smoltulu.tasks.selection import heads_stage
 from smoltulu.tasks.selection.heads import (
     Choice,
     Effect,
     choose_heads,
     gates,
-    influence,
     random_sets,
     rank_correlation,
 )
@@ -154,11 +154,6 @@ def test_rank_correlation_is_that_of_scipy(pairs: list[tuple[int, int]]) -> None
         assert rank_correlation(first, second) == pytest.approx(spearmanr(first, second).statistic, abs=1e-9)
 
 
-def test_influence_is_a_share_and_a_tiny_loss_does_not_explode_it() -> None:
-    assert influence(2.0, 3.0) == 0.5
-    assert influence(0.001, 0.101) == pytest.approx(1.0)
-
-
 GOOD = Effect([(3, 1), (2, 0)], 0.1, 0.9)
 OTHERS = [Effect([(3, 0), (2, 1)], 0.8, 0.4), Effect([(3, 2), (2, 2)], 0.6, 0.5)]
 CHOICE = Choice("threshold", GOOD.heads, [])
@@ -184,6 +179,16 @@ def test_each_gate_by_itself() -> None:
     assert failed(resampled=[(3, 1), (0, 0)]) == ["resampled"]
     assert failed(controls=[]) == ["control"]
     assert failed(accuracy=0.0, resampled=[]) == ["probe_accuracy", "resampled"]
+
+
+def test_the_gate_says_how_many_random_heads_are_of_other_layers() -> None:
+    def said(controls: list[Effect]) -> str:
+        found = gates(0.9, SCORES, CHOICE, GOOD, controls, 2, GOOD.heads)
+        return next(gate.sentence for gate in found if gate.name == "control_accuracy")
+
+    assert "other layers" not in said(OTHERS)
+    moved = [OTHERS[0], Effect([(1, 0), (3, 2)], 0.6, 0.5)]
+    assert "1 of their 4 heads are of other layers" in said(moved)
 
 
 def test_the_measured_redundancy_case_fails_and_the_six_heads_pass() -> None:
@@ -232,8 +237,11 @@ def copying(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def redundant(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three heads that do the same, of six in their layer."""
-    return lookup_model(tmp_path_factory.mktemp("redundant"), (0, 1, 2), num_heads=6, num_layers=3)
+    """Three heads that do the same, of six in their layer, in a model whose config says that they are planted."""
+    folder = lookup_model(tmp_path_factory.mktemp("redundant"), (0, 1, 2), num_heads=6, num_layers=3)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {PLANTED: True}))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +265,11 @@ def test_the_one_copying_head_is_found_and_passes_every_gate(
     made = heads_of(tmp_path)
     assert made["chosen"] == [[1, 2]] and made["rule"] == "threshold" and made["mask"] == "uniform"
     assert [[score > 0 for score in layer] for layer in made["scores"]] == [[False] * 4, [False, False, True, False]]
-    assert made["model"]["num_layers"] == 2 and made["model"]["num_parameters"] > 500_000
+    assert (
+        made["model"]["planted"] is False
+        and made["model"]["num_layers"] == 2
+        and made["model"]["num_parameters"] > 500_000
+    )
     control = made["control"]
     assert control["plain"]["accuracy"] == outputs.probe_accuracy and control["chosen"]["accuracy"] == 0
     assert sorted(one["heads"] for one in control["random"]) == [[[1, 0]], [[1, 1]], [[1, 3]]]
@@ -299,9 +311,12 @@ def test_too_few_of_redundant_heads_are_refused_with_figures_or_warned_of(
     assert selection_heads.gate_failures(SelectionHeadsConfig(**values, gate="warn"), outputs, metrics) == []
 
 
-def test_all_redundant_heads_pass(redundant: Path, tmp_path: Path) -> None:
+def test_all_redundant_heads_pass_and_that_they_are_planted_is_told(
+    redundant: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     outputs, _ = run(redundant, tmp_path, batch=5)
     assert [(head.layer, head.head) for head in outputs.chosen] == [(1, 0), (1, 1), (1, 2)]
+    assert heads_of(tmp_path)["model"]["planted"] and "is no finding" in caplog.text
     controls = [one["heads"] for one in heads_of(tmp_path)["control"]["random"]]
     assert controls[0] == [[1, 3], [1, 4], [1, 5]] and {layer for one in controls for layer, _ in one} == {1, 2}
 
@@ -364,6 +379,12 @@ def test_a_model_that_copies_nothing_is_an_error_even_with_a_warning(tmp_path: P
         run(model, tmp_path, gate="warn")
 
 
+def test_a_loss_that_is_no_number_is_no_rank(copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads_stage, "token_losses", lambda model, hidden, ids: hidden[:, 0] * torch.nan)
+    with pytest.raises(ValueError, match="loss of a probe is no number"):
+        run(copying, tmp_path)
+
+
 def test_no_head_above_the_threshold(copying: Path, tmp_path: Path) -> None:
     probes = PROBES.model_copy(update={"seed": 2})  # one of them is not done
     with pytest.raises(ValueError, match=r"score of 1 \(selection.heads.threshold\): the largest is 0\.9"):
@@ -388,6 +409,5 @@ def test_a_model_whose_heads_cannot_be_masked_is_refused(tmp_path: Path) -> None
         run(tmp_path / "model", tmp_path)
 
 
-def test_a_stage_process_loads_nothing_but_the_folder(copying: Path) -> None:
-    assert isinstance(LlamaForCausalLM.from_pretrained(copying), LlamaForCausalLM)
-    assert selection_heads.batch_setting == "per_device_eval_batch_size" and not selection_heads.is_training
+def test_a_batch_that_does_not_fit_into_memory_is_halved() -> None:
+    assert selection_heads.batch_setting(ComputeSettings()) == "per_device_eval_batch_size"

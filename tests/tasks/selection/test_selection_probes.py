@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoltulu.schemas.selection import ProbeSettings
-from smoltulu.tasks.selection.probes import Probe, balanced_depths, make_graded_probes, make_probes
+from smoltulu.tasks.selection.probes import Probe, balanced_depths, make_graded_probes, make_probes, most_pairs
 from smoltulu.tasks.world.lookups import (
     INSTRUCTION,
     WORD_LISTS,
@@ -137,6 +137,14 @@ def test_too_few_tokens_are_refused_with_what_is_needed() -> None:
         ValueError, match=r"4 pairs with keys of 4 characters and 2 shown answers are \d+ tokens, and max"
     ):
         make_probes(tokenizer(), SMALL.model_copy(update={"max_tokens": 100}))
+
+
+@pytest.mark.parametrize(("max_tokens", "key_length", "count"), [(40_000, 2, 1_922), (450, 2, 112), (450, 32, 112)])
+def test_no_more_pairs_are_drawn_than_there_are_keys(max_tokens: int, key_length: int, count: int) -> None:
+    """There are 3,844 keys of two characters: 10,000 different ones would be looked for without end."""
+    wide = SMALL.model_copy(update={"max_tokens": max_tokens, "key_length": key_length})
+    assert most_pairs(wide) == count
+    assert len(draw_pairs(random.Random(0), count, key_length)) == count
 
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:

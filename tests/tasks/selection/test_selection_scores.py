@@ -164,6 +164,30 @@ def test_logits_that_a_model_scales(tmp_path: Path) -> None:
         scoring.check_head(scoring.Selector(net, 32, False, 0))
 
 
+HEADS_THAT_ASK: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 2, "intermediate_size": 16, "num_key_value_heads": 1},  # for what the routers said
+    "GPT2": {},  # for cross-attentions
+    "Mamba": {"state_size": 4},  # for a cache of its own
+}
+
+
+@pytest.mark.parametrize("family", HEADS_THAT_ASK)
+def test_losses_of_models_whose_head_asks_the_layers_for_more(family: str) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes, initializer_range=1.0, **HEADS_THAT_ASK[family])
+    net = getattr(transformers, f"{family}ForCausalLM" if family != "GPT2" else "GPT2LMHeadModel")(config).eval()
+    selector = scoring.Selector(net, 32, False, 0)
+    scoring.check_head(selector)
+    row = Rendered(0, "0:0", "", [5, 6, 7, 8], [0, 0, 1, 1], 0, 0.0)
+    with torch.no_grad():
+        logits = net(input_ids=torch.tensor([row.ids])).logits[0, 1:3]
+    truth = torch.nn.functional.cross_entropy(logits, torch.tensor([7, 8]))
+    assert scoring.score_rows(selector, [row], scoring.perplexity(False))[0].loss == pytest.approx(float(truth), 1e-5)
+
+
 def _doubled(net: Any, given: dict[str, Any]) -> Any:
     made = type(net).forward(net, **given)
     made.logits = made.logits * 2
@@ -187,6 +211,27 @@ def test_a_model_that_cannot_be_packed_is_padded(tmp_path: Path) -> None:
     near(scored(tmp_path / "padded", folder, rows, scorer="perplexity", compute={"packing": False})[0], lines)
     with pytest.raises(ValueError, match="sliding window"):
         scored(tmp_path / "masked", folder, rows)
+
+
+def test_a_selector_with_dropout_drops_nothing_and_is_the_same_each_time(tmp_path: Path) -> None:
+    """Granite's attention has dropout, so it is padded; rows of embeddings that are missing are drawn by chance."""
+    import json
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = build_tiny_model(tmp_path / "model")
+    made = json.loads((folder / "config.json").read_text())
+    made |= {"vocab_size": made["vocab_size"] - 3, "attention_dropout": 0.5, "initializer_range": 0.5}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**made)).save_pretrained(folder)
+    tokenizer = load_tokenizer(folder, TULU_TEMPLATE)
+    selectors = [scoring.load_selector(folder, tokenizer, "float32", ComputeSettings(device="cpu"), "cpu")] * 2
+    torch.manual_seed(1)
+    selectors[1] = scoring.load_selector(folder, tokenizer, "float32", ComputeSettings(device="cpu"), "cpu")
+    assert not any(selector.packs or selector.model.training for selector in selectors)
+    row = Rendered(0, "0:0", "", [5, 6, 7, 8], [0, 1, 1, 1], 0, 0.0)
+    one, other = (scoring.score_rows(selector, [row], scoring.perplexity(False)) for selector in selectors)
+    assert one == other
 
 
 def test_logits_exist_chunk_by_chunk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +388,7 @@ def test_two_processes_write_the_same_lines(tmp_path: Path, model: Path, monkeyp
         heads=str(tmp_path / "heads.json"), chat_template=TULU_TEMPLATE,
     )  # fmt: skip
     spec = Spec(stage="selection_scores", version=1, config=scientific(config), inputs={}, externals={})
-    compute = ComputeSettings(device="cpu", num_threads=1, num_processes=2)
+    compute = ComputeSettings(device="cpu", num_threads=1, num_processes=2, launcher="warm")
     work = tmp_path / "two"
     (work / "output").mkdir(parents=True)
     import logging
@@ -421,6 +466,19 @@ def test_rows_beyond_the_positions_of_the_model(tmp_path: Path, model: Path, cap
     lines, _, _ = scored(tmp_path, model, rows, max_length=1000)
     assert [line.problem for line in lines] == ["", scores_file.TOO_LONG] and lines[1].num_tokens < 1000
     assert "selection.max_length 1,000 is more than the 256 positions of the selector model" in caplog.text
+
+
+def test_positions_under_another_name(tmp_path: Path) -> None:
+    """GPT-2 has n_positions. A row beyond them is an index error in the middle of the run."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = build_tiny_model(tmp_path / "model")
+    rows = conversations(6)
+    room = sorted(line.num_tokens for line in scored(tmp_path / "counts", folder, rows, scorer="counts")[0])[3]
+    sizes = {"n_positions": room, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(build_tokenizer()), **sizes)).save_pretrained(folder)
+    lines, _, _ = scored(tmp_path / "scores", folder, rows, scorer="perplexity")
+    assert {line.problem: line.num_tokens > room for line in lines} == {"": False, "too long": True}
 
 
 def test_a_selector_of_another_tokenizer_is_refused(tmp_path: Path, model: Path) -> None:

@@ -258,7 +258,7 @@ def test_texts_are_never_in_memory_together(tmp_path: Path) -> None:
 
 
 HEADS: dict[str, Any] = {
-    "model": {"digest": "0" * 64, "num_layers": 2, "num_heads": 3, "num_parameters": 1234},
+    "model": {"digest": "0" * 64, "num_layers": 2, "num_heads": 3, "num_parameters": 1234, "planted": True},
     "mask": "uniform", "rule": "threshold", "scores": [[0.0, 0.1, 0.0], [0.9, 0.0, 0.05]], "chosen": [[1, 0], [0, 1]],
     "probes": {"accuracy": 0.95, "num_probes": 20},
     "control": {
@@ -284,6 +284,7 @@ def test_the_page_of_a_selection(tmp_path: Path) -> None:
     for said in (
         "share 0.5, highest first, ranked within each source", "4 of 8 rows kept, with 140 tokens",
         "ranked below the cut: 2", "random set 1", " of 20 lookups", "lowest perplexity",
+        "written into its weights by hand",
     ):  # fmt: skip
         assert said in page, said
     weighed = (run(tmp_path, rows, scores, use="weight")[1] / "selection.html").read_text()
