@@ -132,6 +132,8 @@ def main(job_file: str, is_warm: bool = False) -> int:
         traceback.print_exc()
         if is_out_of_memory(error):
             message = {"message": str(error).strip().partition("\n")[0] or type(error).__name__}
+            if (num_tokens := getattr(error, "num_tokens", None)) is not None:
+                message["num_tokens"] = num_tokens  # of the micro-batch, where it is cut by tokens
             write_atomically(Path(job["work"]) / OUT_OF_MEMORY_FILE, json.dumps(message))
             return 3
         return 1

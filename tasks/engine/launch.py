@@ -81,7 +81,8 @@ def run_child(job: Job, work: Path, output: Path, log: Log, cells: Sequence[Mapp
             raise ValueError(f"{job.node}: out of memory. It said: {message}")
         size: int = getattr(compute, setting)
         if job.stage.is_training:
-            smaller = size // 2 or None
+            tried = (_said(work / OUT_OF_MEMORY_FILE) or {}).get("num_tokens", size)
+            smaller = min(size, tried) // 2 or None
             if setting == "per_device_train_batch_size":
                 smaller = smaller_batch(size, job.config.effective_batch_size, compute.num_processes)  # type: ignore[attr-defined]
             same, advice = ", same effective batch", job.stage.memory_advice or _TRAINING_ADVICE
@@ -234,7 +235,7 @@ class _TimeLimit:
 
 
 def _said(file: Path) -> dict[str, Any] | None:
-    """What a stage wrote about its end: `message`, and `diverged` where it did."""
+    """What a stage wrote about its end: `message`, `diverged` where it did, `num_tokens` of its micro-batch."""
     if not file.exists():
         return None
     said: dict[str, Any] = json.loads(file.read_text())

@@ -207,9 +207,13 @@ def cut_by_tokens(trainer: Trainer, compute: ComputeSettings) -> None:
                 try:
                     step.losses.append(step_of_trainer(model, batch, *args, **kwargs))
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error) or is_blank(batch) or len(batch["row"]) > 1:
+                    if not is_out_of_memory(error) or is_blank(batch):
                         raise
-                    raise ValueError(_one_row(batch, error)) from error
+                    if len(batch["row"]) == 1:
+                        raise ValueError(_one_row(batch, error)) from error
+                    # A budget far above what a step holds would be halved many times before that changed anything.
+                    error.num_tokens = batch["input_ids"].numel()  # type: ignore[union-attr]
+                    raise
         return sum(step.losses[1:], start=step.losses[0])
 
     def floating_point_ops(step: CutStep) -> int:

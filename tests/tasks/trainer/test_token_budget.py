@@ -26,6 +26,7 @@ from smoltulu.flows.recipe import RecipeError, load_recipe
 from smoltulu.schemas.artifact import Spec
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.compute import ComputeSettings, StageCompute
+from smoltulu.tasks.engine.child import OUT_OF_MEMORY_FILE
 from smoltulu.tasks.engine.launch import run_child
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.stages import STAGES
@@ -379,7 +380,11 @@ def test_held_out_rows_go_by_the_budget_too(base: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     ("setting", "asked", "sizes"),
-    [("tokens_per_device", 301, [301, 150, 75]), ("per_device_train_batch_size", 4, [4, 2])],
+    [
+        ("tokens_per_device", 301, [301, 150, 75]),
+        ("tokens_per_device", 10**6, [10**6, 200, 100]),  # the micro-batch had 400
+        ("per_device_train_batch_size", 4, [4, 2]),
+    ],
 )
 def test_out_of_memory_halves_the_budget_and_remembers_it(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
@@ -390,6 +395,8 @@ def test_out_of_memory_halves_the_budget_and_remembers_it(
 
     def run_once(asked: Job, compute: ComputeSettings, *_: Any) -> str | None:
         tried.append(getattr(compute, setting))
+        said = {"message": ""} | ({"num_tokens": 400} if tried[-1] == 10**6 else {})
+        (tmp_path / OUT_OF_MEMORY_FILE).write_text(json.dumps(said))
         return "CUDA out of memory" if tried[-1] > sizes[-1] else None
 
     monkeypatch.setattr(smoltulu.tasks.engine.launch, "_run_once", run_once)
@@ -414,8 +421,9 @@ def test_one_row_without_memory_is_an_error_that_no_smaller_budget_is_tried_for(
 
     monkeypatch.setattr(transformers.Trainer, "training_step", training_step)
     several = trainer_of("sft", tmp_path / "several", base, rows_of_stage("sft"), SETTINGS, tokens_per_device=10**6)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError) as raised:
         several.train()
+    assert 2 < raised.value.num_tokens < 4000  # of the micro-batch, from which the budget is halved
     alone = trainer_of("sft", tmp_path / "alone", base, rows_of_stage("sft"), SETTINGS, tokens_per_device=1)
     said = r"out of memory with one row alone \(row \d+\), .*activation_checkpointing, .* It said: CUDA out .* 2 GiB$"
     with pytest.raises(ValueError, match=said):
