@@ -410,4 +410,4 @@ def test_a_model_whose_heads_cannot_be_masked_is_refused(tmp_path: Path) -> None
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved() -> None:
-    assert selection_heads.batch_setting(ComputeSettings()) == "per_device_eval_batch_size"
+    assert selection_heads.batch_setting == "per_device_eval_batch_size"

@@ -232,6 +232,7 @@ def test_a_selector_with_dropout_drops_nothing_and_is_the_same_each_time(tmp_pat
     row = Rendered(0, "0:0", "", [5, 6, 7, 8], [0, 1, 1, 1], 0, 0.0)
     one, other = (scoring.score_rows(selector, [row], scoring.perplexity(False)) for selector in selectors)
     assert one == other
+    assert torch.equal(*(selector.model.get_input_embeddings().weight for selector in selectors))
 
 
 def test_logits_exist_chunk_by_chunk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
