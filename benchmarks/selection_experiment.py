@@ -173,7 +173,7 @@ def simulate_one_draw(num: int) -> None:
                         ]
                         for size, anew in zip(sizes, (False, True), strict=True)
                     ]
-                    p_values.append(compare(*sides).p_value)
+                    p_values.append(compare(*sides, is_one_draw=True).p_value)
                 found += min(holm(p_values)) < 0.05
             print(f"one draw of {sizes[0]} seeds against {sizes[1]} draws, which spread {spread / 0.1:g} times as much "
                   f"as seeds: {found / num:.1%} of {num:,}")  # fmt: skip

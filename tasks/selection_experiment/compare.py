@@ -6,6 +6,10 @@ other items, so both count. A run is drawn alone, an item is drawn for both arms
 The part of the noise that is of one run and one item alone stands in both terms: the interval is rather too wide, as
 that of a bootstrap over both is (Owen, "The pigeonhole bootstrap", arXiv 0712.1111). A bootstrap of three seeds would
 be too narrow: it has 2/3 of their variance and no heavier tails.
+
+Which rows were drawn moves a run, too. `random` draws anew for every run; a selector has the same rows in all of its
+runs, and one that knows nothing has one draw. So a selector is compared with `random` as one more draw: with the
+variance of runs of `random`, once, however many seeds it has (the interval of a prediction).
 """
 
 from __future__ import annotations
@@ -49,13 +53,20 @@ class Difference:
     p_value: float
 
 
-def compare(arm: Sequence[Floats], control: Sequence[Floats], spread_of_runs: Spread | None = None) -> Difference:
+def compare(
+    arm: Sequence[Floats],
+    control: Sequence[Floats],
+    spread_of_runs: Spread | None = None,
+    *,
+    is_one_draw: bool = False,
+) -> Difference:
     """Compare two arms on a few tasks, each of which counts alike.
 
     Args:
         arm: of each task (num_seeds, num_items) scores, larger is better.
         control: the same tasks and items; its seeds may be others, and of another number.
         spread_of_runs: variance of a run's mean over tasks, where it is known from elsewhere; else each arm's own.
+        is_one_draw: all runs of the arm have the same rows, and those of the control each rows of its own.
 
     Raises:
         ValueError: other items on one side, or none; a score that is no number; a single run of unknown spread.
@@ -73,6 +84,9 @@ def compare(arm: Sequence[Floats], control: Sequence[Floats], spread_of_runs: Sp
             if len(runs) < 2:
                 raise ValueError("one run of an arm says nothing of other seeds; give at least two")
             terms.append(Spread(float(runs.var(ddof=1)) / len(runs), len(runs) - 1))
+        drawn = terms[1].variance * len(of_runs[1])  # variance of a run of the control
+        if is_one_draw and drawn > terms[0].variance:
+            terms = [Spread(drawn + terms[1].variance, terms[1].num_df)]
     for ours, theirs in zip(arm, control, strict=True):
         paired = ours.mean(axis=0) - theirs.mean(axis=0)
         if len(paired) > 1:

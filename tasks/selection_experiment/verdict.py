@@ -144,7 +144,9 @@ def judge(
             reasons[setting, selector] = reason
             for name, tasks in classes.items() if not reason else ():
                 for control in controls:
-                    tests[setting, selector, name, control] = _compared(arms[selector], arms[control], tasks)
+                    tests[setting, selector, name, control] = _compared(
+                        arms[selector], arms[control], tasks, is_one_draw=control == roles.random
+                    )
     adjusted = dict(zip(tests, holm([one.p_value for one in tests.values()]), strict=True))
     judged = []
     for (setting, selector), reason in reasons.items():
@@ -159,8 +161,11 @@ def judge(
     return judged
 
 
-def _compared(arm: ArmScores, control: ArmScores, tasks: Sequence[SweptTask]) -> Difference:
-    return compare([arm.tasks[task] for task in tasks], [control.tasks[task] for task in tasks])
+def _compared(
+    arm: ArmScores, control: ArmScores, tasks: Sequence[SweptTask], *, is_one_draw: bool = False
+) -> Difference:
+    ours, theirs = ([side.tasks[task] for task in tasks] for side in (arm, control))
+    return compare(ours, theirs, is_one_draw=is_one_draw)
 
 
 def _missing(selector: str, controls: Sequence[str], arms: Mapping[str, ArmScores], fewest: Mapping[str, int]) -> str:
@@ -183,18 +188,23 @@ def table(
             wanted = tasks if task is None else (task,)
             for arm in roles.arms:
                 if arm in arms and arms[arm].num_seeds:
-                    rows.append(_row(arm, name, task, wanted, arms, roles.random))
+                    rows.append(_row(arm, name, task, wanted, arms, roles))
     return rows
 
 
 def _row(
-    arm: str, name: str, task: SweptTask | None, wanted: Sequence[SweptTask], arms: Mapping[str, ArmScores], random: str
+    arm: str,
+    name: str,
+    task: SweptTask | None,
+    wanted: Sequence[SweptTask],
+    arms: Mapping[str, ArmScores],
+    roles: SelectionRoles,
 ) -> Row:
-    own = [arms[arm].tasks[one] for one in wanted]
+    own, random = [arms[arm].tasks[one] for one in wanted], roles.random
     num_seeds, num_control = arms[arm].num_seeds, arms[random].num_seeds if random in arms else 0
     against = None
     if arm != random and min(num_seeds, num_control) > 1:
-        against = compare(own, [arms[random].tasks[one] for one in wanted])
+        against = _compared(arms[arm], arms[random], wanted, is_one_draw=arm in roles.selectors)
     runs = np.mean([one.mean(axis=1) for one in own], axis=0)
     return Row(arm, name, task, tuple(map(float, runs)), against)
 

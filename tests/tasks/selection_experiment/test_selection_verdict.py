@@ -52,6 +52,25 @@ def arm(
 # ---------------------------------------------------------------------------------------------------------- intervals
 
 
+def test_an_arm_of_one_draw_by_hand() -> None:
+    """Runs of random 1, 2, 3 have variance 1: of one more draw 1, of their mean 1/3. The arm's own runs are all 5."""
+    found = compare([np.full((4, 1), 5.0)], [np.array([[1.0], [2.0], [3.0]])], is_one_draw=True)
+    assert found.difference == 3.0 and found.stderr == pytest.approx(math.sqrt(4 / 3)) and found.num_df == 2
+    wild = compare([np.array([[0.0], [10.0]])], [np.array([[1.0], [2.0], [3.0]])], is_one_draw=True)
+    assert wild.stderr == pytest.approx(math.sqrt(50 / 2 + 1 / 3)), "an arm that spreads more has its own variance"
+
+
+@pytest.mark.parametrize("draws_spread", [0.0, 0.5, 1.0, 4.0])
+def test_a_selector_that_knows_nothing_is_one_draw_of_random(draws_spread: float) -> None:
+    """Its rows are the same in every run; a rule that forgets it finds a difference in 15 % and more."""
+    draws, num_found = np.random.default_rng(3), 0
+    for _ in range(400):
+        of_draw = draws.normal(0, draws_spread, (1, 1)), draws.normal(0, draws_spread, (5, 1))
+        ours, theirs = (rows + draws.normal(0, 1, (len(rows) if len(rows) > 1 else 3, 1)) for rows in of_draw)
+        num_found += compare([ours], [theirs], is_one_draw=True).p_value < 0.05
+    assert num_found <= 400 * 0.05 + 2 * math.sqrt(400 * 0.05 * 0.95)
+
+
 def test_an_interval_by_hand() -> None:
     """Runs 2, 3, 4 (means of their items) against 0, 0.5, 1: variances 1/3 and 0.25/3; items differ by 2 and 3."""
     ours = np.array([[2.0, 2.0], [2.5, 3.5], [3.5, 4.5]])
