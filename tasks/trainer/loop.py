@@ -397,7 +397,7 @@ def finish(
     outputs = ModelOutputs(
         num_parameters=num_parameters,
         num_steps=num_steps,
-        num_tokens=int(max((row.get("num_tokens", 0) for row in history), default=0)),
+        num_tokens=num_tokens(trainer),
         history_file=HISTORY_FILE,
     )
     metrics = {}

@@ -45,6 +45,7 @@ from smoltulu.schemas.preflight import DryRun, LengthReport, PreflightOutputs
 from smoltulu.tasks.data.hub import HubUnreachable, Reference, SourceUnavailable, resolve_commits
 from smoltulu.tasks.engine.environment import environment
 from smoltulu.tasks.report.text import local_minute
+from smoltulu.tasks.trainer.disk import num_checkpoints_kept
 from tests.example_outputs import example_outputs
 from tests.tiny_model import build_tiny_model
 
@@ -197,8 +198,9 @@ def test_plan_counts_held_out_answers_and_the_best_weights(tmp_path: Path, with_
         assert after.flops is not None and before.flops is not None and after.flops - before.flops == more
         assert after.disk_bytes == before.disk_bytes
     assert after.peak_disk_bytes is not None and before.peak_disk_bytes is not None
-    # Policy and critic, twice.
-    assert after.peak_disk_bytes - before.peak_disk_bytes == 2 * 2 * 4 * NUM_PARAMETERS
+    # Policy and critic, one more than checkpoints are kept.
+    kept = num_checkpoints_kept(graph.compute, is_extendable=False)
+    assert after.peak_disk_bytes - before.peak_disk_bytes == kept * 2 * 4 * NUM_PARAMETERS
 
 
 def test_plan_of_1130_beside_a_finished_1207_explains_the_difference(with_1207: Store) -> None:

@@ -262,6 +262,14 @@ def test_micro_batching_changes_nothing(stage: str, world: Path, tmp_path: Path)
         assert residual.mean().abs() < 5e-6
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_all_tokens_are_counted_whenever_they_are_logged(stage: str, world: Path, tmp_path: Path) -> None:
+    """Of six steps the fourth is logged last; an artifact said its tokens."""
+    each, _, _ = run(stage, world, tmp_path / "each", logging_steps=1)
+    some, _, _ = run(stage, world, tmp_path / "some", logging_steps=4)
+    assert some.num_tokens == each.num_tokens > 0
+
+
 def test_every_parameter_of_sft_moves(world: Path, tmp_path: Path) -> None:
     base = load_file(world / "model" / "model.safetensors")
     outputs, metrics, trained = run("sft", world, tmp_path)
