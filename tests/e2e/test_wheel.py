@@ -187,7 +187,7 @@ def test_a_run_through_a_server_that_up_started(installed: Installed) -> None:
             [installed.python.parent / "smoltulu", "doctor"], cwd=installed.folder, env=installed.environment(),
             text=True, capture_output=True, check=False,
         )  # fmt: skip
-        assert "all 6 of prefect.yaml are registered" in examined.stdout and "1 polls the pool" in examined.stdout
+        assert "all 7 of prefect.yaml are registered" in examined.stdout and "1 polls the pool" in examined.stdout
     finally:
         down = installed("down")
         left = processes.processes_with(machine.MARK, str(state))
