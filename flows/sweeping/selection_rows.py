@@ -16,7 +16,7 @@ from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.selection import SelectionOutputs
 from smoltulu.tasks.stages import STAGES
 
-#: Kept tokens may differ by this: each source's are within a row of its budget.
+#: Kept tokens may differ by this, or by a row of each source, where that is more: no budget is met closer.
 MAX_APART = 0.02
 #: Tokens of trainings, which end with a whole batch.
 _MAX_TRAINED_APART = 0.1
@@ -29,6 +29,7 @@ class TrainedOn:
     num_rows, num_tokens  that were trained on, once
     num_kept_tokens       by the tokens of the selection; None where all rows were taken, weighed or not
     num_trained_tokens    over the whole training; num_steps: optimizer steps
+    num_sources           from each of which rows were chosen
     """
 
     num_rows: int
@@ -36,6 +37,7 @@ class TrainedOn:
     num_kept_tokens: int | None
     num_trained_tokens: int
     num_steps: int
+    num_sources: int = 1
 
     @property
     def num_epochs(self) -> float:
@@ -64,6 +66,7 @@ def trained_on(store_root: Path, cell: CellRecord) -> TrainedOn | None:
         _count(selected, "num_kept_tokens"),
         _count(training.outputs, "num_tokens") or 0,
         _count(training.outputs, "num_steps") or 0,
+        len(selected.get("by_source") or {}) or 1,
     )
 
 
@@ -99,7 +102,9 @@ def unequal(arms: Mapping[str, Sequence[TrainedOn]]) -> str:
     fewest = min(kept, key=lambda name: min(kept[name]))
     most = max(kept, key=lambda name: max(kept[name]))
     low, high = min(kept[fewest]), max(kept[most])
-    if high <= low * (1 + MAX_APART):
+    every = [one for cells in arms.values() for one in cells if one.num_kept_tokens]
+    a_row_each = max(one.num_sources * one.num_kept_tokens / one.num_rows for one in every)  # type: ignore[operator]
+    if high - low <= max(MAX_APART * low, a_row_each):
         return ""
     return (
         f"not at equal tokens: arm {fewest} kept {low:,} and arm {most} {high:,}; give all arms the same "
