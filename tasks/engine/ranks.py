@@ -65,6 +65,7 @@ def fork_ranks(num_ranks: int) -> int | None:
         if not status and not asked:
             signal.alarm(_GRACE_S)
         status = status or (STOPPED if asked else code if code > 0 else 1)
+    signal.alarm(0)
     return status
 
 
