@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -101,6 +102,15 @@ def score_source(
         num_tokens=seen.num_tokens,
     )
     means = {measure: value / seen.num_scored for measure, value in seen.sums.items()}
+    if (guess := math.log(len(tokenizer))) < means.get("loss", 0.0):
+        logger.warning(
+            "selection: the selector model's mean loss on these rows is %.2f nats, and a guess over %s tokens has %.2f: "
+            "it knows nothing of such texts, so its scores rank them by little; give a model that was trained on texts "
+            "like these",
+            means["loss"],
+            f"{len(tokenizer):,}",
+            guess,
+        )
     return outputs, {
         "num_scored_rows": float(outputs.num_scored_rows),
         "num_unscored_rows": float(outputs.num_unscored_rows),

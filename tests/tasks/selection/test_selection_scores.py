@@ -133,6 +133,17 @@ def test_the_other_scorers(tmp_path: Path, model: Path, caplog: pytest.LogCaptur
     assert counts == [replace(line, **nothing) for line in influence]
 
 
+def test_a_selector_that_knows_nothing_of_the_rows_is_told(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model of random weights is surer than a guess, and wrong."""
+    _, _, metrics = scored(tmp_path / "perplexity", model, conversations(6), scorer="perplexity")
+    assert metrics["loss"] > 6 and "it knows nothing of such texts" in caplog.text
+    caplog.clear()
+    scored(tmp_path / "counts", model, conversations(6), scorer="counts")
+    assert "knows nothing" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["preference", "rlvr"])
 def test_the_other_kinds(tmp_path: Path, model: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     rows = pairs(4) if kind == "preference" else prompts(4)
