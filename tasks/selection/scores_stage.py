@@ -104,7 +104,7 @@ def score_source(
     means = {measure: value / seen.num_scored for measure, value in seen.sums.items()}
     if (guess := math.log(len(tokenizer))) < means.get("loss", 0.0):
         logger.warning(
-            "selection: the selector model's mean loss on these rows is %.2f nats, and a guess over %s tokens has %.2f: "
+            "selection: the selector model's mean loss on these rows is %.2f nats, a guess over %s tokens has %.2f; "
             "it knows nothing of such texts, so its scores rank them by little; give a model that was trained on texts "
             "like these",
             means["loss"],
