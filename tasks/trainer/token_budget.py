@@ -33,6 +33,7 @@ logger = logging.getLogger("smoltulu")
 
 Row = dict[str, Any]
 Batch = dict[str, Any]
+_PAIR = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 # --------------------------------------------------------------------------------------------------------- the cut
@@ -77,11 +78,14 @@ def costliest(costs: Sequence[int], budget: int, most_rows: int, packing: bool) 
 
 
 def row_cost(row: Mapping[str, Sequence[int]], packing: bool) -> int:
-    """Tokens that the model computes for a row alone. A packed pair costs its prompt once, a padded one twice its
-    longer side."""
+    """Tokens that the model computes for a row alone."""
     if "input_ids" in row:
         return len(row["input_ids"])
-    prompt, chosen, rejected = (len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return _pair_cost(packing, *(len(row[name]) for name in _PAIR))
+
+
+def _pair_cost(packing: bool, prompt: int, chosen: int, rejected: int) -> int:
+    """A packed pair costs its prompt once, a padded one twice its longer side."""
     return prompt + chosen + rejected if packing else 2 * (prompt + max(chosen, rejected))
 
 
@@ -95,11 +99,7 @@ def row_costs(table: Any, packing: bool) -> list[int]:
 
     if "input_ids" in table.schema.names:
         return lengths("input_ids")
-    sides = zip(lengths("prompt_ids"), lengths("chosen_ids"), lengths("rejected_ids"), strict=True)
-    return [
-        prompt + chosen + rejected if packing else 2 * (prompt + max(chosen, rejected))
-        for prompt, chosen, rejected in sides
-    ]
+    return [_pair_cost(packing, *sides) for sides in zip(*map(lengths, _PAIR), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-from smoltulu.artifacts.store import Found, Store
+from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.local import run_graph
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.data.held_out import asked
 from smoltulu.tasks.data.rows import stored_rows
-from smoltulu.tasks.report import html_report, summarise
-from smoltulu.tasks.stages import made_by
+from tests.report_of import report_of
 from tests.small_tiny import SMALL_TINY
 
 SFT: dict[str, Any] = {"generated": "sft.jsonl", "format": "messages"}
@@ -83,17 +82,6 @@ def test_another_share_and_the_report(made: dict[str, ArtifactReference], store:
     keys, before = graph(other).keys(), {node: reference.key for node, reference in made.items()}
     same = {node for node, key in before.items() if keys[node] == key}
     assert {"dataset-sft", "contamination-sft", "held-out-rows-sft", "preflight-sft-held-out"} <= same
-    laid_out, manifests = graph(RUN), {}
-    for node in made:
-        found = store.find(laid_out.spec(node))
-        assert isinstance(found, Found)
-        manifests[node] = found.manifest
-    run = summarise(
-        run_name="probe", recipe="tiny", state="Completed", started_at="2026-11-01T10:00:00+00:00",
-        finished_at="2026-11-01T10:01:00+00:00",
-        planned=[(node, (stage := laid_out.nodes[node].stage.name), made_by(stage)) for node in made],
-        made=[(made[node], manifests[node]) for node in made],
-    )  # fmt: skip
-    page = html_report(run, manifests, {node: Path(reference.path) for node, reference in made.items()}, "")
+    page = report_of(graph(RUN), made, store)
     for said in ("Mixtures", "Held-out loss", "held_out/loss", "keep is best"):
         assert said in page

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from smoltulu.artifacts.store import Found, Store
+from smoltulu.artifacts.store import Store
 from smoltulu.flows.cli.plan import summary
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.local import run_graph
@@ -17,8 +17,7 @@ from smoltulu.flows.planning.plan import plan
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.data.rows import stored_rows
-from smoltulu.tasks.report import html_report, summarise
-from smoltulu.tasks.stages import made_by
+from tests.report_of import report_of
 from tests.small_tiny import SMALL_TINY
 from tests.tiny_model import build_tiny_model
 
@@ -229,19 +228,7 @@ def test_another_rule_samples_and_scores_nothing_again(made: dict[str, ArtifactR
 
 
 def test_the_report_shows_what_became_of_the_prompts(made: dict[str, ArtifactReference], store: Store) -> None:
-    laid_out = graph(RUN)
-    manifests = {}
-    for name in made:
-        found = store.find(laid_out.spec(name))
-        assert isinstance(found, Found)
-        manifests[name] = found.manifest
-    run = summarise(
-        run_name="probe", recipe="tiny", state="Completed", started_at="2026-11-01T10:00:00+00:00",
-        finished_at="2026-11-01T10:01:00+00:00",
-        planned=[(name, (stage := laid_out.nodes[name].stage.name), made_by(stage)) for name in made],
-        made=[(made[name], manifests[name]) for name in made],
-    )  # fmt: skip
-    page = html_report(run, manifests, {name: Path(reference.path) for name, reference in made.items()}, "")
+    page = report_of(graph(RUN), made, store)
     assert "Rows that a model wrote" in page and "<h3>pairs</h3>" in page and "<h3>best</h3>" in page
     assert "nothing to choose" in page and "Samples by their reward" in page and "rejected (" in page
     assert "Best against worst answers of sft, by the reward model" in page

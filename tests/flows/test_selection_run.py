@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-from smoltulu.artifacts.store import Found, Store
+from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.local import run_graph
 from smoltulu.flows.planning.plan import plan
 from smoltulu.flows.recipe import load_recipe
 from smoltulu.schemas.artifact import ArtifactReference
 from smoltulu.tasks.data.rows import stored_rows
-from smoltulu.tasks.report import html_report, summarise
-from smoltulu.tasks.stages import made_by
+from tests.report_of import report_of
 from tests.small_tiny import SMALL_TINY
 
 SFT: dict[str, Any] = {"generated": "sft.jsonl", "format": "messages"}
@@ -97,18 +96,7 @@ def test_weights_of_a_selection_reach_sft(made: dict[str, ArtifactReference], st
 
 
 def test_a_selection_is_in_the_report(made: dict[str, ArtifactReference], store: Store) -> None:
-    laid_out, manifests = Graph(load_recipe("tiny", RUN)), {}
-    for node in made:
-        found = store.find(laid_out.spec(node))
-        assert isinstance(found, Found)
-        manifests[node] = found.manifest
-    run = summarise(
-        run_name="probe", recipe="tiny", state="Completed", started_at="2026-11-01T10:00:00+00:00",
-        finished_at="2026-11-01T10:01:00+00:00",
-        planned=[(node, (stage := laid_out.nodes[node].stage.name), made_by(stage)) for node in made],
-        made=[(made[node], manifests[node]) for node in made],
-    )  # fmt: skip
-    page = html_report(run, manifests, {node: Path(reference.path) for node, reference in made.items()}, "")
+    page = report_of(Graph(load_recipe("tiny", RUN)), made, store)
     outputs = made["selected-sft"].outputs
     assert f"Method length: {outputs['num_rows']:,} of {outputs['num_rows_read']:,} rows" in page
     assert "ranked below the cut" in page
