@@ -297,9 +297,11 @@ def train(
     stage that may end the training, once a step is in the history. ValueError where the schedule does not fit into the
     number of steps, or where a guard (`tasks.trainer.guards`) ends the training.
     """
-    # Here, because it imports torch.
+    # Here, because they import torch.
     from smoltulu.tasks.trainer.checkpoint import CheckpointWriter
+    from smoltulu.tasks.trainer.dropout import by_rows
 
+    trainer.add_callback(by_rows(trainer))
     writer = CheckpointWriter(trainer, context.compute.save_total_limit)
     writer.attach()
     for callback in callbacks(context, cycle, writer):
