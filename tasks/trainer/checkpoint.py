@@ -28,7 +28,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,6 +60,9 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _LOOK_SECONDS = 0.05
 #: Seconds that a failing rank waits for the shards of others, which may be dead.
 _LAST_WAIT_SECONDS = 30.0
+#: A part of a checkpoint below this is waited for at the end of the next step, for so long: a kill after that step
+#: then loses no more than it did when trainings waited for their checkpoints.
+_SMALL_BYTES, _SMALL_WAIT_SECONDS = 64 << 20, 0.5
 #: Of the memory that is free, a copy for the writer takes no more than this share.
 _MEMORY_SHARE = 0.8
 
@@ -89,6 +92,10 @@ class Piece:
     name: str
     offsets: tuple[int, ...]
     tensor: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
 
 
 # --------------------------------------------------------------------------------------------------- what there is
@@ -188,7 +195,7 @@ class HostCopy:
 
     def has_room(self, pieces: Iterable[Piece]) -> bool:
         """Whether there is memory for copies of these."""
-        missing = sum(one.tensor.numel() * one.tensor.element_size() for one in pieces if one.name not in self._buffers)
+        missing = sum(one.num_bytes for one in pieces if one.name not in self._buffers)
         return missing <= _MEMORY_SHARE * psutil.virtual_memory().available
 
     def of(self, pieces: Iterable[Piece]) -> list[Piece]:
@@ -308,8 +315,8 @@ class CheckpointWriter:
         self.ranks = PartialState()
         self._host = HostCopy()
         self._pieces: list[Piece] = []
-        self._is_copy = True
-        self._running: Future[None] | None = None
+        self._is_copy, self._is_small = True, False
+        self._running: futures.Future[None] | None = None
         self._given_up = threading.Event()
         #: Seconds that the training has waited for checkpoints.
         self.seconds_waited = 0.0
@@ -377,8 +384,9 @@ class CheckpointWriter:
         if self.ranks.is_main_process:
             schedules = {who: one.schedule.state_dict() for who, one in trained.items()}
             state = SavedState(num_ranks=self.ranks.num_processes, numbers=numbers, schedules=schedules)
-            write_atomically(folder / STATE_FILE, json.dumps(state.model_dump()))
+            (folder / STATE_FILE).write_text(json.dumps(state.model_dump()))  # the writer syncs it
         self._pieces = own_pieces(tensors, self.ranks.process_index, self.ranks.num_processes)
+        self._is_small = sum(one.num_bytes for one in self._pieces) < _SMALL_BYTES
         self._is_copy = self._host.has_room(self._pieces)
         if self._is_copy:
             self._pieces = self._host.of(self._pieces)
@@ -391,7 +399,7 @@ class CheckpointWriter:
         """
         began = time.monotonic()
         pieces, self._pieces = self._pieces, []
-        done: Future[None] = Future()
+        done: futures.Future[None] = futures.Future()
 
         def run() -> None:
             try:
@@ -411,8 +419,12 @@ class CheckpointWriter:
         self.seconds_waited += time.monotonic() - began
 
     def check(self) -> None:
-        """Raise the error of a write that failed."""
-        if self._running is not None and self._running.done():
+        """At the end of a step: raise the error of a write that failed; wait for a small one."""
+        if self._running is None:
+            return
+        if self._is_small:
+            futures.wait([self._running], _SMALL_WAIT_SECONDS)
+        if self._running.done():
             self.wait()
 
     def wait(self) -> None:

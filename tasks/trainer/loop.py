@@ -274,9 +274,9 @@ def callbacks(context: StageContext, cycle: int, writer: CheckpointWriter) -> li
                 control.should_save = control.should_training_stop = True
 
     return [
+        WriteCheckpoint(),  # first: a step counts as done once it has been looked whether the last checkpoint is
         Progress(),
         trackers(context.compute.report_to, context.folder, context.work),
-        WriteCheckpoint(),
         StopWhenAsked(),
     ]
 
