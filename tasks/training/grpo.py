@@ -99,7 +99,6 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
         reward: VerifiableReward
         rollout_log: RolloutLog
         _signal: SignalWatch | None = None
-        _resumed_from: Path | None = None
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -140,10 +139,6 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             if self.args.should_save and self._signal is not None:
                 self._signal.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            self._resumed_from = Path(resume_from_checkpoint)
-
         def _keep_samples(self, rows: list[dict[str, Any]], num_tokens: list[int]) -> None:
             """The first rollout of each group, of this process."""
             step, size = self.state.global_step, self.num_generations
@@ -156,7 +151,8 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             scored = super()._generate_and_score_completions(inputs)
             state, cycle = self.state, _cycle(self.settings)
             if self._signal is None:
-                self._signal = SignalWatch.of(self.settings.signal_limit, self._resumed_from)
+                resumed_from = Path(self.args.output_dir) / f"checkpoint-{state.global_step}"
+                self._signal = SignalWatch.of(self.settings.signal_limit, resumed_from if state.global_step else None)
                 if self.accelerator.is_main_process:
                     self.rollout_log.begin(state.global_step)
             if self.accelerator.is_main_process:

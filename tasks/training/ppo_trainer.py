@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from smoltulu.schemas.rlvr import PPOSettings
+from smoltulu.tasks.trainer.checkpoint import Trained
 from smoltulu.tasks.trainer.sharded import gathered, is_sharded
 from smoltulu.tasks.trainer.signal import METRIC, SignalWatch, without_signal
 from smoltulu.tasks.trainer.signal import Rollout as Shown
@@ -116,6 +117,9 @@ class PPOTrainer(Trainer):
         self.create_scheduler(num_training_steps=max_steps - self.settings.critic.warmup_steps)
         self.critic.begin(self, max_steps, lambda: num_tokens(self))
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self._signal = SignalWatch.of(self.settings.signal_limit, Path(resume_from_checkpoint))
+        self.critic.sync_weights()
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self._tr_loss, self._total_loss_scalar = torch.zeros((), device=self.args.device), 0.0
@@ -378,18 +382,25 @@ class PPOTrainer(Trainer):
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
+    @property
+    def also_trained(self) -> dict[str, Trained]:
+        """What a checkpoint holds beside the policy (tasks/trainer/checkpoint.py)."""
+        return {"critic": self.critic.trained}
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The policy's, then the critic inside of it; the completion marker comes after both."""
+        self.critic.require_finite()
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / CRITIC_FOLDER
-            self.critic.save(folder)
-            self._signal.save(folder.parent)
+            self._signal.save(self._checkpoint_of_now())
+
+    def _checkpoint_of_now(self) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    # The next two read checkpoints of versions before tasks/trainer/checkpoint.py.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.critic.load_weights(Path(resume_from_checkpoint) / CRITIC_FOLDER)
-        self._signal = SignalWatch.of(self.settings.signal_limit, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
