@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
     from transformers import PreTrainedModel, Trainer
 
     from smoltulu.schemas.compute import ComputeSettings
@@ -82,11 +83,13 @@ def gathered(*models: torch.nn.Module | None) -> Iterator[None]:
             part.set_reshard_after_forward(part not in models, recurse=False)
 
 
-def own_parts(model: torch.nn.Module) -> list[torch.Tensor]:
-    """The parameters as this rank holds them: of a divided model its parts."""
+def all_finite(model: torch.nn.Module, accelerator: Accelerator) -> bool:
+    """Whether no weight is NaN or infinite. All ranks must come here, and hear the same."""
+    import torch
     from torch.distributed.tensor import DTensor
 
-    return [one.to_local() if isinstance(one, DTensor) else one for one in model.parameters()]
+    own = [one.to_local() if isinstance(one, DTensor) else one for one in model.parameters()]
+    return bool(accelerator.gather(torch.stack([torch.isfinite(one).all() for one in own]).all()[None]).all())
 
 
 def full_weights(model: torch.nn.Module, is_main: bool, trained_only: bool = False) -> dict[str, torch.Tensor]:

@@ -388,7 +388,7 @@ class PPOTrainer(Trainer):
         return {"critic": self.critic.trained}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.critic.require_finite()
+        self.critic.require_finite(self.accelerator)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             self._signal.save(self._checkpoint_of_now())
