@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.rlvr import PPOSettings, RLVRInputs
 from smoltulu.schemas.training import TrainingInputs
+from smoltulu.tasks.generation.interface import Request, Written
 from smoltulu.tasks.models.folders import (
     fit_embeddings,
     load_language_model,
@@ -19,7 +20,6 @@ from smoltulu.tasks.models.folders import (
     switch_dropout_off,
 )
 from smoltulu.tasks.models.lora import with_adapter
-from smoltulu.tasks.models.tokens import stop_token_ids
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import (
@@ -37,8 +37,8 @@ from smoltulu.tasks.training.held_out_rows import Split
 from smoltulu.tasks.training.model_score import adding_score_of, check_reward_model, load_scored_by
 from smoltulu.tasks.training.prompts import load_prompts
 from smoltulu.tasks.training.rewards import Answer, Score, scores_of
+from smoltulu.tasks.training.rollout_engine import check_engine, writer_of
 from smoltulu.tasks.training.rollout_log import RolloutLog
-from smoltulu.tasks.training.rollouts import Request, Rollout, transformers_backend
 from smoltulu.tasks.training.watched import watch
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def build(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> PPO
     config.check_num_rows(len(rows))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     # Refused before any weights are loaded.
+    check_engine(config, inputs, context)
     check_reward_model(config, inputs, tokenizer)
     critic = load_critic(config, inputs, tokenizer)
     return _assembled(config, inputs, context, rows, critic, load_scored_by(config, inputs, tokenizer))
@@ -91,11 +92,11 @@ def build_without_generation(config: PPOSettings, inputs: TrainingInputs, contex
     given = RLVRInputs(**inputs.model_dump())
     rows = load_prompts(inputs.dataset, context)
     reward_model = load_scored_by(config, given, tokenizer, is_dry_run=True)
-    trainer = _assembled(config, given, context, rows, load_critic(config, given, tokenizer), reward_model)
+    trainer = _assembled(config, given, context, rows, load_critic(config, given, tokenizer), reward_model, True)
 
-    def rollouts(requests: Sequence[Request]) -> list[Rollout]:
+    def rollouts(requests: Sequence[Request]) -> list[Written]:
         length = config.max_completion_length
-        return [Rollout([request.prompt_ids[-1]] * length, False, [0.0] * length) for request in requests]
+        return [Written([request.prompt_ids[-1]] * length, False, [0.0] * length) for request in requests]
 
     trainer.backend = rollouts
     return trainer
@@ -108,6 +109,7 @@ def _assembled(
     rows: Dataset,
     critic: PreTrainedModel,
     reward_model: PreTrainedModel | None,
+    is_dry_run: bool = False,
 ) -> PPOTrainer:
     from transformers import TrainingArguments
     from trl.trainer.utils import add_fused_lm_head
@@ -131,16 +133,6 @@ def _assembled(
     arguments["save_steps"] = -(-context.compute.save_steps // cycle) * cycle
     num_steps = config.budget.max_steps
     assert num_steps is not None
-    backend = transformers_backend(
-        policy,
-        seed=config.seed,
-        max_new_tokens=config.max_completion_length,
-        temperature=config.temperature,
-        stop_ids=stop_token_ids(tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        batch_size=config.rollout_batch_size,
-        autocast=lambda: trainer.accelerator.autocast(),
-    )
     trainer = PPOTrainer(
         model=policy,
         args=TrainingArguments(**arguments, max_steps=num_steps, remove_unused_columns=False),
@@ -149,7 +141,6 @@ def _assembled(
         settings=config,
         critic=Critic(critic, config),
         reference=reference,
-        backend=backend,
         scorer=verifier_scores(config, rows),
         rollout_log=RolloutLog(context.work, num_steps // cycle),
     )
@@ -158,6 +149,8 @@ def _assembled(
         for model in (critic, reference):
             if model is not None:
                 shard(model)
+    if not is_dry_run:
+        trainer.backend = writer_of(trainer, config, inputs, context)
     if reward_model is not None:
         of_verifiers, add = trainer.scorer, adding_score_of(reward_model, trainer, config.reward_model_weight)
         trainer.scorer = lambda episodes: add(episodes, of_verifiers(episodes))

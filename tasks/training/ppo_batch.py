@@ -15,8 +15,8 @@ from typing import Any, TypedDict
 import torch
 from transformers import PreTrainedModel
 
+from smoltulu.tasks.models.batches import longest_first
 from smoltulu.tasks.models.classifiers import scores_of_tokens
-from smoltulu.tasks.models.decoding import longest_first
 from smoltulu.tasks.models.tokens import IGNORED, Messages
 from smoltulu.tasks.training.rewards import VERDICTS, Score
 from smoltulu.tasks.training.rollout_log import sample
@@ -72,7 +72,7 @@ def collate(episodes: Sequence[Episode], pad_token_id: int, device: torch.device
 
 def flat(episodes: Sequence[Episode], name: str, device: torch.device) -> torch.Tensor:
     """A value of every trained token, (N,), in the order of `token_logps`."""
-    parts: list[Any] = [episode[name] for episode in episodes if num_trained(episode)]  # type: ignore[literal-required]
+    parts: list[Any] = [torch.as_tensor(episode[name]) for episode in episodes if num_trained(episode)]  # type: ignore[literal-required]
     return (torch.cat(parts) if parts else torch.zeros(0)).float().to(device)
 
 
@@ -142,4 +142,7 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     if differences:
         # How far generation rounds otherwise than training: what is trained on was not drawn from another policy.
         made["sampling_difference"] = torch.cat(differences).mean().item()
+        # The ratio that importance_sampling_cap cuts off (tasks/generation/importance.py).
+        ratios = torch.cat([(one["logps"] - torch.tensor(one["sampled_logps"])).exp() for one in graded])
+        made["sampler/ratio_max"] = ratios.max().item()
     return made

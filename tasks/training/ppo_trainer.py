@@ -20,6 +20,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from smoltulu.schemas.rlvr import PPOSettings
+from smoltulu.tasks.generation.importance import importance_weights
+from smoltulu.tasks.generation.interface import MINIBATCHES, Request
 from smoltulu.tasks.trainer.checkpoint import Trained
 from smoltulu.tasks.trainer.sharded import gathered, is_sharded
 from smoltulu.tasks.trainer.signal import METRIC, SignalWatch, without_signal
@@ -49,7 +51,7 @@ from smoltulu.tasks.training.ppo_maths import (
 from smoltulu.tasks.training.prompts import ids_of_prompts
 from smoltulu.tasks.training.rewards import Score, shown
 from smoltulu.tasks.training.rollout_log import RolloutLog
-from smoltulu.tasks.training.rollouts import MINIBATCHES, Backend, Request, prompts_of_batch, shuffled
+from smoltulu.tasks.training.rollouts import Backend, prompts_of_batch, shuffled
 
 logger = logging.getLogger("smoltulu")
 #: Scores of episodes, in their order; sees prompt, text and whether it ended.
@@ -60,7 +62,7 @@ class PPOTrainer(Trainer):
     """See the top of this module. `model` is the policy, with TRL's fused head at the temperature of the rollouts.
 
     reference  the model of the KL term; None: the policy without its LoRA adapter, or no such term (beta 0)
-    backend    writes rollouts with the policy as it is
+    backend    writes rollouts with the policy as it is; set when the trainer is there (rollout_engine.py)
     """
 
     def __init__(
@@ -69,14 +71,14 @@ class PPOTrainer(Trainer):
         settings: PPOSettings,
         critic: Critic,
         reference: PreTrainedModel | None,
-        backend: Backend,
         scorer: Scorer,
         rollout_log: RolloutLog,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.settings, self.critic, self.reference = settings, critic, reference
-        self.backend, self.scorer, self.rollout_log = backend, scorer, rollout_log
+        self.scorer, self.rollout_log = scorer, rollout_log
+        self.backend: Backend
         self.control: Any
         self.optimizer: Any
         self.lr_scheduler: Any
@@ -329,13 +331,16 @@ class PPOTrainer(Trainer):
                 logps, entropy = token_logps(model, batch)
             old = flat(inputs, "logps", device)
             losses, is_clipped = policy_losses(logps, old, flat(inputs, "advantages", device), settings.epsilon)
-            loss = losses.sum() / num_items_in_batch
+            weights, of_sampler = importance_weights(
+                old, flat(inputs, "sampled_logps", device), settings.importance_sampling_cap
+            )
+            loss = (losses * weights).sum() / num_items_in_batch
             (loss * times).backward()
             total += loss.detach()
             ratio_logs = logps.detach() - old
             notes = {
                 "policy_loss": losses.detach(), "policy_clip_share": is_clipped, "entropy": entropy.detach(),
-                "approx_kl": 0.5 * ratio_logs.square(), "ratio": ratio_logs.exp(),
+                "approx_kl": 0.5 * ratio_logs.square(), "ratio": ratio_logs.exp(), "sampler/ratio": of_sampler,
             }  # fmt: skip
         with self.accelerator.autocast():
             values = token_values(self.critic.model, batch)
