@@ -34,10 +34,11 @@ from smoltulu.tasks.models.tokens import TOKENISATION, tokenisation
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext, StageStopped
 from smoltulu.tasks.trainer.arguments import FIXED
 from smoltulu.tasks.trainer.extension import keep_checkpoint, store_checkpoint
-from smoltulu.tasks.trainer.gate import check_saved
+from smoltulu.tasks.trainer.gate import check_saved, probe
 from smoltulu.tasks.trainer.guards import LossRule, guard
 from smoltulu.tasks.trainer.packed_attention import pack
 from smoltulu.tasks.trainer.schedules import learning_rate_factor
+from smoltulu.tasks.trainer.sharded import gathered, is_sharded, whole
 from smoltulu.tasks.trainer.tracking import num_tokens, numbers, require_trackers, speed_and_memory, trackers
 
 if TYPE_CHECKING:
@@ -406,16 +407,14 @@ def finish(
     """
     from accelerate.utils import is_peft_model
 
-    if not trainer.is_world_process_zero():
-        return ModelOutputs(num_parameters=trainer.model.num_parameters()), {}
-    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-    tokenizer = trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if is_peft_model(model):
+    if is_peft_model(model) and trainer.is_world_process_zero():
         save_adapter(model, context.folder / ADAPTER_FOLDER)
         model = model.merge_and_unload(safe_merge=True)  # the base model: same names and dtypes
-    num_parameters = save_model(model, tokenizer, context.folder / "model")
-    passed = check_saved(model, tokenizer, context.folder / "model", trainer.train_dataset, gate, trainer.args.bf16)
+    num_parameters, passed = save_and_check(trainer, model, context.folder / "model", gate)
+    if not trainer.is_world_process_zero():
+        return ModelOutputs(num_parameters=num_parameters), {}
+    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     outputs = ModelOutputs(
         num_parameters=num_parameters,
         num_steps=num_steps,
@@ -428,3 +427,22 @@ def finish(
         if values:
             metrics[name] = sum(values) / len(values)
     return outputs, metrics | passed
+
+
+def save_and_check(
+    trainer: Trainer, model: PreTrainedModel, folder: Path, gate: GateSettings | None
+) -> tuple[int, dict[str, float]]:
+    """The main process saves a trained model and checks what it saved. Returns its parameters' number, and metrics.
+
+    All processes must come here: each may hold a part of the model.
+    """
+    tokenizer, rows, is_main = trainer.processing_class, trainer.train_dataset, trainer.is_world_process_zero()
+    probes = None
+    if is_sharded(model):
+        with gathered(model):
+            probes = probe(model, tokenizer, rows)
+        model = whole(model, is_main)
+    if not is_main:
+        return model.num_parameters(), {}
+    num_parameters = save_model(model, tokenizer, folder)
+    return num_parameters, check_saved(model, tokenizer, folder, rows, gate, trainer.args.bf16, probes)

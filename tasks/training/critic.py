@@ -23,8 +23,10 @@ from smoltulu.tasks.models.classifiers import (
 from smoltulu.tasks.models.folders import check_model_folder, fit_embeddings, stop_ids, switch_dropout_off
 from smoltulu.tasks.models.sizes import weight_files
 from smoltulu.tasks.trainer.schedules import learning_rate_factor
+from smoltulu.tasks.trainer.sharded import all_finite
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -146,11 +148,9 @@ class Critic:
         weights = {name: copies.get(id(one), one) for name, one in self.model.named_parameters()}
         return Trained(weights, self.optimizer, self.scheduler)
 
-    def require_finite(self) -> None:
+    def require_finite(self, accelerator: Accelerator) -> None:
         """ValueError where a weight is not."""
-        import torch
-
-        if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
+        if not all_finite(self.model, accelerator):
             raise ValueError(
                 "weights of the critic hold NaN or infinity: no checkpoint of them was written, those before it are "
                 "kept. Lower critic.learning_rate"
