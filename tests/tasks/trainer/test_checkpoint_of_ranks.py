@@ -188,7 +188,7 @@ def test_steps_go_on_while_ranks_write_and_nothing_half_counts(
     monkeypatch.setattr(checkpoint, "write_pieces", write_pieces)
     monkeypatch.setattr(Trainer, "training_step", training_step)
     same_run(unbroken, resumed(base, tmp_path))
-    assert seen == [None, "it was not written to its end"]
+    assert len(seen) == 2 and None in seen and "it was not written to its end" in seen
 
 
 def fails_at(step: int, error: Exception) -> Callable[..., Any]:
@@ -212,7 +212,7 @@ def test_a_writer_of_ranks_that_fails_ends_the_training_with_its_error(
         patch.setattr(checkpoint, "save_file", fails_at(step, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
         with pytest.raises(OSError, match="No space left on device"):
             resumed(base, tmp_path)
-    left = sorted(path.name for path in (tmp_path / "work" / "checkpoints").iterdir())
+    left = sorted(path.name for path in (tmp_path / "work" / "checkpoints").glob("*checkpoint*"))
     assert left == [f"checkpoint-{number}" for number in range(max(1, step - 2), step)]
     same_run(unbroken, resumed(base, tmp_path))
     assert (tmp_path / "work" / "resumed.jsonl").read_text() == f"{step - 1}\n"
