@@ -195,7 +195,7 @@ def test_ranks_on_mixed_cards_are_refused() -> None:
     _check_same_gpus([])
     _check_same_gpus(["NVIDIA H100"] * 3)
     said = (
-        r"num_processes is 2, and their GPUs are not alike \(0: NVIDIA H100, 1: NVIDIA L4\); set CUDA_VISIBLE_DEVICES"
+        r"num_processes is 2, and their GPUs are not alike \(0: NVIDIA H100, 1: NVIDIA L4\); set CUDA"
     )
     with pytest.raises(ValueError, match=said):
         _check_same_gpus(["NVIDIA H100", "NVIDIA L4"])
