@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-    from smoltulu.tasks.trainer.checkpoint import CheckpointWriter
+    from smoltulu.tasks.trainer.checkpoint_writer import CheckpointWriter
 
 logger = logging.getLogger("smoltulu")
 HISTORY_FILE = f"{LOGS_FOLDER}/history.jsonl"
@@ -259,6 +259,9 @@ def callbacks(context: StageContext, cycle: int, writer: CheckpointWriter) -> li
             if score is not None:
                 self.logged.append(float(score))
 
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            writer.begin_training()
+
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             writer.before_update()
 
@@ -314,7 +317,7 @@ def train(
     number of steps, or where a guard (`tasks.trainer.guards`) ends the training.
     """
     # Here, because they import torch.
-    from smoltulu.tasks.trainer.checkpoint import CheckpointWriter
+    from smoltulu.tasks.trainer.checkpoint_writer import CheckpointWriter
     from smoltulu.tasks.trainer.dropout import by_rows
 
     trainer.add_callback(by_rows(trainer))
@@ -354,7 +357,7 @@ def train(
     except BaseException:
         writer.abandon()
         raise
-    writer.wait()
+    writer.end()
     if trainer.state.global_step < trainer.state.max_steps:
         raise StageStopped(f"stopped as asked at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}")
     if trainer.is_world_process_zero():
