@@ -288,7 +288,7 @@ def torn(unbroken: Run, folder: Path) -> Path:
 
 def test_what_is_logged_after_a_resume_counts_the_steps_of_other_ranks_before(base: Path, tmp_path: Path) -> None:
     """Logged at steps 3 and 6, gone on with from step 2: the loss of step 3 is the mean of three."""
-    given = {"logging_steps": 3, "save_steps": 2}
+    given = {"logging_steps": 3, "save_steps": 2, "save_total_limit": 9}
     whole = run("sft", tmp_path / "whole", base, conversations(4), SETTINGS | {"max_steps": 6}, **given)
     folder = tmp_path / "again"
     shutil.copytree(whole.checkpoints.parent, folder / "work")
