@@ -61,8 +61,12 @@ class ComputeSettings(StrictModel):
     precision_fallback: bool = machinery(
         True, description="run bfloat16 stages in float32, with a warning, on devices without it"
     )
-    num_processes: int = machinery(
-        1, ge=1, description="training processes (GPUs) per stage; started by torchrun above one"
+    num_processes: int = machinery(1, ge=1, description="training processes (GPUs) per stage")
+    rank_timeout_minutes: float = machinery(
+        30.0,
+        gt=0,
+        description="with several processes: minutes without a step after which the one that keeps the others waiting "
+        "is named, with its stack, and all are ended",
     )
     device_memory_gb: float | None = machinery(
         None, gt=0, description="memory of one device in 10^9 bytes: `plan` says which trainings cannot fit into it"
@@ -96,7 +100,9 @@ class ComputeSettings(StrictModel):
     report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = machinery(
         ("tensorboard",), description="where loss, learning rate, speed and memory go besides the artifact's history"
     )
-    dataloader_num_workers: int = machinery(0, ge=0)
+    dataloader_num_workers: int | None = machinery(
+        None, ge=0, description="processes of a training that make its batches ahead; none: one with a GPU, else 0"
+    )
     save_steps: int = machinery(500, ge=1, description="optimizer steps between resumable checkpoints")
     save_total_limit: int = machinery(2, ge=1, description="newest checkpoints kept; the best is kept beside them")
     keep_extension_checkpoint: bool = machinery(

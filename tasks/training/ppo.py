@@ -22,6 +22,7 @@ from smoltulu.tasks.models.folders import (
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import stop_token_ids
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.fused_head import give_fused_head
 from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import finish, load_model, prepare_torch, train, trainer_arguments
@@ -104,12 +105,11 @@ def _assembled(
     reward_model: PreTrainedModel | None,
 ) -> PPOTrainer:
     from transformers import TrainingArguments
-    from trl.trainer.utils import add_fused_lm_head
 
     from smoltulu.tasks.training.ppo_trainer import PPOTrainer
 
     def fused(model: PreTrainedModel) -> PreTrainedModel:
-        add_fused_lm_head(model, temperature=config.temperature, outputs=("log_probs", "entropy"))
+        give_fused_head(model, temperature=config.temperature, outputs=("log_probs", "entropy"))
         return model
 
     policy, tokenizer = load_model(config, inputs, packing=False, dropout=False)
