@@ -61,6 +61,11 @@ def run_preflight(
     if config.settings.dry_run and counts.num_rows and subject and training:
         try:
             run = dry_run(subject, training, inputs, file, counts.longest, context)
+        except TooLarge as error:
+            if compute.is_sharded:
+                logger.warning("%s. That is one device alone; %s", error, _DIVIDED)
+            else:
+                too_large = [str(error)]
         except ValueError as error:
             too_large = [str(error)]
     outputs = PreflightOutputs(

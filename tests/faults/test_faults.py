@@ -42,8 +42,8 @@ def sample(baseline: Sandbox, home: Path) -> list[Fault]:
     draw.add("SIGKILL of the child", "world", instant)
     draw.checkpoint(rng)
     draw.commit(rng)
-    optimizer = "work/checkpoints/checkpoint-*/optimizer.pt"
-    for kind, pattern in ((damage.flipped_work, optimizer), (damage.flipped_artifact, "gen-*/manifest.json")):
+    shards = "work/checkpoints/checkpoint-*/shards/*.safetensors"
+    for kind, pattern in ((damage.flipped_work, shards), (damage.flipped_artifact, "gen-*/manifest.json")):
         draw.add("flipped bit", pattern, functools.partial(kind, node="sft", pattern=pattern, rng=rng))
     draw.add("disk full", "sft", functools.partial(damage.full_disk, node="sft", share=0.5))
     filled = functools.partial(damage.killed_on_a_full_disk, node="sft", victim="both", step=4, share=0.5)
