@@ -84,7 +84,8 @@ def evaluate(model_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
-    from smoltulu.tasks.models.decoding import write
+    from smoltulu.tasks.generation.engines import TransformersEngine
+    from smoltulu.tasks.generation.interface import Request, Sampling
     from smoltulu.tasks.models.folders import load_language_model, load_tokenizer
     from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
 
@@ -95,10 +96,10 @@ def evaluate(model_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     rows, num = held_out_rows(options.seed, options.eval_prompts), options.samples
     prompts = [ids for ids in prompt_ids(tokenizer, [row["prompt"] for row in rows]) for _ in range(num)]
     draws = torch.rand(len(prompts), options.new_tokens, generator=torch.Generator().manual_seed(options.seed))
-    written = write(
-        model, prompts, draws, max_new_tokens=options.new_tokens, batch_size=options.eval_batch, temperature=1.0,
-        stop_ids=stop_token_ids(tokenizer), pad_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    sampling = Sampling(options.new_tokens, 1.0, tuple(stop_token_ids(tokenizer)))
+    engine = TransformersEngine(model, pad_id=tokenizer.pad_token_id, batch_size=options.eval_batch)
+    asked = zip(prompts, draws.numpy(), strict=True)
+    written = engine.generate([Request(ids, 0, 0, place, own) for place, (ids, own) in enumerate(asked)], sampling)
     texts = tokenizer.batch_decode([w.ids[:-1] if w.stopped else w.ids for w in written], skip_special_tokens=True)
     made = [Completion(text, one.stopped) for text, one in zip(texts, written, strict=True)]
     groups = [made[first : first + num] for first in range(0, len(made), num)]
@@ -152,7 +153,7 @@ def _padded(batch: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torc
     """Ids and mask (texts, tokens), padded on the left, and which of the last tokens were written (texts, longest)."""
     import torch
 
-    from smoltulu.tasks.models.decoding import padded
+    from smoltulu.tasks.models.batches import padded
 
     ids, mask = padded([prompt + ids for prompt, ids in batch], "left", pad_id, torch.device("cpu"))
     longest = max(len(ids) for _, ids in batch)

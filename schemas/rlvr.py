@@ -20,6 +20,15 @@ Algorithm = Literal["ppo", "grpo", "rloo"]
 _OTHER_SAMPLING = ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
 
+_IMPORTANCE_SAMPLING_CAP: Any = science(
+    None,
+    absent=None,
+    gt=0,
+    description="a token's loss is multiplied by min(policy's probability / sampler's, this): truncated importance "
+    "sampling, for an engine that rounds otherwise than the update; 2: Yao et al. 2025; none: no correction",
+)
+
+
 class RLVRSettings(TrainingSettings):
     """What every algorithm has: rollouts of the DPO model (SFT where there is none), paid by verifiers.
 
@@ -59,6 +68,12 @@ class RLVRSettings(TrainingSettings):
     )
     keep: Keep = science(
         "last", absent="last", description="weights that become the artifact; best: those of the best held-out accuracy"
+    )
+    engine: Literal["transformers", "vllm"] = science(
+        "transformers",
+        absent="transformers",
+        description="what writes rollouts and held-out answers (tasks/generation). vllm: faster, other random numbers, "
+        "log-probabilities that round otherwise; where it runs says compute.generation",
     )
     guards: RolloutGuards = machinery(RolloutGuards())
     gate: GateSettings = machinery(GateSettings())
@@ -237,6 +252,7 @@ class GRPOSettings(_GroupSettings):
     delta: float | None = science(
         None, absent=None, gt=1, description="upper bound of the ratio where the advantage is negative; none: no bound"
     )
+    importance_sampling_cap: float | None = _IMPORTANCE_SAMPLING_CAP
     top_entropy_quantile: float = science(
         1.0, absent=1.0, gt=0, le=1, description="share of a step's tokens, those of highest entropy, that are trained "
         "on (arXiv 2506.01939: 0.2); KL is of all",
@@ -282,6 +298,7 @@ class PPOSettings(RLVRSettings):
     non_stop_reward: float | None = science(
         -10.0, description="replaces the reward of a completion without eos; -10: Tulu 3; none: as verified"
     )
+    importance_sampling_cap: float | None = _IMPORTANCE_SAMPLING_CAP
     critic: CriticSettings = science(CriticSettings())
     lora: LoraSettings | None = science(
         None, absent=None, description="of the policy; the reference is then the policy without it; none: Tulu 3"

@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # What a stage is: its contract, its process, its progress.
     ("tasks",),
     ("tasks.models", "tasks.data", "tasks.world"),
+    ("tasks.generation",),
     ("tasks.evaluation",),
     ("tasks.comparison",),
     ("tasks.tables",),

@@ -30,8 +30,8 @@ from smoltulu.tasks.evaluation import lm_eval as harness
 from smoltulu.tasks.evaluation import pair_accuracy, reward_benchmarks, sampling
 from smoltulu.tasks.evaluation.kept import Kept, kept_scores
 from smoltulu.tasks.evaluation.samples import SAMPLES_FILE, Sample, marked, write_samples
+from smoltulu.tasks.models.batches import OnBatch
 from smoltulu.tasks.models.classifiers import load_to_score
-from smoltulu.tasks.models.decoding import OnBatch
 from smoltulu.tasks.models.folders import (
     check_model_folder,
     device_of,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smoltulu.tasks.evaluation.answers import Answer
-from smoltulu.tasks.models.decoding import OnBatch
+from smoltulu.tasks.models.batches import OnBatch
 
 #: File of `work`.
 ANSWERS_FILE = "answers.jsonl"

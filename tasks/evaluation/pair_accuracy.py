@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.tasks.evaluation.sampling import mean_and_stderr
-from smoltulu.tasks.models.decoding import OnBatch, longest_first, padded
+from smoltulu.tasks.models.batches import OnBatch, longest_first, padded
 from smoltulu.tasks.models.tokens import pairs as encoded
 
 if TYPE_CHECKING:

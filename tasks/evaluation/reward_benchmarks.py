@@ -26,7 +26,7 @@ from smoltulu.tasks.evaluation.chance import chance_details
 from smoltulu.tasks.evaluation.kept import Kept, kept_scores
 from smoltulu.tasks.evaluation.reward_benchmark_rows import KNOWN_SUBSETS, Question, Read, check_fields, read_questions
 from smoltulu.tasks.evaluation.rewardbench import TIES, Mean, TiesPrompt
-from smoltulu.tasks.models.decoding import OnBatch
+from smoltulu.tasks.models.batches import OnBatch
 from smoltulu.tasks.models.tokens import conversations
 from smoltulu.tasks.models.turns import as_rendered
 

@@ -15,7 +15,9 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.tasks.evaluation.kept import WRITTEN_BATCHES_PER_SHARD, Kept, in_shards
-from smoltulu.tasks.models.decoding import OnBatch, write
+from smoltulu.tasks.generation.engines import TransformersEngine
+from smoltulu.tasks.generation.interface import Request, Sampling
+from smoltulu.tasks.models.batches import OnBatch
 from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
 from smoltulu.tasks.models.turns import Messages, Tools
 from smoltulu.tasks.verifiers import Graders
@@ -90,21 +92,19 @@ def generate(
     draws = torch.rand(
         (len(prompts), num_samples, max_new_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float32
     )
-    flat, flat_draws = [list(prompt) for prompt in prompts for _ in range(num_samples)], draws.flatten(0, 1)
+    flat, flat_draws = [list(prompt) for prompt in prompts for _ in range(num_samples)], draws.flatten(0, 1).numpy()
+    engine = TransformersEngine(model, pad_id=tokenizer.pad_token_id, batch_size=batch_size)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=tuple(stop_token_ids(tokenizer))
+    )
     num_done = 0
 
     def answer(places: list[int]) -> list[tuple[list[int], bool]]:
         nonlocal num_done
-        written = write(
-            model,
-            [flat[place] for place in places],
-            flat_draws[places] if temperature > 0 else None,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            temperature=temperature,
-            stop_ids=stop_token_ids(tokenizer),
-            pad_id=tokenizer.pad_token_id,
-            on_batch=lambda num, _: on_batch(num_done + num, len(flat)),
+        written = engine.generate(
+            [Request(flat[one], 0, one // num_samples, one % num_samples, flat_draws[one]) for one in places],
+            sampling,
+            lambda num, _: on_batch(num_done + num, len(flat)),
         )
         num_done += len(places)
         return [(one.ids, one.stopped) for one in written]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -118,3 +119,11 @@ def shown(names: Sequence[str], count: int = 3) -> str:
     more = f" and {len(names) - count:,} more" if len(names) > count else ""
     texts = (name[:_SHOWN_CHARACTERS] for name in names[:count])
     return ", ".join("".join(letter if letter.isprintable() else "?" for letter in text) for text in texts) + more
+
+
+def kv_bytes(config: Mapping[str, Any], num_sequences: int, num_tokens: int, bytes_per_value: int) -> int:
+    """Bytes of keys and values of equally long sequences, generated at once. `config`: the model's config.json."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    return num_sequences * num_tokens * int(config["num_hidden_layers"]) * 2 * kv_heads * head_dim * bytes_per_value

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from smoltulu.artifacts import readable
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.rlvr import PPOSettings, RLVRSettings
-from smoltulu.tasks.models.sizes import model_size
+from smoltulu.tasks.models.sizes import kv_bytes, model_size
 
 
-def kv_bytes(config: Mapping[str, Any], num_sequences: int, num_tokens: int, bytes_per_value: int) -> int:
-    """Bytes of keys and values of equally long sequences, generated at once. `config`: the model's config.json."""
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    return num_sequences * num_tokens * int(config["num_hidden_layers"]) * 2 * kv_heads * head_dim * bytes_per_value
+class TooLarge(ValueError):
+    """One device has no memory for the training."""
 
 
 def rollout_bytes(settings: RLVRSettings, model: Path, longest: int, compute: ComputeSettings, bfloat16: bool) -> int:
     """Bytes needed while rollouts of the longest length are generated."""
     weights = 4 * model_size(model).num_parameters
-    held = num_models_held(settings) * weights + (weights // 2 if bfloat16 else 0)  # autocast keeps a copy
+    held = num_models_held(settings) * weights
+    if compute.is_sharded:
+        held = held // compute.num_processes + weights  # each fetches the whole policy to write
+    held += weights // 2 if bfloat16 else 0  # autocast keeps a copy
     try:
         architecture = json.loads((model / "config.json").read_text())
         return held + kv_bytes(architecture, num_at_once(settings, compute), longest, 2 if bfloat16 else 4)
@@ -54,13 +51,13 @@ def num_at_once(settings: RLVRSettings, compute: ComputeSettings) -> int:
 
 
 def require_memory(needed: int, settings: RLVRSettings, longest: int) -> None:
-    """ValueError where this GPU has less than RLVR needs. Its generation is not tried: it would fail hours later."""
+    """TooLarge where this GPU has less than RLVR needs. Its generation is not tried: it would fail hours later."""
     import torch
 
     there = torch.cuda.get_device_properties(0).total_memory
     if needed > there:
         cut = "rollout_batch_size" if isinstance(settings, PPOSettings) else "steps_per_generation"
-        raise ValueError(
+        raise TooLarge(
             f"rlvr: {settings.num_rollouts:,} rollouts of up to {longest:,} tokens, the models and their optimizers "
             f"need {readable.size(needed)}, and this GPU has {readable.size(there)}; lower "
             f"max_completion_length or {cut}, raise compute.num_processes, or take a larger device "

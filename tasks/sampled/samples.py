@@ -1,6 +1,6 @@
 """Stage `samples`: a model answers prompts of the recipe's data, several times each.
 
-Random numbers belong to a prompt and a sample, as in RLVR's rollouts (tasks/training/rollouts.py), so neither batches
+Random numbers belong to a prompt and a sample, as in RLVR's rollouts (tasks/generation), so neither batches
 nor parts nor other prompts change what a prompt is answered, but for the rounding of sums.
 """
 
@@ -20,14 +20,14 @@ from smoltulu.schemas.common import scientific
 from smoltulu.schemas.sampled import SamplesConfig, SamplesInputs, SamplesOutputs
 from smoltulu.tasks.data.draw import drawn, seed_of
 from smoltulu.tasks.data.rows import rows_at, stored_rows
-from smoltulu.tasks.models.decoding import Written, write
+from smoltulu.tasks.generation.engines import TransformersEngine
+from smoltulu.tasks.generation.interface import Request, Sampling, Written
 from smoltulu.tasks.models.folders import check_model_folder, load_to_write, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import prompt_ids, rendering_errors, stop_token_ids
 from smoltulu.tasks.models.turns import Messages, Tools
 from smoltulu.tasks.sampled import parts
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.loop import prepare_torch
-from smoltulu.tasks.training.rollouts import Request, uniform_draws
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -244,33 +244,23 @@ def _sampler(
     progress: _Progress,
 ) -> Callable[[Sequence[Prompt]], list[list[Written]]]:
     """The model, loaded, as a function."""
-    import numpy as np
-    import torch
-
     model = load_to_write(Path(inputs.model), tokenizer, use_bfloat16(config.precision, context.compute))
     model.to(str(parts.processes_of(context).device))
-    seed, stops = seed_of(config.seed, "samples"), stop_token_ids(tokenizer)
+    batch_size = context.compute.per_device_eval_batch_size
+    engine = TransformersEngine(model, pad_id=tokenizer.pad_token_id, batch_size=batch_size)
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        stop_ids=tuple(stop_token_ids(tokenizer)),
+        top_p=config.top_p,
+        seed=seed_of(config.seed, "samples"),
+    )
     progress.begun = time.monotonic()
 
     def sample(prompts: Sequence[Prompt]) -> list[list[Written]]:
         numbers = range(config.num_samples)
         requests = [Request(prompt.ids, 0, prompt.number, number) for prompt in prompts for number in numbers]
-        draws = None
-        if config.temperature > 0:
-            uniform = np.stack([uniform_draws(seed, request, config.max_new_tokens) for request in requests])
-            draws = torch.from_numpy(uniform)
-        written = write(
-            model,
-            [request.prompt_ids for request in requests],
-            draws,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=context.compute.per_device_eval_batch_size,
-            temperature=config.temperature,
-            stop_ids=stops,
-            pad_id=tokenizer.pad_token_id,
-            top_p=config.top_p,
-            on_batch=progress.on_batch,
-        )
+        written = engine.generate(requests, sampling, progress.on_batch)
         progress.num_tokens += sum(len(one.ids) for one in written)
         return [written[start : start + len(numbers)] for start in range(0, len(written), len(numbers))]
 

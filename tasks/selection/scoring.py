@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.selection import MaskKind
-from smoltulu.tasks.models.decoding import padded
+from smoltulu.tasks.models.batches import padded
 from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, use_bfloat16
 from smoltulu.tasks.selection.masking import plain_and_masked
 from smoltulu.tasks.selection.rendering import Rendered

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from smoltulu.schemas.budget import accumulation_steps
 from smoltulu.schemas.rlvr import GRPOSettings, RLOOSettings, RLVRInputs
 from smoltulu.schemas.training import TrainingInputs
+from smoltulu.tasks.generation.interface import Request
 from smoltulu.tasks.models.folders import fit_embeddings, load_language_model, load_tokenizer
 from smoltulu.tasks.models.tokens import check_prompts, stop_token_ids
 from smoltulu.tasks.models.turns import Prompt
@@ -20,11 +21,14 @@ from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import load_model, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.rollout_guards import rollout_guards
+from smoltulu.tasks.trainer.sharded import gathered, shard, shard_trainer
 from smoltulu.tasks.trainer.signal import METRIC, Rollout, SignalWatch, without_signal
 from smoltulu.tasks.training.model_score import AddsScore, adding_score_of, check_reward_model, load_scored_by
 from smoltulu.tasks.training.prompts import ids_of_prompts, load_prompts, with_tools
 from smoltulu.tasks.training.rewards import Answer, Score, VerifiableReward, shown
+from smoltulu.tasks.training.rollout_engine import check_engine, writer_of
 from smoltulu.tasks.training.rollout_log import RolloutLog, sample
+from smoltulu.tasks.training.rollouts import Backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -34,35 +38,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("smoltulu")
 #: What the stage reports of its last steps.
 SHOWN = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "tokens_per_second")
+#: Column with the number of a row, which random numbers are keyed by.
+ROW = "number_of_row"
 #: Logged means over the tokens of completions; the ratio's, where it is one of tokens.
 _TOKEN_MEANS = ("kl", "entropy")
 _RATIO_MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 
 GroupSettings = GRPOSettings | RLOOSettings
-
-
-@contextmanager
-def caches_as_attended() -> Iterator[None]:
-    """Have caches hold keys and values in autocast's dtype, to which attention casts them anyway.
-
-    Keys leave the rotary embedding in float32, and transformers' cache takes its dtype from the first key.
-    """
-    import torch
-    from transformers.cache_utils import DynamicLayer
-
-    update = DynamicLayer.update
-
-    def cast_and_update(layer: Any, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_autocast_enabled(keys.device.type):
-            dtype = torch.get_autocast_dtype(keys.device.type)
-            keys, values = keys.to(dtype), values.to(dtype)
-        return update(layer, keys, values, *args, **kwargs)
-
-    DynamicLayer.update = cast_and_update
-    try:
-        yield
-    finally:
-        DynamicLayer.update = update
 
 
 @contextmanager
@@ -99,7 +81,11 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
         reward: VerifiableReward
         rollout_log: RolloutLog
         _signal: SignalWatch | None = None
-        _resumed_from: Path | None = None
+        backend: Backend
+        #: Whether TRL's trainer takes log-probabilities of what was written: GRPO's.
+        gives_logps = False
+        #: Numbers of the rows that the next rollouts are of.
+        _asked: Sequence[int] = ()
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -130,19 +116,23 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             sampler.set_epoch = set_epoch
             return sampler
 
-        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-            # One autocast around all tokens keeps the cast weights; the model's own would cast them for every token.
-            with self.accelerator.autocast(), caches_as_attended():
-                return super()._generate_single_turn(*args, **kwargs)
+        def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+            """Ids, and for GRPO their log-probabilities, by the engine: of prompts that stand beside their group."""
+            step, first = self.state.global_step, self.accelerator.process_index * len(prompt_ids)
+            requests = [
+                Request(ids, step // _cycle(self.settings), row, (first + place) % self.num_generations)
+                for place, (ids, row) in enumerate(zip(prompt_ids, self._asked, strict=True))
+            ]
+            # Processes write different numbers of tokens.
+            with gathered(self.model):
+                written = self.backend(requests)
+            ids = [one.ids for one in written]
+            return (ids, [one.logps for one in written]) if self.gives_logps else ids
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             super()._save_checkpoint(model, trial)
             if self.args.should_save and self._signal is not None:
                 self._signal.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            self._resumed_from = Path(resume_from_checkpoint)
 
         def _keep_samples(self, rows: list[dict[str, Any]], num_tokens: list[int]) -> None:
             """The first rollout of each group, of this process."""
@@ -153,10 +143,12 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
 
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
             inputs = with_tools(inputs)
+            self._asked = [row[ROW] for row in inputs]
             scored = super()._generate_and_score_completions(inputs)
             state, cycle = self.state, _cycle(self.settings)
             if self._signal is None:
-                self._signal = SignalWatch.of(self.settings.signal_limit, self._resumed_from)
+                resumed_from = Path(self.args.output_dir) / f"checkpoint-{state.global_step}"
+                self._signal = SignalWatch.of(self.settings.signal_limit, resumed_from if state.global_step else None)
                 if self.accelerator.is_main_process:
                     self.rollout_log.begin(state.global_step)
             if self.accelerator.is_main_process:
@@ -192,6 +184,7 @@ def _trainer_class() -> type:
     class StepTrainer(_rollout_trainer(GRPOTrainer)):  # type: ignore[misc]
         #: Whether the loss is the mean over the tokens of an optimizer step, however many steps share their rollouts.
         is_mean_of_step = False
+        gives_logps = True
 
         def _prepare_inputs(self, generation_batch: Any) -> Any:
             before = self._buffered_inputs
@@ -339,10 +332,13 @@ def _assembled(
     prepare_torch(context)
     from trl import RLOOTrainer
 
+    if not is_dry_run:
+        check_engine(config, inputs, context)
     model, tokenizer = load_model(config, inputs, packing=False)
     # The preflight left out prompts that are longer than max_prompt_length.
     rows = load_prompts(inputs.dataset, context)
     config.check_num_rows(len(rows))
+    rows = rows.add_column(ROW, list(range(len(rows))))
     is_rloo = isinstance(config, RLOOSettings)
     reward = VerifiableReward(config, stop_token_ids(tokenizer))
     with reference_loaded_as_policy(tokenizer):
@@ -357,6 +353,17 @@ def _assembled(
         # TRL renders prompts with the trainer's tools, which it would call itself, and not with those of a row.
         trainer._tokenize_prompts = lambda prompts: (ids_of_prompts(tokenizer, prompts), None, {})
     trainer.settings, trainer.reward = config, reward
+    shard_trainer(trainer, context.compute)
+    if context.compute.is_sharded and getattr(trainer, "ref_model", None) is not None:
+        shard(trainer.ref_model)
+    if not is_dry_run:
+        trainer.backend = writer_of(trainer, config, inputs, context)
+    if isinstance(config, GRPOSettings) and config.importance_sampling_cap is not None:
+        # TRL's own correction, which it ties to its own engine of this name: ours writes all the same.
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+        trainer.vllm_importance_sampling_mode = "token_truncate"
+        trainer.vllm_importance_sampling_clip_min = None
+        trainer.vllm_importance_sampling_clip_max = config.importance_sampling_cap
     reward_model = load_scored_by(config, inputs, tokenizer, is_dry_run)
     if reward_model is not None:
         reward.add = _of_rollouts(adding_score_of(reward_model, trainer, config.reward_model_weight), tokenizer)

@@ -1,9 +1,9 @@
 """The policy answers prompts that it is never trained on, at the start, on the way and at the end of RLVR.
 
-One way for all algorithms: rollouts.py writes the answers, at the run's temperature, and the run's verifiers grade
-them, whatever `rlvr.reward` pays. The random numbers of an answer depend on seed, prompt and sample, and not on the
-step: so two evaluations differ by the policies alone, their difference has less noise, and an evaluation that is made
-again after a resume is the same. No random state of the training is touched.
+One way for all algorithms: the engine of the rollouts writes the answers, at the run's temperature, and the run's
+verifiers grade them, whatever `rlvr.reward` pays. The random numbers of an answer depend on seed, prompt and sample,
+and not on the step: so two evaluations differ by the policies alone, their difference has less noise, and an evaluation
+that is made again after a resume is the same. No random state of the training is touched.
 
 With `keep: best` the weights of the best evaluation lie beside the checkpoints (tasks/trainer/best_weights.py).
 """
@@ -22,14 +22,15 @@ from transformers import Trainer, TrainerCallback
 from smoltulu.artifacts.keys import LOGS_FOLDER
 from smoltulu.schemas.held_out import HeldOutOutputs
 from smoltulu.schemas.models import ModelOutputs
-from smoltulu.schemas.rlvr import PPOSettings, RLVRSettings
-from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
+from smoltulu.schemas.rlvr import RLVRSettings
+from smoltulu.tasks.generation.interface import HELD_OUT_TOKENS, Request
+from smoltulu.tasks.models.tokens import prompt_ids
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.best_weights import BestWeights
+from smoltulu.tasks.trainer.sharded import gathered
 from smoltulu.tasks.training.held_out_record import Evaluation, Record, falls, graded, metrics_of, share_right
 from smoltulu.tasks.training.held_out_rows import HeldOutRow, Split
 from smoltulu.tasks.training.rewards import Answer, scores_of
-from smoltulu.tasks.training.rollouts import HELD_OUT_TOKENS, Request, transformers_backend
 
 logger = logging.getLogger("smoltulu")
 HELD_OUT_FILE = f"{LOGS_FOLDER}/held_out.jsonl"
@@ -58,17 +59,7 @@ class HeldOut(TrainerCallback):
         tokenizer: Any = trainer.processing_class
         rows = [one.row for one in split.held_out]
         self.prompt_ids = prompt_ids(tokenizer, [row["prompt"] for row in rows], [row.get("tools") for row in rows])
-        self.backend = transformers_backend(
-            trainer.accelerator.unwrap_model(trainer.model),
-            seed=config.seed,
-            max_new_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            stop_ids=stop_token_ids(tokenizer),
-            pad_id=tokenizer.pad_token_id,
-            batch_size=num_at_once(config, trainer.accelerator.num_processes),
-            autocast=trainer.accelerator.autocast,
-            purpose=HELD_OUT_TOKENS,
-        )
+        self.backend = trainer.backend.for_purpose(HELD_OUT_TOKENS)
 
     # ------------------------------------------------------------------------------------------------- in the training
 
@@ -136,7 +127,8 @@ class HeldOut(TrainerCallback):
         num_samples = self.settings.num_samples
         requests = [Request(ids, 0, one.number, sample) for one, ids in mine for sample in range(num_samples)]
         asked = [one for one, _ in mine for _ in range(num_samples)]
-        written = self.backend(requests)
+        with gathered(self.best.models["policy"]):
+            written = self.backend(requests)
         answers = [
             Answer(one.row["verifier"], one.row["ground_truth"], self._text(rollout), rollout.stopped, "held out")
             for one, rollout in zip(asked, written, strict=True)
@@ -169,7 +161,7 @@ class HeldOut(TrainerCallback):
         return text
 
     def restore_best(self) -> None:
-        """Put the weights that are kept into the models of the main process, which saves them."""
+        """Put the weights that are kept into the models."""
         self.best.restore(self.kept.step)
 
     # -------------------------------------------------------------------------------------------------------- the end
@@ -215,10 +207,3 @@ class HeldOut(TrainerCallback):
             f"{self.kept.accuracy:.3f} is the highest of {len(self.record.evaluations):,} evaluations"
         )
         return said + (", so they are those that the run started from" if not self.kept.step else "")
-
-
-def num_at_once(config: RLVRSettings, num_processes: int) -> int:
-    """Answers that a process writes at once: no more than rollouts, for which there is memory."""
-    limit = config.rollout_batch_size if isinstance(config, PPOSettings) else None
-    own = -(-config.num_rollouts // num_processes)
-    return min(own, limit or own)

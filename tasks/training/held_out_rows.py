@@ -9,7 +9,8 @@ from typing import Any
 
 from smoltulu.schemas.held_out import MIN_PROMPTS_OF_A_FALL, HeldOutSettings
 from smoltulu.tasks.data.held_out import asked_text
-from smoltulu.tasks.training.rollouts import HELD_OUT_ROWS, shuffled
+from smoltulu.tasks.generation.interface import HELD_OUT_ROWS
+from smoltulu.tasks.training.rollouts import shuffled
 from smoltulu.tasks.verifiers.kinds import kinds_of
 
 Row = Mapping[str, Any]

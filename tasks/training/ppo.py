@@ -7,32 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.rlvr import PPOSettings, RLVRInputs
 from smoltulu.schemas.training import TrainingInputs
+from smoltulu.tasks.generation.interface import Request, Written
 from smoltulu.tasks.models.folders import (
     fit_embeddings,
     load_language_model,
     load_tokenizer,
-    save_model,
     switch_dropout_off,
 )
 from smoltulu.tasks.models.lora import with_adapter
-from smoltulu.tasks.models.tokens import stop_token_ids
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import finish, load_model, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import (
+    finish,
+    load_model,
+    prepare_torch,
+    save_and_check,
+    train,
+    trainer_arguments,
+)
 from smoltulu.tasks.trainer.rollout_guards import rollout_guards
+from smoltulu.tasks.trainer.sharded import shard, shard_trainer
 from smoltulu.tasks.training.critic import CRITIC_FOLDER, Critic, load_critic
 from smoltulu.tasks.training.held_out_rows import Split
 from smoltulu.tasks.training.model_score import adding_score_of, check_reward_model, load_scored_by
 from smoltulu.tasks.training.prompts import load_prompts
 from smoltulu.tasks.training.rewards import Answer, Score, scores_of
+from smoltulu.tasks.training.rollout_engine import check_engine, writer_of
 from smoltulu.tasks.training.rollout_log import RolloutLog
-from smoltulu.tasks.training.rollouts import Request, Rollout, transformers_backend
 from smoltulu.tasks.training.watched import watch
 
 if TYPE_CHECKING:
@@ -59,6 +65,7 @@ def build(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> PPO
     config.check_num_rows(len(rows))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     # Refused before any weights are loaded.
+    check_engine(config, inputs, context)
     check_reward_model(config, inputs, tokenizer)
     critic = load_critic(config, inputs, tokenizer)
     return _assembled(config, inputs, context, rows, critic, load_scored_by(config, inputs, tokenizer))
@@ -85,11 +92,11 @@ def build_without_generation(config: PPOSettings, inputs: TrainingInputs, contex
     given = RLVRInputs(**inputs.model_dump())
     rows = load_prompts(inputs.dataset, context)
     reward_model = load_scored_by(config, given, tokenizer, is_dry_run=True)
-    trainer = _assembled(config, given, context, rows, load_critic(config, given, tokenizer), reward_model)
+    trainer = _assembled(config, given, context, rows, load_critic(config, given, tokenizer), reward_model, True)
 
-    def rollouts(requests: Sequence[Request]) -> list[Rollout]:
+    def rollouts(requests: Sequence[Request]) -> list[Written]:
         length = config.max_completion_length
-        return [Rollout([request.prompt_ids[-1]] * length, False, [0.0] * length) for request in requests]
+        return [Written([request.prompt_ids[-1]] * length, False, [0.0] * length) for request in requests]
 
     trainer.backend = rollouts
     return trainer
@@ -102,6 +109,7 @@ def _assembled(
     rows: Dataset,
     critic: PreTrainedModel,
     reward_model: PreTrainedModel | None,
+    is_dry_run: bool = False,
 ) -> PPOTrainer:
     from transformers import TrainingArguments
     from trl.trainer.utils import add_fused_lm_head
@@ -125,16 +133,6 @@ def _assembled(
     arguments["save_steps"] = -(-context.compute.save_steps // cycle) * cycle
     num_steps = config.budget.max_steps
     assert num_steps is not None
-    backend = transformers_backend(
-        policy,
-        seed=config.seed,
-        max_new_tokens=config.max_completion_length,
-        temperature=config.temperature,
-        stop_ids=stop_token_ids(tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        batch_size=config.rollout_batch_size,
-        autocast=lambda: trainer.accelerator.autocast(),
-    )
     trainer = PPOTrainer(
         model=policy,
         args=TrainingArguments(**arguments, max_steps=num_steps, remove_unused_columns=False),
@@ -143,10 +141,16 @@ def _assembled(
         settings=config,
         critic=Critic(critic, config),
         reference=reference,
-        backend=backend,
         scorer=verifier_scores(config, rows),
         rollout_log=RolloutLog(context.work, num_steps // cycle),
     )
+    shard_trainer(trainer, context.compute)
+    if context.compute.is_sharded:
+        for model in (critic, reference):
+            if model is not None:
+                shard(model)
+    if not is_dry_run:
+        trainer.backend = writer_of(trainer, config, inputs, context)
     if reward_model is not None:
         of_verifiers, add = trainer.scorer, adding_score_of(reward_model, trainer, config.reward_model_weight)
         trainer.scorer = lambda episodes: add(episodes, of_verifiers(episodes))
@@ -189,11 +193,8 @@ def run(
         held_out.restore_best()
     outputs, metrics = finish(trainer, context, num_steps, SHOWN, config.gate)
     outputs = outputs.model_copy(update={"critic": CRITIC_FOLDER})
+    save_and_check(trainer, trainer.critic.model, context.folder / CRITIC_FOLDER, None)
     if trainer.is_world_process_zero():
-        tokenizer: Any = trainer.processing_class
-        model, folder = trainer.critic.model, context.folder / CRITIC_FOLDER
-        save_model(model, tokenizer, folder)
-        check_saved(model, tokenizer, folder, trainer.train_dataset, None, trainer.args.bf16)
         samples = trainer.rollout_log.publish(context.folder)
         outputs = outputs.model_copy(update={"samples_file": samples})
     return held_out.outputs(outputs, metrics) if held_out is not None else (outputs, metrics)

@@ -23,6 +23,8 @@ from smoltulu.schemas.verifier_audit import PassRatesConfig, PassRatesInputs, Pa
 from smoltulu.tasks.data.draw import drawn, seed_of
 from smoltulu.tasks.data.rows import rows_digest, stored_rows
 from smoltulu.tasks.evaluation.sampling import Completion
+from smoltulu.tasks.generation.engines import TransformersEngine
+from smoltulu.tasks.generation.interface import Request, Sampling, Written
 from smoltulu.tasks.models.folders import (
     check_model_folder,
     device_of,
@@ -33,7 +35,6 @@ from smoltulu.tasks.models.folders import (
 from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.loop import prepare_torch
-from smoltulu.tasks.training.rollouts import Request, Rollout, transformers_backend
 from smoltulu.tasks.verifiers import VERIFIERS_VERSION, Graders, Verdict
 
 if TYPE_CHECKING:
@@ -119,25 +120,26 @@ def _sampler(
             "max_prompt_length"
         )
     model.to(device)
-    write = transformers_backend(
-        model,
-        seed=seed_of(config.settings.seed, "samples"),
+    engine = TransformersEngine(
+        model, pad_id=tokenizer.pad_token_id, batch_size=context.compute.per_device_eval_batch_size
+    )
+    sampling = Sampling(
         max_new_tokens=config.max_completion_length,
         temperature=config.temperature,
-        stop_ids=stop_token_ids(tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        batch_size=context.compute.per_device_eval_batch_size,
+        stop_ids=tuple(stop_token_ids(tokenizer)),
+        seed=seed_of(config.settings.seed, "samples"),
     )
 
     def answer(members: Sequence[int]) -> list[list[Completion]]:
         samples = range(config.settings.num_samples)
-        written = iter(write([Request(prompts[number], 0, number, sample) for number in members for sample in samples]))
+        requests = [Request(prompts[number], 0, number, sample) for number in members for sample in samples]
+        written = iter(engine.generate(requests, sampling))
         return [[_completion(tokenizer, next(written)) for _ in samples] for _ in members]
 
     return answer
 
 
-def _completion(tokenizer: PreTrainedTokenizerBase, written: Rollout) -> Completion:
+def _completion(tokenizer: PreTrainedTokenizerBase, written: Written) -> Completion:
     ids = written.ids[:-1] if written.stopped else written.ids
     return Completion(tokenizer.decode(ids, skip_special_tokens=True), written.stopped)
 

@@ -31,9 +31,10 @@ from smoltulu.schemas.sampled import (
 from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.engine.launch import run_child
 from smoltulu.tasks.evaluation.pair_accuracy import reward_scores
+from smoltulu.tasks.generation.engines import TransformersEngine
+from smoltulu.tasks.generation.loop import nucleus
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.models.classifiers import load_reward_model
-from smoltulu.tasks.models.decoding import nucleus, write
 from smoltulu.tasks.models.folders import load_language_model, load_tokenizer
 from smoltulu.tasks.models.tokens import conversations, prompt_ids
 from smoltulu.tasks.sampled import parts
@@ -162,13 +163,14 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_file(
     sample(tmp_path / "whole", model, rows)
     calls: list[int] = []
 
-    def counted(model: Any, asked: Any, *args: Any, **kwargs: Any) -> Any:
+    def counted(engine: Any, asked: Any, *args: Any) -> Any:
         calls.append(len(asked))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return write(model, asked, *args, **kwargs)
+        return generate(engine, asked, *args)
 
-    monkeypatch.setattr("smoltulu.tasks.sampled.samples.write", counted)
+    generate = TransformersEngine.generate
+    monkeypatch.setattr(TransformersEngine, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
         sample(tmp_path / "broken", model, rows)
     # A damaged part is made again, a whole one is not. Another batch size goes on with the same numbers.

@@ -17,13 +17,15 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 from trl.trainer.utils import add_fused_lm_head
 
 from smoltulu.schemas.rlvr import PPOSettings
+from smoltulu.tasks.generation.engines import TransformersEngine
+from smoltulu.tasks.generation.interface import Sampling
 from smoltulu.tasks.models.classifiers import keep_in_float32
 from smoltulu.tasks.training.critic import Critic
 from smoltulu.tasks.training.ppo_batch import Episode
 from smoltulu.tasks.training.ppo_trainer import PPOTrainer
 from smoltulu.tasks.training.rewards import Score
+from smoltulu.tasks.training.rollout_engine import Writer
 from smoltulu.tasks.training.rollout_log import RolloutLog
-from smoltulu.tasks.training.rollouts import transformers_backend
 
 EOS, PAD = 0, 1
 PROMPT = (2,)
@@ -122,16 +124,15 @@ def trainer(
         per_device_train_batch_size=256, use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1,
         save_strategy="no", remove_unused_columns=False, logging_nan_inf_filter=False,
     )  # fmt: skip
-    backend = transformers_backend(
-        policy, seed=settings.seed, max_new_tokens=LONGEST, temperature=1.0, stop_ids=[EOS], pad_id=PAD
-    )
     add_fused_lm_head(policy, outputs=("log_probs", "entropy"))
     rows = Dataset.from_list([{"id": "0", "prompt": [{"role": "user", "content": "q"}]}])
-    return PPOTrainer(
+    made = PPOTrainer(
         model=policy, args=arguments, train_dataset=rows,
         processing_class=tokenizer(), settings=settings, critic=Critic(values, settings), reference=None,
-        backend=backend, scorer=scores, rollout_log=RolloutLog(folder, 1),
+        scorer=scores, rollout_log=RolloutLog(folder, 1),
     )  # fmt: skip
+    made.backend = Writer(TransformersEngine(policy, pad_id=PAD), Sampling(LONGEST, 1.0, (EOS,), seed=settings.seed))
+    return made
 
 
 def warmed_up(folder: Path, policy: Any, critic: Any, num_steps: int) -> None:

@@ -1,0 +1,115 @@
+"""What writes the rollouts of a training, and the held-out answers: an engine, and the run's way of sampling."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smoltulu.schemas.compute import GenerationCompute
+from smoltulu.schemas.rlvr import PPOSettings, RLVRSettings
+from smoltulu.schemas.training import TrainingInputs
+from smoltulu.tasks.generation.engines import CopyEngine, TransformersEngine
+from smoltulu.tasks.generation.freshness import TOLERANCE, FreshEngine
+from smoltulu.tasks.generation.interface import Engine, Request, Sampling, Written
+from smoltulu.tasks.generation.vllm_engine import check_vllm, vllm_engine
+from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model
+from smoltulu.tasks.models.tokens import stop_token_ids
+from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.training.prompts import ids_of_prompts
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.getLogger("smoltulu")
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes after prompts: `Backend` of tasks/training/rollouts.py."""
+
+    engine: Engine
+    sampling: Sampling
+
+    def __call__(self, requests: Sequence[Request]) -> list[Written]:
+        return self.engine.generate(requests, self.sampling)
+
+    def for_purpose(self, purpose: int) -> Writer:
+        """The same with random numbers of their own."""
+        return replace(self, sampling=replace(self.sampling, purpose=purpose))
+
+
+def check_engine(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -> None:
+    """Before any weights are loaded. ValueError where this machine cannot run the engine; warns of what is ignored."""
+    placed, given = context.compute.generation, context.compute.generation.model_fields_set
+    if config.engine == "vllm":
+        longest = config.max_prompt_length + config.max_completion_length
+        check_vllm(Path(inputs.model), placed, device_of(context.compute), longest)
+        if getattr(config, "importance_sampling_cap", None) is None:
+            logger.warning(
+                "engine vllm rounds otherwise than the update, and nothing corrects it: set "
+                "rlvr.importance_sampling_cap (2, with algorithm grpo or ppo)"
+            )
+    else:
+        check_device(placed.device)
+    ignored = given & ({"device"} if config.engine == "vllm" else set(GenerationCompute.model_fields) - {"device"})
+    for name in sorted(ignored):
+        logger.warning("compute.generation.%s says nothing to engine %s, and is ignored", name, config.engine)
+
+
+def check_device(device: str | None) -> None:
+    """ValueError where this machine has no such device."""
+    import torch
+
+    if device is None or device == "cpu":
+        return
+    number, there = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+    if number >= there:
+        raise ValueError(
+            f"compute.generation.device is {device}, and torch finds {there} CUDA device{'s' * (there != 1)} here; "
+            "name one that is there, or leave it out: the policy then writes itself"
+        )
+
+
+def writer_of(trainer: Trainer, config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -> Writer:
+    """The engine that the settings name, over the trainer's policy as it is loaded."""
+    tokenizer: Any = trainer.processing_class
+    accelerator: Any = trainer.accelerator
+    policy = accelerator.unwrap_model(trainer.model)
+    sampling = Sampling(
+        max_new_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        stop_ids=tuple(stop_token_ids(tokenizer)),
+        seed=config.seed,
+    )
+    options: dict[str, Any] = {
+        "pad_id": tokenizer.pad_token_id,
+        "batch_size": num_at_once(config, accelerator.num_processes),
+        "around": accelerator.autocast,
+    }
+    itself = TransformersEngine(policy, **options)
+    placed = context.compute.generation
+    if config.engine == "transformers" and placed.device is None:
+        return Writer(itself, sampling)
+    own: Engine
+    if config.engine == "vllm":
+        longest = config.max_prompt_length + config.max_completion_length
+        own = vllm_engine(Path(inputs.model), placed, accelerator, longest)
+    else:
+        copy = load_language_model(Path(inputs.model))
+        fit_embeddings(copy, tokenizer)
+        own = CopyEngine(copy.to(placed.device).eval().requires_grad_(False), **options)
+    [probe] = ids_of_prompts(tokenizer, [trainer.train_dataset[0]["prompt"]])  # type: ignore[index]
+    is_rounded = trainer.args.bf16 or config.engine == "vllm"
+    tolerance = TOLERANCE["bfloat16" if is_rounded else "float32"]
+    fresh = FreshEngine(own, itself, probe, tolerance=tolerance)
+    return Writer(fresh, sampling)
+
+
+def num_at_once(config: RLVRSettings, num_processes: int) -> int:
+    """Texts that a process writes at once: no more than rollouts, for which there is memory."""
+    limit = config.rollout_batch_size if isinstance(config, PPOSettings) else None
+    own = -(-config.num_rollouts // num_processes)
+    return min(own, limit or own)
