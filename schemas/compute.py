@@ -40,6 +40,7 @@ class StageCompute(StrictModel):
     num_processes: int | None = machinery(None, ge=1)
     parallel: Parallel | None = machinery(None)
     num_threads: int | None = machinery(None, ge=1)
+    host_memory_gb: float | None = machinery(None, gt=0)
     max_hours: float | None = machinery(None, gt=0)
 
 
@@ -113,6 +114,10 @@ class ComputeSettings(StrictModel):
     num_threads: int | None = machinery(
         None, ge=1, description="CPU threads per stage process, and processes of the preflight; none: all cores"
     )
+    host_memory_gb: float | None = machinery(
+        None, gt=0, description="main memory of a stage in 10^9 bytes, as `smoltulu launch` asks a cluster for it; "
+        "none: what the cluster gives"
+    )  # fmt: skip
     per_device_train_batch_size: int = machinery(
         1,
         ge=1,

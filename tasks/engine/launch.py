@@ -249,16 +249,16 @@ def _said(file: Path) -> dict[str, Any] | None:
     return said | {"message": log_text(said["message"])}
 
 
-def stop_children() -> None:
+def stop_children(seconds: float = _STOP_SECONDS) -> None:
     """End every stage process that this process started: called when a flow is cancelled or fails.
 
-    A training writes a checkpoint first, if it can within a few seconds; what still runs then is killed.
+    A training writes a checkpoint first, if it can within so many seconds; what still runs then is killed.
     """
     with _running_lock:
         processes = list(_running)
     for process in processes:
         process.terminate()
-    deadline = time.monotonic() + _STOP_SECONDS
+    deadline = time.monotonic() + seconds
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

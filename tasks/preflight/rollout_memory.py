@@ -18,7 +18,10 @@ class TooLarge(ValueError):
 def rollout_bytes(settings: RLVRSettings, model: Path, longest: int, compute: ComputeSettings, bfloat16: bool) -> int:
     """Bytes needed while rollouts of the longest length are generated."""
     weights = 4 * model_size(model).num_parameters
-    held = num_models_held(settings) * weights + (weights // 2 if bfloat16 else 0)  # autocast keeps a copy
+    held = num_models_held(settings) * weights
+    if compute.is_sharded:
+        held = held // compute.num_processes + weights  # each fetches the whole policy to write
+    held += weights // 2 if bfloat16 else 0  # autocast keeps a copy
     try:
         architecture = json.loads((model / "config.json").read_text())
         return held + kv_bytes(architecture, num_at_once(settings, compute), longest, 2 if bfloat16 else 4)

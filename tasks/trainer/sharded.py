@@ -1,7 +1,7 @@
 """FSDP2 (`compute.parallel: fsdp2`): each rank holds a part of a training's weights, gradients and optimizer.
 
-torch's fully_shard (arXiv 2304.11277) makes a DTensor of every parameter. A decoder layer's weights are fetched from all
-ranks before its forward and its backward, and freed after; embeddings, last norm and head are one group, so tied
+torch's fully_shard (arXiv 2304.11277) makes a DTensor of every parameter. A decoder layer's weights are fetched from
+all ranks before its forward and its backward, and freed after; embeddings, last norm and head are one group, so tied
 weights stay one parameter. Gradients are summed over ranks after each micro-batch: to wait for the last, as DDP does,
 every rank would hold the gradients of the whole model. Nothing is cast: weights and gradients travel in float32, and
 autocast is that of DDP. So losses, clipping and rows are those of one process.

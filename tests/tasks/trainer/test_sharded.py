@@ -65,7 +65,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, i
 
 
 NAMES = (
-    "sft", "sft-tokens", "sft-checkpointed", "sft-held-out", "reward-model", "reward-model-padded", "dpo", "dpo-tokens", "ppo",
+    "sft", "sft-tokens", "sft-checkpointed", "sft-held-out", "reward-model", "reward-model-padded", "dpo", "dpo-tokens",
+    "ppo",
 )  # fmt: skip
 
 
