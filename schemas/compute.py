@@ -165,7 +165,7 @@ class ComputeSettings(StrictModel):
         None,
         gt=0,
         description="hours that a stage may take in one run; then it is stopped, and the next run goes on from its "
-        "checkpoint (with several processes: from the last one that was due)",
+        "checkpoint",
     )
     stages: dict[str, StageCompute] = machinery({}, description="exceptions per stage, by its name")
 
