@@ -14,6 +14,8 @@ from pathlib import Path
 from smoltulu.artifacts.files import write_atomically
 
 _FILE = "end-{}.json"
+#: How faulthandler begins each time.
+_SAID = "Timeout ("
 #: What backends say to a rank whose peer is gone, or that has waited too long for one.
 _LOST_PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")
 _LOST_PEER_TEXTS = (
@@ -85,25 +87,36 @@ def forget_ends(work: Path) -> None:
 
 
 def main_thread(stack: str) -> str:
-    """The calls of the main thread, the most recent first: of all threads it is written last."""
+    """The calls of the main thread, the most recent first: of all threads faulthandler writes it last."""
     lines = stack.rpartition("(most recent call first):")[2].splitlines()
     return "\n".join(line for line in lines if line.strip().startswith("File "))
 
 
 def is_waiting(stack: str) -> bool:
-    """Whether the main thread of a rank, by what faulthandler wrote of it, waits for other ranks.
+    """Whether the main thread of a rank waits for other ranks.
 
-    It does in a call of torch.distributed, and in the backward pass, where DDP and FSDP exchange gradients.
+    It does in a call of torch.distributed, in the backward pass, where DDP and FSDP exchange gradients, and where it
+    waits for a GPU that does either.
     """
     first = next(iter(main_thread(stack).splitlines()), "")
-    return "/torch/distributed/" in first or ("/torch/autograd/" in first and "_engine_run_backward" in first)
+    places = ("/torch/distributed/", "/torch/cuda/streams.py")
+    return any(place in first for place in places) or ("/torch/autograd/" in first and "_engine_run_backward" in first)
+
+
+def waits_long(stacks: str) -> bool:
+    """Whether a rank waited both of the last times that it said where it is."""
+    last = stacks.split(_SAID)[1:][-2:]
+    return len(last) == 2 and all(map(is_waiting, last))
 
 
 def hanging(steps: Mapping[int, int], stacks: Mapping[int, str]) -> list[int]:
-    """The ranks that keep the others waiting: `steps` each has done, and where each is ("": it could not say).
+    """The ranks that keep others waiting, if any waits long: `steps` each has done, and where each was, so far.
 
-    Those behind the others, and of these those that do not wait themselves. Where all wait: those behind.
+    Those behind the others, and of these those that do not wait themselves, or cannot say where they are. Where all
+    wait: those behind.
     """
+    if not any(map(waits_long, stacks.values())):
+        return []
     behind = [rank for rank in sorted(steps) if steps[rank] == min(steps.values())]
     for several in (behind, sorted(steps)):
         if busy := [rank for rank in several if not is_waiting(stacks.get(rank, ""))]:

@@ -1,7 +1,8 @@
-"""A rank's sign of life: the last step it did, and where it is once it has done none for too long.
+"""A rank's sign of life: the last step it did, and where it is while it does none.
 
-The stack is written by a thread of faulthandler, which needs neither the interpreter nor the main thread: a rank that
-waits in a collective, in C, is seen as well. A process that is stopped writes nothing, and is told by that.
+It says so twice in `compute.rank_timeout_minutes`: one that waits both times has waited for long. The stack is written
+by a thread of faulthandler, which needs neither the interpreter nor the main thread: a rank that waits in a collective,
+in C, is seen as well. A process that is stopped writes nothing, and is told by that.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Pulse:
         faulthandler.cancel_dump_traceback_later()
         os.ftruncate(self._stack, 0)
         os.lseek(self._stack, 0, os.SEEK_SET)
-        faulthandler.dump_traceback_later(seconds, file=self._stack)
+        faulthandler.dump_traceback_later(seconds / 2, repeat=True, file=self._stack)
         self._set_at = time.monotonic()
 
 

@@ -6,7 +6,7 @@ a rank that hangs nor whose trace is the cause of the others'.
 
     one fails          the others are asked to end, and killed after `_GRACE_S`
     one is stopped     (SIGTERM) they agree on a step among themselves, and get `_LAST_STEP_S` for it
-    one hangs          all are killed, once `compute.rank_timeout_minutes` went by without a step
+    one hangs          all are killed, once another has waited for it for `compute.rank_timeout_minutes`
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD
 _GRACE_S = 30.0
 #: Seconds for the last step and its checkpoint where one rank was asked to stop.
 _LAST_STEP_S = 900.0
-#: Seconds between the first stack of a rank that has done no step for too long and the decision whose fault it is.
+#: Seconds between the first rank that is known to wait for long and the decision whose fault it is.
 _SETTLE_S = 3.0
 _POLL_S = 0.05
 
@@ -120,25 +120,24 @@ class _Watch:
                 write_end(self.work, end)
 
     def look(self) -> None:
-        """End all where some have done no step for too long. One that is left alone keeps nobody waiting."""
+        """End all where one keeps others waiting for too long. One that is left alone keeps nobody waiting."""
         now = time.monotonic()
         if self.work is None or len(self.running) < 2 or self.status:
             return
-        stacks = {rank: pulse.stack_of(self.work, rank) for rank in self.running.values()}
-        if not any(stacks.values()):
+        stopped = {rank for pid, rank in self.running.items() if _is_stopped(pid)}
+        # What a rank that is stopped said before is not where it is.
+        stacks = {rank: "" if rank in stopped else pulse.stack_of(self.work, rank) for rank in self.running.values()}
+        steps = {rank: pulse.last_step(self.work, rank) for rank in stacks}
+        found = hanging(steps, stacks)
+        if not found:
             self.suspected_at = math.inf
         elif self.suspected_at == math.inf:
-            self.suspected_at = now
+            self.suspected_at = now  # the others say where they are at about the same time
         elif now - self.suspected_at > _SETTLE_S:
-            steps = {rank: pulse.last_step(self.work, rank) for rank in stacks}
-            for rank in hanging(steps, stacks):
+            for rank in found:
                 step = f"after step {steps[rank]:,}" if steps[rank] >= 0 else "before its first step"
-                pid = next(pid for pid, other in self.running.items() if other == rank)
-                stopped = "; its process is stopped (SIGSTOP)" if _is_stopped(pid) else ""
-                text = (
-                    f"hangs {step}: no other rank went on for compute.rank_timeout_minutes, as they wait for it"
-                    f"{stopped}"
-                )
+                text = f"hangs {step}: others wait for it, and none went on for compute.rank_timeout_minutes"
+                text += "; its process is stopped (SIGSTOP)" if rank in stopped else ""
                 self._tell(End(rank, now, text, main_thread(stacks[rank])))
             self.status = 1
             _send(self.running, signal.SIGKILL)

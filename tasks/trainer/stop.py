@@ -9,9 +9,26 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
+
+
+@dataclass(frozen=True)
+class Deaf:
+    """Called in a process that makes batches: it ends with its training, not with a signal to all processes of a job.
+
+    torch would have it end at once, and the training fail of it before it could write a checkpoint.
+    """
+
+    then: Callable[[int], None] | None
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.then is not None:
+            self.then(worker)
 
 
 class StopWhenAsked(TrainerCallback):
@@ -24,6 +41,15 @@ class StopWhenAsked(TrainerCallback):
         self._is_alone = trainer.accelerator.num_processes == 1
         self._before: Any = None
         trainer.stop_when_asked = self
+        loader_of_trainer = trainer.get_train_dataloader
+
+        def get_train_dataloader() -> Any:
+            loader = loader_of_trainer()
+            made = getattr(loader, "base_dataloader", loader)
+            made.worker_init_fn = Deaf(made.worker_init_fn)
+            return loader
+
+        trainer.get_train_dataloader = get_train_dataloader
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, lambda *_: self.asked.set())
 

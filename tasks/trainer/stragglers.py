@@ -79,7 +79,7 @@ def name_stragglers(trainer: Trainer) -> TrainerCallback | None:
     from transformers import TrainerCallback
 
     own = _OwnTime(trainer.args.device.type == "cuda")
-    samples_of_trainer, loss_of_trainer = trainer.get_batch_samples, trainer.compute_loss
+    samples_of_trainer = trainer.get_batch_samples
 
     def get_batch_samples(epoch_iterator: Iterator[Any], *args: Any) -> Any:
         def timed() -> Iterator[Any]:
@@ -89,10 +89,12 @@ def name_stragglers(trainer: Trainer) -> TrainerCallback | None:
 
         return samples_of_trainer(timed(), *args)
 
-    def compute_loss(*args: Any, **kwargs: Any) -> Any:
-        return own.of_device(loss_of_trainer, *args, **kwargs)
+    def timed_method(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: own.of_device(method, *args, **kwargs)
 
-    trainer.get_batch_samples, trainer.compute_loss = get_batch_samples, compute_loss
+    trainer.get_batch_samples = get_batch_samples
+    for name in getattr(trainer, "meets_no_other_rank", ("compute_loss",)):
+        setattr(trainer, name, timed_method(getattr(trainer, name)))
 
     class Stragglers(TrainerCallback):
         def __init__(self) -> None:

@@ -65,6 +65,9 @@ class PPOTrainer(Trainer):
     backend    writes rollouts with the policy as it is; set when the trainer is there (rollout_engine.py)
     """
 
+    #: Methods whose time is that of this rank alone (tasks/trainer/stragglers.py).
+    meets_no_other_rank = ("_generate", "training_step")
+
     def __init__(
         self,
         *args: Any,

@@ -116,12 +116,12 @@ def planted(sft_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (
             "asleep",
             "warm",
-            r"(?s)sft: rank 1 hangs after step 3: .*they wait for it\. .*sitecustomize.py., line \d+ in on",
+            r"(?s)sft: rank 1 hangs after step 3: .*others wait for it, .*sitecustomize.py., line \d+ in on",
         ),
         (
             "asleep",
             "process",
-            r"(?s)sft: rank 1 hangs after step 3: .*they wait for it\. .*sitecustomize.py., line \d+ in",
+            r"(?s)sft: rank 1 hangs after step 3: .*others wait for it, .*sitecustomize.py., line \d+ in",
         ),
         ("stopped", "warm", r"(?s)sft: rank 1 hangs after step 3: .*its process is stopped \(SIGSTOP\)"),
     ],
@@ -176,8 +176,8 @@ def test_a_slow_rank_is_named_and_sigterm_to_one_stops_all_with_a_checkpoint(
 
 @pytest.mark.parametrize("launcher", ["warm", "process"])
 def test_sigterm_to_all_processes_stops_with_a_checkpoint(planted: Planted, launcher: str) -> None:
-    """As a scheduler sends it: to the process that started the ranks and to each of them, twice."""
-    job = planted.job(launcher, save_steps=100_000, logging_steps=100)
+    """As a scheduler sends it: to every process of the stage, twice."""
+    job = planted.job(launcher, save_steps=100_000, logging_steps=100, dataloader_num_workers=1)
     job = dataclasses.replace(job, config=job.config.model_copy(update={"max_steps": 100_000}))
     planted.file.write_text(json.dumps({"fault": "", "rank": 1, "step": 0}))
     failures: list[BaseException] = []
@@ -196,8 +196,8 @@ def test_sigterm_to_all_processes_stops_with_a_checkpoint(planted: Planted, laun
         time.sleep(0.05)
     process = next(iter(launch._running))
     assert process.pid is not None
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
-    assert len(family) == 3
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(family) == 1 + 2 + 2  # each rank with a process that makes its batches
     for _ in range(2):
         for one in family:
             if one.is_running():
@@ -241,20 +241,26 @@ def test_what_a_rank_says_whose_peer_is_gone(error: Exception, expected: bool) -
     assert is_lost_peer(error) == expected
 
 
-def stack(first: str) -> str:
+def stack(*firsts: str) -> str:
+    """What faulthandler writes of a rank whose main thread is there, one time after another."""
     other = 'Thread 0x01 (most recent call first):\n  File "/usr/lib/python3/threading.py", line 3 in wait\n\n'
-    main = f'Thread 0x02 (most recent call first):\n  File {first}\n  File "child.py", line 9 in main\n'
-    return f"Timeout (0:00:05)!\n{other}{main}"
+    main = 'Thread 0x02 (most recent call first):\n  File {}\n  File "child.py", line 9 in main\n'
+    return "".join(f"Timeout (0:00:05)!\n{other}{main.format(first)}" for first in firsts)
 
 
 def test_who_hangs_is_behind_and_waits_for_nobody() -> None:
-    gather = stack('"/site-packages/torch/distributed/distributed_c10d.py", line 4 in all_gather_into_tensor')
-    backward = stack('"/site-packages/torch/autograd/graph.py", line 4 in _engine_run_backward')
-    asleep = stack('"/home/me/data.py", line 4 in read')
-    assert is_waiting(gather) and is_waiting(backward) and not is_waiting(asleep) and not is_waiting("")
-    assert main_thread(asleep).splitlines()[0].strip() == 'File "/home/me/data.py", line 4 in read'
-    assert hanging({0: 3, 1: 3, 2: 3}, {0: gather, 1: asleep, 2: backward}) == [1]
-    assert hanging({0: 3, 1: 3}, {0: gather, 1: ""}) == [1]  # it is stopped
-    assert hanging({0: 4, 1: 3}, {0: asleep, 1: asleep}) == [1]  # the other went on
-    assert hanging({0: 3, 1: 4}, {0: gather, 1: asleep}) == [1]
-    assert hanging({0: 3, 1: 3}, {0: gather, 1: gather}) == [0, 1]
+    gathers = '"/site-packages/torch/distributed/distributed_c10d.py", line 4 in all_gather_into_tensor'
+    backward = '"/site-packages/torch/autograd/graph.py", line 4 in _engine_run_backward'
+    reads = '"/home/me/data.py", line 4 in read'
+    waits, works, new = stack(gathers, backward), stack(reads, reads), stack(gathers)
+    assert is_waiting(waits) and is_waiting(new) and not is_waiting(works) and not is_waiting("")
+    assert main_thread(works).splitlines()[0].strip() == f"File {reads}"
+    assert waits_long(waits) and not waits_long(new) and not waits_long(stack(reads, gathers)) and not waits_long("")
+    assert hanging({0: 3, 1: 3, 2: 3}, {0: waits, 1: works, 2: waits}) == [1]
+    assert hanging({0: 3, 1: 3}, {0: waits, 1: ""}) == [1]  # it is stopped
+    assert hanging({0: 3, 1: 4}, {0: waits, 1: works}) == [1]
+    assert hanging({0: 4, 1: 3}, {0: waits, 1: works}) == [1]
+    assert hanging({0: 4, 1: 4, 2: 3}, {0: waits, 1: works, 2: works}) == [2]  # the others went on
+    assert hanging({0: 3, 1: 3}, {0: waits, 1: waits}) == [0, 1]
+    # Nobody waits: both are busy, however long it takes. Or it is not known yet for how long.
+    assert hanging({0: 3, 1: 3}, {0: works, 1: works}) == hanging({0: 3, 1: 3}, {0: new, 1: works}) == []

@@ -134,6 +134,41 @@ def test_no_step_of_ppo_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert seen["after 4"] and trainer.state.global_step == 8
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_no_step_waits_on_this_gpu(base: Path, tmp_path: Path, stage: str) -> None:
+    """torch itself looks for it, in every step that is neither the first nor logged."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    rows = conversations(8) if stage == "sft" else pairs(9)[1:]
+    compute = {"device": "cuda", "logging_steps": 3, "save_steps": 100, "report_to": ()}
+    settings = {"effective_batch_size": 4, "num_train_epochs": 3}
+    config, inputs, run_context = stage_arguments(stage, tmp_path, base, rows, settings, **compute)
+    trainer = MODULES[stage].build(config, inputs, run_context)
+    after_step = trainer._maybe_log_save_evaluate
+
+    def log_save_evaluate(*args: Any, **kwargs: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        after_step(*args, **kwargs)
+        if trainer.state.global_step in (1, 3, 4):  # before steps 2, 4 and 5
+            torch.cuda.set_sync_debug_mode("error")
+
+    trainer._maybe_log_save_evaluate = log_save_evaluate
+    trainer.add_callback(_NoSync())
+    try:
+        train(trainer, run_context, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class _NoSync(TrainerCallback):
+    """What is read at the end of a step that is logged is allowed."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.logging_steps == 0:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_trls_own_loss_waits_five_times_a_micro_batch(base: Path, tmp_path: Path) -> None:
     """Why it is replaced; where a version of TRL no longer does, ours may go."""
     config, inputs, run_context = stage_arguments("sft", tmp_path, base, conversations(4), {}, packing=False)
