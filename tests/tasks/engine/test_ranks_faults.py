@@ -29,6 +29,7 @@ from smoltulu.tasks.engine.ends import (
     is_waiting,
     main_thread,
     read_ends,
+    waits_long,
     write_end,
 )
 from smoltulu.tasks.engine.launch import StageFailed
