@@ -101,7 +101,7 @@ def writer_of(trainer: Trainer, config: RLVRSettings, inputs: TrainingInputs, co
         copy = load_language_model(Path(inputs.model))
         fit_embeddings(copy, tokenizer)
         own = CopyEngine(copy.to(compute.generation_device).eval().requires_grad_(False), **options)
-    [probe] = ids_of_prompts(tokenizer, [trainer.train_dataset[0]["prompt"]])  # type: ignore[index]
+    [probe] = ids_of_prompts(tokenizer, [trainer.train_dataset[0]["prompt"]])
     is_rounded = trainer.args.bf16 or config.engine == "vllm"
     tolerance = TOLERANCE["bfloat16" if is_rounded else "float32"]
     fresh = FreshEngine(own, itself, probe, tolerance=tolerance)

@@ -115,9 +115,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path, device: str) -> N
     if torch.cuda.device_count() > 1:
         pytest.skip("it is there")
     inputs = TrainingInputs.model_construct(model=str(tmp_path / "none"), dataset="", chat_template="")
-    with pytest.raises(
-        ValueError, match=rf"_device is {device}, and torch finds \d CUDA devices? here; name one"
-    ):
+    with pytest.raises(ValueError, match=rf"_device is {device}, and torch finds \d CUDA devices? here; name one"):
         check_engine(rlvr(), inputs, context(tmp_path, generation_device=device))
 
 
