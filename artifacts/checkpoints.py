@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -24,7 +24,7 @@ from smoltulu.artifacts.files import (
     write_atomically,
 )
 from smoltulu.artifacts.keys import file_fault, folder_records
-from smoltulu.schemas.artifact import FileRecords
+from smoltulu.schemas.artifact import FileRecord, FileRecords
 from smoltulu.schemas.common import StrictModel
 
 CHECKPOINT_MARKER = ".complete"
@@ -37,10 +37,14 @@ class Marker(StrictModel):
     score: float | None = None
 
 
-def mark_complete(folder: Path, score: float | None = None) -> None:
-    """Write the completion marker; `score` (higher is better) is what `prune` keeps the best checkpoint by."""
+def mark_complete(folder: Path, score: float | None = None, known: Mapping[str, FileRecord] | None = None) -> None:
+    """Write the completion marker.
+
+    score  higher is better; what `prune` keeps the best checkpoint by
+    known  records of files whose bytes need not be read again
+    """
     (folder / CHECKPOINT_MARKER).unlink(missing_ok=True)
-    files = folder_records(folder)
+    files = folder_records(folder, known or {})
     kept = score if score is not None and math.isfinite(score) else None
     _complete(folder, Marker(files=files, score=kept))
 

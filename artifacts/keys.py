@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
+from types import MappingProxyType
 from typing import Any
 
 from blake3 import blake3
@@ -116,18 +118,21 @@ def file_fault(folder: Path, name: str, record: FileRecord, full: bool = False, 
     return None
 
 
-def folder_records(folder: Path) -> dict[str, FileRecord]:
-    """Size and digest of every file below `folder` by relative path. Links are refused: they can point outside."""
+def folder_records(folder: Path, known: Mapping[str, FileRecord] = MappingProxyType({})) -> dict[str, FileRecord]:
+    """Size and digest of every file below `folder` by relative path. Links are refused: they can point outside.
+
+    known  records of files that are not read
+    """
     files = []
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise ValueError(f"{path} is a link; an artifact holds plain files only")
-        if path.is_file():
+        if path.is_file() and path.relative_to(folder).as_posix() not in known:
             files.append(path)
     # Large files are hashed by several threads each; the pool is for the many small ones.
     with ThreadPoolExecutor(_NUM_FILES_AT_ONCE) as pool:
         digests = list(pool.map(file_digest, files))
-    return {
+    return dict(known) | {
         path.relative_to(folder).as_posix(): FileRecord(size=path.stat().st_size, blake3=digest)
         for path, digest in zip(files, digests, strict=True)
     }

@@ -101,6 +101,11 @@ def rows_of_process(effective_batch_size: int, num_processes: int) -> int:
     return effective_batch_size // num_processes
 
 
+def most_ranks(most: int, effective_batch_size: int) -> int:
+    """The largest number of ranks, at most `most`, that divides the effective batch: each takes equally many rows."""
+    return next(number for number in range(most, 0, -1) if effective_batch_size % number == 0)
+
+
 def largest_batch(most: int, effective_batch_size: int, num_processes: int) -> int | None:
     """The largest per-device batch of at most `most` rows that divides the effective batch; None if there is none."""
     most = min(most, effective_batch_size)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from smoltulu.schemas.budget import largest_batch
+from smoltulu.schemas.budget import largest_batch, most_ranks
 from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery
 
 
@@ -25,6 +25,8 @@ def _none_for_null(value: Any) -> Any:
 
 #: Tokens that a micro-batch may hold on one device.
 TokensPerDevice = Literal["auto", "none"] | int
+#: How the ranks of a training share its model: see tasks/trainer/sharded.py.
+Parallel = Literal["ddp", "fsdp2"]
 
 
 class StageCompute(StrictModel):
@@ -36,6 +38,7 @@ class StageCompute(StrictModel):
     save_steps: int | None = machinery(None, ge=1)
     logging_steps: int | None = machinery(None, ge=1)
     num_processes: int | None = machinery(None, ge=1)
+    parallel: Parallel | None = machinery(None)
     num_threads: int | None = machinery(None, ge=1)
     max_hours: float | None = machinery(None, gt=0)
 
@@ -62,7 +65,15 @@ class ComputeSettings(StrictModel):
         True, description="run bfloat16 stages in float32, with a warning, on devices without it"
     )
     num_processes: int = machinery(
-        1, ge=1, description="training processes (GPUs) per stage; started by torchrun above one"
+        1,
+        ge=1,
+        description="training processes (GPUs) per stage, started by torchrun above one; a training whose effective "
+        "batch they do not divide takes the most of them that do, with a warning",
+    )
+    parallel: Parallel = machinery(
+        "ddp",
+        description="ddp: each process holds the whole training; fsdp2: a part of weights, gradients and optimizer, "
+        "and it fetches a layer's weights when they are due. Steps and model are the same",
     )
     device_memory_gb: float | None = machinery(
         None, gt=0, description="memory of one device in 10^9 bytes: `plan` says which trainings cannot fit into it"
@@ -140,6 +151,11 @@ class ComputeSettings(StrictModel):
     stages: dict[str, StageCompute] = machinery({}, description="exceptions per stage, by its name")
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether a training is divided among its processes. One alone has nothing to divide."""
+        return self.parallel == "fsdp2" and self.num_processes > 1
+
+    @property
     def by_tokens(self) -> bool:
         """Whether trainings on rows cut their optimizer steps by tokens."""
         return self.tokens_per_device != "none"
@@ -147,14 +163,14 @@ class ComputeSettings(StrictModel):
     def of(self, stage: str, effective_batch_size: int | None = None) -> ComputeSettings:
         """These settings with the exceptions of `stage` applied.
 
-        effective_batch_size  of a training: its per-device batch is lowered to the largest that divides it, which
-                              changes no result. Where num_processes does not divide it, no batch does: all stays
+        effective_batch_size  of a training: it runs on the most of its processes that divide it, each with the largest
+                              per-device batch that does. That changes no result
         """
         exceptions = self.stages.get(stage)
         own = self if exceptions is None else self.model_copy(update=exceptions.model_dump(exclude_none=True))
         if effective_batch_size is None:
             return own
-        size = largest_batch(own.per_device_train_batch_size, effective_batch_size, own.num_processes)
-        if size in (None, own.per_device_train_batch_size):
-            return own
-        return own.model_copy(update={"per_device_train_batch_size": size})
+        num_ranks = most_ranks(own.num_processes, effective_batch_size)
+        size = largest_batch(own.per_device_train_batch_size, effective_batch_size, num_ranks)
+        fitting = {"num_processes": num_ranks, "per_device_train_batch_size": size}
+        return own if fitting.items() <= dict(own).items() else own.model_copy(update=fitting)

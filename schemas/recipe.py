@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smoltulu.schemas.common import MAX_PATH, StrictModel, machinery, science
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.compute_checks import batch_notes, sharding_problems
 from smoltulu.schemas.contamination import ContaminationSettings
 from smoltulu.schemas.data import DataSet, DataSettings, DataSource
 from smoltulu.schemas.evaluation import EvaluationSettings
@@ -27,7 +28,6 @@ from smoltulu.schemas.training import (
     RewardModelSettings,
     RowKind,
     SFTSettings,
-    SupervisedSettings,
     TrainingSettings,
 )
 from smoltulu.schemas.verifier_audit import PassRatesSettings, VerifierAuditSettings
@@ -88,13 +88,7 @@ class Recipe(StrictModel):
                 problems.append(f"{block}: needs data.{needs}; add it or remove the {block} block")
             if start is not None and getattr(self, start) is None:
                 problems.append(f"{block}: starts from the model of {start}; add a block {start}")
-            size, num_processes = settings.effective_batch_size, self.compute.of(block).num_processes
-            if size % num_processes:
-                allowed = [number for number in range(1, size + 1) if size % number == 0]
-                problems.append(
-                    f"{block}: effective_batch_size {size} is not a multiple of num_processes {num_processes}; "
-                    f"num_processes must be one of {allowed}"
-                )
+            problems += sharding_problems(block, settings, self.compute.of(block, settings.effective_batch_size))
         if isinstance(self.rlvr, RLVRSettings) and self.rlvr.needs_reward_model and self.reward_model is None:
             problems.append(
                 "rlvr: starts its critic from the reward model, or adds its score; add a block reward_model, or set "
@@ -145,29 +139,9 @@ class Recipe(StrictModel):
         return {name: block for name, block in blocks.items() if isinstance(block, TrainingSettings)}
 
     def batch_notes(self) -> list[str]:
-        """A sentence for every training whose per-device batch is lowered to one that divides the effective batch.
-
-        And for one that does not cut its micro-batches by tokens, though it is asked to.
-        """
-        sentences = []
-        for block, settings in self.trainings.items():
-            tokens = self.compute.of(block).tokens_per_device
-            if tokens != "none" and not isinstance(settings, SupervisedSettings):
-                sentences.append(
-                    f"{block}: compute.tokens_per_device {tokens} does nothing here: a micro-batch is "
-                    "per_device_train_batch_size rollouts, as before; "
-                    f"compute.stages.{block}.tokens_per_device: none says that this is meant"
-                )
-            elif isinstance(tokens, int):
-                continue
-            asked = self.compute.of(block).per_device_train_batch_size
-            used = self.compute.of(block, settings.effective_batch_size).per_device_train_batch_size
-            if used != asked:
-                sentences.append(
-                    f"{block}: per_device_train_batch_size {asked} does not divide effective_batch_size "
-                    f"{settings.effective_batch_size}: lowered to {used}, which changes no result"
-                )
-        return sentences
+        """A sentence for every setting of `compute` that a training does not follow, and what it does instead."""
+        blocks = self.trainings.items()
+        return [note for block, settings in blocks for note in batch_notes(block, settings, self.compute.of(block))]
 
     def audit_notes(self) -> list[str]:
         """A sentence where RLVR trusts verifiers that nobody tried, or where there is no RLVR to try them for."""

@@ -259,8 +259,14 @@ class Costs:
         """Bytes that a training holds at least on every device; None where the size of its model is not known."""
         node = self.graph.nodes[name]
         assert isinstance(node.config, TrainingSettings)
-        size = self._upstream(node, "model").num_parameters
-        return None if size is None else size * node.config.bytes_per_parameter
+        size, compute = self._upstream(node, "model").num_parameters, self.graph.compute_of(node)
+        if size is None:
+            return None
+        needed = size * node.config.bytes_per_parameter
+        if not compute.is_sharded:
+            return needed
+        # Each fetches the whole policy to write rollouts.
+        return needed // compute.num_processes + (4 * size if isinstance(node.config, RLVRSettings) else 0)
 
     def _training(self, node: Node, step: int, num_steps: int | None) -> Estimate:
         settings = node.config

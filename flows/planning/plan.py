@@ -201,12 +201,19 @@ def _too_large(costs: Costs, rows: list[PlanRow]) -> Iterator[str]:
             continue
         needed = costs.device_bytes(row.node)
         if needed is not None and needed > memory * 1e9:
+            compute = costs.graph.compute_of(node)
+            part = f"a {compute.num_processes}th of" if compute.is_sharded else "all"
             yield (
-                f"{row.node} cannot run on the stated machine: every device holds all weights, gradients and moments "
-                f"of the optimizer in float32, with what else the stage needs {readable.size(needed)} before any "
-                f"activation, and compute.device_memory_gb is {memory:g}. Take a smaller model, devices with more "
+                f"{row.node} cannot run on the stated machine: every device holds {part} weights, gradients and "
+                f"moments of the optimizer in float32, with what else the stage needs {readable.size(needed)} before "
+                f"any activation, and compute.device_memory_gb is {memory:g}. Take a smaller model, devices with more "
                 "memory"
-                + (f", or add a {node.stage.name}.lora block" if getattr(node.config, "lora", ...) is None else "")
+                + (", or divide it with compute.parallel fsdp2" if part == "all" and compute.num_processes > 1 else "")
+                + (
+                    f", or add a {node.stage.name}.lora block"
+                    if part == "all" and getattr(node.config, "lora", ...) is None
+                    else ""
+                )
             )
 
 

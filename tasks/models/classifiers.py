@@ -117,3 +117,18 @@ def keep_in_float32(head: torch.nn.Linear) -> None:
             return torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight)
 
     head.forward = forward
+
+
+def scores_of_tokens(model: Any, head: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """The score head at every token of a batch, (B, T, 1). `model`: the classifier, as it is trained.
+
+    transformers pools one score a row. The head gives one a token, and the model's own forward must call it, as
+    several processes need.
+    """
+    found: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        model(**batch, use_cache=False)
+    finally:
+        hook.remove()
+    return found[0]

@@ -26,7 +26,7 @@ from smoltulu.schemas.training import TrainingInputs, TrainingSettings
 from smoltulu.tasks.data.rows import is_rich, num_characters, rows_table, stored_rows
 from smoltulu.tasks.models.folders import device_of, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import prompt_ids
-from smoltulu.tasks.preflight.rollout_memory import require_memory, rollout_bytes
+from smoltulu.tasks.preflight.rollout_memory import TooLarge, require_memory, rollout_bytes
 from smoltulu.tasks.process import is_out_of_memory
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.token_budget import batch_cost, budget_of, costliest, row_costs
@@ -60,7 +60,7 @@ def dry_run(
 
     Asked for are so many rows, or so many tokens (`auto`: those of so many rows).
 
-    `longest`: tokens of the longest row, of a pair's longer side. ValueError where not even one row fits.
+    `longest`: tokens of the longest row, of a pair's longer side. TooLarge where not even one row fits.
     """
     import torch
 
@@ -93,7 +93,7 @@ def dry_run(
     if step is None:
         lengths = "max_prompt_length or max_completion_length" if are_prompts else "max_length"
         adapters = f", add a {subject.name}.lora block" if hasattr(training, "lora") and lora is None else ""
-        raise ValueError(
+        raise TooLarge(
             f"{subject.name}: out of memory with one of the longest rows alone ({longest:,} tokens); set "
             f"compute.activation_checkpointing, lower {lengths}{adapters}, or take a larger device "
             "(preflight.dry_run: false skips this check, not the failure)"

@@ -11,10 +11,17 @@ from smoltulu.schemas.rlvr import PPOSettings, RLVRSettings
 from smoltulu.tasks.models.sizes import kv_bytes, model_size
 
 
+class TooLarge(ValueError):
+    """One device has no memory for the training."""
+
+
 def rollout_bytes(settings: RLVRSettings, model: Path, longest: int, compute: ComputeSettings, bfloat16: bool) -> int:
     """Bytes needed while rollouts of the longest length are generated."""
     weights = 4 * model_size(model).num_parameters
-    held = num_models_held(settings) * weights + (weights // 2 if bfloat16 else 0)  # autocast keeps a copy
+    held = num_models_held(settings) * weights
+    if compute.is_sharded:
+        held = held // compute.num_processes + weights  # each fetches the whole policy to write
+    held += weights // 2 if bfloat16 else 0  # autocast keeps a copy
     try:
         architecture = json.loads((model / "config.json").read_text())
         return held + kv_bytes(architecture, num_at_once(settings, compute), longest, 2 if bfloat16 else 4)
@@ -44,13 +51,13 @@ def num_at_once(settings: RLVRSettings, compute: ComputeSettings) -> int:
 
 
 def require_memory(needed: int, settings: RLVRSettings, longest: int) -> None:
-    """ValueError where this GPU has less than RLVR needs. Its generation is not tried: it would fail hours later."""
+    """TooLarge where this GPU has less than RLVR needs. Its generation is not tried: it would fail hours later."""
     import torch
 
     there = torch.cuda.get_device_properties(0).total_memory
     if needed > there:
         cut = "rollout_batch_size" if isinstance(settings, PPOSettings) else "steps_per_generation"
-        raise ValueError(
+        raise TooLarge(
             f"rlvr: {settings.num_rollouts:,} rollouts of up to {longest:,} tokens, the models and their optimizers "
             f"need {readable.size(needed)}, and this GPU has {readable.size(there)}; lower "
             f"max_completion_length or {cut}, raise compute.num_processes, or take a larger device "

@@ -22,6 +22,7 @@ from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
 from smoltulu.tasks.models.tokens import TOKENISATION
 from smoltulu.tasks.preflight.counts import Counts, load_counts
 from smoltulu.tasks.preflight.parts import ROWS_FILE, Maker, Part, cut, make_parts, output_writer, parts_folder
+from smoltulu.tasks.preflight.rollout_memory import TooLarge
 from smoltulu.tasks.preflight.rows import TokenizerProbe, shown
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.disk import disk_of_training
@@ -62,7 +63,13 @@ def run_preflight(
         try:
             run = dry_run(subject, training, inputs, file, counts.longest, context)
         except ValueError as error:
-            too_large = [str(error)]
+            if compute.is_sharded and isinstance(error, TooLarge):
+                logger.warning(
+                    "%s. This was one device alone, and compute.parallel fsdp2 divides the training among %d: nobody "
+                    "knows its memory yet", error, compute.num_processes,
+                )  # fmt: skip
+            else:
+                too_large = [str(error)]
     outputs = PreflightOutputs(
         file=file.name,
         **counts.totals(),

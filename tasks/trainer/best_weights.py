@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from smoltulu.artifacts.checkpoints import fault, mark_complete
 from smoltulu.artifacts.files import remove_tree
+from smoltulu.tasks.trainer.sharded import full_weights, put_weights
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -36,8 +37,11 @@ class BestWeights:
         (checkpoint / f"best-is-step-{step}").touch()
 
     def write(self, step: int) -> None:
-        """Those of now. Others that no checkpoint names make room first."""
-        if not self.trainer.is_world_process_zero():
+        """Those of now. Others that no checkpoint names make room first. All processes must come here."""
+        # What is trained: of a model with LoRA its adapter.
+        is_main = self.trainer.is_world_process_zero()
+        weights = {name: full_weights(model, is_main, trained_only=True) for name, model in self.models.items()}
+        if not is_main:
             return
         named = Path(self.trainer.args.output_dir).glob("checkpoint-*/best-is-step-*")
         kept = {file.name.removeprefix("best-is-") for file in named}
@@ -46,16 +50,15 @@ class BestWeights:
                 remove_tree(path)
         folder = self.folder / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        for name, model in self.models.items():
-            # What is trained: of a model with LoRA its adapter.
-            weights = {key: one.detach().cpu().contiguous() for key, one in _trained(model).items()}
-            save_file(weights, folder / f"{name}.safetensors")
+        for name, of_model in weights.items():
+            save_file(of_model, folder / f"{name}.safetensors")
         mark_complete(folder)
 
     def require(self, best: int, loaded: int) -> None:
         """Before hours of training: the weights that the checkpoint of step `loaded` names as the best are there."""
         folder = self.folder / f"step-{best}"
         found = fault(folder, full=True)
+        self.trainer.accelerator.wait_for_everyone()  # the main process may write them anew
         if found is None:
             return
         if best == loaded:  # they are those that were just loaded
@@ -64,18 +67,16 @@ class BestWeights:
         raise ValueError(self._damaged(folder, found))
 
     def restore(self, step: int) -> None:
-        """Put the weights of `step` into the models of the main process, which saves them."""
-        if not self.trainer.is_world_process_zero() or step == self.trainer.state.global_step:
+        """Put the weights of `step` into the models, of all processes."""
+        if step == self.trainer.state.global_step:
             return
         folder = self.folder / f"step-{step}"
         if (found := fault(folder, full=True)) is not None:
             raise ValueError(self._damaged(folder, found))
         for name, model in self.models.items():
-            stored, trained = load_file(folder / f"{name}.safetensors"), _trained(model)
-            assert stored.keys() == trained.keys()
-            with torch.no_grad():
-                for key, weight in trained.items():
-                    weight.copy_(stored[key])
+            stored = load_file(folder / f"{name}.safetensors")
+            assert stored.keys() == {key for key, one in model.named_parameters() if one.requires_grad}
+            put_weights(model, stored)
 
     def _damaged(self, folder: Path, found: str) -> str:
         by, stage = self.subject
@@ -84,7 +85,3 @@ class BestWeights:
             f"the weights of step {step:,}, the best by {by}, are damaged: {folder}: {found}; make the stage again "
             f"(refresh {stage})"
         )
-
-
-def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

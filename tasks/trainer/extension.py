@@ -38,7 +38,7 @@ _BUDGETS = ("max_steps", "num_train_epochs", "max_tokens")
 _KEPT_FOLDER = "kept"
 #: File of `work` that names the source run.
 _EXTENDS_FILE = "extends.json"
-#: transformers pickles its arguments, with folders of this machine in them. No resume reads the file.
+#: Of a checkpoint of an older version: its arguments, pickled, with folders of this machine. No resume reads the file.
 _NOT_KEPT = ("training_args.bin",)
 
 
@@ -113,7 +113,7 @@ def _source_runs(
             damaged(f"{spec.stage}/{candidate.key[:12]} cannot be resumed from: {found.reason}")
         if not isinstance(found, Found) or old is None:
             continue
-        # A checkpoint holds the random state of every process: another number of them could not resume from it.
+        # Another number of processes adds in another order: the first steps would differ in their last bits.
         if found.manifest.compute.get("num_processes", 1) != compute.num_processes:
             continue
         stored = newest_checkpoint(found.folder / CHECKPOINT_FOLDER)
@@ -150,27 +150,31 @@ def extended(work: Path) -> ExtendedTraining | None:
 # --- In the training's own process ------------------------------------------------------------------------------------
 
 
-def keep_checkpoint(schedule: ScheduleSettings, context: StageContext) -> TrainerCallback:
-    """A callback that saves at the step from which a larger budget can resume, and keeps that checkpoint."""
+def keep_checkpoint(
+    schedule: ScheduleSettings, context: StageContext, when_whole: list[Callable[[Path], None]]
+) -> TrainerCallback:
+    """A callback that saves at the step from which a larger budget can resume, and keeps that checkpoint.
+
+    when_whole  functions that are called, on the main process, with each checkpoint once it is whole
+    """
     from transformers import TrainerCallback
 
     class KeepCheckpoint(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.step = extension_step(schedule, state.max_steps)
+            when_whole.append(self._keep)
             # The training may resume from that step: a kill can come after the save and before the copy.
-            self._keep(args, state)
+            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if state.is_world_process_zero and fault(saved) is None:
+                self._keep(saved)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == self.step:
                 control.should_save = True
 
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._keep(args, state)
-
-        def _keep(self, args: Any, state: Any) -> None:
-            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if state.is_world_process_zero and state.global_step == self.step and fault(saved) is None:
-                place_checkpoint(saved, context.work / _KEPT_FOLDER / saved.name, _NOT_KEPT)
+        def _keep(self, whole: Path) -> None:
+            if whole.name == f"checkpoint-{self.step}":
+                place_checkpoint(whole, context.work / _KEPT_FOLDER / whole.name, _NOT_KEPT)
 
     return KeepCheckpoint()
 

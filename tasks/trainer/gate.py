@@ -40,6 +40,15 @@ class Answer:
     stopped: bool
 
 
+@dataclass(frozen=True)
+class Probes:
+    """Rows of token ids, and what a model on `device` computed for each: (1, T, V), or a score (1, 1)."""
+
+    device: torch.device
+    rows: list[list[int]]
+    outputs: list[torch.Tensor]
+
+
 def check_saved(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -47,21 +56,20 @@ def check_saved(
     dataset: Dataset,
     gate: GateSettings | None,
     bfloat16: bool,
+    probes: Probes | None = None,
 ) -> dict[str, float]:
     """Compare the trained model with the one saved in `folder`, let the saved one answer, and return metrics.
 
     dataset     tokenised rows of the training, or rows with a `prompt`
     gate        None: no language model
+    probes      what the trained model computed, where `model` is a copy of it
     ValueError where fewer answers stop than the gate asks for. Leaves the trained model on the CPU.
     """
-    device = model.device
-    # One row at a time: outputs at padding do not matter and may differ.
-    probes = [ids[:_PROBE_LENGTH] for ids in prompts(dataset, tokenizer, _NUM_PROBES) if ids]
-    expected = [_outputs(model, ids).cpu() for ids in probes]
+    probes = probes or probe(model, tokenizer, dataset)
     model.to("cpu")  # not two models on one GPU
-    reloaded = type(model).from_pretrained(str(folder), dtype=model.dtype, use_safetensors=True).to(device)
-    for ids, before in zip(probes, expected, strict=True):
-        check_equal(before, _outputs(reloaded, ids).cpu(), _TOLERANCES[device.type])
+    reloaded = type(model).from_pretrained(str(folder), dtype=model.dtype, use_safetensors=True).to(probes.device)
+    for ids, before in zip(probes.rows, probes.outputs, strict=True):
+        check_equal(before, _outputs(reloaded, ids).cpu(), _TOLERANCES[probes.device.type])
     if gate is None or not gate.num_prompts:
         return {}
     answers = greedy_answers(
@@ -73,6 +81,12 @@ def check_saved(
         bfloat16,
     )
     return judge(answers, tokenizer, gate)
+
+
+def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> Probes:
+    """What a model computes for a few rows, one at a time: outputs at padding do not matter and may differ."""
+    rows = [ids[:_PROBE_LENGTH] for ids in prompts(dataset, tokenizer, _NUM_PROBES) if ids]
+    return Probes(model.device, rows, [_outputs(model, ids).cpu() for ids in rows])
 
 
 def check_equal(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> None:

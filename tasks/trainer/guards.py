@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.tasks.stage import Diverged
 from smoltulu.tasks.trainer.even_rows import is_blank
+from smoltulu.tasks.trainer.sharded import all_finite
 from smoltulu.tasks.trainer.token_budget import CutStep
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
             grad_norms.clear()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if control.should_save and not _all_finite(trainer.model):
+            if control.should_save and not all_finite(trainer.model, trainer.accelerator):
                 raise Diverged(
                     f"weights hold NaN or infinity after step {state.global_step:,}, though loss and gradient were "
                     "finite: no checkpoint of them was written, those before it are kept. Lower learning_rate"
@@ -217,12 +218,6 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
                 )
 
     return Guard()
-
-
-def _all_finite(model: torch.nn.Module) -> bool:
-    import torch
-
-    return bool(torch.stack([torch.isfinite(weight).all() for weight in model.parameters()]).all())
 
 
 def _listed(rows: Sequence[str]) -> str:

@@ -7,11 +7,11 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.artifacts.checkpoints import mark_complete, newest_checkpoint, num_steps_of, prune, torn_checkpoints
+from smoltulu.artifacts.checkpoints import mark_complete, newest_checkpoint, num_steps_of, torn_checkpoints
 from smoltulu.artifacts.files import remove_tree, write_atomically
 from smoltulu.artifacts.keys import LOGS_FOLDER
 from smoltulu.artifacts.layout import CHECKPOINTS
@@ -34,15 +34,18 @@ from smoltulu.tasks.models.tokens import TOKENISATION, tokenisation
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext, StageStopped
 from smoltulu.tasks.trainer.arguments import FIXED
 from smoltulu.tasks.trainer.extension import keep_checkpoint, store_checkpoint
-from smoltulu.tasks.trainer.gate import check_saved
+from smoltulu.tasks.trainer.gate import check_saved, probe
 from smoltulu.tasks.trainer.guards import LossRule, guard
 from smoltulu.tasks.trainer.packed_attention import pack
 from smoltulu.tasks.trainer.schedules import learning_rate_factor
+from smoltulu.tasks.trainer.sharded import gathered, is_sharded, whole
 from smoltulu.tasks.trainer.tracking import num_tokens, numbers, require_trackers, speed_and_memory, trackers
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+    from smoltulu.tasks.trainer.checkpoint import CheckpointWriter
 
 logger = logging.getLogger("smoltulu")
 HISTORY_FILE = f"{LOGS_FOLDER}/history.jsonl"
@@ -149,7 +152,7 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
         "logging_nan_inf_filter": False,  # the filter would hide a NaN loss
         "save_strategy": "steps",
         "save_steps": compute.save_steps,
-        "save_total_limit": None,  # CompleteCheckpoint removes old ones, and only after the new one is whole
+        "save_total_limit": None,  # CheckpointWriter removes old ones, and only after the new one is whole
         "report_to": "none",  # tasks/trainer/tracking.py: its own do not know what was logged before a resume
         "disable_tqdm": True,
         "push_to_hub": False,
@@ -170,7 +173,9 @@ def prepare_torch(context: StageContext) -> None:
         torch.set_num_threads(context.compute.num_threads)
     if device_of(context.compute) == "cuda":
         # Not compute.num_processes: a stage that is no training has one process, whatever that says.
-        _check_num_gpus(torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", "1")))
+        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        _check_num_gpus(torch.cuda.device_count(), num_ranks)
+        _check_same_gpus([torch.cuda.get_device_name(number) for number in range(num_ranks)])
     # pytorch#196678 (found by trl#7181): NaN gradients with a mask, since 2.11 on; seen on an H200 with 2.11. Off from
     # that version on, until one is known to be fixed.
     if torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
@@ -193,12 +198,21 @@ def _check_num_gpus(num_gpus: int, num_processes: int) -> None:
         )
 
 
-def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
-    """Progress, history, trackers, completion markers of checkpoints and stopping when asked, as callbacks.
+def _check_same_gpus(names: Sequence[str]) -> None:
+    """ValueError where ranks would train on different cards: all wait for the slowest, and the smallest runs out."""
+    if len(set(names)) > 1:
+        cards = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
+        raise ValueError(
+            f"compute.num_processes is {len(names)}, and their GPUs are not alike ({cards}); set CUDA_VISIBLE_DEVICES "
+            "to GPUs of one kind, and compute.num_processes to their number"
+        )
+
+
+def callbacks(context: StageContext, cycle: int, writer: CheckpointWriter) -> list[TrainerCallback]:
+    """Progress, history, trackers, writing of checkpoints and stopping when asked, as callbacks.
 
     `cycle`: optimizer steps between two points at which a checkpoint is enough to resume from.
     """
-    from accelerate import PartialState
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -231,10 +245,10 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
             with self.history.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **values}) + "\n")
 
-    class CompleteCheckpoint(TrainerCallback):
-        """Marks a checkpoint whole once the trainer has written all of it; keeps the newest few and the best.
+    class WriteCheckpoint(TrainerCallback):
+        """Has a checkpoint written once the callbacks before this one have added to it.
 
-        Best: by the mean reward (RLVR), else by the loss, over what was logged since the checkpoint before.
+        The best is kept: by the mean reward (RLVR), else by the loss, over what was logged since the checkpoint before.
         """
 
         def __init__(self) -> None:
@@ -245,13 +259,12 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
             if score is not None:
                 self.logged.append(float(score))
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            writer.check()
+
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # Every process writes its random state, and may still be writing.
-            PartialState().wait_for_everyone()
-            if state.is_world_process_zero:
-                score = sum(self.logged) / len(self.logged) if self.logged else None
-                mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", score)
-                prune(Path(args.output_dir), context.compute.save_total_limit)
+            score = sum(self.logged) / len(self.logged) if self.logged else None
+            writer.write(Path(args.output_dir) / f"checkpoint-{state.global_step}", score)
             self.logged.clear()
 
     class StopWhenAsked(TrainerCallback):
@@ -276,7 +289,7 @@ def callbacks(context: StageContext, cycle: int) -> list[TrainerCallback]:
     return [
         Progress(),
         trackers(context.compute.report_to, context.folder, context.work),
-        CompleteCheckpoint(),
+        WriteCheckpoint(),
         StopWhenAsked(),
     ]
 
@@ -297,16 +310,19 @@ def train(
     stage that may end the training, once a step is in the history. ValueError where the schedule does not fit into the
     number of steps, or where a guard (`tasks.trainer.guards`) ends the training.
     """
-    for callback in callbacks(context, cycle):
+    # Here, because they import torch.
+    from smoltulu.tasks.trainer.checkpoint import CheckpointWriter
+    from smoltulu.tasks.trainer.dropout import by_rows
+
+    trainer.add_callback(by_rows(trainer))
+    writer = CheckpointWriter(trainer, context.compute.save_total_limit)
+    writer.attach()
+    for callback in callbacks(context, cycle, writer):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         # A resume uses the tokenised rows again; the runner drops files that changed since they were written.
         mark_complete(context.work / DATASETS_FOLDER)
-    checkpoints = context.work / CHECKPOINTS
-    newest = newest_checkpoint(checkpoints, full=True)
-    for step, path, fault in torn_checkpoints(checkpoints, full=True) if trainer.is_world_process_zero() else ():
-        logger.warning("checkpoint of step %s is not whole (%s): passed over and removed", f"{step:,}", fault)
-        remove_tree(path)
+    newest = _checkpoint_of_all(context.work / CHECKPOINTS)
     num_steps = 0
     if newest is not None:
         # Not from the checkpoint where possible: it may be of a shorter training.
@@ -321,7 +337,7 @@ def train(
         # GRPO can resume only between two generations; tasks/trainer/extension.py does not look for such a step.
         keeps = keeps_for_extension and context.compute.keep_extension_checkpoint
         if keeps and not hasattr(trainer.args, "num_generations"):
-            trainer.add_callback(keep_checkpoint(schedule, context))
+            trainer.add_callback(keep_checkpoint(schedule, context, writer.when_whole))
     num_warmup_steps = schedule.num_warmup_steps if schedule else trainer.args.get_warmup_steps
     if own_guard is not None:
         trainer.add_callback(own_guard)
@@ -330,7 +346,12 @@ def train(
     if newest is not None and newest[0] >= num_steps > 0:
         # The trainer checks whether it is done only after a step: within an epoch it would do one too many.
         trainer._run_epoch = lambda **kwargs: None
-    trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.wait()
     if trainer.state.global_step < trainer.state.max_steps:
         raise StageStopped(f"stopped as asked at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}")
     if trainer.is_world_process_zero():
@@ -338,6 +359,20 @@ def train(
         (context.folder / HISTORY_FILE).write_bytes((context.work / HISTORY_FILE).read_bytes())
         store_checkpoint(context)
     return trainer.state.global_step
+
+
+def _checkpoint_of_all(checkpoints: Path) -> tuple[int, Path] | None:
+    """Step and folder of the newest whole checkpoint, as rank 0 finds it, for every rank; torn ones are removed."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    found: list[tuple[int, Path] | None] = [None]
+    if PartialState().is_main_process:
+        found = [newest_checkpoint(checkpoints, full=True)]
+        for step, path, fault in torn_checkpoints(checkpoints, full=True):
+            logger.warning("checkpoint of step %s is not whole (%s): passed over and removed", f"{step:,}", fault)
+            remove_tree(path)
+    return broadcast_object_list(found)[0]
 
 
 def _follow(schedule: ScheduleSettings, trainer: Trainer) -> None:
@@ -384,16 +419,14 @@ def finish(
     """
     from accelerate.utils import is_peft_model
 
-    if not trainer.is_world_process_zero():
-        return ModelOutputs(num_parameters=trainer.model.num_parameters()), {}
-    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-    tokenizer = trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if is_peft_model(model):
+    if is_peft_model(model) and trainer.is_world_process_zero():
         save_adapter(model, context.folder / ADAPTER_FOLDER)
         model = model.merge_and_unload(safe_merge=True)  # the base model: same names and dtypes
-    num_parameters = save_model(model, tokenizer, context.folder / "model")
-    passed = check_saved(model, tokenizer, context.folder / "model", trainer.train_dataset, gate, trainer.args.bf16)
+    num_parameters, passed = save_and_check(trainer, model, context.folder / "model", gate)
+    if not trainer.is_world_process_zero():
+        return ModelOutputs(num_parameters=num_parameters), {}
+    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     outputs = ModelOutputs(
         num_parameters=num_parameters,
         num_steps=num_steps,
@@ -406,3 +439,22 @@ def finish(
         if values:
             metrics[name] = sum(values) / len(values)
     return outputs, metrics | passed
+
+
+def save_and_check(
+    trainer: Trainer, model: PreTrainedModel, folder: Path, gate: GateSettings | None
+) -> tuple[int, dict[str, float]]:
+    """The main process saves a trained model and checks what it saved. Returns its parameters' number, and metrics.
+
+    All processes must come here: each may hold a part of the model.
+    """
+    tokenizer, rows, is_main = trainer.processing_class, trainer.train_dataset, trainer.is_world_process_zero()
+    probes = None
+    if is_sharded(model):
+        with gathered(model):
+            probes = probe(model, tokenizer, rows)
+        model = whole(model, is_main)
+    if not is_main:
+        return model.num_parameters(), {}
+    num_parameters = save_model(model, tokenizer, folder)
+    return num_parameters, check_saved(model, tokenizer, folder, rows, gate, trainer.args.bf16, probes)

@@ -23,12 +23,16 @@ from smoltulu.tasks.models.classifiers import (
 from smoltulu.tasks.models.folders import check_model_folder, fit_embeddings, stop_ids, switch_dropout_off
 from smoltulu.tasks.models.sizes import weight_files
 from smoltulu.tasks.trainer.schedules import learning_rate_factor
+from smoltulu.tasks.trainer.sharded import all_finite
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-#: Folder of the artifact, and of every checkpoint.
+    from smoltulu.tasks.trainer.checkpoint import Trained
+
+#: Folder of the artifact.
 CRITIC_FOLDER = "critic"
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 
@@ -121,38 +125,46 @@ class Critic:
 
     def step(self) -> None:
         """Move the weights, then the schedule."""
-        import torch
-
         for weight, copy in self._on_cpu:
             copy.grad = None if weight.grad is None else weight.grad.cpu()
         self.optimizer.step()
+        self.sync_weights()
+        self.scheduler.step()
+
+    def sync_weights(self) -> None:
+        """Give the model the weights that an offloaded optimizer has."""
+        import torch
+
         with torch.no_grad():
             for weight, copy in self._on_cpu:
                 weight.copy_(copy)
-        self.scheduler.step()
 
-    def save(self, folder: Path) -> None:
-        """Weights (safetensors), optimizer and schedule, for a resume. ValueError where a weight is not finite."""
-        import torch
+    @property
+    def trained(self) -> Trained:
+        """For a checkpoint: the weights as the optimizer has them, by name."""
+        from smoltulu.tasks.trainer.checkpoint import Trained
 
-        if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
+        copies = {id(weight): copy for weight, copy in self._on_cpu}
+        weights = {name: copies.get(id(one), one) for name, one in self.model.named_parameters()}
+        return Trained(weights, self.optimizer, self.scheduler)
+
+    def require_finite(self, accelerator: Accelerator) -> None:
+        """ValueError where a weight is not."""
+        if not all_finite(self.model, accelerator):
             raise ValueError(
                 "weights of the critic hold NaN or infinity: no checkpoint of them was written, those before it are "
                 "kept. Lower critic.learning_rate"
             )
-        self.model.save_pretrained(str(folder), safe_serialization=True)
-        torch.save(self.optimizer.state_dict(), folder / _OPTIMIZER)
-        torch.save(self.scheduler.state_dict(), folder / _SCHEDULER)
+
+    # The next two read checkpoints of versions before tasks/trainer/checkpoint.py.
 
     def load_weights(self, folder: Path) -> None:
-        """Of a checkpoint."""
         from safetensors.torch import load_file
 
         state = {name: value for file in weight_files(folder) for name, value in load_file(file).items()}
         self.model.load_state_dict(state, strict=True)
 
     def load_optimizer(self, folder: Path) -> None:
-        """Optimizer and schedule of a checkpoint, after `begin`."""
         import torch
 
         self.optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True))

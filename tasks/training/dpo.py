@@ -21,6 +21,7 @@ from smoltulu.tasks.trainer.even_rows import even_out, is_blank
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.sharded import shard_trainer
 from smoltulu.tasks.trainer.token_budget import cut_by_tokens
 from smoltulu.tasks.training.reference_logps import run_reference_logps
 from smoltulu.tasks.training.watched import finish_watched, watch_losses
@@ -170,6 +171,7 @@ def build(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> Trai
     )
     even_out(trainer)
     cut_by_tokens(trainer, context.compute)
+    shard_trainer(trainer, context.compute)
     return trainer
 
 

@@ -21,6 +21,7 @@ from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import load_model, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.rollout_guards import rollout_guards
+from smoltulu.tasks.trainer.sharded import gathered, shard, shard_trainer
 from smoltulu.tasks.trainer.signal import METRIC, Rollout, SignalWatch, without_signal
 from smoltulu.tasks.training.model_score import AddsScore, adding_score_of, check_reward_model, load_scored_by
 from smoltulu.tasks.training.prompts import ids_of_prompts, load_prompts, with_tools
@@ -80,7 +81,6 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
         reward: VerifiableReward
         rollout_log: RolloutLog
         _signal: SignalWatch | None = None
-        _resumed_from: Path | None = None
         backend: Backend
         #: Whether TRL's trainer takes log-probabilities of what was written: GRPO's.
         gives_logps = False
@@ -123,7 +123,9 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
                 Request(ids, step // _cycle(self.settings), row, (first + place) % self.num_generations)
                 for place, (ids, row) in enumerate(zip(prompt_ids, self._asked, strict=True))
             ]
-            written = self.backend(requests)
+            # Processes write different numbers of tokens.
+            with gathered(self.model):
+                written = self.backend(requests)
             ids = [one.ids for one in written]
             return (ids, [one.logps for one in written]) if self.gives_logps else ids
 
@@ -131,10 +133,6 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             super()._save_checkpoint(model, trial)
             if self.args.should_save and self._signal is not None:
                 self._signal.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            self._resumed_from = Path(resume_from_checkpoint)
 
         def _keep_samples(self, rows: list[dict[str, Any]], num_tokens: list[int]) -> None:
             """The first rollout of each group, of this process."""
@@ -149,7 +147,8 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
             scored = super()._generate_and_score_completions(inputs)
             state, cycle = self.state, _cycle(self.settings)
             if self._signal is None:
-                self._signal = SignalWatch.of(self.settings.signal_limit, self._resumed_from)
+                resumed_from = Path(self.args.output_dir) / f"checkpoint-{state.global_step}"
+                self._signal = SignalWatch.of(self.settings.signal_limit, resumed_from if state.global_step else None)
                 if self.accelerator.is_main_process:
                     self.rollout_log.begin(state.global_step)
             if self.accelerator.is_main_process:
@@ -354,6 +353,9 @@ def _assembled(
         # TRL renders prompts with the trainer's tools, which it would call itself, and not with those of a row.
         trainer._tokenize_prompts = lambda prompts: (ids_of_prompts(tokenizer, prompts), None, {})
     trainer.settings, trainer.reward = config, reward
+    shard_trainer(trainer, context.compute)
+    if context.compute.is_sharded and getattr(trainer, "ref_model", None) is not None:
+        shard(trainer.ref_model)
     if not is_dry_run:
         trainer.backend = writer_of(trainer, config, inputs, context)
     if isinstance(config, GRPOSettings) and config.importance_sampling_cap is not None:

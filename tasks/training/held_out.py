@@ -27,6 +27,7 @@ from smoltulu.tasks.generation.interface import HELD_OUT_TOKENS, Request
 from smoltulu.tasks.models.tokens import prompt_ids
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.best_weights import BestWeights
+from smoltulu.tasks.trainer.sharded import gathered
 from smoltulu.tasks.training.held_out_record import Evaluation, Record, falls, graded, metrics_of, share_right
 from smoltulu.tasks.training.held_out_rows import HeldOutRow, Split
 from smoltulu.tasks.training.rewards import Answer, scores_of
@@ -126,7 +127,8 @@ class HeldOut(TrainerCallback):
         num_samples = self.settings.num_samples
         requests = [Request(ids, 0, one.number, sample) for one, ids in mine for sample in range(num_samples)]
         asked = [one for one, _ in mine for _ in range(num_samples)]
-        written = self.backend(requests)
+        with gathered(self.best.models["policy"]):
+            written = self.backend(requests)
         answers = [
             Answer(one.row["verifier"], one.row["ground_truth"], self._text(rollout), rollout.stopped, "held out")
             for one, rollout in zip(asked, written, strict=True)
@@ -159,7 +161,7 @@ class HeldOut(TrainerCallback):
         return text
 
     def restore_best(self) -> None:
-        """Put the weights that are kept into the models of the main process, which saves them."""
+        """Put the weights that are kept into the models."""
         self.best.restore(self.kept.step)
 
     # -------------------------------------------------------------------------------------------------------- the end

@@ -32,6 +32,7 @@ from smoltulu.schemas.held_out_loss import HeldOutLoss, HeldOutLossOutputs, Held
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.tasks.stage import Diverged, StageContext
 from smoltulu.tasks.trainer.best_weights import BestWeights
+from smoltulu.tasks.trainer.sharded import gathered
 from smoltulu.tasks.trainer.token_budget import row_costs, token_budget
 
 logger = logging.getLogger("smoltulu")
@@ -207,7 +208,8 @@ class HeldOutLosses(TrainerCallback):
         was_training, found = model.training, []
         model.eval()
         try:
-            with accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext():
+            # Processes may have different numbers of batches.
+            with gathered(model), accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext():
                 for numbers in self._micro_batches(mine):
                     several = [self.rows[number] for number in numbers]
                     batch = send_to_device(self._collated(several), accelerator.device)
@@ -251,7 +253,7 @@ class HeldOutLosses(TrainerCallback):
         return best_of(self.record.losses) if self.settings.keep == "best" else self.record.losses[-1]
 
     def restore_best(self) -> None:
-        """Put the weights that are kept into the model of the main process, which saves them."""
+        """Put the weights that are kept into the model."""
         self.best.restore(self.kept.step)
 
     def outputs(self, outputs: ModelOutputs, metrics: dict[str, float]) -> tuple[ModelOutputs, dict[str, float]]:

@@ -13,6 +13,7 @@ from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.models.classifiers import load_classifier, load_reward_model
 from smoltulu.tasks.models.tokens import conversations
 from smoltulu.tasks.models.turns import tools_of
+from smoltulu.tasks.trainer.sharded import gathered, is_sharded, shard
 from smoltulu.tasks.training.critic import checked_folder, prepared
 from smoltulu.tasks.training.rewards import Score
 
@@ -48,9 +49,12 @@ def adding_score_of(reward_model: PreTrainedModel, trainer: Trainer, weight: flo
     """`weight` times the model's score is added, but where a penalty replaced the reward or nothing could be graded."""
     tokenizer, size = trainer.processing_class, trainer.args.per_device_train_batch_size
     reward_model = reward_model.to(trainer.args.device).eval()
+    if is_sharded(trainer.model):
+        shard(reward_model)
 
     def add(rollouts: Sequence[Episode], paid: list[Score]) -> list[Score]:
-        values = _values(reward_model, tokenizer, rollouts, size, trainer.accelerator.autocast)
+        with gathered(reward_model):
+            values = _values(reward_model, tokenizer, rollouts, size, trainer.accelerator.autocast)
         return [
             score
             if score.reward is None or score.verdict == "no_eos"

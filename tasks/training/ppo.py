@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.rlvr import PPOSettings, RLVRInputs
@@ -17,15 +17,21 @@ from smoltulu.tasks.models.folders import (
     fit_embeddings,
     load_language_model,
     load_tokenizer,
-    save_model,
     switch_dropout_off,
 )
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.trainer.gate import check_saved
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import finish, load_model, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import (
+    finish,
+    load_model,
+    prepare_torch,
+    save_and_check,
+    train,
+    trainer_arguments,
+)
 from smoltulu.tasks.trainer.rollout_guards import rollout_guards
+from smoltulu.tasks.trainer.sharded import shard, shard_trainer
 from smoltulu.tasks.training.critic import CRITIC_FOLDER, Critic, load_critic
 from smoltulu.tasks.training.held_out_rows import Split
 from smoltulu.tasks.training.model_score import adding_score_of, check_reward_model, load_scored_by
@@ -138,6 +144,11 @@ def _assembled(
         scorer=verifier_scores(config, rows),
         rollout_log=RolloutLog(context.work, num_steps // cycle),
     )
+    shard_trainer(trainer, context.compute)
+    if context.compute.is_sharded:
+        for model in (critic, reference):
+            if model is not None:
+                shard(model)
     if not is_dry_run:
         trainer.backend = writer_of(trainer, config, inputs, context)
     if reward_model is not None:
@@ -182,11 +193,8 @@ def run(
         held_out.restore_best()
     outputs, metrics = finish(trainer, context, num_steps, SHOWN, config.gate)
     outputs = outputs.model_copy(update={"critic": CRITIC_FOLDER})
+    save_and_check(trainer, trainer.critic.model, context.folder / CRITIC_FOLDER, None)
     if trainer.is_world_process_zero():
-        tokenizer: Any = trainer.processing_class
-        model, folder = trainer.critic.model, context.folder / CRITIC_FOLDER
-        save_model(model, tokenizer, folder)
-        check_saved(model, tokenizer, folder, trainer.train_dataset, None, trainer.args.bf16)
         samples = trainer.rollout_log.publish(context.folder)
         outputs = outputs.model_copy(update={"samples_file": samples})
     return held_out.outputs(outputs, metrics) if held_out is not None else (outputs, metrics)

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from smoltulu.tasks.models.batches import longest_first
+from smoltulu.tasks.models.classifiers import scores_of_tokens
 from smoltulu.tasks.models.tokens import IGNORED, Messages
 from smoltulu.tasks.training.rewards import VERDICTS, Score
 from smoltulu.tasks.training.rollout_log import sample
@@ -87,24 +88,21 @@ def token_logps(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, tor
 
 def token_values(critic: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Value before each marked token, (N,): the score head at the place that predicts the token."""
-    hidden = _hidden(critic, batch)[batch["shift_labels"] != IGNORED]
-    values: torch.Tensor = critic.score(hidden)[:, 0]
+    values: torch.Tensor = _scores(critic, batch)[batch["shift_labels"] != IGNORED]
     return values
 
 
 def last_scores(reward_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Score of each whole text, (episodes,): the head at its last token, as a reward model is trained."""
     last = batch["attention_mask"].sum(dim=1) - 1
-    hidden = _hidden(reward_model, batch)[torch.arange(len(last), device=last.device), last]
-    scores: torch.Tensor = reward_model.score(hidden)[:, 0]
+    scores: torch.Tensor = _scores(reward_model, batch)[torch.arange(len(last), device=last.device), last]
     return scores
 
 
-def _hidden(classifier: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    made: torch.Tensor = classifier.base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
-    return made
+def _scores(classifier: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """(episodes, T)"""
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return scores_of_tokens(classifier, classifier.score, given)[..., 0]
 
 
 def by_episode(

@@ -22,6 +22,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from smoltulu.schemas.rlvr import PPOSettings
 from smoltulu.tasks.generation.importance import importance_weights
 from smoltulu.tasks.generation.interface import MINIBATCHES, Request
+from smoltulu.tasks.trainer.checkpoint import Trained
+from smoltulu.tasks.trainer.sharded import gathered, is_sharded
 from smoltulu.tasks.trainer.signal import METRIC, SignalWatch, without_signal
 from smoltulu.tasks.trainer.signal import Rollout as Shown
 from smoltulu.tasks.trainer.tracking import num_tokens
@@ -117,6 +119,9 @@ class PPOTrainer(Trainer):
         self.create_scheduler(num_training_steps=max_steps - self.settings.critic.warmup_steps)
         self.critic.begin(self, max_steps, lambda: num_tokens(self))
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self._signal = SignalWatch.of(self.settings.signal_limit, Path(resume_from_checkpoint))
+        self.critic.sync_weights()
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self._tr_loss, self._total_loss_scalar = torch.zeros((), device=self.args.device), 0.0
@@ -206,7 +211,10 @@ class PPOTrainer(Trainer):
 
     def _generate(self, batch: int, episodes: list[Episode]) -> None:
         requests = [Request(one["prompt_ids"], batch, one["row"], one["sample"]) for one in episodes]
-        for episode, rollout in zip(episodes, self.backend(requests), strict=True):
+        # Processes write different numbers of tokens.
+        with gathered(self.model):
+            rollouts = self.backend(requests)
+        for episode, rollout in zip(episodes, rollouts, strict=True):
             text = rollout.ids[:-1] if rollout.stopped else rollout.ids
             episode["ids"], episode["stopped"], episode["sampled_logps"] = rollout.ids, rollout.stopped, rollout.logps
             episode["text"] = self.processing_class.decode(text, skip_special_tokens=True)
@@ -220,23 +228,24 @@ class PPOTrainer(Trainer):
         so the ratio of the first update is 1 (Tulu 3 writes rollouts with weights one step older).
         """
 
-        def compute(name: str, function: Callable[[Any], torch.Tensor]) -> None:
+        def compute(name: str, model: torch.nn.Module, function: Callable[[Any], torch.Tensor]) -> None:
             def of_batch(batch: list[Episode]) -> torch.Tensor:
                 with self.accelerator.autocast():
                     return function(collate(batch, self.processing_class.pad_token_id, self.args.device))
 
-            for episode, values in zip(
-                episodes, by_episode(episodes, self.args.per_device_train_batch_size, of_batch), strict=True
-            ):
+            with gathered(model):
+                made = by_episode(episodes, self.args.per_device_train_batch_size, of_batch)
+            for episode, values in zip(episodes, made, strict=True):
                 episode[name] = values  # type: ignore[literal-required]
 
-        compute("logps", lambda batch: token_logps(self.model, batch)[0])
-        if self.reference is not None:
-            compute("reference_logps", lambda batch: token_logps(self.reference, batch)[0])
+        reference, critic = self.reference, self.critic.model
+        compute("logps", self.model, lambda batch: token_logps(self.model, batch)[0])
+        if reference is not None:
+            compute("reference_logps", reference, lambda batch: token_logps(reference, batch)[0])
         elif self.settings.beta > 0:
             with self.model.disable_adapter():
-                compute("reference_logps", lambda batch: token_logps(self.model, batch)[0])
-        compute("values", lambda batch: token_values(self.critic.model, batch))
+                compute("reference_logps", self.model, lambda batch: token_logps(self.model, batch)[0])
+        compute("values", critic, lambda batch: token_values(critic, batch))
 
     def _set_targets(self, episodes: list[Episode]) -> None:
         """Advantages and returns of a whole rollout batch, in float64, and what is logged of it."""
@@ -313,6 +322,8 @@ class PPOTrainer(Trainer):
         """
         settings, device = self.settings, self.args.device
         batch = collate(inputs, self.processing_class.pad_token_id, device)
+        # fully_shard averages gradients over processes. Those of whole models are summed, in `_clipped_norm`.
+        times = self.accelerator.num_processes if is_sharded(self.model) else 1
         total = torch.zeros((), device=device)
         notes: dict[str, torch.Tensor] = {}
         if not self._policy_waits:
@@ -325,7 +336,7 @@ class PPOTrainer(Trainer):
             )
             losses = losses * weights
             loss = losses.sum() / num_items_in_batch
-            loss.backward()
+            (loss * times).backward()
             total += loss.detach()
             ratio_logs = logps.detach() - old
             notes = {
@@ -338,7 +349,7 @@ class PPOTrainer(Trainer):
             values, flat(inputs, "values", device), flat(inputs, "returns", device), settings.critic.value_clip
         )
         loss = settings.critic.value_coefficient * losses.sum() / num_items_in_batch
-        loss.backward()
+        (loss * times).backward()
         total += loss.detach()
         self._note(notes | {"value_loss": losses.detach(), "value_clip_share": is_clipped})
         # The trainer logs the mean over processes.
@@ -346,13 +357,14 @@ class PPOTrainer(Trainer):
 
     def _clipped_norm(self, model: torch.nn.Module) -> torch.Tensor:
         """Sum the gradients of all processes, clip them, and return their norm before."""
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not is_sharded(model):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     # None where a process has no tokens for it: the others would wait.
                     own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     parameter.grad = self.accelerator.reduce(own, "sum")
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        return norm
 
     # -------------------------------------------------------------------------------------------------------- the logs
 
@@ -376,18 +388,25 @@ class PPOTrainer(Trainer):
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
+    @property
+    def also_trained(self) -> dict[str, Trained]:
+        """What a checkpoint holds beside the policy (tasks/trainer/checkpoint.py)."""
+        return {"critic": self.critic.trained}
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The policy's, then the critic inside of it; the completion marker comes after both."""
+        self.critic.require_finite(self.accelerator)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / CRITIC_FOLDER
-            self.critic.save(folder)
-            self._signal.save(folder.parent)
+            self._signal.save(self._checkpoint_of_now())
+
+    def _checkpoint_of_now(self) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    # The next two read checkpoints of versions before tasks/trainer/checkpoint.py.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.critic.load_weights(Path(resume_from_checkpoint) / CRITIC_FOLDER)
-        self._signal = SignalWatch.of(self.settings.signal_limit, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from smoltulu.tasks.models.classifiers import scores_of_tokens
 from smoltulu.tasks.trainer.even_rows import BLANK, is_blank
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.packed_attention import segments_of_pairs
@@ -115,7 +116,8 @@ class PairTrainer(RewardTrainer):
         batch = {name: value for name, value in inputs.items() if name not in (BLANK, "row")}
         if "segments" in batch:
             last_tokens, num_tokens = batch.pop("last_tokens"), batch.pop("num_tokens")
-            return self._scores_of_tokens(model, batch)[last_tokens], num_tokens
+            head = self.accelerator.unwrap_model(self.model).score
+            return scores_of_tokens(model, head, batch)[0][last_tokens], num_tokens
         return model(**batch, use_cache=False).logits, batch["attention_mask"].sum()
 
     def row_losses(self, model: Any, inputs: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[RowLoss]:
@@ -124,21 +126,6 @@ class PairTrainer(RewardTrainer):
         margins = (chosen - rejected).double().tolist()
         losses = (-logsigmoid(chosen - rejected)).double().tolist()
         return [RowLoss(loss, 1, margin > 0) for loss, margin in zip(losses, margins, strict=True)]
-
-    def _scores_of_tokens(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """The score at every token of a packed batch, (T, 1).
-
-        transformers pools one score a row. The head gives one a token, and the model's own forward must call it, as
-        several processes need.
-        """
-        of_tokens: list[torch.Tensor] = []
-        head = self.accelerator.unwrap_model(self.model).score
-        hook = head.register_forward_hook(lambda module, args, output: of_tokens.append(output))
-        try:
-            model(**batch, use_cache=False)
-        finally:
-            hook.remove()
-        return of_tokens[0][0]
 
     @torch.no_grad()
     def _note(self, chosen: torch.Tensor, rejected: torch.Tensor, num_tokens: Any) -> None:

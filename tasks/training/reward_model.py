@@ -16,6 +16,7 @@ from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.even_rows import even_out
 from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.sharded import shard_trainer
 from smoltulu.tasks.trainer.token_budget import cut_by_tokens
 from smoltulu.tasks.training.watched import finish_watched, watch_losses
 
@@ -55,6 +56,7 @@ def build(config: RewardModelSettings, inputs: TrainingInputs, context: StageCon
     )
     even_out(trainer)
     cut_by_tokens(trainer, context.compute)
+    shard_trainer(trainer, context.compute)
     return trainer
 
 

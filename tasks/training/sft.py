@@ -24,6 +24,7 @@ from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.packed_attention import segments_of_lengths
+from smoltulu.tasks.trainer.sharded import shard_trainer
 from smoltulu.tasks.trainer.token_budget import cut_by_tokens
 from smoltulu.tasks.training.row_weights import (
     WEIGHTS,
@@ -157,6 +158,7 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
     )
     even_out(trainer)
     cut_by_tokens(trainer, context.compute)
+    shard_trainer(trainer, context.compute)
     if weights is not None:
         trainer.add_callback(pass_over_steps_without_weight(trainer))
     if config.mup_base_width is not None:

@@ -264,14 +264,43 @@ def test_a_per_device_batch_that_does_not_divide_is_lowered() -> None:
     assert load_recipe("tiny").batch_notes() == []
 
 
-def test_processes_that_do_not_divide_are_refused_before_anything_runs() -> None:
-    """Of every training: the first would run for days before the second is asked."""
-    with pytest.raises(RecipeError) as caught:
-        load_recipe("smoltulu-1130", {"compute.num_processes": 8, "compute.stages": {}})
-    said = str(caught.value)
-    assert "dpo: effective_batch_size 12 is not a multiple of num_processes 8" in said
-    assert "one of [1, 2, 3, 4, 6, 12]" in said
-    assert "reward_model: effective_batch_size 4" in said and "sft: effective" not in said
+def test_a_training_runs_on_as_many_ranks_as_divide_its_batch_and_says_so() -> None:
+    """Batches of 8, 12 and 4 on eight processes."""
+    recipe = load_recipe("smoltulu-1130", {"compute.num_processes": 8, "compute.stages": {}})
+    graph = Graph(recipe, unresolved="keep", resolve=lambda reference: "0" * 40)
+    ranks = {name: node.stage.num_ranks(graph.compute_of(node)) for name, node in graph.nodes.items()}
+    assert (ranks["sft"], ranks["dpo"], ranks["reward-model"], ranks["reference-logps"]) == (8, 6, 4, 8)
+    assert [note for note in recipe.batch_notes() if "runs on" in note] == [
+        f"{block}: effective_batch_size {size} is not a multiple of num_processes 8: runs on {ranks}, which changes no "
+        f"result; compute.stages.{block}.num_processes: {ranks} says that this is meant"
+        for block, size, ranks in (("reward_model", 4, 4), ("dpo", 12, 6))
+    ]
+    meant = {"compute.stages": {"dpo": {"num_processes": 6}, "reward_model": {"num_processes": 4}}}
+    silent = load_recipe("smoltulu-1130", {"compute.num_processes": 8} | meant)
+    assert not [note for note in silent.batch_notes() if "runs on" in note]
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"sft.lora": {}}, "sft: compute.parallel fsdp2 cannot train a LoRA .* set compute.stages.sft.parallel to ddp"),
+    ({"dpo.lora": {}, "compute.stages.sft.parallel": "ddp"}, "dpo: compute.parallel fsdp2 cannot train a LoRA adapter"),
+    ({"rlvr.critic.offload_optimizer": True}, "rlvr: critic.offload_optimizer keeps .* set one of them only"),
+    ({"compute.parallel": "fsdp"}, "compute.parallel: Input should be 'ddp' or 'fsdp2'"),
+    ({"compute.stages.sft.parallel": True}, "compute.stages.sft.parallel: Input should be 'ddp' or 'fsdp2'"),
+])  # fmt: skip
+def test_what_cannot_be_sharded_is_refused_before_anything_runs(changes: dict[str, Any], said: str) -> None:
+    asked = {"compute.num_processes": 4, "compute.parallel": "fsdp2"}
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("tiny", asked | changes)
+    if "lora" in said:  # one process has nothing to divide, and DDP can
+        load_recipe("tiny", changes | {"compute.parallel": "fsdp2"})
+        load_recipe("tiny", changes | {"compute.num_processes": 4})
+
+
+def test_sharding_enters_no_key_and_one_process_says_that_it_does_nothing() -> None:
+    plain, sharded = load_recipe("tiny"), load_recipe("tiny", {"compute.parallel": "fsdp2", "compute.num_processes": 2})
+    assert Graph(plain).keys() == Graph(sharded).keys() and sharded.batch_notes() == plain.batch_notes()
+    alone = load_recipe("tiny", {"compute.parallel": "fsdp2"}).batch_notes()
+    assert "sft: compute.parallel fsdp2 does nothing here: it runs on one process" in alone
 
 
 def test_one_error_lists_every_problem_with_its_path() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smoltulu.flows.recipe import RecipeError
 from smoltulu.flows.sweeping.extension import (
     FILE,
     add,
@@ -163,10 +162,6 @@ def test_add_refuses_what_adds_nothing_or_would_change_finished_cells(tmp_path: 
         add(asked, root, seeds=[0])
     with pytest.raises(ValueError, match="has no block 'second'; its blocks: first"):
         add(asked, root, like="second", seeds=[1])
-    with pytest.raises(
-        RecipeError, match=r"cell lr-9-b1-t2000(?s:.*)batch_size 2 is not a multiple of num_processes 4"
-    ):
-        add(load_sweep(SWEEP | {"overrides": SMALL | {"compute.num_processes": 4}}), root, batches=[1])
     shown = add(asked, root, seeds=[1, 2], dry_run=True)
     assert shown.num_cells == 4 and not shown.file.exists()
     assert add(asked, root, seeds=[1, 2]).num_cells == 4

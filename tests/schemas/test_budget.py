@@ -103,14 +103,11 @@ def test_smaller_batch(size: int, effective_batch_size: int, num_processes: int,
 @given(st.integers(1, 99), st.integers(1, 300), st.integers(1, 9))
 def test_the_batch_of_a_training_is_the_largest_that_divides(asked: int, effective: int, num_processes: int) -> None:
     compute = ComputeSettings(per_device_train_batch_size=asked, num_processes=num_processes)
-    size = compute.of("sft", effective).per_device_train_batch_size
-    fitting = [n for n in range(1, asked + 1) if effective % (n * num_processes) == 0]
-    if not fitting:
-        assert effective % num_processes and size == asked
-    else:
-        assert size == max(fitting)
-        used = compute.of("sft", effective)
-        assert accumulation_steps(effective, used) * size * num_processes == effective
+    used = compute.of("sft", effective)
+    assert used.num_processes == max(n for n in range(1, num_processes + 1) if effective % n == 0)
+    size = used.per_device_train_batch_size
+    assert size == max(n for n in range(1, asked + 1) if effective % (n * used.num_processes) == 0)
+    assert accumulation_steps(effective, used) * size * used.num_processes == effective
 
 
 def test_budget_of_each_training_and_whether_a_larger_one_can_go_on_from_it() -> None:

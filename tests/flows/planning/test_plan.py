@@ -325,12 +325,20 @@ def test_time_of_what_nobody_ran_is_that_of_the_stated_device(tmp_path: Path) ->
     assert rows["sft"].estimate.seconds is None
 
 
+#: Divided among eight devices, the 8B recipe fits.
+WHOLE = {"compute.parallel": "ddp"}
+
+
 @pytest.mark.parametrize(("recipe", "changes", "too_large"), [
-    ("tulu3-8b", {}, {"sft": "128 GB", "dpo": "128 GB", "reward-model": "128 GB", "rlvr": "161 GB"}),
+    ("tulu3-8b", WHOLE, {"sft": "128 GB", "dpo": "128 GB", "reward-model": "128 GB", "rlvr": "161 GB"}),
     # An adapter leaves 4 bytes a parameter, and with it SFT and DPO fit.
-    ("tulu3-8b", {"sft.lora": {}, "dpo.lora": {}}, {"reward-model": "128 GB", "rlvr": "161 GB"}),
-    ("tulu3-8b", {"compute.device_memory_gb": None}, {}),
-    ("tulu3-8b", {"compute.device_memory_gb": 141}, {"rlvr": "161 GB"}),
+    ("tulu3-8b", {"sft.lora": {}, "dpo.lora": {}} | WHOLE, {"reward-model": "128 GB", "rlvr": "161 GB"}),
+    ("tulu3-8b", {"compute.device_memory_gb": None} | WHOLE, {}),
+    ("tulu3-8b", {"compute.device_memory_gb": 141} | WHOLE, {"rlvr": "161 GB"}),
+    # 16 bytes a parameter on eight devices; RLVR holds 20, and the policy once more while it writes.
+    ("tulu3-8b", {}, {}),
+    ("tulu3-8b", {"compute.device_memory_gb": 40}, {"rlvr": "52.2 GB"}),
+    ("tulu3-8b", {"compute.device_memory_gb": 40, "compute.stages.rlvr.parallel": "ddp"}, {"rlvr": "161 GB"}),
     ("smoltulu-1130", {}, {}),
     # Policy and critic at 16 bytes a parameter, and the reference at 4.
     ("smoltulu-1130", {"compute.device_memory_gb": 48}, {"rlvr": "61.6 GB"}),
@@ -351,9 +359,11 @@ def test_plan_says_what_cannot_fit_into_the_stated_machine(
     assert said.keys() == too_large.keys()
     for name, needed in too_large.items():
         assert f"{needed} before any activation" in said[name]
+        is_sharded = graph.compute_of(graph.nodes[name]).is_sharded
         assert ("lora block" in said[name]) == (
-            graph.recipe.trainings[name.replace("-", "_")].model_dump().get("lora", ...) is None
+            not is_sharded and graph.recipe.trainings[name.replace("-", "_")].model_dump().get("lora", ...) is None
         )
+        assert ("all weights" in said[name]) == (not is_sharded)
         assert said[name].split() and " ".join(said[name].split()) in printed(planned, capsys)
 
 

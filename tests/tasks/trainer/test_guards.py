@@ -176,7 +176,7 @@ def test_nan_is_seen_between_two_logs_names_its_row_and_writes_no_checkpoint(
 ) -> None:
     model = with_a_poisonous_token(base, tmp_path / "model", "~")
     # The embeddings are what is poisoned: every other weight is looked at.
-    monkeypatch.setattr("smoltulu.tasks.trainer.guards._all_finite", lambda model: True)
+    monkeypatch.setattr("smoltulu.tasks.trainer.guards.all_finite", lambda model, accelerator: True)
     text, newest = poisoned(model, tmp_path / "run", packing=packing, per_device_train_batch_size=1)
     assert f"loss is nan at step {newest + 1}; the checkpoints before it are kept" in text
     assert "Its rows: row 5 '" in text and "~ You are helpful" in text and text.count("row ") == 1
