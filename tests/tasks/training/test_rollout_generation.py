@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 from collections.abc import Sequence
@@ -15,20 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smoltulu.schemas.artifact import Spec
-from smoltulu.schemas.common import scientific
-from smoltulu.schemas.rlvr import PPOSettings
-from smoltulu.tasks.engine.launch import run_child
+from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings
 from smoltulu.tasks.generation.engines import CopyEngine
 from smoltulu.tasks.generation.freshness import StaleEngineError
 from smoltulu.tasks.generation.importance import importance_weights
 from smoltulu.tasks.generation.interface import Request, Written
-from smoltulu.tasks.job import Job
-from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.training import grpo, ppo
 from smoltulu.tasks.training.rlvr import train_rlvr
 from smoltulu.tasks.training.rollouts import Backend
 from tests import small_ppo
+from tests.ranks import Case, run_in_ranks
 from tests.tasks.training.test_grpo import arguments_of, prompts
 from tests.tiny_model import build_tiny_model
 
@@ -169,16 +164,21 @@ def test_grpo_weighs_tokens_by_the_ratio_up_to_its_cap(model: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_two_ranks_of_grpo_write_the_rollouts_of_one(model: Path, tmp_path: Path) -> None:
-    """A group of four lies on two ranks: each writes some of its samples."""
-    settings = GRPO | {"effective_batch_size": 4}
-    config, inputs, _ = arguments_of(tmp_path / "one", model, settings, prompts(16))
-    train_rlvr(config, inputs, arguments_of(tmp_path / "one", model, settings, prompts(16))[2])
-    compute = arguments_of(
-        tmp_path / "two", model, settings, prompts(16), num_processes=2, launcher="warm", per_device_train_batch_size=2
-    )[2].compute
-    spec = Spec(stage="rlvr", version=1, config=scientific(config), inputs={}, externals={})
-    work = tmp_path / "two" / "work"
-    (work / "output").mkdir()
-    run_child(Job("rlvr", STAGES["rlvr"], config, compute, spec, inputs), work, work / "output", logging.getLogger("t"))
-    assert_same_run(tmp_path / "one" / "out", work / "output", atol=2e-4)
+def test_ranks_that_write_with_copies_of_a_divided_policy_train_as_one_process(tmp_path: Path) -> None:
+    """FSDP2: each rank's copy gets whole weights. A group of four lies on two ranks: each writes some of it."""
+    prompts = small_ppo.world(tmp_path / "world")
+    groups = {
+        "learning_rate": 1e-3, "effective_batch_size": 4, "num_generations": 4, "num_steps": 3,
+        "max_prompt_length": 100, "max_completion_length": 6, "precision": "float32", "gate": {"num_prompts": 0},
+    }  # fmt: skip
+    cases = [
+        Case("ppo", "rlvr", PPOSettings.model_validate(small_ppo.SETTINGS | {"num_episodes": 16}), prompts),
+        Case("grpo", "rlvr", GRPOSettings.model_validate(groups), prompts),
+    ]
+    one = run_in_ranks(tmp_path, 1, cases)
+    copies = {"parallel": "fsdp2", "generation_device": "cpu"}
+    other = run_in_ranks(tmp_path, 2, [replace(case, compute=copies) for case in cases])
+    for name, ran in one.items():
+        assert other[name].log("samples") == ran.log("samples")
+        for parameter, weight in ran.weights().items():
+            torch.testing.assert_close(other[name].weights()[parameter], weight, rtol=0, atol=2e-4)
