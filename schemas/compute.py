@@ -44,28 +44,6 @@ class StageCompute(StrictModel):
     max_hours: float | None = machinery(None, gt=0)
 
 
-class GenerationCompute(StrictModel):
-    """Where RLVR's rollouts are written. None of it changes what the trained policy is asked to write."""
-
-    device: str | None = machinery(
-        None,
-        pattern=r"^(cpu|cuda(:\d+)?)$",
-        description="engine transformers: device of a copy of the policy that writes, as cuda:1; none: no copy",
-    )
-    server: str | None = machinery(
-        None,
-        max_length=MAX_PATH,
-        pattern=r"^https?://",
-        description="engine vllm: URL of a server on devices of its own (vllm serve); none: beside the training",
-    )
-    memory_share: float = machinery(
-        0.3, gt=0, lt=1, description="engine vllm beside the training: share of the device's memory that it takes"
-    )
-    sleep: bool = machinery(
-        True, description="engine vllm beside the training: it gives its memory back between rollouts"
-    )
-
-
 class ComputeSettings(StrictModel):
     """One machine's shape."""
 
@@ -143,7 +121,23 @@ class ComputeSettings(StrictModel):
     dataloader_num_workers: int | None = machinery(
         None, ge=0, description="processes of a training that make its batches ahead; none: one with a GPU, else 0"
     )
-    generation: GenerationCompute = machinery(GenerationCompute(), description="of RLVR's rollouts")
+    generation_device: str | None = machinery(
+        None,
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="rlvr.engine transformers: device of a copy of the policy, which writes, as cuda:1; none: no copy",
+    )
+    vllm_server: str | None = machinery(
+        None,
+        max_length=MAX_PATH,
+        pattern=r"^https?://",
+        description="rlvr.engine vllm: URL of a server on devices of its own (vllm serve); none: beside the training",
+    )
+    vllm_memory_share: float = machinery(
+        0.3, gt=0, lt=1, description="rlvr.engine vllm beside the training: share of the device's memory that it takes"
+    )
+    vllm_sleep: bool = machinery(
+        True, description="rlvr.engine vllm beside the training: it gives its memory back between rollouts"
+    )
     save_steps: int = machinery(500, ge=1, description="optimizer steps between resumable checkpoints")
     save_total_limit: int = machinery(2, ge=1, description="newest checkpoints kept; the best is kept beside them")
     keep_extension_checkpoint: bool = machinery(

@@ -12,6 +12,8 @@ from __future__ import annotations
 import types
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.tasks.trainer.waits import look_for_no_packed_rows
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -37,6 +39,7 @@ def take_places(model: PreTrainedModel) -> None:
 
     if not hasattr(of_trl, "_use_triton"):
         raise _other_version("_use_triton")
+    look_for_no_packed_rows(model)
     by_mask = model.forward
 
     def forward(self: Any, *args: Any, places: torch.Tensor | None = None, **kwargs: Any) -> Any:

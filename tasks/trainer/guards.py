@@ -230,11 +230,11 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
             if fault is None:
                 return
             at_fault = [rank for rank, loss in zip(ranks, losses, strict=True) if is_corrupt(loss, rule.zero_is_fault)]
-            where = f" on rank {', '.join(map(str, at_fault))}" if 0 < len(at_fault) < len(of_processes) else ""
+            whose = f"Of rank {', '.join(map(str, at_fault))}. " if 0 < len(at_fault) < len(of_processes) else ""
             rows = gather_object(rows_where(step, lambda loss: is_corrupt(loss, rule.zero_is_fault)))
             rows = rows or gather_object(rows_where(step, lambda loss: True))
             raise (ValueError if fault == _ZERO else Diverged)(
-                f"{fault} at step {step.number:,}{where}; the checkpoints before it are kept. {_listed(rows)}. "
+                f"{fault} at step {step.number:,}; the checkpoints before it are kept. {_listed(rows)}. {whose}"
                 + _advice(fault)
             )
 

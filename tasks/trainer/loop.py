@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,8 +112,8 @@ def load_model(
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     check_tokenisation(inputs.dataset, tokenizer)
     set_seed(settings.seed)
-    look_for_no_packed_rows()
     model = load(Path(inputs.model))
+    look_for_no_packed_rows(model)
     fit_embeddings(model, tokenizer)
     stop_ids(model, tokenizer)
     if not dropout:
@@ -189,7 +189,9 @@ def prepare_torch(context: StageContext) -> None:
         torch.set_num_threads(context.compute.num_threads)
     if device_of(context.compute) == "cuda":
         # Not compute.num_processes: a stage that is no training has one process, whatever that says.
-        _check_num_gpus(torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", "1")))
+        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        _check_num_gpus(torch.cuda.device_count(), num_ranks)
+        _check_same_gpus([torch.cuda.get_device_name(number) for number in range(num_ranks)])
     # pytorch#196678 (found by trl#7181): NaN gradients with a mask, since 2.11 on; seen on an H200 with 2.11. Off from
     # that version on, until one is known to be fixed.
     if torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
@@ -209,6 +211,16 @@ def _check_num_gpus(num_gpus: int, num_processes: int) -> None:
         raise ValueError(
             f"one process sees {num_gpus} GPUs and would train on all of them with another effective batch; with "
             "compute.launcher inline set CUDA_VISIBLE_DEVICES to one of them"
+        )
+
+
+def _check_same_gpus(names: Sequence[str]) -> None:
+    """ValueError where ranks would train on different cards: all wait for the slowest, and the smallest runs out."""
+    if len(set(names)) > 1:
+        cards = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
+        raise ValueError(
+            f"compute.num_processes is {len(names)}, and their GPUs are not alike ({cards}); set CUDA_VISIBLE_DEVICES "
+            "to GPUs of one kind, and compute.num_processes to their number"
         )
 
 

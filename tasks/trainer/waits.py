@@ -22,7 +22,7 @@ from smoltulu.tasks.models.tokens import IGNORED
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Trainer
+    from transformers import PreTrainedModel, Trainer
 
 #: Key of a batch: places of the tokens whose prediction counts, see `places_of`.
 PLACES = "places"
@@ -72,35 +72,48 @@ def of_all_ranks(trainer: Trainer, numbers: Sequence[float]) -> list[list[float]
 
     if trainer.accelerator.num_processes == 1:
         return [list(numbers)]
-    own = torch.tensor(numbers, dtype=torch.float64)
-    gathered = [torch.empty_like(own) for _ in range(trainer.accelerator.num_processes)]
-    torch.distributed.all_gather(gathered, own, group=_host_group(trainer))
-    return [one.tolist() for one in gathered]
+    own = torch.tensor([numbers], dtype=torch.float64)
+    if trainer.accelerator.device.type == "cpu":
+        gathered: list[list[float]] = trainer.accelerator.gather(own).tolist()
+        return gathered
+    made = [torch.empty_like(own) for _ in range(trainer.accelerator.num_processes)]
+    torch.distributed.all_gather(made, own, group=_host_group(trainer))
+    return torch.cat(made).tolist()  # type: ignore[no-any-return]
 
 
 def sums_over_ranks(trainer: Trainer, counts: Sequence[int]) -> list[int]:
     """Each count, summed over the ranks."""
+    if trainer.args.world_size == 1:
+        return list(counts)
     return [int(sum(column)) for column in zip(*of_all_ranks(trainer, counts), strict=True)]
 
 
 def _host_group(trainer: Any) -> Any:
-    """Gloo beside NCCL; gloo's own group where that is the backend."""
+    """A group of gloo's beside that of the devices."""
     import torch
 
     if not hasattr(trainer, "host_group"):
-        trainer.host_group = None
-        if torch.distributed.get_backend() != "gloo":
-            trainer.host_group = torch.distributed.new_group(backend="gloo", timeout=trainer.args.ddp_timeout_delta)
+        trainer.host_group = torch.distributed.new_group(backend="gloo", timeout=trainer.args.ddp_timeout_delta)
     return trainer.host_group
 
 
-@cache
-def look_for_no_packed_rows() -> None:
-    """Keep transformers from looking for packed rows in the positions of a batch without an attention mask.
+#: By number of the object: configs of models whose rows stand alone, or lie end to end by `segments`.
+_CONFIGS: dict[int, Any] = {}
 
-    Where there is none it looks whether positions begin anew, and reads that from the device once a forward pass. Rows
-    lie end to end with `segments` only here (tasks/trainer/packed_attention.py), which no mask is made for.
+
+def look_for_no_packed_rows(model: PreTrainedModel) -> None:
+    """Keep transformers from looking for packed rows in the positions of a model's batches.
+
+    Where there is no attention mask it looks whether positions begin anew, and reads that from the device once a
+    forward pass. Rows of this model lie end to end with `segments` only (tasks/trainer/packed_attention.py), and
+    need no mask.
     """
+    _CONFIGS.update({id(config): config for config in (model.config, model.config.get_text_config())})
+    _patch_masks()
+
+
+@cache
+def _patch_masks() -> None:
     from transformers import masking_utils
 
     prepare = getattr(masking_utils, "_preprocess_mask_arguments", None)
@@ -110,7 +123,8 @@ def look_for_no_packed_rows() -> None:
 
     def without_positions(*args: Any, **kwargs: Any) -> Any:
         bound = arguments.bind(*args, **kwargs)
-        bound.arguments["position_ids"] = None
+        if id(bound.arguments["config"]) in _CONFIGS:
+            bound.arguments["position_ids"] = None
         return prepare(*bound.args, **bound.kwargs)
 
     masking_utils._preprocess_mask_arguments = without_positions

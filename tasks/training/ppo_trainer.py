@@ -337,7 +337,8 @@ class PPOTrainer(Trainer):
             weights, of_sampler = importance_weights(
                 old, flat(inputs, "sampled_logps", device), settings.importance_sampling_cap
             )
-            loss = (losses * weights).sum() / num_items_in_batch
+            losses = losses * weights
+            loss = losses.sum() / num_items_in_batch
             (loss * times).backward()
             total += loss.detach()
             ratio_logs = logps.detach() - old

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,13 +198,8 @@ def test_places_are_those_of_labels_row_after_row() -> None:
 
 
 def test_numbers_of_one_process_are_its_own() -> None:
-    class Accelerator:
-        num_processes = 1
-
-    class Alone:
-        accelerator = Accelerator()
-
-    assert of_all_ranks(Alone(), [1.5, 2]) == [[1.5, 2]] and sums_over_ranks(Alone(), [3, 4]) == [3, 4]  # type: ignore[arg-type]
+    alone: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), args=SimpleNamespace(world_size=1))
+    assert of_all_ranks(alone, [1.5, 2]) == [[1.5, 2]] and sums_over_ranks(alone, [3, 4]) == [3, 4]
     assert HostCopy(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
     assert put([1, 2], "cpu", torch.float32).tolist() == [1.0, 2.0]
 
