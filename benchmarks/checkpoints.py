@@ -7,17 +7,18 @@ Ways, in turns, on the same weights:
 
     before      transformers' trainer writes, then all is hashed and synced, then the marker
     waiting     today's format, the training waits until it is whole
-    beside      today's: a copy within the step, the rest in a thread
+    beside      today's: a thread copies while the next step is computed, then writes
     torch       torch.distributed.checkpoint.async_save as it comes (a pickle says where each tensor is)
 
-Stall: seconds in which no step can be computed. Whole: until a resume may use it. Cost: what the training lost in all,
-the steps computed meanwhile not counted: a writer takes cores and memory bandwidth from them. Wanted: a stall of at
-most a quarter of `waiting`.
+Stall: seconds in which no step can be computed, with the wait of the next update for the copy. Whole: until a resume
+may use it. Cost: what the training lost in all, the steps computed meanwhile not counted: a writer takes cores and memory
+bandwidth from them. Wanted: a stall of at most a quarter of `waiting`.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import statistics
 import tempfile
@@ -60,19 +61,25 @@ def trainer_of(shape: str, folder: Path) -> Trainer:
     return trainer
 
 
-def step(trainer: Trainer) -> None:
+def step(trainer: Trainer, before_update: Callable[[], Any] = lambda: None) -> float:
+    """An optimizer step; returns the seconds that it waited before the update."""
     ids = torch.randint(4096, (1, _NUM_TOKENS))
     trainer.model(input_ids=ids, labels=ids).loss.backward()
+    began = time.perf_counter()
+    before_update()
+    waited = time.perf_counter() - began
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
+    return waited
 
 
 def ways(shape: str, folder: Path) -> dict[str, tuple[Trainer, Start]]:
     """Each with a trainer; they share model and optimizer."""
     plain = trainer_of(shape, folder)
     ours = Trainer(plain.model, plain.args, optimizers=(plain.optimizer, plain.lr_scheduler))
-    writer = CheckpointWriter(ours, num_kept=1)
+    writer, waiter = CheckpointWriter(ours, num_kept=1), CheckpointWriter(ours, num_kept=1)
     writer.attach()
+    waiter._host.has_room = lambda pieces: False  # type: ignore[method-assign]
 
     def before(path: Path) -> Callable[[], Any]:
         plain._save_checkpoint(plain.model, None)
@@ -84,8 +91,13 @@ def ways(shape: str, folder: Path) -> dict[str, tuple[Trainer, Start]]:
         writer.write(path, None)
         return writer.wait
 
+    beside.before_update = writer.before_update  # type: ignore[attr-defined]
+
     def waiting(path: Path) -> Callable[[], Any]:
-        beside(path)()
+        waiter.begin(path)
+        waiter.take(path)
+        waiter.write(path, None)
+        waiter.wait()
         return lambda: None
 
     def by_torch(path: Path) -> Callable[[], Any]:
@@ -106,7 +118,7 @@ def measured(trainer: Trainer, start: Start, step_seconds: float, number: int) -
     shutil.rmtree(path, ignore_errors=True)
     began = time.perf_counter()
     wait = start(path)
-    stall = time.perf_counter() - began
+    stall, before_update = time.perf_counter() - began, getattr(start, "before_update", lambda: None)
     whole: list[float] = []
 
     def until_whole() -> None:
@@ -117,7 +129,7 @@ def measured(trainer: Trainer, start: Start, step_seconds: float, number: int) -
     watch.start()
     num_steps = 0
     while not whole:
-        step(trainer)
+        stall += step(trainer, before_update)
         num_steps += 1
     watch.join()
     cost = time.perf_counter() - began - num_steps * step_seconds
@@ -142,6 +154,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a model of two layers, to see that it runs")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.getLogger("smoltulu").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         PartialState(cpu=True)
         store = f"file://{folder}/store"

@@ -272,6 +272,9 @@ def callbacks(context: StageContext, writer: CheckpointWriter) -> list[TrainerCa
             if score is not None:
                 self.logged.append(float(score))
 
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            writer.before_update()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             writer.check()
 

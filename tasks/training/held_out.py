@@ -27,7 +27,6 @@ from smoltulu.tasks.generation.interface import HELD_OUT_TOKENS, Request
 from smoltulu.tasks.models.tokens import prompt_ids
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.best_weights import BestWeights
-from smoltulu.tasks.trainer.sharded import gathered
 from smoltulu.tasks.training.held_out_record import Evaluation, Record, falls, graded, metrics_of, share_right
 from smoltulu.tasks.training.held_out_rows import HeldOutRow, Split
 from smoltulu.tasks.training.rewards import Answer, scores_of
@@ -129,8 +128,7 @@ class HeldOut(TrainerCallback):
         num_samples = self.settings.num_samples
         requests = [Request(ids, 0, one.number, sample) for one, ids in mine for sample in range(num_samples)]
         asked = [one for one, _ in mine for _ in range(num_samples)]
-        with gathered(self.best.models["policy"]):
-            written = self.backend(requests)
+        written = self.backend(requests)
         answers = [
             Answer(one.row["verifier"], one.row["ground_truth"], self._text(rollout), rollout.stopped, "held out")
             for one, rollout in zip(asked, written, strict=True)

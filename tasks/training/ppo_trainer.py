@@ -214,10 +214,7 @@ class PPOTrainer(Trainer):
 
     def _generate(self, batch: int, episodes: list[Episode]) -> None:
         requests = [Request(one["prompt_ids"], batch, one["row"], one["sample"]) for one in episodes]
-        # Processes write different numbers of tokens.
-        with gathered(self.model):
-            rollouts = self.backend(requests)
-        for episode, rollout in zip(episodes, rollouts, strict=True):
+        for episode, rollout in zip(episodes, self.backend(requests), strict=True):
             text = rollout.ids[:-1] if rollout.stopped else rollout.ids
             episode["ids"], episode["stopped"], episode["sampled_logps"] = rollout.ids, rollout.stopped, rollout.logps
             episode["text"] = self.processing_class.decode(text, skip_special_tokens=True)
