@@ -41,7 +41,7 @@ class _Rows:
     ids        (B, max_new_tokens) written so far
     logps      (B, max_new_tokens) of these
     draws      (B, max_new_tokens); None: greedy
-    is_over    of each row, whether it ended
+    going      (B,) whether a row goes on; `is_over` says the contrary to the CPU
     """
 
     places: list[int]
@@ -52,6 +52,7 @@ class _Rows:
     ids: torch.Tensor
     logps: torch.Tensor
     draws: torch.Tensor | None
+    going: torch.Tensor
     is_over: list[bool]
 
     def select(self, keep: Sequence[int]) -> None:
@@ -62,7 +63,7 @@ class _Rows:
         self.cache.batch_select_indices(kept)
         self.places = [self.places[row] for row in keep]
         self.is_over = [self.is_over[row] for row in keep]
-        for name in ("mask", "positions", "steps", "ids", "logps", "draws"):
+        for name in ("mask", "positions", "steps", "ids", "logps", "draws", "going"):
             if (of_rows := getattr(self, name)) is not None:
                 setattr(self, name, of_rows[kept])
         if _is_plain(self.cache) and (num_empty := int((self.mask.cumsum(-1) == 0).all(dim=0).sum())):
@@ -83,7 +84,7 @@ class _Rows:
                 before, after = getattr(layer, name), getattr(added, name)
                 setattr(layer, name, torch.cat([pad(before, (0, 0, own, 0)), pad(after, (0, 0, new, 0))]))
                 setattr(added, name, None)
-        for name in ("positions", "steps", "ids", "logps", "draws"):
+        for name in ("positions", "steps", "ids", "logps", "draws", "going"):
             if (of_rows := getattr(self, name)) is not None:
                 setattr(self, name, torch.cat([of_rows, getattr(other, name)]))
         self.places += other.places
@@ -179,6 +180,7 @@ def _read(
         ids=mask.new_zeros(shape),
         logps=torch.zeros(shape, device=model.device),
         draws=draws,
+        going=torch.ones(len(requests), dtype=torch.bool, device=model.device),
         is_over=[False] * len(requests),
     )
     _append(rows, logits, sampling, stop_ids)
@@ -215,17 +217,17 @@ def _append(rows: _Rows, logits: torch.Tensor, sampling: Sampling, stop_ids: tor
     import torch
 
     last = sampling.max_new_tokens - 1
-    goes_on = torch.tensor([not is_over for is_over in rows.is_over], device=logits.device)
     place = rows.steps.clamp(max=last)[:, None]  # rows that are over stay as they are
     draws = None if rows.draws is None else rows.draws.gather(1, place)
     tokens, logps = _next(logits, sampling.temperature, draws, sampling.top_p)
-    rows.ids.scatter_(1, place, torch.where(goes_on, tokens, rows.ids.gather(1, place)[:, 0])[:, None])
+    rows.ids.scatter_(1, place, torch.where(rows.going, tokens, rows.ids.gather(1, place)[:, 0])[:, None])
     if logps is not None:
-        rows.logps.scatter_(1, place, torch.where(goes_on, logps, rows.logps.gather(1, place)[:, 0])[:, None])
-    rows.steps = rows.steps + goes_on
+        rows.logps.scatter_(1, place, torch.where(rows.going, logps, rows.logps.gather(1, place)[:, 0])[:, None])
+    rows.steps = rows.steps + rows.going
     rows.positions = rows.positions + 1
     rows.mask = torch.cat([rows.mask, rows.mask.new_ones(len(rows.places), 1)], dim=1)
-    is_over = (~goes_on | torch.isin(tokens, stop_ids) | (rows.steps > last)).tolist()  # the one wait of a token
+    rows.going = rows.going & ~torch.isin(tokens, stop_ids) & (rows.steps <= last)
+    is_over = (~rows.going).tolist()  # the one wait of a token
     ended = [row for row, (before, now) in enumerate(zip(rows.is_over, is_over, strict=True)) if now and not before]
     rows.is_over = is_over
     return ended
@@ -240,6 +242,7 @@ def _ended_by_text(rows: _Rows, stops: Sequence[str], decode: Callable[[Sequence
         text = decode(ids[max(num - num_tokens, 0) : num])
         if any(stop in text for stop in stops):
             rows.is_over[row] = True
+            rows.going[row] = False
             ended.append(row)
     return ended
 

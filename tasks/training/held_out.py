@@ -105,6 +105,8 @@ class HeldOut(TrainerCallback):
 
     def _evaluate(self, state: Any, control: Any) -> None:
         """All processes answer a part each, and all know the result."""
+        if (settle := getattr(self.trainer, "settle_guard", None)) is not None:
+            settle()  # a step at fault is told as such
         made = self._answer(state.global_step)
         if not graded(made.prompts):
             raise ValueError(

@@ -69,7 +69,7 @@ def test_nothing_is_made_from_damaged_bytes(baseline: Sandbox, tmp_path: Path) -
 
 
 def test_killed_parent_of_two_ranks_leaves_no_process(baseline: Sandbox, tmp_path: Path) -> None:
-    """torchrun stands between the runner and the ranks, and must die with the runner."""
+    """The process that starts the ranks stands between the runner and them, and must die with the runner."""
     sandbox = Sandbox(tmp_path / "here", UP_TO_SFT)
     sandbox.copy_from(baseline, without="sft")
     run = sandbox.start(**{"compute.num_processes": 2, "compute.per_device_train_batch_size": 8})

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from smoltulu.schemas.compute import GenerationCompute
+from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.generation.interface import Request, Sampling, Written, seed_of_request
@@ -51,8 +51,8 @@ def test_versions_out_of_range_are_refused(version: str | None, said: str | None
     ("needed", "share", "free", "said"),
     [
         (24 * GIB, 0.3, 60 * GIB, None),  # 0.3 x 80 = 24
-        (25 * GIB, 0.3, 60 * GIB, r"0.3 of the device's .* need .* Raise compute.generation.memory_share"),
-        (10 * GIB, 0.5, 39 * GIB, r"0.5 of the device's .* lower compute.generation.memory_share"),
+        (25 * GIB, 0.3, 60 * GIB, r"0.3 of the device's .* need .* Raise compute.vllm_memory_share"),
+        (10 * GIB, 0.5, 39 * GIB, r"0.5 of the device's .* lower compute.vllm_memory_share"),
     ],
 )
 def test_without_room_it_is_refused(needed: int, share: float, free: int, said: str | None) -> None:
@@ -105,7 +105,7 @@ def test_a_machine_that_cannot_run_it_says_so_before_weights_are_loaded(tmp_path
     with pytest.raises(ValueError, match="engine vllm needs the package vllm"):
         check_engine(rlvr(engine="vllm"), inputs, context(tmp_path))
     with pytest.raises(ValueError, match="engine vllm needs the package vllm"):
-        check_vllm(tmp_path, GenerationCompute(), "cuda", 100)
+        check_vllm(tmp_path, ComputeSettings(), "cuda", 100)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
@@ -115,22 +115,22 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path, device: str) -> N
     if torch.cuda.device_count() > 1:
         pytest.skip("it is there")
     inputs = TrainingInputs.model_construct(model=str(tmp_path / "none"), dataset="", chat_template="")
-    with pytest.raises(ValueError, match=rf"device is {device}, and torch finds \d CUDA devices? here; name one"):
-        check_engine(rlvr(), inputs, context(tmp_path, generation={"device": device}))
+    with pytest.raises(ValueError, match=rf"_device is {device}, and torch finds \d CUDA devices? here; name one"):
+        check_engine(rlvr(), inputs, context(tmp_path, generation_device=device))
 
 
 @pytest.mark.parametrize("device", ["gpu1", "cuda:", "cuda:x", "meta", ""])
 def test_names_of_devices_that_are_none_are_refused(device: str) -> None:
-    with pytest.raises(ValueError, match="device"):
-        GenerationCompute(device=device)
+    with pytest.raises(ValueError, match="generation_device"):
+        ComputeSettings(generation_device=device)
 
 
 def test_settings_that_say_nothing_to_the_engine_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     inputs = TrainingInputs.model_construct(model=str(tmp_path / "none"), dataset="", chat_template="")
-    placed = {"sleep": False, "memory_share": 0.5, "device": "cpu"}
+    placed = {"vllm_sleep": False, "vllm_memory_share": 0.5, "generation_device": "cpu"}
     with caplog.at_level(logging.WARNING, "smoltulu"):
-        check_engine(rlvr(), inputs, context(tmp_path, generation=placed))
+        check_engine(rlvr(), inputs, context(tmp_path, **placed))
     assert [one.getMessage() for one in caplog.records] == [
-        f"compute.generation.{name} says nothing to engine transformers, and is ignored"
-        for name in ("memory_share", "sleep")
+        f"compute.{name} says nothing to rlvr.engine transformers, and is ignored"
+        for name in ("vllm_memory_share", "vllm_sleep")
     ]
