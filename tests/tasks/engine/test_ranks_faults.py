@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -99,39 +100,24 @@ def planted(sft_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return Planted(sft_world, tmp_path, file)
 
 
+#: What a run says of it.
+TOLD = {
+    "killed": r"sft: rank 1 was killed by signal 9 \(often: out of memory\)\. Run again to go on",
+    "raises": r"(?s)sft: rank 1 failed: RuntimeError: the card fell off the bus\. .*where rank 1 was:.*in on_step_begin",
+    "asleep": r"(?s)sft: rank 1 hangs after step 3: others wait for it, .*sitecustomize.py., line \d+ in on_step_begin",
+    "stopped": r"(?s)sft: rank 1 hangs after step 3: .*its process is stopped \(SIGSTOP\)",
+}
+
+
 @pytest.mark.parametrize(
-    ("fault", "launcher", "told"),
-    [
-        ("killed", "warm", r"sft: rank 1 was killed by signal 9 \(often: out of memory\)\. Run again to go on"),
-        ("killed", "process", r"sft: rank 1 was killed by signal 9 \(often: out of memory\)\. Run again to go on"),
-        (
-            "raises",
-            "warm",
-            r"(?s)sft: rank 1 failed: RuntimeError: the card fell off the bus\. .*where rank 1 was:.*on_st",
-        ),
-        (
-            "raises",
-            "process",
-            r"(?s)sft: rank 1 failed: RuntimeError: the card fell off the bus\. .*where rank 1 was:.*on",
-        ),
-        (
-            "asleep",
-            "warm",
-            r"(?s)sft: rank 1 hangs after step 3: .*others wait for it, .*sitecustomize.py., line \d+ in on",
-        ),
-        (
-            "asleep",
-            "process",
-            r"(?s)sft: rank 1 hangs after step 3: .*others wait for it, .*sitecustomize.py., line \d+ in",
-        ),
-        ("stopped", "warm", r"(?s)sft: rank 1 hangs after step 3: .*its process is stopped \(SIGSTOP\)"),
-    ],
+    ("fault", "launcher"),
+    [(fault, "warm") for fault in TOLD] + [("killed", "process"), ("asleep", "process")],
 )
-def test_a_rank_that_fails_ends_all_and_is_named(planted: Planted, fault: str, launcher: str, told: str) -> None:
+def test_a_rank_that_fails_ends_all_and_is_named(planted: Planted, fault: str, launcher: str) -> None:
     error = planted.run(fault, launcher)
     assert planted.seconds < BOUND
     assert isinstance(error, StageFailed)
-    with pytest.raises(StageFailed, match=told):
+    with pytest.raises(StageFailed, match=TOLD[fault]):
         raise error
     assert planted.newest == 2
 
@@ -172,7 +158,7 @@ def test_a_slow_rank_is_named_and_sigterm_to_one_stops_all_with_a_checkpoint(
     assert "stopped as asked at step" in caplog.text
     with caplog.at_level(logging.INFO, "test"):
         assert planted.run("slow", "warm", rank=0, step=planted.newest + 1, rank_timeout_minutes=30) is None
-    assert "resumes at step" in caplog.text and "rank 0 is slow at step 8" in caplog.text
+    assert "resumes at step" in caplog.text and re.search("rank 0 is slow at step [78]: ", caplog.text)
 
 
 @pytest.mark.parametrize("launcher", ["warm", "process"])
