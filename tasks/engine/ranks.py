@@ -73,6 +73,7 @@ def fork_ranks(num_ranks: int, work: Path | None = None) -> int | None:
 
 def _listener() -> socket.socket:
     """Where the ranks find each other: a port that is taken from now on, so no other process can."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a rank ended
     return socket.create_server(("127.0.0.1", 0), backlog=1024)
 
 

@@ -103,7 +103,7 @@ def planted(sft_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 #: What a run says of it.
 TOLD = {
     "killed": r"sft: rank 1 was killed by signal 9 \(often: out of memory\)\. Run again to go on",
-    "raises": r"(?s)sft: rank 1 failed: RuntimeError: the card fell off the bus\. .*where rank 1 was:.*in on_step_begin",
+    "raises": r"(?s)sft: rank 1 failed: RuntimeError: the card fell off the bus\. .*where rank 1 was:.*on_step_begin",
     "asleep": r"(?s)sft: rank 1 hangs after step 3: others wait for it, .*sitecustomize.py., line \d+ in on_step_begin",
     "stopped": r"(?s)sft: rank 1 hangs after step 3: .*its process is stopped \(SIGSTOP\)",
 }
