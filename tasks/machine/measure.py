@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SECONDS = 110.0
 #: Shares of the time, in the order of the parts.
-_SHARES = {"copy": 0.05, "host copy": 0.05, "matmul": 0.2, "attention": 0.1, "train": 0.3, "decode": 0.15, "disk": 0.15}
+_SHARES = {"disk": 0.15, "copy": 0.05, "host copy": 0.05, "matmul": 0.2, "attention": 0.1, "train": 0.3, "decode": 0.15}
 _MIN_REPEATS, _MAX_REPEATS = 3, 50
 #: (hidden size, intermediate size, heads) of layers that models of the field have, the largest first: SmolLM2-1.7B,
 #: 360M and 135M, and two for machines that could not do a step of these.
@@ -197,7 +197,7 @@ class Machine:
                 for _ in range(_DECODE_STEPS):
                     made = model(input_ids=token, past_key_values=cache, use_cache=True)
                     cache, token = made.past_key_values, made.logits[:, -1:].argmax(-1)
-                cache.crop(ids.shape[1])
+                cache.crop(-_DECODE_STEPS)
 
         with torch.inference_mode():
             first = model(input_ids=ids, use_cache=True)
@@ -276,6 +276,7 @@ def measured(folder: Path, device: str = "auto", seconds: float = SECONDS) -> Ma
             if machine.is_gpu:
                 torch.cuda.empty_cache()
 
+    on_disk = part("disk", lambda share: disk(folder, share))
     found["copy_bytes_per_second"] = part("copy", machine.copy)
     found["host_copy_bytes_per_second"] = part("host copy", machine.host_copy)
     products = found["matmul_flops_per_second"] = part("matmul", machine.matmul) or {}
@@ -284,7 +285,6 @@ def measured(folder: Path, device: str = "auto", seconds: float = SECONDS) -> Ma
     train = found["train"] = part("train", lambda share: machine.train(share, best))
     shape = next((one for one in SHAPES if train and one[0] == train.hidden_size), SHAPES[-1])
     found["decode"] = part("decode", lambda share: machine.decode(share, shape))
-    on_disk = part("disk", lambda share: disk(folder, share))
     names = ("disk_write_bytes_per_second", "disk_read_bytes_per_second", "small_file_seconds")
     found |= dict(zip(names, on_disk or (None, None, None), strict=True))
     return MachineRates(
