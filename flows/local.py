@@ -21,6 +21,9 @@ from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import plain_handler
+from smoltulu.flows.machine.places import default_home
+from smoltulu.flows.machine.rates import rates_of
+from smoltulu.flows.planning.forecast import with_forecast
 from smoltulu.flows.recipe import check_evaluation, load_recipe, parse_overrides
 from smoltulu.flows.reporting import RunReport
 from smoltulu.flows.runs import begin_run, end_run
@@ -91,7 +94,7 @@ class _Stop:
         threading.Thread(target=stop_children, args=(self._grace_seconds,), name="stop", daemon=True).start()
 
     def run(self, job: Job, store: Store, log: logging.Logger) -> ArtifactReference:
-        """`run_stage`, unless it was asked to stop."""
+        """`run_stage`, unless this process was asked to stop."""
         if self.asked:
             raise StageFailed(f"{job.node}: was stopped before it began")
         self._running = job.compute.launcher != "inline"
@@ -129,7 +132,12 @@ def _run(graph: Graph, store: Store, log: logging.Logger, nodes: Sequence[str] |
     made: dict[str, ArtifactReference] = {}
     state, error, began = "Failed", "", time.monotonic()
     try:
-        run_graph(graph, store, log, nodes, made, stop.run)
+        rates = rates_of(default_home(), graph.compute.device)
+
+        def run(job: Job, store: Store, log: logging.Logger) -> ArtifactReference:
+            return stop.run(with_forecast(job, graph, store, made, rates, log), store, log)
+
+        run_graph(graph, store, log, nodes, made, run)
         state = "Completed"
     except BaseException as raised:
         stopped = stop.asked or isinstance(raised, (KeyboardInterrupt, SystemExit))
