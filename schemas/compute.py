@@ -40,6 +40,7 @@ class StageCompute(StrictModel):
     num_processes: int | None = machinery(None, ge=1)
     parallel: Parallel | None = machinery(None)
     num_threads: int | None = machinery(None, ge=1)
+    host_memory_gb: float | None = machinery(None, gt=0)
     max_hours: float | None = machinery(None, gt=0)
 
 
@@ -67,13 +68,19 @@ class ComputeSettings(StrictModel):
     num_processes: int = machinery(
         1,
         ge=1,
-        description="training processes (GPUs) per stage, started by torchrun above one; a training whose effective "
-        "batch they do not divide takes the most of them that do, with a warning",
+        description="training processes (GPUs) per stage; a training whose effective batch they do not divide takes "
+        "the most of them that do, with a warning",
     )
     parallel: Parallel = machinery(
         "ddp",
         description="ddp: each process holds the whole training; fsdp2: a part of weights, gradients and optimizer, "
         "and it fetches a layer's weights when they are due. Steps and model are the same",
+    )
+    rank_timeout_minutes: float = machinery(
+        30.0,
+        gt=0,
+        description="with several processes: minutes without a step after which the one that keeps the others waiting "
+        "is named, with its stack, and all are ended",
     )
     device_memory_gb: float | None = machinery(
         None, gt=0, description="memory of one device in 10^9 bytes: `plan` says which trainings cannot fit into it"
@@ -85,6 +92,10 @@ class ComputeSettings(StrictModel):
     num_threads: int | None = machinery(
         None, ge=1, description="CPU threads per stage process, and processes of the preflight; none: all cores"
     )
+    host_memory_gb: float | None = machinery(
+        None, gt=0, description="main memory of a stage in 10^9 bytes, as `smoltulu launch` asks a cluster for it; "
+        "none: what the cluster gives"
+    )  # fmt: skip
     per_device_train_batch_size: int = machinery(
         1,
         ge=1,
@@ -107,7 +118,9 @@ class ComputeSettings(StrictModel):
     report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = machinery(
         ("tensorboard",), description="where loss, learning rate, speed and memory go besides the artifact's history"
     )
-    dataloader_num_workers: int = machinery(0, ge=0)
+    dataloader_num_workers: int | None = machinery(
+        None, ge=0, description="processes of a training that make its batches ahead; none: one with a GPU, else 0"
+    )
     generation_device: str | None = machinery(
         None,
         pattern=r"^(cpu|cuda(:\d+)?)$",
@@ -146,7 +159,7 @@ class ComputeSettings(StrictModel):
         None,
         gt=0,
         description="hours that a stage may take in one run; then it is stopped, and the next run goes on from its "
-        "checkpoint (with several processes: from the last one that was due)",
+        "checkpoint",
     )
     stages: dict[str, StageCompute] = machinery({}, description="exceptions per stage, by its name")
 

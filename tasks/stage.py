@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.common import artifact_paths, first_problem
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.preflight import PreflightOutputs
 from smoltulu.schemas.training import SupervisedSettings, TrainingSettings
 
 #: Folder of a stage's `work` for caches of its rows, marked complete like a checkpoint.
@@ -140,6 +141,16 @@ class Stage:
     def num_ranks(self, compute: ComputeSettings) -> int:
         """Number of processes that run it."""
         return compute.num_processes if self.is_training or self.distributed else 1
+
+    @property
+    def uses_device(self) -> bool:
+        """Whether a model computes in it, on a GPU where there is one. The others read and write rows on CPUs."""
+        runs_model = self.is_training or self.distributed or self.eval_batch or self.num_passes is not None
+        return runs_model or self.makes(PreflightOutputs)  # its dry run
+
+    def num_devices(self, compute: ComputeSettings) -> int:
+        """Number of GPUs that it uses."""
+        return self.num_ranks(compute) if self.uses_device and compute.device != "cpu" else 0
 
     def halved_setting(self, compute: ComputeSettings) -> BatchSetting | None:
         """The setting that is halved when memory runs out: the batch setting, or a number of tokens in its place.

@@ -117,14 +117,14 @@ def _train(case: Case, folder: Path, num_ranks: int, rank: int) -> None:
     with (folder / f"rows-{rank}.jsonl").open("w") as rows:
         module: Any = MODULES[case.stage]
         train = module.train
-        module.train = lambda trainer, *args, **kwargs: train(_noting(trainer, rows.write), *args, **kwargs)
+        module.train = lambda trainer, *args, **kwargs: train(noting(trainer, rows.write), *args, **kwargs)
         try:
             FUNCTIONS[case.stage](case.config, case.inputs, context)
         finally:
             module.train = train
 
 
-def _noting(trainer: Any, write: Callable[[str], Any]) -> Any:
+def noting(trainer: Any, write: Callable[[str], Any]) -> Any:
     """Have a trainer note the rows of each of its micro-batches."""
     loss_of_trainer = trainer.compute_loss
 

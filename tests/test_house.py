@@ -45,7 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("flows.forms", "flows.logs", "flows.recipe", "flows.machine", "flows.follow_worker"),
     ("flows.graphs",),
     ("flows.nights", "flows.planning", "flows.runs", "flows.reporting", "flows.endings"),
-    ("flows.pipeline", "flows.audit", "flows.local", "flows.sweeping"),
+    ("flows.launching", "flows.pipeline", "flows.audit", "flows.local", "flows.sweeping"),
     ("flows.evaluation", "flows.sweep"),
     ("flows.ladder",),
     ("flows.cli",),

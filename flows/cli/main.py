@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from smoltulu.flows.cli import audit, chat, compare, ladder, nightly, output, report, store, sweep, tables
+from smoltulu.flows.cli import audit, chat, compare, ladder, launch, nightly, output, report, store, sweep, tables
 
 Recipe = Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")]
 Overrides = Annotated[
@@ -205,7 +205,8 @@ def doctor(
         output.fail(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
 
-for command in (*store.COMMANDS, compare.compare, tables.tables, chat.chat, report.report, audit.audit, ladder.ladder):
+_OTHERS = (launch.launch, compare.compare, tables.tables, chat.chat, report.report, audit.audit, ladder.ladder)
+for command in (*store.COMMANDS, *_OTHERS):
     app.command()(command)
 app.add_typer(nightly.app, name="nightly")
 app.add_typer(sweep.app, name="sweep")

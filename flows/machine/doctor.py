@@ -29,6 +29,7 @@ import psutil
 from smoltulu.artifacts import readable
 from smoltulu.artifacts.files import exposed
 from smoltulu.flows.machine import machine, prefect_api, processes
+from smoltulu.flows.machine.file_systems import is_of_one_machine, mount_of_folder, without_locks
 from smoltulu.flows.machine.places import store_root
 from smoltulu.recipes import CHECKOUT, CONSTRAINTS
 from smoltulu.tasks.engine.environment import as_tested, cpu_name, installed_versions, pinned_version
@@ -70,7 +71,15 @@ def examine(home: Path, fix: bool = False) -> list[Check]:
     asking = threading.Thread(target=lambda: hub.append(_hub()), daemon=True)
     asking.start()
     version = ".".join(map(str, sys.version_info[:3]))
-    checks = [Check("Python", "ok", f"{version}, {sys.prefix}"), *_packages(), _gpu(), _cpu(), _disk(), _clock()]
+    checks = [
+        Check("Python", "ok", f"{version}, {sys.prefix}"),
+        *_packages(),
+        _gpu(),
+        _cpu(),
+        _disk(),
+        _locks(),
+        _clock(),
+    ]
     checks += [_memory(), _token(), *_writable(home), *_folders(home)]
     checks += examine_prefect(home, api_url(home), fix)
     asking.join(HUB_SECONDS)
@@ -210,6 +219,18 @@ def _disk() -> Check:
     if free < FULL_RECIPE_DISK_GB * 1e9:
         return Check("disk", "warn", detail, f"a 1.7B recipe wants about {FULL_RECIPE_DISK_GB:.0f} GB; `tiny` needs 1")
     return Check("disk", "ok", detail)
+
+
+def _locks() -> Check:
+    """Whether the store's locks hold between machines, as far as the mount says so."""
+    root = store_root()
+    mount = mount_of_folder(root)
+    if mount is None:
+        return Check("locks", "warn", f"which file system {root} is on is not known", "")
+    if (why := without_locks(mount)) is not None:
+        return Check("locks", "warn", why, "use this store from one machine only, or put it elsewhere (SMOLTULU_STORE)")
+    reach = "of this machine" if is_of_one_machine(mount) else "for all machines, by its mount"
+    return Check("locks", "ok", f"{mount.folder} is {mount.kind}: locks {reach}")
 
 
 def _folders(home: Path) -> Iterator[Check]:

@@ -11,9 +11,10 @@ whole tensor, as torch writes it into the header of a safetensors file, and torc
 have (DDP), one rank writes it; they share the tensors by size. Nothing is pickled, unlike in a checkpoint of
 `torch.distributed.checkpoint` (`.metadata`) or of the trainer (`optimizer.pt`).
 
-Within the step, tensors are copied to the host's memory. A thread writes, syncs and hashes them while the training goes
-on; rank 0's waits for the shards of all ranks and writes the marker. The next save and the end of the training wait for
-it. Where the host has no room for a copy, the training waits instead.
+A thread copies the tensors to the host's memory while the next step goes forward and backward, and the optimizer waits
+for the copy, as in CheckFreq (Mohan et al., FAST 2021). Then the thread writes, syncs and hashes it; rank 0's waits for
+the shards of all ranks and writes the marker. The next save and the end of the training wait for that. Where the host
+has no room for a copy, the optimizer waits for the write.
 
 There is no state of random generators: what a step draws follows from seed, step and rows (tasks/trainer/dropout.py).
 """
@@ -25,10 +26,10 @@ import logging
 import math
 import os
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,6 +61,9 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _LOOK_SECONDS = 0.05
 #: Seconds that a failing rank waits for the shards of others, which may be dead.
 _LAST_WAIT_SECONDS = 30.0
+#: A part of a checkpoint below this is waited for at the end of the next step, for so long: a kill after that step
+#: then loses no more than it did when trainings waited for their checkpoints.
+_SMALL_BYTES, _SMALL_WAIT_SECONDS = 64 << 20, 0.5
 #: Of the memory that is free, a copy for the writer takes no more than this share.
 _MEMORY_SHARE = 0.8
 
@@ -89,6 +93,10 @@ class Piece:
     name: str
     offsets: tuple[int, ...]
     tensor: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
 
 
 # --------------------------------------------------------------------------------------------------- what there is
@@ -188,7 +196,7 @@ class HostCopy:
 
     def has_room(self, pieces: Iterable[Piece]) -> bool:
         """Whether there is memory for copies of these."""
-        missing = sum(one.tensor.numel() * one.tensor.element_size() for one in pieces if one.name not in self._buffers)
+        missing = sum(one.num_bytes for one in pieces if one.name not in self._buffers)
         return missing <= _MEMORY_SHARE * psutil.virtual_memory().available
 
     def of(self, pieces: Iterable[Piece]) -> list[Piece]:
@@ -201,8 +209,19 @@ class HostCopy:
                 self._buffers[one.name] = buffer
             copies.append(Piece(one.name, one.offsets, buffer.copy_(one.tensor, non_blocking=True)))
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         return copies
+
+
+@contextmanager
+def beside_the_step(updated: torch.cuda.Event | None, device: torch.device) -> Iterator[None]:
+    """On a GPU a stream of its own, for a thread: it starts once `updated` has passed, and holds up no other."""
+    if updated is None:
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        torch.cuda.current_stream().wait_event(updated)
+        yield
 
 
 # -------------------------------------------------------------------------------------------------------- the reader
@@ -308,11 +327,9 @@ class CheckpointWriter:
         self.ranks = PartialState()
         self._host = HostCopy()
         self._pieces: list[Piece] = []
-        self._is_copy = True
-        self._running: Future[None] | None = None
-        self._given_up = threading.Event()
-        #: Seconds that the training has waited for checkpoints.
-        self.seconds_waited = 0.0
+        self._is_small = False
+        self._running: futures.Future[None] | None = None
+        self._copied, self._given_up = threading.Event(), threading.Event()
 
     def attach(self) -> None:
         """Have the trainer write its checkpoints through this, and read them, or older ones as it does by itself.
@@ -356,7 +373,6 @@ class CheckpointWriter:
 
         ValueError where ranks do not share it.
         """
-        began = time.monotonic()
         self.wait()
         if self.ranks.is_main_process:
             remove_tree(folder)
@@ -367,52 +383,56 @@ class CheckpointWriter:
                 f"rank {self.ranks.process_index} does not see {folder}, which rank 0 made: all ranks must share the "
                 "folder of compute.store"
             )
-        self.seconds_waited += time.monotonic() - began
 
     def take(self, folder: Path) -> None:
-        """Copy what is trained as it is now."""
-        began = time.monotonic()
+        """Note what is trained; nothing may change it before `before_update`."""
         trained = trained_by(self.trainer)
         tensors, numbers = tensors_and_numbers(trained)
         if self.ranks.is_main_process:
             schedules = {who: one.schedule.state_dict() for who, one in trained.items()}
             state = SavedState(num_ranks=self.ranks.num_processes, numbers=numbers, schedules=schedules)
-            write_atomically(folder / STATE_FILE, json.dumps(state.model_dump()))
+            (folder / STATE_FILE).write_text(json.dumps(state.model_dump()))  # the writer syncs it
         self._pieces = own_pieces(tensors, self.ranks.process_index, self.ranks.num_processes)
-        self._is_copy = self._host.has_room(self._pieces)
-        if self._is_copy:
-            self._pieces = self._host.of(self._pieces)
-        self.seconds_waited += time.monotonic() - began
+        self._is_small = sum(one.num_bytes for one in self._pieces) < _SMALL_BYTES
 
     def write(self, folder: Path, score: float | None) -> None:
-        """Write what was taken, and mark the checkpoint once all ranks have; all other files must be there.
+        """Start to copy and write what was taken. All other files of the checkpoint must be there.
 
         score  higher is better, see `prune`
         """
-        began = time.monotonic()
         pieces, self._pieces = self._pieces, []
-        done: Future[None] = Future()
+        device, updated = self.trainer.args.device, None
+        if device.type == "cuda":
+            updated = torch.cuda.Event()
+            updated.record()
+        done: futures.Future[None] = futures.Future()
 
         def run() -> None:
             try:
-                self._write(folder, pieces, score)
+                self._copy_and_write(folder, pieces, score, updated)
                 done.set_result(None)
             except BaseException as error:
                 done.set_exception(error)
+            finally:
+                self._copied.set()
 
+        self._copied.clear()
         self._running = done
-        if self._is_copy:
-            # A daemon: one that waits for the shards of a dead rank must not hold up the end of the process.
-            threading.Thread(target=run, name="checkpoint", daemon=True).start()
-        else:
-            logger.warning("no memory for a copy of what is trained: the training waits for its checkpoint")
-            run()
-            self.wait()
-        self.seconds_waited += time.monotonic() - began
+        # A daemon: one that waits for the shards of a dead rank must not hold up the end of the process.
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+
+    def before_update(self) -> None:
+        """Wait for the copy: now the weights change."""
+        if self._running is not None:
+            self._copied.wait()
 
     def check(self) -> None:
-        """Raise the error of a write that failed."""
-        if self._running is not None and self._running.done():
+        """At the end of a step: raise the error of a write that failed; wait for a small one."""
+        if self._running is None:
+            return
+        if self._is_small:
+            futures.wait([self._running], _SMALL_WAIT_SECONDS)
+        if self._running.done():
             self.wait()
 
     def wait(self) -> None:
@@ -434,11 +454,20 @@ class CheckpointWriter:
         except Exception as error:
             logger.warning("the last checkpoint was not written: %s", error)
 
-    def _write(self, folder: Path, pieces: list[Piece], score: float | None) -> None:
+    def _copy_and_write(
+        self, folder: Path, pieces: list[Piece], score: float | None, updated: torch.cuda.Event | None
+    ) -> None:
         rank, num_ranks = self.ranks.process_index, self.ranks.num_processes
         name = shard_name(rank, num_ranks)
         try:
-            record = write_pieces(pieces, folder / name)
+            with beside_the_step(updated, self.trainer.args.device):
+                if self._host.has_room(pieces):
+                    pieces = self._host.of(pieces)
+                    self._copied.set()
+                else:
+                    logger.warning("no memory for a copy of what is trained: the training waits for its checkpoint")
+                record = write_pieces(pieces, folder / name)
+            self._copied.set()
             if rank:
                 write_atomically(_record_file(folder, rank, num_ranks), record.model_dump_json())
                 return

@@ -21,6 +21,7 @@ from smoltulu.tasks.models.folders import (
 )
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.fused_head import give_fused_head
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import (
     finish,
@@ -112,12 +113,11 @@ def _assembled(
     is_dry_run: bool = False,
 ) -> PPOTrainer:
     from transformers import TrainingArguments
-    from trl.trainer.utils import add_fused_lm_head
 
     from smoltulu.tasks.training.ppo_trainer import PPOTrainer
 
     def fused(model: PreTrainedModel) -> PreTrainedModel:
-        add_fused_lm_head(model, temperature=config.temperature, outputs=("log_probs", "entropy"))
+        give_fused_head(model, temperature=config.temperature, outputs=("log_probs", "entropy"))
         return model
 
     policy, tokenizer = load_model(config, inputs, packing=False, dropout=False)

@@ -22,6 +22,7 @@ from smoltulu.tasks.trainer.sharded import gathered
 from smoltulu.tasks.training.prompts import ids_of_prompts
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Trainer
 
 logger = logging.getLogger("smoltulu")
@@ -29,13 +30,18 @@ logger = logging.getLogger("smoltulu")
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes after prompts: `Backend` of tasks/training/rollouts.py."""
+    """Writes after prompts: `Backend` of tasks/training/rollouts.py.
+
+    policy  whose weights are fetched, where it is sharded. Then all processes must call this, whatever they ask for
+    """
 
     engine: Engine
     sampling: Sampling
+    policy: torch.nn.Module | None = None
 
     def __call__(self, requests: Sequence[Request]) -> list[Written]:
-        return self.engine.generate(requests, self.sampling)
+        with gathered(self.policy):
+            return self.engine.generate(requests, self.sampling)
 
     def for_purpose(self, purpose: int) -> Writer:
         """The same with random numbers of their own."""
@@ -96,7 +102,7 @@ def writer_of(trainer: Trainer, config: RLVRSettings, inputs: TrainingInputs, co
     itself = TransformersEngine(policy, **options)
     compute = context.compute
     if config.engine == "transformers" and compute.generation_device is None:
-        return Writer(itself, sampling)
+        return Writer(itself, sampling, policy)
     own: Engine
     if config.engine == "vllm":
         longest = config.max_prompt_length + config.max_completion_length
@@ -110,7 +116,7 @@ def writer_of(trainer: Trainer, config: RLVRSettings, inputs: TrainingInputs, co
     tolerance = TOLERANCE["bfloat16" if is_rounded else "float32"]
     with gathered(policy):
         fresh = FreshEngine(own, itself, probe, tolerance=tolerance)
-    return Writer(fresh, sampling)
+    return Writer(fresh, sampling, policy)
 
 
 def num_at_once(config: RLVRSettings, num_processes: int) -> int:

@@ -1,0 +1,110 @@
+"""A recipe as jobs of a cluster, printed: from the plan of what is missing to the text. Submits nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smoltulu.flows.graphs.recipe_graph import Graph
+from smoltulu.flows.launching import kubernetes, slurm
+from smoltulu.flows.launching.jobs import jobs_of
+from smoltulu.flows.launching.settings import Engine, LaunchSettings, check_jobs, check_time
+from smoltulu.flows.machine.file_systems import is_of_one_machine, mount_of_folder, without_locks
+from smoltulu.flows.machine.places import PROJECT
+from smoltulu.flows.planning.plan import Plan, plan
+from smoltulu.flows.recipe import check_evaluation
+from smoltulu.schemas.recipe import Recipe
+from smoltulu.tasks.data.sources import expand_path, expand_text
+from smoltulu.tasks.engine.stores import open_store
+
+
+def rendered(recipe: Recipe, until: str | None, engine: Engine, settings: LaunchSettings) -> tuple[str, list[str]]:
+    """The script or the manifests, and what the user should know.
+
+    Raises:
+        ValueError: a setting that does not fit, a store that the jobs cannot share, nothing left to run.
+    """
+    check_evaluation(recipe)
+    store = PROJECT / expand_path(recipe.compute.store)
+    if engine == "kubernetes":  # whose store this machine need not have
+        remote = recipe.compute.remote and expand_text(recipe.compute.remote)
+        kubernetes.check(settings, str(expand_path(recipe.compute.store)), remote, list(_local_paths(recipe)))
+    notes = check_store(store) if engine == "slurm" else []
+    graph = Graph(recipe, until, unresolved="keep")
+    planned = plan(recipe, until, [], open_store(recipe.compute, checked=False), graph)
+    done = [row.node for row in planned.rows if row.status == "cached" and not row.provisional]
+    jobs = jobs_of(graph, settings.cpus_per_device, done)
+    if not jobs:
+        raise ValueError(f"recipe {recipe.name}: the store has every stage, so that no job is left to print")
+    check_jobs(jobs, settings)
+    notes = [*notes, *check_time(settings, intervals(graph, planned))]
+    text = recipe_text(recipe, store if engine == "slurm" else None)
+    if engine == "kubernetes":
+        return kubernetes.render(jobs, settings, name=recipe.name, recipe=text, notes=notes), notes
+    folder = store.parent / "launch" / f"{recipe.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    script = slurm.render(
+        jobs, settings, name=recipe.name, recipe=text, folder=str(folder), project=str(PROJECT), python=sys.executable,
+        notes=notes,
+    )  # fmt: skip
+    return script, notes
+
+
+def recipe_text(recipe: Recipe, store: Path | None) -> str:
+    """A recipe as YAML, whole: a preset or a file that changes later changes no job. `store`: its absolute path."""
+    values = recipe.model_dump(mode="json")
+    if store is not None:
+        values["compute"]["store"] = str(store)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def check_store(store: Path) -> list[str]:
+    """ValueError where two machines would write one artifact. A sentence where machines may not see the store."""
+    mount = mount_of_folder(store)
+    if mount is None:
+        return []
+    if (why := without_locks(mount)) is not None:
+        raise ValueError(
+            f"compute.store {store}: {why}, so that two machines would write one artifact; name a folder whose file "
+            "system keeps locks (flock) for all machines, or a disk of each machine's own with a shared store behind "
+            "it (compute.remote)"
+        )
+    if is_of_one_machine(mount):
+        return [f"compute.store {store} is on {mount.kind}: see that the machines of the cluster share it"]
+    return []
+
+
+def intervals(graph: Graph, planned: Plan) -> dict[str, tuple[float | None, int]]:
+    """Training that is left to do -> (seconds between two checkpoints by the forecast, compute.save_steps)."""
+    found = {}
+    for row in planned.rows:
+        node = graph.nodes[row.node]
+        if row.status == "cached" or not node.stage.is_training:
+            continue
+        save_steps, estimate = graph.compute_of(node).save_steps, row.estimate
+        seconds = None
+        if estimate.seconds is not None and estimate.num_steps:
+            seconds = estimate.seconds / estimate.num_steps * min(save_steps, estimate.num_steps)
+        found[row.node] = (seconds, save_steps)
+    return found
+
+
+def _local_paths(recipe: Recipe) -> Iterator[str]:
+    """Paths of data and models that the recipe names, with variables expanded."""
+
+    def walk(value: Any, name: str) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                if key != "fields":  # of rows, whose names may be any
+                    yield from walk(inner, str(key))
+        elif isinstance(value, list):
+            for inner in value:
+                yield from walk(inner, name)
+        elif name == "path" and isinstance(value, str):
+            yield str(expand_path(value))
+
+    yield from walk(recipe.model_dump(mode="json", exclude={"compute"}), "")
