@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 #: What generation settings may say without a say in what is likeliest.
 _GREEDY = {
-    "_from_model_config", "attention_mask", "bos_token_id", "do_sample", "eos_token_id", "max_gen_toks", "max_length",
-    "max_new_tokens", "pad_token_id", "temperature", "top_k", "top_p", "transformers_version", "until", "use_cache",
+    "_from_model_config", "attention_mask", "bos_token_id", "do_sample", "eos_token_id", "max_completion_tokens",
+    "max_gen_toks", "max_length", "max_new_tokens", "max_tokens", "pad_token_id", "temperature", "top_k", "top_p",
+    "transformers_version", "until", "use_cache",
 }  # fmt: skip
 
 
