@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -364,7 +365,7 @@ class PPOTrainer(Trainer):
                     own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     parameter.grad = self.accelerator.reduce(own, "sum")
         norm: torch.Tensor = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        return norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     # -------------------------------------------------------------------------------------------------------- the logs
 
