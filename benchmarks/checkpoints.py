@@ -10,9 +10,9 @@ Ways, in turns, on the same weights:
     beside      today's: a thread copies while the next step is computed, then writes
     torch       torch.distributed.checkpoint.async_save as it comes (a pickle says where each tensor is)
 
-Stall: seconds in which no step can be computed, with the wait of the next update for the copy. Whole: until a resume
-may use it. Cost: what the training lost in all, the steps computed meanwhile not counted: a writer takes cores and memory
-bandwidth from them. Wanted: a stall of at most a quarter of `waiting`.
+Stall: seconds in which no step can be computed, with the wait of the next update for the copy. Whole: until a
+resume may use it. Cost: what the training lost in all, the steps computed meanwhile not counted: a writer takes cores
+and memory bandwidth from them. Wanted: a stall of at most a quarter of `waiting`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from accelerate import PartialState
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from smoltulu.artifacts.checkpoints import mark_complete
-from smoltulu.tasks.trainer.checkpoint import CheckpointWriter
+from smoltulu.tasks.trainer.checkpoint_writer import CheckpointWriter
 
 GOAL = 0.25
 _SHAPES = {
@@ -57,6 +57,7 @@ def trainer_of(shape: str, folder: Path) -> Trainer:
     )
     trainer = Trainer(LlamaForCausalLM(config), arguments)
     trainer.create_optimizer_and_scheduler(1000)
+    trainer._tr_loss, trainer._globalstep_last_logged = torch.zeros(()), 0  # as in a training
     step(trainer)
     return trainer
 
@@ -77,6 +78,7 @@ def ways(shape: str, folder: Path) -> dict[str, tuple[Trainer, Start]]:
     """Each with a trainer; they share model and optimizer."""
     plain = trainer_of(shape, folder)
     ours = Trainer(plain.model, plain.args, optimizers=(plain.optimizer, plain.lr_scheduler))
+    ours._tr_loss, ours._globalstep_last_logged = plain._tr_loss, 0
     writer, waiter = CheckpointWriter(ours, num_kept=1), CheckpointWriter(ours, num_kept=1)
     writer.attach()
     waiter._host.has_room = lambda pieces: False  # type: ignore[method-assign]

@@ -4,7 +4,7 @@ A checkpoint holds, for N parameters (weights are float32 in both precisions, se
 
     4 N   weights, float32
     8 N   Adam's two moments, float32
-    + about 600 bytes a tensor (names, shapes and places, thrice), and 5 kB of schedule, marker and trainer state
+    + about 600 bytes a tensor (names, shapes and places, thrice), and 12 kB of schedule, marker and trainer state
 
 At its peak `work/` holds the kept checkpoints, the one being written (old ones are removed only after the new one is
 whole) and the Arrow copy of the rows. At the end the finished model (4 N) is written instead of a checkpoint. With
@@ -24,7 +24,7 @@ from smoltulu.tasks.models.sizes import ModelSize, adapter_size, model_size
 _BYTES_PER_PARAMETER = 4
 _MOMENTS_BYTES_PER_PARAMETER = 8
 _BYTES_PER_TENSOR = 600
-_STATE_BYTES = 5_000
+_STATE_BYTES = 12_000
 
 #: In the Arrow copy of tokenised rows: input_ids and labels, or ids and mask; of a pair no token takes more.
 BYTES_PER_TOKEN = 8

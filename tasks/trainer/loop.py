@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-    from smoltulu.tasks.trainer.checkpoint import CheckpointWriter
+    from smoltulu.tasks.trainer.checkpoint_writer import CheckpointWriter
 
 logger = logging.getLogger("smoltulu")
 HISTORY_FILE = f"{LOGS_FOLDER}/history.jsonl"
@@ -272,6 +272,9 @@ def callbacks(context: StageContext, writer: CheckpointWriter) -> list[TrainerCa
             if score is not None:
                 self.logged.append(float(score))
 
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            writer.begin_training()
+
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             writer.before_update()
 
@@ -308,7 +311,7 @@ def train(
     (`tasks.trainer.guards`) ends the training.
     """
     # Here, because they import torch.
-    from smoltulu.tasks.trainer.checkpoint import CheckpointWriter
+    from smoltulu.tasks.trainer.checkpoint_writer import CheckpointWriter
     from smoltulu.tasks.trainer.dropout import by_rows
     from smoltulu.tasks.trainer.stop import StopWhenAsked
 
@@ -348,7 +351,7 @@ def train(
         trainer._run_epoch = lambda **kwargs: None
     try:
         trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
-        writer.wait()
+        writer.end()
     except BaseException:
         writer.abandon()
         raise

@@ -25,7 +25,7 @@ from transformers import Trainer
 
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, fault, mark_complete, newest_checkpoint
 from smoltulu.tasks.stage import StageStopped
-from smoltulu.tasks.trainer import checkpoint
+from smoltulu.tasks.trainer import checkpoint, checkpoint_writer
 from smoltulu.tasks.trainer.checkpoint import (
     STATE_FILE,
     Piece,
@@ -171,7 +171,7 @@ def test_steps_go_on_while_ranks_write_and_nothing_half_counts(
 ) -> None:
     """The write of step 1 ends when step 2 is computed; a checkpoint that is being written is passed over."""
     step_2, seen = threading.Event(), []
-    write, loss = checkpoint.write_pieces, Trainer.training_step
+    write, loss = checkpoint_writer.write_pieces, Trainer.training_step
 
     def write_pieces(pieces: Any, file: Path) -> Any:
         if "checkpoint-1" in str(file):
@@ -185,7 +185,7 @@ def test_steps_go_on_while_ranks_write_and_nothing_half_counts(
             step_2.set()
         return loss(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "write_pieces", write_pieces)
+    monkeypatch.setattr(checkpoint_writer, "write_pieces", write_pieces)
     monkeypatch.setattr(Trainer, "training_step", training_step)
     same_run(unbroken, resumed(base, tmp_path))
     assert len(seen) == 2 and None in seen and "it was not written to its end" in seen
@@ -222,7 +222,7 @@ def test_a_training_of_ranks_that_fails_leaves_its_last_checkpoint_whole(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The write of step 2 is slow, and step 3 fails meanwhile: with its own error."""
-    write, loss = checkpoint.write_pieces, Trainer.training_step
+    write, loss = checkpoint_writer.write_pieces, Trainer.training_step
     failed = threading.Event()
 
     def write_pieces(pieces: Any, file: Path) -> Any:
@@ -235,7 +235,7 @@ def test_a_training_of_ranks_that_fails_leaves_its_last_checkpoint_whole(
             raise ArithmeticError("step 3")
         return loss(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "write_pieces", write_pieces)
+    monkeypatch.setattr(checkpoint_writer, "write_pieces", write_pieces)
     monkeypatch.setattr(Trainer, "training_step", training_step)
     with pytest.raises(ArithmeticError, match="step 3"):
         resumed(base, tmp_path)
@@ -271,7 +271,7 @@ def test_sigterm_waits_for_what_is_written(base: Path, tmp_path: Path, monkeypat
 def test_without_memory_for_a_copy_ranks_wait_for_the_write(
     base: Path, unbroken: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_MEMORY_SHARE", 0)
+    monkeypatch.setattr(checkpoint_writer, "_MEMORY_SHARE", 0)
     with caplog.at_level(logging.WARNING, "smoltulu"):
         same_run(unbroken, resumed(base, tmp_path))
     assert "no memory for a copy of what is trained" in caplog.text
@@ -284,6 +284,22 @@ def torn(unbroken: Run, folder: Path) -> Path:
     shutil.copytree(unbroken.checkpoints.parent, folder / "work")
     (folder / "work" / "checkpoints" / "checkpoint-4" / CHECKPOINT_MARKER).unlink()
     return folder
+
+
+def test_what_is_logged_after_a_resume_counts_the_steps_of_other_ranks_before(base: Path, tmp_path: Path) -> None:
+    """Logged at steps 3 and 6, gone on with from step 2: the loss of step 3 is the mean of three."""
+    given = {"logging_steps": 3, "save_steps": 2, "save_total_limit": 9}
+    whole = run("sft", tmp_path / "whole", base, conversations(4), SETTINGS | {"max_steps": 6}, **given)
+    folder = tmp_path / "again"
+    shutil.copytree(whole.checkpoints.parent, folder / "work")
+    for step in (4, 6):
+        (folder / "work" / "checkpoints" / f"checkpoint-{step}" / CHECKPOINT_MARKER).unlink()
+    again = run("sft", folder, base, conversations(4), SETTINGS | {"max_steps": 6}, **given)
+    assert (folder / "work" / "resumed.jsonl").read_text() == "2\n"
+    assert [(row["step"], row["loss"]) for row in again.history] == [
+        (row["step"], row["loss"]) for row in whole.history
+    ]
+    assert [row["step"] for row in whole.history] == [3, 6]
 
 
 def test_a_resume_on_ranks_loads_no_pickle(
@@ -307,7 +323,7 @@ def test_a_checkpoint_from_before_ranks_is_gone_on_from(
         writer.write = lambda folder, score: mark_complete(folder, score)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.CheckpointWriter, "attach", attach)
+        patch.setattr(checkpoint_writer.CheckpointWriter, "attach", attach)
         resumed(base, tmp_path)
     older = tmp_path / "work" / "checkpoints" / "checkpoint-3"
     assert (older / "optimizer.pt").exists() and not (older / "shards").exists()

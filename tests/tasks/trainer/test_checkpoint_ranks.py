@@ -27,7 +27,7 @@ from smoltulu.artifacts.checkpoints import fault, newest_checkpoint
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.ranks import fork_ranks
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.trainer import checkpoint
+from smoltulu.tasks.trainer import checkpoint, checkpoint_writer
 from tests.ranks import noting
 from tests.small_runs import FUNCTIONS, MODULES, conversations, stage_arguments
 from tests.tiny_model import build_tokenizer
@@ -78,24 +78,26 @@ def in_the_write(rank: int) -> None:
 
 def before_the_marker(rank: int) -> None:
     """All shards of step 8 are on disk."""
-    real = checkpoint.mark_complete
-    checkpoint.mark_complete = lambda folder, *args: die() if folder.name == "checkpoint-8" else real(folder, *args)
+    real = checkpoint_writer.mark_complete
+    checkpoint_writer.mark_complete = lambda folder, *args: (
+        die() if folder.name == "checkpoint-8" else real(folder, *args)
+    )
 
 
 def in_the_copy(rank: int) -> None:
     """Of step 10 half of the tensors are copied."""
-    real, number = checkpoint.HostCopy.of, [0]
+    real, number = checkpoint_writer.HostCopy.of, [0]
 
     def of(self: Any, pieces: Any) -> Any:
         number[0] += 1
         return die() if real(self, pieces[: len(pieces) // 2]) and number[0] == 2 else real(self, pieces)
 
-    checkpoint.HostCopy.of = of  # type: ignore[method-assign]
+    checkpoint_writer.HostCopy.of = of  # type: ignore[method-assign]
 
 
 def after_the_marker(rank: int) -> None:
     """Step 12 is whole; older ones are still there."""
-    checkpoint.prune = lambda folder, _: die() if (folder / "checkpoint-12").exists() else None
+    checkpoint_writer.prune = lambda folder, _: die() if (folder / "checkpoint-12").exists() else None
 
 
 def never(rank: int) -> None:
