@@ -44,28 +44,6 @@ class StageCompute(StrictModel):
     max_hours: float | None = machinery(None, gt=0)
 
 
-class GenerationCompute(StrictModel):
-    """Where RLVR's rollouts are written. None of it changes what the trained policy is asked to write."""
-
-    device: str | None = machinery(
-        None,
-        pattern=r"^(cpu|cuda(:\d+)?)$",
-        description="engine transformers: device of a copy of the policy that writes, as cuda:1; none: no copy",
-    )
-    server: str | None = machinery(
-        None,
-        max_length=MAX_PATH,
-        pattern=r"^https?://",
-        description="engine vllm: URL of a server on devices of its own (vllm serve); none: beside the training",
-    )
-    memory_share: float = machinery(
-        0.3, gt=0, lt=1, description="engine vllm beside the training: share of the device's memory that it takes"
-    )
-    sleep: bool = machinery(
-        True, description="engine vllm beside the training: it gives its memory back between rollouts"
-    )
-
-
 class ComputeSettings(StrictModel):
     """One machine's shape."""
 
@@ -90,13 +68,19 @@ class ComputeSettings(StrictModel):
     num_processes: int = machinery(
         1,
         ge=1,
-        description="training processes (GPUs) per stage, started by torchrun above one; a training whose effective "
-        "batch they do not divide takes the most of them that do, with a warning",
+        description="training processes (GPUs) per stage; a training whose effective batch they do not divide takes "
+        "the most of them that do, with a warning",
     )
     parallel: Parallel = machinery(
         "ddp",
         description="ddp: each process holds the whole training; fsdp2: a part of weights, gradients and optimizer, "
         "and it fetches a layer's weights when they are due. Steps and model are the same",
+    )
+    rank_timeout_minutes: float = machinery(
+        30.0,
+        gt=0,
+        description="with several processes: minutes that one may keep the others waiting; then it is named, with its "
+        "stack, and all are ended",
     )
     device_memory_gb: float | None = machinery(
         None, gt=0, description="memory of one device in 10^9 bytes: `plan` says which trainings cannot fit into it"
@@ -134,8 +118,26 @@ class ComputeSettings(StrictModel):
     report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = machinery(
         ("tensorboard",), description="where loss, learning rate, speed and memory go besides the artifact's history"
     )
-    dataloader_num_workers: int = machinery(0, ge=0)
-    generation: GenerationCompute = machinery(GenerationCompute(), description="of RLVR's rollouts")
+    dataloader_num_workers: int | None = machinery(
+        None, ge=0, description="processes of a training that make its batches ahead; none: one with a GPU, else 0"
+    )
+    generation_device: str | None = machinery(
+        None,
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="rlvr.engine transformers: device of a copy of the policy, which writes, as cuda:1; none: no copy",
+    )
+    vllm_server: str | None = machinery(
+        None,
+        max_length=MAX_PATH,
+        pattern=r"^https?://",
+        description="rlvr.engine vllm: URL of a server on devices of its own (vllm serve); none: beside the training",
+    )
+    vllm_memory_share: float = machinery(
+        0.3, gt=0, lt=1, description="rlvr.engine vllm beside the training: share of the device's memory that it takes"
+    )
+    vllm_sleep: bool = machinery(
+        True, description="rlvr.engine vllm beside the training: it gives its memory back between rollouts"
+    )
     save_steps: int = machinery(500, ge=1, description="optimizer steps between resumable checkpoints")
     save_total_limit: int = machinery(2, ge=1, description="newest checkpoints kept; the best is kept beside them")
     keep_extension_checkpoint: bool = machinery(
@@ -157,7 +159,7 @@ class ComputeSettings(StrictModel):
         None,
         gt=0,
         description="hours that a stage may take in one run; then it is stopped, and the next run goes on from its "
-        "checkpoint (with several processes: from the last one that was due)",
+        "checkpoint",
     )
     stages: dict[str, StageCompute] = machinery({}, description="exceptions per stage, by its name")
 

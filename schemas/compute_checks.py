@@ -46,7 +46,8 @@ def batch_notes(block: str, settings: TrainingSettings, compute: ComputeSettings
     elif isinstance(tokens, int):
         return
     if used.per_device_train_batch_size != compute.per_device_train_batch_size:
+        on = f" on {used.num_processes} processes" if used.num_processes > 1 else ""
         yield (
-            f"{block}: per_device_train_batch_size {compute.per_device_train_batch_size} does not divide "
+            f"{block}: per_device_train_batch_size {compute.per_device_train_batch_size}{on} does not divide "
             f"effective_batch_size {size}: lowered to {used.per_device_train_batch_size}, which changes no result"
         )

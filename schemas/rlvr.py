@@ -73,7 +73,7 @@ class RLVRSettings(TrainingSettings):
         "transformers",
         absent="transformers",
         description="what writes rollouts and held-out answers (tasks/generation). vllm: faster, other random numbers, "
-        "log-probabilities that round otherwise; where it runs says compute.generation",
+        "log-probabilities that round otherwise; where it runs says compute",
     )
     guards: RolloutGuards = machinery(RolloutGuards())
     gate: GateSettings = machinery(GateSettings())

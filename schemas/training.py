@@ -101,7 +101,8 @@ class TrainingSettings(StrictModel):
     def bytes_per_parameter(self) -> int:
         """Bytes that every device holds at least for each parameter of the model.
 
-        Float32 weights, gradients and the two moments of Adam, none of them sharded. Activations come on top.
+        Float32 weights, gradients and the two moments of Adam, before `compute.parallel` divides them. Activations come
+        on top.
         """
         return 16
 

@@ -10,6 +10,10 @@ import sys
 _PR_SET_PDEATHSIG = 1
 #: Modules that a stage's process does without.
 WITHOUT_VARIABLE = "SMOLTULU_WITHOUT"
+#: The process that started this one, where that is no process of the job file (tasks/engine/ranks.py).
+PARENT_VARIABLE = "SMOLTULU_PARENT"
+#: Seconds that a rank may take for its first step beyond what it may for others: models are loaded before it.
+RANK_START_S = 600.0
 #: What torch's allocators and the libraries below it say. CUDA's own exception is told by its name.
 _OUT_OF_MEMORY_TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",

@@ -20,19 +20,21 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.ranks import fork_ranks
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.even_rows import is_blank
+from smoltulu.tasks.trainer.loop import save_and_check
 from smoltulu.tasks.training.rlvr import train_rlvr
 from tests.small_runs import FUNCTIONS, MODULES
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training, and the machinery that it has on any number of ranks."""
+    """A training, and the machinery that it has on any number of ranks. `only_saves`: its model before any step."""
 
     name: str
     stage: str
     config: Any
     inputs: Any
     compute: dict[str, Any] = field(default_factory=dict)
+    only_saves: bool = False
 
     def folder(self, root: Path, num_ranks: int) -> Path:
         return root / f"{self.name}-{num_ranks}-{self.compute.get('parallel', 'ddp')}"
@@ -105,20 +107,24 @@ def _train(case: Case, folder: Path, num_ranks: int, rank: int) -> None:
     given = {"device": "cpu", "num_threads": 1, "logging_steps": 1, "save_steps": 1000}
     compute = ComputeSettings(**given | {"per_device_train_batch_size": 1, "num_processes": num_ranks} | case.compute)
     context = StageContext(folder / "out", folder / "work", compute, lambda *args, **kwargs: None)
+    if case.only_saves:
+        trainer = MODULES[case.stage].build(case.config, case.inputs, context)
+        save_and_check(trainer, trainer.accelerator.unwrap_model(trainer.model), folder / "out" / "model", None)
+        return
     if case.stage == "rlvr":
         train_rlvr(case.config, case.inputs, context)
         return
     with (folder / f"rows-{rank}.jsonl").open("w") as rows:
         module: Any = MODULES[case.stage]
         train = module.train
-        module.train = lambda trainer, *args, **kwargs: train(_noting(trainer, rows.write), *args, **kwargs)
+        module.train = lambda trainer, *args, **kwargs: train(noting(trainer, rows.write), *args, **kwargs)
         try:
             FUNCTIONS[case.stage](case.config, case.inputs, context)
         finally:
             module.train = train
 
 
-def _noting(trainer: Any, write: Callable[[str], Any]) -> Any:
+def noting(trainer: Any, write: Callable[[str], Any]) -> Any:
     """Have a trainer note the rows of each of its micro-batches."""
     loss_of_trainer = trainer.compute_loss
 

@@ -4,11 +4,12 @@ It dies with its parent and holds the key's `writer`. Progress and our own log r
 (`tasks/engine/messages.py`); what it prints is the log of the libraries.
 
 Exit status: 0 done, 2 the user's to fix (message in error.json), 3 out of memory (message in out_of_memory.json), 143
-stopped as asked, 1 a failure. Where torchrun starts the ranks, its own status hides theirs: the two files count.
+stopped as asked, 1 a failure, of which a rank leaves a word too (tasks/engine/ends.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -22,9 +23,10 @@ from pathlib import Path
 from smoltulu.artifacts.files import write_atomically
 from smoltulu.artifacts.layout import WRITER
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.engine import ends, pulse
 from smoltulu.tasks.engine.messages import PIPE_VARIABLE, Sender, ToFlow
-from smoltulu.tasks.engine.ranks import fork_ranks
-from smoltulu.tasks.process import die_with_parent, is_out_of_memory, leave_out
+from smoltulu.tasks.engine.ranks import fork_ranks, spawn_ranks
+from smoltulu.tasks.process import PARENT_VARIABLE, die_with_parent, is_out_of_memory, leave_out
 from smoltulu.tasks.stage import STOPPED, Diverged, Report, Stage, StageContext, StageStopped, part_of
 
 #: Files of `work` that say why a stage ended; any rank may write them.
@@ -44,7 +46,7 @@ def run(stage: Stage, job: dict, report: Report, is_main: bool) -> None:
         folder=Path(job["folder"]),
         work=work,
         compute=ComputeSettings.model_validate(job["compute"]),
-        report=report if is_main else lambda step, num_steps, **metrics: None,
+        report=report,
         externals=job["externals"],
     )
     config = stage.config.model_validate(job["config"])
@@ -91,15 +93,13 @@ def main(job_file: str, is_warm: bool = False) -> int:
     """Run the job. `is_warm`: this process is a fork that has imported everything (tasks/engine/warm.py)."""
     leave_out()
     job = json.loads(Path(job_file).read_text())
-    # Ranks of a multi-process stage are children of torchrun, whose own parent is the flow's process.
-    die_with_parent(int(job["parent_pid"]) if "RANK" not in os.environ else os.getppid())
-    if job["num_ranks"] > 1 and is_warm:
-        if (status := fork_ranks(job["num_ranks"])) is not None:
+    work = Path(job["work"])
+    die_with_parent(int(os.environ.pop(PARENT_VARIABLE, job["parent_pid"])))
+    if job["num_ranks"] > 1 and "RANK" not in os.environ:
+        if not is_warm:
+            return spawn_ranks(job["num_ranks"], [sys.executable, "-m", "smoltulu.tasks.engine.child", job_file], work)
+        if (status := fork_ranks(job["num_ranks"], work)) is not None:
             return status
-    elif job["num_ranks"] > 1 and "RANK" not in os.environ:
-        # In place of this process, so that it dies with its parent too: the kernel keeps that over exec, not over fork.
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job['num_ranks']}"]
-        os.execv(sys.executable, [sys.executable, *launcher, "-m", "smoltulu.tasks.engine.child", job_file])
     rank = int(os.environ.get("RANK", "0"))
     # Shared by all ranks and kept until exit; launchers do not pass descriptors on, so each process takes it itself.
     writers = [open(Path(one["work"]).parent / WRITER, "a+") for one in (job, *job.get("cells", ()))]  # noqa: SIM115
@@ -112,32 +112,54 @@ def main(job_file: str, is_warm: bool = False) -> int:
     logger.propagate = False
     random.seed(0)
 
+    report: Report = sender.progress
+    if job["num_ranks"] > 1:
+        report = _with_pulse(report, pulse.Pulse(work, rank, 60 * job["compute"]["rank_timeout_minutes"]), rank == 0)
+
     from smoltulu.tasks.stages import STAGES
 
     try:
         if job.get("cells"):
-            run_cells(STAGES[job["stage"]], job, sender.progress)
+            run_cells(STAGES[job["stage"]], job, report)
         else:
-            run(STAGES[job["stage"]], job, sender.progress, is_main=rank == 0)
+            run(STAGES[job["stage"]], job, report, is_main=rank == 0)
     except StageStopped as stopped:
-        logger.info("%s", stopped)
+        if rank == 0:
+            logger.info("%s", stopped)
         return STOPPED
     except ValueError as error:
         traceback.print_exc()
         write_atomically(
-            Path(job["work"]) / ERROR_FILE, json.dumps({"message": str(error), "diverged": isinstance(error, Diverged)})
+            work / ERROR_FILE, json.dumps({"message": str(error), "diverged": isinstance(error, Diverged)})
         )
         return 2
     except Exception as error:
         traceback.print_exc()
+        said = str(error).strip().partition("\n")[0]
         if is_out_of_memory(error):
-            message = {"message": str(error).strip().partition("\n")[0] or type(error).__name__}
+            message = {"message": said or type(error).__name__}
             if (num_tokens := getattr(error, "num_tokens", None)) is not None:
                 message["num_tokens"] = num_tokens  # of the micro-batch, where it is cut by tokens
-            write_atomically(Path(job["work"]) / OUT_OF_MEMORY_FILE, json.dumps(message))
+            write_atomically(work / OUT_OF_MEMORY_FILE, json.dumps(message))
             return 3
+        if job["num_ranks"] > 1:
+            text = f"failed: {type(error).__name__}: {said}"
+            end = ends.End(rank, time.monotonic(), text, traceback.format_exc(), ends.is_lost_peer(error))
+            with contextlib.suppress(OSError):  # the disk may be what failed; the log says it too
+                ends.write_end(work, end)
         return 1
     return 0
+
+
+def _with_pulse(report: Report, own: pulse.Pulse, is_main: bool) -> Report:
+    """Progress as a sign of life of this rank; told by the main one."""
+
+    def beat(step: int, num_steps: int, **metrics: float) -> None:
+        own.beat(step)
+        if is_main:
+            report(step, num_steps, **metrics)
+
+    return beat
 
 
 if __name__ == "__main__":

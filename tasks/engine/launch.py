@@ -21,8 +21,11 @@ from smoltulu.artifacts.readable import log_text
 from smoltulu.artifacts.store import Log
 from smoltulu.schemas.budget import smaller_batch
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.engine import pulse
 from smoltulu.tasks.engine.child import ERROR_FILE, OUT_OF_MEMORY_FILE
+from smoltulu.tasks.engine.ends import cause_of, forget_ends, read_ends
 from smoltulu.tasks.engine.messages import PIPE_VARIABLE, listen, pipe
+from smoltulu.tasks.engine.ranks import RANK_VARIABLES
 from smoltulu.tasks.engine.warm import OWN_VARIABLES, WarmProcess, server_for
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.process import WITHOUT_VARIABLE
@@ -121,6 +124,8 @@ def _run_once(
     """Run the stage; what was said where it ran out of memory, else None. Other ends without a result are raised."""
     for name in (ERROR_FILE, OUT_OF_MEMORY_FILE):
         (work / name).unlink(missing_ok=True)
+    forget_ends(work)
+    pulse.forget(work)
     num_ranks = job.stage.num_ranks(compute)
     description = {
         "stage": job.stage.name,
@@ -169,14 +174,12 @@ def _run_once(
                 process.wait()
             with _running_lock:
                 del _running[process]
-    # The files, not the status: torchrun has one of its own.
     if code > 0 and code != STOPPED:
         if (said := _said(work / ERROR_FILE)) is not None:
             raise (Diverged if said.get("diverged") else ValueError)(f"{job.node}: {said['message']}")
         if (said := _said(work / OUT_OF_MEMORY_FILE)) is not None:
             return str(said["message"])
-    # A crash that came after it shows its log; torchrun's own status does not tell one from the other.
-    if limit.is_over and (code in (STOPPED, -signal.SIGTERM, -signal.SIGKILL) or (code != 0 and num_ranks > 1)):
+    if limit.is_over and code in (STOPPED, -signal.SIGTERM, -signal.SIGKILL):
         raise StageFailed(
             f"{job.node}: was stopped, as compute.max_hours ({compute.max_hours:g}) is over. Run again to go on from "
             "its last checkpoint"
@@ -184,13 +187,17 @@ def _run_once(
     if code != 0:
         if code in (-signal.SIGTERM, STOPPED):
             raise StageFailed(f"{job.node}: was stopped. Run again to go on from its last checkpoint")
-        reason = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        hint = " (often: out of memory)" if code == -signal.SIGKILL else ""
-        if any(os.strerror(errno.ENOSPC) in line for line in tail):
+        reason = f"its process was killed by signal {-code}" if code < 0 else f"its process ended with status {code}"
+        hint, shown, lines = " (often: out of memory)" if code == -signal.SIGKILL else "", "its end", list(tail)
+        if (cause := cause_of(read_ends(work))) is not None:
+            reason, hint = f"rank {cause.rank} {log_text(cause.message)}", ""
+            if cause.trace:
+                shown, lines = f"where rank {cause.rank} was", log_text(cause.trace).splitlines()[-_LOG_TAIL_LINES:]
+        if any(os.strerror(errno.ENOSPC) in line for line in (reason, *lines)):
             hint = f" ({DISK_ADVICE[errno.ENOSPC]})"
         raise StageFailed(
-            f"{job.node}: its process {reason}{hint}. Run again to go on from the last checkpoint. "
-            f"Whole log: {work / 'log.txt'}; its end:\n" + "\n".join(tail)
+            f"{job.node}: {reason}{hint}. Run again to go on from the last checkpoint. "
+            f"Whole log: {work / 'log.txt'}; {shown}:\n" + "\n".join(lines)
         )
     return None
 
@@ -289,7 +296,9 @@ def _child_environment(compute: ComputeSettings, num_ranks: int) -> dict[str, st
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # Every packed batch has another length, and caches grow by a token: blocks of fixed sizes would not fit again.
         extra["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    return {**os.environ, **extra}
+    # Of a launcher that the flow itself was started by: a stage would take itself for one of its ranks.
+    own = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return {**own, **extra}
 
 
 def _least_used_gpu() -> str:

@@ -1,6 +1,6 @@
 """Messages of a stage's processes to the flow that started them: a pipe, one atomic write each.
 
-Standard output belongs to the libraries, and several processes write into it at once. torchrun passes no descriptors
+Standard output belongs to the libraries, and several processes write into it at once. Launchers pass no descriptors
 on: every rank opens the flow's own by its name in /proc. So no file system needs to have named pipes, and a flow that
 is killed leaves nothing behind. A write of at most PIPE_BUF bytes is never mixed with another one (POSIX, `write`).
 """

@@ -3,9 +3,9 @@
 A token is drawn by inverting the cumulative distribution with a uniform random number that belongs to its request. So
 what is written depends on neither the batch that a prompt was in nor on what was written before it, but for rounding.
 
-Prompts go longest first. Rows that ended leave the batch, and the next prompts take their places, so the batch stays
-full until no prompt is left. Rows are padded on the left; columns that pad all rows are cut off. Where a cache is more
-than keys and values of all tokens (sliding windows, recurrent layers), a batch is finished before the next begins.
+Prompts go longest first. Rows that ended leave the batch, and prompts of similar length take their places, so the batch
+stays full. Rows are padded on the left; columns that pad all rows are cut off. Where a cache is more than keys and
+values of all tokens (sliding windows, recurrent layers), a batch is finished before the next begins.
 
 transformers' own continuous batching draws from one generator for all requests, so a text would depend on what else is
 in the batch; and see RESULTS.md for its speed on a CPU (benchmarks/generation.py).
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Finished rows leave the batch when at most this share goes on: each removal copies the whole key-value cache.
 _COMPACT_BELOW = 0.8
+# Rows are refilled where the next prompt is at least this share of the batch's width: a shorter one would be padded to
+# it for as long as the widest row goes on, and a step costs what its widest row costs. Ours.
+_REFILL_ABOVE = 0.5
 
 
 @dataclass
@@ -41,7 +44,7 @@ class _Rows:
     ids        (B, max_new_tokens) written so far
     logps      (B, max_new_tokens) of these
     draws      (B, max_new_tokens); None: greedy
-    is_over    of each row, whether it ended
+    going      (B,) whether a row goes on; `is_over` says the contrary to the CPU
     """
 
     places: list[int]
@@ -52,6 +55,7 @@ class _Rows:
     ids: torch.Tensor
     logps: torch.Tensor
     draws: torch.Tensor | None
+    going: torch.Tensor
     is_over: list[bool]
 
     def select(self, keep: Sequence[int]) -> None:
@@ -62,7 +66,7 @@ class _Rows:
         self.cache.batch_select_indices(kept)
         self.places = [self.places[row] for row in keep]
         self.is_over = [self.is_over[row] for row in keep]
-        for name in ("mask", "positions", "steps", "ids", "logps", "draws"):
+        for name in ("mask", "positions", "steps", "ids", "logps", "draws", "going"):
             if (of_rows := getattr(self, name)) is not None:
                 setattr(self, name, of_rows[kept])
         if _is_plain(self.cache) and (num_empty := int((self.mask.cumsum(-1) == 0).all(dim=0).sum())):
@@ -83,7 +87,7 @@ class _Rows:
                 before, after = getattr(layer, name), getattr(added, name)
                 setattr(layer, name, torch.cat([pad(before, (0, 0, own, 0)), pad(after, (0, 0, new, 0))]))
                 setattr(added, name, None)
-        for name in ("positions", "steps", "ids", "logps", "draws"):
+        for name in ("positions", "steps", "ids", "logps", "draws", "going"):
             if (of_rows := getattr(self, name)) is not None:
                 setattr(self, name, torch.cat([of_rows, getattr(other, name)]))
         self.places += other.places
@@ -115,7 +119,10 @@ def write(
     with torch.inference_mode():
         while waiting or rows is not None:
             num_going = 0 if rows is None else rows.is_over.count(False)
-            if waiting and (rows is None or (num_going <= _COMPACT_BELOW * batch_size and _is_plain(rows.cache))):
+            if waiting and (
+                rows is None
+                or (num_going <= _COMPACT_BELOW * batch_size and _takes(rows, requests[waiting[0]].prompt_ids))
+            ):
                 if rows is not None:
                     rows.select([row for row, is_over in enumerate(rows.is_over) if not is_over])
                 read = [waiting.popleft() for _ in range(min(batch_size - num_going, len(waiting)))]
@@ -138,7 +145,9 @@ def write(
             keep = [row for row, is_over in enumerate(rows.is_over) if not is_over]
             if not keep:
                 rows = None
-            elif len(keep) <= _COMPACT_BELOW * len(rows.places) and not (waiting and _is_plain(rows.cache)):
+            elif len(keep) <= _COMPACT_BELOW * len(rows.places) and not (
+                waiting and _takes(rows, requests[waiting[0]].prompt_ids)
+            ):
                 rows.select(keep)
     return [made[place] for place in range(len(requests))]
 
@@ -179,6 +188,7 @@ def _read(
         ids=mask.new_zeros(shape),
         logps=torch.zeros(shape, device=model.device),
         draws=draws,
+        going=torch.ones(len(requests), dtype=torch.bool, device=model.device),
         is_over=[False] * len(requests),
     )
     _append(rows, logits, sampling, stop_ids)
@@ -215,17 +225,17 @@ def _append(rows: _Rows, logits: torch.Tensor, sampling: Sampling, stop_ids: tor
     import torch
 
     last = sampling.max_new_tokens - 1
-    goes_on = torch.tensor([not is_over for is_over in rows.is_over], device=logits.device)
     place = rows.steps.clamp(max=last)[:, None]  # rows that are over stay as they are
     draws = None if rows.draws is None else rows.draws.gather(1, place)
     tokens, logps = _next(logits, sampling.temperature, draws, sampling.top_p)
-    rows.ids.scatter_(1, place, torch.where(goes_on, tokens, rows.ids.gather(1, place)[:, 0])[:, None])
+    rows.ids.scatter_(1, place, torch.where(rows.going, tokens, rows.ids.gather(1, place)[:, 0])[:, None])
     if logps is not None:
-        rows.logps.scatter_(1, place, torch.where(goes_on, logps, rows.logps.gather(1, place)[:, 0])[:, None])
-    rows.steps = rows.steps + goes_on
+        rows.logps.scatter_(1, place, torch.where(rows.going, logps, rows.logps.gather(1, place)[:, 0])[:, None])
+    rows.steps = rows.steps + rows.going
     rows.positions = rows.positions + 1
     rows.mask = torch.cat([rows.mask, rows.mask.new_ones(len(rows.places), 1)], dim=1)
-    is_over = (~goes_on | torch.isin(tokens, stop_ids) | (rows.steps > last)).tolist()  # the one wait of a token
+    rows.going = rows.going & ~torch.isin(tokens, stop_ids) & (rows.steps <= last)
+    is_over = (~rows.going).tolist()  # the one wait of a token
     ended = [row for row, (before, now) in enumerate(zip(rows.is_over, is_over, strict=True)) if now and not before]
     rows.is_over = is_over
     return ended
@@ -240,6 +250,7 @@ def _ended_by_text(rows: _Rows, stops: Sequence[str], decode: Callable[[Sequence
         text = decode(ids[max(num - num_tokens, 0) : num])
         if any(stop in text for stop in stops):
             rows.is_over[row] = True
+            rows.going[row] = False
             ended.append(row)
     return ended
 
@@ -252,6 +263,11 @@ def _written(rows: _Rows, ended: Sequence[int], stop_ids: torch.Tensor) -> list[
         Written(own[:num], own[num - 1] in stops, logps_of[:num] if rows.draws is not None else [])
         for own, logps_of, num in zip(ids, logps, steps, strict=True)
     ]
+
+
+def _takes(rows: _Rows, prompt: Sequence[int]) -> bool:
+    """Whether this prompt, the longest of those that wait, may join the batch."""
+    return _is_plain(rows.cache) and len(prompt) >= _REFILL_ABOVE * rows.mask.shape[1]
 
 
 def _is_plain(cache: DynamicCache) -> bool:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from smoltulu.artifacts import readable
-from smoltulu.schemas.compute import GenerationCompute
+from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.generation.interface import Engine, Request, Sampling, Written, no_report, seed_of_request
 from smoltulu.tasks.models.batches import OnBatch
 from smoltulu.tasks.models.sizes import kv_bytes, model_size
@@ -36,7 +36,7 @@ _AT_ONCE = 256
 _OTHERWISE = "or take engine: transformers"
 
 
-def check_vllm(model: Path, placed: GenerationCompute, device: str, longest: int) -> None:
+def check_vllm(model: Path, compute: ComputeSettings, device: str, longest: int) -> None:
     """ValueError where vLLM cannot write here: absent, out of range, without a card or without room.
 
     longest: tokens of prompt and answer.
@@ -51,11 +51,11 @@ def check_vllm(model: Path, placed: GenerationCompute, device: str, longest: int
         raise ValueError(
             f"engine vllm needs a CUDA device, and this stage runs on the {device}; give it one, {_OTHERWISE}"
         )
-    if placed.server is None:
+    if compute.vllm_server is None:
         import torch
 
         free, total = torch.cuda.mem_get_info()
-        if fault := room_fault(needed_bytes(model, longest), placed.memory_share, free, total):
+        if fault := room_fault(needed_bytes(model, longest), compute.vllm_memory_share, free, total):
             raise ValueError(fault)
 
 
@@ -90,12 +90,12 @@ def room_fault(needed: int, share: float, free: int, total: int) -> str | None:
         return (
             f"vLLM is given {share:g} of the device's {readable.size(total)}, which is {readable.size(own)}; weights "
             f"in bfloat16 and one text of the longest length need {readable.size(needed)}. Raise "
-            f"compute.generation.memory_share, name a compute.generation.server on another device, {_OTHERWISE}"
+            f"compute.vllm_memory_share, name a compute.vllm_server on another device, {_OTHERWISE}"
         )
     if own > free:
         return (
             f"vLLM is to take {share:g} of the device's {readable.size(total)}, and {readable.size(free)} of it are "
-            f"free: lower compute.generation.memory_share, end what else runs there, {_OTHERWISE}"
+            f"free: lower compute.vllm_memory_share, end what else runs there, {_OTHERWISE}"
         )
     return None
 
@@ -129,11 +129,11 @@ def written(ids: Sequence[int], logps: Sequence[float], sampling: Sampling) -> W
     return Written(list(ids), stopped, list(logps) if sampling.temperature > 0 else [])
 
 
-def vllm_engine(model: Path, placed: GenerationCompute, accelerator: Any, longest: int) -> Engine:
-    """The engine that `placed` asks for; see `check_vllm`."""
-    if placed.server is not None:
-        return ServedEngine(placed.server, accelerator)
-    return ColocatedEngine(model, placed, accelerator, longest)
+def vllm_engine(model: Path, compute: ComputeSettings, accelerator: Any, longest: int) -> Engine:
+    """The engine that `compute` asks for; see `check_vllm`."""
+    if compute.vllm_server is not None:
+        return ServedEngine(compute.vllm_server, accelerator)
+    return ColocatedEngine(model, compute, accelerator, longest)
 
 
 class ColocatedEngine:
@@ -143,7 +143,7 @@ class ColocatedEngine:
     from its folder (trl#5312), and only after its memory is mapped again (trl#5142).
     """
 
-    def __init__(self, model: Path, placed: GenerationCompute, accelerator: Any, longest: int) -> None:
+    def __init__(self, model: Path, compute: ComputeSettings, accelerator: Any, longest: int) -> None:
         from trl.trainer.utils import ensure_master_addr_port
         from vllm import LLM
 
@@ -152,13 +152,13 @@ class ColocatedEngine:
         os.environ.setdefault("LOCAL_RANK", str(accelerator.local_process_index))
         os.environ.setdefault("WORLD_SIZE", str(accelerator.num_processes))
         ensure_master_addr_port()
-        self._sleeps = placed.sleep
+        self._sleeps, self._is_asleep = compute.vllm_sleep, False
         self._llm = LLM(
             model=str(model),
             dtype="bfloat16",
             max_model_len=longest,
-            gpu_memory_utilization=placed.memory_share,
-            enable_sleep_mode=placed.sleep,
+            gpu_memory_utilization=compute.vllm_memory_share,
+            enable_sleep_mode=compute.vllm_sleep,
             distributed_executor_backend="external_launcher",  # in this process, on this rank's device
             max_num_batched_tokens=max(4096, longest),
             logprobs_mode="processed_logprobs",  # of the distribution that is drawn from
@@ -178,6 +178,7 @@ class ColocatedEngine:
         on_batch(len(texts), len(requests))
         if self._sleeps:
             self._llm.sleep(level=2)
+            self._is_asleep = True
         return [written(one.token_ids, _own(one.token_ids, one.logprobs), sampling) for one in texts]
 
     def logps(self, ids: Sequence[int]) -> list[float]:
@@ -190,14 +191,15 @@ class ColocatedEngine:
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         import torch
 
-        if self._sleeps:
+        if self._is_asleep:
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=["weights"])
         model = self._llm.llm_engine.model_executor.driver_worker.model_runner.model
         for named in weights:
             model.load_weights([named])
-        if self._sleeps:
+        if self._is_asleep:
             self._llm.wake_up(tags=["kv_cache"])
+            self._is_asleep = False
         self._llm.reset_prefix_cache()
 
 

@@ -1,7 +1,7 @@
 """Work in parts of prompts: a killed stage goes on after its last whole part, and the file is the same, bit for bit.
 
-Which prompts a part has depends on the prompts alone: not on batch size, number of processes or interruptions. Under
-torchrun with N processes, each makes every N-th part.
+Which prompts a part has depends on the prompts alone: not on batch size, number of processes or interruptions. Of N
+processes each makes every N-th part.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A training's checkpoint: read by any number of ranks, whatever shards the model, and written beside the training.
+"""What a training's checkpoint holds: read by any number of ranks, whatever shards the model.
 
     shards/rank-1-of-2.safetensors   what rank 1 of 2 wrote: its shards of weights and optimizer state, by name
     state.json                       schedules, and the optimizers' numbers (Adam's steps)
@@ -11,37 +11,26 @@ whole tensor, as torch writes it into the header of a safetensors file, and torc
 have (DDP), one rank writes it; they share the tensors by size. Nothing is pickled, unlike in a checkpoint of
 `torch.distributed.checkpoint` (`.metadata`) or of the trainer (`optimizer.pt`).
 
-Within the step, tensors are copied to the host's memory. A thread writes, syncs and hashes them while the training goes
-on; rank 0's waits for the shards of all ranks and writes the marker. The next save and the end of the training wait for
-it. Where the host has no room for a copy, the training waits instead.
-
 There is no state of random generators: what a step draws follows from seed, step and rows (tasks/trainer/dropout.py).
+When all this is written: tasks/trainer/checkpoint_writer.py.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
 import torch
-from accelerate import PartialState
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from smoltulu.artifacts.checkpoints import mark_complete, prune
-from smoltulu.artifacts.files import read_plain, remove_tree, sync, write_atomically
+from smoltulu.artifacts.files import read_plain, sync
 from smoltulu.artifacts.keys import file_digest
 from smoltulu.schemas.artifact import FileRecord
 from smoltulu.schemas.common import StrictModel
@@ -52,16 +41,9 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import Trainer
 
-logger = logging.getLogger("smoltulu")
 SHARDS_FOLDER, STATE_FILE = "shards", "state.json"
 #: Prefixes of parameter names that wrappers put there, and that are no part of the model.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-#: Seconds between two looks at whether the other ranks have written their shards.
-_LOOK_SECONDS = 0.05
-#: Seconds that a failing rank waits for the shards of others, which may be dead.
-_LAST_WAIT_SECONDS = 30.0
-#: Of the memory that is free, a copy for the writer takes no more than this share.
-_MEMORY_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -74,12 +56,18 @@ class Trained:
 
 
 class SavedState(StrictModel):
-    """`state.json`. `numbers`: of the optimizers' states, by name like the tensors. `schedules`: model -> its state."""
+    """`state.json`.
+
+    numbers        of the optimizers' states, by name like the tensors
+    schedules      model -> its state
+    unlogged_loss  sum over the steps since the last logged one, and the step of that one
+    """
 
     version: Literal[1] = 1
     num_ranks: int
     numbers: dict[str, float]
     schedules: dict[str, dict[str, Any]]
+    unlogged_loss: tuple[float, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +77,10 @@ class Piece:
     name: str
     offsets: tuple[int, ...]
     tensor: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
 
 
 # --------------------------------------------------------------------------------------------------- what there is
@@ -180,31 +172,6 @@ def write_pieces(pieces: Iterable[Piece], file: Path) -> FileRecord:
     return FileRecord(size=file.stat().st_size, blake3=file_digest(file))
 
 
-class HostCopy:
-    """Copies of pieces in the host's memory, in buffers that are used again: new memory is slow to get."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def has_room(self, pieces: Iterable[Piece]) -> bool:
-        """Whether there is memory for copies of these."""
-        missing = sum(one.tensor.numel() * one.tensor.element_size() for one in pieces if one.name not in self._buffers)
-        return missing <= _MEMORY_SHARE * psutil.virtual_memory().available
-
-    def of(self, pieces: Iterable[Piece]) -> list[Piece]:
-        """Done when this returns."""
-        copies = []
-        for one in pieces:
-            buffer = self._buffers.get(one.name)
-            if buffer is None or buffer.shape != one.tensor.shape or buffer.dtype != one.tensor.dtype:
-                buffer = torch.empty(one.tensor.shape, dtype=one.tensor.dtype, pin_memory=one.tensor.is_cuda)
-                self._buffers[one.name] = buffer
-            copies.append(Piece(one.name, one.offsets, buffer.copy_(one.tensor, non_blocking=True)))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return copies
-
-
 # -------------------------------------------------------------------------------------------------------- the reader
 
 
@@ -213,7 +180,7 @@ def is_older(checkpoint: Path) -> bool:
     return not (checkpoint / SHARDS_FOLDER).is_dir()
 
 
-def load_into(trained: Mapping[str, Trained], checkpoint: Path) -> None:
+def load_into(trained: Mapping[str, Trained], checkpoint: Path) -> SavedState:
     """Weights, optimizers and schedules of a checkpoint, whoever wrote its shards. Needs no other rank.
 
     Raises:
@@ -247,6 +214,7 @@ def load_into(trained: Mapping[str, Trained], checkpoint: Path) -> None:
         one.schedule.load_state_dict(state.schedules[who])
         for group, rate in zip(one.optimizer.param_groups, one.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
+    return state
 
 
 def _is_same(tensor: torch.Tensor | None, stored: TensorStorageMetadata | None) -> bool:
@@ -290,179 +258,3 @@ def _set_optimizer(who: str, one: Trained, moments: Mapping[str, torch.Tensor], 
     # Its settings are those of today's optimizer; torch puts each value on the device where it belongs.
     groups = one.optimizer.state_dict()["param_groups"]
     one.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
-
-
-# -------------------------------------------------------------------------------------------------------- the writer
-
-
-class CheckpointWriter:
-    """Writes checkpoints of a training, one at a time, in a thread of its own.
-
-    num_kept    newest checkpoints that are kept, beside the best
-    when_whole  called by rank 0's thread with each checkpoint that is whole, before older ones go
-    """
-
-    def __init__(self, trainer: Trainer, num_kept: int) -> None:
-        self.trainer, self.num_kept = trainer, num_kept
-        self.when_whole: list[Callable[[Path], None]] = []
-        self.ranks = PartialState()
-        self._host = HostCopy()
-        self._pieces: list[Piece] = []
-        self._is_copy = True
-        self._running: Future[None] | None = None
-        self._given_up = threading.Event()
-        #: Seconds that the training has waited for checkpoints.
-        self.seconds_waited = 0.0
-
-    def attach(self) -> None:
-        """Have the trainer write its checkpoints through this, and read them, or older ones as it does by itself.
-
-        transformers' `_save_checkpoint` calls three functions for model, optimizer and random numbers.
-        """
-        trainer: Any = self.trainer
-        read_model, read_optimizer = trainer._load_from_checkpoint, trainer._load_optimizer_and_scheduler
-        read_random_state = trainer._load_rng_state
-
-        def of_older(read: Callable[..., Any]) -> Callable[..., None]:
-            def reads(checkpoint: str | None, *args: Any) -> None:
-                if checkpoint is not None and is_older(Path(checkpoint)):
-                    read(checkpoint, *args)
-
-            return reads
-
-        def load_optimizer_and_scheduler(checkpoint: str | None) -> None:
-            if checkpoint is None:
-                return
-            if is_older(Path(checkpoint)):
-                if any(isinstance(one, DTensor) for one in trainer.model.parameters()):
-                    raise ValueError(
-                        f"{checkpoint} was written by an earlier version of smoltulu, which a sharded model cannot go "
-                        "on from: set compute.parallel to ddp, or remove the folder to begin anew"
-                    )
-                read_optimizer(checkpoint)
-            else:
-                # Here, not where the trainer reads weights: now the model is wrapped, and each rank has its shards.
-                load_into(trained_by(trainer), Path(checkpoint))
-
-        trainer.save_model = lambda folder=None, _internal_call=False: self.begin(Path(folder))
-        trainer._save_optimizer_and_scheduler = lambda folder: self.take(Path(folder))
-        trainer._save_rng_state = lambda folder: None
-        trainer._load_from_checkpoint = of_older(read_model)
-        trainer._load_rng_state = of_older(read_random_state)
-        trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler
-
-    def begin(self, folder: Path) -> None:
-        """An empty folder for a checkpoint, once the one before is written. Called by all ranks, as the next two.
-
-        ValueError where ranks do not share it.
-        """
-        began = time.monotonic()
-        self.wait()
-        if self.ranks.is_main_process:
-            remove_tree(folder)
-            (folder / SHARDS_FOLDER).mkdir(parents=True)
-        self.ranks.wait_for_everyone()
-        if not (folder / SHARDS_FOLDER).is_dir():
-            raise ValueError(
-                f"rank {self.ranks.process_index} does not see {folder}, which rank 0 made: all ranks must share the "
-                "folder of compute.store"
-            )
-        self.seconds_waited += time.monotonic() - began
-
-    def take(self, folder: Path) -> None:
-        """Copy what is trained as it is now."""
-        began = time.monotonic()
-        trained = trained_by(self.trainer)
-        tensors, numbers = tensors_and_numbers(trained)
-        if self.ranks.is_main_process:
-            schedules = {who: one.schedule.state_dict() for who, one in trained.items()}
-            state = SavedState(num_ranks=self.ranks.num_processes, numbers=numbers, schedules=schedules)
-            write_atomically(folder / STATE_FILE, json.dumps(state.model_dump()))
-        self._pieces = own_pieces(tensors, self.ranks.process_index, self.ranks.num_processes)
-        self._is_copy = self._host.has_room(self._pieces)
-        if self._is_copy:
-            self._pieces = self._host.of(self._pieces)
-        self.seconds_waited += time.monotonic() - began
-
-    def write(self, folder: Path, score: float | None) -> None:
-        """Write what was taken, and mark the checkpoint once all ranks have; all other files must be there.
-
-        score  higher is better, see `prune`
-        """
-        began = time.monotonic()
-        pieces, self._pieces = self._pieces, []
-        done: Future[None] = Future()
-
-        def run() -> None:
-            try:
-                self._write(folder, pieces, score)
-                done.set_result(None)
-            except BaseException as error:
-                done.set_exception(error)
-
-        self._running = done
-        if self._is_copy:
-            # A daemon: one that waits for the shards of a dead rank must not hold up the end of the process.
-            threading.Thread(target=run, name="checkpoint", daemon=True).start()
-        else:
-            logger.warning("no memory for a copy of what is trained: the training waits for its checkpoint")
-            run()
-            self.wait()
-        self.seconds_waited += time.monotonic() - began
-
-    def check(self) -> None:
-        """Raise the error of a write that failed."""
-        if self._running is not None and self._running.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Until what is being written is whole. Raises the writer's error."""
-        if self._running is not None:
-            running, self._running = self._running, None
-            running.result()
-
-    def abandon(self) -> None:
-        """The training fails: what is being written becomes whole if it can within a bound; its error is second."""
-        if self._running is None:
-            return
-        if self.ranks.num_processes > 1:
-            timer = threading.Timer(_LAST_WAIT_SECONDS, self._given_up.set)
-            timer.daemon = True
-            timer.start()
-        try:
-            self.wait()
-        except Exception as error:
-            logger.warning("the last checkpoint was not written: %s", error)
-
-    def _write(self, folder: Path, pieces: list[Piece], score: float | None) -> None:
-        rank, num_ranks = self.ranks.process_index, self.ranks.num_processes
-        name = shard_name(rank, num_ranks)
-        try:
-            record = write_pieces(pieces, folder / name)
-            if rank:
-                write_atomically(_record_file(folder, rank, num_ranks), record.model_dump_json())
-                return
-            mark_complete(folder, score, {name: record, **self._records_of_others(folder, num_ranks)})
-        except BaseException:
-            if not rank:
-                remove_tree(folder)
-            raise
-        for then in self.when_whole:
-            then(folder)
-        prune(folder.parent, self.num_kept)
-
-    def _records_of_others(self, folder: Path, num_ranks: int) -> dict[str, FileRecord]:
-        """Size and digest of the shards of ranks 1, 2, ..., once they are on disk."""
-        records = {}
-        for rank in range(1, num_ranks):
-            file = _record_file(folder, rank, num_ranks)
-            while not file.exists():
-                if self._given_up.wait(_LOOK_SECONDS):
-                    raise TimeoutError(f"rank {rank} did not write its part of {folder.name}")
-            records[shard_name(rank, num_ranks)] = FileRecord.model_validate_json(read_plain(file))
-            os.unlink(file)
-        return records
-
-
-def _record_file(folder: Path, rank: int, num_ranks: int) -> Path:
-    return folder / f"{shard_name(rank, num_ranks)}.json"

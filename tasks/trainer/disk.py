@@ -4,8 +4,7 @@ A checkpoint holds, for N parameters (weights are float32 in both precisions, se
 
     4 N   weights, float32
     8 N   Adam's two moments, float32
-    + about 1 kB a tensor (names and shapes, thrice), the tokenizer's files, and 30 kB of random state, scheduler,
-      arguments and trainer state
+    + about 600 bytes a tensor (names, shapes and places, thrice), and 12 kB of schedule, marker and trainer state
 
 At its peak `work/` holds the kept checkpoints, the one being written (old ones are removed only after the new one is
 whole) and the Arrow copy of the rows. At the end the finished model (4 N) is written instead of a checkpoint. With
@@ -24,8 +23,8 @@ from smoltulu.tasks.models.sizes import ModelSize, adapter_size, model_size
 
 _BYTES_PER_PARAMETER = 4
 _MOMENTS_BYTES_PER_PARAMETER = 8
-_BYTES_PER_TENSOR = 1_000
-_STATE_BYTES = 30_000
+_BYTES_PER_TENSOR = 600
+_STATE_BYTES = 12_000
 
 #: In the Arrow copy of tokenised rows: input_ids and labels, or ids and mask; of a pair no token takes more.
 BYTES_PER_TOKEN = 8
@@ -42,7 +41,7 @@ def num_checkpoints_kept(compute: ComputeSettings, is_extendable: bool) -> int:
 def checkpoint_bytes(size: ModelSize) -> int:
     """One trainer checkpoint: weights, Adam's two moments, and the small files (see the top of this module)."""
     large = size.num_parameters * (_BYTES_PER_PARAMETER + _MOMENTS_BYTES_PER_PARAMETER)
-    return large + size.num_tensors * _BYTES_PER_TENSOR + size.other_bytes + _STATE_BYTES
+    return large + size.num_tensors * _BYTES_PER_TENSOR + _STATE_BYTES
 
 
 def model_bytes(size: ModelSize) -> int:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from smoltulu.tasks.trainer.waits import put
+
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
@@ -52,7 +54,7 @@ def keys_of_batch(seed: int, step: int, batch: dict[str, Any]) -> torch.Tensor:
     shape, device = batch["input_ids"].shape, batch["input_ids"].device
     rows = batch["row"].to(device)
     if "segments" in batch:
-        lengths = torch.tensor([part.num_queries for part in batch["segments"].parts], device=device)
+        lengths = put([part.num_queries for part in batch["segments"].parts], device)
         rows = torch.repeat_interleave(rows, lengths, output_size=shape[1])[None]
         return token_keys(seed, step, rows, batch["position_ids"])
     return token_keys(seed, step, rows[:, None].expand(shape), torch.arange(shape[1], device=device).expand(shape))

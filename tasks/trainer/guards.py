@@ -1,6 +1,6 @@
 """What ends a training before it corrupts its weights: rules as pure functions, and the callback that applies them.
 
-At every optimizer step, before the weights move: loss and gradient norm are finite, and the loss is not exactly 0.
+At every optimizer step: loss and gradient norm are finite, and the loss is not exactly 0.
 Before every checkpoint: the weights are finite. At every log: the loss has not grown. See docs/guards.md.
 """
 
@@ -16,6 +16,7 @@ from smoltulu.tasks.stage import Diverged
 from smoltulu.tasks.trainer.even_rows import is_blank
 from smoltulu.tasks.trainer.sharded import all_finite
 from smoltulu.tasks.trainer.token_budget import CutStep
+from smoltulu.tasks.trainer.waits import HostCopy, is_on_host
 
 if TYPE_CHECKING:
     import torch
@@ -134,11 +135,21 @@ def _named(number: int, text: str) -> str:
 # --------------------------------------------------------------------------------------------------- in the training
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """An optimizer step: of each process loss, gradient norm, whether it had rows, and whether it was asked to stop."""
+
+    number: int
+    numbers: HostCopy
+    micro_batches: list[tuple[Any, torch.Tensor]]
+
+
 def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], int]) -> TrainerCallback:
     """The callback that ends a training of `trainer` with a ValueError; every process raises the same one.
 
     The trainer keeps the loss of a step and the gradient norm to itself until it logs: both are taken where they are
-    computed. Costs one device synchronisation an optimizer step. `num_warmup_steps`: of a training of so many steps.
+    computed. A GPU is not waited for: its numbers are read a step later, and before anything is logged, evaluated or
+    saved, so that nothing of a step at fault is kept. `num_warmup_steps`: of a training of so many steps.
     """
     import torch
     from accelerate.utils import gather_object
@@ -160,17 +171,22 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
         return grad_norms[-1]
 
     trainer.training_step, trainer._get_grad_norm = training_step, grad_norm
+    stop = getattr(trainer, "stop_when_asked", None)  # tasks/trainer/stop.py
 
-    def rows_where(is_wanted: Callable[[float], bool]) -> list[str]:
+    def rows_where(step: _Unread, is_wanted: Callable[[float], bool]) -> list[str]:
         """The rows of this process's micro-batches whose loss is wanted."""
         return [
             name
-            for batch, loss in micro_batches
+            for batch, loss in step.micro_batches
             if not is_blank(batch) and is_wanted(loss.item())
             for name in rows_of(batch, trainer.train_dataset, trainer.processing_class)
         ]
 
     class Guard(TrainerCallback):
+        def __init__(self) -> None:
+            #: The step whose numbers are not read yet, and its micro-batches.
+            self.unread: _Unread | None = None
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.means = LossMeans(num_warmup_steps(state.max_steps))
             for row in state.log_history:  # of the steps before a resume
@@ -178,26 +194,54 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
                     self.means.add(row["step"], row["loss"])
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.settle()
             loss = torch.stack([loss for _, loss in micro_batches]).sum()
-            norm = torch.as_tensor(grad_norms[-1], dtype=loss.dtype, device=loss.device)
-            has_rows = loss.new_tensor(not all(is_blank(batch) for batch, _ in micro_batches))
-            # Every process sees the numbers of all: if only the one with corrupt rows raised, the others would wait.
-            of_processes = trainer.accelerator.gather(torch.stack([loss, norm, has_rows])[None]).tolist()
-            # The loss of a process without rows is 0, and its gradient norm that of the others.
-            with_rows = [row for row in of_processes if row[2]]  # none: weights of 0 left them all out
-            losses, norms = [row[0] for row in with_rows], [row[1] for row in with_rows]
-            fault = fault_of_step(losses, norms, rule.zero_is_fault)
-            if fault is not None:
-                rows = gather_object(rows_where(lambda loss: is_corrupt(loss, rule.zero_is_fault)))
-                rows = rows or gather_object(rows_where(lambda loss: True))
-                raise (ValueError if fault == _ZERO else Diverged)(
-                    f"{fault} at step {state.global_step + 1:,}; the checkpoints before it are kept. {_listed(rows)}. "
-                    + _advice(fault)
+
+            def alike(value: Any) -> torch.Tensor:
+                # torch.full: a tensor of a number of the host would be copied, and waited for.
+                is_there = isinstance(value, torch.Tensor)
+                return (
+                    value.to(loss) if is_there else torch.full((), float(value), dtype=loss.dtype, device=loss.device)
                 )
+
+            has_rows = not all(is_blank(batch) for batch, _ in micro_batches)
+            own = [loss, *map(alike, (grad_norms[-1], has_rows))]
+            if stop is not None:
+                own.append(alike(stop.asked.is_set()))
+            # Every process sees the numbers of all: if only the one with corrupt rows raised, the others would wait.
+            of_processes = trainer.accelerator.gather(torch.stack(own)[None])
+            self.unread = _Unread(state.global_step + 1, HostCopy(of_processes), list(micro_batches))
             micro_batches.clear()
             grad_norms.clear()
+            if is_on_host(of_processes):
+                self.settle()
+
+        def settle(self) -> None:
+            """Read what is not read yet, and end the training where it is at fault."""
+            if self.unread is None:
+                return
+            step, of_processes, self.unread = self.unread, self.unread.numbers.tolist(), None
+            if stop is not None:
+                stop.is_agreed = stop.is_agreed or any(row[3] for row in of_processes)
+            # The loss of a process without rows is 0, and its gradient norm that of the others.
+            ranks = [rank for rank, row in enumerate(of_processes) if row[2]]  # none: weights of 0 left them all out
+            losses, norms = [of_processes[rank][0] for rank in ranks], [of_processes[rank][1] for rank in ranks]
+            fault = fault_of_step(losses, norms, rule.zero_is_fault)
+            if fault is None:
+                return
+            at_fault = [rank for rank, loss in zip(ranks, losses, strict=True) if is_corrupt(loss, rule.zero_is_fault)]
+            whose = f"Of rank {', '.join(map(str, at_fault))}. " if 0 < len(at_fault) < len(of_processes) else ""
+            rows = gather_object(rows_where(step, lambda loss: is_corrupt(loss, rule.zero_is_fault)))
+            rows = rows or gather_object(rows_where(step, lambda loss: True))
+            raise (ValueError if fault == _ZERO else Diverged)(
+                f"{fault} at step {step.number:,}; the checkpoints before it are kept. {_listed(rows)}. {whose}"
+                + _advice(fault)
+            )
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            is_last = state.global_step >= state.max_steps
+            if control.should_log or control.should_save or control.should_training_stop or is_last:
+                self.settle()
             if control.should_save and not all_finite(trainer.model, trainer.accelerator):
                 raise Diverged(
                     f"weights hold NaN or infinity after step {state.global_step:,}, though loss and gradient were "
@@ -217,7 +261,9 @@ def guard(trainer: Trainer, rule: LossRule, num_warmup_steps: Callable[[int], in
                     "learning_rate or lengthen the warm-up"
                 )
 
-    return Guard()
+    made = Guard()
+    trainer.settle_guard = made.settle
+    return made
 
 
 def _listed(rows: Sequence[str]) -> str:

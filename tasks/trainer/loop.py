@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from smoltulu.artifacts.files import remove_tree, write_atomically
 from smoltulu.artifacts.keys import LOGS_FOLDER
 from smoltulu.artifacts.layout import CHECKPOINTS
 from smoltulu.schemas.budget import accumulation_steps, rows_of_process
+from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.models import ModelOutputs
 from smoltulu.schemas.schedules import ScheduleSettings
 from smoltulu.schemas.training import GateSettings, SupervisedSettings, TrainingInputs, TrainingSettings
@@ -31,6 +30,7 @@ from smoltulu.tasks.models.folders import (
 )
 from smoltulu.tasks.models.lora import ADAPTER_FOLDER, save_adapter
 from smoltulu.tasks.models.tokens import TOKENISATION, tokenisation
+from smoltulu.tasks.process import RANK_START_S
 from smoltulu.tasks.stage import DATASETS_FOLDER, StageContext, StageStopped
 from smoltulu.tasks.trainer.arguments import FIXED
 from smoltulu.tasks.trainer.extension import keep_checkpoint, store_checkpoint
@@ -39,13 +39,15 @@ from smoltulu.tasks.trainer.guards import LossRule, guard
 from smoltulu.tasks.trainer.packed_attention import pack
 from smoltulu.tasks.trainer.schedules import learning_rate_factor
 from smoltulu.tasks.trainer.sharded import gathered, is_sharded, whole
+from smoltulu.tasks.trainer.stragglers import name_stragglers
 from smoltulu.tasks.trainer.tracking import num_tokens, numbers, require_trackers, speed_and_memory, trackers
+from smoltulu.tasks.trainer.waits import look_for_no_packed_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-    from smoltulu.tasks.trainer.checkpoint import CheckpointWriter
+    from smoltulu.tasks.trainer.checkpoint_writer import CheckpointWriter
 
 logger = logging.getLogger("smoltulu")
 HISTORY_FILE = f"{LOGS_FOLDER}/history.jsonl"
@@ -111,6 +113,7 @@ def load_model(
     check_tokenisation(inputs.dataset, tokenizer)
     set_seed(settings.seed)
     model = load(Path(inputs.model))
+    look_for_no_packed_rows(model)
     fit_embeddings(model, tokenizer)
     stop_ids(model, tokenizer)
     if not dropout:
@@ -146,8 +149,14 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
         "bf16": use_bfloat16(settings.precision, compute),
         "use_cpu": device_of(compute) == "cpu",
         "activation_checkpointing": compute.activation_checkpointing,
-        "dataloader_num_workers": compute.dataloader_num_workers,
+        "dataloader_num_workers": num_workers(compute),
         "dataloader_pin_memory": device_of(compute) == "cuda",
+        # From pinned memory, and not waited for (tasks/trainer/waits.py).
+        "accelerator_config": FIXED["accelerator_config"] | {"non_blocking": device_of(compute) == "cuda"},
+        # A model's buffers are tables that never change; each forward pass would begin with their exchange.
+        "ddp_broadcast_buffers": False,
+        # Longer than that of tasks/engine/pulse.py, which says whose fault it is.
+        "ddp_timeout": int(60 * compute.rank_timeout_minutes + RANK_START_S + 60),
         "logging_steps": compute.logging_steps,
         "logging_nan_inf_filter": False,  # the filter would hide a NaN loss
         "save_strategy": "steps",
@@ -158,6 +167,13 @@ def trainer_arguments(settings: TrainingSettings, context: StageContext) -> dict
         "push_to_hub": False,
         "trust_remote_code": False,
     }
+
+
+def num_workers(compute: ComputeSettings) -> int:
+    """Processes that make batches ahead of the training."""
+    if compute.dataloader_num_workers is not None:
+        return compute.dataloader_num_workers
+    return 1 if device_of(compute) == "cuda" else 0
 
 
 def prepare_torch(context: StageContext) -> None:
@@ -173,7 +189,9 @@ def prepare_torch(context: StageContext) -> None:
         torch.set_num_threads(context.compute.num_threads)
     if device_of(context.compute) == "cuda":
         # Not compute.num_processes: a stage that is no training has one process, whatever that says.
-        _check_num_gpus(torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", "1")))
+        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        _check_num_gpus(torch.cuda.device_count(), num_ranks)
+        _check_same_gpus([torch.cuda.get_device_name(number) for number in range(num_ranks)])
     # pytorch#196678 (found by trl#7181): NaN gradients with a mask, since 2.11 on; seen on an H200 with 2.11. Off from
     # that version on, until one is known to be fixed.
     if torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
@@ -196,11 +214,18 @@ def _check_num_gpus(num_gpus: int, num_processes: int) -> None:
         )
 
 
-def callbacks(context: StageContext, cycle: int, writer: CheckpointWriter) -> list[TrainerCallback]:
-    """Progress, history, trackers, writing of checkpoints and stopping when asked, as callbacks.
+def _check_same_gpus(names: Sequence[str]) -> None:
+    """ValueError where ranks would train on different cards: all wait for the slowest, and the smallest runs out."""
+    if len(set(names)) > 1:
+        cards = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
+        raise ValueError(
+            f"compute.num_processes is {len(names)}, and their GPUs are not alike ({cards}); set CUDA_VISIBLE_DEVICES "
+            "to GPUs of one kind, and compute.num_processes to their number"
+        )
 
-    `cycle`: optimizer steps between two points at which a checkpoint is enough to resume from.
-    """
+
+def callbacks(context: StageContext, writer: CheckpointWriter) -> list[TrainerCallback]:
+    """Progress, history, trackers and writing of checkpoints, as callbacks."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -247,6 +272,12 @@ def callbacks(context: StageContext, cycle: int, writer: CheckpointWriter) -> li
             if score is not None:
                 self.logged.append(float(score))
 
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            writer.begin_training()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            writer.before_update()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             writer.check()
 
@@ -255,30 +286,10 @@ def callbacks(context: StageContext, cycle: int, writer: CheckpointWriter) -> li
             writer.write(Path(args.output_dir) / f"checkpoint-{state.global_step}", score)
             self.logged.clear()
 
-    class StopWhenAsked(TrainerCallback):
-        """On SIGTERM: a checkpoint at the next step that allows one, then the end of training."""
-
-        def __init__(self) -> None:
-            self.asked = threading.Event()
-            self.before: Any = None
-            # Several ranks could stop at different steps and wait for each other forever, so they just end.
-            alone = context.compute.num_processes == 1
-            if alone and threading.current_thread() is threading.main_thread():
-                self.before = signal.signal(signal.SIGTERM, lambda *_: self.asked.set())
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.before is not None:
-                signal.signal(signal.SIGTERM, self.before)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.asked.is_set() and state.global_step % cycle == 0 and state.global_step < state.max_steps:
-                control.should_save = control.should_training_stop = True
-
     return [
+        WriteCheckpoint(),  # first: a step counts as done once it has been looked whether the last checkpoint is
         Progress(),
         trackers(context.compute.report_to, context.folder, context.work),
-        WriteCheckpoint(),
-        StopWhenAsked(),
     ]
 
 
@@ -293,20 +304,24 @@ def train(
 ) -> int:
     """Train from the newest complete checkpoint, or from the start. Returns the number of optimizer steps in all.
 
-    Copies the history of logged metrics into the artifact. A `schedule` replaces the trainer's own. `cycle`: see
-    `callbacks`. `keeps_for_extension`: whether a longer training could go on from here. `own_guard`: a callback of the
-    stage that may end the training, once a step is in the history. ValueError where the schedule does not fit into the
-    number of steps, or where a guard (`tasks.trainer.guards`) ends the training.
+    Copies the history of logged metrics into the artifact. A `schedule` replaces the trainer's own. `cycle`: optimizer
+    steps between two points at which a checkpoint is enough to resume from. `keeps_for_extension`: whether a longer
+    training could go on from here. `own_guard`: a callback of the stage that may end the training, once a step is in
+    the history. ValueError where the schedule does not fit into the number of steps, or where a guard
+    (`tasks.trainer.guards`) ends the training.
     """
     # Here, because they import torch.
-    from smoltulu.tasks.trainer.checkpoint import CheckpointWriter
+    from smoltulu.tasks.trainer.checkpoint_writer import CheckpointWriter
     from smoltulu.tasks.trainer.dropout import by_rows
+    from smoltulu.tasks.trainer.stop import StopWhenAsked
 
     trainer.add_callback(by_rows(trainer))
     writer = CheckpointWriter(trainer, context.compute.save_total_limit)
     writer.attach()
-    for callback in callbacks(context, cycle, writer):
-        trainer.add_callback(callback)
+    stop = StopWhenAsked(trainer, cycle)
+    for callback in (*callbacks(context, writer), stop, name_stragglers(trainer)):
+        if callback is not None:
+            trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         # A resume uses the tokenised rows again; the runner drops files that changed since they were written.
         mark_complete(context.work / DATASETS_FOLDER)
@@ -336,10 +351,12 @@ def train(
         trainer._run_epoch = lambda **kwargs: None
     try:
         trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
+        writer.end()
     except BaseException:
         writer.abandon()
         raise
-    writer.wait()
+    finally:
+        stop.end()
     if trainer.state.global_step < trainer.state.max_steps:
         raise StageStopped(f"stopped as asked at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}")
     if trainer.is_world_process_zero():

@@ -14,6 +14,8 @@ from inspect import signature
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from smoltulu.tasks.trainer.waits import put
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -219,7 +221,6 @@ def groups_of(lengths: Sequence[int]) -> list[list[int]]:
 @lru_cache(maxsize=4)
 def _grouped(segments: Segments, device: torch.device) -> _Grouped:
     """Computed once a batch, not once a layer."""
-    import torch
 
     shapes: list[tuple[int, int]] = []
     order: list[int] = []
@@ -235,7 +236,7 @@ def _grouped(segments: Segments, device: torch.device) -> _Grouped:
             # even a NaN goes from one row to another.
             keys = part.key_indices()
             order += keys + keys[-1:] * (longest - len(keys))
-    return _Grouped(shapes, torch.tensor(order, device=device), torch.tensor(back, device=device))
+    return _Grouped(shapes, put(order, device), put(back, device))
 
 
 def _by_sdpa(
@@ -287,14 +288,14 @@ def _varlen(segments: Segments, device: torch.device) -> _Varlen:
     keys = [token for part in segments.parts for token in part.key_indices()]
 
     def cumulated(numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(list(accumulate(numbers, initial=0)), dtype=torch.int32, device=device)
+        return put(list(accumulate(numbers, initial=0)), device, torch.int32)
 
     return _Varlen(
         cumulated(num_queries),
         cumulated(num_keys),
         max(num_queries),
         max(num_keys),
-        None if num_keys == num_queries else torch.tensor(keys, device=device),
+        None if num_keys == num_queries else put(keys, device),
     )
 
 

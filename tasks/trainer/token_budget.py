@@ -18,11 +18,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.process import is_out_of_memory
 from smoltulu.tasks.trainer.even_rows import BlankCollator, blank_row, is_blank
+from smoltulu.tasks.trainer.waits import of_all_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -180,16 +182,17 @@ def cut_by_tokens(trainer: Trainer, compute: ComputeSettings) -> None:
         finally:
             trainer.data_collator = single
 
+    @cache
+    def blank() -> Batch:
+        made: Batch = send_to_device(
+            BlankCollator(trainer.data_collator, blank_row(dataset[0]))([]), accelerator.device
+        )
+        return made
+
     def with_blanks(batches: list[Batch]) -> list[Batch]:
         """As many micro-batches as the process with most has."""
-        import torch
-
-        if accelerator.num_processes == 1:
-            return batches
-        counts = accelerator.gather(torch.tensor([len(batches)], device=accelerator.device))
-        blank = BlankCollator(trainer.data_collator, blank_row(dataset[0]))
-        blanks = [blank([]) for _ in range(int(counts.max()) - len(batches))]
-        return batches + send_to_device(blanks, accelerator.device)
+        most = max(int(count) for (count,) in of_all_ranks(trainer, [len(batches)]))
+        return batches + [dict(blank()) for _ in range(most - len(batches))]
 
     def get_batch_samples(epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[CutStep], Any]:
         assert num_batches <= 1, num_batches

@@ -24,6 +24,7 @@ from smoltulu.tasks.models.folders import check_model_folder, fit_embeddings, st
 from smoltulu.tasks.models.sizes import weight_files
 from smoltulu.tasks.trainer.schedules import learning_rate_factor
 from smoltulu.tasks.trainer.sharded import all_finite
+from smoltulu.tasks.trainer.waits import look_for_no_packed_rows
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,6 +72,7 @@ def prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreT
     stop_ids(model, tokenizer)
     switch_dropout_off(model)
     keep_in_float32(model.score)
+    look_for_no_packed_rows(model)
     return model
 
 

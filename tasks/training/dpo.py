@@ -23,6 +23,7 @@ from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.sharded import shard_trainer
 from smoltulu.tasks.trainer.token_budget import cut_by_tokens
+from smoltulu.tasks.trainer.waits import sums_over_ranks
 from smoltulu.tasks.training.reference_logps import run_reference_logps
 from smoltulu.tasks.training.watched import finish_watched, watch_losses
 
@@ -64,8 +65,7 @@ def _trainer_class() -> type:
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
             of_pairs = [batch for batch in batches if not is_blank(batch)]
             counts = [sum(len(batch["row"]) for batch in of_pairs), sum(batch["num_tokens"] for batch in of_pairs)]
-            if self.accelerator.num_processes > 1:
-                counts = self.accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist()
+            counts = sums_over_ranks(self, counts)
             self._total_train_tokens += counts[1]
             return batches, counts[0]
 

@@ -21,7 +21,7 @@ from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import load_model, prepare_torch, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.rollout_guards import rollout_guards
-from smoltulu.tasks.trainer.sharded import gathered, shard, shard_trainer
+from smoltulu.tasks.trainer.sharded import shard, shard_trainer
 from smoltulu.tasks.trainer.signal import METRIC, Rollout, SignalWatch, without_signal
 from smoltulu.tasks.training.model_score import AddsScore, adding_score_of, check_reward_model, load_scored_by
 from smoltulu.tasks.training.prompts import ids_of_prompts, load_prompts, with_tools
@@ -123,9 +123,7 @@ def _rollout_trainer(trainer_of_trl: type) -> type:
                 Request(ids, step // _cycle(self.settings), row, (first + place) % self.num_generations)
                 for place, (ids, row) in enumerate(zip(prompt_ids, self._asked, strict=True))
             ]
-            # Processes write different numbers of tokens.
-            with gathered(self.model):
-                written = self.backend(requests)
+            written = self.backend(requests)
             ids = [one.ids for one in written]
             return (ids, [one.logps for one in written]) if self.gives_logps else ids
 
@@ -333,7 +331,7 @@ def _assembled(
     from trl import RLOOTrainer
 
     if not is_dry_run:
-        check_engine(config, inputs, context)
+        check_engine(config, Path(inputs.model), context.compute)
     model, tokenizer = load_model(config, inputs, packing=False)
     # The preflight left out prompts that are longer than max_prompt_length.
     rows = load_prompts(inputs.dataset, context)

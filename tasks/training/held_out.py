@@ -27,7 +27,6 @@ from smoltulu.tasks.generation.interface import HELD_OUT_TOKENS, Request
 from smoltulu.tasks.models.tokens import prompt_ids
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.best_weights import BestWeights
-from smoltulu.tasks.trainer.sharded import gathered
 from smoltulu.tasks.training.held_out_record import Evaluation, Record, falls, graded, metrics_of, share_right
 from smoltulu.tasks.training.held_out_rows import HeldOutRow, Split
 from smoltulu.tasks.training.rewards import Answer, scores_of
@@ -106,6 +105,8 @@ class HeldOut(TrainerCallback):
 
     def _evaluate(self, state: Any, control: Any) -> None:
         """All processes answer a part each, and all know the result."""
+        if (settle := getattr(self.trainer, "settle_guard", None)) is not None:
+            settle()  # a step at fault is told as such
         made = self._answer(state.global_step)
         if not graded(made.prompts):
             raise ValueError(
@@ -127,8 +128,7 @@ class HeldOut(TrainerCallback):
         num_samples = self.settings.num_samples
         requests = [Request(ids, 0, one.number, sample) for one, ids in mine for sample in range(num_samples)]
         asked = [one for one, _ in mine for _ in range(num_samples)]
-        with gathered(self.best.models["policy"]):
-            written = self.backend(requests)
+        written = self.backend(requests)
         answers = [
             Answer(one.row["verifier"], one.row["ground_truth"], self._text(rollout), rollout.stopped, "held out")
             for one, rollout in zip(asked, written, strict=True)

@@ -182,6 +182,8 @@ class HeldOutLosses(TrainerCallback):
 
     def _evaluate(self, state: Any, control: Any) -> None:
         """Each process computes a part, and all know the result."""
+        if (settle := getattr(self.trainer, "settle_guard", None)) is not None:
+            settle()  # a step at fault is told as such
         began = time.monotonic()
         rows = self._row_losses()
         self.trainer.seconds_held_out += time.monotonic() - began

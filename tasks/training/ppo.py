@@ -21,6 +21,7 @@ from smoltulu.tasks.models.folders import (
 )
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.fused_head import give_fused_head
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import (
     finish,
@@ -65,7 +66,7 @@ def build(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> PPO
     config.check_num_rows(len(rows))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     # Refused before any weights are loaded.
-    check_engine(config, inputs, context)
+    check_engine(config, Path(inputs.model), context.compute)
     check_reward_model(config, inputs, tokenizer)
     critic = load_critic(config, inputs, tokenizer)
     return _assembled(config, inputs, context, rows, critic, load_scored_by(config, inputs, tokenizer))
@@ -112,12 +113,11 @@ def _assembled(
     is_dry_run: bool = False,
 ) -> PPOTrainer:
     from transformers import TrainingArguments
-    from trl.trainer.utils import add_fused_lm_head
 
     from smoltulu.tasks.training.ppo_trainer import PPOTrainer
 
     def fused(model: PreTrainedModel) -> PreTrainedModel:
-        add_fused_lm_head(model, temperature=config.temperature, outputs=("log_probs", "entropy"))
+        give_fused_head(model, temperature=config.temperature, outputs=("log_probs", "entropy"))
         return model
 
     policy, tokenizer = load_model(config, inputs, packing=False, dropout=False)

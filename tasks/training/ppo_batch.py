@@ -1,9 +1,9 @@
 """Episodes of PPO as batches, and what policy and critic say of each response token.
 
-A batch is padded on the right: prompt, response, padding. Position t predicts token t + 1, so the log-probability of a
-response token, and the value before it, are read one place to the left of it. `shift_labels` marks these places. What
-comes out is flat, (N,): the N marked tokens, episode by episode. Prompts, padding and what follows an eos are in none
-of it, so no gradient can reach them.
+A batch is padded on the right: prompt, response, padding; no token sees those after it. Position t predicts token
+t + 1: there the log-probability of a response token, and the value before it, are read. `shift_labels` marks these
+places. What comes out is flat, (N,): the N marked tokens, episode by episode. Prompts, padding and what follows an eos
+are in none of it, so no gradient can reach them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from smoltulu.tasks.models.batches import longest_first
 from smoltulu.tasks.models.classifiers import scores_of_tokens
 from smoltulu.tasks.models.tokens import IGNORED, Messages
+from smoltulu.tasks.trainer.waits import PLACES, places_of, put
 from smoltulu.tasks.training.rewards import VERDICTS, Score
 from smoltulu.tasks.training.rollout_log import sample
 
@@ -56,7 +57,7 @@ def num_trained(episode: Episode) -> int:
 
 
 def collate(episodes: Sequence[Episode], pad_token_id: int, device: torch.device) -> Batch:
-    """{"input_ids", "attention_mask", "shift_labels"}, each (episodes, tokens of the longest)."""
+    """{"input_ids", "attention_mask", "shift_labels"}, each (episodes, tokens of the longest); `places`."""
     longest = max(len(episode["prompt_ids"]) + len(episode["ids"]) for episode in episodes)
     shape = (len(episodes), longest)
     ids, mask = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.long)
@@ -67,29 +68,35 @@ def collate(episodes: Sequence[Episode], pad_token_id: int, device: torch.device
         mask[place, :end] = 1
         if num_trained(episode):
             labels[place, start - 1 : end - 1] = ids[place, start:end]
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "shift_labels": labels.to(device)}
+    batch = {"input_ids": ids, "attention_mask": mask, "shift_labels": labels, PLACES: places_of(labels)}
+    return {name: put(tensor, device) for name, tensor in batch.items()}
 
 
 def flat(episodes: Sequence[Episode], name: str, device: torch.device) -> torch.Tensor:
     """A value of every trained token, (N,), in the order of `token_logps`."""
     parts: list[Any] = [torch.as_tensor(episode[name]) for episode in episodes if num_trained(episode)]  # type: ignore[literal-required]
-    return (torch.cat(parts) if parts else torch.zeros(0)).float().to(device)
+    return put((torch.cat(parts) if parts else torch.zeros(0)).float(), device)
 
 
 def token_logps(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each marked token and the entropy of its distribution, both (N,), at the temperature.
 
-    `model` has TRL's fused head, which divides the logits by the temperature and never holds those of a batch.
+    `model` has the head of tasks/trainer/fused_head.py at that temperature, which never holds the logits of a batch.
     """
-    made = model(**batch, use_cache=False, fused_lm_head=True)
-    marked = batch["shift_labels"] != IGNORED
-    return made.log_probs[marked], made.entropy[marked]
+    arguments = {name: batch[name] for name in ("input_ids", "shift_labels", PLACES)}
+    made = model(**arguments, use_cache=False, fused_lm_head=True)
+    return _at_places(made.log_probs, batch), _at_places(made.entropy, batch)
 
 
 def token_values(critic: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Value before each marked token, (N,): the score head at the place that predicts the token."""
-    values: torch.Tensor = _scores(critic, batch)[batch["shift_labels"] != IGNORED]
+    values: torch.Tensor = _at_places(_scores(critic, batch), batch)
     return values
+
+
+def _at_places(of_tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """(episodes, T, ...) -> (N, ...): of the marked tokens."""
+    return of_tokens.flatten(0, 1).index_select(0, batch[PLACES])
 
 
 def last_scores(reward_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -101,8 +108,7 @@ def last_scores(reward_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 def _scores(classifier: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """(episodes, T)"""
-    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return scores_of_tokens(classifier, classifier.score, given)[..., 0]
+    return scores_of_tokens(classifier, classifier.score, {"input_ids": batch["input_ids"]})[..., 0]
 
 
 def by_episode(

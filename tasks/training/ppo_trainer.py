@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -65,6 +66,9 @@ class PPOTrainer(Trainer):
     backend    writes rollouts with the policy as it is; set when the trainer is there (rollout_engine.py)
     """
 
+    #: Methods whose time is that of this rank alone (tasks/trainer/stragglers.py).
+    meets_no_other_rank = ("_generate", "training_step")
+
     def __init__(
         self,
         *args: Any,
@@ -86,8 +90,8 @@ class PPOTrainer(Trainer):
             model.to(self.args.device)
         #: Name -> sum over the tokens that this process trained on since the last log, and their number.
         self._of_tokens: dict[str, torch.Tensor] = {}
-        #: Name -> values of the steps since the last log, the same on all processes.
-        self._of_steps: dict[str, list[float]] = {}
+        #: Name -> values of the steps since the last log, the same on all processes; some still on the device.
+        self._of_steps: dict[str, list[float | torch.Tensor]] = {}
         self._of_rollouts: dict[str, float] = {}
         self._signal = SignalWatch.of(settings.signal_limit, None)
 
@@ -211,10 +215,7 @@ class PPOTrainer(Trainer):
 
     def _generate(self, batch: int, episodes: list[Episode]) -> None:
         requests = [Request(one["prompt_ids"], batch, one["row"], one["sample"]) for one in episodes]
-        # Processes write different numbers of tokens.
-        with gathered(self.model):
-            rollouts = self.backend(requests)
-        for episode, rollout in zip(episodes, rollouts, strict=True):
+        for episode, rollout in zip(episodes, self.backend(requests), strict=True):
             text = rollout.ids[:-1] if rollout.stopped else rollout.ids
             episode["ids"], episode["stopped"], episode["sampled_logps"] = rollout.ids, rollout.stopped, rollout.logps
             episode["text"] = self.processing_class.decode(text, skip_special_tokens=True)
@@ -292,12 +293,12 @@ class PPOTrainer(Trainer):
         mine = sorted(self._own_part(minibatch), key=lambda one: -len(one["prompt_ids"]) - len(one["ids"]))
         for start in range(0, len(mine), size):
             self._tr_loss += self.training_step(self.model, mine[start : start + size], num_trained_tokens)
-        grad_norm = torch.zeros(()) if policy_waits else self._clipped_norm(self.model)
+        grad_norm = torch.zeros((), device=self.args.device) if policy_waits else self._clipped_norm(self.model)
         critic_norm = self._clipped_norm(self.critic.model)
         # The guard looks at this number: a sum is finite only where both are.
         self._get_grad_norm(self.model, grad_norm.to(critic_norm.device) + critic_norm)
         self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
-        rates = {"critic/learning_rate": self.critic.rate, "critic/grad_norm": critic_norm.item()}
+        rates = {"critic/learning_rate": self.critic.rate, "critic/grad_norm": critic_norm}
         rate = 0.0 if policy_waits else self._get_learning_rate()
         if not policy_waits:
             self.optimizer.step()
@@ -334,7 +335,8 @@ class PPOTrainer(Trainer):
             weights, of_sampler = importance_weights(
                 old, flat(inputs, "sampled_logps", device), settings.importance_sampling_cap
             )
-            loss = (losses * weights).sum() / num_items_in_batch
+            losses = losses * weights
+            loss = losses.sum() / num_items_in_batch
             (loss * times).backward()
             total += loss.detach()
             ratio_logs = logps.detach() - old
@@ -363,13 +365,14 @@ class PPOTrainer(Trainer):
                     own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     parameter.grad = self.accelerator.reduce(own, "sum")
         norm: torch.Tensor = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        return norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     # -------------------------------------------------------------------------------------------------------- the logs
 
     def _note(self, values: dict[str, torch.Tensor]) -> None:
         for name, of_tokens in values.items():
-            sums = torch.stack([of_tokens.double().sum(), of_tokens.new_tensor(len(of_tokens), dtype=torch.float64)])
+            count = torch.full((), len(of_tokens), dtype=torch.float64, device=of_tokens.device)
+            sums = torch.stack([of_tokens.double().sum(), count])
             self._of_tokens[name] = self._of_tokens.get(name, 0) + sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -380,7 +383,7 @@ class PPOTrainer(Trainer):
                 total, count = self.accelerator.reduce(sums, "sum").tolist()
                 logs[name] = total / max(count, 1)
             for name, of_steps in self._of_steps.items():
-                logs[name] = math.fsum(of_steps) / len(of_steps)
+                logs[name] = math.fsum(map(float, of_steps)) / len(of_steps)
             self._of_tokens.clear()
             self._of_steps.clear()
         super().log(logs, start_time)

@@ -16,20 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from smoltulu.tasks.models.tokens import IGNORED
+from smoltulu.tasks.trainer.fused_head import give_fused_head
 from smoltulu.tasks.trainer.packed_attention import segments_of_pairs
+from smoltulu.tasks.trainer.waits import PLACES, places_of
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+__all__ = ["COLUMNS", "REFERENCE_COLUMNS", "PairCollator", "completion_logps", "give_fused_head"]
 
 COLUMNS = ("row", "prompt_ids", "prompt_mask", "chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask")
 REFERENCE_COLUMNS = ("reference_chosen", "reference_rejected")
-#: What of a batch goes into the model.
-_MODEL_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "segments", "shift_labels")
+#: What of a batch goes into the model; of padding on the right it needs no mask (tasks/trainer/waits.py).
+_MODEL_ARGUMENTS = ("input_ids", "position_ids", "segments", "shift_labels", PLACES)
 
 Pair = dict[str, Any]
 Batch = dict[str, Any]
@@ -41,6 +42,7 @@ class PairCollator:
 
     The batch, padded or packed:
         input_ids, shift_labels     (2B, T) or (1, T): tokens; what each position predicts, or -100
+        places                      of the labels, see tasks/trainer/waits.py
         attention_mask              (2B, T), padded only
         position_ids, segments      (1, T) and who attends to whom, packed only
         pieces                      3B lengths, packed only: of each pair prompt, chosen, rejected
@@ -55,6 +57,7 @@ class PairCollator:
 
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
         batch = packed(pairs) if self.packing else padded(pairs, self.pad_token_id)
+        batch[PLACES] = places_of(batch["shift_labels"])
         for side in ("chosen", "rejected"):
             counted = [sum(pair["prompt_mask"][1:]) + sum(pair[f"{side}_mask"]) for pair in pairs]
             batch[f"num_{side}"] = torch.tensor(counted)
@@ -113,7 +116,7 @@ def packed(pairs: Sequence[Pair]) -> Batch:
 def completion_logps(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed log-probabilities of the tokens that count, of the chosen and of the rejected sides: (B,) each.
 
-    `model` has TRL's fused head (`trl.trainer.utils.add_fused_lm_head`), which never holds the logits of a batch.
+    `model` has the head of tasks/trainer/fused_head.py, which never holds the logits of a batch.
     """
     arguments = {name: batch[name] for name in _MODEL_ARGUMENTS if name in batch}
     logps = model(**arguments, use_cache=False, fused_lm_head=True).log_probs
@@ -135,17 +138,3 @@ def _side(pair: Pair, side: str) -> tuple[list[int], list[int]]:
     ids = pair["prompt_ids"] + pair[f"{side}_ids"]
     mask = pair["prompt_mask"] + pair[f"{side}_mask"]
     return ids[:-1], [token if counts else IGNORED for token, counts in zip(ids[1:], mask[1:], strict=True)]
-
-
-def give_fused_head(model: PreTrainedModel) -> None:
-    """Give a causal language model the head that `completion_logps` calls."""
-    try:
-        from trl.trainer.utils import add_fused_lm_head
-    except ImportError as error:
-        import trl
-
-        raise RuntimeError(
-            f"trl {trl.__version__} has no add_fused_lm_head in trl.trainer.utils, which DPO computes "
-            "log-probabilities with; install the version of constraints.txt"
-        ) from error
-    add_fused_lm_head(model)

@@ -49,7 +49,7 @@ def run_reference_logps(
 
     from smoltulu.tasks.training.preference_batch import COLUMNS
 
-    # Under torchrun with N processes, each takes every N-th shard.
+    # Of N processes each takes every N-th shard.
     processes = PartialState(cpu=device_of(context.compute) == "cpu")
     with processes.main_process_first():
         rows = load_rows(inputs.dataset, context, list(COLUMNS))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoltulu.schemas.compute import GenerationCompute
+from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.rlvr import PPOSettings, RLVRSettings
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.generation.engines import CopyEngine, TransformersEngine
@@ -18,9 +18,11 @@ from smoltulu.tasks.generation.vllm_engine import check_vllm, vllm_engine
 from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model
 from smoltulu.tasks.models.tokens import stop_token_ids
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.sharded import gathered
 from smoltulu.tasks.training.prompts import ids_of_prompts
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Trainer
 
 logger = logging.getLogger("smoltulu")
@@ -28,47 +30,55 @@ logger = logging.getLogger("smoltulu")
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes after prompts: `Backend` of tasks/training/rollouts.py."""
+    """Writes after prompts: `Backend` of tasks/training/rollouts.py.
+
+    policy  whose weights are fetched, where it is sharded. Then all processes must call this, whatever they ask for
+    """
 
     engine: Engine
     sampling: Sampling
+    policy: torch.nn.Module | None = None
 
     def __call__(self, requests: Sequence[Request]) -> list[Written]:
-        return self.engine.generate(requests, self.sampling)
+        with gathered(self.policy):
+            return self.engine.generate(requests, self.sampling)
 
     def for_purpose(self, purpose: int) -> Writer:
         """The same with random numbers of their own."""
         return replace(self, sampling=replace(self.sampling, purpose=purpose))
 
 
-def check_engine(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -> None:
-    """Before any weights are loaded. ValueError where this machine cannot run the engine; warns of what is ignored."""
-    placed, given = context.compute.generation, context.compute.generation.model_fields_set
+def check_engine(config: RLVRSettings, model: Path, compute: ComputeSettings) -> None:
+    """Before any weights are loaded. ValueError where this machine cannot run the engine; warns of what is ignored.
+
+    model: folder of one of the policy's size.
+    """
     if config.engine == "vllm":
         longest = config.max_prompt_length + config.max_completion_length
-        check_vllm(Path(inputs.model), placed, device_of(context.compute), longest)
+        check_vllm(model, compute, device_of(compute), longest)
         if getattr(config, "importance_sampling_cap", None) is None:
             logger.warning(
                 "engine vllm rounds otherwise than the update, and nothing corrects it: set "
                 "rlvr.importance_sampling_cap (2, with algorithm grpo or ppo)"
             )
     else:
-        check_device(placed.device)
-    ignored = given & ({"device"} if config.engine == "vllm" else set(GenerationCompute.model_fields) - {"device"})
+        check_device(compute.generation_device)
+    of_vllm = {name for name in compute.model_fields_set if name.startswith("vllm_")}
+    ignored = of_vllm if config.engine != "vllm" else compute.model_fields_set & {"generation_device"}
     for name in sorted(ignored):
-        logger.warning("compute.generation.%s says nothing to engine %s, and is ignored", name, config.engine)
+        logger.warning("compute.%s says nothing to rlvr.engine %s, and is ignored", name, config.engine)
 
 
 def check_device(device: str | None) -> None:
     """ValueError where this machine has no such device."""
-    import torch
-
     if device is None or device == "cpu":
         return
+    import torch
+
     number, there = int(device.partition(":")[2] or 0), torch.cuda.device_count()
     if number >= there:
         raise ValueError(
-            f"compute.generation.device is {device}, and torch finds {there} CUDA device{'s' * (there != 1)} here; "
+            f"compute.generation_device is {device}, and torch finds {there} CUDA device{'s' * (there != 1)} here; "
             "name one that is there, or leave it out: the policy then writes itself"
         )
 
@@ -90,22 +100,23 @@ def writer_of(trainer: Trainer, config: RLVRSettings, inputs: TrainingInputs, co
         "around": accelerator.autocast,
     }
     itself = TransformersEngine(policy, **options)
-    placed = context.compute.generation
-    if config.engine == "transformers" and placed.device is None:
-        return Writer(itself, sampling)
+    compute = context.compute
+    if config.engine == "transformers" and compute.generation_device is None:
+        return Writer(itself, sampling, policy)
     own: Engine
     if config.engine == "vllm":
         longest = config.max_prompt_length + config.max_completion_length
-        own = vllm_engine(Path(inputs.model), placed, accelerator, longest)
+        own = vllm_engine(Path(inputs.model), compute, accelerator, longest)
     else:
         copy = load_language_model(Path(inputs.model))
         fit_embeddings(copy, tokenizer)
-        own = CopyEngine(copy.to(placed.device).eval().requires_grad_(False), **options)
-    [probe] = ids_of_prompts(tokenizer, [trainer.train_dataset[0]["prompt"]])  # type: ignore[index]
+        own = CopyEngine(copy.to(compute.generation_device).eval().requires_grad_(False), **options)
+    [probe] = ids_of_prompts(tokenizer, [trainer.train_dataset[0]["prompt"]])
     is_rounded = trainer.args.bf16 or config.engine == "vllm"
     tolerance = TOLERANCE["bfloat16" if is_rounded else "float32"]
-    fresh = FreshEngine(own, itself, probe, tolerance=tolerance)
-    return Writer(fresh, sampling)
+    with gathered(policy):
+        fresh = FreshEngine(own, itself, probe, tolerance=tolerance)
+    return Writer(fresh, sampling, policy)
 
 
 def num_at_once(config: RLVRSettings, num_processes: int) -> int:

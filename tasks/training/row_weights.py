@@ -201,30 +201,17 @@ def normalise(batches: Sequence[dict[str, Any]], accelerator: Accelerator) -> to
     return count
 
 
-def weighted(model: Any, weights: torch.Tensor) -> Callable[..., Any]:
-    """The model with TRL's fused head, its log-probabilities (B, T - 1) times the weights (B, T) of the labels.
-
-    TRL's loss is their negative sum over the number of supervised tokens; its metrics are of other outputs.
-    """
-
-    def call(**batch: Any) -> Any:
-        outputs = model(**batch)
-        outputs.log_probs = outputs.log_probs * weights[:, 1:]
-        return outputs
-
-    return call
-
-
 def pass_over_steps_without_weight(trainer: Trainer) -> TrainerCallback:
     """A callback: where no token of an optimizer step has a weight, no parameter has a gradient, so none moves.
 
-    With gradients of 0, Adam would still move on by its momentum and decay. `trainer.num_weighted_tokens`: of the step.
+    With gradients of 0, Adam would still move on by its momentum and decay. `trainer.num_weighted_tokens`: of the step,
+    an int: a number on the device would have to be waited for.
     """
     from transformers import TrainerCallback
 
     class PassOver(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if trainer.num_weighted_tokens.item() == 0:
+            if trainer.num_weighted_tokens == 0:
                 trainer.model.zero_grad(set_to_none=True)
                 logger.warning("step %s: every weight is 0, so it moves nothing", f"{state.global_step + 1:,}")
 

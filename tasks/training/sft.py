@@ -19,19 +19,19 @@ from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import IGNORED
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.arguments import config_of
-from smoltulu.tasks.trainer.even_rows import BLANK, even_out, is_blank
+from smoltulu.tasks.trainer.even_rows import even_out, is_blank
+from smoltulu.tasks.trainer.fused_head import take_places
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
-from smoltulu.tasks.trainer.means import weigh
 from smoltulu.tasks.trainer.packed_attention import segments_of_lengths
 from smoltulu.tasks.trainer.sharded import shard_trainer
 from smoltulu.tasks.trainer.token_budget import cut_by_tokens
+from smoltulu.tasks.trainer.waits import PLACES, places_of, sums_over_ranks
 from smoltulu.tasks.training.row_weights import (
     WEIGHTS,
     WeightedCollator,
     normalise,
     pass_over_steps_without_weight,
-    weighted,
     with_weights,
 )
 from smoltulu.tasks.training.watched import finish_watched, watch_losses
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from smoltulu.tasks.training.held_out_loss import RowLoss
 
 COLUMNS = ("row", "input_ids", "labels")
+#: What of a batch goes into the model; of padding on the right it needs no mask (tasks/trainer/waits.py).
+_MODEL_ARGUMENTS = ("input_ids", "position_ids", "segments", PLACES)
 
 
 def collate_packed(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
@@ -62,57 +64,96 @@ def collate_packed(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RowCollator:
-    """A collator whose batches also name their rows: `row` (B,), by number in the rows that the preflight read."""
+    """A collator whose batches also have:
+
+    row         (B,) numbers of the rows, among those that the preflight read
+    places      of the tokens that predict a supervised one, see tasks/trainer/waits.py
+    num_tokens  an int, without padding
+    """
 
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        return {**self.collate(rows), "row": torch.tensor([row["row"] for row in rows])}
+        batch = self.collate(rows)
+        shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        more = {"row": torch.tensor([row["row"] for row in rows]), PLACES: places_of(shifted)}
+        return {**batch, **more, "num_tokens": sum(len(row["input_ids"]) for row in rows)}
 
 
 def _trainer_class() -> type:
-    """TRL's trainer, which also takes blank batches (tasks/trainer/even_rows.py), numbers of rows, and weights.
+    """TRL's trainer with its loss and metrics, neither of which waits for the device (tasks/trainer/waits.py).
 
-    Without a supervised token blank ones add nothing to its sums; only their tokens must not be counted.
+    TRL's own reads five numbers of every micro-batch, and exchanges four among the processes. Here they are summed
+    where they are, and read when they are logged: means over all supervised tokens since the last log, of all
+    processes. Takes blank batches (tasks/trainer/even_rows.py), numbers of rows, and weights too.
     """
     import torch
+    from accelerate.utils import is_peft_model
     from trl import SFTTrainer
 
     class EvenSFTTrainer(SFTTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            #: Supervised tokens of each micro-batch since the last log.
-            self._num_supervised: list[torch.Tensor] = []
+            take_places(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+            #: Since the last log, on the device: supervised tokens, entropy, right tokens; with experts their loss too.
+            self._sums: Any = 0
+
+        def _get_num_items_in_batch(self, batches: list[Any], device: Any) -> int | None:
+            """Supervised tokens of an optimizer step, of all processes."""
+            if not batches:
+                return None
+            counts = [[len(batch[PLACES]), 0 if is_blank(batch) else batch["num_tokens"]] for batch in batches]
+            num_supervised, num_tokens = sums_over_ranks(self, [sum(column) for column in zip(*counts, strict=True)])
+            self._total_train_tokens += num_tokens
+            if WEIGHTS in batches[0]:
+                normalise(batches, self.accelerator)
+                self.num_weighted_tokens = num_supervised
+            return num_supervised
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: int | None = None
+        ) -> torch.Tensor:
+            """Sum over the micro-batch, divided by the supervised tokens of the step (alone: by its own)."""
+            assert not return_outputs, "no evaluation here"
+            batch = {name: inputs[name] for name in _MODEL_ARGUMENTS if name in inputs}
+            if self.aux_loss_enabled:
+                batch["output_router_logits"] = True
+                if "attention_mask" in inputs:  # the experts' loss leaves padding out
+                    batch["attention_mask"] = inputs["attention_mask"]
+            # Position t predicts the label of t + 1.
+            labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+            outputs = model(**batch, shift_labels=labels, use_cache=False, fused_lm_head=True)
+            losses = -outputs.log_probs
+            if WEIGHTS in inputs:
+                losses = losses * torch.nn.functional.pad(inputs[WEIGHTS][:, 1:], (0, 1))
+            # Gradients of several processes are averaged, not summed.
+            num_processes = self.accelerator.num_processes
+            count = len(inputs[PLACES]) * num_processes if num_items_in_batch is None else num_items_in_batch
+            loss = losses.sum() / max(count, 1) * num_processes
+            of_experts = []
+            if self.aux_loss_enabled:
+                # A mean over the micro-batch, whose mean over the step is taken.
+                loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+                aux_loss = outputs.aux_loss.detach().double()
+                of_experts = [aux_loss, torch.ones_like(aux_loss)]
+            supervised = torch.full((), len(inputs[PLACES]), dtype=torch.float64, device=loss.device)
+            entropy, right = outputs.entropy.detach().double().sum(), outputs.is_top1.double().sum()
+            self._sums = self._sums + torch.stack([supervised, entropy, right, *of_experts])
+            return loss
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            if self._num_supervised:
-                # All processes come here, at the same step, after equally many micro-batches.
-                counts = self.accelerator.reduce(torch.stack(self._num_supervised), "sum").tolist()
-                weigh(self._metrics["train"], counts, ("entropy", "mean_token_accuracy"))
-                self._num_supervised.clear()
+            if isinstance(self._sums, torch.Tensor):
+                # All processes come here, at the same step.
+                num_supervised, entropy, right, *of_experts = self.accelerator.reduce(self._sums, "sum").tolist()
+                logs["entropy"] = entropy / num_supervised if num_supervised else 0.0
+                logs["mean_token_accuracy"] = right / num_supervised if num_supervised else 0.0
+                logs["num_tokens"] = self._total_train_tokens
+                if of_experts:
+                    logs["aux_loss"] = of_experts[0] / of_experts[1]
+                self._sums = 0
             super().log(logs, start_time)
-
-        def get_batch_samples(self, *args: Any) -> Any:
-            batches, num_tokens = super().get_batch_samples(*args)
-            if batches and WEIGHTS in batches[0]:
-                self.num_weighted_tokens = normalise(batches, self.accelerator)
-            return batches, num_tokens
-
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            self._num_supervised.append((inputs["labels"][:, 1:] != IGNORED).sum())
-            batch = {name: value for name, value in inputs.items() if name not in (BLANK, WEIGHTS, "row")}
-            if not is_blank(inputs):
-                model = weighted(model, inputs[WEIGHTS]) if WEIGHTS in inputs else model
-                return super().compute_loss(model, batch, *args, **kwargs)
-
-            def without_mask(attention_mask: torch.Tensor, **batch: Any) -> Any:
-                return model(**batch)
-
-            # TRL takes its count of tokens from the mask; the model needs none for a row without padding.
-            uncounted = batch | {"attention_mask": torch.zeros_like(batch["input_ids"])}
-            return super().compute_loss(without_mask, uncounted, *args, **kwargs)
 
     return EvenSFTTrainer
 
@@ -173,7 +214,7 @@ def row_losses(model: Any, batch: dict[str, Any], rows: Sequence[dict[str, Any]]
 
     from smoltulu.tasks.training.held_out_loss import RowLoss
 
-    arguments = {name: value for name, value in batch.items() if name not in ("labels", "row")}
+    arguments = {name: batch[name] for name in _MODEL_ARGUMENTS if name in batch and name != PLACES}
     logits, labels = model(**arguments, use_cache=False).logits, batch["labels"]
     sums, start = [], 0
     for number, row in enumerate(rows):

@@ -52,7 +52,7 @@ Answer = Callable[[Sequence[int]], list[list[Completion]]]  # numbers of rows ->
 def measure_pass_rates(
     config: PassRatesConfig, inputs: PassRatesInputs, context: StageContext
 ) -> tuple[PassRatesOutputs, dict[str, float]]:
-    """Sample, grade, count. Under torchrun with N processes, each takes every N-th part.
+    """Sample, grade, count. Of N processes each takes every N-th part.
 
     Raises:
         ValueError: no rows, or prompts that leave no room for an answer.

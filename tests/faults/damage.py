@@ -25,10 +25,8 @@ DAY = 86_400.0
 _FULL = 8192
 #: What an interrupted training leaves behind, by a pattern below the node's folder.
 WORK_FILES = (
-    "work/checkpoints/checkpoint-*/model.safetensors",
-    "work/checkpoints/checkpoint-*/optimizer.pt",
-    "work/checkpoints/checkpoint-*/scheduler.pt",
-    "work/checkpoints/checkpoint-*/rng_state.pth",
+    "work/checkpoints/checkpoint-*/shards/rank-0-of-1.safetensors",
+    "work/checkpoints/checkpoint-*/state.json",
     "work/checkpoints/checkpoint-*/trainer_state.json",
     "work/checkpoints/checkpoint-*/.complete",
     "work/datasets/**/*.arrow",

@@ -23,7 +23,7 @@ from tests.faults.sandbox import TRAINERS, Event, Run, Sandbox, limits
 
 _POLL_SECONDS = 0.005
 _TOO_SHORT_SECONDS = 0.02
-#: How a run says that the process of a stage was killed; torchrun ends with a status of its own.
+#: How a run says that the process of a stage was killed.
 _TOLD = ("was killed by signal 9", "its process ended with status")
 
 

@@ -42,8 +42,8 @@ def sample(baseline: Sandbox, home: Path) -> list[Fault]:
     draw.add("SIGKILL of the child", "world", instant)
     draw.checkpoint(rng)
     draw.commit(rng)
-    optimizer = "work/checkpoints/checkpoint-*/optimizer.pt"
-    for kind, pattern in ((damage.flipped_work, optimizer), (damage.flipped_artifact, "gen-*/manifest.json")):
+    shards = "work/checkpoints/checkpoint-*/shards/*.safetensors"
+    for kind, pattern in ((damage.flipped_work, shards), (damage.flipped_artifact, "gen-*/manifest.json")):
         draw.add("flipped bit", pattern, functools.partial(kind, node="sft", pattern=pattern, rng=rng))
     draw.add("disk full", "sft", functools.partial(damage.full_disk, node="sft", share=0.5))
     filled = functools.partial(damage.killed_on_a_full_disk, node="sft", victim="both", step=4, share=0.5)
@@ -69,7 +69,7 @@ def test_nothing_is_made_from_damaged_bytes(baseline: Sandbox, tmp_path: Path) -
 
 
 def test_killed_parent_of_two_ranks_leaves_no_process(baseline: Sandbox, tmp_path: Path) -> None:
-    """torchrun stands between the runner and the ranks, and must die with the runner."""
+    """The process that starts the ranks stands between the runner and them, and must die with the runner."""
     sandbox = Sandbox(tmp_path / "here", UP_TO_SFT)
     sandbox.copy_from(baseline, without="sft")
     run = sandbox.start(**{"compute.num_processes": 2, "compute.per_device_train_batch_size": 8})

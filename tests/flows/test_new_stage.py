@@ -102,7 +102,7 @@ def job(folder: Path, model: Path, settings: dict[str, Any], **compute: Any) -> 
 def test_its_batch_must_divide_and_its_rows_must_be_there() -> None:
     (lowered,) = recipe(**{"compute.stages.sft2": {"per_device_train_batch_size": 3}}).batch_notes()
     assert lowered.startswith("sft2: per_device_train_batch_size 3 does not divide") and "lowered to 2" in lowered
-    (fewer,) = recipe(**{"compute.stages.sft2": {"num_processes": 3}}).batch_notes()
+    fewer, *_ = recipe(**{"compute.stages.sft2": {"num_processes": 3}}).batch_notes()
     assert fewer.startswith("sft2: effective_batch_size 8 is not a multiple of num_processes 3: runs on 2")
     with pytest.raises(RecipeError, match=r"sft2: needs data\.sft; add it or remove the sft2 block"):
         recipe(**{"data.sft": None})

@@ -227,7 +227,7 @@ def test_killed_child_is_a_clear_failure_that_names_the_log(sft_world: Path, tmp
 
 
 def test_two_processes_train_to_the_weights_of_one(sft_world: Path, tmp_path: Path) -> None:
-    """torchrun over gloo, same effective batch; equal to float32 tolerance. Two forks are the two of torchrun."""
+    """Over gloo, same effective batch; equal to float32 tolerance. Two forks are two processes of their own."""
     made = []
     for num_processes, launcher in ((1, "warm"), (2, "process"), (2, "warm")):
         job = sft_job(sft_world)

@@ -122,7 +122,7 @@ def test_staleness_by_hand(now: Any, before: Any, said: str | None) -> None:
 def test_weights_of_an_adapter_come_added_and_the_policy_stays_to_the_bit(policy: Any) -> None:
     plain = {name: weight.clone() for name, weight in policy.named_parameters()}
     copied = CopyEngine(copy.deepcopy(policy).requires_grad_(False), pad_id=1)
-    adapted = with_adapter(policy, LoraSettings(rank=4))
+    adapted = with_adapter(policy, LoraSettings(r=4))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

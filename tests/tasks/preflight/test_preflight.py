@@ -578,6 +578,25 @@ def test_out_of_memory_halves_the_batch_until_it_fits(
     assert check.status == "noticed" and f"{run.per_device_train_batch_size} fit" in check.found
 
 
+def test_one_device_may_be_too_small_for_a_sharded_training(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+    import transformers
+
+    def training_step(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", training_step)
+    for kind in ("fsdp2", "ddp"):
+        config: dict[str, Any] = training_of("sft", effective_batch_size=8) | {
+            "compute": {"num_processes": 2, "parallel": kind}, "checks": {"dry_run": True},
+        }  # fmt: skip
+        flight = fly(tmp_path / kind, model, small_runs.conversations(8), **config)
+        assert bool(flight.error) == (kind == "ddp") and flight.outputs.dry_run is None
+    assert caplog.text.count("compute.parallel fsdp2 divides the training among 2") == 1
+
+
 def test_the_tokenizers_threads_are_as_before(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)

@@ -21,22 +21,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PhiConfig, PhiForCausalLM
 
 from smoltulu.artifacts.checkpoints import fault, newest_checkpoint
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.ranks import fork_ranks
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.trainer import checkpoint
-from smoltulu.tasks.trainer.even_rows import is_blank
+from smoltulu.tasks.trainer import checkpoint, checkpoint_writer
+from tests.ranks import noting
 from tests.small_runs import FUNCTIONS, MODULES, conversations, stage_arguments
-from tests.tiny_model import build_tiny_model
+from tests.tiny_model import build_tokenizer
 
 #: Thirteen rows, four a step: epochs of four steps, whose last has one row. A checkpoint at every second step.
 ROWS = conversations(13)
 SETTINGS: dict[str, Any] = {
     "max_steps": 14, "num_train_epochs": 4, "effective_batch_size": 4, "seed": 3, "warmup_ratio": 0.2,
 }  # fmt: skip
-LORA = {"lora": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.3}}
 Kill = Callable[[int], None]
 
 
@@ -78,24 +78,26 @@ def in_the_write(rank: int) -> None:
 
 def before_the_marker(rank: int) -> None:
     """All shards of step 8 are on disk."""
-    real = checkpoint.mark_complete
-    checkpoint.mark_complete = lambda folder, *args: die() if folder.name == "checkpoint-8" else real(folder, *args)
+    real = checkpoint_writer.mark_complete
+    checkpoint_writer.mark_complete = lambda folder, *args: (
+        die() if folder.name == "checkpoint-8" else real(folder, *args)
+    )
 
 
 def in_the_copy(rank: int) -> None:
     """Of step 10 half of the tensors are copied."""
-    real, number = checkpoint.HostCopy.of, [0]
+    real, number = checkpoint_writer.HostCopy.of, [0]
 
     def of(self: Any, pieces: Any) -> Any:
         number[0] += 1
         return die() if real(self, pieces[: len(pieces) // 2]) and number[0] == 2 else real(self, pieces)
 
-    checkpoint.HostCopy.of = of  # type: ignore[method-assign]
+    checkpoint_writer.HostCopy.of = of  # type: ignore[method-assign]
 
 
 def after_the_marker(rank: int) -> None:
     """Step 12 is whole; older ones are still there."""
-    checkpoint.prune = lambda folder, _: die() if (folder / "checkpoint-12").exists() else None
+    checkpoint_writer.prune = lambda folder, _: die() if (folder / "checkpoint-12").exists() else None
 
 
 def never(rank: int) -> None:
@@ -126,7 +128,7 @@ class Training:
     def run(self, attempt: int, num_ranks: int, kill: Kill = never, **compute: Any) -> None:
         """Must end by SIGKILL, where `kill` is given."""
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload([__name__, "trl.trainer.sft_trainer", "peft"])
+        server.set_forkserver_preload([__name__, "trl.trainer.sft_trainer"])
         process = server.Process(target=_train, args=(self, attempt, num_ranks, kill, compute))
         process.start()
         process.join(timeout=300)
@@ -172,30 +174,9 @@ def _train(training: Training, attempt: int, num_ranks: int, kill: Kill, compute
     rows = (folder / f"rows-{attempt}-{rank}.jsonl").open("w", buffering=1)
     kill(rank)
     train = module.train
-
-    def train_and_note(trainer: Any, *args: Any, **kwargs: Any) -> int:
-        loss_of_trainer = trainer.compute_loss
-
-        def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if not is_blank(inputs):
-                rows.write(json.dumps([trainer.state.global_step + 1, inputs["row"].tolist()]) + "\n")
-            return loss_of_trainer(model, inputs, *args, **kwargs)
-
-        trainer.compute_loss = compute_loss
-        return train(trainer, *args, **kwargs)  # type: ignore[no-any-return]
-
-    module.train = train_and_note  # type: ignore[attr-defined]
-    machines = ComputeSettings(
-        **{
-            "device": "cpu",
-            "logging_steps": 1,
-            "num_threads": 1,
-            "save_steps": 2,
-            "num_processes": num_ranks,
-            "per_device_train_batch_size": 4 // num_ranks,
-            **compute,
-        }
-    )
+    module.train = lambda trainer, *args, **kwargs: train(noting(trainer, rows.write), *args, **kwargs)  # type: ignore[attr-defined]
+    given = {"device": "cpu", "logging_steps": 1, "num_threads": 1, "save_steps": 2, "num_processes": num_ranks}
+    machines = ComputeSettings(**given | {"per_device_train_batch_size": 4 // num_ranks} | compute)
     context = StageContext(folder / "out", folder / "work", machines, lambda *args, **kwargs: None)
     try:
         FUNCTIONS[training.stage](training.config, training.inputs, context)
@@ -208,25 +189,34 @@ def _train(training: Training, attempt: int, num_ranks: int, kill: Kill, compute
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("base"))
+    """A two-layer Phi: it drops hidden states, which Llama does not."""
+    folder, tokenizer = tmp_path_factory.mktemp("base"), build_tokenizer()
+    config = PhiConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, resid_pdrop=0.2, embd_pdrop=0.2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    PhiForCausalLM(config).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return folder
 
 
 @pytest.mark.slow
 def test_killed_at_five_instants_on_1_2_4_and_1_ranks_it_is_the_unbroken_training(base: Path, tmp_path: Path) -> None:
-    """With dropout, whose masks follow the rows."""
-    whole = Training.of("sft", tmp_path / "whole", base, ROWS, SETTINGS | LORA)
+    """DDP, FSDP2 and DDP again; with dropout, whose masks follow the rows."""
+    whole = Training.of("sft", tmp_path / "whole", base, ROWS, SETTINGS)
     whole.run(0, 1)
     broken = whole.in_folder(tmp_path / "killed")
-    #: Ranks, what kills, and the step of the checkpoint that is left.
-    chain: list[tuple[int, Kill, int]] = [
-        (1, in_a_step, 2),
-        (2, in_the_write, 4),
-        (4, before_the_marker, 6),
-        (2, in_the_copy, 8),
-        (1, after_the_marker, 12),
+    #: Ranks, parallelism, what kills, and the step of the checkpoint that is left.
+    chain: list[tuple[int, str, Kill, int]] = [
+        (1, "ddp", in_a_step, 2),
+        (2, "ddp", in_the_write, 4),
+        (4, "fsdp2", before_the_marker, 6),
+        (2, "fsdp2", in_the_copy, 8),
+        (1, "ddp", after_the_marker, 12),
     ]
-    for attempt, (num_ranks, kill, left) in enumerate(chain):
-        broken.run(attempt, num_ranks, kill)
+    for attempt, (num_ranks, parallel, kill, left) in enumerate(chain):
+        broken.run(attempt, num_ranks, kill, parallel=parallel)
         newest = newest_checkpoint(broken.folder / "work" / "checkpoints", full=True)
         assert newest is not None and newest[0] == left, (kill, newest)
     broken.run(len(chain), 1)

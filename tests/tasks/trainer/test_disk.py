@@ -25,20 +25,20 @@ from tests.tiny_model import build_tiny_model
 
 def test_disk_by_hand() -> None:
     size = ModelSize(num_parameters=1_000_000, num_tensors=10, other_bytes=500)
-    assert checkpoint_bytes(size) == 12_000_000 + 10_000 + 500 + 30_000
+    assert checkpoint_bytes(size) == 12_000_000 + 10 * 600 + 12_000
     assert model_bytes(size) == 4_000_500
     # Three that are kept (two newest, the best) and the one being written.
     compute = ComputeSettings(save_total_limit=2)
-    assert num_checkpoints_kept(compute, False) == 3 and training_bytes(size, 1000, 3) == 1000 + 4 * 12_040_500
+    assert num_checkpoints_kept(compute, False) == 3 and training_bytes(size, 1000, 3) == 1000 + 4 * 12_018_000
     assert num_checkpoints_kept(compute, True) == 4
     assert num_checkpoints_kept(compute.model_copy(update={"keep_extension_checkpoint": False}), True) == 3
     # Twice the best weights, of policy and critic.
-    assert training_bytes(size, 1000, 3, keeps_best=True) == 1000 + 4 * 12_040_500 + 3 * 4_000_000
-    assert training_bytes(size, 0, 3, has_critic=True, keeps_best=True) == 4 * 2 * 12_040_500 + 3 * 8_000_000
+    assert training_bytes(size, 1000, 3, keeps_best=True) == 1000 + 4 * 12_018_000 + 3 * 4_000_000
+    assert training_bytes(size, 0, 3, has_critic=True, keeps_best=True) == 4 * 2 * 12_018_000 + 3 * 8_000_000
     # Of rank 4 beside six matrices; at the end the model and the adapter are written, and no checkpoint.
     adapter = adapter_size(replace(size, num_matrices=6, matrix_sides=9000), 4)
     assert adapter == ModelSize(num_parameters=36_000, num_tensors=12, other_bytes=500)
-    assert training_bytes(size, 1000, 3, adapter) == 1000 + 3 * (432_000 + 12_000 + 30_500) + 4_000_500 + 144_500
+    assert training_bytes(size, 1000, 3, adapter) == 1000 + 3 * (432_000 + 7_200 + 12_000) + 4_000_500 + 144_500
 
 
 @pytest.mark.parametrize(("stage", "lora"), [("sft", None), ("dpo", None), ("sft", {"r": 4})])

@@ -303,8 +303,7 @@ def test_a_training_that_keeps_nothing_has_the_same_digest(
     assert source_run_of(store, sft.job(40, wsd())) is None
     kept = finished[1]
     names = {path.name for path in (Path(kept.path) / "checkpoint" / "checkpoint-15").iterdir()}
-    assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", CHECKPOINT_MARKER} <= names
-    assert "training_args.bin" not in names
+    assert names == {"shards", "state.json", "trainer_state.json", CHECKPOINT_MARKER}
 
 
 def test_a_refresh_trains_from_the_start(sft: Bench, finished: tuple[Store, ArtifactReference], tmp_path: Path) -> None:
@@ -317,7 +316,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
     sft: Bench, finished: tuple[Store, ArtifactReference], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = copy_of(finished[0], tmp_path / "store")
-    file = next(store.root.glob("sft/*/gen-0001/checkpoint/checkpoint-15/optimizer.pt"))
+    file = next(store.root.glob("sft/*/gen-0001/checkpoint/checkpoint-15/shards/rank-0-of-1.safetensors"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -326,13 +325,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
     with caplog.at_level(logging.WARNING):
         made = run_stage(job, store, LOG)
     key = finished[1].key[:12]
-    assert f"step 15 of sft/{key} cannot be resumed from: optimizer.pt has other bytes than were written" in caplog.text
+    said = (
+        f"step 15 of sft/{key} cannot be resumed from: shards/rank-0-of-1.safetensors has other bytes than were written"
+    )
+    assert said in caplog.text
     assert read_manifest(Path(made.path)).resumed_from_steps == ()
 
-    said: list[str] = []
+    messages: list[str] = []
     file.write_bytes(content[:-1])
-    assert source_run_of(store, sft.job(60, wsd(), seed=123), damaged=said.append) == (18, 24)
-    assert len(said) == 1 and f"sft/{key} cannot be resumed from: checkpoint/checkpoint-15/optimizer.pt has" in said[0]
+    assert source_run_of(store, sft.job(60, wsd(), seed=123), damaged=messages.append) == (18, 24)
+    assert len(messages) == 1
+    assert (
+        f"sft/{key} cannot be resumed from: checkpoint/checkpoint-15/shards/rank-0-of-1.safetensors has" in messages[0]
+    )
 
 
 def test_an_extension_that_was_stopped_goes_on_from_its_own_checkpoint(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from smoltulu.schemas.rlvr import PPOSettings
+from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings, RLOOSettings
 from tests.ranks import Case, Ran, run_in_ranks
 from tests.small_ppo import SETTINGS as PPO
 from tests.small_ppo import world
@@ -19,11 +20,21 @@ from tests.tiny_model import build_tiny_model
 
 #: Thirteen rows, four a step: epochs of four steps, whose last has one row.
 SETTINGS: dict[str, Any] = {"max_steps": 6, "num_train_epochs": 2, "effective_batch_size": 4, "seed": 3}
-RANKS = (2, 4)
+GROUPS: dict[str, Any] = {
+    "learning_rate": 1e-3, "effective_batch_size": 8, "num_generations": 2, "num_steps": 3, "max_prompt_length": 100,
+    "max_completion_length": 6, "precision": "float32", "gate": {"num_prompts": 0}, "beta": 0.1,
+}  # fmt: skip
+RANKS, KINDS = (2, 4), ("ddp", "fsdp2")
+Runs = dict[tuple[str, int, str], Ran]
+TRAININGS = (
+    "sft", "sft-tokens", "sft-checkpointed", "sft-held-out", "reward-model", "reward-model-tokens", "dpo", "dpo-tokens",
+    "ppo", "grpo", "rloo",
+)  # fmt: skip
+SAVED = ("sft-saved", "reward-model-saved")
 
 
-def cases(folder: Path) -> list[Case]:
-    base = build_tiny_model(folder / "base")
+def all_cases(folder: Path) -> list[Case]:
+    base, prompts = build_tiny_model(folder / "base"), world(folder / "world")
 
     def case(name: str, stage: str, settings: dict[str, Any], held_out: Any = None, **compute: Any) -> Case:
         rows = conversations(13) if stage == "sft" else pairs(13)
@@ -33,60 +44,69 @@ def cases(folder: Path) -> list[Case]:
         return Case(name, stage, config, inputs, compute)
 
     best = {"held_out": {"every_steps": 1, "keep": "best"}, "learning_rate": 3e-2}
-    ppo = PPO | {"num_episodes": 16, "critic": {"warmup_steps": 1}}
+    ppo = PPO | {"num_episodes": 16, "critic": {"warmup_steps": 1}, "reward_model_weight": 0.5}
     return [
         case("sft", "sft", {}),
         case("sft-tokens", "sft", {}, tokens_per_device=60, packing=False),
         case("sft-checkpointed", "sft", {"max_steps": 2}, activation_checkpointing=True),
         case("sft-held-out", "sft", best, held_out=conversations(20)[13:]),
         case("reward-model", "reward_model", {}),
-        case("reward-model-padded", "reward_model", {"max_steps": 4}, packing=False, tokens_per_device=150),
+        case("reward-model-tokens", "reward_model", {"max_steps": 4}, packing=False, tokens_per_device=150),
         case("dpo", "dpo", {}, packing=False),
         case("dpo-tokens", "dpo", {"max_steps": 4}, tokens_per_device=150),
-        Case("ppo", "rlvr", PPOSettings.model_validate(ppo), world(folder / "world")),
+        Case("ppo", "rlvr", PPOSettings.model_validate(ppo), prompts),
+        Case("grpo", "rlvr", GRPOSettings.model_validate(GROUPS), prompts),
+        Case("rloo", "rlvr", RLOOSettings.model_validate(GROUPS | {"algorithm": "rloo"}), prompts),
+        replace(case("sft-saved", "sft", {}), only_saves=True),
+        replace(case("reward-model-saved", "reward_model", {}), only_saves=True),
     ]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, int, str], Ran]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Case, number of ranks, kind of parallelism -> what was trained."""
     root = tmp_path_factory.mktemp("ranks")
-    asked = cases(root)
-    made = {(name, 1, "ddp"): ran for name, ran in run_in_ranks(root, 1, asked).items()}
+    cases = all_cases(root)
+    made: Runs = {(name, 1, "ddp"): ran for name, ran in run_in_ranks(root, 1, cases).items()}
     for num_ranks in RANKS:
-        both = [
-            replace(case, name=f"{case.name}", compute=case.compute | {"parallel": parallel})
-            for case in asked
-            for parallel in ("ddp", "fsdp2")
-        ]
+        both = [replace(case, compute=case.compute | {"parallel": kind}) for case in cases for kind in KINDS]
         run_in_ranks(root, num_ranks, both)
         made |= {(case.name, num_ranks, case.compute["parallel"]): Ran(case.folder(root, num_ranks)) for case in both}
     return made
 
 
-NAMES = (
-    "sft", "sft-tokens", "sft-checkpointed", "sft-held-out", "reward-model", "reward-model-padded", "dpo", "dpo-tokens",
-    "ppo",
-)  # fmt: skip
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_ranks", RANKS)
-@pytest.mark.parametrize("name", NAMES)
-def test_ranks_train_as_one_process(
-    runs: dict[tuple[str, int, str], Ran], name: str, num_ranks: int, parallel: str
-) -> None:
-    one, other = runs[name, 1, "ddp"], runs[name, num_ranks, parallel]
+@pytest.mark.parametrize("name", TRAININGS)
+def test_ranks_train_as_one_process(runs: Runs, name: str, num_ranks: int, kind: str) -> None:
+    one, other = runs[name, 1, "ddp"], runs[name, num_ranks, kind]
     assert len(one.history) == len(other.history) > 1
     for expected, found in zip(one.history, other.history, strict=True):
-        assert found.keys() == expected.keys()
         assert found["step"] == expected["step"] and found.get("num_tokens") == expected.get("num_tokens")
-        for key in ("loss", "held_out/loss", "grad_norm"):
-            assert found.get(key) == pytest.approx(expected.get(key), abs=1e-5), (expected["step"], key)
+        for key in expected.keys() & {"loss", "held_out/loss", "grad_norm", "critic/grad_norm", "reward", "kl"}:
+            assert found[key] == pytest.approx(expected[key], abs=1e-5), (expected["step"], key)
     assert other.rows == one.rows
+    if name == "ppo":
+        assert other.log("prompts") == one.log("prompts") and other.log("samples") == one.log("samples")
     for model in ("model", "critic") if name == "ppo" else ("model",):
         weights = other.weights(model)
         assert weights.keys() == one.weights(model).keys()
         for key, value in one.weights(model).items():
             torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", RANKS)
+@pytest.mark.parametrize("name", SAVED)
+def test_a_sharded_model_is_saved_bit_for_bit_as_a_whole_one(runs: Runs, name: str, num_ranks: int) -> None:
+    """One plain folder, before any step; tied weights are one tensor in it."""
+    whole, sharded = (runs[name, num_ranks, kind].folder / "out" / "model" for kind in KINDS)
+    assert sorted(file.name for file in whole.iterdir()) == sorted(file.name for file in sharded.iterdir())
+    for file in whole.iterdir():
+        assert (sharded / file.name).read_bytes() == file.read_bytes(), file.name
+    if name == "sft-saved":
+        model = AutoModelForCausalLM.from_pretrained(sharded)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        base = load_file(runs[name, 1, "ddp"].folder.parent / "base" / "model.safetensors")
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())

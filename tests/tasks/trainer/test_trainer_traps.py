@@ -320,8 +320,20 @@ def test_opendm_7_open_instruct_1701_checkpoints_hold_more_than_weights(trained:
     """And only as many are kept as asked for: a full disk ends a training as surely as a crash."""
     kept = sorted(path.name for path in trained.checkpoints.glob("checkpoint-*"))
     assert "checkpoint-3" in kept and len(kept) <= ComputeSettings().save_total_limit + 1
-    names = {path.name for path in (trained.checkpoints / "checkpoint-3").iterdir()}
-    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
+    last = trained.checkpoints / "checkpoint-3"
+    assert {path.name for path in last.iterdir()} == {"shards", "state.json", "trainer_state.json", CHECKPOINT_MARKER}
+    stored, state = (
+        load_file(last / "shards" / "rank-0-of-1.safetensors"),
+        json.loads((last / "state.json").read_text()),
+    )
+    for name, value in load_file(trained.model / "model.safetensors").items():
+        if name == "lm_head.weight" and f"model.weights.{name}" not in stored:
+            continue  # tied
+        assert torch.equal(stored[f"model.weights.{name}"], value)
+        assert (
+            stored[f"model.optimizer.{name}.exp_avg_sq"].any() and state["numbers"][f"model.optimizer.{name}.step"] == 3
+        )
+    assert state["schedules"]["model"]["last_epoch"] == 3
 
 
 # -------------------------------------------------------------------------------------------------------- saved models

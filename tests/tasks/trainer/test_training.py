@@ -29,7 +29,7 @@ from smoltulu.schemas.training import (
 )
 from smoltulu.tasks.engine.launch import _child_environment
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.trainer.loop import _check_num_gpus, prepare_torch
+from smoltulu.tasks.trainer.loop import _check_num_gpus, _check_same_gpus, prepare_torch
 from smoltulu.tasks.training.dpo import train_dpo
 from smoltulu.tasks.training.grpo import build as build_rlvr
 from smoltulu.tasks.training.reward_model import train_reward_model
@@ -191,12 +191,21 @@ def test_every_process_has_a_gpu_and_one_only(num_gpus: int, num_processes: int,
         _check_num_gpus(num_gpus, num_processes)
 
 
+def test_ranks_on_mixed_cards_are_refused() -> None:
+    _check_same_gpus([])
+    _check_same_gpus(["NVIDIA H100"] * 3)
+    said = r"num_processes is 2, and their GPUs are not alike \(0: NVIDIA H100, 1: NVIDIA L4\); set CUDA"
+    with pytest.raises(ValueError, match=said):
+        _check_same_gpus(["NVIDIA H100", "NVIDIA L4"])
+
+
 def test_a_stage_of_one_process_asks_for_one_gpu_whatever_trainings_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The preflight's dry run of a recipe for eight GPUs sees one of them."""
     monkeypatch.setattr("smoltulu.tasks.trainer.loop.device_of", lambda compute: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100")
     eight = context(tmp_path, num_processes=8)
     prepare_torch(eight)
     monkeypatch.setenv("WORLD_SIZE", "8")

@@ -23,15 +23,15 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def killed_in_generation() -> None:
-    from smoltulu.tasks.models import decoding
+    from smoltulu.tasks.generation import loop
 
-    number, real = [0], decoding._next
+    number, real = [0], loop._next
 
     def next_tokens(*args: Any) -> Any:
         number[0] += 1
         return die() if number[0] == 15 else real(*args)  # six tokens a batch: in the third
 
-    decoding._next = next_tokens
+    loop._next = next_tokens
 
 
 def killed_in_scoring() -> None:
@@ -66,18 +66,18 @@ def killed_in_the_second_epoch() -> None:
 
 
 def killed_while_a_checkpoint_is_written() -> None:
-    """The policy's files are there, and half of the critic's."""
-    import torch
+    """Half of the shards of policy and critic are there."""
+    from smoltulu.tasks.trainer import checkpoint
 
-    real = torch.save
+    real = checkpoint.save_file
 
-    def save(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-        if Path(file).parent.name == "critic" and "checkpoint-8" in str(file):
-            Path(file).write_bytes(b"half")
+    def save(tensors: Any, file: Path, *args: Any) -> None:
+        real(tensors, file, *args)
+        if "checkpoint-8" in str(file):
+            os.truncate(file, file.stat().st_size // 2)
             die()
-        real(value, file, *args, **kwargs)
 
-    torch.save = save
+    checkpoint.save_file = save
 
 
 #: What kills -> the step of the newest checkpoint that is left.

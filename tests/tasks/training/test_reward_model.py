@@ -55,7 +55,7 @@ def test_batches_are_those_that_trl_makes_of_the_messages(base: Path, tmp_path: 
     assert ours.train_dataset["row"][:] == [0, 1, 2, 3, 4, 6, 7, 8]
     for lines in (range(8), range(3), [5]):
         batches = [trainer.data_collator([trainer.train_dataset[line] for line in lines]) for trainer in (ours, trl)]
-        assert batches[0].keys() - {"row"} == batches[1].keys() == {"input_ids", "attention_mask"}
+        assert batches[0].keys() - {"row", "num_tokens"} == batches[1].keys() == {"input_ids", "attention_mask"}
         assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[1])
 
 
@@ -88,10 +88,12 @@ def test_packed_and_padded_batches_have_the_same_loss_scores_and_gradient_in_flo
         trainer = trainer_of("reward_model", tmp_path / str(packing), base, PAIRS, {"seed": 3}, packing=packing)
         trainer.model.double().train()
         batch = trainer.data_collator(list(trainer.train_dataset))
+        trainer.get_batch_samples(iter([batch]), 1, "cpu")
         loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
         loss.backward()
         gradient = torch.cat([weight.grad.flatten() for weight in trainer.model.parameters()])
-        metrics = {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}
+        trainer.log({})
+        metrics = trainer.state.log_history[0]
         found.append((loss.detach(), outputs.logits.detach(), gradient, metrics))
     (loss, scores, gradient, metrics), (loss_padded, scores_padded, gradient_padded, metrics_padded) = found
     assert scores.shape == (2 * len(PAIRS), 1)

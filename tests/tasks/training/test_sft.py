@@ -51,15 +51,17 @@ def test_loss_and_gradient_of_a_step_are_those_of_padded_rows(base: Path, tmp_pa
         batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
         assert ("segments" in batch) == packing and ("attention_mask" in batch) != packing
         model = trainer.model.double().train()
+        trainer.get_batch_samples(iter([batch]), 1, "cpu")
         loss = trainer.compute_loss(model, batch)
         loss.backward()
+        trainer.log({"loss": loss.item()})
         made.append((loss.detach(), {name: value.grad for name, value in model.named_parameters()}, trainer))
     (padded_loss, padded, padded_trainer), (packed_loss, packed, packed_trainer) = made
     torch.testing.assert_close(packed_loss, padded_loss, rtol=1e-6, atol=0)  # the head computes in float32
     for name, value in padded.items():
         torch.testing.assert_close(packed[name], value, rtol=0, atol=1e-6 * float(value.abs().max()))
     for metric in ("num_tokens", "mean_token_accuracy", "entropy"):
-        values = [trainer._metrics["train"][metric] for trainer in (padded_trainer, packed_trainer)]
+        values = [trainer.state.log_history[0][metric] for trainer in (padded_trainer, packed_trainer)]
         assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
