@@ -229,7 +229,7 @@ def hash_terms(text, start, end, starts, hashes, limit):
 @inner
 def spread(starts, hashes, num_terms):
     """Mix the hashes of terms; bytes of the longest."""
-    longest = 0
+    longest = np.int64(0)
     for k in range(num_terms):
         hashes[k] = mix(hashes[k])
         longest = max(longest, np.int64(starts[k + 1]) - 1 - np.int64(starts[k]))
