@@ -159,8 +159,8 @@ def smoltulu(
     devices = {name: node.stage.num_devices(graph.compute_of(node)) for name, node in graph.nodes.items()}
     client = runner_client()
     on_workers = [] if client is None else offered(client)
-    if client is not None and (sentence := check_devices(on_workers, devices)) is not None:
-        log.warning(sentence)
+    if client is not None and (told := check_devices(on_workers, devices)) is not None:
+        log.warning(told)
     rates = rates_of(default_home(), checked.compute.device)
 
     record = begin_run(store, f"{checked.name}-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
@@ -206,7 +206,7 @@ def smoltulu(
                 if before <= done:
                     del waiting[name]
                     num_running += 1
-                    upstream = {earlier: futures[earlier] for earlier in before}
+                    upstream: dict[str, Any] = {earlier: futures[earlier] for earlier in before}
                     named = make.with_options(name=node.stage.name, task_run_name=name)
                     refreshed = node.stage.name in refresh
                     forecast = None

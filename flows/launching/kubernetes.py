@@ -161,7 +161,18 @@ def render(
 ) -> str:
     """The manifests as YAML, with the commands that apply them and resume those that wait."""
     made = manifests(jobs, settings, name, recipe)
-    return "".join([*_head(made, name, notes), yaml.safe_dump_all(made, sort_keys=False, allow_unicode=True)])
+    text = yaml.dump_all(made, Dumper=_Readable, sort_keys=False, allow_unicode=True)
+    return "".join([*_head(made, name, notes), text])
+
+
+class _Readable(yaml.SafeDumper):
+    """Texts of several lines as they are, where YAML can hold them so."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Readable.add_representer(str, _Readable.represent_str)
 
 
 def _head(made: list[dict[str, Any]], name: str, notes: Sequence[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ import yaml
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.launching import kubernetes, slurm
 from smoltulu.flows.launching.jobs import jobs_of
-from smoltulu.flows.launching.settings import Engine, LaunchSettings, check_jobs, check_time
+from smoltulu.flows.launching.settings import Engine, LaunchSettings, check_engine, check_jobs, check_time
 from smoltulu.flows.machine.file_systems import is_of_one_machine, mount_of_folder, without_locks
 from smoltulu.flows.machine.places import PROJECT, default_home
 from smoltulu.flows.machine.rates import rates_of
@@ -30,6 +30,7 @@ def rendered(recipe: Recipe, until: str | None, engine: Engine, settings: Launch
     Raises:
         ValueError: a setting that does not fit, a store that the jobs cannot share, nothing left to run.
     """
+    check_engine(settings, engine)
     check_evaluation(recipe)
     store = PROJECT / expand_path(recipe.compute.store)
     if engine == "kubernetes":  # whose store this machine need not have

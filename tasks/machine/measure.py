@@ -255,7 +255,6 @@ def disk(folder: Path, seconds: float) -> tuple[float, float, float]:
 
 def measured(folder: Path, device: str = "auto", seconds: float = SECONDS) -> MachineRates:
     """Measure everything. A part that fails is named in `not_measured`, and the others go on."""
-    import psutil
     import torch
     from transformers import LlamaForCausalLM  # noqa: F401 - its import takes no part of the time
 
@@ -294,7 +293,7 @@ def measured(folder: Path, device: str = "auto", seconds: float = SECONDS) -> Ma
         num_devices=torch.cuda.device_count() if machine.is_gpu else 1,
         memory_bytes=torch.cuda.get_device_properties(0).total_memory
         if machine.is_gpu
-        else psutil.virtual_memory().total,
+        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         folder=str(folder),
         not_measured=failed,
         num_threads=torch.get_num_threads(),

@@ -96,4 +96,6 @@ def test_launch_on_dask_a_recipe_runs_whole_and_its_failures_come_back(tmp_path:
     assert manifest.forecast is not None and manifest.forecast.num_steps == 2 == manifest.outputs["num_steps"]
     pages = [page.read_text() for page in (tmp_path / "reports").glob("*/report.html")]
     assert any("Forecast and fact" in page and "steps 2, were 2" in page for page in pages)
-    assert "no Dask worker says" in out and "RunFailed" in out.splitlines()[-1] and "sft" in out.splitlines()[-1]
+    assert "no Dask worker says" in out
+    (failed,) = (line for line in out.splitlines() if line.startswith("Failed("))
+    assert "RunFailed: sft: " in failed
