@@ -151,7 +151,8 @@ def records_digest(records: dict[str, FileRecord]) -> str:
 def manifest_checksum(manifest: Manifest) -> str:
     """SHA-256 over everything else in a manifest: scores and output names are in no file that has a digest."""
     # Manifests from before there were these fields keep their checksum.
-    left_out = {"checksum", *(name for name in ("extends", "adopted_from") if getattr(manifest, name) is None)}
+    later = ("extends", "adopted_from", "forecast")
+    left_out = {"checksum", *(name for name in later if getattr(manifest, name) is None)}
     return hashlib.sha256(canonical_json(manifest.model_dump(mode="json", exclude=left_out)).encode()).hexdigest()
 
 

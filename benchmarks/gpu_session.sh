@@ -66,14 +66,19 @@ if [ $mode = run ] && ls "$WHEELS"/*.whl >/dev/null 2>&1; then
 fi
 
 collect= small= speed="--gpu-shapes 135M 1.7B --lengths 2048 --steps 6"
+rates= rollouts="--shape 135M --device cuda --prompts 128 --batch 64 --mean 96 --longest 256 --rounds 1"
 if [ "$slice" = --slice ]; then
   collect=--collect-only small="--shape minute --device cpu"
   speed="--device cpu --gpu-shapes minute --lengths 32 --steps 1 --stages sft"
+  rates="--device cpu --seconds 5" rollouts="--shape minute --prompts 8 --batch 4 --mean 8 --longest 16 --rounds 1"
 fi
 # Only files with such tests: the others import what a machine like this need not have.
 tests=$(grep -rl --include='test_*.py' '^@pytest.mark.gpu' tests | sort)
-part 1-tests 140 "$PYTHON" -m pytest -m gpu -p no:cacheprovider -v $collect $tests
-part 2-bfloat16 120 "$PYTHON" benchmarks/gpu_session.py bfloat16 "$OUT/2-bfloat16.json" $small
-part 3-resume 90 "$PYTHON" benchmarks/gpu_session.py resume "$OUT/3-resume.json" $small
-part 4-speed 210 "$PYTHON" benchmarks/training.py --parts 3 --results "$OUT/4-speed.json" $speed
+part 1-tests 120 "$PYTHON" -m pytest -m gpu -p no:cacheprovider -v $collect $tests
+part 2-bfloat16 90 "$PYTHON" benchmarks/gpu_session.py bfloat16 "$OUT/2-bfloat16.json" $small
+part 3-resume 70 "$PYTHON" benchmarks/gpu_session.py resume "$OUT/3-resume.json" $small
+part 4-speed 130 "$PYTHON" benchmarks/training.py --parts 3 --results "$OUT/4-speed.json" $speed
+part 5-rates 60 "$PYTHON" -m smoltulu.tasks.machine.measure "$OUT" --seconds 45 $rates
+part 6-ablations 60 "$PYTHON" benchmarks/gpu_session.py ablations "$OUT/6-ablations.json" $small
+part 7-rollouts 40 "$PYTHON" benchmarks/generation.py $rollouts
 exit $failed

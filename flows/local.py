@@ -10,26 +10,34 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from smoltulu.artifacts.store import Store
 from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import plain_handler
+from smoltulu.flows.machine.places import default_home
+from smoltulu.flows.machine.rates import rates_of
+from smoltulu.flows.planning.forecast import with_forecast
 from smoltulu.flows.recipe import check_evaluation, load_recipe, parse_overrides
 from smoltulu.flows.reporting import RunReport
 from smoltulu.flows.runs import begin_run, end_run
 from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.schemas.machine import MachineRates
 from smoltulu.tasks.engine.launch import StageFailed, stop_children
 from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.engine.stores import open_store
 from smoltulu.tasks.job import Job
 
+#: Seconds between two looks at whether a stage has begun that is to stop.
+_LOOK_EVERY_SECONDS = 0.2
 #: 128 + SIGTERM, as a process that ends by it has it.
 STOPPED = 143
 
@@ -88,10 +96,19 @@ class _Stop:
         if not self._running:
             raise SystemExit(STOPPED)
         # Not here: this thread listens to the stage, and its last messages must not fill the pipe.
-        threading.Thread(target=stop_children, args=(self._grace_seconds,), name="stop", daemon=True).start()
+        threading.Thread(target=self._stop, name="stop", daemon=True).start()
+
+    def _stop(self) -> None:
+        """Stop the stage, also one that begins only now; at the end of the time this process ends, come what may."""
+        deadline = time.monotonic() + self._grace_seconds
+        while (left := deadline - time.monotonic()) > 0:
+            stop_children(left)
+            time.sleep(_LOOK_EVERY_SECONDS)
+        print("the time to stop is over", flush=True)
+        os._exit(STOPPED)  # while it waits for another producer, or hashes what it made: that is done again
 
     def run(self, job: Job, store: Store, log: logging.Logger) -> ArtifactReference:
-        """`run_stage`, unless it was asked to stop."""
+        """`run_stage`, unless this process was asked to stop."""
         if self.asked:
             raise StageFailed(f"{job.node}: was stopped before it began")
         self._running = job.compute.launcher != "inline"
@@ -102,7 +119,7 @@ class _Stop:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m smoltulu.flows.local", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m smoltulu.flows.local", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="a preset's name or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     parser.add_argument("--nodes", nargs="+", help="these alone, and what they are made from; else all")
@@ -119,40 +136,62 @@ def main(arguments: list[str]) -> int:
     graph = Graph(recipe)
     if unknown := [name for name in options.nodes or () if name not in graph.nodes]:
         parser.error(f"--nodes: the recipe has no node {', '.join(unknown)}; nodes: {', '.join(graph.nodes)}")
-    return _run(graph, store, log, options.nodes, stop)
-
-
-def _run(graph: Graph, store: Store, log: logging.Logger, nodes: Sequence[str] | None, stop: _Stop) -> int:
-    """Run, record and report. Errors: as `run_stage`, but for a stage that was stopped as asked."""
-    record = begin_run(store, graph.name if nodes is None else f"{graph.name}-{nodes[0]}", graph, "")
-    report = RunReport(graph, store, record)
-    made: dict[str, ArtifactReference] = {}
-    state, error, began = "Failed", "", time.monotonic()
+    if options.nodes is not None:
+        return _run_job(graph, store, log, options.nodes, stop)
+    rates, made = rates_of(default_home(), recipe.compute.device), dict[str, ArtifactReference]()
     try:
-        run_graph(graph, store, log, nodes, made, stop.run)
-        state = "Completed"
-    except BaseException as raised:
-        stopped = stop.asked or isinstance(raised, (KeyboardInterrupt, SystemExit))
-        state, error = "Cancelled" if stopped else "Failed", str(raised) or repr(raised)
-        if not (stop.asked and isinstance(raised, StageFailed)):
+        run_graph(graph, store, log, made=made, run=partial(_run_forecast, graph, made, rates, stop))
+    except StageFailed as error:
+        if not stop.asked:
             raise
-        log.warning("%s", raised)
+        log.warning("%s", error)
         return STOPPED
-    finally:
-        outcomes = {name: reference.outcome for name, reference in made.items()}
-        ended = end_run(store, record, state, outcomes)
-        _report(report, ended, made, error, log)
-        log.info("%s after %.0f s", state.lower(), time.monotonic() - began)
     return 0
 
 
-def _report(
-    report: RunReport, ended: Any, made: Mapping[str, ArtifactReference], error: str, log: logging.Logger
-) -> None:
-    """Write the page. An error in it must not end a run whose stages are whole."""
+def _run_forecast(
+    graph: Graph,
+    made: Mapping[str, ArtifactReference],
+    rates: MachineRates | None,
+    stop: _Stop,
+    job: Job,
+    store: Store,
+    log: logging.Logger,
+) -> ArtifactReference:
+    return stop.run(with_forecast(job, graph, store, made, rates, log), store, log)
+
+
+def _run_job(graph: Graph, store: Store, log: logging.Logger, nodes: Sequence[str], stop: _Stop) -> int:
+    """Run some nodes as a job of a cluster does: recorded, so that gc keeps what it made, and with a page."""
+    record = begin_run(store, f"{graph.name}-{nodes[0]}", graph, "")
+    rates, made = rates_of(default_home(), graph.compute.device), dict[str, ArtifactReference]()
+    state, error, began, status = "Failed", "", time.monotonic(), 1
     try:
+        run_graph(graph, store, log, nodes, made, partial(_run_forecast, graph, made, rates, stop))
+        state, status = "Completed", 0
+    except (ValueError, StageFailed) as raised:
+        error = str(raised)
+        log.error("%s", error)
+        if stop.asked and isinstance(raised, StageFailed):
+            state, status = "Cancelled", STOPPED
+    except BaseException as raised:
+        error = repr(raised)
+        raise
+    finally:
+        _record(RunReport(graph, store, record), state, made, error, log)
+        log.info("%s after %.0f s", state.lower(), time.monotonic() - began)
+    return status
+
+
+def _record(
+    report: RunReport, state: str, made: Mapping[str, ArtifactReference], error: str, log: logging.Logger
+) -> None:
+    """Write down how a run ended, and its page. An error in it must not end a run whose stages are whole."""
+    try:
+        outcomes = {name: reference.outcome for name, reference in made.items()}
+        ended = end_run(report.store, report.run, state, outcomes)
         report.write(ended, list(made.values()), {}, {}, error=error or None)
-        end_run(report.store, ended, ended.state, ended.outcomes, report_path=str(report.page))
+        end_run(report.store, ended, state, outcomes, report_path=str(report.page))
     except Exception as problem:
         log.warning("no report: %s", problem)
 

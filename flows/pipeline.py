@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,11 +20,16 @@ from pydantic import Field
 
 from smoltulu.artifacts import readable
 from smoltulu.artifacts.store import read_manifest
-from smoltulu.flows.endings import Interruption, close_earlier_attempts
+from smoltulu.flows.endings import begin_interruptible, close_earlier_attempts, end_interruptible, interruption_of
 from smoltulu.flows.follow_worker import follow_worker
 from smoltulu.flows.forms import choice, described, listed, with_form
+from smoltulu.flows.graphs.nodes import NodeGraph
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import RunFailed, shield_run_logs
+from smoltulu.flows.machine.dask_workers import asking_for, check_devices, offered, runner_client
+from smoltulu.flows.machine.places import default_home
+from smoltulu.flows.machine.rates import rates_of
+from smoltulu.flows.planning.forecast import with_forecast
 from smoltulu.flows.recipe import (
     check_evaluation,
     check_stage_names,
@@ -34,7 +40,7 @@ from smoltulu.flows.recipe import (
 )
 from smoltulu.flows.reporting import RunReport
 from smoltulu.flows.runs import begin_run, end_run
-from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.schemas.artifact import ArtifactReference, Forecast
 from smoltulu.schemas.publish import PublishOutputs
 from smoltulu.schemas.recipe import ExtendingRecipe, Recipe
 from smoltulu.schemas.run import RunSummary
@@ -45,6 +51,9 @@ from smoltulu.tasks.report import artifact_key, markdown, stage_table
 from smoltulu.tasks.report.verdict import sentences
 
 _PRESETS, _STAGES = preset_descriptions(), stage_descriptions()
+
+#: Of a task that has ended its state is there at once; of one that an interruption could not end it never is.
+_STATE_SECONDS = 1.0
 
 RecipeParameter = Annotated[
     Annotated[str, choice(_PRESETS, title="preset")]
@@ -67,6 +76,40 @@ Refresh = Annotated[
     list[Annotated[str, choice(_STAGES)]],
     Field(description="stages to make again although they are cached, e.g. [sft]"),
 ]
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def make(
+    graph: NodeGraph,
+    node: str,
+    upstream: dict[str, ArtifactReference],
+    store_root: str,
+    refresh: bool,
+    forecast: Forecast | None,
+) -> State[ArtifactReference]:
+    """Make or find one node, here or on a worker on another machine, which sees the store under the same path."""
+    log, began = get_run_logger(), time.monotonic()
+    store = open_store(graph.compute.model_copy(update={"store": store_root}), checked=False)
+    job = replace(graph.job(node, upstream, refresh=refresh), forecast=forecast)
+    try:
+        reference = run_stage(job, store, log)
+    except Exception as error:
+        interruption = interruption_of(str(runtime.flow_run.id))
+        if interruption is not None and (ending := interruption.state_of_stage(error)) is not None:
+            return ending
+        raise
+    took = readable.duration(time.monotonic() - began)
+    log.info("%s: %s %s (%s)", node, reference.outcome.lower(), reference.key[:12], took)
+    if reference.outcome != "Cached":
+        try:
+            create_table_artifact(
+                key=artifact_key(f"{graph.name}-{node}"),
+                table=stage_table(reference, job.stage.outputs),
+                description=f"{node}, {took}",
+            )
+        except Exception as error:  # a server that is gone for a while must not fail a stage that is committed
+            log.warning("%s: its table is not in Prefect's UI: %s", node, error)
+    return Completed(name=reference.outcome, message=took, data=reference)
 
 
 @with_form
@@ -113,42 +156,32 @@ def smoltulu(
             log.warning(note)
     store = open_store(checked.compute)
     log.info("recipe %s: %d steps, store %s", checked.name, len(graph.nodes), store.root)
+    devices = {name: node.stage.num_devices(graph.compute_of(node)) for name, node in graph.nodes.items()}
+    client = runner_client()
+    on_workers = [] if client is None else offered(client)
+    if client is not None and (told := check_devices(on_workers, devices)) is not None:
+        log.warning(told)
+    rates = rates_of(default_home(), checked.compute.device)
 
     record = begin_run(store, f"{checked.name}-{runtime.flow_run.name}", graph, str(runtime.flow_run.id))
     report = RunReport(graph, store, record)
-    interruption = Interruption()
+    interruption = begin_interruptible(record.flow_run_id)
+    began: dict[str, float] = {}
     seconds: dict[str, float] = {}
     failures: dict[str, str] = {}
     stopped: set[str] = set()
     made: dict[str, ArtifactReference] = {}
 
-    @task(cache_policy=NO_CACHE, persist_result=False)
-    def stage(node: str, upstream: dict[str, Any]) -> State[ArtifactReference]:
-        task_log = get_run_logger()
-        began = time.monotonic()
-        try:
-            job = graph.job(node, upstream, refresh=graph.nodes[node].stage.name in refresh)
-            reference = made[node] = run_stage(job, store, task_log)
-        except Exception as error:
-            failures[node] = str(error)
-            if (ending := interruption.state_of_stage(error)) is not None:
-                stopped.add(node)
-                return ending
-            raise
-        finally:
-            seconds[node] = time.monotonic() - began
-        took = readable.duration(seconds[node])
-        task_log.info("%s: %s %s (%s)", node, reference.outcome.lower(), reference.key[:12], took)
-        if reference.outcome != "Cached":
-            try:
-                create_table_artifact(
-                    key=artifact_key(f"{checked.name}-{node}"),
-                    table=stage_table(reference, job.stage.outputs),
-                    description=f"{node}, {took}",
-                )
-            except Exception as error:  # a server that is gone for a while must not fail a stage that is committed
-                task_log.warning("%s: its table is not in Prefect's UI: %s", node, error)
-        return Completed(name=reference.outcome, message=took, data=reference)
+    def take_in(name: str) -> None:
+        """What a node came to. Of one that never began, as an earlier one failed, there is nothing to say."""
+        futures[name].wait(timeout=_STATE_SECONDS)  # else its state is what the server has heard of so far
+        state = futures[name].state
+        if state.is_completed():
+            made[name] = futures[name].result()
+        elif state.is_failed() or state.is_crashed() or state.is_cancelled():
+            failures[name] = _message(futures[name])
+            if not state.is_failed():
+                stopped.add(name)
 
     @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=[10, 60])
     def push(published: ArtifactReference) -> str:
@@ -173,12 +206,24 @@ def smoltulu(
                 if before <= done:
                     del waiting[name]
                     num_running += 1
-                    upstream = {earlier: futures[earlier] for earlier in before}
-                    futures[name] = stage.with_options(name=node.stage.name, task_run_name=name).submit(name, upstream)
-                    futures[name].add_done_callback(partial(_put, ended, name))
+                    upstream: dict[str, Any] = {earlier: futures[earlier] for earlier in before}
+                    named = make.with_options(name=node.stage.name, task_run_name=name)
+                    refreshed = node.stage.name in refresh
+                    forecast = None
+                    if before <= made.keys():
+                        forecast = with_forecast(
+                            graph.job(name, made, refreshed), graph, store, made, rates, log
+                        ).forecast
+                    with asking_for(devices[name], on_workers):
+                        futures[name] = named.submit(
+                            graph.part((*before, name)), name, upstream, str(store.root.absolute()), refreshed, forecast
+                        )
+                    began[name] = time.monotonic()
+                    futures[name].add_done_callback(partial(_put, ended, seconds, began, name))
             running = [name for name in futures if name not in done]
             _look_on(report, made, failures, seconds, running)  # while they run
-            done.add(ended.get())
+            done.add(name := ended.get())
+            take_in(name)
             num_running -= 1
         for name, reference in made.items():
             if graph.nodes[name].stage.makes(PublishOutputs):
@@ -187,8 +232,11 @@ def smoltulu(
     except BaseException as raised:
         # Cancelled, or the process must end: no stage may outlive its flow.
         error, state = raised, interruption.stop(raised, futures.values())
+        for name in futures.keys() - done:
+            take_in(name)
         raise
     finally:
+        end_interruptible(record.flow_run_id)
         if error is None:
             state = "Failed" if failures else "Completed"
         finished = [made[name] for name in graph.nodes if name in made]
@@ -215,8 +263,24 @@ def _look_on(report: RunReport, *so_far: Any) -> None:
         get_run_logger().warning("the report is not up to date: %s", error)
 
 
-def _put(queue: SimpleQueue[str], name: str, _future: PrefectFuture[Any]) -> None:
+def _put(
+    queue: SimpleQueue[str],
+    seconds: dict[str, float],
+    began: dict[str, float],
+    name: str,
+    _future: PrefectFuture[Any],
+) -> None:
+    seconds[name] = time.monotonic() - began.get(name, time.monotonic())
     queue.put(name)
+
+
+def _message(future: PrefectFuture[Any]) -> str:
+    """The error of a task that failed, was cancelled or crashed."""
+    try:
+        future.result()
+    except BaseException as error:
+        return str(error)
+    return future.state.message or ""
 
 
 def _tell(graph: Graph, summary: RunSummary, page: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -60,6 +60,21 @@ class ExtendedTraining(StrictModel):
     num_steps: int = Field(ge=1, description="optimizer steps of that training")
 
 
+#: Where a forecast of time is from: a similar finished stage, compute.device_tflops, rates that were measured here.
+Basis = Literal["similar", "stated", "measured"]
+
+
+class Forecast(StrictModel):
+    """What was reckoned of a stage just before it was made, of what was left to do. None: not known."""
+
+    seconds: float | None = Field(None, ge=0)
+    basis: Basis | None = Field(None, description="of the seconds")
+    num_steps: int | None = Field(None, ge=0, description="optimizer steps")
+    num_tokens: int | None = Field(None, ge=0)
+    device_bytes: int | None = Field(None, ge=0, description="memory that every device holds at least")
+    peak_disk_bytes: int | None = Field(None, ge=0)
+
+
 class Manifest(StrictModel):
     """Written last into a generation: without it there is no artifact."""
 
@@ -79,6 +94,7 @@ class Manifest(StrictModel):
     duration_seconds: float = Field(ge=0)
     resumed_from_steps: tuple[int, ...] = Field((), description="optimizer step of each resume")
     extends: ExtendedTraining | None = Field(None, description="none: it trained from its own start")
+    forecast: Forecast | None = Field(None, description="to be held against duration_seconds and outputs")
     adopted_from: str | None = Field(None, description="key under which it was made: flows/planning/adoption.py")
     checksum: str = Field("", description="SHA-256 over all other fields; empty only until it is committed")
 

@@ -79,8 +79,8 @@ class ComputeSettings(StrictModel):
     rank_timeout_minutes: float = machinery(
         30.0,
         gt=0,
-        description="with several processes: minutes without a step after which the one that keeps the others waiting "
-        "is named, with its stack, and all are ended",
+        description="with several processes: minutes that one may keep the others waiting; then it is named, with its "
+        "stack, and all are ended",
     )
     device_memory_gb: float | None = machinery(
         None, gt=0, description="memory of one device in 10^9 bytes: `plan` says which trainings cannot fit into it"

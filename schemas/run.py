@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from smoltulu.schemas.artifact import KEY_PATTERN, STAGE_PATTERN
+from smoltulu.schemas.artifact import KEY_PATTERN, STAGE_PATTERN, Forecast
 from smoltulu.schemas.common import StrictModel
 from smoltulu.schemas.evaluation import Measurement, ScoreKind
 from smoltulu.schemas.verdict import Verdict
@@ -32,6 +32,7 @@ class StageRun(StrictModel):
     makes: Makes = Field("other", description="what the stage is for, also where it made nothing yet")
     outcome: Outcome
     seconds: float = Field(0.0, ge=0, description="spent in this run; about 0 where cached")
+    forecast: Forecast | None = Field(None, description="of what was made in this run; none where cached")
     key: str = Field("", description="artifact key; empty where none was made")
     path: str = Field("", description="folder of the generation; empty where none was made")
     metrics: dict[str, float] = Field({})

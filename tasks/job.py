@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
-from smoltulu.schemas.artifact import InputRecord, Spec
+from smoltulu.schemas.artifact import Forecast, InputRecord, Spec
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.stage import Stage
 
@@ -19,6 +19,7 @@ class Job:
     inputs         resolved inputs model (folders and files of upstream artifacts)
     input_records  binding -> upstream artifact, for the manifest and the stale check
     refresh        make it again even if the store has it
+    forecast       what was reckoned of it, for its manifest
     """
 
     node: str
@@ -29,6 +30,7 @@ class Job:
     inputs: BaseModel
     input_records: Mapping[str, InputRecord] = field(default_factory=dict)
     refresh: bool = False
+    forecast: Forecast | None = None
 
     @property
     def input_digests(self) -> dict[str, str]:

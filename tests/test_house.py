@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("artifacts.shared", "artifacts.upkeep"),
     # What a stage is: its contract, its process, its progress.
     ("tasks",),
-    ("tasks.models", "tasks.data", "tasks.world"),
+    ("tasks.models", "tasks.data", "tasks.world", "tasks.machine"),
     ("tasks.generation",),
     ("tasks.evaluation",),
     ("tasks.comparison",),

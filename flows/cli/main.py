@@ -12,7 +12,20 @@ from typing import Annotated
 
 import typer
 
-from smoltulu.flows.cli import audit, chat, compare, ladder, launch, nightly, output, report, store, sweep, tables
+from smoltulu.flows.cli import (
+    audit,
+    chat,
+    compare,
+    ladder,
+    launch,
+    nightly,
+    output,
+    rates,
+    report,
+    store,
+    sweep,
+    tables,
+)
 
 Recipe = Annotated[str, typer.Argument(help="a preset's name or the path of a YAML file")]
 Overrides = Annotated[
@@ -187,8 +200,20 @@ def adopt(recipe: Recipe, override: Overrides = None) -> None:
 @app.command()
 def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="set runs whose process is gone to Crashed")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="measure what this machine does in a second instead; two minutes")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --gpu: the rates, as JSON")] = False,
 ) -> None:
-    """Check this machine: versions, GPU, disk, token, server, worker, deployments, stuck runs."""
+    """Check this machine: versions, GPU, disk, token, server, worker, deployments, stuck runs.
+
+    With --gpu: measure memory, matrix product, attention, training, decoding and disk, for `smoltulu plan`.
+    """
+    if gpu or as_json:
+        if fix or not gpu:
+            output.fail("--fix is of the checks, --json of --gpu; give --gpu, --gpu --json, or --fix")
+        rates.measure_and_show(as_json)
+        return
     from rich.text import Text
 
     from smoltulu.flows.machine import places

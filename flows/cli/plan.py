@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts import readable
 from smoltulu.flows.cli.output import console, print_json, table
+from smoltulu.flows.machine.places import default_home
+from smoltulu.flows.machine.rates import rates_of
 from smoltulu.flows.planning.plan import Plan, PlanRow, Unresolved, plan
 from smoltulu.flows.planning.preflight_figures import PreflightFigures
 from smoltulu.flows.recipe import check_evaluation, load_recipe
@@ -41,7 +43,8 @@ def make_plan(recipe: str, overrides: dict[str, object], until: str | None, refr
     """The plan of a recipe in its own store. ValueError or OSError for what the user has to fix."""
     checked = load_recipe(recipe, overrides)
     check_evaluation(checked)
-    return plan(checked, until, refresh, open_store(checked.compute, checked=False))
+    rates = rates_of(default_home(), checked.compute.device)
+    return plan(checked, until, refresh, open_store(checked.compute, checked=False), rates=rates)
 
 
 def run_parameters(recipe: str, overrides: Mapping[str, object]) -> str:
@@ -65,11 +68,12 @@ def show(planned: Plan, as_json: bool, parameters: str = "", arguments: str = ""
     columns = [
         name for name in _FIGURES if any(getattr(r.estimate, name) is not None for r in planned.rows if _todo(r))
     ]
-    figures = [_FIGURES[name][0] for name in columns]
+    figures = [_FIGURES[name][0] for name in columns] + ["memory"] * any(_memory(row) for row in planned.rows)
     title, headings = f"{planned.recipe} in {planned.store}", ("stage", "what", "why", *figures, "key")
     stages = table(*headings, title=title, right=figures, whole=(*figures, "key"))
     for row in planned.rows:
         cells = [_figure(name, getattr(row.estimate, name)) if _todo(row) else "" for name in columns]
+        cells += [_memory(row)] * ("memory" in figures)
         status = Text.assemble((row.status, _COLOURS[row.status]), "*" if row.notes else "")
         stages.add_row(row.node, status, row.reason, *cells, row.key[:12] + ("~" if row.provisional else ""))
     out = console()
@@ -78,6 +82,15 @@ def show(planned: Plan, as_json: bool, parameters: str = "", arguments: str = ""
         out.print(_preflights(planned))
     for line in summary(planned, parameters, arguments):
         out.print(line, soft_wrap=True)  # a command that is broken into lines cannot be copied
+
+
+def _memory(row: PlanRow) -> str:
+    """Of a device: what the dry run used, where it ran; else what a training holds at least. Empty: not known."""
+    if not _todo(row):
+        return ""
+    if row.preflight is not None and row.preflight.peak_memory_bytes is not None:
+        return readable.size(row.preflight.peak_memory_bytes)
+    return "" if row.device_bytes is None else f"> {readable.size(row.device_bytes)}"
 
 
 def _preflights(planned: Plan) -> Table:

@@ -125,6 +125,8 @@ def _job(
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": settings.grace_seconds,
         "automountServiceAccountToken": False,
+        # The user of the Dockerfile's image; a volume of millions of files is not walked at every start.
+        "securityContext": {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"},
         "containers": [container],
         "volumes": volumes,
     }
@@ -159,7 +161,18 @@ def render(
 ) -> str:
     """The manifests as YAML, with the commands that apply them and resume those that wait."""
     made = manifests(jobs, settings, name, recipe)
-    return "".join([*_head(made, name, notes), yaml.safe_dump_all(made, sort_keys=False, allow_unicode=True)])
+    text = yaml.dump_all(made, Dumper=_Readable, sort_keys=False, allow_unicode=True)
+    return "".join([*_head(made, name, notes), text])
+
+
+class _Readable(yaml.SafeDumper):
+    """Texts of several lines as they are, where YAML can hold them so."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Readable.add_representer(str, _Readable.represent_str)
 
 
 def _head(made: list[dict[str, Any]], name: str, notes: Sequence[str]) -> Iterator[str]:

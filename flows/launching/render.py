@@ -13,9 +13,10 @@ import yaml
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.launching import kubernetes, slurm
 from smoltulu.flows.launching.jobs import jobs_of
-from smoltulu.flows.launching.settings import Engine, LaunchSettings, check_jobs, check_time
+from smoltulu.flows.launching.settings import Engine, LaunchSettings, check_engine, check_jobs, check_time
 from smoltulu.flows.machine.file_systems import is_of_one_machine, mount_of_folder, without_locks
-from smoltulu.flows.machine.places import PROJECT
+from smoltulu.flows.machine.places import PROJECT, default_home
+from smoltulu.flows.machine.rates import rates_of
 from smoltulu.flows.planning.plan import Plan, plan
 from smoltulu.flows.recipe import check_evaluation
 from smoltulu.schemas.recipe import Recipe
@@ -29,6 +30,7 @@ def rendered(recipe: Recipe, until: str | None, engine: Engine, settings: Launch
     Raises:
         ValueError: a setting that does not fit, a store that the jobs cannot share, nothing left to run.
     """
+    check_engine(settings, engine)
     check_evaluation(recipe)
     store = PROJECT / expand_path(recipe.compute.store)
     if engine == "kubernetes":  # whose store this machine need not have
@@ -36,7 +38,8 @@ def rendered(recipe: Recipe, until: str | None, engine: Engine, settings: Launch
         kubernetes.check(settings, str(expand_path(recipe.compute.store)), remote, list(_local_paths(recipe)))
     notes = check_store(store) if engine == "slurm" else []
     graph = Graph(recipe, until, unresolved="keep")
-    planned = plan(recipe, until, [], open_store(recipe.compute, checked=False), graph)
+    rates = rates_of(default_home(), recipe.compute.device)
+    planned = plan(recipe, until, [], open_store(recipe.compute, checked=False), graph, rates)
     done = [row.node for row in planned.rows if row.status == "cached" and not row.provisional]
     jobs = jobs_of(graph, settings.cpus_per_device, done)
     if not jobs:

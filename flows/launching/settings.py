@@ -41,6 +41,15 @@ class LaunchSettings(StrictModel):
     mount: str = "/smoltulu"
 
 
+def check_engine(settings: LaunchSettings, engine: Engine) -> None:
+    """ValueError where something is given that the other kind of cluster takes."""
+    slurm = {"--partition": settings.partition, "--account": settings.account, "--option": settings.options}
+    others = {"--image": settings.image, "--claim": settings.claim} if engine == "slurm" else slurm
+    if ignored := [name for name, value in others.items() if value]:
+        other = "Kubernetes" if engine == "slurm" else "Slurm"
+        raise ValueError(f"{', '.join(ignored)}: of {other}, and jobs are printed for {engine}; leave it out")
+
+
 def check_jobs(jobs: list[ClusterJob], settings: LaunchSettings) -> None:
     """ValueError where a job wants more GPUs than a machine has: a stage runs on one machine."""
     most = settings.devices_per_node

@@ -16,11 +16,14 @@ from pydantic import ValidationError
 from smoltulu.artifacts.layout import key_path
 from smoltulu.artifacts.nearest import Changes, SpecIndex, read_generation
 from smoltulu.flows.graphs.recipe_graph import Binding, Graph, Node
+from smoltulu.flows.planning.rate_costs import rollout_seconds, train_seconds
 from smoltulu.flows.planning.reading_costs import Reading, known_tokens, reading_of, reading_seconds, work_of
+from smoltulu.schemas.artifact import Basis
 from smoltulu.schemas.budget import tokens_of_steps
 from smoltulu.schemas.data import DatasetStageConfig
 from smoltulu.schemas.evaluation import EvaluationOutputs
 from smoltulu.schemas.held_out_loss import HeldOutLossSettings
+from smoltulu.schemas.machine import MachineRates
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.schemas.training import SupervisedSettings, TrainingSettings
@@ -46,6 +49,7 @@ class Estimate:
     disk_bytes       size of the artifact
     peak_disk_bytes  most disk space that the stage uses while it runs
     seconds          wall time
+    basis            where `seconds` is from: a similar finished stage, compute.device_tflops, rates that were measured
     """
 
     num_steps: int | None = None
@@ -55,6 +59,7 @@ class Estimate:
     peak_disk_bytes: int | None = None
     seconds: float | None = None
     num_rows: int | None = None
+    basis: Basis | None = field(default=None, compare=False)
 
 
 NOTHING = Estimate(0, 0, 0.0, 0, 0, 0.0, 0)
@@ -135,6 +140,8 @@ def totals(estimates: Sequence[Estimate], num_parallel: int = 1) -> dict[str, To
     """
     sums = {}
     for name in asdict(NOTHING):
+        if name == "basis":
+            continue
         values = [getattr(estimate, name) for estimate in estimates]
         known = [value for value in values if value is not None]
         sums[name] = Total(sum(known), len(values) - len(known))
@@ -162,11 +169,13 @@ class _Facts:
 class Costs:
     """Call `cached` or `estimate` for every node in graph order: later nodes use the facts of earlier ones.
 
+    rates          of this machine, for stages like which none was run; None: they were not measured
     as_if_longest  node -> tokens that each of its rows is taken to have, where their number is not known
     """
 
     graph: Graph
     index: SpecIndex
+    rates: MachineRates | None = None
     as_if_longest: dict[str, int] = field(default_factory=dict)
     _facts: dict[str, _Facts] = field(default_factory=dict)
     _twins: dict[str, str] = field(default_factory=dict)
@@ -228,9 +237,10 @@ class Costs:
         if num_tokens is None or (num_passes and size is None):
             return Estimate(num_tokens=num_tokens, num_rows=num_rows)
         compute, work = self.graph.compute_of(node), work_of(num_tokens, num_passes, size)
-        seconds = reading_seconds(
-            work, finished, compute.device, compute.num_processes, compute.device_tflops, num_passes > 0
-        )
+        tflops = compute.device_tflops
+        if tflops is None and self.rates is not None and self.rates.train is not None:
+            tflops = self.rates.train.flops_per_second / 1e12
+        seconds = reading_seconds(work, finished, compute.device, compute.num_processes, tflops, num_passes > 0)
         return Estimate(num_tokens=num_tokens, flops=work if num_passes else None, seconds=seconds, num_rows=num_rows)
 
     def _readings(self, node: Node) -> Iterator[Reading]:
@@ -315,8 +325,12 @@ class Costs:
             # Nothing where no row is held out, and nothing is known of rows that are not tokenised yet.
             aside = self._upstream(node, "held_out").num_tokens if "held_out" in node.inputs else None
             flops += 2 * size * (aside or 0) * (settings.held_out or HeldOutLossSettings()).num_evaluations(left)
+        basis: Basis | None = "similar" if seconds is not None else None
         if seconds is None and flops is not None and compute.device_tflops is not None:
-            seconds = flops / (compute.device_tflops * 1e12 * compute.num_processes)
+            seconds, basis = flops / (compute.device_tflops * 1e12 * compute.num_processes), "stated"
+        elif seconds is None and flops is not None and size is not None and left is not None:
+            seconds = self._by_rates(settings, flops, left, size, compute.num_processes)
+            basis = None if seconds is None else "measured"
         if size is not None and rows.rows_bytes is not None:
             kept = num_checkpoints_kept(compute, settings.is_extendable)
             if all_steps is not None:
@@ -327,7 +341,19 @@ class Costs:
         disk = None if size is None else model_bytes(ModelSize(size)) * (1 + settings.trains_critic)
         if disk is not None and settings.is_extendable and compute.keep_extension_checkpoint:
             disk += checkpoint_bytes(adapter or ModelSize(size or 0))
-        return Estimate(left, tokens, flops, disk, peak, seconds)
+        return Estimate(left, tokens, flops, disk, peak, seconds, basis=basis)
+
+    def _by_rates(
+        self, settings: TrainingSettings, flops: float, num_steps: int, size: int, num_processes: int
+    ) -> float | None:
+        """Seconds by the rates of this machine; None where they do not say so."""
+        if self.rates is None:
+            return None
+        seconds = train_seconds(flops, self.rates, num_processes)
+        if isinstance(settings, RLVRSettings):
+            written = rollout_seconds(settings, num_steps, size, self.rates, num_processes)
+            return None if seconds is None or written is None else seconds + written
+        return seconds
 
     def _size_ratio(self, node: Node, twin: Mapping[str, Any]) -> float | None:
         """Number of parameters of a node's input model, divided by that of its twin's."""

@@ -22,6 +22,7 @@ from smoltulu.flows.planning.costs import NOTHING, Costs, Estimate, Total, total
 from smoltulu.flows.planning.preflight_figures import PreflightFigures, preflight_figures
 from smoltulu.flows.recipe import check_stage_names, language_notes
 from smoltulu.schemas.artifact import ArtifactReference
+from smoltulu.schemas.machine import MachineRates
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.preflight import PreflightConfig, PreflightOutputs
 from smoltulu.schemas.recipe import Recipe
@@ -97,13 +98,23 @@ class Plan:
     totals: Mapping[str, Total]
 
 
-def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store, graph: Graph | None = None) -> Plan:
-    """Plan a run. Errors: as `Graph`, except for unresolved revisions."""
+def plan(
+    recipe: Recipe,
+    until: str | None,
+    refresh: Iterable[str],
+    store: Store,
+    graph: Graph | None = None,
+    rates: MachineRates | None = None,
+) -> Plan:
+    """Plan a run. Errors: as `Graph`, except for unresolved revisions.
+
+    rates  of the machine that will run it, for stages like which none was run
+    """
     refresh = list(refresh)
     check_stage_names(recipe, until, refresh)
     graph = graph or Graph(recipe, until, unresolved="keep", resolve=_resolve)
     index = SpecIndex(store.root)
-    costs = Costs(graph, index)
+    costs = Costs(graph, index, rates)
     provisional = _provisional(graph)
     before = specs_before(graph)
     digests: dict[str, str] = {}
@@ -154,6 +165,7 @@ def plan(recipe: Recipe, until: str | None, refresh: Iterable[str], store: Store
         *recipe.selection_notes(),
         *_as_if_longest(costs, rows),
         *_too_large(costs, rows),
+        *_by_rates(rates, rows),
         *unreachable,
         *_check_new_base_model(graph, rows),
     )
@@ -196,18 +208,21 @@ def _too_large(costs: Costs, rows: list[PlanRow]) -> Iterator[str]:
     """A sentence for every training that is still to do and cannot fit into the machine that the recipe states."""
     for row in rows:
         node = costs.graph.nodes[row.node]
-        memory = costs.graph.compute_of(node).device_memory_gb
+        memory, stated = costs.graph.compute_of(node).device_memory_gb, True
+        if memory is None and costs.rates is not None:
+            memory, stated = costs.rates.memory_bytes / 1e9, False
         if row.status == "cached" or memory is None or not isinstance(node.config, TrainingSettings):
             continue
         needed = costs.device_bytes(row.node)
         if needed is not None and needed > memory * 1e9:
             compute = costs.graph.compute_of(node)
             part = f"a {compute.num_processes}th of" if compute.is_sharded else "all"
+            which = "stated" if stated else "measured"
+            has = f"compute.device_memory_gb is {memory:g}" if stated else f"one has {readable.size(memory * 1e9)}"
             yield (
-                f"{row.node} cannot run on the stated machine: every device holds {part} weights, gradients and "
+                f"{row.node} cannot run on the {which} machine: every device holds {part} weights, gradients and "
                 f"moments of the optimizer in float32, with what else the stage needs {readable.size(needed)} before "
-                f"any activation, and compute.device_memory_gb is {memory:g}. Take a smaller model, devices with more "
-                "memory"
+                f"any activation, and {has}. Take a smaller model, devices with more memory"
                 + (", or divide it with compute.parallel fsdp2" if part == "all" and compute.num_processes > 1 else "")
                 + (
                     f", or add a {node.stage.name}.lora block"
@@ -215,6 +230,16 @@ def _too_large(costs: Costs, rows: list[PlanRow]) -> Iterator[str]:
                     else ""
                 )
             )
+
+
+def _by_rates(rates: MachineRates | None, rows: list[PlanRow]) -> Iterator[str]:
+    """A sentence where hours are from measured rates, and what is not in them."""
+    named = [row.node for row in rows if row.status != "cached" and row.estimate.basis == "measured"]
+    if named and rates is not None:
+        yield (
+            f"time of {', '.join(named)}: nothing like it was run here, so by the rates of {rates.name} (`smoltulu "
+            f"doctor --gpu`, {rates.measured_at[:10]}). Loading, saving and what devices tell each other are not in it"
+        )
 
 
 def _check_new_base_model(graph: Graph, rows: list[PlanRow]) -> Iterator[str]:

@@ -70,6 +70,7 @@ def manifest_of(
         started_at=started.isoformat(timespec="seconds"),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         duration_seconds=seconds,
+        forecast=job.forecast,
     )
     job.stage.outputs_of(manifest)
     return manifest

@@ -9,6 +9,7 @@ stopped as asked, 1 a failure, of which a rank leaves a word too (tasks/engine/e
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -144,7 +145,8 @@ def main(job_file: str, is_warm: bool = False) -> int:
         if job["num_ranks"] > 1:
             text = f"failed: {type(error).__name__}: {said}"
             end = ends.End(rank, time.monotonic(), text, traceback.format_exc(), ends.is_lost_peer(error))
-            ends.write_end(work, end)
+            with contextlib.suppress(OSError):  # the disk may be what failed; the log says it too
+                ends.write_end(work, end)
         return 1
     return 0
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import count
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.tasks.generation.engines import TransformersEngine
+from smoltulu.tasks.generation.interface import Request, Sampling
+from smoltulu.tasks.models.batches import padded
+
 if TYPE_CHECKING:
     import torch
+
+#: What generation settings may say without a say in what is likeliest.
+_GREEDY = {
+    "_from_model_config", "attention_mask", "bos_token_id", "do_sample", "eos_token_id", "max_completion_tokens",
+    "max_gen_toks", "max_length", "max_new_tokens", "max_tokens", "pad_token_id", "temperature", "top_k", "top_p",
+    "transformers_version", "until", "use_cache",
+}  # fmt: skip
 
 
 class Answer(str):
@@ -55,9 +66,14 @@ class NotesEnds:
 
     HFLM gives texts in the order of the requests, and decides the batches. It tells its cache hook of each answer in
     the order in which the answers were generated: so an end finds its answer.
+
+    Greedy answers are written by our engine (tasks/generation): all requests at once, in a batch that stays full. Tasks
+    that draw, and models whose generation settings do more than choose the likeliest token, go on by transformers'
+    `generate`, a batch to the end of its longest answer. What an answer says is the same, but for the rounding of sums.
     """
 
     _ends: list[tuple[str, int]]
+    _rows_at_once: int
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         hook, self._ends = self.cache_hook, []  # type: ignore[has-type]
@@ -69,24 +85,53 @@ class NotesEnds:
             hook.add_partial(method, request, answer)
 
         self.cache_hook = SimpleNamespace(add_partial=told)
+        self._rows_at_once = size = self.batch_size_per_gpu  # type: ignore[has-type]
+        if all(self._is_greedy(one.args[1]) for one in requests):
+            self.batch_size_per_gpu = max(len(requests), 1)
         try:
             texts = super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
         finally:
-            self.cache_hook = hook
+            self.cache_hook, self.batch_size_per_gpu = hook, size
         waiting = {name: iter(found) for name, found in ends.items()}
         return [
             Answer(text, *next(waiting.get(_name(one.args), iter(())), (None, None)))
             for text, one in zip(texts, requests, strict=True)
         ]
 
+    def _is_greedy(self, settings: Mapping[str, Any]) -> bool:
+        """Whether these settings of a request, and the model's own, only choose the likeliest token."""
+        model: Any = self.model  # type: ignore[attr-defined]
+        draws = settings.get("do_sample") or (settings.get("temperature") and settings.get("do_sample") is None)
+        return not (draws or settings.keys() - _GREEDY or model.generation_config.to_diff_dict().keys() - _GREEDY)
+
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         """(batch, tokens) -> (batch, tokens of prompt and answer)."""
-        made: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)  # type: ignore[misc]
-        ends_by = self.model.generation_config.eos_token_id  # type: ignore[attr-defined]
-        stop_ids = {self.eot_token_id, *(ends_by if isinstance(ends_by, list) else [ends_by])}  # type: ignore[attr-defined]
-        rows = made[:, context.shape[1] :].tolist()
-        self._ends += [end_of(row, stop_ids, stop, self.tok_decode) for row in rows]  # type: ignore[attr-defined]
+        import torch
+
+        model: Any = self
+        ends_by = model.model.generation_config.eos_token_id
+        stop_ids = {model.eot_token_id, *(ends_by if isinstance(ends_by, list) else [ends_by])} - {None}
+        if not self._is_greedy(settings):
+            made: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)  # type: ignore[misc]
+            rows = made[:, context.shape[1] :].tolist()
+        else:
+            prompts = [row[mask.bool()].tolist() for row, mask in zip(context, settings["attention_mask"], strict=True)]
+            rows = self._greedy(prompts, max_length - context.shape[1], tuple(stop_ids), stop)
+            ids, _ = padded(rows, "right", model.tokenizer.pad_token_id, context.device)
+            made = torch.cat([context, ids], dim=1)
+        self._ends += [end_of(row, stop_ids, stop, model.tok_decode) for row in rows]
         return made
+
+    def _greedy(
+        self, prompts: list[list[int]], num_tokens: int, stop_ids: tuple[int, ...], stops: Sequence[str]
+    ) -> list[list[int]]:
+        """Token ids after each prompt."""
+        model: Any = self
+        engine = TransformersEngine(
+            model.model, pad_id=model.tokenizer.pad_token_id, batch_size=self._rows_at_once, decode=model.tok_decode
+        )
+        sampling = Sampling(num_tokens, 0.0, stop_ids, stop_strings=tuple(filter(None, stops)))
+        return [one.ids for one in engine.generate([Request(ids, 0, 0, 0) for ids in prompts], sampling)]
 
 
 def _name(request: Any) -> str:

@@ -21,7 +21,6 @@ from smoltulu.tasks.evaluation.chance import chance_details, guessed
 from smoltulu.tasks.evaluation.choices import SharesContexts
 from smoltulu.tasks.evaluation.definitions import definition_digest
 from smoltulu.tasks.evaluation.gold import add_bits_per_byte, add_to_group
-from smoltulu.tasks.evaluation.greedy import WritesGreedily
 from smoltulu.tasks.evaluation.ifeval import prepare_punkt
 from smoltulu.tasks.evaluation.kept import Kept, Resuming
 from smoltulu.tasks.evaluation.local_files import forget_files, read_splits
@@ -74,7 +73,7 @@ def wrap(
 
     before = [] if chat else added_tokens(tokenizer)[0]
 
-    class SameTokens(WritesGreedily, NotesEnds, SharesContexts, HFLM):
+    class SameTokens(NotesEnds, SharesContexts, HFLM):
         def tok_encode(
             self,
             string: str,

@@ -79,7 +79,7 @@ class TransformersEngine:
         import torch
 
         own = torch.tensor([list(ids)], device=self.model.device)
-        with self._evaluating(), self.around(), torch.inference_mode():
+        with self._evaluating(), self.around(), torch.no_grad():
             logits = self.model(input_ids=own, use_cache=False).logits[0, :-1]
             logps = torch.log_softmax(logits.float(), -1).gather(1, own[0, 1:, None])
         made: list[float] = logps[:, 0].tolist()

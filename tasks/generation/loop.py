@@ -3,9 +3,9 @@
 A token is drawn by inverting the cumulative distribution with a uniform random number that belongs to its request. So
 what is written depends on neither the batch that a prompt was in nor on what was written before it, but for rounding.
 
-Prompts go longest first. Rows that ended leave the batch, and the next prompts take their places, so the batch stays
-full until no prompt is left. Rows are padded on the left; columns that pad all rows are cut off. Where a cache is more
-than keys and values of all tokens (sliding windows, recurrent layers), a batch is finished before the next begins.
+Prompts go longest first. Rows that ended leave the batch, and prompts of similar length take their places, so the batch
+stays full. Rows are padded on the left; columns that pad all rows are cut off. Where a cache is more than keys and
+values of all tokens (sliding windows, recurrent layers), a batch is finished before the next begins.
 
 transformers' own continuous batching draws from one generator for all requests, so a text would depend on what else is
 in the batch; and see RESULTS.md for its speed on a CPU (benchmarks/generation.py).
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Finished rows leave the batch when at most this share goes on: each removal copies the whole key-value cache.
 _COMPACT_BELOW = 0.8
+# Rows are refilled where the next prompt is at least this share of the batch's width: a shorter one would be padded to
+# it for as long as the widest row goes on, and a step costs what its widest row costs. Ours.
+_REFILL_ABOVE = 0.5
 
 
 @dataclass
@@ -116,7 +119,10 @@ def write(
     with torch.inference_mode():
         while waiting or rows is not None:
             num_going = 0 if rows is None else rows.is_over.count(False)
-            if waiting and (rows is None or (num_going <= _COMPACT_BELOW * batch_size and _is_plain(rows.cache))):
+            if waiting and (
+                rows is None
+                or (num_going <= _COMPACT_BELOW * batch_size and _takes(rows, requests[waiting[0]].prompt_ids))
+            ):
                 if rows is not None:
                     rows.select([row for row, is_over in enumerate(rows.is_over) if not is_over])
                 read = [waiting.popleft() for _ in range(min(batch_size - num_going, len(waiting)))]
@@ -139,7 +145,9 @@ def write(
             keep = [row for row, is_over in enumerate(rows.is_over) if not is_over]
             if not keep:
                 rows = None
-            elif len(keep) <= _COMPACT_BELOW * len(rows.places) and not (waiting and _is_plain(rows.cache)):
+            elif len(keep) <= _COMPACT_BELOW * len(rows.places) and not (
+                waiting and _takes(rows, requests[waiting[0]].prompt_ids)
+            ):
                 rows.select(keep)
     return [made[place] for place in range(len(requests))]
 
@@ -255,6 +263,11 @@ def _written(rows: _Rows, ended: Sequence[int], stop_ids: torch.Tensor) -> list[
         Written(own[:num], own[num - 1] in stops, logps_of[:num] if rows.draws is not None else [])
         for own, logps_of, num in zip(ids, logps, steps, strict=True)
     ]
+
+
+def _takes(rows: _Rows, prompt: Sequence[int]) -> bool:
+    """Whether this prompt, the longest of those that wait, may join the batch."""
+    return _is_plain(rows.cache) and len(prompt) >= _REFILL_ABOVE * rows.mask.shape[1]
 
 
 def _is_plain(cache: DynamicCache) -> bool:

@@ -152,7 +152,7 @@ class ColocatedEngine:
         os.environ.setdefault("LOCAL_RANK", str(accelerator.local_process_index))
         os.environ.setdefault("WORLD_SIZE", str(accelerator.num_processes))
         ensure_master_addr_port()
-        self._sleeps = compute.vllm_sleep
+        self._sleeps, self._is_asleep = compute.vllm_sleep, False
         self._llm = LLM(
             model=str(model),
             dtype="bfloat16",
@@ -171,13 +171,17 @@ class ColocatedEngine:
 
         made = self._llm.generate(
             [{"prompt_token_ids": list(one.prompt_ids)} for one in requests],
-            sampling_params=[SamplingParams(**parameters_of(one, sampling), detokenize=False) for one in requests],
+            sampling_params=[
+                SamplingParams(**parameters_of(one, sampling), detokenize=bool(sampling.stop_strings))
+                for one in requests
+            ],
             use_tqdm=False,
         )
         texts = [one.outputs[0] for one in made]
         on_batch(len(texts), len(requests))
         if self._sleeps:
             self._llm.sleep(level=2)
+            self._is_asleep = True
         return [written(one.token_ids, _own(one.token_ids, one.logprobs), sampling) for one in texts]
 
     def logps(self, ids: Sequence[int]) -> list[float]:
@@ -190,14 +194,15 @@ class ColocatedEngine:
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         import torch
 
-        if self._sleeps:
+        if self._is_asleep:
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=["weights"])
         model = self._llm.llm_engine.model_executor.driver_worker.model_runner.model
         for named in weights:
             model.load_weights([named])
-        if self._sleeps:
+        if self._is_asleep:
             self._llm.wake_up(tags=["kv_cache"])
+            self._is_asleep = False
         self._llm.reset_prefix_cache()
 
 

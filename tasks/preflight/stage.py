@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from smoltulu.schemas.preflight import LengthReport, PreflightConfig, PreflightInputs, PreflightOutputs
+from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.schemas.training import TrainingSettings
 from smoltulu.tasks.data.rows import rows_at, stored_rows
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
@@ -46,12 +47,15 @@ def run_preflight(
     """
     from smoltulu.tasks.preflight.dry_run import dry_run
     from smoltulu.tasks.preflight.report import html_report, json_report, problems
+    from smoltulu.tasks.training.rollout_engine import check_engine
 
     subject = stages.get(config.subject)
     training = subject and subject.config.model_validate(config.training_settings)
     assert training is None or isinstance(training, TrainingSettings)
     compute = context.compute.of(config.subject, training.effective_batch_size if training else None)
     check_model_folder(Path(inputs.model))
+    if isinstance(training, RLVRSettings):  # its turn comes after days of other trainings
+        check_engine(training, Path(inputs.model), compute)
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     probe = TokenizerProbe.of(tokenizer, Path(inputs.model))
     folder = parts_folder(config, inputs, context.work)

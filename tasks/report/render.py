@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from jinja2.runtime import Context
 
 _DRAWINGS: tuple[Callable[..., str], ...] = (line_chart, lineage_drawing, histogram)
-_FORMATS = (text.number, text.percent, text.duration, text.size, text.moment, text.visible, task_title, signed)
+_FORMATS: tuple[Callable[..., str], ...] = (
+    text.number, text.percent, text.duration, text.size, text.moment, text.visible, text.forecast_and_fact, task_title,
+    signed,
+)  # fmt: skip
 #: Characters of a prompt or an answer that are shown without being asked for.
 MAX_SHORT = 400
 

@@ -54,7 +54,8 @@ def stage_runs(
             reference, manifest = by_node[node]
             own = 0.0 if reference.outcome == "Cached" else manifest.duration_seconds
             of_artifact = reference.model_dump(include={"outcome", "key", "path", "metrics"})
-            run = run.model_copy(update={**of_artifact, "seconds": seconds.get(node, own)})
+            forecast = None if reference.outcome == "Cached" else manifest.forecast
+            run = run.model_copy(update={**of_artifact, "seconds": seconds.get(node, own), "forecast": forecast})
         elif node in running:
             run = run.model_copy(update={"outcome": "Running"})
         runs.append(run)

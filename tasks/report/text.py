@@ -15,6 +15,7 @@ from smoltulu.artifacts.readable import (  # noqa: F401
     size,
     visible,
 )
+from smoltulu.schemas.artifact import Manifest
 from smoltulu.schemas.recipe import Recipe
 
 SHORT_KEY = 8
@@ -40,6 +41,32 @@ def local_minute(timestamp: object) -> str:
         return datetime.fromisoformat(str(timestamp)).astimezone().strftime("%Y-%m-%d %H:%M")
     except ValueError:
         return str(timestamp or "")
+
+
+#: Where a forecast of time is from, in words.
+_BASES = {"similar": "by a similar stage", "stated": "by compute.device_tflops", "measured": "by measured rates"}
+
+
+def forecast_and_fact(manifest: Manifest) -> str:
+    """What was reckoned of a stage just before it was made, beside what it came to; only figures that were reckoned."""
+    forecast = manifest.forecast
+    if forecast is None:
+        return "–"
+    parts = []
+    if forecast.seconds is not None:
+        fact = manifest.duration_seconds
+        times = f", {fact / forecast.seconds:.2g} of it" if forecast.seconds else ""
+        basis = f" {_BASES[forecast.basis]}" if forecast.basis else ""
+        parts.append(f"time {duration(forecast.seconds)}{basis}, took {duration(fact)}{times}")
+    resumed = manifest.resumed_from_steps[-1] if manifest.resumed_from_steps else 0
+    for name, reckoned in (("steps", forecast.num_steps), ("tokens", forecast.num_tokens)):
+        made = manifest.outputs.get(f"num_{name}")
+        # Of a stage that went on from a checkpoint the forecast is of the rest, its outputs count the whole.
+        if reckoned is not None and isinstance(made, int) and (name == "steps" or not resumed):
+            parts.append(f"{name} {reckoned:,}, were {made - (resumed if name == 'steps' else 0):,}")
+    if forecast.device_bytes is not None:
+        parts.append(f"memory of a device at least {size(forecast.device_bytes)}")
+    return "; ".join(parts) or "–"
 
 
 def artifact_key(text: str) -> str:

@@ -331,7 +331,7 @@ def _assembled(
     from trl import RLOOTrainer
 
     if not is_dry_run:
-        check_engine(config, inputs, context)
+        check_engine(config, Path(inputs.model), context.compute)
     model, tokenizer = load_model(config, inputs, packing=False)
     # The preflight left out prompts that are longer than max_prompt_length.
     rows = load_prompts(inputs.dataset, context)

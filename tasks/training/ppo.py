@@ -66,7 +66,7 @@ def build(config: PPOSettings, inputs: RLVRInputs, context: StageContext) -> PPO
     config.check_num_rows(len(rows))
     tokenizer = load_tokenizer(Path(inputs.model), inputs.chat_template)
     # Refused before any weights are loaded.
-    check_engine(config, inputs, context)
+    check_engine(config, Path(inputs.model), context.compute)
     check_reward_model(config, inputs, tokenizer)
     critic = load_critic(config, inputs, tokenizer)
     return _assembled(config, inputs, context, rows, critic, load_scored_by(config, inputs, tokenizer))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.rlvr import PPOSettings, RLVRSettings
 from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.generation.engines import CopyEngine, TransformersEngine
@@ -47,12 +48,14 @@ class Writer:
         return replace(self, sampling=replace(self.sampling, purpose=purpose))
 
 
-def check_engine(config: RLVRSettings, inputs: TrainingInputs, context: StageContext) -> None:
-    """Before any weights are loaded. ValueError where this machine cannot run the engine; warns of what is ignored."""
-    compute = context.compute
+def check_engine(config: RLVRSettings, model: Path, compute: ComputeSettings) -> None:
+    """Before any weights are loaded. ValueError where this machine cannot run the engine; warns of what is ignored.
+
+    model: folder of one of the policy's size.
+    """
     if config.engine == "vllm":
         longest = config.max_prompt_length + config.max_completion_length
-        check_vllm(Path(inputs.model), compute, device_of(compute), longest)
+        check_vllm(model, compute, device_of(compute), longest)
         if getattr(config, "importance_sampling_cap", None) is None:
             logger.warning(
                 "engine vllm rounds otherwise than the update, and nothing corrects it: set "
@@ -68,10 +71,10 @@ def check_engine(config: RLVRSettings, inputs: TrainingInputs, context: StageCon
 
 def check_device(device: str | None) -> None:
     """ValueError where this machine has no such device."""
-    import torch
-
     if device is None or device == "cpu":
         return
+    import torch
+
     number, there = int(device.partition(":")[2] or 0), torch.cuda.device_count()
     if number >= there:
         raise ValueError(

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_session import not_as_unbroken, outside_the_band
+from benchmarks.gpu_session import ABLATIONS, gains, not_as_unbroken, outside_the_band
+from smoltulu.schemas.machine import MachineRates
 from tests import ROOT
 
 FALLING = [10 - 0.1 * step for step in range(50)]
-PARTS = ("1-tests", "2-bfloat16", "3-resume", "4-speed")
+PARTS = ("1-tests", "2-bfloat16", "3-resume", "4-speed", "5-rates", "6-ablations", "7-rollouts")
 
 
 def session(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -55,7 +56,15 @@ def test_the_smallest_slice_runs_on_a_cpu(tmp_path: Path) -> None:
     assert resumed["bitwise"] and resumed["resumed at"] == ["8"] and len(resumed["resumed"]) == 24
     speed = json.loads((results / "4-speed.json").read_text())
     assert speed["cases"]["SFT minute, 32"]["tokens_per_second"] > 0
-    assert len(list(results.iterdir())) == 8
+    ablations = json.loads((results / "6-ablations.json").read_text())
+    assert ablations["wrong"] == [] and ablations["seconds"].keys() == ABLATIONS.keys()
+    rates = MachineRates.model_validate_json((results / "5-rates.log").read_text().splitlines()[-1])
+    assert rates.device == "cpu" and rates.train is not None
+    assert len(list(results.iterdir())) == 12
+
+
+def test_what_each_way_adds_to_the_one_before_by_hand() -> None:
+    assert gains({"padded": 3.0, "packed": 2.0, "budget": 1.6}) == pytest.approx({"packed": 0.5, "budget": 0.25})
 
 
 @pytest.mark.parametrize(("half", "wrong"), [

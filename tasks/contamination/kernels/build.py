@@ -22,7 +22,7 @@ def normalise_all(source, offsets, lower_bytes, lower_points):
     num_terms = np.zeros(num_texts, np.int32)
     n = 0
     for k in range(num_texts):
-        length = normalise(source, offsets[k], offsets[k + 1], text[n:], lower_bytes, lower_points)
+        length = normalise(source, offsets[k], offsets[k + 1], text[n:], 0, lower_bytes, lower_points)
         for i in range(n, n + length):
             num_terms[k] += text[i] == _SPACE
         num_terms[k] += length > 0
@@ -92,7 +92,7 @@ def window_phrases(source, bounds, num_tokens, n, lower_bytes, lower_points):
             if is_known:
                 continue
             span_field[slot], span_first[slot] = field, token + start
-            length = normalise(source, begin, end, scratch, lower_bytes, lower_points)
+            length = normalise(source, begin, end, scratch, 0, lower_bytes, lower_points)
             if length == 0:
                 continue
             key = hash_bytes(scratch, 0, length)

@@ -260,7 +260,7 @@ def normalise_fast(source, start, end, out, at, limit, tables, ascii_kinds, asci
             elif k < end and (source[k] == 0xEF or (source[k] == 0xE3 and k > first)):  # may be full-width, or a mark
                 return NEEDS_SLOW
             is_start = False
-        byte = source[i]
+        byte = source[np.uintp(i)]
         if byte < 0x80:
             kind = np.int64(ascii_kinds[byte])
             if kind == _LOOK:
@@ -289,10 +289,11 @@ def normalise_fast(source, start, end, out, at, limit, tables, ascii_kinds, asci
                 if n > limit:
                     return n
                 at[n] = at[n + 1] = i - start
-            out[n] = _SPACE
-            n += (kind != last) & (kind != GAP) & (last != GAP)
-            out[n] = ascii_to[byte]
-            n += (kind != GAP) | (last != GAP)
+            place = np.uintp(n)  # a signed index could count from the end, which costs a look at each
+            out[place] = _SPACE
+            place += np.uintp((kind != last) & (kind != GAP) & (last != GAP))
+            out[place] = ascii_to[byte]
+            n = np.int64(place) + ((kind != GAP) | (last != GAP))
             last = kind
             i += 1
             continue

@@ -11,7 +11,7 @@ import numpy as np
 from smoltulu.tasks.contamination.kernels.compile import inner, kernel
 from smoltulu.tasks.contamination.kernels.layout import ANCHOR_TERMS, FILTER_HEAD, HEAD_TERMS, MAX_TERM_BYTES
 from smoltulu.tasks.contamination.kernels.normal import NEEDS_SLOW, normalise_fast, normalise_slow
-from smoltulu.tasks.contamination.kernels.text import extend, filter_bits, hash_terms, mix, normalise
+from smoltulu.tasks.contamination.kernels.text import extend, filter_bits, hash_terms, mix, normalise_and_hash
 
 _SPACE = 32
 PIECE = 1_024  # terms hashed at a time: what is at work stays in the cache, however long the turn
@@ -24,9 +24,34 @@ _MEMO_PHRASES, _MEMO_SETS = 8, 4_096
 @inner
 def bit(phrases, which, key):
     """1 if the key may be in the filter, 0 if it is not."""
-    word = phrases.filter_words[phrases.filter_first[which] + np.int64((key >> _SIX) & phrases.filter_mask[which])]
+    first = np.uint64(phrases.filter_first[which])
+    word = phrases.filter_words[first + ((key >> _SIX) & phrases.filter_mask[which])]
     wanted = filter_bits(key)
-    return np.int64(word & wanted == wanted)
+    return np.uint8(word & wanted == wanted)
+
+
+@inner
+def ask_filters(phrases, hashes, num_here, heads, filters):
+    """Which filters let the runs from each term on pass: bit k - 1 those of k terms, bit HEAD_TERMS - 1 the head.
+
+    Without a branch, and in short loops, so that the memory look-ups of many terms overlap.
+    """
+    for p in range(num_here):
+        h = hashes[p]
+        for k in range(1, HEAD_TERMS):
+            h = extend(h, hashes[p + k])
+        heads[p] = h
+    for p in range(num_here):
+        filters[p] = bit(phrases, FILTER_HEAD, heads[p]) << (HEAD_TERMS - 1)
+    for p in range(num_here):
+        h = hashes[p]
+        may_be = bit(phrases, 1, h)
+        h = extend(h, hashes[p + 1])
+        may_be |= bit(phrases, 2, h) << 1
+        h = extend(h, hashes[p + 2])
+        may_be |= bit(phrases, 3, h) << 2
+        h = extend(h, hashes[p + 3])
+        filters[p] |= may_be | bit(phrases, 4, h) << 3
 
 
 @inner
@@ -56,48 +81,39 @@ def verify(phrases, key, text, n, at, clock, seen, found, num_found):
 
 
 @inner
-def find(phrases, text, n, clock, seen, found, piece):
-    """All phrases of a normalised turn into `found`, each once: (their number, bytes of the longest term)."""
-    starts, hashes, positions, filters = piece
+def find(phrases, text, n, num_terms, longest, clock, seen, found, piece):
+    """All phrases of a normalised turn into `found`, each once: (their number, bytes of the longest term).
+
+    num_terms, longest  of the first piece, which has its terms
+    """
+    starts, hashes, heads, filters, positions = piece
     num_found = 0
-    longest = 0
-    at = 0
-    while at < n:
-        num_terms, longest_here = hash_terms(text, at, n, starts, hashes, PIECE + ANCHOR_TERMS)
-        longest = max(longest, longest_here)
+    while True:
         # The last terms of a piece are taken again as the first of the next one, with all that follows them.
         is_last = num_terms < PIECE + ANCHOR_TERMS
         num_here = num_terms if is_last else PIECE
         if is_last:
             for k in range(num_terms, num_terms + ANCHOR_TERMS):
                 hashes[k] = _ZERO  # runs beyond the end: bytes refuse them
-        # First the filters, without a branch, so that the memory look-ups of many positions overlap.
+        ask_filters(phrases, hashes, num_here, heads, filters)
         num_candidates = 0
         for p in range(num_here):
-            h = hashes[p]
-            may_be = bit(phrases, 1, h)
-            h = extend(h, hashes[p + 1])
-            may_be |= bit(phrases, 2, h) << 1
-            h = extend(h, hashes[p + 2])
-            may_be |= bit(phrases, 3, h) << 2
-            h = extend(h, hashes[p + 3])
-            may_be |= bit(phrases, 4, h) << 3
-            h = extend(h, hashes[p + 4])
-            may_be |= bit(phrases, FILTER_HEAD, h) << 4
-            positions[num_candidates], filters[num_candidates] = p, may_be
-            num_candidates += may_be != 0
+            positions[num_candidates] = p
+            num_candidates += filters[p] != 0
         for c in range(num_candidates):
-            p, may_be = positions[c], filters[c]
+            p = positions[c]
+            may_be = filters[p]
             h = _ZERO
             for k in range(1, ANCHOR_TERMS + 1):
                 h = extend(h, hashes[p + k - 1])
                 if (may_be >> (k - 1)) & 1 if k < HEAD_TERMS else bit(phrases, k, h):
-                    num_found = verify(phrases, h, text, n, starts[p], clock, seen, found, num_found)
+                    num_found = verify(phrases, h, text, n, np.int64(starts[p]), clock, seen, found, num_found)
                 if k == HEAD_TERMS - 1 and not may_be >> k:
                     break
         if is_last:
             break
-        at = starts[PIECE]
+        num_terms, longest_here = hash_terms(text, np.int64(starts[PIECE]), n, starts, hashes, PIECE + ANCHOR_TERMS)
+        longest = max(longest, longest_here)
     return num_found, longest
 
 
@@ -244,13 +260,15 @@ def scan(
     for turn in range(first_turn, num_turns):
         room = max(room, turn_end[turn] - turn_start[turn])
     is_normal = len(normal.kind) > 0
+    limit = PIECE + ANCHOR_TERMS
     text = np.empty(2 * room + 128 if is_normal else room + room // 2 + 8, np.uint8)
     points, begins, at = np.empty(1, np.int32), np.empty(1, np.int32), np.empty(1, np.int32)
     piece = (
-        np.empty(PIECE + ANCHOR_TERMS + 1, np.int64),  # first byte of each term
+        np.empty(PIECE + ANCHOR_TERMS + 1, np.uint32),  # first byte of each term; a block has less than 2 GiB
         np.empty(PIECE + 2 * ANCHOR_TERMS, np.uint64),  # its hash
-        np.empty(PIECE + ANCHOR_TERMS, np.int64),  # positions that a filter lets pass
-        np.empty(PIECE + ANCHOR_TERMS, np.int64),  # which filters: a bit each
+        np.empty(PIECE + ANCHOR_TERMS, np.uint64),  # hash of its head: the run of HEAD_TERMS from it on
+        np.empty(PIECE + ANCHOR_TERMS, np.uint8),  # which filters let it pass: a bit each
+        np.empty(PIECE + ANCHOR_TERMS, np.int64),  # terms that some filter lets pass
     )
     found = np.empty(len(state.seen), np.int32)
     touched = np.empty(num_instances, np.int32)
@@ -269,13 +287,18 @@ def scan(
             n = normalise_fast(source, start, end, text, at, 0, normal, ascii_kinds, ascii_to)
             if n == NEEDS_SLOW:
                 n, points, begins, text, at = normalise_slow(source, start, end, True, points, begins, text, at, normal)
+            num_terms, longest = hash_terms(text, 0, max(n, 0), piece[0], piece[1], limit)
         else:
-            n = normalise(source, start, end, text, lower_bytes, lower_points)
+            n, num_terms, longest = normalise_and_hash(
+                source, start, end, text, piece[0], piece[1], limit, lower_bytes, lower_points
+            )
         if n < 0:
             next_turn = -1 - turn
             break
         state.clock[0] += 1
-        num_found, longest = find(phrases, text, n, np.int32(state.clock[0]), state.seen, found, piece)
+        num_found, longest = find(
+            phrases, text, n, num_terms, longest, np.int32(state.clock[0]), state.seen, found, piece
+        )
         if longest > MAX_TERM_BYTES:
             oversized[num_oversized] = turn
             num_oversized += 1

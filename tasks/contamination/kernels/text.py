@@ -18,7 +18,8 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 _SHIFT = np.uint64(33)
-_ONE, _LOW_SIX, _TOP_SIX = np.uint64(1), np.uint64(63), np.uint64(58)
+_NONE, _ONE = np.uint64(0), np.uint64(1)
+_LOW_SIX, _TOP_SIX = np.uint64(63), np.uint64(58)
 
 _NUM_TABLED = 0x20000  # no code point above has another lower case (tested for all of Unicode)
 _SEPARATORS = ' ,.?!:;()"-\n\\'
@@ -85,12 +86,12 @@ def encode(point, out, n):
 
 
 @inner
-def normalise(source, start, end, out, lower_bytes, lower_points):
-    """Terms of source[start:end] into `out`, joined by one space; their number of bytes, or -1 if not UTF-8.
+def normalise(source, start, end, out, n, lower_bytes, lower_points):
+    """Terms of source[start:end] into `out`, joined by one space, behind its `n` bytes; their end, or -1 if not UTF-8.
 
-    `out` has at least 1.5 times the bytes: lower-casing can turn two bytes into three.
+    `out` has at least 1.5 times the bytes: lower-casing can turn two bytes into three. What stands there already ends
+    with a space.
     """
-    n = 0
     after_space = True
     i = start
     while i < end:
@@ -159,33 +160,80 @@ def hash_bytes(text, start, end):
 
 
 @inner
+def normalise_and_hash(source, start, end, out, starts, hashes, limit, lower_bytes, lower_points):
+    """`normalise`, with begin and hash of the first `limit` terms as from `hash_terms`, in one go over the bytes.
+
+    (bytes of `out` or -1 if not UTF-8, number of terms, longest in bytes). `starts` needs room for one more.
+    """
+    # Unsigned, as a signed index could count from the end, which costs a look at each.
+    n, num_terms, i = _NONE, _NONE, np.uint64(start)
+    h, after_space = _FNV_OFFSET, _ONE
+    starts[0] = 0
+    while i < np.uint64(end) and num_terms < np.uint64(limit):
+        b = source[i]
+        if b < 0x80:
+            # No branch, as none could be foretold: what is written for a term stands when its space comes.
+            c = lower_bytes[b]
+            is_space = np.uint64(c == _SPACE)
+            out[n] = c
+            hashes[num_terms] = h
+            starts[num_terms + _ONE] = n + _ONE
+            h = _FNV_OFFSET if is_space else (h ^ np.uint64(c)) * _FNV_PRIME
+            num_terms += is_space & (after_space ^ _ONE)
+            n += (is_space & after_space) ^ _ONE
+            after_space = is_space
+            i += _ONE
+        else:
+            point, size = decode(source, np.int64(i), end)
+            if point < 0:
+                return -1, 0, 0
+            behind = encode(np.int64(lower_points[point]) if point < _NUM_TABLED else point, out, np.int64(n))
+            for k in range(np.int64(n), behind):
+                h = (h ^ np.uint64(out[k])) * _FNV_PRIME
+            n, after_space = np.uint64(behind), _NONE
+            i += np.uint64(size)
+    if not after_space:  # the last term of the text has no space behind it
+        hashes[num_terms] = h
+        num_terms += _ONE
+        starts[num_terms] = n + _ONE
+    length = np.int64(n) - np.int64(after_space and n > 0)
+    if np.int64(i) < end:
+        length = normalise(source, np.int64(i), end, out, np.int64(n), lower_bytes, lower_points)
+    return length, np.int64(num_terms), spread(starts, hashes, np.int64(num_terms))
+
+
+@inner
 def hash_terms(text, start, end, starts, hashes, limit):
     """Begin and hash of up to `limit` terms of normalised text[start:end]: (their number, longest in bytes).
 
     `starts` needs room for one more.
     """
-    num_terms = 0
+    num_terms, i = _NONE, np.uint64(start)
     h = _FNV_OFFSET
-    i = start
     starts[0] = start
-    while i < end and num_terms < limit:
-        # No branch, as none could be foretold: what is written for a term stands when its space comes.
+    while i < np.uint64(end) and num_terms < np.uint64(limit):
         byte = text[i]
-        i += 1
-        is_end = byte == _SPACE
+        i += _ONE
+        is_end = np.uint64(byte == _SPACE)
         hashes[num_terms] = h
-        starts[num_terms + 1] = i
+        starts[num_terms + _ONE] = i
         h = _FNV_OFFSET if is_end else (h ^ np.uint64(byte)) * _FNV_PRIME
         num_terms += is_end
-    if start < end and num_terms < limit:  # the last term of the text has no space behind it
+    if start < end and num_terms < np.uint64(limit):
         hashes[num_terms] = h
-        num_terms += 1
+        num_terms += _ONE
         starts[num_terms] = end + 1
-    longest = 0
+    return np.int64(num_terms), spread(starts, hashes, np.int64(num_terms))
+
+
+@inner
+def spread(starts, hashes, num_terms):
+    """Mix the hashes of terms; bytes of the longest."""
+    longest = np.int64(0)
     for k in range(num_terms):
         hashes[k] = mix(hashes[k])
-        longest = max(longest, starts[k + 1] - 1 - starts[k])
-    return num_terms, longest
+        longest = max(longest, np.int64(starts[k + 1]) - 1 - np.int64(starts[k]))
+    return longest
 
 
 @inner
@@ -337,7 +385,7 @@ def stand_as_in_full(source, turn_start, turn_end, places, begins, ends, full, p
             continue
         if len(scratch) < 2 * (end - begin) + 8:
             scratch = np.empty(4 * (end - begin) + 8, np.uint8)
-        n = normalise(source, begin, end, scratch, lower_bytes, lower_points)
+        n = normalise(source, begin, end, scratch, 0, lower_bytes, lower_points)
         at, length = phrases.place[phrase, 0], phrases.place[phrase, 1]
         i = 0
         while n == length and i < n and scratch[i] == phrases.text[at + i]:

@@ -371,6 +371,8 @@ EIGHT = ["-o", "compute.device=cuda", "-o", "compute.num_processes=8"]
         (["tyni", "--print", "slurm"], "no recipe is called 'tyni'"),
         (["tiny", "--print", "slurm", "--until", "sfft"], "no stage is called 'sfft'"),
         (["tiny", "--print", "slurm", "--hours", "0.05"], "--hours 0.05 is 3 min 00 s"),
+        (["tiny", "--print", "slurm", "--image", "i", "--claim", "c"], "--image, --claim: of Kubernetes, and jobs are"),
+        (["tiny", "--print", "kubernetes", "--partition", "p"], "--partition: of Slurm"),
         (["tiny", "--print", "kubernetes"], "--image: name the container image"),
         (["tiny", "--print", "slurm", *EIGHT, "--devices-per-node", "4"], "sft runs on 8 GPUs"),
         (["tiny", "--print", "slurm", "--grace-seconds", "1"], "grace_seconds"),

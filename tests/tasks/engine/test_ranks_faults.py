@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -39,8 +40,8 @@ from smoltulu.tasks.stage import Diverged
 from tests.tasks.engine.test_runner import sft_job, write_sft_world
 
 LOG = logging.getLogger("test")
-#: Seconds from a fault to the end of all, on a machine that others use as well; torchrun waits 30 for ranks that hang.
-BOUND = 30.0
+#: Seconds from a fault to the end of all; a rank that does not end by itself is killed after 40.
+BOUND = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -99,39 +100,24 @@ def planted(sft_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return Planted(sft_world, tmp_path, file)
 
 
+#: What a run says of it.
+TOLD = {
+    "killed": r"sft: rank 1 was killed by signal 9 \(often: out of memory\)\. Run again to go on",
+    "raises": r"(?s)sft: rank 1 failed: RuntimeError: the card fell off the bus\. .*where rank 1 was:.*on_step_begin",
+    "asleep": r"(?s)sft: rank 1 hangs after step 3: others wait for it, .*sitecustomize.py., line \d+ in on_step_begin",
+    "stopped": r"(?s)sft: rank 1 hangs after step 3: .*its process is stopped \(SIGSTOP\)",
+}
+
+
 @pytest.mark.parametrize(
-    ("fault", "launcher", "told"),
-    [
-        ("killed", "warm", r"sft: rank 1 was killed by signal 9 \(often: out of memory\)\. Run again to go on"),
-        ("killed", "process", r"sft: rank 1 was killed by signal 9 \(often: out of memory\)\. Run again to go on"),
-        (
-            "raises",
-            "warm",
-            r"(?s)sft: rank 1 failed: RuntimeError: the card fell off the bus\. .*where rank 1 was:.*on_st",
-        ),
-        (
-            "raises",
-            "process",
-            r"(?s)sft: rank 1 failed: RuntimeError: the card fell off the bus\. .*where rank 1 was:.*on",
-        ),
-        (
-            "asleep",
-            "warm",
-            r"(?s)sft: rank 1 hangs after step 3: .*others wait for it, .*sitecustomize.py., line \d+ in on",
-        ),
-        (
-            "asleep",
-            "process",
-            r"(?s)sft: rank 1 hangs after step 3: .*others wait for it, .*sitecustomize.py., line \d+ in",
-        ),
-        ("stopped", "warm", r"(?s)sft: rank 1 hangs after step 3: .*its process is stopped \(SIGSTOP\)"),
-    ],
+    ("fault", "launcher"),
+    [(fault, "warm") for fault in TOLD] + [("killed", "process"), ("asleep", "process")],
 )
-def test_a_rank_that_fails_ends_all_and_is_named(planted: Planted, fault: str, launcher: str, told: str) -> None:
+def test_a_rank_that_fails_ends_all_and_is_named(planted: Planted, fault: str, launcher: str) -> None:
     error = planted.run(fault, launcher)
     assert planted.seconds < BOUND
     assert isinstance(error, StageFailed)
-    with pytest.raises(StageFailed, match=told):
+    with pytest.raises(StageFailed, match=TOLD[fault]):
         raise error
     assert planted.newest == 2
 
@@ -153,6 +139,7 @@ def test_out_of_memory_of_one_rank_halves_the_batch_of_all(planted: Planted, cap
     assert "resumes at step 2 of 8" in caplog.text
 
 
+@pytest.mark.slow  # rank 0 waits half a minute for the part of the checkpoint that rank 1 could not write
 def test_a_full_disk_of_one_rank_is_told_as_such(planted: Planted) -> None:
     error = planted.run("disk", "warm")
     with pytest.raises(
@@ -172,7 +159,7 @@ def test_a_slow_rank_is_named_and_sigterm_to_one_stops_all_with_a_checkpoint(
     assert "stopped as asked at step" in caplog.text
     with caplog.at_level(logging.INFO, "test"):
         assert planted.run("slow", "warm", rank=0, step=planted.newest + 1, rank_timeout_minutes=30) is None
-    assert "resumes at step" in caplog.text and "rank 0 is slow at step 8" in caplog.text
+    assert "resumes at step" in caplog.text and re.search("rank 0 is slow at step [78]: ", caplog.text)
 
 
 @pytest.mark.parametrize("launcher", ["warm", "process"])

@@ -6,6 +6,7 @@ names it. What is expected comes from plain forward passes of the same weights, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,6 +130,37 @@ def test_a_stop_string_ends_an_answer(make: Callable[[Path, int], Any], folder: 
         assert str(answer) == str(before).split(stop)[0]
         assert answer.stop == (stop if stop in before else before.stop)
         assert answer.num_tokens <= before.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "is_ours"),
+    [
+        ({"do_sample": False, "temperature": 0.0}, {}, True),
+        ({}, {"top_k": 50, "temperature": 0.6, "top_p": 0.9}, True),
+        ({"do_sample": True, "temperature": 0.7}, {}, False),
+        ({"temperature": 0.7}, {}, False),
+        ({"do_sample": False, "num_beams": 2}, {}, False),
+        ({"do_sample": False}, {"repetition_penalty": 1.3}, False),
+    ],
+)
+def test_generation_of_greedy_answers_is_ours_and_all_else_is_transformers(
+    make: Callable[[Path, int], Any],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: Any,
+    own: Any,
+    is_ours: bool,
+) -> None:
+    backend = make(folder, 2)
+    monkeypatch.setattr(backend.model, "generation_config", copy.deepcopy(backend.model.generation_config))
+    backend.model.generation_config.update(**own)
+    calls: list[int] = []
+    generate = backend.model.generate
+    monkeypatch.setattr(backend.model, "generate", lambda **given: calls.append(1) or generate(**given))
+    asked_all = [asked(prompt(backend, text), {"until": [], "max_gen_toks": 4} | settings) for text in TEXTS]
+    answers = backend.generate_until(asked_all)
+    assert (not calls) == is_ours and backend.batch_size == 2
+    assert all(0 < answer.num_tokens <= 4 and answer.stop in ("eos", "length") for answer in answers)
 
 
 def test_answers_depend_on_neither_the_batch_nor_the_order(make: Callable[[Path, int], Any], folder: Path) -> None:

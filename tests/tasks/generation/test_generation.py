@@ -106,13 +106,13 @@ def test_rows_that_ended_are_refilled_and_no_text_changes(config: Any) -> None:
     passes: list[int] = []
     model.register_forward_pre_hook(lambda *_, **__: passes.append(1))
     random = np.random.default_rng(1)
-    lengths = random.integers(1, 30, 40)
+    lengths = random.integers(20, 50, 24)
     asked = [Request(random.integers(2, 400, length).tolist(), 0, place, 0) for place, length in enumerate(lengths)]
-    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.8, "stop_ids": tuple(range(0, 400, 8))}
+    options: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.8, "stop_ids": tuple(range(0, 400, 8))}
     alone = [backend(model, **options)([one])[0] for one in asked]
-    assert len({len(one.ids) for one in alone}) > 10
+    assert len({len(one.ids) for one in alone}) > 6
     reports: list[tuple[int, int]] = []
-    for batch_size in (1, 7, 40):
+    for batch_size in (5, 24):
         reports.clear()
         passes.clear()
         engine, sampling = TransformersEngine(model, pad_id=PAD, batch_size=batch_size), Sampling(seed=3, **options)
@@ -120,10 +120,10 @@ def test_rows_that_ended_are_refilled_and_no_text_changes(config: Any) -> None:
         assert [one.ids for one in together] == [one.ids for one in alone]
         for one, other in zip(together, alone, strict=True):
             assert one.logps == pytest.approx(other.logps, abs=1e-4)
-        assert reports[-1] == (40, 40) and sorted(reports) == reports
-        if batch_size == 7 and config.model_type != "mistral":
+        assert reports[-1] == (24, 24) and sorted(reports) == reports
+        if batch_size == 5 and config.model_type != "mistral":
             # Full batches: hardly more passes than tokens need, and the last rows and each reading besides.
-            assert len(passes) < sum(len(one.ids) for one in alone) / 7 * 1.35 + 24
+            assert len(passes) < sum(len(one.ids) for one in alone) / 5 * 1.35 + 16
 
 
 def test_greedy_texts_are_those_of_generate_and_have_no_logps(policy: Any) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs, PreflightSettings
 from smoltulu.schemas.rlvr import RLVRSettings
-from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.generation.interface import Request, Sampling, Written, seed_of_request
 from smoltulu.tasks.generation.vllm_engine import (
     _own,
@@ -22,6 +22,8 @@ from smoltulu.tasks.generation.vllm_engine import (
     version_fault,
     written,
 )
+from smoltulu.tasks.preflight.stage import run_preflight
+from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.training.rollout_engine import check_engine
 from tests.small_ppo import context
 from tests.tiny_model import build_tiny_model
@@ -101,9 +103,8 @@ def rlvr(**given: Any) -> RLVRSettings:
 
 def test_a_machine_that_cannot_run_it_says_so_before_weights_are_loaded(tmp_path: Path) -> None:
     """Here: it is not installed. Nor is there a card, which is told where it is."""
-    inputs = TrainingInputs.model_construct(model=str(tmp_path / "none"), dataset="", chat_template="")
     with pytest.raises(ValueError, match="engine vllm needs the package vllm"):
-        check_engine(rlvr(engine="vllm"), inputs, context(tmp_path))
+        check_engine(rlvr(engine="vllm"), tmp_path, ComputeSettings())
     with pytest.raises(ValueError, match="engine vllm needs the package vllm"):
         check_vllm(tmp_path, ComputeSettings(), "cuda", 100)
 
@@ -114,9 +115,8 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path, device: str) -> N
 
     if torch.cuda.device_count() > 1:
         pytest.skip("it is there")
-    inputs = TrainingInputs.model_construct(model=str(tmp_path / "none"), dataset="", chat_template="")
     with pytest.raises(ValueError, match=rf"_device is {device}, and torch finds \d CUDA devices? here; name one"):
-        check_engine(rlvr(), inputs, context(tmp_path, generation_device=device))
+        check_engine(rlvr(), tmp_path, ComputeSettings(generation_device=device))
 
 
 @pytest.mark.parametrize("device", ["gpu1", "cuda:", "cuda:x", "meta", ""])
@@ -126,11 +126,28 @@ def test_names_of_devices_that_are_none_are_refused(device: str) -> None:
 
 
 def test_settings_that_say_nothing_to_the_engine_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    inputs = TrainingInputs.model_construct(model=str(tmp_path / "none"), dataset="", chat_template="")
     placed = {"vllm_sleep": False, "vllm_memory_share": 0.5, "generation_device": "cpu"}
     with caplog.at_level(logging.WARNING, "smoltulu"):
-        check_engine(rlvr(), inputs, context(tmp_path, **placed))
+        check_engine(rlvr(), tmp_path, ComputeSettings(**placed))
     assert [one.getMessage() for one in caplog.records] == [
         f"compute.{name} says nothing to rlvr.engine transformers, and is ignored"
         for name in ("vllm_memory_share", "vllm_sleep")
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "compute", "said"),
+    [
+        ({"engine": "vllm"}, {}, "engine vllm needs the package vllm"),
+        ({}, {"generation_device": "cuda:7"}, "generation_device is cuda:7"),
+    ],
+)
+def test_the_preflight_refuses_it_before_it_reads_a_row(
+    tmp_path: Path, settings: dict[str, Any], compute: dict[str, Any], said: str
+) -> None:
+    config = PreflightConfig.model_construct(
+        subject="rlvr", training_settings=rlvr(**settings).model_dump(mode="json"), settings=PreflightSettings()
+    )
+    inputs = PreflightInputs(model=str(build_tiny_model(tmp_path / "model")), dataset="none", chat_template="")
+    with pytest.raises(ValueError, match=said):
+        run_preflight(config, inputs, context(tmp_path, **compute), STAGES)

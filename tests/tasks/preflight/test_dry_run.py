@@ -134,10 +134,10 @@ def test_ppo_trains_policy_and_critic_on_given_rollouts(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beta: float, weight: float
 ) -> None:
     """All that a step holds is there: critic, both optimizers, reference or reward model; nothing is generated."""
-    from smoltulu.tasks.models import decoding
+    from smoltulu.tasks.generation import engines
     from smoltulu.tasks.training.ppo_trainer import PPOTrainer
 
-    monkeypatch.setattr(decoding, "write", lambda *args, **kwargs: pytest.fail("generated"))
+    monkeypatch.setattr(engines, "write", lambda *args, **kwargs: pytest.fail("generated"))
     seen: list[tuple[int, int]] = []
     real = PPOTrainer.training_step
 

@@ -23,15 +23,15 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def killed_in_generation() -> None:
-    from smoltulu.tasks.models import decoding
+    from smoltulu.tasks.generation import loop
 
-    number, real = [0], decoding._next
+    number, real = [0], loop._next
 
     def next_tokens(*args: Any) -> Any:
         number[0] += 1
         return die() if number[0] == 15 else real(*args)  # six tokens a batch: in the third
 
-    decoding._next = next_tokens
+    loop._next = next_tokens
 
 
 def killed_in_scoring() -> None:

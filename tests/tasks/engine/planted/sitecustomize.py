@@ -65,12 +65,14 @@ def _fault():
                 os.kill(os.getpid(), signal.SIGTERM)
             elif fault == "slow":
                 model.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+            elif fault == "disk":
+                from smoltulu.tasks.trainer import checkpoint
 
-        def on_save(self, args, state, control, **kwargs):
-            if is_mine and fault == "disk" and state.global_step >= planted["step"]:
-                came()
-                with open("/dev/full", "w") as file:
-                    file.write("x" * 10**6)
+                def write_pieces(pieces, name):
+                    with open("/dev/full", "w") as file:
+                        file.write("x" * 10**6)
+
+                checkpoint.write_pieces = write_pieces
 
     return Planted()
 
