@@ -7,7 +7,7 @@ process that started the ranks does (tasks/engine/ranks.py). Nothing here import
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,16 +109,22 @@ def waits_long(stacks: str) -> bool:
     return len(last) == 2 and all(map(is_waiting, last))
 
 
-def hanging(steps: Mapping[int, int], stacks: Mapping[int, str]) -> list[int]:
-    """The ranks that keep others waiting, if any waits long: `steps` each has done, and where each was, so far.
+def hanging(steps: Mapping[int, int], stacks: Mapping[int, str], overdue: Collection[int]) -> list[int]:
+    """The ranks that keep others waiting, if any waits long.
 
-    Those behind the others, and of these those that do not wait themselves, or cannot say where they are. Where all
-    wait: those behind.
+    steps    that each has done
+    stacks   where each was, so far
+    overdue  those that have done no step for too long. Another one may be waited for, as long as it goes on: ranks that
+             share out work and meet at its end
+
+    Of those overdue the ones behind, and of these those that do not wait themselves, or cannot say where they are.
+    Where all wait: those behind.
     """
-    if not any(map(waits_long, stacks.values())):
+    late = sorted(set(overdue) & steps.keys())
+    if not late or not any(map(waits_long, stacks.values())):
         return []
-    behind = [rank for rank in sorted(steps) if steps[rank] == min(steps.values())]
-    for several in (behind, sorted(steps)):
+    behind = [rank for rank in late if steps[rank] == min(steps[one] for one in late)]
+    for several in (behind, late):
         if busy := [rank for rank in several if not is_waiting(stacks.get(rank, ""))]:
             return busy
-    return behind
+    return behind if len(late) == len(steps) else []

@@ -1,16 +1,18 @@
-"""A rank's sign of life: the last step it did, and where it is while it does none.
+"""A rank's sign of life: the last step it did, when the next is due, and where it is while it does none.
 
-It says so twice in `compute.rank_timeout_minutes`: one that waits both times has waited for long. The stack is written
-by a thread of faulthandler, which needs neither the interpreter nor the main thread: a rank that waits in a collective,
-in C, is seen as well. A process that is stopped writes nothing, and is told by that.
+It says where it is twice in `compute.rank_timeout_minutes`: one that waits both times has waited for long. The stack is
+written by a thread of faulthandler, which needs neither the interpreter nor the main thread: a rank that waits in a
+collective, in C, is seen as well. A process that is stopped writes nothing, and is told by that.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from smoltulu.tasks.process import RANK_START_S
 
@@ -23,17 +25,22 @@ class Pulse:
     """Of this process."""
 
     def __init__(self, work: Path, rank: int, seconds: float) -> None:
-        self._seconds, self._set_at = seconds, 0.0
+        self._seconds = seconds
         # Open as long as the process lives: the thread knows numbers of descriptors only.
         self._step = os.open(work / _STEP_FILE.format(rank), os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         self._stack = os.open(work / _STACK_FILE.format(rank), os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self._note(-1, seconds + RANK_START_S)
         self._set(seconds + RANK_START_S)
+        self._set_at = -math.inf  # the first step ends the longer time of the start, however soon it comes
 
     def beat(self, step: int) -> None:
         """`step` is done."""
-        os.pwrite(self._step, b"%20d" % step, 0)
+        self._note(step, self._seconds)
         if time.monotonic() - self._set_at > _SET_EVERY_S:
             self._set(self._seconds)
+
+    def _note(self, step: int, seconds: float) -> None:
+        os.pwrite(self._step, b"%20d %20.3f" % (step, time.monotonic() + seconds), 0)
 
     def _set(self, seconds: float) -> None:
         faulthandler.cancel_dump_traceback_later()
@@ -43,12 +50,20 @@ class Pulse:
         self._set_at = time.monotonic()
 
 
-def last_step(work: Path, rank: int) -> int:
-    """-1 before the first."""
+class Beat(NamedTuple):
+    """The last step that a rank did, -1 before the first, and when the next is due (monotonic seconds)."""
+
+    step: int = -1
+    due: float = -math.inf
+
+
+def last_beat(work: Path, rank: int) -> Beat:
+    """Of a rank that has not said anything yet, all is due."""
     try:
-        return int((work / _STEP_FILE.format(rank)).read_bytes() or b"-1")
+        step, due = (work / _STEP_FILE.format(rank)).read_bytes().split()
+        return Beat(int(step), float(due))
     except (OSError, ValueError):
-        return -1
+        return Beat()
 
 
 def stack_of(work: Path, rank: int) -> str:

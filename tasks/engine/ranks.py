@@ -6,7 +6,8 @@ a rank that hangs nor whose trace is the cause of the others'.
 
     one fails          the others are asked to end, and killed after `_GRACE_S`
     one is stopped     (SIGTERM) they agree on a step among themselves, and get `_LAST_STEP_S` for it
-    one hangs          all are killed, once another has waited for it for `compute.rank_timeout_minutes`
+    one hangs          all are killed, once another has waited for it for `compute.rank_timeout_minutes` in which it did
+                       no step
 """
 
 from __future__ import annotations
@@ -129,8 +130,9 @@ class _Watch:
         stopped = {rank for pid, rank in self.running.items() if _is_stopped(pid)}
         # What a rank that is stopped said before is not where it is.
         stacks = {rank: "" if rank in stopped else pulse.stack_of(self.work, rank) for rank in self.running.values()}
-        steps = {rank: pulse.last_step(self.work, rank) for rank in stacks}
-        found = hanging(steps, stacks)
+        beats = {rank: pulse.last_beat(self.work, rank) for rank in stacks}
+        steps = {rank: beat.step for rank, beat in beats.items()}
+        found = hanging(steps, stacks, [rank for rank, beat in beats.items() if beat.due < now])
         if not found:
             self.suspected_at = math.inf
         elif self.suspected_at == math.inf:

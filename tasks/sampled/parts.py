@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from smoltulu.artifacts.checkpoints import fault, mark_complete
 from smoltulu.artifacts.files import made_from_folder, remove_tree
-from smoltulu.tasks.models.folders import device_of
+from smoltulu.tasks.models.processes import processes_of
 from smoltulu.tasks.stage import StageContext
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from accelerate import PartialState
 
 #: Prompts of a part: what a kill may cost. Not the batch size, which may differ after a resume.
 PART_PROMPTS = 128
@@ -51,13 +50,6 @@ def lines_in_parts(
     processes.wait_for_everyone()
     for number in sorted(order):
         yield parquet.read_table(folder / f"{number:06d}" / _FILE, schema=schema).to_pylist()
-
-
-def processes_of(context: StageContext) -> PartialState:
-    """The processes of the stage. Asked for before anything else that would ask: the first to do so decides."""
-    from accelerate import PartialState
-
-    return PartialState(cpu=device_of(context.compute) == "cpu")
 
 
 def write_lines(

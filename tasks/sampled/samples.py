@@ -23,6 +23,7 @@ from smoltulu.tasks.data.rows import rows_at, stored_rows
 from smoltulu.tasks.generation.engines import TransformersEngine
 from smoltulu.tasks.generation.interface import Request, Sampling, Written
 from smoltulu.tasks.models.folders import check_model_folder, load_to_write, load_tokenizer, use_bfloat16
+from smoltulu.tasks.models.processes import processes_of
 from smoltulu.tasks.models.tokens import prompt_ids, rendering_errors, stop_token_ids
 from smoltulu.tasks.models.turns import Messages, Tools
 from smoltulu.tasks.sampled import parts
@@ -245,7 +246,7 @@ def _sampler(
 ) -> Callable[[Sequence[Prompt]], list[list[Written]]]:
     """The model, loaded, as a function."""
     model = load_to_write(Path(inputs.model), tokenizer, use_bfloat16(config.precision, context.compute))
-    model.to(str(parts.processes_of(context).device))
+    model.to(str(processes_of(context).device))
     batch_size = context.compute.per_device_eval_batch_size
     engine = TransformersEngine(model, pad_id=tokenizer.pad_token_id, batch_size=batch_size)
     sampling = Sampling(

@@ -18,6 +18,7 @@ from smoltulu.schemas.sampled import SampleScoresConfig, SampleScoresInputs, Sam
 from smoltulu.tasks.evaluation.pair_accuracy import reward_scores
 from smoltulu.tasks.models.classifiers import load_to_score
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer, use_bfloat16
+from smoltulu.tasks.models.processes import processes_of
 from smoltulu.tasks.models.tokens import conversations, rendering_errors
 from smoltulu.tasks.models.turns import Messages, Prompt, tools_of
 from smoltulu.tasks.sampled import parts
@@ -126,7 +127,7 @@ def _rewards(config: SampleScoresConfig, inputs: SampleScoresInputs, context: St
     check_model_folder(folder)
     tokenizer = load_tokenizer(folder, inputs.chat_template)
     model = load_to_score(folder, tokenizer, use_bfloat16(config.reward_precision, context.compute))
-    model.to(str(parts.processes_of(context).device))
+    model.to(str(processes_of(context).device))
     room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
 
     def rewards(answered: list[Messages]) -> list[float | None]:

@@ -24,6 +24,7 @@ from smoltulu.schemas.common import scientific
 from smoltulu.schemas.selection import Scorer, SelectionScoresConfig, SelectionScoresInputs, SelectionScoresOutputs
 from smoltulu.tasks.data.rows import num_rows, stored_rows
 from smoltulu.tasks.models.folders import check_model_folder, load_tokenizer
+from smoltulu.tasks.models.processes import processes_of
 from smoltulu.tasks.sampled import parts
 from smoltulu.tasks.selection.rendering import Rendered, Renderer, check_template, tokenizer_difference
 from smoltulu.tasks.selection.scores_file import PROBLEMS, RowScore, ScoresWriter, scores_schema
@@ -76,7 +77,7 @@ def score_source(
     check_template(tokenizer, config.kind)
     max_length, score = _scorer(config, inputs, context, tokenizer)
     render = Renderer(tokenizer, config.kind, max_length, _by(config), config.trained_turns)
-    processes = parts.processes_of(context)
+    processes = processes_of(context)
     seen = _Seen()
     name = SelectionScoresOutputs.model_fields["scores_file"].default
     with (
@@ -218,7 +219,7 @@ def _scorer(
     def load() -> Score:
         from smoltulu.tasks.selection import rds_plus, scoring
 
-        device = str(parts.processes_of(context).device)
+        device = str(processes_of(context).device)
         selector = scoring.load_selector(folder, tokenizer, config.precision, context.compute, device)
         whole = config.over == "whole" or config.kind == "rlvr"
         if config.scorer == "rds_plus":

@@ -17,13 +17,13 @@ from smoltulu.artifacts.files import made_from_folder, sync
 from smoltulu.artifacts.keys import file_digest
 from smoltulu.schemas.reference import ReferenceLogpsConfig, ReferenceLogpsInputs, ReferenceLogpsOutputs
 from smoltulu.tasks.models.folders import (
-    device_of,
     fit_embeddings,
     load_language_model,
     load_tokenizer,
     switch_dropout_off,
     use_bfloat16,
 )
+from smoltulu.tasks.models.processes import processes_of
 from smoltulu.tasks.stage import DATASETS_FOLDER, Stage, StageContext
 from smoltulu.tasks.trainer.loop import check_tokenisation, load_rows, prepare_torch
 from smoltulu.tasks.trainer.packed_attention import pack
@@ -44,13 +44,12 @@ def run_reference_logps(
     prepare_torch(context)
     import numpy as np
     import pyarrow as pa
-    from accelerate import PartialState
     from pyarrow import parquet
 
     from smoltulu.tasks.training.preference_batch import COLUMNS
 
     # Of N processes each takes every N-th shard.
-    processes = PartialState(cpu=device_of(context.compute) == "cpu")
+    processes = processes_of(context)
     with processes.main_process_first():
         rows = load_rows(inputs.dataset, context, list(COLUMNS))
         shards = _shards_folder(inputs, context)

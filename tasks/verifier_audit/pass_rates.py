@@ -27,11 +27,11 @@ from smoltulu.tasks.generation.engines import TransformersEngine
 from smoltulu.tasks.generation.interface import Request, Sampling, Written
 from smoltulu.tasks.models.folders import (
     check_model_folder,
-    device_of,
     load_to_write,
     load_tokenizer,
     use_bfloat16,
 )
+from smoltulu.tasks.models.processes import processes_of
 from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.loop import prepare_torch
@@ -58,7 +58,6 @@ def measure_pass_rates(
         ValueError: no rows, or prompts that leave no room for an answer.
     """
     prepare_torch(context)
-    from accelerate import PartialState
     from pyarrow import parquet
 
     check_model_folder(Path(inputs.model))
@@ -72,7 +71,7 @@ def measure_pass_rates(
     # Longest first: little padding, and what does not fit into memory fails at once.
     order = sorted(drawn, key=lambda number: (-len(prompts[number]), number))
     parts = [order[start : start + PART_PROMPTS] for start in range(0, len(order), PART_PROMPTS)]
-    processes = PartialState(cpu=device_of(context.compute) == "cpu")
+    processes = processes_of(context)
     with processes.main_process_first():
         folder = _parts_folder(config, inputs, context)
     answer: Answer | None = None

@@ -6,11 +6,14 @@ The faults are real ones, planted into a rank of a real training (planted/sitecu
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import json
 import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +24,7 @@ import pytest
 
 from smoltulu.artifacts.checkpoints import newest_checkpoint
 from smoltulu.artifacts.store import Store
-from smoltulu.tasks.engine import launch
+from smoltulu.tasks.engine import launch, pulse
 from smoltulu.tasks.engine.ends import (
     End,
     cause_of,
@@ -37,6 +40,7 @@ from smoltulu.tasks.engine.launch import StageFailed
 from smoltulu.tasks.engine.runner import run_stage
 from smoltulu.tasks.job import Job
 from smoltulu.tasks.stage import Diverged
+from tests import ROOT
 from tests.tasks.engine.test_runner import sft_job, write_sft_world
 
 LOG = logging.getLogger("test")
@@ -197,7 +201,7 @@ def test_sigterm_to_all_processes_stops_with_a_checkpoint(planted: Planted, laun
 
 
 def _steps(store: Path) -> int:
-    return max((int(file.read_text() or -1) for file in store.glob("sft/*/work/step-1")), default=-1)
+    return max((pulse.last_beat(file.parent, 1).step for file in store.glob("sft/*/work/step-1")), default=-1)
 
 
 # ------------------------------------------------------------------------------------------------------------ by hand
@@ -244,11 +248,66 @@ def test_who_hangs_is_behind_and_waits_for_nobody() -> None:
     assert is_waiting(waits) and is_waiting(new) and not is_waiting(works) and not is_waiting("")
     assert main_thread(works).splitlines()[0].strip() == f"File {reads}"
     assert waits_long(waits) and not waits_long(new) and not waits_long(stack(reads, gathers)) and not waits_long("")
-    assert hanging({0: 3, 1: 3, 2: 3}, {0: waits, 1: works, 2: waits}) == [1]
-    assert hanging({0: 3, 1: 3}, {0: waits, 1: ""}) == [1]  # it is stopped
-    assert hanging({0: 3, 1: 4}, {0: waits, 1: works}) == [1]
-    assert hanging({0: 4, 1: 3}, {0: waits, 1: works}) == [1]
-    assert hanging({0: 4, 1: 4, 2: 3}, {0: waits, 1: works, 2: works}) == [2]  # the others went on
-    assert hanging({0: 3, 1: 3}, {0: waits, 1: waits}) == [0, 1]
+    all_three = (0, 1, 2)
+    assert hanging({0: 3, 1: 3, 2: 3}, {0: waits, 1: works, 2: waits}, all_three) == [1]
+    assert hanging({0: 3, 1: 3}, {0: waits, 1: ""}, all_three) == [1]  # it is stopped
+    assert hanging({0: 3, 1: 4}, {0: waits, 1: works}, all_three) == [1]
+    assert hanging({0: 4, 1: 3}, {0: waits, 1: works}, all_three) == [1]
+    assert hanging({0: 4, 1: 4, 2: 3}, {0: waits, 1: works, 2: works}, all_three) == [2]  # the others went on
+    assert hanging({0: 3, 1: 3}, {0: waits, 1: waits}, all_three) == [0, 1]
     # Nobody waits: both are busy, however long it takes. Or it is not known yet for how long.
-    assert hanging({0: 3, 1: 3}, {0: works, 1: works}) == hanging({0: 3, 1: 3}, {0: new, 1: works}) == []
+    assert hanging({0: 3, 1: 3}, {0: works, 1: works}, all_three) == []
+    assert hanging({0: 3, 1: 3}, {0: new, 1: works}, all_three) == []
+    # One has done its share of the work and waits at the end; the other goes on. A third hangs, and is told.
+    assert hanging({0: 9, 1: 3}, {0: waits, 1: ""}, [0]) == hanging({0: 9, 1: 3}, {0: waits, 1: new}, [0]) == []
+    assert hanging({0: 9, 1: 3, 2: 5}, {0: waits, 1: "", 2: works}, [0, 2]) == [2]
+
+
+def test_ranks_that_go_on_are_waited_for_and_what_they_said_last_is_read(tmp_path: Path) -> None:
+    assert pulse.last_beat(tmp_path, 0) == (-1, float("-inf"))  # it has not begun
+    own, began = pulse.Pulse(tmp_path, 0, 5.0), time.monotonic()
+    try:
+        step, due = pulse.last_beat(tmp_path, 0)
+        assert step == -1 and due > began + 500  # models are loaded before the first step
+        for number in (12, 3):  # a shorter number leaves nothing of a longer one
+            own.beat(number)
+        step, due = pulse.last_beat(tmp_path, 0)
+        assert step == 3 and 4 < due - began < 10
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+_RANKS = """
+import os, sys, time
+from pathlib import Path
+from smoltulu.tasks.engine.pulse import Pulse
+from smoltulu.tasks.engine.ranks import spawn_ranks
+from torch_distributed import meets
+work, goes_on = Path(sys.argv[1]), sys.argv[2] == "goes on"
+if "RANK" not in os.environ:
+    import torch.distributed  # else it looks on only once the ranks have ended
+    sys.exit(spawn_ranks(2, [sys.executable, *sys.argv], work))
+own = Pulse(work, int(os.environ["RANK"]), 0.5)
+own.beat(9)
+if os.environ["RANK"] == "1":
+    meets(6 if goes_on else 60)
+for step in range(60 if goes_on else 0):
+    own.beat(step)
+    time.sleep(0.1)
+time.sleep(0 if goes_on else 60)
+"""
+
+
+@pytest.mark.parametrize(("what", "status"), [("goes on", 0), ("hangs", 1)])
+def test_a_rank_whose_share_is_done_waits_for_as_long_as_the_others_go_on(
+    what: str, status: int, tmp_path: Path
+) -> None:
+    """Those of a stage that is no training each have their share, and may meet hours after the first is done."""
+    folder = tmp_path / "torch" / "distributed"
+    folder.mkdir(parents=True)
+    (folder / "torch_distributed.py").write_text("import time\ndef meets(seconds):\n    time.sleep(seconds)\n")
+    (tmp_path / "ranks.py").write_text(_RANKS)
+    environment = os.environ | {"PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{ROOT}/src:{folder}"}
+    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path), what]
+    assert subprocess.run(command, env=environment, timeout=120, check=False).returncode == status
+    assert [end.rank for end in read_ends(tmp_path)] == [0] * status
