@@ -1,7 +1,8 @@
 """Parts 2, 3 and 6 of `benchmarks/gpu_session.sh`: `gpu_session.py bfloat16|resume|ablations RESULT.json`.
 
 bfloat16   50 steps of SFT in bfloat16 lie within a band of the same steps in float32
-ablations  tokens a second of SFT with each setting that is to make it faster, on the same rows; what brings under 3 %
+ablations  seconds of a step of SFT with each setting that is to make it faster, on the same rows; a gain under 3 % is
+           marked
 resume     SFT that was killed by SIGKILL between two checkpoints goes on, in another process as an unbroken one does
 
 Random weights and tokens. Exit status 1 where it does not hold.

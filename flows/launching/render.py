@@ -14,12 +14,13 @@ from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.launching import kubernetes, slurm
 from smoltulu.flows.launching.jobs import jobs_of
 from smoltulu.flows.launching.settings import Engine, LaunchSettings, check_engine, check_jobs, check_time
-from smoltulu.flows.machine.file_systems import is_of_one_machine, mount_of_folder, without_locks
+from smoltulu.flows.machine.file_systems import doubt_of_locks, is_of_one_machine, mount_of_folder, without_locks
 from smoltulu.flows.machine.places import PROJECT, default_home
 from smoltulu.flows.machine.rates import rates_of
 from smoltulu.flows.planning.plan import Plan, plan
 from smoltulu.flows.recipe import check_evaluation
 from smoltulu.schemas.recipe import Recipe
+from smoltulu.tasks.data.hub import Reference
 from smoltulu.tasks.data.sources import expand_path, expand_text
 from smoltulu.tasks.engine.stores import open_store
 
@@ -45,11 +46,11 @@ def rendered(recipe: Recipe, until: str | None, engine: Engine, settings: Launch
     if not jobs:
         raise ValueError(f"recipe {recipe.name}: the store has every stage, so that no job is left to print")
     check_jobs(jobs, settings)
-    notes = [*notes, *check_time(settings, intervals(graph, planned))]
-    text = recipe_text(recipe, store if engine == "slurm" else None)
+    notes = [*notes, *check_time(settings, intervals(graph, planned)), *_unpinned(graph)]
+    text = recipe_text(recipe, store if engine == "slurm" else None, graph.commits)
     if engine == "kubernetes":
         return kubernetes.render(jobs, settings, name=recipe.name, recipe=text, notes=notes), notes
-    folder = store.parent / "launch" / f"{recipe.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    folder = default_home() / "launch" / f"{recipe.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     script = slurm.render(
         jobs, settings, name=recipe.name, recipe=text, folder=str(folder), project=str(PROJECT), python=sys.executable,
         notes=notes,
@@ -57,9 +58,27 @@ def rendered(recipe: Recipe, until: str | None, engine: Engine, settings: Launch
     return script, notes
 
 
-def recipe_text(recipe: Recipe, store: Path | None) -> str:
-    """A recipe as YAML, whole: a preset or a file that changes later changes no job. `store`: its absolute path."""
-    values = recipe.model_dump(mode="json")
+def recipe_text(recipe: Recipe, store: Path | None, commits: Mapping[Reference, str | Exception]) -> str:
+    """A recipe as YAML, whole: a preset, a file or a branch on the Hub that changes later changes no job.
+
+    store    its absolute path
+    commits  of the Hub's revisions: jobs run days apart, and each would resolve a branch for itself
+    """
+
+    def pinned(value: Any) -> Any:
+        if isinstance(value, list):
+            return [pinned(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        made = {name: pinned(one) for name, one in value.items()}
+        if made.get("repository") and "revision" in made:
+            kind = "dataset" if "split" in made else "model"
+            commit = commits.get(Reference(kind, made["repository"], made["revision"]))
+            if isinstance(commit, str):
+                made["revision"] = commit
+        return made
+
+    values = pinned(recipe.model_dump(mode="json"))
     if store is not None:
         values["compute"]["store"] = str(store)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -78,7 +97,18 @@ def check_store(store: Path) -> list[str]:
         )
     if is_of_one_machine(mount):
         return [f"compute.store {store} is on {mount.kind}: see that the machines of the cluster share it"]
-    return []
+    doubt = doubt_of_locks(mount)
+    return [] if doubt is None else [f"compute.store {store}: {doubt}"]
+
+
+def _unpinned(graph: Graph) -> Iterator[str]:
+    """A sentence where a revision could not be resolved here."""
+    if named := [f"{one.repository} at {one.revision}" for one, is_needed in graph.unresolved.items() if is_needed]:
+        yield (
+            f"{', '.join(named)}: could not be resolved here, so that every job resolves it anew, and one that finds "
+            "another commit makes all that follows from it again; write commits into the recipe, or launch with a "
+            "network"
+        )
 
 
 def intervals(graph: Graph, planned: Plan) -> dict[str, tuple[float | None, int]]:

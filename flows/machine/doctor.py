@@ -29,7 +29,7 @@ import psutil
 from smoltulu.artifacts import readable
 from smoltulu.artifacts.files import exposed
 from smoltulu.flows.machine import machine, prefect_api, processes
-from smoltulu.flows.machine.file_systems import is_of_one_machine, mount_of_folder, without_locks
+from smoltulu.flows.machine.file_systems import doubt_of_locks, is_of_one_machine, mount_of_folder, without_locks
 from smoltulu.flows.machine.places import store_root
 from smoltulu.recipes import CHECKOUT, CONSTRAINTS
 from smoltulu.tasks.engine.environment import as_tested, cpu_name, installed_versions, pinned_version
@@ -231,6 +231,8 @@ def _locks() -> Check:
         return Check("locks", "warn", f"which file system {root} is on is not known", "")
     if (why := without_locks(mount)) is not None:
         return Check("locks", "warn", why, "use this store from one machine only, or put it elsewhere (SMOLTULU_STORE)")
+    if (doubt := doubt_of_locks(mount)) is not None:
+        return Check("locks", "warn", doubt, "look there before a second machine uses this store")
     reach = "of this machine" if is_of_one_machine(mount) else "for all machines, by its mount"
     return Check("locks", "ok", f"{mount.folder} is {mount.kind}: locks {reach}")
 

@@ -66,6 +66,16 @@ def without_locks(mount: Mount) -> str | None:
     return None if why is None else f"{mount.folder} is {mount.kind}, {why}"
 
 
+def doubt_of_locks(mount: Mount) -> str | None:
+    """Why nobody can tell from a mount whether its locks hold between machines; None where it says so."""
+    if mount.kind != "beegfs":
+        return None
+    return (
+        f"{mount.folder} is beegfs, whose locks hold between machines only with tuneUseGlobalFileLocks = true in the "
+        "configuration of its clients (by default it is false up to BeeGFS 7)"
+    )
+
+
 def is_of_one_machine(mount: Mount) -> bool:
     """Whether no other machine sees it as it is."""
     return mount.kind in _OF_ONE_MACHINE

@@ -210,7 +210,8 @@ class Costs:
             seconds = None if seconds is None or ratio is None else seconds * ratio
             if node.stage.copies_model:
                 num_bytes = None if ratio is None else round(total * ratio)
-        return Estimate(flops=flops, disk_bytes=num_bytes, peak_disk_bytes=num_bytes, seconds=seconds)
+        basis: Basis | None = None if seconds is None else "similar"
+        return Estimate(flops=flops, disk_bytes=num_bytes, peak_disk_bytes=num_bytes, seconds=seconds, basis=basis)
 
     def _passed_on(self, node: Node) -> _Facts:
         """What is known of the rows of a stage before it has run."""
@@ -237,11 +238,19 @@ class Costs:
         if num_tokens is None or (num_passes and size is None):
             return Estimate(num_tokens=num_tokens, num_rows=num_rows)
         compute, work = self.graph.compute_of(node), work_of(num_tokens, num_passes, size)
-        tflops = compute.device_tflops
-        if tflops is None and self.rates is not None and self.rates.train is not None:
-            tflops = self.rates.train.flops_per_second / 1e12
-        seconds = reading_seconds(work, finished, compute.device, compute.num_processes, tflops, num_passes > 0)
-        return Estimate(num_tokens=num_tokens, flops=work if num_passes else None, seconds=seconds, num_rows=num_rows)
+        measured = None if self.rates is None or self.rates.train is None else self.rates.train.flops_per_second / 1e12
+        ways: tuple[tuple[Basis, float | None], ...] = (
+            ("similar", None), ("stated", compute.device_tflops), ("measured", measured),
+        )  # fmt: skip
+        by = {
+            basis: reading_seconds(work, finished, compute.device, compute.num_processes, tflops, num_passes > 0)
+            for basis, tflops in ways
+        }
+        basis = next((one for one, seconds in by.items() if seconds is not None), None)
+        return Estimate(
+            num_tokens=num_tokens, flops=work if num_passes else None, num_rows=num_rows,
+            seconds=None if basis is None else by[basis], basis=basis,
+        )  # fmt: skip
 
     def _readings(self, node: Node) -> Iterator[Reading]:
         """Finished stages of this kind."""

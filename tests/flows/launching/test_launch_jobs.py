@@ -15,6 +15,8 @@ from smoltulu.flows.machine import file_systems
 from smoltulu.flows.machine.file_systems import Mount, mount_of, mounts, without_locks
 from smoltulu.flows.recipe import load_recipe, preset_names
 from smoltulu.schemas.compute import ComputeSettings, StageCompute
+from smoltulu.schemas.recipe import Recipe
+from smoltulu.tasks.data.hub import is_commit
 from smoltulu.tasks.stages import STAGES
 
 #: Those of real data need files that are not in the repository.
@@ -94,12 +96,18 @@ def test_stages_that_run_a_model_ask_for_a_device(stage: Any) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_recipe_that_is_written_out_for_its_jobs_keeps_its_keys(preset: str, tmp_path: Path) -> None:
+    """Also where a branch on the Hub moves on while its jobs are in the queue."""
     recipe = load_recipe(preset, {})
-    (tmp_path / "recipe.yaml").write_text(recipe_text(recipe, tmp_path / "store"))
+    graph = graph_at(recipe, "a" * 40)
+    (tmp_path / "recipe.yaml").write_text(recipe_text(recipe, tmp_path / "store", graph.commits))
     again = load_recipe(str(tmp_path / "recipe.yaml"), {})
     assert again.compute.store == str(tmp_path / "store")
-    graphs = [Graph(one, unresolved="keep", resolve=lambda reference: "a" * 40) for one in (recipe, again)]
-    assert graphs[0].keys() == graphs[1].keys()
+    assert graph.keys() == graph_at(again, "b" * 40).keys()
+
+
+def graph_at(recipe: Recipe, commit: str) -> Graph:
+    """With all branches at a commit."""
+    return Graph(recipe, unresolved="keep", resolve=lambda one: one.revision if is_commit(one.revision) else commit)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -222,6 +230,9 @@ def test_a_shared_folder_without_locks_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("smoltulu.flows.launching.render.mount_of_folder", lambda folder: bad)
     with pytest.raises(ValueError, match="nfs, mounted with nolock, so that two machines would write one artifact"):
         check_store(tmp_path / "store")
+    bad = Mount(str(tmp_path), "beegfs", frozenset({"rw", "cfgFile=/etc/beegfs/beegfs-client.conf"}))
+    (told,) = check_store(tmp_path / "store")  # its mount does not say what it is set to
+    assert "tuneUseGlobalFileLocks" in told
 
 
 def test_this_machine_says_what_a_folder_is_on(tmp_path: Path) -> None:

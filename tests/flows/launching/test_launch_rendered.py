@@ -220,7 +220,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> BatchJob:
     recipe = _small_recipe(folder)
     here = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"launcher": "inline"})})
     run_graph(Graph(here), open_store(here.compute), logging.getLogger("test"), ["preflight-sft"])
-    job = BatchJob(folder, recipe_text(recipe, folder / "store"))
+    job = BatchJob(folder, recipe_text(recipe, folder / "store", {}))
     process = job.start()
     job.until_it_trains(process, 5)
     process.send_signal(signal.SIGUSR1)  # B: the batch shell alone
@@ -349,6 +349,7 @@ def test_launch_kubernetes_refuses_a_recipe_too_large_for_a_config_map() -> None
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setenv("SMOLTULU_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("SMOLTULU_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(app, ["launch", *arguments])
 
@@ -358,6 +359,8 @@ def test_launch_command_prints_a_script_and_writes_nothing(command: Any, tmp_pat
     assert done.exit_code == 0 and done.stdout.startswith("#!/usr/bin/env bash\n# Recipe tiny as 4 Slurm jobs"), done
     assert "not known for sft" in done.stderr and not list(tmp_path.iterdir())
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
+    # Not beside the store: that may be on a disk of this machine alone, with a shared one behind it.
+    assert f"folder={tmp_path}/home/launch/tiny-" in done.stdout
 
 
 EIGHT = ["-o", "compute.device=cuda", "-o", "compute.num_processes=8"]

@@ -29,7 +29,7 @@ def test_plan_shows_the_artifacts_of_a_selection_and_their_cost(tmp_path: Path) 
     assert rows["selection-heads"].flops == pytest.approx(2 * 16 * 50 * 450 * NUM_PARAMETERS)
     tokens, scores = NUM_ROWS * 2048, rows["influence-sft-0"]
     assert (scores.num_rows, scores.num_tokens, scores.flops) == (NUM_ROWS, tokens, 4.0 * NUM_PARAMETERS * tokens)
-    assert scores.seconds == pytest.approx(4 * NUM_PARAMETERS * tokens / 100e12)
+    assert scores.seconds == pytest.approx(4 * NUM_PARAMETERS * tokens / 100e12) and scores.basis == "stated"
     assert rows["selected-sft"].num_rows == NUM_ROWS
     (note,) = (note for note in made.notes if note.startswith("influence-sft-0"))
     assert "at most so much, as if each row had 2,048 tokens" in note and "selection.method=length" in note

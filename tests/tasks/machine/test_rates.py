@@ -194,6 +194,14 @@ def test_a_plan_takes_hours_and_memory_from_the_rates_of_the_machine(tmp_path: P
     assert any("by the rates of a card" in note and "doctor --gpu" in note for note in notes)
 
 
+def test_a_plan_names_every_stage_whose_hours_are_from_the_rates(tmp_path: Path) -> None:
+    """Also one that only has its rows read."""
+    made = planned(tmp_path, H100, **{"selection": {"method": "perplexity"}})
+    reading = next(row for row in made.rows if row.node == "influence-sft-0")
+    assert reading.estimate.seconds is not None and reading.estimate.basis == "measured"
+    assert any("influence-sft-0" in note and "by the rates of a card" in note for note in made.notes)
+
+
 def test_what_the_recipe_states_stands_above_what_was_measured(tmp_path: Path) -> None:
     rows = {row.node: row.estimate for row in planned(tmp_path, H100, **{"compute.device_tflops": 100.0}).rows}
     assert rows["rlvr"].basis == "stated"
