@@ -40,6 +40,21 @@ fi
 exit "$status"
 """
 
+_ORDER = "every job is one run of its stages, which others wait for by its number"
+_PREEMPTION = "the job sets it, so that a stage that is stopped writes its checkpoint and is queued again"
+#: Options of sbatch that a job cannot be given: who sets them.
+_OWN = {
+    "time": "--hours sets it, and is held against the time between two checkpoints",
+    "partition": "--partition sets it",
+    "account": "--account sets it",
+    "mem": "compute.host_memory_gb sets it, also for each stage",
+    "cpus-per-task": "compute.num_threads or --cpus-per-device sets it",
+    "gpus-per-node": "compute.num_processes sets it",
+    **dict.fromkeys(("nodes", "ntasks", "array", "wrap", "wait", "test-only", "dependency", "job-name"), _ORDER),
+    **dict.fromkeys(("parsable", "quiet", "kill-on-invalid-dep", "chdir", "output", "error", "hold"), _ORDER),
+    **dict.fromkeys(("signal", "requeue", "no-requeue", "open-mode"), _PREEMPTION),
+}
+
 _SCRIPT = """\
 #!/usr/bin/env bash
 # {title}
@@ -110,6 +125,10 @@ def _given(settings: LaunchSettings) -> list[str]:
     for option in settings.options:
         if not option.startswith("--") or not option[2:3].isalpha() or not option.isprintable():
             raise ValueError(f"--option {option!r:.80}: give a long option of sbatch, e.g. --option=--constraint=h100")
+        name = option[2:].partition("=")[0]
+        # sbatch takes the beginning of a name for the name.
+        if own := next((own for own in _OWN if own.startswith(name)), None):
+            raise ValueError(f"--option {option!r:.80}: {_OWN[own]}; leave it out")
     return [*options, *settings.options]
 
 

@@ -148,6 +148,27 @@ def test_launch_slurm_refuses_what_is_no_option(option: str, tmp_path: Path) -> 
         rendered(tmp_path, LaunchSettings(options=(option,)))
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--time=00:10:00", "--hours sets it, and is held against the time between two checkpoints"),
+        ("--tim=00:10:00", "--hours sets it"),  # sbatch takes that for --time
+        ("--signal=USR2@10", "writes its checkpoint and is queued again"),
+        ("--no-requeue", "queued again"),
+        ("--array=0-3", "every job is one run of its stages"),
+        ("--mem=1G", "compute.host_memory_gb"),
+    ],
+)
+def test_launch_slurm_refuses_options_that_the_jobs_need_as_they_are(option: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        rendered(tmp_path, LaunchSettings(options=(option,)))
+
+
+def test_launch_slurm_passes_other_options_on(tmp_path: Path) -> None:
+    others = ("--time-min=1", "--mem-bind=local", "--nodelist=a", "--qos=high", "--exclusive", "--gres=gpu:h100:1")
+    assert all(option in rendered(tmp_path, LaunchSettings(options=others)) for option in others)
+
+
 # ------------------------------------------------------------------------------------------------ preemption, for real
 
 JOB_ID = "42"
