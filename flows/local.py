@@ -177,7 +177,7 @@ def _run_job(graph: Graph, store: Store, log: logging.Logger, nodes: Sequence[st
         if stop.asked and isinstance(raised, StageFailed):
             state, status = "Cancelled", STOPPED
     except BaseException as raised:
-        error = repr(raised)
+        state, error = "Cancelled" if stop.asked else "Failed", repr(raised)
         raise
     finally:
         _record(RunReport(graph, store, record), state, made, error, log)

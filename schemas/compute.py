@@ -79,6 +79,7 @@ class ComputeSettings(StrictModel):
     rank_timeout_minutes: float = machinery(
         30.0,
         gt=0,
+        le=20_000,  # torch counts milliseconds as a C int: 35,791 minutes
         description="with several processes: minutes that one may keep the others waiting; then it is named, with its "
         "stack, and all are ended",
     )

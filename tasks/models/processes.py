@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 #: Shares are not equally long, and one may be done already: torch's own 10 or 30 minutes would end ranks that are
-#: well. One that hangs is told by tasks/engine/pulse.py.
-_WAIT = timedelta(days=365)
+#: well. One that hangs is told by tasks/engine/pulse.py. Milliseconds of 25 days fit into no C int.
+_WAIT = timedelta(days=20)
 
 
 def processes_of(context: StageContext) -> PartialState:

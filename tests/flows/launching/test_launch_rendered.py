@@ -65,7 +65,7 @@ JOBS = [
 #: What a shell or YAML would read as something else.
 NASTY = ["$(touch pwned)", "`touch pwned`", "a'b", 'a"b', "a\\b", "a b", "%j", "no", "1e3", "~", "null", "é🙂", "-x"]
 NASTY += ["#", "{x}", "!"]
-NASTY_PATHS = [f"/tmp/{word}" for word in NASTY] + ["/tmp/a\nb", "/tmp/$HOME/x"]
+NASTY_PATHS = ["/tmp/" + "/".join(NASTY), "/tmp/a\nb", "/tmp/$HOME/x"]
 
 
 def submitted(folder: Path, script: str) -> list[list[str]]:
@@ -308,7 +308,7 @@ def test_launch_kubernetes_schema_would_see_a_misspelt_field() -> None:
     assert not VALID.is_valid(job)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=120), st.text(min_size=1, max_size=120), st.text(max_size=8))
 def test_launch_kubernetes_takes_any_name(recipe: str, node: str, digest: str) -> None:
     name = kubernetes.object_name(recipe, node, digest)

@@ -24,6 +24,7 @@ import pytest
 
 from smoltulu.artifacts.checkpoints import newest_checkpoint
 from smoltulu.artifacts.store import Store
+from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine import launch, pulse
 from smoltulu.tasks.engine.ends import (
     End,
@@ -275,6 +276,13 @@ def test_ranks_that_go_on_are_waited_for_and_what_they_said_last_is_read(tmp_pat
         assert step == 3 and 4 < due - began < 10
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def test_the_longest_time_for_a_rank_is_one_that_its_clock_takes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rank_timeout_minutes"):
+        ComputeSettings(rank_timeout_minutes=1e9)
+    pulse.Pulse(tmp_path, 0, 60 * ComputeSettings(rank_timeout_minutes=20_000).rank_timeout_minutes).beat(1)
+    faulthandler.cancel_dump_traceback_later()
 
 
 _RANKS = """
