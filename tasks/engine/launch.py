@@ -56,7 +56,7 @@ _STOP_SECONDS = 8.0
 #: Seconds that a stage gets for its last step and checkpoint when its time is over: nobody waits for it.
 _LAST_STEP_SECONDS = 900.0
 StageProcess = subprocess.Popen[bytes] | WarmProcess
-#: Processes of stages, each with the GPU that it may use (CUDA_VISIBLE_DEVICES).
+#: Processes of stages, each with the GPUs that it may use (CUDA_VISIBLE_DEVICES).
 _running: dict[StageProcess, str] = {}
 _running_lock = threading.Lock()
 
@@ -269,7 +269,7 @@ def stop_children(seconds: float = _STOP_SECONDS) -> None:
 def _child_environment(compute: ComputeSettings, num_ranks: int) -> dict[str, str]:
     """The parent's environment, telemetry off. HF_TOKEN stays: stages read gated data with it, and never print it.
 
-    One process sees one GPU: of those that are visible here the one with the fewest stages on it.
+    One process sees one GPU, several as many: of those that are visible here the ones with the fewest stages on them.
     """
     extra = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -291,8 +291,11 @@ def _child_environment(compute: ComputeSettings, num_ranks: int) -> dict[str, st
         extra[WITHOUT_VARIABLE] = "wandb"  # TRL would import it: a second of every start
     if compute.num_threads:
         extra["OMP_NUM_THREADS"] = str(compute.num_threads)
-    if num_ranks == 1 and compute.device != "cpu":
-        extra["CUDA_VISIBLE_DEVICES"] = _least_used_gpu()
+    # rlvr's copy of the policy is on a GPU by its number among all.
+    if compute.device != "cpu" and (num_ranks == 1 or compute.generation_device in (None, "cpu")):
+        gpus = _visible_gpus()
+        if num_ranks == 1 or len(gpus) >= num_ranks:  # else the stage says how many there are
+            extra["CUDA_VISIBLE_DEVICES"] = _least_used(gpus, num_ranks)
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # Every packed batch has another length, and caches grow by a token: blocks of fixed sizes would not fit again.
         extra["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -301,14 +304,17 @@ def _child_environment(compute: ComputeSettings, num_ranks: int) -> dict[str, st
     return {**own, **extra}
 
 
-def _least_used_gpu() -> str:
-    """Name of a GPU as CUDA_VISIBLE_DEVICES takes it; empty where that says that there is none. Under the lock."""
+def _visible_gpus() -> list[str]:
+    """Names of GPUs as CUDA_VISIBLE_DEVICES takes them; an empty one where that says that there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        folder = Path("/proc/driver/nvidia/gpus")
-        num_gpus = len(list(folder.iterdir())) if folder.is_dir() else 1
-        gpus = [str(number) for number in range(num_gpus)]
-    else:
-        gpus = visible.split(",")
-    taken = Counter(_running.values())
-    return min(gpus, key=lambda gpu: taken[gpu])
+    if visible is not None:
+        return visible.split(",")
+    folder = Path("/proc/driver/nvidia/gpus")
+    return [str(number) for number in range(len(list(folder.iterdir())) if folder.is_dir() else 1)]
+
+
+def _least_used(gpus: Sequence[str], number: int) -> str:
+    """So many of the GPUs, in their order. Under the lock."""
+    taken = Counter(gpu for of_stage in _running.values() for gpu in of_stage.split(","))
+    chosen = sorted(gpus, key=lambda gpu: taken[gpu])[:number]
+    return ",".join(gpu for gpu in gpus if gpu in chosen)

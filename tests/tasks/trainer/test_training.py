@@ -215,9 +215,10 @@ def test_a_stage_of_one_process_asks_for_one_gpu_whatever_trainings_do(
 
 @pytest.mark.parametrize(("visible", "num_ranks", "device", "expected"), [
     (None, 1, "auto", "0"), ("2,3", 1, "cuda", "2"), ("", 1, "auto", ""), ("MIG-a,MIG-b", 1, "auto", "MIG-a"),
-    ("2,3", 2, "auto", "2,3"), (None, 2, "auto", None), (None, 1, "cpu", None),
+    ("2,3", 2, "auto", "2,3"), (None, 2, "auto", None), (None, 1, "cpu", None), ("3,2,1,0", 2, "auto", "3,2"),
+    ("2,3", 3, "auto", "2,3"),
 ])  # fmt: skip
-def test_a_stage_in_one_process_sees_one_gpu(
+def test_a_stage_sees_as_many_gpus_as_it_has_ranks(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, num_ranks: int, device: str, expected: str | None
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -229,6 +230,13 @@ def test_a_stage_in_one_process_sees_one_gpu(
         with subprocess.Popen([sys.executable, "-c", ""]) as process:
             monkeypatch.setattr(smoltulu.tasks.engine.launch, "_running", {process: "2"})
             assert _child_environment(ComputeSettings(), 1)["CUDA_VISIBLE_DEVICES"] == "3"
+            # A training of two of four GPUs, and an evaluation beside it.
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+            monkeypatch.setattr(smoltulu.tasks.engine.launch, "_running", {process: "0,1"})
+            assert _child_environment(ComputeSettings(), 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
+            assert _child_environment(ComputeSettings(), 1)["CUDA_VISIBLE_DEVICES"] == "2"
+            copies = ComputeSettings(generation_device="cuda:3")
+            assert _child_environment(copies, 2)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
 def test_rollouts_are_generated_as_before_with_half_the_cache(
