@@ -70,14 +70,17 @@ class Planted:
         try:
             run_stage(self.job(launcher, **compute), Store(self.folder), LOG)
         except (StageFailed, ValueError) as error:
-            assert psutil.Process().children(recursive=True) == self.left, "a process outlived its stage"
+            assert not self.left, "a process outlived its stage"
             return error
         return None
 
     @property
     def left(self) -> list[psutil.Process]:
-        """The server of warm processes."""
-        return [one for one in psutil.Process().children() if "smoltulu.tasks.engine.warm" in one.cmdline()]
+        """Processes of stages: a server of warm ones stays, without any."""
+        children = psutil.Process().children()
+        servers = [one for one in children if "smoltulu.tasks.engine.warm" in one.cmdline()]
+        alone = [one for one in children if "smoltulu.tasks.engine.child" in one.cmdline()]
+        return alone + [forked for server in servers for forked in server.children(recursive=True)]
 
     @property
     def seconds(self) -> float:
