@@ -93,7 +93,7 @@ def train(arm: Arm, model: Path, dataset: Path, folder: Path, num_ranks: int, nu
             trainer.model.set_requires_gradient_sync(True)
 
     if arm.exchanges_once:
-        trainer.model.no_sync = no_sync  # accelerate asks for it
+        trainer._defer_fsdp_gradient_reduction = no_sync
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:

@@ -21,6 +21,7 @@ from smoltulu.tasks.engine.ranks import fork_ranks
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.even_rows import is_blank
 from smoltulu.tasks.trainer.loop import save_and_check
+from smoltulu.tasks.trainer.sharded import full_weights, put_weights
 from smoltulu.tasks.training.rlvr import train_rlvr
 from tests.small_runs import FUNCTIONS, MODULES
 
@@ -101,6 +102,15 @@ def _run(root: Path, num_ranks: int, cases: Sequence[Case]) -> None:
     os._exit(0)
 
 
+def _put_and_take_weights(model: Any) -> None:
+    """Weights that are put into a model, whole, are those that it has then; at the end its own again."""
+    own = full_weights(model, is_main=True, trained_only=True)
+    for weights in ({name: 2 * value for name, value in own.items()}, own):
+        put_weights(model, weights)
+        found = full_weights(model, is_main=True, trained_only=True)
+        assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in found)
+
+
 def _train(case: Case, folder: Path, num_ranks: int, rank: int) -> None:
     for name in ("out", "work/checkpoints"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -109,7 +119,9 @@ def _train(case: Case, folder: Path, num_ranks: int, rank: int) -> None:
     context = StageContext(folder / "out", folder / "work", compute, lambda *args, **kwargs: None)
     if case.only_saves:
         trainer = MODULES[case.stage].build(case.config, case.inputs, context)
-        save_and_check(trainer, trainer.accelerator.unwrap_model(trainer.model), folder / "out" / "model", None)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        _put_and_take_weights(model)
+        save_and_check(trainer, model, folder / "out" / "model", None)
         return
     if case.stage == "rlvr":
         train_rlvr(case.config, case.inputs, context)

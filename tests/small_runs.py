@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 import smoltulu.tasks.training.dpo
 import smoltulu.tasks.training.reward_model
 import smoltulu.tasks.training.sft
@@ -180,6 +183,12 @@ def run(
     outputs, metrics = FUNCTIONS[stage](config, inputs, context)
     history = [json.loads(line) for line in (folder / "out" / "logs" / "history.jsonl").open()]
     return Run(outputs, metrics, history, folder / "out" / "model", folder / "work" / "checkpoints")
+
+
+def weights_of_checkpoint(checkpoint: Path, who: str = "model") -> dict[str, torch.Tensor]:
+    """Of a checkpoint that one process wrote."""
+    written, start = load_file(checkpoint / "shards" / "rank-0-of-1.safetensors"), f"{who}.weights."
+    return {name.removeprefix(start): value for name, value in written.items() if name.startswith(start)}
 
 
 def trainer_of(

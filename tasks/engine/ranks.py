@@ -29,8 +29,9 @@ from smoltulu.tasks.stage import STOPPED
 #: What tells a rank which one it is, as torchrun does.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
                   "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
-#: Seconds that ranks have to end after one failed; those that hang are killed then. torchrun has the same.
-_GRACE_S = 30.0
+#: Seconds that ranks have to end after one failed; those that hang are killed then. tasks/trainer/checkpoint.py waits
+#: less for the parts of a checkpoint that may still become whole.
+_GRACE_S = 40.0
 #: Seconds for the last step and its checkpoint where one rank was asked to stop.
 _LAST_STEP_S = 900.0
 #: Seconds between the first rank that is known to wait for long and the decision whose fault it is.

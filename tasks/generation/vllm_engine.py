@@ -171,7 +171,10 @@ class ColocatedEngine:
 
         made = self._llm.generate(
             [{"prompt_token_ids": list(one.prompt_ids)} for one in requests],
-            sampling_params=[SamplingParams(**parameters_of(one, sampling), detokenize=False) for one in requests],
+            sampling_params=[
+                SamplingParams(**parameters_of(one, sampling), detokenize=bool(sampling.stop_strings))
+                for one in requests
+            ],
             use_tqdm=False,
         )
         texts = [one.outputs[0] for one in made]

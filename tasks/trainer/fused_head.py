@@ -67,7 +67,7 @@ def take_places(model: PreTrainedModel) -> None:
                 setattr(made, name, everywhere.view(labels.shape))
         return made
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 def _other_version(name: str) -> RuntimeError:

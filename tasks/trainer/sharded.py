@@ -18,7 +18,7 @@ What runs outside of a step (rollouts, held-out rows, the check of what was save
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,6 +60,17 @@ def shard_trainer(trainer: Trainer, compute: ComputeSettings) -> None:
         return
     shard(trainer.model)
     trainer.is_distributed_loading_by_transformers = True
+    # transformers would keep whole gradients until the last micro-batch of a step.
+    trainer._defer_fsdp_gradient_reduction = nullcontext
+    norm_of_trainer = trainer._get_grad_norm
+    trainer._get_grad_norm = lambda *args, **kwargs: whole_tensor(norm_of_trainer(*args, **kwargs))
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A divided tensor put together; another as it is. All ranks must come here."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
@@ -97,15 +108,12 @@ def full_weights(model: torch.nn.Module, is_main: bool, trained_only: bool = Fal
 
     trained_only  without those that are not trained, and without buffers
     """
-    from torch.distributed.tensor import DTensor
-
     named = model.named_parameters() if trained_only else model.state_dict().items()
     found = {}
     for name, value in named:
         if trained_only and not value.requires_grad:
             continue
-        one = value.detach()
-        one = one.full_tensor() if isinstance(one, DTensor) else one
+        one = whole_tensor(value.detach())
         if is_main:
             found[name] = one.cpu().contiguous()
     return found

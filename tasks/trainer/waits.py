@@ -78,7 +78,8 @@ def of_all_ranks(trainer: Trainer, numbers: Sequence[float]) -> list[list[float]
         return gathered
     made = [torch.empty_like(own) for _ in range(trainer.accelerator.num_processes)]
     torch.distributed.all_gather(made, own, group=_host_group(trainer))
-    return torch.cat(made).tolist()  # type: ignore[no-any-return]
+    of_all: list[list[float]] = torch.cat(made).tolist()
+    return of_all
 
 
 def sums_over_ranks(trainer: Trainer, counts: Sequence[int]) -> list[int]:

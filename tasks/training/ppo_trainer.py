@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -24,7 +23,7 @@ from smoltulu.schemas.rlvr import PPOSettings
 from smoltulu.tasks.generation.importance import importance_weights
 from smoltulu.tasks.generation.interface import MINIBATCHES, Request
 from smoltulu.tasks.trainer.checkpoint import Trained
-from smoltulu.tasks.trainer.sharded import gathered, is_sharded
+from smoltulu.tasks.trainer.sharded import gathered, is_sharded, whole_tensor
 from smoltulu.tasks.trainer.signal import METRIC, SignalWatch, without_signal
 from smoltulu.tasks.trainer.signal import Rollout as Shown
 from smoltulu.tasks.trainer.tracking import num_tokens
@@ -364,8 +363,7 @@ class PPOTrainer(Trainer):
                     # None where a process has no tokens for it: the others would wait.
                     own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     parameter.grad = self.accelerator.reduce(own, "sum")
-        norm: torch.Tensor = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return whole_tensor(self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm))
 
     # -------------------------------------------------------------------------------------------------------- the logs
 

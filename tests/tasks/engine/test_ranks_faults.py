@@ -40,8 +40,8 @@ from smoltulu.tasks.stage import Diverged
 from tests.tasks.engine.test_runner import sft_job, write_sft_world
 
 LOG = logging.getLogger("test")
-#: Seconds from a fault to the end of all, on a machine that others use as well; torchrun waits 30 for ranks that hang.
-BOUND = 30.0
+#: Seconds from a fault to the end of all; a rank that does not end by itself is killed after 40.
+BOUND = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,7 @@ def test_out_of_memory_of_one_rank_halves_the_batch_of_all(planted: Planted, cap
     assert "resumes at step 2 of 8" in caplog.text
 
 
+@pytest.mark.slow  # rank 0 waits half a minute for the part of the checkpoint that rank 1 could not write
 def test_a_full_disk_of_one_rank_is_told_as_such(planted: Planted) -> None:
     error = planted.run("disk", "warm")
     with pytest.raises(

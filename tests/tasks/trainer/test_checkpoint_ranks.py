@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import PhiConfig, PhiForCausalLM, Trainer
 
 from smoltulu.artifacts.checkpoints import fault, newest_checkpoint
 from smoltulu.schemas.compute import ComputeSettings
@@ -49,18 +49,16 @@ def die(*_: Any, **__: Any) -> None:
 
 def in_a_step(rank: int) -> None:
     """Before the gradients of step 4 are there."""
-    from trl import SFTTrainer
+    real = Trainer.training_step
 
-    real = SFTTrainer.compute_loss
-
-    def compute_loss(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step == 3:
             while fault(Path(trainer.args.output_dir) / "checkpoint-2") is not None:
                 time.sleep(0.01)  # it is written by a thread
             die()
         return real(trainer, *args, **kwargs)
 
-    SFTTrainer.compute_loss = compute_loss
+    Trainer.training_step = training_step  # type: ignore[method-assign]
 
 
 def in_the_write(rank: int) -> None:

@@ -36,7 +36,7 @@ from smoltulu.tasks.trainer.guards import LossMeans, fault_of_step, has_diverged
 from smoltulu.tasks.training.preference_batch import PairCollator
 from smoltulu.tasks.training.reward_batch import PairCollator as RewardCollator
 from smoltulu.tasks.training.sft import RowCollator, collate_packed
-from tests.small_runs import Run, conversations, pairs, run, stage_arguments
+from tests.small_runs import Run, conversations, pairs, run, stage_arguments, weights_of_checkpoint
 from tests.tiny_model import PAD, build_tiny_model, build_tokenizer
 
 LOG = logging.getLogger("test")
@@ -165,7 +165,8 @@ def poisoned(base: Path, folder: Path, **compute: Any) -> tuple[str, int]:
         run("sft", folder, base, rows_with_a_bad_one(5), settings, logging_steps=1000, save_steps=1, **compute)
     newest = newest_checkpoint(folder / "work" / "checkpoints", full=True)
     assert newest is not None
-    weights = load_file(newest[1] / "model.safetensors")
+    weights = weights_of_checkpoint(newest[1])
+    assert len(weights) > 1
     assert all(value.isfinite().all() for name, value in weights.items() if name != "model.embed_tokens.weight")
     return str(raised.value), newest[0]
 

@@ -30,6 +30,7 @@ from smoltulu.tasks.training.ppo_batch import Episode, collate, token_logps, tok
 from smoltulu.tasks.training.rewards import Score
 from tests.rows_file import write_rows
 from tests.small_ppo import SETTINGS, Run, context, differing, prompts, run, world
+from tests.small_runs import weights_of_checkpoint
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model, build_tokenizer
 
 LENIENT = {"non_stop_reward": None}
@@ -134,18 +135,19 @@ def test_resumed_runs_end_bitwise_the_same(inputs: RLVRInputs, whole: Run, tmp_p
     shutil.copytree(whole.folder / "work", tmp_path / "work")
     (tmp_path / "work" / "checkpoints" / "checkpoint-12" / CHECKPOINT_MARKER).unlink()
     loaded: list[tuple[float, float]] = []
-    real = ppo_trainer.PPOTrainer._load_optimizer_and_scheduler
+    real = ppo_trainer.PPOTrainer._begin
 
-    def load(trainer: Any, checkpoint: str | None) -> None:
-        real(trainer, checkpoint)
+    def begin(trainer: Any, *args: Any) -> float:
+        time = real(trainer, *args)
         for optimizer in (trainer.optimizer, trainer.critic.optimizer):
             states = list(optimizer.state.values())
             assert states and all(state["exp_avg"].abs().max() > 0 for state in states if state["exp_avg"].numel())
             loaded.append((states[0]["step"].item(), len(states)))
         assert trainer.lr_scheduler.last_epoch == trainer.critic.scheduler.last_epoch == 8
+        return time
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo_trainer.PPOTrainer, "_load_optimizer_and_scheduler", load)
+        patch.setattr(ppo_trainer.PPOTrainer, "_begin", begin)
         resumed = run(inputs, tmp_path)
     assert (tmp_path / "work" / "resumed.jsonl").read_text() == "8\n"
     assert loaded == [(8, len(start(inputs))), (8, len(start(inputs, "reward_model")))]
@@ -189,7 +191,10 @@ def test_a_loss_that_is_nan_in_either_network_ends_the_training_with_its_prompts
         patch.setattr(ppo_trainer.PPOTrainer, "_look", look)
         with pytest.raises(ValueError, match=r"loss is nan at step 9; .*Its rows: row \d+ 'What is \d+ plus"):
             run(inputs, tmp_path)
-    assert (tmp_path / "work" / "checkpoints" / "checkpoint-8" / "critic" / "model.safetensors").is_file()
+    newest = tmp_path / "work" / "checkpoints" / "checkpoint-8"
+    assert (newest / CHECKPOINT_MARKER).is_file()
+    for who in ("model", "critic"):
+        assert all(value.isfinite().all() for value in weights_of_checkpoint(newest, who).values())
 
 
 def test_checkpoints_lie_between_rollout_batches_only(inputs: RLVRInputs, tmp_path: Path) -> None:

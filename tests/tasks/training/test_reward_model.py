@@ -27,7 +27,7 @@ from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.trainer.packed_attention import pack
 from smoltulu.tasks.training.reward_batch import PairCollator
-from tests.small_runs import pairs, run, stage_arguments, trainer_of, turn
+from tests.small_runs import pairs, run, stage_arguments, trainer_of, turn, weights_of_checkpoint
 from tests.tiny_model import build_tiny_model
 
 PAIRS = pairs(9)[1:]  # the first has the same answer twice
@@ -155,9 +155,8 @@ def test_the_score_is_read_at_the_last_token_though_eos_stands_inside(base: Path
 def test_logs_accuracy_margin_and_rewards_of_the_step(base: Path, tmp_path: Path) -> None:
     """Two micro-batches of the first step, from the head that the step began with."""
     finished = run("reward_model", tmp_path, base, PAIRS, {"max_steps": 2, "num_train_epochs": 2})
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(finished.checkpoints / "checkpoint-1"), dtype=torch.float64
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(str(finished.model), dtype=torch.float64)
+    model.load_state_dict(weights_of_checkpoint(finished.checkpoints / "checkpoint-1"), strict=False)
     trainer = trainer_of("reward_model", tmp_path / "again", base, PAIRS, {}, packing=False)
     batch = trainer.data_collator(list(trainer.train_dataset))
     with torch.no_grad():
