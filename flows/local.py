@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.logs import plain_handler
 from smoltulu.flows.machine.places import default_home
 from smoltulu.flows.machine.rates import rates_of
-from smoltulu.flows.planning.forecast import with_forecast
+from smoltulu.flows.planning.forecast import forecast_if_missing
 from smoltulu.flows.recipe import check_evaluation, load_recipe, parse_overrides
 from smoltulu.flows.reporting import RunReport
 from smoltulu.flows.runs import begin_run, end_run
@@ -158,7 +159,8 @@ def _run_forecast(
     store: Store,
     log: logging.Logger,
 ) -> ArtifactReference:
-    return stop.run(with_forecast(job, graph, store, made, rates, log), store, log)
+    forecast = forecast_if_missing(graph, store, job.node, made, rates, log)
+    return stop.run(replace(job, forecast=forecast), store, log)
 
 
 def _run_job(graph: Graph, store: Store, log: logging.Logger, nodes: Sequence[str], stop: _Stop) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import replace
@@ -29,7 +30,7 @@ from smoltulu.flows.logs import RunFailed, shield_run_logs
 from smoltulu.flows.machine.dask_workers import asking_for, check_devices, offered, runner_client
 from smoltulu.flows.machine.places import default_home
 from smoltulu.flows.machine.rates import rates_of
-from smoltulu.flows.planning.forecast import with_forecast
+from smoltulu.flows.planning.forecast import forecast_if_missing
 from smoltulu.flows.recipe import (
     check_evaluation,
     check_stage_names,
@@ -172,7 +173,7 @@ def smoltulu(
     stopped: set[str] = set()
     made: dict[str, ArtifactReference] = {}
 
-    def take_in(name: str) -> None:
+    def take_in(name: str, has_ended: bool = True) -> None:
         """What a node came to. Of one that never began, as an earlier one failed, there is nothing to say."""
         futures[name].wait(timeout=_STATE_SECONDS)  # else its state is what the server has heard of so far
         state = futures[name].state
@@ -182,6 +183,8 @@ def smoltulu(
             failures[name] = _message(futures[name])
             if not state.is_failed():
                 stopped.add(name)
+        elif has_ended and not state.is_pending():  # of a Dask worker that was killed nothing comes back
+            failures[name] = f"{name}: ended without a result: {_message(futures[name])}"
 
     @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=[10, 60])
     def push(published: ArtifactReference) -> str:
@@ -211,9 +214,7 @@ def smoltulu(
                     refreshed = node.stage.name in refresh
                     forecast = None
                     if before <= made.keys():
-                        forecast = with_forecast(
-                            graph.job(name, made, refreshed), graph, store, made, rates, log
-                        ).forecast
+                        forecast = forecast_if_missing(graph, store, name, made, rates, log, refreshed)
                     with asking_for(devices[name], on_workers):
                         futures[name] = named.submit(
                             graph.part((*before, name)), name, upstream, str(store.root.absolute()), refreshed, forecast
@@ -233,7 +234,8 @@ def smoltulu(
         # Cancelled, or the process must end: no stage may outlive its flow.
         error, state = raised, interruption.stop(raised, futures.values())
         for name in futures.keys() - done:
-            take_in(name)
+            with contextlib.suppress(Exception):  # of one that has not ended the server is asked, which may be gone
+                take_in(name, has_ended=False)
         raise
     finally:
         end_interruptible(record.flow_run_id)

@@ -144,6 +144,8 @@ def _gpu() -> Check:
     detail = "; ".join(f"{name} free" for name in names)
     if missing := _missing_for_triton():
         return Check("GPU", "warn", f"{detail}; no {missing}", "install it: kernels of the trainers are compiled here")
+    if len({name.partition(",")[0] for name in names}) > 1:
+        return Check("GPU", "warn", detail, "a training takes GPUs of one kind only: name them in CUDA_VISIBLE_DEVICES")
     return Check("GPU", "ok", detail)
 
 

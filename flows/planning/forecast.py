@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from smoltulu.artifacts.nearest import SpecIndex
@@ -13,7 +12,6 @@ from smoltulu.flows.planning.costs import Costs
 from smoltulu.schemas.artifact import ArtifactReference, Forecast
 from smoltulu.schemas.machine import MachineRates
 from smoltulu.schemas.training import TrainingSettings
-from smoltulu.tasks.job import Job
 
 
 def forecast_of(
@@ -48,14 +46,22 @@ def _rows_bytes(reference: ArtifactReference) -> dict[str, int]:
     return {name: file.stat().st_size} if name and file.is_file() else {}
 
 
-def with_forecast(
-    job: Job, graph: Graph, store: Store, made: Mapping[str, ArtifactReference], rates: MachineRates | None, log: Log
-) -> Job:
-    """A job with its forecast, unless its artifact is there. An error in it must not keep a stage from running."""
+def forecast_if_missing(
+    graph: Graph,
+    store: Store,
+    name: str,
+    made: Mapping[str, ArtifactReference],
+    rates: MachineRates | None,
+    log: Log,
+    refresh: bool = False,
+) -> Forecast | None:
+    """The forecast of a node that is not there yet. An error in it must not keep a stage from running."""
     try:
-        if isinstance(store.find(job.spec, job.input_digests), Found) and not job.refresh:
-            return job
-        return replace(job, forecast=forecast_of(graph, store, job.node, made, rates))
+        bindings = graph.nodes[name].bindings()
+        digests = {dotted: made[one.node].digest for dotted, one in bindings.items()}
+        if not refresh and isinstance(store.find(graph.spec(name), digests), Found):
+            return None
+        return forecast_of(graph, store, name, made, rates)
     except Exception as error:
-        log.warning("%s: no forecast: %s", job.node, error)
-        return job
+        log.warning("%s: no forecast: %s", name, error)
+        return None

@@ -420,6 +420,8 @@ def test_doctor_says_what_kernels_are_compiled_with(tmp_path: Path, monkeypatch:
     assert "Python.h (python3-dev)" in doctor._gpu().detail
     (tmp_path / "Python.h").touch()
     assert doctor._gpu() == doctor.Check("GPU", "ok", "A card, 80 GiB, 79 GiB free")
+    tool.write_text("#!/bin/sh\necho 'A card, 80 GiB, 79 GiB'; echo 'Another, 80 GiB, 79 GiB'\n")
+    assert "GPUs of one kind only" in doctor._gpu().advice
 
 
 def test_doctor_says_what_other_users_can_read(monkeypatch: pytest.MonkeyPatch) -> None:

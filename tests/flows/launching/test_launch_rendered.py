@@ -165,7 +165,7 @@ def _small_recipe(folder: Path) -> Recipe:
             "data.preference_eval": None,
             "compute": {"store": str(folder / "store"), "device": "cpu", "num_threads": 1, "save_steps": 100_000,
                         "logging_steps": 1, "min_free_disk_gb": 0},
-            "sft.max_steps": 80,
+            "sft.max_steps": 40,
         },
     )  # fmt: skip
 
@@ -222,7 +222,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> BatchJob:
     run_graph(Graph(here), open_store(here.compute), logging.getLogger("test"), ["preflight-sft"])
     job = BatchJob(folder, recipe_text(recipe, folder / "store"))
     process = job.start()
-    job.until_it_trains(process, 10)
+    job.until_it_trains(process, 5)
     process.send_signal(signal.SIGUSR1)  # B: the batch shell alone
     assert process.wait(60) == 0, job.log[-3000:]
     return job
@@ -234,7 +234,7 @@ def test_launch_preempted_job_writes_its_checkpoint_and_is_queued_again(stopped:
     work = stopped.work()
     assert work is not None
     newest = newest_checkpoint(work / "checkpoints", full=True)
-    assert newest is not None and newest[0] > 10, "no checkpoint was due by save_steps"
+    assert newest is not None and newest[0] > 5, "no checkpoint was due by save_steps"
     assert "sft: was stopped. Run again to go on from its last checkpoint" in stopped.log
 
 
@@ -249,7 +249,6 @@ def test_launch_job_goes_on_from_there_and_a_cancelled_one_is_not_queued(stopped
     assert process.wait(60) == 143 and stopped.asked == before
     assert stopped.start().wait(200) == 0, stopped.log[-3000:]
     assert stopped.asked == before and list((stopped.folder / "store" / "sft").glob("*/gen-0001/manifest.json"))
-    assert stopped.start().wait(60) == 0, "what is there is found"
 
 
 # -------------------------------------------------------------------------------------------------------- Kubernetes
