@@ -304,8 +304,8 @@ if "RANK" not in os.environ:
 own = Pulse(work, int(os.environ["RANK"]), 0.5)
 own.beat(9)
 if os.environ["RANK"] == "1":
-    meets(6 if goes_on else 60)
-for step in range(60 if goes_on else 0):
+    meets(5 if goes_on else 60)
+for step in range(50 if goes_on else 0):
     own.beat(step)
     time.sleep(0.1)
 time.sleep(0 if goes_on else 60)
