@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -72,7 +72,7 @@ def recipe_text(recipe: Recipe, store: Path | None, commits: Mapping[Reference, 
             return value
         made = {name: pinned(one) for name, one in value.items()}
         if made.get("repository") and "revision" in made:
-            kind = "dataset" if "split" in made else "model"
+            kind: Literal["dataset", "model"] = "dataset" if "split" in made else "model"
             commit = commits.get(Reference(kind, made["repository"], made["revision"]))
             if isinstance(commit, str):
                 made["revision"] = commit

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from smoltulu.flows.launching.jobs import ClusterJob
 from smoltulu.flows.launching.settings import LAST_SECONDS, STOPPED, LaunchSettings
 
-#: What every job runs; its arguments are nodes. `wait` ends at every signal, so that it is called until all is over.
+#: What every job runs; its arguments are nodes. `wait` ends at every signal, so that it is called until all is
+#: over, and once more for the status, which the shell keeps.
 _JOB = """\
 #!/usr/bin/env bash
 cd {project} || exit 1
@@ -30,9 +31,10 @@ runner=$!
 [ -z "$ending" ] || kill -TERM "$runner"
 while
   wait "$runner"
-  status=$?
   kill -0 "$runner" 2>/dev/null
 do :; done
+wait "$runner"
+status=$?
 if [ "$ending" = requeue ] && [ "$status" = {stopped} ]; then
   echo "stopped with its checkpoint written; queued again"
   exec scontrol requeue "$SLURM_JOB_ID"

@@ -234,6 +234,24 @@ class BatchJob:
         raise AssertionError(self.log[-3000:])
 
 
+def test_launch_job_whose_stage_ends_while_the_signal_is_passed_on_is_queued_again(tmp_path: Path) -> None:
+    runner = tmp_path / "runner"
+    runner.write_text("#!/usr/bin/env bash\ntrap 'exit 143' TERM\ntouch ready\nwhile :; do sleep 0.01; done\n")
+    runner.chmod(0o755)
+    submitted(tmp_path, rendered(tmp_path, python=str(runner)))
+    (tmp_path / "bin" / "scontrol").write_text('#!/bin/sh\necho "$@" >asked\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    # A shell that is put aside just after it has passed the signal on.
+    (tmp_path / "slow").write_text('kill() { builtin kill "$@"; local status=$?; sleep 0.5; return $status; }\n')
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": JOB_ID,
+                                "BASH_ENV": str(tmp_path / "slow")}  # fmt: skip
+    process = subprocess.Popen(["bash", str(tmp_path / "launch" / "job.sh"), "sft"], env=environment)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 0 and (tmp_path / "asked").read_text() == f"requeue {JOB_ID}\n"
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> BatchJob:
     """A job whose SFT was stopped by Slurm's signal."""
