@@ -36,7 +36,7 @@ def rendered(recipe: Recipe, until: str | None, engine: Engine, settings: Launch
     store = PROJECT / expand_path(recipe.compute.store)
     if engine == "kubernetes":  # whose store this machine need not have
         remote = recipe.compute.remote and expand_text(recipe.compute.remote)
-        kubernetes.check(settings, str(expand_path(recipe.compute.store)), remote, list(_local_paths(recipe)))
+        kubernetes.check(settings, str(expand_path(recipe.compute.store)), remote, list(local_paths(recipe)))
     notes = check_store(store) if engine == "slurm" else []
     graph = Graph(recipe, until, unresolved="keep")
     rates = rates_of(default_home(), recipe.compute.device)
@@ -126,8 +126,13 @@ def intervals(graph: Graph, planned: Plan) -> dict[str, tuple[float | None, int]
     return found
 
 
-def _local_paths(recipe: Recipe) -> Iterator[str]:
-    """Paths of data and models that the recipe names, with variables expanded."""
+def _is_file(chat_template: str) -> bool:
+    """Whether a template is named by its path: else it is one that comes with the package, or the base model's."""
+    return chat_template.endswith(".jinja") or "/" in chat_template
+
+
+def local_paths(recipe: Recipe) -> Iterator[str]:
+    """Paths of data, models and templates that the recipe names, with variables expanded."""
 
     def walk(value: Any, name: str) -> Iterator[str]:
         if isinstance(value, Mapping):
@@ -137,7 +142,7 @@ def _local_paths(recipe: Recipe) -> Iterator[str]:
         elif isinstance(value, list):
             for inner in value:
                 yield from walk(inner, name)
-        elif name == "path" and isinstance(value, str):
+        elif isinstance(value, str) and (name == "path" or (name == "chat_template" and _is_file(value))):
             yield str(expand_path(value))
 
     yield from walk(recipe.model_dump(mode="json", exclude={"compute"}), "")

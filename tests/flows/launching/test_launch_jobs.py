@@ -9,7 +9,7 @@ import pytest
 
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.launching.jobs import ClusterJob, jobs_of
-from smoltulu.flows.launching.render import check_store, recipe_text
+from smoltulu.flows.launching.render import check_store, local_paths, recipe_text
 from smoltulu.flows.launching.settings import LaunchSettings, check_jobs, check_time
 from smoltulu.flows.machine import file_systems
 from smoltulu.flows.machine.file_systems import Mount, mount_of, mounts, without_locks
@@ -108,6 +108,18 @@ def test_a_recipe_that_is_written_out_for_its_jobs_keeps_its_keys(preset: str, t
 def graph_at(recipe: Recipe, commit: str) -> Graph:
     """With all branches at a commit."""
     return Graph(recipe, unresolved="keep", resolve=lambda one: one.revision if is_commit(one.revision) else commit)
+
+
+def test_all_that_a_recipe_reads_from_this_machine_is_known() -> None:
+    assert not list(local_paths(load_recipe("smoltulu-1130", {})))
+    source = {"path": "/home/me/rows.jsonl", "split": "train", "format": "messages"}
+    changes = {
+        "chat_template": "/home/me/mine.jinja",
+        "data.sft.sources": [source],
+        "base_model": {"path": "/models/m"},
+    }
+    found = set(local_paths(load_recipe("smoltulu-1130", changes)))
+    assert found == {"/home/me/rows.jsonl", "/home/me/mine.jinja", "/models/m"}
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
