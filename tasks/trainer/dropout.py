@@ -50,13 +50,20 @@ def kept(keys: torch.Tensor, place: int, num_channels: int, rate: float) -> torc
 
 
 def keys_of_batch(seed: int, step: int, batch: dict[str, Any]) -> torch.Tensor:
-    """Keys of the tokens of a micro-batch, in the shape of its `input_ids`: padded (B, T) or packed (1, T)."""
+    """Keys of the tokens of a micro-batch, in the shape of its `input_ids`: padded (S, T) or packed (1, T).
+
+    A row may be several sequences, as a pair is two. Their order: padded the first of each row, then the second of
+    each; packed row by row. Where they share a prompt, a token of it is dropped alike, also if it is computed twice.
+    """
     shape, device = batch["input_ids"].shape, batch["input_ids"].device
     rows = batch["row"].to(device)
     if "segments" in batch:
-        lengths = put([part.num_queries for part in batch["segments"].parts], device)
+        parts = batch["segments"].parts
+        rows = rows.repeat_interleave(len(parts) // len(rows), output_size=len(parts))
+        lengths = put([part.num_queries for part in parts], device)
         rows = torch.repeat_interleave(rows, lengths, output_size=shape[1])[None]
         return token_keys(seed, step, rows, batch["position_ids"])
+    rows = rows.repeat(shape[0] // len(rows))
     return token_keys(seed, step, rows[:, None].expand(shape), torch.arange(shape[1], device=device).expand(shape))
 
 
