@@ -46,7 +46,7 @@ from tests.small_runs import FUNCTIONS, MODULES, conversations, pairs, run, stag
 from tests.tasks.trainer.test_guards import rows_with_a_bad_one, with_a_poisonous_token
 from tests.tasks.training.test_selection_weights import arguments, uneven
 from tests.tasks.training.test_selection_weights import trained as trained_with_weights
-from tests.tiny_model import build_tiny_model
+from tests.tiny_model import build_tiny_experts, build_tiny_model
 
 STAGE_NAMES = ("sft", "reward_model", "dpo")
 #: 13 rows in steps of 4: the last of an epoch has one. A row has 17 to 60 tokens, so 1: every row alone; 150: some rows
@@ -253,6 +253,20 @@ def test_no_budget_changes_a_loss_or_a_weight(base: Path, tmp_path: Path, stage:
             if packing:
                 assert [flat(step) for step in found.steps] == [flat(step) for step in fixed.steps]
         assert len(sizes) == 3 and tuple([4, 4, 4, 1] * 2) in sizes and (1,) * 8 in sizes
+
+
+def test_the_loss_of_experts_is_a_mean_over_the_micro_batches_of_a_budget(tmp_path: Path) -> None:
+    """A budget that cuts into single rows is the training by single rows."""
+    made = stage_arguments(
+        "sft", tmp_path, build_tiny_experts(tmp_path / "base"), rows_of_stage("sft"), SETTINGS | {"num_train_epochs": 1}
+    )
+    fixed, found = (
+        trained("sft", made, 1, packing=True, **way)
+        for way in ({"per_device_train_batch_size": 1}, {"tokens_per_device": 1})
+    )
+    assert [flat(step) for step in found.steps] == [flat(step) for step in fixed.steps]
+    for one, other in zip(found.history, fixed.history, strict=True):
+        assert one == pytest.approx(other, rel=1e-5) and one["aux_loss"] > 0.9
 
 
 @pytest.mark.slow
