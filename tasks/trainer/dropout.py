@@ -4,9 +4,12 @@ torch draws masks from a generator, in the order in which rows come: another cut
 of ranks, drops other values, and a checkpoint must hold the state of each rank's generator. Here a value's number is a
 hash of where it stands, so one process and four drop the same values, on any device, and a resume needs no state.
 
-Dropout of attention weights (packing refuses it, docs/packing.md) and what a model calls as a function stay torch's:
+Dropout of attention weights (packing refuses it, docs/packing.md), what a model calls as a function, and all dropout
+of rlvr (an adapter's, or that of a model trained by GRPO), whose batches name no rows, stay torch's:
 each rank's generator is set before each step, from seed, step and rank. That repeats a run, after a resume too; with
 another cut or another number of ranks, other values are dropped at the same rate.
+
+A training that began before this module goes on with these values, under its key: their rate is the same.
 """
 
 from __future__ import annotations
