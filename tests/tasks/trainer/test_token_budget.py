@@ -294,12 +294,13 @@ def test_no_budget_changes_anything_with_weights_of_rows(base: Path, tmp_path: P
     assert abs(plain.history[0]["loss"] - fixed.history[0]["loss"]) > 1e-3
 
 
-@pytest.mark.parametrize("stage", one_is_enough("dpo"))
-def test_two_ranks_train_as_one_with_a_budget(base: Path, tmp_path: Path, stage: str) -> None:
+@pytest.mark.slow  # through the launcher; the other stages: tests/tasks/trainer/test_sharded.py
+def test_two_ranks_train_as_one_with_a_budget(base: Path, tmp_path: Path) -> None:
     """11 rows in steps of 6: each rank takes three rows, and of the last five the second takes two.
 
     The ranks cut their rows into different numbers of micro-batches, so one of them has blank ones.
     """
+    stage = "dpo"
     rows, settings = rows_of_stage(stage, 11), SETTINGS | {"effective_batch_size": 6}
     fixed = run(stage, tmp_path / "one", base, rows, settings, per_device_train_batch_size=2, save_steps=100)
     two = two_processes(stage, tmp_path, base, rows, settings, tokens_per_device=110, save_steps=100)("two")
