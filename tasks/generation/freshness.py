@@ -54,7 +54,9 @@ class FreshEngine:
         assert len(probe_ids) > 1, "a probe has a token that others stand before"
         self.engine, self.policy, self.probe_ids = engine, policy, list(probe_ids)[:PROBE_TOKENS]
         self.tolerance = tolerance
-        # As both were loaded, before any checkpoint. From here on the engine must move when the policy does.
+        # As the policy was loaded, before any checkpoint. From here on the engine must move when the policy does. A server
+        # may still have the weights of the checkpoint, from the run before: it would not move any more.
+        self.sync(whole_weights(policy.model))
         self._before = self._read()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch = no_report) -> list[Written]:
@@ -99,6 +101,8 @@ def staleness(
         tolerance: mean difference in nats, at a token.
     """
     policy, engine = now
+    if not all(map(math.isfinite, policy)):
+        return None  # found by the guards, and no fault of the engine
     if len(engine) != len(policy) or not all(map(math.isfinite, engine)):
         return f"of a probe of {len(policy):,} tokens it gives {sum(map(math.isfinite, engine)):,} log-probabilities"
     moved, followed = _distance(policy, before[0]), _distance(engine, before[1])
@@ -108,7 +112,6 @@ def staleness(
             f"by {followed:.2g}"
         )
     difference = _distance(policy, engine)
-    # A policy that is NaN is found by the guards, and is no fault of the engine.
     if difference > tolerance:
         return (
             f"its log-probabilities of a probe are {difference:.2g} from the policy's at a token on average, and "

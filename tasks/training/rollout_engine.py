@@ -63,10 +63,18 @@ def check_engine(config: RLVRSettings, model: Path, compute: ComputeSettings) ->
             )
     else:
         check_device(compute.generation_device)
-    of_vllm = {name for name in compute.model_fields_set if name.startswith("vllm_")}
-    ignored = of_vllm if config.engine != "vllm" else compute.model_fields_set & {"generation_device"}
-    for name in sorted(ignored):
-        logger.warning("compute.%s says nothing to rlvr.engine %s, and is ignored", name, config.engine)
+    for name in ignored_settings(config, compute):
+        logger.warning("compute.%s says nothing to this rlvr.engine %s, and is ignored", name, config.engine)
+
+
+def ignored_settings(config: RLVRSettings, compute: ComputeSettings) -> list[str]:
+    """Fields of `compute` with another value than their default that the engine does not follow."""
+    ours, beside = {"generation_device"}, {"vllm_memory_share", "vllm_sleep"}
+    if config.engine != "vllm":
+        ignored = {"vllm_server"} | beside
+    else:
+        ignored = ours | (beside if compute.vllm_server is not None else set())
+    return sorted(name for name in ignored if getattr(compute, name) != ComputeSettings.model_fields[name].default)
 
 
 def check_device(device: str | None) -> None:

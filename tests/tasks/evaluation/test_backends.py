@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AddedToken
 
 from smoltulu.tasks.evaluation.kept import Kept, Resuming
 from smoltulu.tasks.evaluation.lm_eval import wrap
@@ -130,6 +131,33 @@ def test_a_stop_string_ends_an_answer(make: Callable[[Path, int], Any], folder: 
         assert str(answer) == str(before).split(stop)[0]
         assert answer.stop == (stop if stop in before else before.stop)
         assert answer.num_tokens <= before.num_tokens
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_special_token_ends_an_answer_where_it_is_a_stop_string(
+    make: Callable[[Path, int], Any], folder: Path, batch_size: int
+) -> None:
+    """As <|im_end|> does, which many tasks name, of a model whose eos is another. lm-eval's text does not have it."""
+    backend = make(folder, batch_size)
+    ids = backend.tok_encode(str(generate(backend, 12, [])[0]))
+    stop = backend.tok_decode([ids[2]])
+    whole = generate(backend, 12, [stop])
+    assert whole[0].stop == stop
+    backend.tokenizer.add_tokens([AddedToken(stop, special=True, normalized=False)])
+    assert backend.tok_encode(stop) == [ids[2]] and backend.tok_decode([ids[2]]) == ""
+    for before, answer in zip(whole, generate(backend, 12, [stop]), strict=True):
+        assert (str(answer), answer.stop, answer.num_tokens) == (str(before), before.stop, before.num_tokens)
+
+
+def test_a_limit_of_prompt_and_answer_is_that_of_each_batch(make: Callable[[Path, int], Any], folder: Path) -> None:
+    """`max_length`, in place of `max_gen_toks`: the longest prompt of all leaves others their room."""
+    backend = make(folder, 1)
+    lengths = [len(backend.tok_encode(prompt(backend, text))) for text in TEXTS]
+    settings = {"until": [], "max_length": min(lengths) + 5, "do_sample": False, "max_gen_toks": 8}
+    assert min(lengths) + 5 < max(lengths)
+    answers = backend.generate_until([asked(prompt(backend, text), dict(settings)) for text in TEXTS])
+    for length, answer in zip(lengths, answers, strict=True):
+        assert answer.stop == "eos" or answer.num_tokens == max(min(lengths) + 5 - length, 1)
 
 
 @pytest.mark.parametrize(

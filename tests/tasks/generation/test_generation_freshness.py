@@ -95,6 +95,17 @@ def test_a_resumed_policy_is_brought_before_anything_is_written(policy: Any) -> 
         lost.generate(ASKED, SAMPLING)
 
 
+def test_an_engine_that_still_has_the_checkpoint_is_not_stale(policy: Any) -> None:
+    """A server goes on while a run is killed and resumed. The policy then moves to where the server is already."""
+    own = CopyEngine(copy.deepcopy(policy).requires_grad_(False), pad_id=1)
+    with torch.no_grad():
+        for parameter in own.model.parameters():
+            parameter.mul_(1.02)
+    engine = FreshEngine(own, TransformersEngine(policy, pad_id=1), PROBE, tolerance=0.1)
+    policy.load_state_dict({name: 1.02 * weight for name, weight in policy.state_dict().items()})
+    assert len(engine.generate(ASKED, SAMPLING)) == 2
+
+
 @pytest.mark.parametrize(
     ("now", "before", "said"),
     [
@@ -111,6 +122,8 @@ def test_a_resumed_policy_is_brought_before_anything_is_written(policy: Any) -> 
         # It moved, to somewhere else: (0.3 + 0.1) / 2.
         (([-1.0, -2.0], [-1.3, -2.1]), ([-3.0, -2.0], [-3.0, -2.0]), "are 0.2 from the policy's"),
         (([-1.0, -2.0], [-1.0, float("nan")]), ([-1.0, -2.0], [-1.0, -2.0]), "gives 1 log-probabilities"),
+        # A policy that is NaN is no fault of an engine that follows it.
+        (([float("nan"), -2.0], [float("nan"), -2.0]), ([-1.0, -2.0], [-1.0, -2.0]), None),
         (([-1.0, -2.0], [-1.0]), ([-1.0, -2.0], [-1.0, -2.0]), "gives 1 log-probabilities"),
     ],
 )  # fmt: skip
