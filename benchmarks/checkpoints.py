@@ -41,7 +41,7 @@ _SHAPES = {
     "135M": {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
     "small": {"vocab_size": 4096, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2},
 }
-_NUM_TOKENS, _NUM_PLAIN_STEPS = 64, 6
+_NUM_TOKENS, _NUM_PLAIN_STEPS = 64, 3
 #: Starts a checkpoint; returns a function that waits until it is whole.
 Start = Callable[[Path], Callable[[], Any]]
 
@@ -113,8 +113,9 @@ def ways(shape: str, folder: Path) -> dict[str, tuple[Trainer, Start]]:
     return {"before": (plain, before), "waiting": (ours, waiting), "beside": (ours, beside), "torch": (ours, by_torch)}
 
 
-def measured(trainer: Trainer, start: Start, step_seconds: float, number: int) -> tuple[float, float, float]:
-    """Stall, seconds until it is whole, cost."""
+def measured(trainer: Trainer, start: Start, number: int) -> tuple[float, float, float]:
+    """Stall, seconds until it is whole, cost: against steps just before."""
+    step_seconds = plain_step_seconds(trainer)
     trainer.state.global_step = number
     path = Path(trainer.args.output_dir) / f"checkpoint-{number}"
     shutil.rmtree(path, ignore_errors=True)
@@ -168,7 +169,7 @@ def main() -> None:
         runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in made}
         for number in range(1, arguments.repeats + 2):
             for name, (its_trainer, start) in made.items():
-                run = measured(its_trainer, start, step_seconds, number)
+                run = measured(its_trainer, start, number)
                 if number > 1:  # the first touches new memory, and is told apart
                     runs[name].append(run)
                 print(f"{name}, {number}: stall {run[0]:.2f} s, whole {run[1]:.2f} s, cost {run[2]:.2f} s", flush=True)

@@ -58,7 +58,7 @@ class Arm:
 
 def train(arm: Arm, model: Path, dataset: Path, folder: Path, num_ranks: int, num_steps: int) -> None:
     """One round: the first step of all warms up and is left out."""
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     from smoltulu.schemas.compute import ComputeSettings
     from smoltulu.schemas.training import SFTSettings, TrainingInputs
@@ -105,6 +105,7 @@ def train(arm: Arm, model: Path, dataset: Path, folder: Path, num_ranks: int, nu
             self.last = now
 
     trainer.add_callback(Clock())
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     arm.rounds.append(seconds[1:])
     arm.losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]

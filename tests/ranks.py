@@ -104,7 +104,7 @@ def _run(root: Path, num_ranks: int, cases: Sequence[Case]) -> None:
 
 def _put_and_take_weights(model: Any) -> None:
     """Weights that are put into a model, whole, are those that it has then; at the end its own again."""
-    own = full_weights(model, is_main=True, trained_only=True)
+    own = {name: one.clone() for name, one in full_weights(model, is_main=True, trained_only=True).items()}
     for weights in ({name: 2 * value for name, value in own.items()}, own):
         put_weights(model, weights)
         found = full_weights(model, is_main=True, trained_only=True)

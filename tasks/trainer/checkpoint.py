@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from smoltulu.artifacts.files import read_plain, sync
 from smoltulu.artifacts.keys import file_digest
 from smoltulu.schemas.artifact import FileRecord
-from smoltulu.schemas.common import StrictModel
+from smoltulu.schemas.common import StrictModel, first_problem
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -192,7 +192,7 @@ def load_into(trained: Mapping[str, Trained], checkpoint: Path) -> SavedState:
         state = SavedState.model_validate_json(read_plain(checkpoint / STATE_FILE))
     except ValidationError as error:
         raise ValueError(
-            f"{checkpoint} cannot be read by this version of smoltulu ({error.errors()[0]['msg']}): go on with the one "
+            f"{checkpoint} cannot be read by this version of smoltulu ({first_problem(error)}): go on with the one "
             "that wrote it, or remove the folder to go on from the checkpoint before"
         ) from None
     reader = HuggingFaceStorageReader(str(checkpoint / SHARDS_FOLDER))

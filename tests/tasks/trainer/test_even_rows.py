@@ -224,9 +224,11 @@ def test_two_processes_train_as_one_where_rows_do_not_divide(
     for expected, found in zip(one.history, logged, strict=True):
         names = set(expected) - MEASURED
         assert names >= {"loss", "grad_norm", "num_tokens"} and names <= set(found)
-        assert {name: found[name] for name in names} == pytest.approx(
-            {name: expected[name] for name in names}, rel=1e-5, abs=1e-6
-        )
+        for name in names:
+            # Rewards are differences of sums over many tokens, whose rounding depends on the padding beside them.
+            is_sum = name.startswith(("rewards/", "logps/"))
+            expected_value = pytest.approx(expected[name], rel=1e-5, abs=5e-5 if is_sum else 1e-6)
+            assert found[name] == expected_value, name
         assert found["num_tokens"] == expected["num_tokens"]
     before = load_file(base / "model.safetensors")
     weights = load_file(two / "output" / "model" / "model.safetensors")

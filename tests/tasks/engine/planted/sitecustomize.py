@@ -66,13 +66,14 @@ def _fault():
             elif fault == "slow":
                 model.register_forward_pre_hook(lambda *_: time.sleep(0.2))
             elif fault == "disk":
-                from smoltulu.tasks.trainer import checkpoint
+                from smoltulu.tasks.trainer import checkpoint_writer
 
                 def write_pieces(pieces, name):
                     with open("/dev/full", "w") as file:
                         file.write("x" * 10**6)
 
-                checkpoint.write_pieces = write_pieces
+                assert checkpoint_writer.write_pieces
+                checkpoint_writer.write_pieces = write_pieces
 
     return Planted()
 
