@@ -54,8 +54,8 @@ class FreshEngine:
         assert len(probe_ids) > 1, "a probe has a token that others stand before"
         self.engine, self.policy, self.probe_ids = engine, policy, list(probe_ids)[:PROBE_TOKENS]
         self.tolerance = tolerance
-        # As the policy was loaded, before any checkpoint. From here on the engine must move when the policy does. A server
-        # may still have the weights of the checkpoint, from the run before: it would not move any more.
+        # As the policy was loaded, before any checkpoint. From here on the engine must move when the policy does. A
+        # server may still have the weights of the checkpoint, from the run before: it would not move any more.
         self.sync(whole_weights(policy.model))
         self._before = self._read()
 

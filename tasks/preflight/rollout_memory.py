@@ -29,7 +29,8 @@ def rollout_bytes(settings: RLVRSettings, model: Path, longest: int, compute: Co
         return held  # what they read lies in vLLM's share (vllm_engine.py), or on another device
     try:
         architecture = json.loads((model / "config.json").read_text())
-        return held + kv_bytes(architecture, num_at_once(settings, compute.num_processes), longest, 2 if bfloat16 else 4)
+        num_texts = num_at_once(settings, compute.num_processes)
+        return held + kv_bytes(architecture, num_texts, longest, 2 if bfloat16 else 4)
     except (KeyError, TypeError):  # not a decoder with attention in every layer
         return held
 

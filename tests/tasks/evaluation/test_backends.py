@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from transformers import AddedToken
 
-from smoltulu.tasks.evaluation.kept import Kept, Resuming
+from smoltulu.tasks.evaluation.kept import ANSWERS_FILE, Kept, Resuming
 from smoltulu.tasks.evaluation.lm_eval import wrap
 from smoltulu.tasks.models.folders import load_to_write, load_tokenizer
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
@@ -217,5 +217,10 @@ def test_kept_answers_are_not_asked_for_again(make: Callable[[Path, int], Any], 
     assert again.loglikelihood(requests) == first == backend.loglikelihood(requests)
     for before, after in zip(written, generate(again, 6, []), strict=True):
         assert (before, before.stop, before.num_tokens) == (after, after.stop, after.num_tokens)
-    # Another device, or another version of a library, does not go on from them.
+    # No other device, version of a library or of ours goes on from them. An older one wrote no number.
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / ANSWERS_FILE).write_bytes(
+        (tmp_path / ANSWERS_FILE).read_bytes().replace(b'"answers": 2, ', b"")
+    )
+    assert len(Kept(tmp_path / "older", "cpu")) == 0
     assert len(Kept(tmp_path, "cuda")) == 0
