@@ -54,7 +54,8 @@ def check_vllm(model: Path, compute: ComputeSettings, device: str, longest: int)
     if compute.vllm_server is None:
         import torch
 
-        free, total = torch.cuda.mem_get_info()
+        # Of this rank's own device: a look at another would leave a context of CUDA there.
+        free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
         if fault := room_fault(needed_bytes(model, longest), compute.vllm_memory_share, free, total):
             raise ValueError(fault)
 
