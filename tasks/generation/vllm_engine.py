@@ -170,12 +170,11 @@ class ColocatedEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch = no_report) -> list[Written]:
         from vllm import SamplingParams
 
-        made = self._llm.generate(
+        how = {"detokenize": bool(sampling.stop_strings)}
+        # A rank may have no prompt of its own, and sleeps all the same.
+        made = requests and self._llm.generate(
             [{"prompt_token_ids": list(one.prompt_ids)} for one in requests],
-            sampling_params=[
-                SamplingParams(**parameters_of(one, sampling), detokenize=bool(sampling.stop_strings))
-                for one in requests
-            ],
+            sampling_params=[SamplingParams(**parameters_of(one, sampling), **how) for one in requests],
             use_tqdm=False,
         )
         texts = [one.outputs[0] for one in made]

@@ -32,7 +32,7 @@ logger = logging.getLogger("smoltulu")
 class Writer:
     """Writes after prompts: `Backend` of tasks/training/rollouts.py.
 
-    policy  whose weights are fetched, where it is sharded. Then all processes must call this, whatever they ask for
+    policy  that writes itself: its weights are fetched, where it is sharded. All processes must call this together
     """
 
     engine: Engine
@@ -122,9 +122,7 @@ def writer_of(trainer: Trainer, config: RLVRSettings, inputs: TrainingInputs, co
     [probe] = ids_of_prompts(tokenizer, [trainer.train_dataset[0]["prompt"]])
     is_rounded = trainer.args.bf16 or config.engine == "vllm"
     tolerance = TOLERANCE["bfloat16" if is_rounded else "float32"]
-    with gathered(policy):
-        fresh = FreshEngine(own, itself, probe, tolerance=tolerance)
-    return Writer(fresh, sampling, policy)
+    return Writer(FreshEngine(own, itself, probe, tolerance=tolerance, gather=lambda: gathered(policy)), sampling)
 
 
 def num_at_once(config: RLVRSettings, num_processes: int) -> int:

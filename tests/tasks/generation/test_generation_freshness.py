@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,31 @@ def test_a_resumed_policy_is_brought_before_anything_is_written(policy: Any) -> 
     good.generate(ASKED, SAMPLING)
     with pytest.raises(StaleEngineError):
         lost.generate(ASKED, SAMPLING)
+
+
+def test_a_divided_policy_is_whole_while_it_is_read_and_not_while_an_engine_writes(policy: Any) -> None:
+    """The engine needs the memory. (Divided by two ranks: tests/tasks/training/test_rollout_generation.py.)"""
+    seen: list[str] = []
+
+    class Telling(CopyEngine):
+        def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+            seen.append("bring")
+            super().sync(weights)
+
+        def generate(self, *args: Any) -> Any:
+            seen.append("write")
+            return super().generate(*args)
+
+    @contextmanager
+    def gather() -> Iterator[None]:
+        seen.append("whole")
+        yield
+        seen.append("divided")
+
+    own = Telling(copy.deepcopy(policy).requires_grad_(False), pad_id=1)
+    engine = FreshEngine(own, TransformersEngine(policy, pad_id=1), PROBE, tolerance=1e-3, gather=gather)
+    engine.generate(ASKED, SAMPLING)
+    assert seen == ["whole", "bring", "divided", "whole", "bring", "divided", "write"]
 
 
 def test_an_engine_that_still_has_the_checkpoint_is_not_stale(policy: Any) -> None:
