@@ -11,6 +11,7 @@ things as ours, as far as vLLM's own batches leave log-probabilities alone, but 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,11 +124,16 @@ def parameters_of(request: Request, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def written(ids: Sequence[int], logps: Sequence[float], sampling: Sampling) -> Written:
-    """What vLLM gives, as every engine gives it."""
-    assert len(ids) == len(logps) and ids, "vLLM gave no log-probability for a token"
+def written(ids: Sequence[int], logps: Sequence[float | None], sampling: Sampling) -> Written:
+    """What vLLM gives, as every engine gives it. RuntimeError where a token has no log-probability."""
+    known = [one for one in logps if one is not None and not math.isnan(one)]
+    if not ids or len(known) != len(ids):
+        raise RuntimeError(
+            f"vLLM gave no log-probabilities of the {len(ids):,} tokens that it wrote; are its weights finite? Report "
+            f"the versions of vllm and torch, {_OTHERWISE}"
+        )
     stopped = ids[-1] in sampling.stop_ids
-    return Written(list(ids), stopped, list(logps) if sampling.temperature > 0 else [])
+    return Written(list(ids), stopped, known if sampling.temperature > 0 else [])
 
 
 def vllm_engine(model: Path, compute: ComputeSettings, accelerator: Any, longest: int) -> Engine:
@@ -252,5 +258,8 @@ class ServedEngine:
 
 
 def _own(ids: Sequence[int], logprobs: Sequence[Any]) -> list[float]:
-    """Log-probability of each id, out of what vLLM gives for its place: {id: Logprob}."""
-    return [float(places[one].logprob) for one, places in zip(ids, logprobs, strict=True)]
+    """Log-probability of each id, out of what vLLM gives for its place: {id: Logprob}. NaN where it is not among them:
+    so some versions answer a probe (vllm#44106), which then counts as stale."""
+    return [
+        float(places[one].logprob) if one in places else math.nan for one, places in zip(ids, logprobs, strict=True)
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +106,10 @@ def test_a_request_asks_for_the_whole_distribution_and_has_a_seed_of_its_own() -
 def test_answers_become_what_every_engine_gives() -> None:
     places = [{7: SimpleNamespace(logprob=-0.5), 9: SimpleNamespace(logprob=-0.1)}, {5: SimpleNamespace(logprob=-2)}]
     assert _own([7, 5], places) == [-0.5, -2.0]
+    assert math.isnan(_own([8], places[:1])[0])
+    for ids, logps in (([], []), ([7, 5], [-0.5]), ([7], [None]), ([7], [math.nan])):
+        with pytest.raises(RuntimeError, match="gave no log-probabilities"):
+            written(ids, logps, SAMPLING)
     assert written([7, 5], [-0.5, -2.0], SAMPLING) == Written([7, 5], True, [-0.5, -2.0])
     assert written([7, 8], [-0.5, -2.0], SAMPLING) == Written([7, 8], False, [-0.5, -2.0])
     assert written([7], [-0.5], Sampling(8, 0.0, (0,))) == Written([7], False, [])
