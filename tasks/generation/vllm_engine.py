@@ -178,7 +178,7 @@ class ColocatedEngine:
 
         how = {"detokenize": bool(sampling.stop_strings)}
         # A rank may have no prompt of its own, and sleeps all the same.
-        made = requests and self._llm.generate(
+        made: Any = requests and self._llm.generate(
             [{"prompt_token_ids": list(one.prompt_ids)} for one in requests],
             sampling_params=[SamplingParams(**parameters_of(one, sampling), **how) for one in requests],
             use_tqdm=False,
