@@ -282,7 +282,7 @@ def test_plan_estimates_1130_from_1207(with_1207: Store) -> None:
     planned = plan(graph.recipe, None, [], with_1207, graph)
     rows = rows_of(planned)
     # 1000 rows / 8 = 125 steps an epoch, two epochs; 500 tokens a row; the 1207 arm took 10 s a step of 32 rows.
-    checkpoint = 12 * NUM_PARAMETERS + 30_000
+    checkpoint = 12 * NUM_PARAMETERS + 12_000
     assert rows["sft"].estimate == Estimate(
         num_steps=250,
         num_tokens=250 * 8 * 500,

@@ -248,7 +248,7 @@ def test_rollouts_are_generated_as_before_with_half_the_cache(
     for name in ("ours", "as TRL does it"):
         dtypes.append(set())
         models.append(run("rlvr", world, tmp_path / name)[2])
-        monkeypatch.setattr("smoltulu.tasks.training.grpo.caches_as_attended", contextlib.nullcontext)
+        monkeypatch.setattr("smoltulu.tasks.generation.engines.caches_as_attended", contextlib.nullcontext)
     assert dtypes == [{torch.bfloat16}, {torch.float32}] and DynamicLayer.update is update
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 

@@ -57,7 +57,7 @@ def models(seed: int) -> tuple[Any, Any]:
         "attn_pdrop": 0.0,
     }  # fmt: skip
     policy = GPT2LMHeadModel(GPT2Config(**config))
-    critic = GPT2ForSequenceClassification(GPT2Config(**config, initializer_range=0.1))
+    critic = GPT2ForSequenceClassification(GPT2Config(**config | {"pad_token_id": PAD, "initializer_range": 0.1}))
     torch.nn.init.zeros_(critic.score.weight)
     keep_in_float32(critic.score)
     return policy, critic
