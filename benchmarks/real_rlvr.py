@@ -115,10 +115,28 @@ def train(arm: str, options: argparse.Namespace) -> tuple[Path, int]:
         say(f"{arm}: {stopped}")
         newest = newest_checkpoint(work / "checkpoints", full=True)
         assert newest is not None
-        return newest[1], newest[0]
+        return model_at(newest[1], options.model, folder / "model"), newest[0]
     done.write_text(json.dumps({"num_steps": num_steps, "metrics": metrics, "seconds": time.monotonic() - began}))
     shutil.rmtree(work / "checkpoints")
     return out / "model", num_steps
+
+
+def model_at(checkpoint: Path, start: Path, folder: Path) -> Path:
+    """A model's folder with the weights of a checkpoint of one process. start: folder of the model that was trained."""
+    from safetensors.torch import load_file
+
+    from smoltulu.tasks.models.folders import load_language_model
+    from smoltulu.tasks.trainer.checkpoint import shard_name
+
+    prefix, stored = "model.weights.", load_file(checkpoint / shard_name(0, 1))
+    model = load_language_model(start)
+    weights = {name.removeprefix(prefix): one for name, one in stored.items() if name.startswith(prefix)}
+    told = model.load_state_dict(weights, strict=False)  # a tied head is not stored twice
+    assert not told.unexpected_keys and weights.keys() == dict(model.named_parameters()).keys()
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(start, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    model.save_pretrained(folder)
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------------- the results

@@ -102,10 +102,14 @@ class Phases:
 
 @contextlib.contextmanager
 def phases_of_grpo(phases: Phases) -> Iterator[None]:
-    """TRL's trainer, and so ours, which is made of it, with the clock in it."""
+    """TRL's trainer, and so ours, which is made of it, with the clock in it. Ours writes rollouts by an engine."""
     from trl import GRPOTrainer
 
+    from smoltulu.tasks.training.rollout_engine import Writer
+
+    written = phases.within("generation", Writer.__call__, lambda made, *_: sum(len(one.ids) for one in made))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Writer, "__call__", written))
         for phase, name, num_written in (
             ("look", "_prepare_inputs", None),
             ("generation", "_generate_single_turn", lambda made, *_: sum(map(len, made[0]))),

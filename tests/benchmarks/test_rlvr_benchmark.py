@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from benchmarks import rlvr, rlvr_work
 from benchmarks.rlvr import SETTINGS, Comparison, Measured, Setting
@@ -14,6 +15,8 @@ from benchmarks.rlvr_work import PHASES, Phases
 from benchmarks.training_rows import SHAPES
 from benchmarks.training_tools import Run
 from smoltulu.schemas.compute import ComputeSettings
+from smoltulu.tasks.trainer import dropout
+from smoltulu.tasks.training import grpo
 from smoltulu.tasks.verifiers import verify
 from tests.small_runs import turn
 
@@ -102,8 +105,18 @@ def test_both_sides_reward_the_same() -> None:
     assert rewards == {0.0, 1.0}
 
 
-def test_both_sides_train_alike(tmp_path: Path) -> None:
-    """Same prompts, rollouts, rewards, optimizer: same losses. What the speed is compared of is the same work."""
+def test_both_sides_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same prompts, rewards, optimizer: with the same rollouts, the same losses. It is the same work that is timed."""
+
+    def with_rollouts_of_trl(trainer: type) -> Any:
+        made = ours_of(trainer)
+        del made._generate_single_turn
+        return made
+
+    ours_of = grpo._rollout_trainer
+    monkeypatch.setattr(grpo, "_rollout_trainer", with_rollouts_of_trl)
+    # TRL draws them from torch's generator, which ours sets at each step.
+    monkeypatch.setattr(dropout, "by_rows", lambda trainer: TrainerCallback())
     run = Run(tmp_path, rlvr.parse([*TINY, "--steps", "4"]))
     comparison = Comparison(run, MINUTE)
     plain, ours = comparison._plain_job(), comparison._our_job("grpo")
