@@ -96,3 +96,24 @@ def build_tiny_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
+
+
+def build_tiny_experts(folder: Path) -> Path:
+    """A random Mixtral: its experts have a loss of their own, and its head has weights of its own."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    made = build_tiny_model(folder)
+    config = MixtralConfig.from_pretrained(
+        made,
+        intermediate_size=48,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=1,
+        router_aux_loss_coef=1.0,
+        tie_word_embeddings=False,
+        sliding_window=None,
+    )
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(made)
+    return made

@@ -69,7 +69,9 @@ class NotesEnds:
 
     Greedy answers are written by our engine (tasks/generation): all requests at once, in a batch that stays full. Tasks
     that draw, and models whose generation settings do more than choose the likeliest token, go on by transformers'
-    `generate`, a batch to the end of its longest answer. What an answer says is the same, but for the rounding of sums.
+    `generate`, a batch to the end of its longest answer. What an answer says is the same, but for the rounding of sums
+    and for special tokens that are stop strings: `generate` ends a batch when all its answers have one, and lm-eval's
+    text of an answer, which has no special tokens, then went on behind it.
     """
 
     _ends: list[tuple[str, int]]
@@ -86,7 +88,7 @@ class NotesEnds:
 
         self.cache_hook = SimpleNamespace(add_partial=told)
         self._rows_at_once = size = self.batch_size_per_gpu  # type: ignore[has-type]
-        if all(self._is_greedy(one.args[1]) for one in requests):
+        if all(self._is_greedy(one.args[1]) and "max_length" not in one.args[1] for one in requests):
             self.batch_size_per_gpu = max(len(requests), 1)
         try:
             texts = super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
@@ -111,16 +113,23 @@ class NotesEnds:
         model: Any = self
         ends_by = model.model.generation_config.eos_token_id
         stop_ids = {model.eot_token_id, *(ends_by if isinstance(ends_by, list) else [ends_by])} - {None}
-        if not self._is_greedy(settings):
+        # lm-eval adds the text of its eos.
+        stops = [one for one in stop if one and one not in {self._decode([token]) for token in stop_ids}]
+        if not self._is_greedy(settings) or max_length <= context.shape[1]:
             made: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)  # type: ignore[misc]
             rows = made[:, context.shape[1] :].tolist()
         else:
             prompts = [row[mask.bool()].tolist() for row, mask in zip(context, settings["attention_mask"], strict=True)]
-            rows = self._greedy(prompts, max_length - context.shape[1], tuple(stop_ids), stop)
+            rows = self._greedy(prompts, max_length - context.shape[1], tuple(stop_ids), stops)
             ids, _ = padded(rows, "right", model.tokenizer.pad_token_id, context.device)
             made = torch.cat([context, ids], dim=1)
-        self._ends += [end_of(row, stop_ids, stop, model.tok_decode) for row in rows]
+        self._ends += [end_of(row, stop_ids, stops, self._decode) for row in rows]
         return made
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        """With special tokens, which may be stop strings; as lm-eval's own stopping criterion."""
+        text: str = self.tok_decode(ids, skip_special_tokens=False)  # type: ignore[attr-defined]
+        return text
 
     def _greedy(
         self, prompts: list[list[int]], num_tokens: int, stop_ids: tuple[int, ...], stops: Sequence[str]
@@ -128,9 +137,9 @@ class NotesEnds:
         """Token ids after each prompt."""
         model: Any = self
         engine = TransformersEngine(
-            model.model, pad_id=model.tokenizer.pad_token_id, batch_size=self._rows_at_once, decode=model.tok_decode
+            model.model, pad_id=model.tokenizer.pad_token_id, batch_size=self._rows_at_once, decode=self._decode
         )
-        sampling = Sampling(num_tokens, 0.0, stop_ids, stop_strings=tuple(filter(None, stops)))
+        sampling = Sampling(num_tokens, 0.0, stop_ids, stop_strings=tuple(stops))
         return [one.ids for one in engine.generate([Request(ids, 0, 0, 0) for ids in prompts], sampling)]
 
 

@@ -2,8 +2,8 @@
 
 The order of the requests is that of their texts' lengths, and shards are cut from it one after the other. So the
 batches of a measurement that was interrupted are those of one that was not, and so is every answer, bit for bit. The
-file lies in the work of the measurement's own key: nothing else reads it. Another version of a library would not answer
-alike, so its answers are not gone on from.
+file lies in the work of the measurement's own key: nothing else reads it. Another version of a library, or of ours,
+would not answer alike, so its answers are not gone on from.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ ANSWERS_FILE = "answers.jsonl"
 #: Items of a shard for each unit of batch size. A written answer takes hundreds of passes, so its shards are small.
 BATCHES_PER_SHARD, WRITTEN_BATCHES_PER_SHARD = 8, 2
 _LIBRARIES = ("torch", "transformers", "lm_eval")
+#: Raised when our own code answers otherwise, if only by the rounding of other batches; 2: tasks/generation.
+_ANSWERS_VERSION = 2
 
 
 class Kept:
@@ -35,7 +37,7 @@ class Kept:
         """`device`: cpu or cuda, whose answers differ. OSError where the file cannot be read or written."""
         work.mkdir(parents=True, exist_ok=True)
         self._file = work / ANSWERS_FILE
-        self._header = {"device": device} | {name: _version(name) for name in _LIBRARIES}
+        self._header = {"device": device, "answers": _ANSWERS_VERSION} | {name: _version(name) for name in _LIBRARIES}
         self._answers: dict[str, Any] = {}
         if not self._read():
             self._file.write_text(json.dumps(self._header) + "\n")

@@ -9,7 +9,8 @@ runs trained for days: trl#5312, where an engine that woke up read its first wei
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from smoltulu.tasks.generation.engines import TransformersEngine
@@ -41,6 +42,8 @@ class FreshEngine:
     policy     reads the probe with the policy as it is
     probe_ids  token ids of a fixed text, the same on all processes
     tolerance  see `TOLERANCE`
+    gather     lies around what is read of the policy: has a sharded one whole. Not around what the engine writes, which
+               needs the memory. All processes must write together, whatever they ask for
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class FreshEngine:
         probe_ids: Sequence[int],
         *,
         tolerance: float,
+        gather: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         assert len(probe_ids) > 1, "a probe has a token that others stand before"
         self.engine, self.policy, self.probe_ids = engine, policy, list(probe_ids)[:PROBE_TOKENS]
-        self.tolerance = tolerance
-        # As both were loaded, before any checkpoint. From here on the engine must move when the policy does.
-        self._before = self._read()
+        self.tolerance, self.gather = tolerance, gather
+        # As the policy was loaded, before any checkpoint. From here on the engine must move when the policy does. A
+        # server may still have the weights of the checkpoint, from the run before: it would not move any more.
+        self._before = self._bring()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch = no_report) -> list[Written]:
         """StaleEngineError where the policy's weights did not reach the engine; then nothing is written."""
@@ -70,8 +75,7 @@ class FreshEngine:
 
     def refresh(self) -> None:
         """Bring the weights, and look at the probe."""
-        self.sync(whole_weights(self.policy.model))
-        now = self._read()
+        now = self._bring()
         found = staleness(now, self._before, self.tolerance)
         if found is not None:
             raise StaleEngineError(
@@ -81,9 +85,11 @@ class FreshEngine:
             )
         self._before = now
 
-    def _read(self) -> tuple[list[float], list[float]]:
-        """Log-probabilities of the probe by policy and engine."""
-        return self.policy.logps(self.probe_ids), self.engine.logps(self.probe_ids)
+    def _bring(self) -> tuple[list[float], list[float]]:
+        """Log-probabilities of the probe by policy and engine, after it got the weights."""
+        with self.gather():
+            self.sync(whole_weights(self.policy.model))
+            return self.policy.logps(self.probe_ids), self.engine.logps(self.probe_ids)
 
 
 def staleness(
@@ -99,6 +105,8 @@ def staleness(
         tolerance: mean difference in nats, at a token.
     """
     policy, engine = now
+    if not all(map(math.isfinite, policy)):
+        return None  # found by the guards, and no fault of the engine
     if len(engine) != len(policy) or not all(map(math.isfinite, engine)):
         return f"of a probe of {len(policy):,} tokens it gives {sum(map(math.isfinite, engine)):,} log-probabilities"
     moved, followed = _distance(policy, before[0]), _distance(engine, before[1])
@@ -108,7 +116,6 @@ def staleness(
             f"by {followed:.2g}"
         )
     difference = _distance(policy, engine)
-    # A policy that is NaN is found by the guards, and is no fault of the engine.
     if difference > tolerance:
         return (
             f"its log-probabilities of a probe are {difference:.2g} from the policy's at a token on average, and "

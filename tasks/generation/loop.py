@@ -115,6 +115,8 @@ def write(
     made: dict[int, Written] = {}
     waiting = deque(sorted(range(len(requests)), key=lambda place: -len(requests[place].prompt_ids)))
     stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=model.device)
+    # Tokens of the longest text that can be asked for: so many positions are there, and memory.
+    longest = max((len(one.prompt_ids) for one in requests), default=0) + sampling.max_new_tokens
     rows: _Rows | None = None
     with torch.inference_mode():
         while waiting or rows is not None:
@@ -134,6 +136,8 @@ def write(
                 ended = [row for row in range(len(rows.places) - len(read), len(rows.places)) if rows.is_over[row]]
             else:
                 assert rows is not None
+                if rows.mask.shape[1] >= longest:  # a row that is over grew with the others
+                    rows.select([row for row, is_over in enumerate(rows.is_over) if not is_over])
                 ended = _step(model, rows, sampling, stop_ids)
             if sampling.stop_strings:
                 assert decode is not None, "an engine that knows the tokenizer"

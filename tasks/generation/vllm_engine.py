@@ -11,6 +11,7 @@ things as ours, as far as vLLM's own batches leave log-probabilities alone, but 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,8 @@ def check_vllm(model: Path, compute: ComputeSettings, device: str, longest: int)
     if compute.vllm_server is None:
         import torch
 
-        free, total = torch.cuda.mem_get_info()
+        # Of this rank's own device: a look at another would leave a context of CUDA there.
+        free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
         if fault := room_fault(needed_bytes(model, longest), compute.vllm_memory_share, free, total):
             raise ValueError(fault)
 
@@ -122,11 +124,16 @@ def parameters_of(request: Request, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def written(ids: Sequence[int], logps: Sequence[float], sampling: Sampling) -> Written:
-    """What vLLM gives, as every engine gives it."""
-    assert len(ids) == len(logps) and ids, "vLLM gave no log-probability for a token"
+def written(ids: Sequence[int], logps: Sequence[float | None], sampling: Sampling) -> Written:
+    """What vLLM gives, as every engine gives it. RuntimeError where a token has no log-probability."""
+    known = [one for one in logps if one is not None and not math.isnan(one)]
+    if not ids or len(known) != len(ids):
+        raise RuntimeError(
+            f"vLLM gave no log-probabilities of the {len(ids):,} tokens that it wrote; are its weights finite? Report "
+            f"the versions of vllm and torch, {_OTHERWISE}"
+        )
     stopped = ids[-1] in sampling.stop_ids
-    return Written(list(ids), stopped, list(logps) if sampling.temperature > 0 else [])
+    return Written(list(ids), stopped, known if sampling.temperature > 0 else [])
 
 
 def vllm_engine(model: Path, compute: ComputeSettings, accelerator: Any, longest: int) -> Engine:
@@ -169,12 +176,11 @@ class ColocatedEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch = no_report) -> list[Written]:
         from vllm import SamplingParams
 
-        made = self._llm.generate(
+        how = {"detokenize": bool(sampling.stop_strings)}
+        # A rank may have no prompt of its own, and sleeps all the same.
+        made: Any = requests and self._llm.generate(
             [{"prompt_token_ids": list(one.prompt_ids)} for one in requests],
-            sampling_params=[
-                SamplingParams(**parameters_of(one, sampling), detokenize=bool(sampling.stop_strings))
-                for one in requests
-            ],
+            sampling_params=[SamplingParams(**parameters_of(one, sampling), **how) for one in requests],
             use_tqdm=False,
         )
         texts = [one.outputs[0] for one in made]
@@ -252,5 +258,8 @@ class ServedEngine:
 
 
 def _own(ids: Sequence[int], logprobs: Sequence[Any]) -> list[float]:
-    """Log-probability of each id, out of what vLLM gives for its place: {id: Logprob}."""
-    return [float(places[one].logprob) for one, places in zip(ids, logprobs, strict=True)]
+    """Log-probability of each id, out of what vLLM gives for its place: {id: Logprob}. NaN where it is not among them:
+    so some versions answer a probe (vllm#44106), which then counts as stale."""
+    return [
+        float(places[one].logprob) if one in places else math.nan for one, places in zip(ids, logprobs, strict=True)
+    ]

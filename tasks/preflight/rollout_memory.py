@@ -9,6 +9,7 @@ from smoltulu.artifacts import readable
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.rlvr import PPOSettings, RLVRSettings
 from smoltulu.tasks.models.sizes import kv_bytes, model_size
+from smoltulu.tasks.training.rollout_engine import num_at_once
 
 
 class TooLarge(ValueError):
@@ -22,9 +23,14 @@ def rollout_bytes(settings: RLVRSettings, model: Path, longest: int, compute: Co
     if compute.is_sharded:
         held = held // compute.num_processes + weights  # each fetches the whole policy to write
     held += weights // 2 if bfloat16 else 0  # autocast keeps a copy
+    if compute.generation_device in ("cuda", "cuda:0"):
+        held += weights
+    elif settings.engine == "vllm" or compute.generation_device is not None:
+        return held  # what they read lies in vLLM's share (vllm_engine.py), or on another device
     try:
         architecture = json.loads((model / "config.json").read_text())
-        return held + kv_bytes(architecture, num_at_once(settings, compute), longest, 2 if bfloat16 else 4)
+        num_texts = num_at_once(settings, compute.num_processes)
+        return held + kv_bytes(architecture, num_texts, longest, 2 if bfloat16 else 4)
     except (KeyError, TypeError):  # not a decoder with attention in every layer
         return held
 
@@ -41,13 +47,6 @@ def num_models_held(settings: RLVRSettings) -> int:
             held = 1 + (settings.reward_model_weight > 0)
         held += 1 if settings.critic.offload_optimizer else 3
     return held
-
-
-def num_at_once(settings: RLVRSettings, compute: ComputeSettings) -> int:
-    """Rollouts that one process generates at once."""
-    own = -(-settings.num_rollouts // compute.num_processes)
-    limit = settings.rollout_batch_size if isinstance(settings, PPOSettings) else None
-    return min(own, limit or own)
 
 
 def require_memory(needed: int, settings: RLVRSettings, longest: int) -> None:

@@ -6,6 +6,7 @@ long as it does: so a resume finds them, also from an older checkpoint where the
 
 from __future__ import annotations
 
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,9 @@ class BestWeights:
         weights = {name: full_weights(model, is_main, trained_only=True) for name, model in self.models.items()}
         if not is_main:
             return
-        named = Path(self.trainer.args.output_dir).glob("checkpoint-*/best-is-step-*")
-        kept = {file.name.removeprefix("best-is-") for file in named}
+        # Not pathlib's, which fails where the writer's thread removes a checkpoint meanwhile.
+        named = glob("checkpoint-*/best-is-step-*", root_dir=self.trainer.args.output_dir)
+        kept = {Path(file).name.removeprefix("best-is-") for file in named}
         for path in self.folder.glob("step-*"):
             if path.name not in kept:
                 remove_tree(path)

@@ -53,6 +53,20 @@ _LAST_WAIT_SECONDS = 30.0
 _SMALL_BYTES, _SMALL_WAIT_SECONDS = 64 << 20, 0.5
 #: Of the memory that is free, a copy for the writer takes no more than this share.
 _MEMORY_SHARE = 0.8
+#: What Linux says of a process: its resident memory at the peak, and now.
+_RSS = ("VmHWM", "VmRSS")
+
+
+def given_back() -> int:
+    """Bytes that this process had at its peak and has no more: the next step takes them again. 0 where nobody says."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    kilobytes = {
+        name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if name in _RSS
+    }
+    return 1024 * max(kilobytes.get("VmHWM", 0) - kilobytes.get("VmRSS", 0), 0)
 
 
 class HostCopy:
@@ -61,10 +75,14 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def has_room(self, pieces: Iterable[Piece]) -> bool:
-        """Whether there is memory for copies of these."""
+    def has_room(self, pieces: Iterable[Piece], num_ranks: int = 1) -> bool:
+        """Whether there is memory for copies of these, while a step takes again what it took at most.
+
+        num_ranks  of this machine, which all look at the same memory at the same time
+        """
         missing = sum(one.num_bytes for one in pieces if one.name not in self._buffers)
-        return missing <= _MEMORY_SHARE * psutil.virtual_memory().available
+        needed = num_ranks * (missing + given_back())
+        return not missing or needed <= _MEMORY_SHARE * psutil.virtual_memory().available
 
     def of(self, pieces: Iterable[Piece]) -> list[Piece]:
         """Done when this returns."""
@@ -121,6 +139,11 @@ class CheckpointWriter:
         def of_older(read: Callable[..., Any]) -> Callable[..., None]:
             def reads(checkpoint: str | None, *args: Any) -> None:
                 if checkpoint is not None and is_older(Path(checkpoint)):
+                    if any(isinstance(one, DTensor) for one in trainer.model.parameters()):
+                        raise ValueError(
+                            f"{checkpoint} was written by an earlier version of smoltulu, which a sharded model cannot "
+                            "go on from: set compute.parallel to ddp, or remove the folder to begin anew"
+                        )
                     read(checkpoint, *args)
 
             return reads
@@ -129,11 +152,6 @@ class CheckpointWriter:
             if checkpoint is None:
                 return
             if is_older(Path(checkpoint)):
-                if any(isinstance(one, DTensor) for one in trainer.model.parameters()):
-                    raise ValueError(
-                        f"{checkpoint} was written by an earlier version of smoltulu, which a sharded model cannot go "
-                        "on from: set compute.parallel to ddp, or remove the folder to begin anew"
-                    )
                 read_optimizer(checkpoint)
             else:
                 # Here, not where the trainer reads weights: now the model is wrapped, and each rank has its shards.
@@ -255,7 +273,7 @@ class CheckpointWriter:
         name = shard_name(rank, num_ranks)
         try:
             with beside_the_step(updated, self.trainer.args.device):
-                if self._host.has_room(pieces):
+                if self._host.has_room(pieces, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
                     pieces = self._host.of(pieces)
                     self._copied.set()
                 else:

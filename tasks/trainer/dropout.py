@@ -4,9 +4,12 @@ torch draws masks from a generator, in the order in which rows come: another cut
 of ranks, drops other values, and a checkpoint must hold the state of each rank's generator. Here a value's number is a
 hash of where it stands, so one process and four drop the same values, on any device, and a resume needs no state.
 
-Dropout of attention weights (packing refuses it, docs/packing.md) and what a model calls as a function stay torch's:
+Dropout of attention weights (packing refuses it, docs/packing.md), what a model calls as a function, and all dropout
+of rlvr (an adapter's, or that of a model trained by GRPO), whose batches name no rows, stay torch's:
 each rank's generator is set before each step, from seed, step and rank. That repeats a run, after a resume too; with
 another cut or another number of ranks, other values are dropped at the same rate.
+
+A training that began before this module goes on with these values, under its key: their rate is the same.
 """
 
 from __future__ import annotations
@@ -50,13 +53,20 @@ def kept(keys: torch.Tensor, place: int, num_channels: int, rate: float) -> torc
 
 
 def keys_of_batch(seed: int, step: int, batch: dict[str, Any]) -> torch.Tensor:
-    """Keys of the tokens of a micro-batch, in the shape of its `input_ids`: padded (B, T) or packed (1, T)."""
+    """Keys of the tokens of a micro-batch, in the shape of its `input_ids`: padded (S, T) or packed (1, T).
+
+    A row may be several sequences, as a pair is two. Their order: padded the first of each row, then the second of
+    each; packed row by row. Where they share a prompt, a token of it is dropped alike, also if it is computed twice.
+    """
     shape, device = batch["input_ids"].shape, batch["input_ids"].device
     rows = batch["row"].to(device)
     if "segments" in batch:
-        lengths = put([part.num_queries for part in batch["segments"].parts], device)
+        parts = batch["segments"].parts
+        rows = rows.repeat_interleave(len(parts) // len(rows), output_size=len(parts))
+        lengths = put([part.num_queries for part in parts], device)
         rows = torch.repeat_interleave(rows, lengths, output_size=shape[1])[None]
         return token_keys(seed, step, rows, batch["position_ids"])
+    rows = rows.repeat(shape[0] // len(rows))
     return token_keys(seed, step, rows[:, None].expand(shape), torch.arange(shape[1], device=device).expand(shape))
 
 

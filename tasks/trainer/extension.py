@@ -113,8 +113,7 @@ def _source_runs(
             damaged(f"{spec.stage}/{candidate.key[:12]} cannot be resumed from: {found.reason}")
         if not isinstance(found, Found) or old is None:
             continue
-        # Another number of processes adds in another order: the first steps would differ in their last bits.
-        if found.manifest.compute.get("num_processes", 1) != compute.num_processes:
+        if not same_sums(found.manifest.compute, compute):
             continue
         stored = newest_checkpoint(found.folder / CHECKPOINT_FOLDER)
         old_num_steps = found.manifest.outputs.get("num_steps")
@@ -124,6 +123,17 @@ def _source_runs(
         if same_past(old, old_num_steps, config.schedule, num_steps, step):
             record = ExtendedTraining(stage=spec.stage, key=found.manifest.key, step=step, num_steps=old_num_steps)
             yield SourceRun(record, checkpoint, found.manifest.environment)
+
+
+def same_sums(made: Mapping[str, Any], compute: ComputeSettings) -> bool:
+    """Whether a training adds in the order of one with the `compute` that a manifest records.
+
+    Another number of processes does not, nor another kind of parallelism: the first steps would differ in their last
+    bits.
+    """
+    if made.get("num_processes", 1) != compute.num_processes:
+        return False
+    return compute.num_processes == 1 or made.get("parallel", "ddp") == compute.parallel
 
 
 def begin_with(source_run: SourceRun | None, work: Path) -> None:

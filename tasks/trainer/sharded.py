@@ -36,8 +36,8 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def shard(model: PreTrainedModel) -> None:
-    """Divide a model among all ranks, in place. Every rank must have the same weights.
+def shard(model: PreTrainedModel, device: torch.device) -> None:
+    """Divide a model among all ranks, in place; each part goes to `device`. Every rank must have the same weights.
 
     After this, run it by calling it: its submodules alone would find parts of their weights.
     """
@@ -45,7 +45,7 @@ def shard(model: PreTrainedModel) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(model.device.type, (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # Names of the classes of its decoder layers, which every architecture of transformers has.
     names = set(model._no_split_modules or ())
     for module in reversed(list(model.modules())):
@@ -58,7 +58,7 @@ def shard_trainer(trainer: Trainer, compute: ComputeSettings) -> None:
     """Divide a trainer's model, where compute asks for it, before its optimizer is made."""
     if not compute.is_sharded:
         return
-    shard(trainer.model)
+    shard(trainer.model, trainer.args.device)
     trainer.is_distributed_loading_by_transformers = True
     # transformers would keep whole gradients until the last micro-batch of a step.
     trainer._defer_fsdp_gradient_reduction = nullcontext

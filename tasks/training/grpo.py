@@ -353,7 +353,7 @@ def _assembled(
     trainer.settings, trainer.reward = config, reward
     shard_trainer(trainer, context.compute)
     if context.compute.is_sharded and getattr(trainer, "ref_model", None) is not None:
-        shard(trainer.ref_model)
+        shard(trainer.ref_model, trainer.args.device)
     if not is_dry_run:
         trainer.backend = writer_of(trainer, config, inputs, context)
     if isinstance(config, GRPOSettings) and config.importance_sampling_cap is not None:

@@ -48,9 +48,11 @@ def load_scored_by(
 def adding_score_of(reward_model: PreTrainedModel, trainer: Trainer, weight: float) -> AddsScore:
     """`weight` times the model's score is added, but where a penalty replaced the reward or nothing could be graded."""
     tokenizer, size = trainer.processing_class, trainer.args.per_device_train_batch_size
-    reward_model = reward_model.to(trainer.args.device).eval()
     if is_sharded(trainer.model):
-        shard(reward_model)
+        shard(reward_model, trainer.args.device)
+    else:
+        reward_model.to(trainer.args.device)
+    reward_model.eval()
 
     def add(rollouts: Sequence[Episode], paid: list[Score]) -> list[Score]:
         with gathered(reward_model):

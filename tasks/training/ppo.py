@@ -145,10 +145,12 @@ def _assembled(
         rollout_log=RolloutLog(context.work, num_steps // cycle),
     )
     shard_trainer(trainer, context.compute)
-    if context.compute.is_sharded:
-        for model in (critic, reference):
-            if model is not None:
-                shard(model)
+    for model in (critic, reference):
+        # Divided, none is ever whole on a device: four may be too large for one.
+        if model is not None and context.compute.is_sharded:
+            shard(model, trainer.args.device)
+        elif model is not None:
+            model.to(trainer.args.device)
     if not is_dry_run:
         trainer.backend = writer_of(trainer, config, inputs, context)
     if reward_model is not None:

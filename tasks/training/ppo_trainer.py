@@ -85,8 +85,6 @@ class PPOTrainer(Trainer):
         self.control: Any
         self.optimizer: Any
         self.lr_scheduler: Any
-        for model in (critic.model, *([reference] if reference else [])):
-            model.to(self.args.device)
         #: Name -> sum over the tokens that this process trained on since the last log, and their number.
         self._of_tokens: dict[str, torch.Tensor] = {}
         #: Name -> values of the steps since the last log, the same on all processes; some still on the device.

@@ -32,7 +32,7 @@ logger = logging.getLogger("smoltulu")
 class Writer:
     """Writes after prompts: `Backend` of tasks/training/rollouts.py.
 
-    policy  whose weights are fetched, where it is sharded. Then all processes must call this, whatever they ask for
+    policy  that writes itself: its weights are fetched, where it is sharded. All processes must call this together
     """
 
     engine: Engine
@@ -63,10 +63,18 @@ def check_engine(config: RLVRSettings, model: Path, compute: ComputeSettings) ->
             )
     else:
         check_device(compute.generation_device)
-    of_vllm = {name for name in compute.model_fields_set if name.startswith("vllm_")}
-    ignored = of_vllm if config.engine != "vllm" else compute.model_fields_set & {"generation_device"}
-    for name in sorted(ignored):
-        logger.warning("compute.%s says nothing to rlvr.engine %s, and is ignored", name, config.engine)
+    for name in ignored_settings(config, compute):
+        logger.warning("compute.%s says nothing to this rlvr.engine %s, and is ignored", name, config.engine)
+
+
+def ignored_settings(config: RLVRSettings, compute: ComputeSettings) -> list[str]:
+    """Fields of `compute` with another value than their default that the engine does not follow."""
+    ours, beside = {"generation_device"}, {"vllm_memory_share", "vllm_sleep"}
+    if config.engine != "vllm":
+        ignored = {"vllm_server"} | beside
+    else:
+        ignored = ours | (beside if compute.vllm_server is not None else set())
+    return sorted(name for name in ignored if getattr(compute, name) != ComputeSettings.model_fields[name].default)
 
 
 def check_device(device: str | None) -> None:
@@ -114,9 +122,7 @@ def writer_of(trainer: Trainer, config: RLVRSettings, inputs: TrainingInputs, co
     [probe] = ids_of_prompts(tokenizer, [trainer.train_dataset[0]["prompt"]])
     is_rounded = trainer.args.bf16 or config.engine == "vllm"
     tolerance = TOLERANCE["bfloat16" if is_rounded else "float32"]
-    with gathered(policy):
-        fresh = FreshEngine(own, itself, probe, tolerance=tolerance)
-    return Writer(fresh, sampling, policy)
+    return Writer(FreshEngine(own, itself, probe, tolerance=tolerance, gather=lambda: gathered(policy)), sampling)
 
 
 def num_at_once(config: RLVRSettings, num_processes: int) -> int:

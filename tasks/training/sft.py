@@ -99,13 +99,18 @@ def _trainer_class() -> type:
             take_places(self.model.get_base_model() if is_peft_model(self.model) else self.model)
             #: Since the last log, on the device: supervised tokens, entropy, right tokens; with experts their loss too.
             self._sums: Any = 0
+            #: Of the step, without blank ones, of all processes.
+            self._num_micro_batches = 1
 
         def _get_num_items_in_batch(self, batches: list[Any], device: Any) -> int | None:
             """Supervised tokens of an optimizer step, of all processes."""
             if not batches:
                 return None
-            counts = [[len(batch[PLACES]), 0 if is_blank(batch) else batch["num_tokens"]] for batch in batches]
-            num_supervised, num_tokens = sums_over_ranks(self, [sum(column) for column in zip(*counts, strict=True)])
+            counts = [
+                [len(batch[PLACES]), *((0, 0) if is_blank(batch) else (batch["num_tokens"], 1))] for batch in batches
+            ]
+            sums = sums_over_ranks(self, [sum(column) for column in zip(*counts, strict=True)])
+            num_supervised, num_tokens, self._num_micro_batches = sums
             self._total_train_tokens += num_tokens
             if WEIGHTS in batches[0]:
                 normalise(batches, self.accelerator)
@@ -134,10 +139,12 @@ def _trainer_class() -> type:
             loss = losses.sum() / max(count, 1) * num_processes
             of_experts = []
             if self.aux_loss_enabled:
-                # A mean over the micro-batch, whose mean over the step is taken.
-                loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+                # A mean over the micro-batch, whose mean over those of the step is taken, of all processes. A blank one
+                # says nothing of the experts.
+                share = 0.0 if is_blank(inputs) else num_processes / max(self._num_micro_batches, 1)
+                loss = loss + self.router_aux_loss_coef * outputs.aux_loss * share
                 aux_loss = outputs.aux_loss.detach().double()
-                of_experts = [aux_loss, torch.ones_like(aux_loss)]
+                of_experts = [aux_loss * (share > 0), torch.full_like(aux_loss, share > 0)]
             supervised = torch.full((), len(inputs[PLACES]), dtype=torch.float64, device=loss.device)
             entropy, right = outputs.entropy.detach().double().sum(), outputs.is_top1.double().sum()
             self._sums = self._sums + torch.stack([supervised, entropy, right, *of_experts])
@@ -151,7 +158,7 @@ def _trainer_class() -> type:
                 logs["mean_token_accuracy"] = right / num_supervised if num_supervised else 0.0
                 logs["num_tokens"] = self._total_train_tokens
                 if of_experts:
-                    logs["aux_loss"] = of_experts[0] / of_experts[1]
+                    logs["aux_loss"] = of_experts[0] / max(of_experts[1], 1)
                 self._sums = 0
             super().log(logs, start_time)
 

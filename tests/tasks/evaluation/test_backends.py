@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AddedToken
 
-from smoltulu.tasks.evaluation.kept import Kept, Resuming
+from smoltulu.tasks.evaluation.kept import ANSWERS_FILE, Kept, Resuming
 from smoltulu.tasks.evaluation.lm_eval import wrap
 from smoltulu.tasks.models.folders import load_to_write, load_tokenizer
 from tests.tiny_model import TULU_TEMPLATE, build_tiny_model
@@ -132,6 +133,37 @@ def test_a_stop_string_ends_an_answer(make: Callable[[Path, int], Any], folder: 
         assert answer.num_tokens <= before.num_tokens
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_special_token_ends_an_answer_where_it_is_a_stop_string(
+    make: Callable[[Path, int], Any], folder: Path, batch_size: int
+) -> None:
+    """As <|im_end|> does, which many tasks name, of a model whose eos is another. lm-eval's text does not have it."""
+    import torch
+
+    def answers(special: bool) -> list[Any]:
+        backend = make(folder, batch_size)
+        [written, *_] = _greedy(backend.model, backend.tok_encode(prompt(backend, TEXTS[0])), 1)
+        backend.tokenizer.add_tokens([AddedToken("<|end|>", special=special, normalized=False)])
+        [end] = backend.tok_encode("<|end|>")
+        backend.model.resize_token_embeddings(end + 1, mean_resizing=False)
+        head = backend.model.lm_head.weight.detach().clone()
+        head[end] = 1.5 * head[written]  # so <|end|> is likelier than the likeliest
+        backend.model.lm_head.weight = torch.nn.Parameter(head)
+        return [(str(one), one.stop, one.num_tokens) for one in generate(backend, 12, ["<|end|>"])]
+
+    assert answers(True)[0][1] == "<|end|>" and answers(True) == answers(False)
+
+
+def test_a_limit_of_prompt_and_answer_is_that_of_each_batch(make: Callable[[Path, int], Any], folder: Path) -> None:
+    """`max_length`, in place of `max_gen_toks`: the longest prompt of all leaves others their room."""
+    backend = make(folder, 1)
+    lengths = [len(backend.tok_encode(prompt(backend, text))) for text in TEXTS]
+    settings = {"until": [], "max_length": max(lengths) + 2, "do_sample": False, "max_gen_toks": 8}
+    answers = backend.generate_until([asked(prompt(backend, text), dict(settings)) for text in TEXTS])
+    for length, answer in zip(lengths, answers, strict=True):
+        assert answer.stop == "eos" or answer.num_tokens == max(lengths) + 2 - length
+
+
 @pytest.mark.parametrize(
     ("settings", "own", "is_ours"),
     [
@@ -185,5 +217,10 @@ def test_kept_answers_are_not_asked_for_again(make: Callable[[Path, int], Any], 
     assert again.loglikelihood(requests) == first == backend.loglikelihood(requests)
     for before, after in zip(written, generate(again, 6, []), strict=True):
         assert (before, before.stop, before.num_tokens) == (after, after.stop, after.num_tokens)
-    # Another device, or another version of a library, does not go on from them.
+    # No other device, version of a library or of ours goes on from them. An older one wrote no number.
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / ANSWERS_FILE).write_bytes(
+        (tmp_path / ANSWERS_FILE).read_bytes().replace(b'"answers": 2, ', b"")
+    )
+    assert len(Kept(tmp_path / "older", "cpu")) == 0
     assert len(Kept(tmp_path, "cuda")) == 0

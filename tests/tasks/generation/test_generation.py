@@ -126,6 +126,18 @@ def test_rows_that_ended_are_refilled_and_no_text_changes(config: Any) -> None:
             assert len(passes) < sum(len(one.ids) for one in alone) / 5 * 1.35 + 16
 
 
+def test_a_row_that_is_over_takes_no_place_that_no_text_could_have() -> None:
+    """The positions are as many as a prompt and its answer need. A row that ended waits for others, and grows."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=36, bos_token_id=0, eos_token_id=0)
+    model, random = AutoModelForCausalLM.from_config(config).eval(), np.random.default_rng(0)
+    asked = [Request(random.integers(2, 400, 20).tolist(), 0, place, 0) for place in range(30)]
+    for seed in range(4):
+        options: dict[str, Any] = {"max_new_tokens": 16, "stop_ids": tuple(range(0, 400, 40)), "seed": seed}
+        together = backend(model, batch_size=10, temperature=1.0, **options)(asked)
+        assert len(together) == 30 and max(len(one.ids) for one in together) == 16
+
+
 def test_greedy_texts_are_those_of_generate_and_have_no_logps(policy: Any) -> None:
     asked = requests()
     for one in backend(policy, batch_size=4, temperature=0.0)(asked):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,42 @@ def test_a_resumed_policy_is_brought_before_anything_is_written(policy: Any) -> 
         lost.generate(ASKED, SAMPLING)
 
 
+def test_a_divided_policy_is_whole_while_it_is_read_and_not_while_an_engine_writes(policy: Any) -> None:
+    """The engine needs the memory. (Divided by two ranks: tests/tasks/training/test_rollout_generation.py.)"""
+    seen: list[str] = []
+
+    class Telling(CopyEngine):
+        def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+            seen.append("bring")
+            super().sync(weights)
+
+        def generate(self, *args: Any) -> Any:
+            seen.append("write")
+            return super().generate(*args)
+
+    @contextmanager
+    def gather() -> Iterator[None]:
+        seen.append("whole")
+        yield
+        seen.append("divided")
+
+    own = Telling(copy.deepcopy(policy).requires_grad_(False), pad_id=1)
+    engine = FreshEngine(own, TransformersEngine(policy, pad_id=1), PROBE, tolerance=1e-3, gather=gather)
+    engine.generate(ASKED, SAMPLING)
+    assert seen == ["whole", "bring", "divided", "whole", "bring", "divided", "write"]
+
+
+def test_an_engine_that_still_has_the_checkpoint_is_not_stale(policy: Any) -> None:
+    """A server goes on while a run is killed and resumed. The policy then moves to where the server is already."""
+    own = CopyEngine(copy.deepcopy(policy).requires_grad_(False), pad_id=1)
+    with torch.no_grad():
+        for parameter in own.model.parameters():
+            parameter.mul_(1.02)
+    engine = FreshEngine(own, TransformersEngine(policy, pad_id=1), PROBE, tolerance=0.1)
+    policy.load_state_dict({name: 1.02 * weight for name, weight in policy.state_dict().items()})
+    assert len(engine.generate(ASKED, SAMPLING)) == 2
+
+
 @pytest.mark.parametrize(
     ("now", "before", "said"),
     [
@@ -111,6 +148,8 @@ def test_a_resumed_policy_is_brought_before_anything_is_written(policy: Any) -> 
         # It moved, to somewhere else: (0.3 + 0.1) / 2.
         (([-1.0, -2.0], [-1.3, -2.1]), ([-3.0, -2.0], [-3.0, -2.0]), "are 0.2 from the policy's"),
         (([-1.0, -2.0], [-1.0, float("nan")]), ([-1.0, -2.0], [-1.0, -2.0]), "gives 1 log-probabilities"),
+        # A policy that is NaN is no fault of an engine that follows it.
+        (([float("nan"), -2.0], [float("nan"), -2.0]), ([-1.0, -2.0], [-1.0, -2.0]), None),
         (([-1.0, -2.0], [-1.0]), ([-1.0, -2.0], [-1.0, -2.0]), "gives 1 log-probabilities"),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +23,11 @@ from smoltulu.tasks.generation.vllm_engine import (
     version_fault,
     written,
 )
+from smoltulu.tasks.models.sizes import model_size
+from smoltulu.tasks.preflight.rollout_memory import rollout_bytes
 from smoltulu.tasks.preflight.stage import run_preflight
 from smoltulu.tasks.stages import STAGES
-from smoltulu.tasks.training.rollout_engine import check_engine
+from smoltulu.tasks.training.rollout_engine import check_engine, ignored_settings
 from tests.small_ppo import context
 from tests.tiny_model import build_tiny_model
 
@@ -77,6 +80,20 @@ def test_weights_and_one_text_need_so_many_bytes(tmp_path: Path) -> None:
     assert of_text == 100 * config["num_hidden_layers"] * 2 * width * 2
 
 
+def test_memory_of_a_training_whose_rollouts_are_written_elsewhere(tmp_path: Path) -> None:
+    """What a writer on another device reads is not counted; vLLM beside the training has a share of its own."""
+    folder = build_tiny_model(tmp_path)
+    of_texts = 4 * 2 * (needed_bytes(folder, 100) - needed_bytes(folder, 0))  # four at once, in float32
+
+    def needed(engine: str = "transformers", **compute: Any) -> int:
+        return rollout_bytes(rlvr(engine=engine), folder, 100, ComputeSettings(**compute), bfloat16=False)
+
+    weights = 4 * model_size(folder).num_parameters
+    assert needed("vllm") == needed(generation_device="cuda:1") == needed(generation_device="cpu")
+    assert needed() - needed("vllm") == of_texts
+    assert needed(generation_device="cuda") - needed() == weights
+
+
 def test_a_request_asks_for_the_whole_distribution_and_has_a_seed_of_its_own() -> None:
     request = Request([1, 2], 4, 5, 6)
     assert parameters_of(request, SAMPLING) == {
@@ -89,6 +106,10 @@ def test_a_request_asks_for_the_whole_distribution_and_has_a_seed_of_its_own() -
 def test_answers_become_what_every_engine_gives() -> None:
     places = [{7: SimpleNamespace(logprob=-0.5), 9: SimpleNamespace(logprob=-0.1)}, {5: SimpleNamespace(logprob=-2)}]
     assert _own([7, 5], places) == [-0.5, -2.0]
+    assert math.isnan(_own([8], places[:1])[0])
+    for ids, logps in (([], []), ([7, 5], [-0.5]), ([7], [None]), ([7], [math.nan])):
+        with pytest.raises(RuntimeError, match="gave no log-probabilities"):
+            written(ids, logps, SAMPLING)
     assert written([7, 5], [-0.5, -2.0], SAMPLING) == Written([7, 5], True, [-0.5, -2.0])
     assert written([7, 8], [-0.5, -2.0], SAMPLING) == Written([7, 8], False, [-0.5, -2.0])
     assert written([7], [-0.5], Sampling(8, 0.0, (0,))) == Written([7], False, [])
@@ -126,13 +147,19 @@ def test_names_of_devices_that_are_none_are_refused(device: str) -> None:
 
 
 def test_settings_that_say_nothing_to_the_engine_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And no others: a stage gets all settings written out, those that nobody set too."""
     placed = {"vllm_sleep": False, "vllm_memory_share": 0.5, "generation_device": "cpu"}
-    with caplog.at_level(logging.WARNING, "smoltulu"):
-        check_engine(rlvr(), tmp_path, ComputeSettings(**placed))
-    assert [one.getMessage() for one in caplog.records] == [
-        f"compute.{name} says nothing to rlvr.engine transformers, and is ignored"
-        for name in ("vllm_memory_share", "vllm_sleep")
-    ]
+    told = [[], ["vllm_memory_share", "vllm_sleep"]]
+    for compute, names in zip((ComputeSettings(), ComputeSettings(**placed)), told, strict=True):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "smoltulu"):
+            check_engine(rlvr(), tmp_path, ComputeSettings.model_validate(compute.model_dump(mode="json")))
+        assert [one.getMessage() for one in caplog.records] == [
+            f"compute.{name} says nothing to this rlvr.engine transformers, and is ignored" for name in names
+        ]
+    assert ignored_settings(rlvr(engine="vllm"), ComputeSettings(**placed)) == ["generation_device"]
+    served = ComputeSettings(**placed, vllm_server="http://gpu:8000")
+    assert ignored_settings(rlvr(engine="vllm"), served) == ["generation_device", "vllm_memory_share", "vllm_sleep"]
 
 
 @pytest.mark.parametrize(

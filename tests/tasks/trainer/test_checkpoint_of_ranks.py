@@ -12,8 +12,10 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,11 +23,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER, fault, mark_complete, newest_checkpoint
+from smoltulu.artifacts.files import remove_tree
 from smoltulu.tasks.stage import StageStopped
 from smoltulu.tasks.trainer import checkpoint, checkpoint_writer
+from smoltulu.tasks.trainer.best_weights import BestWeights
 from smoltulu.tasks.trainer.checkpoint import (
     STATE_FILE,
     Piece,
@@ -331,3 +335,52 @@ def test_a_checkpoint_from_before_ranks_is_gone_on_from(
     shutil.rmtree(tmp_path / "out")
     same_run(unbroken, resumed(base, tmp_path))
     assert (tmp_path / "work" / "resumed.jsonl").read_text() == "3\n"
+
+
+def test_a_sharded_model_does_not_go_on_from_a_checkpoint_from_before(tmp_path: Path) -> None:
+    """Before its weights are read, which torch would refuse in words of its own."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'ranks'}", rank=0, world_size=1)
+    try:
+        model = torch.nn.Linear(2, 2)
+        torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        trainer: Any = Trainer(model, TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none"))
+        checkpoint_writer.CheckpointWriter(trainer, 1).attach()
+        with pytest.raises(ValueError, match=r"was written by an earlier version .* set compute.parallel to ddp"):
+            trainer._load_from_checkpoint(str(tmp_path))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ranks_of_a_machine_share_its_memory_with_the_next_step() -> None:
+    """A copy of three tenths of what is free fits once, not four times; a peak is reckoned with."""
+    one = torch.empty(1, dtype=torch.uint8)
+    pieces = [Piece("w", (0,), one.expand(int(0.3 * psutil.virtual_memory().available)))]
+    assert checkpoint_writer.HostCopy().has_room(pieces) and not checkpoint_writer.HostCopy().has_room(pieces, 4)
+    before = checkpoint_writer.given_back()
+    del one, pieces
+    large = torch.ones(1 << 28, dtype=torch.uint8)
+    del large
+    assert before < 1 << 40 and checkpoint_writer.given_back() >= (1 << 28) * 0.9
+
+
+def test_the_best_weights_are_listed_while_ranks_remove_checkpoints(tmp_path: Path) -> None:
+    """By the writer's thread."""
+    done = threading.Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            for number in range(20):
+                (tmp_path / f"checkpoint-{number}").mkdir()
+            for number in range(20):
+                remove_tree(tmp_path / f"checkpoint-{number}")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True)
+    try:
+        for step in range(60):
+            BestWeights(trainer, tmp_path, {"model": torch.nn.Linear(1, 1)}, ("loss", "sft")).write(step)
+    finally:
+        done.set()
+        thread.join()
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["step-59"]

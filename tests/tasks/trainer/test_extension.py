@@ -27,7 +27,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.schedules import ConstantSchedule, CosineSchedule, PowerSchedule, WSDSchedule, WSDSSchedule
 from smoltulu.tasks.engine.runner import Job, run_stage
 from smoltulu.tasks.stages import STAGES
-from smoltulu.tasks.trainer.extension import begin_with, find_source_run
+from smoltulu.tasks.trainer.extension import begin_with, find_source_run, same_sums
 from smoltulu.tasks.trainer.schedules import extension_step, learning_rate_factor, same_past
 from tests.example_outputs import example_outputs
 from tests.golden_keys import made_up_commit
@@ -292,6 +292,24 @@ def test_what_is_another_experiment_begins_anew(sft: Bench, finished: tuple[Stor
     # An input of the same key whose content is another one now.
     job = sft.job(40, wsd())
     assert find_source_run(store, job.spec, job.config, job.compute, {"model": "another"}) is None
+
+
+def test_ranks_and_parallelism_that_add_in_another_order_are_not_extended() -> None:
+    two, sharded = ComputeSettings(num_processes=2), ComputeSettings(num_processes=2, parallel="fsdp2")
+    for made, same in (
+        (two.model_dump(), two),
+        ({"num_processes": 2}, two),
+        (sharded.model_dump(), sharded),
+        ({}, ComputeSettings()),
+    ):
+        assert same_sums(made, same)
+    assert same_sums({}, ComputeSettings(parallel="fsdp2"))  # one process has nothing to divide
+    for made, other in (
+        (two.model_dump(), sharded),
+        (sharded.model_dump(), two),
+        ({"num_processes": 2}, ComputeSettings()),
+    ):
+        assert not same_sums(made, other)
 
 
 def test_a_training_that_keeps_nothing_has_the_same_digest(

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from smoltulu.schemas.rlvr import GRPOSettings, PPOSettings, RLOOSettings
 from tests.ranks import Case, Ran, run_in_ranks
 from tests.small_ppo import SETTINGS as PPO
 from tests.small_ppo import world
 from tests.small_runs import conversations, pairs, stage_arguments
-from tests.tiny_model import build_tiny_model
+from tests.tiny_model import build_tiny_experts, build_tiny_model
 
 #: Thirteen rows, four a step: epochs of four steps, whose last has one row.
 SETTINGS: dict[str, Any] = {"max_steps": 6, "num_train_epochs": 2, "effective_batch_size": 4, "seed": 3}
@@ -28,16 +28,8 @@ KINDS = ("ddp", "fsdp2")
 Runs = dict[tuple[str, int, str], Ran]
 #: What four ranks train as well, and what two do alone: a training by four costs two cores three seconds.
 BY_FOUR = ("sft", "sft-tokens", "reward-model", "dpo-tokens", "ppo")
-BY_TWO = ("sft-untied", "sft-held-out", "reward-model-tokens", "dpo", "grpo", "rloo")
+BY_TWO = ("sft-experts", "sft-held-out", "reward-model-tokens", "dpo", "grpo", "rloo")
 SAVED = ("sft-saved", "reward-model-saved")
-
-
-def untied(folder: Path) -> Path:
-    """A model whose head has weights of its own."""
-    made = build_tiny_model(folder / "untied")
-    config = LlamaConfig.from_pretrained(made, tie_word_embeddings=False)
-    LlamaForCausalLM(config).save_pretrained(made)
-    return made
 
 
 def all_cases(folder: Path) -> list[Case]:
@@ -57,7 +49,13 @@ def all_cases(folder: Path) -> list[Case]:
     return [
         case("sft", "sft", {}),
         case("sft-tokens", "sft", {}, tokens_per_device=60, packing=False),
-        case("sft-untied", "sft", {"max_steps": 4}, model=untied(folder), activation_checkpointing=True),
+        case(
+            "sft-experts",
+            "sft",
+            {"max_steps": 4},
+            model=build_tiny_experts(folder / "experts"),
+            activation_checkpointing=True,
+        ),
         case("sft-held-out", "sft", best, held_out=conversations(20)[13:]),
         case("reward-model", "reward_model", {}),
         case("reward-model-tokens", "reward_model", {"max_steps": 4}, packing=False, tokens_per_device=150),

@@ -46,7 +46,7 @@ from tests.small_runs import FUNCTIONS, MODULES, conversations, pairs, run, stag
 from tests.tasks.trainer.test_guards import rows_with_a_bad_one, with_a_poisonous_token
 from tests.tasks.training.test_selection_weights import arguments, uneven
 from tests.tasks.training.test_selection_weights import trained as trained_with_weights
-from tests.tiny_model import build_tiny_model
+from tests.tiny_model import build_tiny_experts, build_tiny_model
 
 STAGE_NAMES = ("sft", "reward_model", "dpo")
 #: 13 rows in steps of 4: the last of an epoch has one. A row has 17 to 60 tokens, so 1: every row alone; 150: some rows
@@ -255,6 +255,20 @@ def test_no_budget_changes_a_loss_or_a_weight(base: Path, tmp_path: Path, stage:
         assert len(sizes) == 3 and tuple([4, 4, 4, 1] * 2) in sizes and (1,) * 8 in sizes
 
 
+def test_the_loss_of_experts_is_a_mean_over_the_micro_batches_of_a_budget(tmp_path: Path) -> None:
+    """A budget that cuts into single rows is the training by single rows."""
+    made = stage_arguments(
+        "sft", tmp_path, build_tiny_experts(tmp_path / "base"), rows_of_stage("sft"), SETTINGS | {"num_train_epochs": 1}
+    )
+    fixed, found = (
+        trained("sft", made, 1, packing=True, **way)
+        for way in ({"per_device_train_batch_size": 1}, {"tokens_per_device": 1})
+    )
+    assert [flat(step) for step in found.steps] == [flat(step) for step in fixed.steps]
+    for one, other in zip(found.history, fixed.history, strict=True):
+        assert one == pytest.approx(other, rel=1e-5) and one["aux_loss"] > 0.9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_no_budget_changes_a_loss_or_a_weight_of_any_seed_packed_or_padded(
@@ -280,12 +294,13 @@ def test_no_budget_changes_anything_with_weights_of_rows(base: Path, tmp_path: P
     assert abs(plain.history[0]["loss"] - fixed.history[0]["loss"]) > 1e-3
 
 
-@pytest.mark.parametrize("stage", one_is_enough("dpo"))
-def test_two_ranks_train_as_one_with_a_budget(base: Path, tmp_path: Path, stage: str) -> None:
+@pytest.mark.slow  # through the launcher; the other stages: tests/tasks/trainer/test_sharded.py
+def test_two_ranks_train_as_one_with_a_budget(base: Path, tmp_path: Path) -> None:
     """11 rows in steps of 6: each rank takes three rows, and of the last five the second takes two.
 
     The ranks cut their rows into different numbers of micro-batches, so one of them has blank ones.
     """
+    stage = "dpo"
     rows, settings = rows_of_stage(stage, 11), SETTINGS | {"effective_batch_size": 6}
     fixed = run(stage, tmp_path / "one", base, rows, settings, per_device_train_batch_size=2, save_steps=100)
     two = two_processes(stage, tmp_path, base, rows, settings, tokens_per_device=110, save_steps=100)("two")

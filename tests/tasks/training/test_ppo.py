@@ -21,13 +21,14 @@ from smoltulu.artifacts.checkpoints import CHECKPOINT_MARKER
 from smoltulu.schemas.rlvr import PPOSettings, RLVRInputs
 from smoltulu.tasks.models.folders import load_tokenizer
 from smoltulu.tasks.models.sizes import model_size
-from smoltulu.tasks.preflight.rollout_memory import num_at_once, num_models_held
+from smoltulu.tasks.preflight.rollout_memory import num_models_held
 from smoltulu.tasks.stage import StageStopped
 from smoltulu.tasks.trainer.disk import checkpoint_bytes, disk_of_training, model_bytes, training_bytes
 from smoltulu.tasks.training import ppo, ppo_trainer
 from smoltulu.tasks.training.critic import load_critic
 from smoltulu.tasks.training.ppo_batch import Episode, collate, token_logps, token_values
 from smoltulu.tasks.training.rewards import Score
+from smoltulu.tasks.training.rollout_engine import num_at_once
 from tests.rows_file import write_rows
 from tests.small_ppo import SETTINGS, Run, context, differing, prompts, run, world
 from tests.small_runs import weights_of_checkpoint
@@ -525,9 +526,9 @@ def test_disk_is_that_of_two_models(inputs: RLVRInputs, whole: Run) -> None:
     assert num_models_held(settings) == 7
     counted = {"beta": 0, "reward_model_weight": 1, "rollout_batch_size": 3, "effective_batch_size": 8}
     other = PPOSettings.model_validate(SETTINGS | counted | {"num_episodes": 16})
-    assert num_models_held(other) == 7 and num_at_once(other, compute) == 3
-    assert num_at_once(settings, compute) == 8
-    assert num_at_once(other, compute.model_copy(update={"num_processes": 8})) == 2
+    assert num_models_held(other) == 7 and num_at_once(other, 1) == 3
+    assert num_at_once(settings, 1) == 8
+    assert num_at_once(other, 8) == 2
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
