@@ -30,12 +30,13 @@ def nearly(draw: st.DrawFn, valid: Any) -> Any:
     """A value with one to three places replaced, removed, or added to."""
     value = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 3))):
-        *above, last = draw(st.sampled_from(_places(value)[1:] or [("",)]))
+        places = _places(value)[1:]
+        if not places:  # all of it was removed
+            return draw(values)
+        *above, last = draw(st.sampled_from(places))
         holder = value
         for name in above:
             holder = holder[name]
-        if not isinstance(holder, (dict, list)):
-            return draw(values)
         what = draw(st.sampled_from(("replace", "remove", "add")))
         if what == "remove":
             del holder[last]
