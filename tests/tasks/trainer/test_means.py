@@ -87,7 +87,7 @@ def test_rlvr(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Answers of several lengths; the second pass over them is no longer on the policy, and clips."""
     settings = RLVRSettings.model_validate({
         "learning_rate": 3e-3, "effective_batch_size": 8, "num_generations": 4, "num_iterations": 2, "beta": 0.05,
-        "num_steps": 2 * changes.get("steps_per_generation", 1), "epsilon": 0.02, "max_prompt_length": 100,
+        "seed": 4, "num_steps": 2 * changes.get("steps_per_generation", 1), "epsilon": 0.02, "max_prompt_length": 100,
         "max_completion_length": 10, "precision": "float32", "gate": {"num_prompts": 0},
     } | changes)  # fmt: skip
     rows: list[dict[str, Any]] = [
