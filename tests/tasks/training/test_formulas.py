@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.small_runs import conversations, pairs, run, trainer_of, turn
+from tests.small_runs import conversations, pairs, run, trainer_of, turn, weights_of_checkpoint
 from tests.tiny_model import EOS, build_tiny_model
 
 CONVERSATIONS, PAIRS = conversations(8), pairs(6)
@@ -32,8 +32,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("base"))
 
 
-def double(folder: Path, kind: Any = AutoModelForCausalLM) -> Any:
-    return kind.from_pretrained(str(folder), dtype=torch.float64).eval()
+def double(folder: Path, kind: Any = AutoModelForCausalLM, checkpoint: Path | None = None) -> Any:
+    """The model of a folder, with the weights of a checkpoint where one is given."""
+    model = kind.from_pretrained(str(folder), dtype=torch.float64, **({"num_labels": 1} if checkpoint else {})).eval()
+    if checkpoint is not None:
+        told = model.load_state_dict(weights_of_checkpoint(checkpoint), strict=False)
+        assert not told.unexpected_keys and set(told.missing_keys) <= {"lm_head.weight"}
+    return model
 
 
 def rendered(messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
@@ -213,7 +218,7 @@ def reference_reward(model: Any, ids: list[int]) -> torch.Tensor:
 def test_reward_model_loss_is_bradley_terry_at_the_last_token(base: Path, tmp_path: Path) -> None:
     finished = run("reward_model", tmp_path, base, PAIRS, TWO_STEPS)
     with torch.no_grad():
-        model = double(finished.checkpoints / "checkpoint-1", AutoModelForSequenceClassification)
+        model = double(base, AutoModelForSequenceClassification, finished.checkpoints / "checkpoint-1")
         margins = torch.stack(
             [
                 reference_reward(model, encoded(base, row["prompt"] + row["chosen"])[0])
@@ -304,7 +309,7 @@ def test_dpo_loss(base: Path, tmp_path: Path, loss_type: str, beta: float) -> No
     """
     finished = run("dpo", tmp_path, base, PAIRS, TWO_STEPS | {"loss_type": loss_type, "beta": beta})
     with torch.no_grad():
-        sides = log_ratios(double(finished.checkpoints / "checkpoint-1"), double(base), base)
+        sides = log_ratios(double(base, checkpoint=finished.checkpoints / "checkpoint-1"), double(base), base)
     (chosen, num_chosen), (rejected, num_rejected) = sides["chosen"], sides["rejected"]
     summed, normalised = beta * (chosen - rejected), beta * (chosen / num_chosen - rejected / num_rejected)
     margins = normalised if loss_type == "sigmoid_norm" else summed

@@ -80,13 +80,13 @@ def killed_while_a_checkpoint_is_written() -> None:
     checkpoint.save_file = save
 
 
-#: What kills -> the step of the newest checkpoint that is left.
-KILLS: dict[Callable[[], None], int] = {
-    killed_in_generation: 8,
-    killed_in_scoring: 4,
-    killed_in_warm_up: 4,
-    killed_in_the_second_epoch: 8,
-    killed_while_a_checkpoint_is_written: 4,
+#: What kills -> the step of the newest checkpoint that is left. That of step 8 may still be being written then.
+KILLS: dict[Callable[[], None], tuple[int, ...]] = {
+    killed_in_generation: (4, 8),
+    killed_in_scoring: (4,),
+    killed_in_warm_up: (4,),
+    killed_in_the_second_epoch: (8,),
+    killed_while_a_checkpoint_is_written: (4,),
 }
 
 
@@ -112,10 +112,10 @@ def test_a_killed_run_goes_on_to_the_same_policy_and_critic(
 ) -> None:
     killed(child, kill, inputs, tmp_path)
     newest = newest_checkpoint(tmp_path / "work" / "checkpoints", full=True)
-    assert newest is not None and newest[0] == KILLS[kill]
+    assert newest is not None and newest[0] in KILLS[kill]
 
     resumed = run(inputs, tmp_path, SETTINGS)
-    assert (tmp_path / "work" / "resumed.jsonl").read_text() == f"{KILLS[kill]}\n"
+    assert (tmp_path / "work" / "resumed.jsonl").read_text() == f"{newest[0]}\n"
     assert differing(whole.policy, resumed.policy) == differing(whole.critic, resumed.critic) == []
     for name in ("prompts", "samples"):
         assert resumed.log(name) == whole.log(name)
