@@ -163,8 +163,9 @@ def write_pieces(pieces: Iterable[Piece], file: Path) -> FileRecord:
     offsets = {piece.name: {"saved_offsets": piece.offsets} for piece in pieces}
     tensors = {piece.name: piece.tensor.cpu().contiguous() for piece in pieces}
     try:
-        # As torch's own writer says it (torch/distributed/checkpoint/_hf_utils.py).
-        save_file(tensors, file, {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)})
+        # As torch's own writer says it (torch/distributed/checkpoint/_hf_utils.py), but in one field: safetensors
+        # writes several in another order each time, and equal checkpoints are to be equal files.
+        save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(offsets, sort_keys=True)})
         sync(file)
     except BaseException:
         file.unlink(missing_ok=True)  # on a full disk it would only make it fuller

@@ -384,3 +384,10 @@ def test_the_best_weights_are_listed_while_ranks_remove_checkpoints(tmp_path: Pa
         done.set()
         thread.join()
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["step-59"]
+
+
+def test_equal_shards_are_equal_files_in_whatever_order_they_come(tmp_path: Path) -> None:
+    """An extension's checkpoint is kept in the artifact: the same training makes the same bytes."""
+    pieces = [Piece(name, (0,), torch.arange(4.0)) for name in ("a", "b", "c", "d")]
+    records = [write_pieces(order, tmp_path / "x") for order in (pieces, pieces[::-1], pieces, pieces, pieces)]
+    assert len({record.blake3 for record in records}) == 1
