@@ -19,8 +19,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packaging.version import Version
-
 from smoltulu.artifacts import readable
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.generation.interface import Engine, Request, Sampling, Written, no_report, seed_of_request
@@ -68,6 +66,8 @@ def version_fault(version: str | None) -> str | None:
             f"engine vllm needs the package vllm, {FIRST} to {LAST}, which is not installed: pip install "
             f"'smoltulu[vllm]', {_OTHERWISE}"
         )
+    from packaging.version import Version
+
     if not Version(FIRST) <= Version(Version(version).base_version) <= Version(LAST):
         return (
             f"engine vllm is written for vllm {FIRST} to {LAST}, and {version} is installed; install one of these, "
