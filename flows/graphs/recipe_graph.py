@@ -5,7 +5,7 @@ The flow and `smoltulu plan` read the same graph. Keys need no run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -17,21 +17,19 @@ from smoltulu.artifacts.keys import folder_digest
 from smoltulu.flows.graphs.evaluation_settings import asked_of
 from smoltulu.flows.graphs.nodes import Binding, Node, NodeGraph
 from smoltulu.flows.graphs.references import References
+from smoltulu.flows.graphs.row_nodes import RowNodes, world_if_generated
 from smoltulu.flows.graphs.sampled_nodes import Add, EntryNodes, add_sampled_nodes, node_name
 from smoltulu.flows.graphs.selection_nodes import SelectionNodes
 from smoltulu.flows.graphs.stage_configs import (
     audit_config,
-    held_out_config,
     hub_references,
-    mixture_config,
     pass_rates_config,
     preflight_config,
     template_parts,
 )
-from smoltulu.flows.recipe import language_notes, stage_order
-from smoltulu.schemas.data import DataSet, DatasetKind, DatasetStageConfig, DataSource
+from smoltulu.flows.recipe import stage_order
+from smoltulu.schemas.data import DatasetKind
 from smoltulu.schemas.evaluation import EvaluationStageConfig, ScoreKind
-from smoltulu.schemas.languages import LanguageStageConfig
 from smoltulu.schemas.models import ModelSource
 from smoltulu.schemas.publish import PublishStageConfig
 from smoltulu.schemas.recipe import Recipe
@@ -87,13 +85,10 @@ class Graph(NodeGraph):
         self._sets: dict[str, str] = {}
         self._models: dict[str, str] = {}
         self._sampled: dict[str, str] = {}
-        #: Nodes of their rows before any mixture.
-        self._checked: dict[str, str] = {}
-        #: Nodes of the rows that are held out, by their set of `data`.
-        self._held_out: dict[str, str] = {}
+        self._rows = RowNodes(self, recipe, self._add, self._references, self._verifiers, self._sampled)
         #: What trainings take of each set. What is sampled or held out, and tokenizers, are of all rows.
         self._selection = SelectionNodes(
-            self, recipe, self._add, self._rows, self._without_contamination, self._model_from, self._template
+            self, recipe, self._add, self._rows.read, self._rows.without_contamination, self._model_from, self._template
         )
         self._lay_out()
 
@@ -107,9 +102,9 @@ class Graph(NodeGraph):
         data = recipe.data
         self._lay_out_rows()
         if recipe.contamination and recipe.contamination.audit:
-            self._training_rows("audit", "sft", recipe.contamination.audit)
-        self._rows("preference-eval", "preference", data.preference_eval)
-        self._rows("verified-eval", "rlvr", data.verified_eval)
+            self._rows.training("audit", "sft", recipe.contamination.audit)
+        self._rows.read("preference-eval", "preference", data.preference_eval)
+        self._rows.read("verified-eval", "rlvr", data.verified_eval)
 
         self._lay_out_samples()
         base = self._base_model()
@@ -142,7 +137,7 @@ class Graph(NodeGraph):
         """Rows of the sets that are trained on; those that a model writes once their samples are there. Whether any."""
         before = len(self._sets)
         for name, kind in _TRAINED_SETS.items():
-            if name not in self._sets and (rows := self._training_rows(name, kind, getattr(self.recipe.data, name))):
+            if name not in self._sets and (rows := self._rows.training(name, kind, getattr(self.recipe.data, name))):
                 self._sets[name] = rows
         return len(self._sets) > before
 
@@ -194,105 +189,6 @@ class Graph(NodeGraph):
             return None
         return self.add(Node(name, stage, config, **parts))
 
-    def _rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
-        sampled = {source.sampled for source in data.sources if source.sampled} if data else set()
-        if data is None or not sampled <= self._sampled.keys():
-            return None
-        pinned, externals = self._references.pinned(data.sources)
-        if kind == "rlvr":  # which rows are malformed, and what a verdict on the others means
-            externals |= self._verifiers
-        # Without the mixture: another share reads and checks nothing again.
-        config = DatasetStageConfig(kind=kind, data=data.model_copy(update={"sources": pinned}).unmixed)
-        inputs: dict[str, Any] = dict(self._world_if_generated(pinned))
-        if sampled:
-            inputs["sampled"] = {entry: Binding(self._sampled[entry], "file") for entry in sorted(sampled)}
-        return self._add(f"dataset-{name}", STAGES["dataset"], config, inputs=inputs, externals=externals)
-
-    def _training_rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
-        """Rows without those that the checks removed, then as much of each source as the set is to have."""
-        rows = self._checked_rows(name, kind, data)
-        if rows is None or data is None or not data.is_mixed:
-            return rows
-        inputs = {"dataset": Binding(rows, "file")}
-        if any(source.holds_out for source in data.sources):
-            aside = self._add(
-                f"held-out-rows-{name}", STAGES["held_out_rows"], held_out_config(kind, data), inputs=inputs
-            )
-            if aside is not None:
-                self._held_out[name] = aside
-        return self._add(f"mixture-{name}", STAGES["mixture"], mixture_config(kind, data), inputs=inputs)
-
-    def _checked_rows(self, name: str, kind: DatasetKind, data: DataSet | None) -> str | None:
-        """Rows, then the same rows without those that the check of contamination found, and without near-duplicates."""
-        rows = self._rows(name, kind, data)
-        if rows is None:
-            return None
-        self._languages(name, kind, rows)
-        rows = self._without_contamination(rows, name, kind)
-        if name != "audit":
-            rows = self._without_near_duplicates(rows, name, kind)
-        self._checked[name] = rows
-        return rows
-
-    def _without_contamination(self, rows: str, name: str, kind: DatasetKind) -> str:
-        settings = self.recipe.contamination
-        if settings is None:
-            return rows
-        index = self._benchmark_index()
-        if index is None:
-            return rows
-        config = settings.stage_config(kind, **({"policy": "report"} if name in ("audit", "targets") else {}))
-        inputs = {"dataset": Binding(rows, "file"), "index": Binding(index)}
-        return self._add(f"contamination-{name}", STAGES["contamination"], config, inputs=inputs) or rows
-
-    def _languages(self, name: str, kind: DatasetKind, rows: str) -> None:
-        """Their shares, as tables 10 to 12 of the paper have them. Nothing is built on them."""
-        if self.recipe.languages is None or language_notes(self.recipe):
-            return
-        config = LanguageStageConfig(kind=kind, settings=self.recipe.languages)
-        self._add(f"languages-{name}", STAGES["languages"], config, inputs={"dataset": Binding(rows, "file")})
-
-    def _without_near_duplicates(self, rows: str, name: str, kind: DatasetKind) -> str:
-        """Compared with held-out sets, and with trained ones that come before it."""
-        settings = self.recipe.near_duplicates
-        if settings is None:
-            return rows
-        held_out: dict[str, DatasetKind] = {"preference_eval": "preference", "verified_eval": "rlvr"}
-        others = {}
-        for other in settings.against:
-            if other in held_out:
-                node = self._rows(other.replace("_", "-"), held_out[other], getattr(self.recipe.data, other))
-            else:
-                node = self._checked.get(other) if other in _TRAINED_SETS else None
-            if node is not None:
-                others[other] = Binding(node, "file")
-        inputs: dict[str, Any] = {"dataset": Binding(rows, "file"), **({"others": others} if others else {})}
-        if "benchmarks" in settings.against and "benchmark-index" in self.nodes:
-            inputs["index"] = Binding("benchmark-index")
-        config = settings.stage_config(kind)
-        return self._add(f"near-duplicates-{name}", STAGES["near_duplicates"], config, inputs=inputs) or rows
-
-    def _benchmark_index(self) -> str | None:
-        """One index for all training sets: it depends only on the benchmarks and the mode."""
-        settings = self.recipe.contamination
-        assert settings is not None
-        if "benchmark-index" in self.nodes:
-            return "benchmark-index"
-        pinned, externals = self._references.pinned(
-            [benchmark.source for benchmark in settings.benchmarks], may_be_missing=True
-        )
-        benchmarks = tuple(
-            benchmark.model_copy(update={"source": source})
-            for benchmark, source in zip(settings.benchmarks, pinned, strict=True)
-        )
-        return self._add(
-            "benchmark-index",
-            STAGES["benchmark_index"],
-            settings.index_config(benchmarks),
-            inputs=self._world_if_generated(pinned),
-            externals=externals,
-        )
-
     def _base_model(self) -> str | None:
         return self._model_from("base-model", self.recipe.base_model, add=self._add)
 
@@ -336,7 +232,7 @@ class Graph(NodeGraph):
             return
         settings, checks = self.recipe.trainings[block], self.recipe.preflight
         nodes = {_preflight_of(block): (checks, Binding(rows, "file"))}
-        if (aside := self._held_out.get(data_set)) is not None:
+        if (aside := self._rows.held_out.get(data_set)) is not None:
             # The same sources: what they lack is said once.
             lenient = {name: 1.0 for name in type(checks).model_fields if name.startswith("max_")}
             checks = checks.model_copy(update={**lenient, "dry_run": False})
@@ -398,7 +294,7 @@ class Graph(NodeGraph):
         inputs = {"model": Binding(start, "folder"), "dataset": Binding(rows, "file"), **others}
         if _held_out_of(block) in self.nodes:
             inputs["held_out"] = Binding(_held_out_of(block), "file")
-            inputs["held_out_rows"] = Binding(self._held_out[self.recipe.rows_of(block)], "file")
+            inputs["held_out_rows"] = Binding(self._rows.held_out[self.recipe.rows_of(block)], "file")
         inputs |= self._selection.weights(self.recipe.rows_of(block))
         literals = {name: str(folder) for name, folder in folders.items()}
         digests = {name: self._digest_of(folder) for name, folder in folders.items()}
@@ -442,7 +338,7 @@ class Graph(NodeGraph):
         asked = asked_of(kind, settings, self._references, has_pairs="dataset-preference-eval" in self.nodes)
         if asked is None or (asked.settings.sampled is not None and "dataset-verified-eval" not in self.nodes):
             return
-        inputs = {"model": Binding(subject, "folder"), **self._world_if_generated(asked.sources)}
+        inputs = {"model": Binding(subject, "folder"), **world_if_generated(asked.sources)}
         if asked.settings.sampled is not None:
             inputs["verified_eval"] = Binding("dataset-verified-eval", "file")
         if kind != "language_model" and "dataset-preference-eval" in self.nodes:
@@ -480,9 +376,6 @@ class Graph(NodeGraph):
             "lineage": {name: Binding(name) for name in lineage},
         }
         self._add("publish", STAGES["publish"], config, inputs=inputs)
-
-    def _world_if_generated(self, sources: Iterable[DataSource]) -> dict[str, Binding]:
-        return {"world": Binding("world")} if any(source.generated for source in sources) else {}
 
 
 def _preflight_of(block: str) -> str:
