@@ -15,12 +15,10 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,7 +32,7 @@ from benchmarks.training_rows import (
     write_model,
     write_rows,
 )
-from benchmarks.training_tools import CHAT_TEMPLATE, LEARNING_RATE, SEED, table
+from benchmarks.training_tools import CHAT_TEMPLATE, LEARNING_RATE, SEED, step_clock, table
 
 EFFECTIVE, LONGEST, SCALE, GOAL = 32, 4096, 8, 1.3
 
@@ -58,7 +56,7 @@ class Arm:
 
 def train(arm: Arm, model: Path, dataset: Path, folder: Path, num_ranks: int, num_steps: int) -> None:
     """One round: the first step of all warms up and is left out."""
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback
 
     from smoltulu.schemas.compute import ComputeSettings
     from smoltulu.schemas.training import SFTSettings, TrainingInputs
@@ -95,16 +93,7 @@ def train(arm: Arm, model: Path, dataset: Path, folder: Path, num_ranks: int, nu
     if arm.exchanges_once:
         trainer._defer_fsdp_gradient_reduction = no_sync
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.last = time.monotonic()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            now = time.monotonic()
-            seconds.append(now - self.last)
-            self.last = now
-
-    trainer.add_callback(Clock())
+    trainer.add_callback(step_clock(seconds))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     arm.rounds.append(seconds[1:])

@@ -16,7 +16,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from benchmarks.training_rows import (
     write_model,
     write_rows,
 )
-from benchmarks.training_tools import CHAT_TEMPLATE, LEARNING_RATE, SEED, table
+from benchmarks.training_tools import CHAT_TEMPLATE, LEARNING_RATE, SEED, step_clock, table
 
 LONGEST, EFFECTIVE, GOAL = 4096, 32, 1.3
 
@@ -69,7 +68,6 @@ def arms(fixed_rows: int) -> list[Arm]:
 
 def train(arm: Arm, model: Path, dataset: Path, folder: Path, longest: int, num_steps: int) -> None:
     """One round: the first steps of a training; the first of all warms up and is left out."""
-    from transformers import TrainerCallback
 
     from smoltulu.schemas.compute import ComputeSettings
     from smoltulu.schemas.training import SFTSettings, TrainingInputs
@@ -97,19 +95,8 @@ def train(arm: Arm, model: Path, dataset: Path, folder: Path, longest: int, num_
         )
         return batches, num_items
 
-    class Clock(TrainerCallback):
-        """From the end of a step to that of the next: loading and cutting are part of it."""
-
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.last = time.monotonic()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            now = time.monotonic()
-            seconds.append(now - self.last)
-            self.last = now
-
     trainer.get_batch_samples = get_batch_samples
-    trainer.add_callback(Clock())
+    trainer.add_callback(step_clock(seconds))
     trainer.train()
     arm.rounds.append(seconds[1:])
     arm.losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]

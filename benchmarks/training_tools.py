@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,22 @@ def table(head: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         print(f"| {' | '.join(row)} |")
     sys.stdout.flush()
+
+
+def step_clock(seconds: list[float]) -> Any:
+    """A callback of a trainer that adds the time from the end of a step to that of the next: loading is part of it."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.last = time.monotonic()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            now = time.monotonic()
+            seconds.append(now - self.last)
+            self.last = now
+
+    return Clock()
 
 
 def plain_environment() -> dict[str, str]:
