@@ -363,14 +363,16 @@ def test_an_evaluation_prompts_as_training_did(
 ) -> None:
     """The whole stage, on a tokenizer that adds a bos: what the model is called with."""
     seen: list[list[int]] = []
-    stock = type(load_language_model(models["llama3"])).generate
+    stock = type(load_language_model(models["llama3"])).forward
 
-    def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.extend(row[mask.bool()].tolist() for row, mask in zip(kwargs["input_ids"], kwargs["attention_mask"],
-                                                                   strict=True))  # fmt: skip
+    def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+        # The reading of prompts: later calls bring a token a row, and those for losses have no cache.
+        if "past_key_values" in kwargs and kwargs["past_key_values"].get_seq_length() == 0:
+            rows = zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)
+            seen.extend(row[mask.bool()].tolist() for row, mask in rows)
         return stock(model, *args, **kwargs)
 
-    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", generate)
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", forward)
     questions = [{"question": f"What is {n} plus {n}?", "answer": f"{n}\n#### {2 * n}"} for n in range(4)]
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in questions))

@@ -84,7 +84,7 @@ def killed_while_a_checkpoint_is_written() -> None:
 KILLS: dict[Callable[[], None], tuple[int, ...]] = {
     killed_in_generation: (4, 8),
     killed_in_scoring: (0, 4),
-    killed_in_warm_up: (4,),
+    killed_in_warm_up: (0, 4),
     killed_in_the_second_epoch: (8,),
     killed_while_a_checkpoint_is_written: (4,),
 }
