@@ -371,6 +371,16 @@ class PPOSettings(RLVRSettings):
         return self
 
     @model_validator(mode="after")
+    def _no_dropout(self) -> Self:
+        """Of a policy that drops values in the update, but not in the rollout, the ratio is not 1 where it begins."""
+        if self.lora is not None and self.lora.lora_dropout:
+            raise ValueError(
+                f"lora.lora_dropout is {self.lora.lora_dropout}; PPO compares the policy with the one that wrote the "
+                "rollouts, and runs both without dropout (as Tulu 3 does); set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _schedules_fit(self) -> Self:
         """The policy's schedule counts the steps behind the critic's warm-up; a schedule of both must fit both."""
         num_steps, critic = self.budget.max_steps, self.critic

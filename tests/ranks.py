@@ -7,14 +7,16 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers.trainer_callback import CallbackHandler
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.ranks import fork_ranks
@@ -28,7 +30,12 @@ from tests.small_runs import FUNCTIONS, MODULES
 
 @dataclass(frozen=True)
 class Case:
-    """A training, and the machinery that it has on any number of ranks. `only_saves`: its model before any step."""
+    """A training, and the machinery that it has on any number of ranks.
+
+    only_saves  its model before any step
+    attempt     a later one goes on in the folder of the first, which has another number of ranks
+    fails_after steps of the whole training, so that a later attempt can go on
+    """
 
     name: str
     stage: str
@@ -36,8 +43,12 @@ class Case:
     inputs: Any
     compute: dict[str, Any] = field(default_factory=dict)
     only_saves: bool = False
+    attempt: int | None = None
+    fails_after: int | None = None
 
     def folder(self, root: Path, num_ranks: int) -> Path:
+        if self.attempt is not None:
+            return root / f"{self.name}-resumed"
         return root / f"{self.name}-{num_ranks}-{self.compute.get('parallel', 'ddp')}"
 
 
@@ -59,13 +70,20 @@ class Ran:
 
     @property
     def rows(self) -> dict[int, Counter[int]]:
-        """Rows of every step, of all ranks."""
-        found: dict[int, Counter[int]] = {}
-        for file in self.folder.glob("rows-*.jsonl"):
+        return rows_of_steps(self.folder)
+
+
+def rows_of_steps(folder: Path) -> dict[int, Counter[int]]:
+    """Rows of every step, of all ranks of the attempt that took it last; `rows-ATTEMPT-RANK.jsonl` have them."""
+    found: dict[int, Counter[int]] = {}
+    for attempt in sorted({int(file.name.split("-")[1]) for file in folder.glob("rows-*-*.jsonl")}):
+        of_attempt: dict[int, Counter[int]] = defaultdict(Counter)
+        for file in folder.glob(f"rows-{attempt}-*.jsonl"):
             for line in file.read_text().splitlines():
                 step, rows = json.loads(line)
-                found.setdefault(step, Counter()).update(rows)
-        return found
+                of_attempt[step].update(rows)
+        found |= of_attempt
+    return found
 
 
 def run_in_ranks(root: Path, num_ranks: int, cases: Sequence[Case], timeout_s: float = 300) -> dict[str, Ran]:
@@ -94,12 +112,40 @@ def _run(root: Path, num_ranks: int, cases: Sequence[Case]) -> None:
     try:
         for case in cases:
             print(f"--- {case.name}", flush=True)
-            _train(case, case.folder(root, num_ranks), num_ranks, rank)
+            with _failing_after(case.fails_after):
+                _train(case, case.folder(root, num_ranks), num_ranks, rank)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
     os._exit(0)
+
+
+class _Failed(Exception):
+    """What ends a training that is to be gone on with."""
+
+
+@contextmanager
+def _failing_after(num_steps: int | None) -> Iterator[None]:
+    """A training fails at the beginning of the step behind so many, on all ranks."""
+    if num_steps is None:
+        yield
+        return
+    real = CallbackHandler.on_step_begin
+
+    def on_step_begin(handler: Any, args: Any, state: Any, control: Any) -> Any:
+        if state.global_step == num_steps:
+            raise _Failed
+        return real(handler, args, state, control)
+
+    CallbackHandler.on_step_begin = on_step_begin  # type: ignore[method-assign]
+    try:
+        yield
+        raise AssertionError(f"it did not fail after {num_steps} steps")
+    except _Failed:
+        pass
+    finally:
+        CallbackHandler.on_step_begin = real  # type: ignore[method-assign]
 
 
 def _put_and_take_weights(model: Any) -> None:
@@ -114,7 +160,7 @@ def _put_and_take_weights(model: Any) -> None:
 def _train(case: Case, folder: Path, num_ranks: int, rank: int) -> None:
     for name in ("out", "work/checkpoints"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    given = {"device": "cpu", "num_threads": 1, "logging_steps": 1, "save_steps": 1000}
+    given = {"device": "cpu", "num_threads": 1, "logging_steps": 1, "save_steps": 1000 if case.attempt is None else 1}
     compute = ComputeSettings(**given | {"per_device_train_batch_size": 1, "num_processes": num_ranks} | case.compute)
     context = StageContext(folder / "out", folder / "work", compute, lambda *args, **kwargs: None)
     if case.only_saves:
@@ -126,7 +172,7 @@ def _train(case: Case, folder: Path, num_ranks: int, rank: int) -> None:
     if case.stage == "rlvr":
         train_rlvr(case.config, case.inputs, context)
         return
-    with (folder / f"rows-{rank}.jsonl").open("w") as rows:
+    with (folder / f"rows-{case.attempt or 0}-{rank}.jsonl").open("w") as rows:
         module: Any = MODULES[case.stage]
         train = module.train
         module.train = lambda trainer, *args, **kwargs: train(noting(trainer, rows.write), *args, **kwargs)

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.tasks.engine.ranks import fork_ranks
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer import checkpoint, checkpoint_writer
-from tests.ranks import noting
+from tests.ranks import noting, rows_of_steps
 from tests.small_runs import FUNCTIONS, MODULES, conversations, stage_arguments
 from tests.tiny_model import build_tokenizer
 
@@ -148,16 +148,7 @@ class Training:
 
     @property
     def rows(self) -> dict[int, Counter[int]]:
-        """Rows of every step, of the attempt that took it last."""
-        found: dict[int, Counter[int]] = {}
-        for attempt in range(20):
-            of_attempt: dict[int, Counter[int]] = defaultdict(Counter)
-            for file in self.folder.glob(f"rows-{attempt}-*.jsonl"):
-                for line in file.read_text().splitlines():
-                    step, rows = json.loads(line)
-                    of_attempt[step].update(rows)
-            found |= of_attempt
-        return found
+        return rows_of_steps(self.folder)
 
 
 def _train(training: Training, attempt: int, num_ranks: int, kill: Kill, compute: dict[str, Any]) -> None:

@@ -30,6 +30,9 @@ Runs = dict[tuple[str, int, str], Ran]
 BY_FOUR = ("sft", "sft-tokens", "reward-model", "dpo-tokens", "ppo")
 BY_TWO = ("sft-experts", "sft-held-out", "reward-model-tokens", "dpo", "grpo", "rloo")
 SAVED = ("sft-saved", "reward-model-saved")
+#: Begun by one process, gone on with by two with FSDP2, ended by two with DDP: the steps after which the first two
+#: fail. PPO has a checkpoint at the end of a rollout batch, four steps. (SFT: test_checkpoint_ranks.py.)
+RESUMED = {"reward-model": (1, 3), "dpo-tokens": (1, 3), "ppo-long": (5, 9), "grpo": (1, 2)}
 
 
 def all_cases(folder: Path) -> list[Case]:
@@ -62,6 +65,7 @@ def all_cases(folder: Path) -> list[Case]:
         case("dpo", "dpo", {}, packing=False),
         case("dpo-tokens", "dpo", {"max_steps": 4}, tokens_per_device=150),
         Case("ppo", "rlvr", PPOSettings.model_validate(ppo), prompts),
+        Case("ppo-long", "rlvr", PPOSettings.model_validate(ppo | {"num_episodes": 24}), prompts),
         Case("grpo", "rlvr", GRPOSettings.model_validate(GROUPS), prompts),
         Case("rloo", "rlvr", RLOOSettings.model_validate(GROUPS | {"algorithm": "rloo"}), prompts),
         replace(case("sft-saved", "sft", {}), only_saves=True),
@@ -76,11 +80,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     cases = all_cases(root)
     made: Runs = {(name, 1, "ddp"): ran for name, ran in run_in_ranks(root, 1, cases).items()}
     for num_ranks in (2, 4):
-        asked = [case for case in cases if num_ranks == 2 or case.name in (*BY_FOUR, *SAVED)]
+        asked = [case for case in cases if case.name in (*BY_FOUR, *SAVED, *(BY_TWO if num_ranks == 2 else ()))]
         both = [replace(case, compute=case.compute | {"parallel": kind}) for case in asked for kind in KINDS]
         run_in_ranks(root, num_ranks, both)
         made |= {(case.name, num_ranks, case.compute["parallel"]): Ran(case.folder(root, num_ranks)) for case in both}
     return made
+
+
+@pytest.fixture(scope="module")
+def resumed(runs: Runs) -> dict[str, Ran]:
+    root = runs["sft", 1, "ddp"].folder.parent
+    first = [replace(case, attempt=0) for case in all_cases(root / "resumed") if case.name in RESUMED]
+    for attempt, (num_ranks, kind) in enumerate([(1, "ddp"), (2, "fsdp2"), (2, "ddp")]):
+        cases = [replace(case, attempt=attempt, compute=case.compute | {"parallel": kind}) for case in first]
+        run_in_ranks(
+            root,
+            num_ranks,
+            [replace(case, fails_after=(*RESUMED[case.name], None)[attempt]) for case in cases],
+        )
+    return {case.name: Ran(case.folder(root, 1)) for case in first}
 
 
 @pytest.mark.slow
@@ -89,16 +107,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     ("name", "num_ranks"), [*((name, ranks) for name in BY_FOUR for ranks in (2, 4)), *((name, 2) for name in BY_TWO)]
 )
 def test_ranks_train_as_one_process(runs: Runs, name: str, num_ranks: int, kind: str) -> None:
-    one, other = runs[name, 1, "ddp"], runs[name, num_ranks, kind]
+    same_training(runs[name, 1, "ddp"], runs[name, num_ranks, kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+def test_what_one_began_ranks_end(runs: Runs, resumed: dict[str, Ran], name: str) -> None:
+    again = resumed[name]
+    steps = [int(step) for step in (again.folder / "work" / "resumed.jsonl").read_text().split()]
+    assert steps == [step // 4 * 4 if name == "ppo-long" else step for step in RESUMED[name]]
+    same_training(runs[name, 1, "ddp"], again)
+
+
+def same_training(one: Ran, other: Ran) -> None:
+    """Steps, losses, rows, rollouts and weights."""
     assert len(one.history) == len(other.history) > 1
     for expected, found in zip(one.history, other.history, strict=True):
         assert found["step"] == expected["step"] and found.get("num_tokens") == expected.get("num_tokens")
         for key in expected.keys() & {"loss", "held_out/loss", "grad_norm", "critic/grad_norm", "reward", "kl"}:
             assert found[key] == pytest.approx(expected[key], abs=1e-5), (expected["step"], key)
     assert other.rows == one.rows
-    if name == "ppo":
+    has_critic = (one.folder / "out" / "critic").exists()
+    if has_critic:
         assert other.log("prompts") == one.log("prompts") and other.log("samples") == one.log("samples")
-    for model in ("model", "critic") if name == "ppo" else ("model",):
+    for model in ("model", "critic") if has_critic else ("model",):
         weights = other.weights(model)
         assert weights.keys() == one.weights(model).keys()
         for key, value in one.weights(model).items():

@@ -583,6 +583,7 @@ def test_fewer_prompts_than_a_rollout_batch_takes_are_refused(inputs: RLVRInputs
         ({"non_stop_reward": 10}, "not below reward_correct"),
         ({"num_generations": 4}, "num_generations"),
         ({"schedule": {"kind": "wsd_s", "budgets": [6, 12]}, "critic": {"warmup_steps": 2}}, "12"),
+        ({"lora": {"lora_dropout": 0.1}}, "lora_dropout is 0.1; PPO .* set it to 0"),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
