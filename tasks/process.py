@@ -1,4 +1,4 @@
-"""What a stage's process asks the system: to end with its parent, its cores, whether an error means out of memory."""
+"""What a stage's process asks the system: to end with its parent, and whether an error means out of memory."""
 
 from __future__ import annotations
 
@@ -38,11 +38,6 @@ def leave_out() -> None:
     """Have the libraries take what `WITHOUT_VARIABLE` names for not installed: they import it wherever it is."""
     for name in os.environ.get(WITHOUT_VARIABLE, "").split():
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_out_of_memory(error: Exception) -> bool:

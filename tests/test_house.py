@@ -15,7 +15,7 @@ from tests import ROOT
 #: From the ground up: a room imports rooms of lower floors only. A file of `tasks/` or `flows/` that lies in no folder
 #: is a room of its own, unless it stands in `_CONTRACT`; "flows" itself is its empty __init__.py.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("schemas", "recipes", "flows"),
+    ("schemas", "recipes", "flows", "tasks.limits"),
     ("artifacts", "tasks.verifiers"),
     ("artifacts.shared", "artifacts.upkeep"),
     # What a stage is: its contract, its process, its progress.

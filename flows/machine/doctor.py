@@ -33,7 +33,7 @@ from smoltulu.flows.machine.file_systems import doubt_of_locks, is_of_one_machin
 from smoltulu.flows.machine.places import store_root
 from smoltulu.recipes import CHECKOUT, CONSTRAINTS
 from smoltulu.tasks.engine.environment import as_tested, cpu_name, installed_versions, pinned_version
-from smoltulu.tasks.process import num_cores
+from smoltulu.tasks.limits import memory, num_cores
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -251,9 +251,9 @@ def _folders(home: Path) -> Iterator[Check]:
 
 
 def _memory() -> Check:
-    memory = psutil.virtual_memory()
-    detail = f"{readable.size(memory.available)} of {readable.size(memory.total)} available"
-    if memory.available < MIN_MEMORY_GB * 1e9:
+    total, available = memory()
+    detail = f"{readable.size(available)} of {readable.size(total)} available"
+    if available < MIN_MEMORY_GB * 1e9:
         return Check("memory", "warn", detail, f"recipe `tiny` needs {MIN_MEMORY_GB:.0f} GB, others more")
     return Check("memory", "ok", detail)
 

@@ -20,7 +20,7 @@ from smoltulu.schemas.contamination import (
     ShardResult,
 )
 from smoltulu.tasks.data.rows import num_rows
-from smoltulu.tasks.process import num_cores
+from smoltulu.tasks.limits import num_cores
 from smoltulu.tasks.stage import Stage, StageContext
 
 if TYPE_CHECKING:

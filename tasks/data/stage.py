@@ -14,7 +14,7 @@ from smoltulu.tasks.data.json_rows import Lines
 from smoltulu.tasks.data.plain import ahead, fits
 from smoltulu.tasks.data.rows import RowsWriter
 from smoltulu.tasks.data.sources import read_blocks, read_rows
-from smoltulu.tasks.process import num_cores
+from smoltulu.tasks.limits import num_cores
 from smoltulu.tasks.stage import Stage, StageContext
 
 logger = logging.getLogger("smoltulu")

@@ -28,6 +28,7 @@ from smoltulu.tasks.engine.messages import PIPE_VARIABLE, listen, pipe
 from smoltulu.tasks.engine.ranks import RANK_VARIABLES
 from smoltulu.tasks.engine.warm import OWN_VARIABLES, WarmProcess, server_for
 from smoltulu.tasks.job import Job
+from smoltulu.tasks.limits import num_cores, num_visible_cores
 from smoltulu.tasks.process import WITHOUT_VARIABLE
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import STOPPED, Diverged
@@ -291,6 +292,9 @@ def _child_environment(compute: ComputeSettings, num_ranks: int) -> dict[str, st
         extra[WITHOUT_VARIABLE] = "wandb"  # TRL would import it: a second of every start
     if compute.num_threads:
         extra["OMP_NUM_THREADS"] = str(compute.num_threads)
+    elif num_ranks == 1 and "OMP_NUM_THREADS" not in os.environ and num_cores() < num_visible_cores():
+        # In a container with the time of 4 of 64 cores, torch would begin 64 threads.
+        extra["OMP_NUM_THREADS"] = str(num_cores())
     # rlvr's copy of the policy is on a GPU by its number among all.
     if compute.device != "cpu" and (num_ranks == 1 or compute.generation_device in (None, "cpu")):
         gpus = _visible_gpus()

@@ -32,6 +32,7 @@ from smoltulu.tasks.data import rows as rows_file
 from smoltulu.tasks.languages.compare import compare_detectors, named, spread_rows
 from smoltulu.tasks.languages.detectors import Detect, detector_version, make_detector
 from smoltulu.tasks.languages.prose import judge
+from smoltulu.tasks.limits import num_cores
 from smoltulu.tasks.process import die_with_parent
 from smoltulu.tasks.report.render import render
 from smoltulu.tasks.stage import Stage, StageContext
@@ -63,7 +64,7 @@ def language_shares(
 
     judged: list[JudgedRow] = []
     started = time.monotonic()
-    num_processes = min(context.compute.num_threads or os.cpu_count() or 1, 1 + num_rows // _ROWS_PER_PROCESS)
+    num_processes = min(context.compute.num_threads or num_cores(), 1 + num_rows // _ROWS_PER_PROCESS)
     firsts = range(0, num_rows, _ROWS_PER_CHUNK)
     for chunk in judge_chunks(source, firsts, settings, num_processes):
         judged.extend(chunk)

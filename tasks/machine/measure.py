@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoltulu.schemas.machine import DecodeRate, MachineRates, TrainRate
-from smoltulu.tasks.process import num_cores
+from smoltulu.tasks.limits import memory, num_cores
 
 if TYPE_CHECKING:
     import torch
@@ -291,9 +291,7 @@ def measured(folder: Path, device: str = "auto", seconds: float = SECONDS) -> Ma
         # A CPU's own name is the caller's to say: tasks/engine/environment.py reads it.
         name=torch.cuda.get_device_name() if machine.is_gpu else platform.machine(),
         num_devices=torch.cuda.device_count() if machine.is_gpu else 1,
-        memory_bytes=torch.cuda.get_device_properties(0).total_memory
-        if machine.is_gpu
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=torch.cuda.get_device_properties(0).total_memory if machine.is_gpu else memory().total,
         folder=str(folder),
         not_measured=failed,
         num_threads=torch.get_num_threads(),

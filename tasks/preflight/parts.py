@@ -32,10 +32,11 @@ from smoltulu.tasks.data.rows import (
     rows_table,
     stored_rows,
 )
+from smoltulu.tasks.limits import num_cores
 from smoltulu.tasks.models.tokens import Conversation, Pair
 from smoltulu.tasks.preflight.counts import Counts, load_counts, save_counts
 from smoltulu.tasks.preflight.rows import Tokenised, TokenizerProbe, tokenised
-from smoltulu.tasks.process import die_with_parent, num_cores
+from smoltulu.tasks.process import die_with_parent
 
 if TYPE_CHECKING:
     from pyarrow import parquet

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
@@ -26,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from smoltulu.artifacts.checkpoints import mark_complete, prune
 from smoltulu.artifacts.files import read_plain, remove_tree, write_atomically
 from smoltulu.schemas.artifact import FileRecord
+from smoltulu.tasks.limits import memory
 from smoltulu.tasks.trainer.checkpoint import (
     SHARDS_FOLDER,
     STATE_FILE,
@@ -82,7 +82,7 @@ class HostCopy:
         """
         missing = sum(one.num_bytes for one in pieces if one.name not in self._buffers)
         needed = num_ranks * (missing + given_back())
-        return not missing or needed <= _MEMORY_SHARE * psutil.virtual_memory().available
+        return not missing or needed <= _MEMORY_SHARE * memory().available
 
     def of(self, pieces: Iterable[Piece]) -> list[Piece]:
         """Done when this returns."""

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import LifoQueue
 from typing import IO, Any, Self
 
+from smoltulu.tasks.limits import num_cores
 from smoltulu.tasks.verifiers.names import canonical_name
 from smoltulu.tasks.verifiers.rules import grade_quickly, text_for_worker
 from smoltulu.tasks.verifiers.verdict import Verdict, could_not_grade, wrong
@@ -57,10 +58,9 @@ class Graders:
     """
 
     def __init__(self, num_workers: int | None = None) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # The ranks of a machine share its cores.
         num_ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-        self.num_workers = num_workers or max(min(cores, _MAX_WORKERS) // num_ranks, 1)
+        self.num_workers = num_workers or max(min(num_cores(), _MAX_WORKERS) // num_ranks, 1)
         if self.num_workers < 1:
             raise ValueError(f"num_workers is {num_workers}; it must be at least 1")
         self._lock = threading.Lock()
