@@ -18,7 +18,8 @@ from smoltulu.artifacts.shared.objects import RemoteError
 from smoltulu.artifacts.store import Found, Missing, Store
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.planning.adoption import adoptable, specs_before
-from smoltulu.flows.planning.costs import NOTHING, Costs, Estimate, Total, totals
+from smoltulu.flows.planning.costs import Costs
+from smoltulu.flows.planning.estimates import NOTHING, Estimate, Total, totals
 from smoltulu.flows.planning.preflight_figures import PreflightFigures, preflight_figures
 from smoltulu.flows.recipe import check_stage_names, language_notes
 from smoltulu.schemas.artifact import ArtifactReference

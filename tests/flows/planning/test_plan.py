@@ -27,7 +27,7 @@ from smoltulu.artifacts.store import Found, Store
 from smoltulu.flows.cli.plan import as_dict, show, summary
 from smoltulu.flows.graphs.recipe_graph import Graph
 from smoltulu.flows.machine.machine import PROJECT
-from smoltulu.flows.planning.costs import (
+from smoltulu.flows.planning.estimates import (
     NOTHING,
     Cost,
     Estimate,
