@@ -69,7 +69,8 @@ def user_text(row: dict[str, Any]) -> str:
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], max_characters: float = float("inf")) -> None:
     """As the data set stage writes them."""
-    from smoltulu.tasks.data.rows import RowsWriter, turns_of
+    from smoltulu.tasks.data.rows import turns_of
+    from smoltulu.tasks.data.rows_writer import RowsWriter
 
     size = 0
     with RowsWriter(path, "sft") as writer:

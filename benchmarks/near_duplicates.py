@@ -32,7 +32,7 @@ from smoltulu.schemas.near_duplicates import (
     NearDuplicateStageConfig,
     candidate_probability,
 )
-from smoltulu.tasks.data.rows import RowsWriter
+from smoltulu.tasks.data.rows_writer import RowsWriter
 from smoltulu.tasks.near_duplicates.minhash import band_hashes, signatures
 from smoltulu.tasks.near_duplicates.shingles import jaccard, plain_words, shingles
 from smoltulu.tasks.near_duplicates.stage import find_near_duplicates

@@ -76,7 +76,7 @@ def settings_of(arm: str, options: argparse.Namespace) -> RLVRSettings:
 
 def train(arm: str, options: argparse.Namespace) -> tuple[Path, int]:
     """The trained model, and its optimizer steps: fewer than asked for where `--train-seconds` ended it."""
-    from smoltulu.tasks.data.rows import RowsWriter
+    from smoltulu.tasks.data.rows_writer import RowsWriter
     from smoltulu.tasks.training.rlvr import train_rlvr
 
     settings, folder = settings_of(arm, options), options.folder / "arms" / arm

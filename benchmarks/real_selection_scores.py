@@ -23,7 +23,7 @@ from benchmarks.training_tools import table
 from smoltulu.recipes import CHAT_TEMPLATES
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.selection import SelectionScoresConfig, SelectionScoresInputs
-from smoltulu.tasks.data.rows import RowsWriter
+from smoltulu.tasks.data.rows_writer import RowsWriter
 from smoltulu.tasks.models.folders import load_tokenizer
 from smoltulu.tasks.models.tokens import conversations
 from smoltulu.tasks.selection.figures import spearman

@@ -43,7 +43,8 @@ from smoltulu.schemas.selection import (
     SelectionScoresConfig,
     SelectionScoresInputs,
 )
-from smoltulu.tasks.data.rows import RowsWriter, stored_rows
+from smoltulu.tasks.data.rows import stored_rows
+from smoltulu.tasks.data.rows_writer import RowsWriter
 from smoltulu.tasks.selection import scoring
 from smoltulu.tasks.selection.rendering import Rendered
 from smoltulu.tasks.selection.scores_file import RowScore, ScoresWriter, row_digest

@@ -9,6 +9,7 @@ from unittest import mock
 
 from smoltulu.schemas.data import DatasetKind
 from smoltulu.tasks.data import rows as rows_file
+from smoltulu.tasks.data import rows_writer
 
 
 def write_rows(
@@ -19,7 +20,7 @@ def write_rows(
     if kind is None:
         first = rows[0] if rows else {"messages": []}
         kind = "sft" if "messages" in first else "preference" if "chosen" in first else "rlvr"
-    with mock.patch.object(rows_file, "GROUP_ROWS", group_rows), rows_file.RowsWriter(file, kind) as writer:
+    with mock.patch.object(rows_writer, "GROUP_ROWS", group_rows), rows_writer.RowsWriter(file, kind) as writer:
         for number, row in enumerate(rows):
             made_up = {"id": f"0:{number}", "verifier": "gsm8k", "ground_truth": "3"}
             writer.write({name: value for name, value in made_up.items() if name in rows_file.COLUMNS[kind]} | row)

@@ -12,7 +12,7 @@ from smoltulu.schemas.data import DatasetInputs, DatasetOutputs, DatasetStageCon
 from smoltulu.tasks.data.formats import SourceCounts, check_source
 from smoltulu.tasks.data.json_rows import Lines
 from smoltulu.tasks.data.plain import ahead, fits
-from smoltulu.tasks.data.rows import RowsWriter
+from smoltulu.tasks.data.rows_writer import RowsWriter
 from smoltulu.tasks.data.sources import read_blocks, read_rows
 from smoltulu.tasks.limits import num_cores
 from smoltulu.tasks.stage import Stage, StageContext

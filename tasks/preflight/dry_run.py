@@ -23,7 +23,8 @@ from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.preflight import DryRun, PreflightInputs
 from smoltulu.schemas.rlvr import RLVRSettings
 from smoltulu.schemas.training import TrainingInputs, TrainingSettings
-from smoltulu.tasks.data.rows import is_rich, num_characters, rows_table, stored_rows
+from smoltulu.tasks.data.rows import is_rich, num_characters, stored_rows
+from smoltulu.tasks.data.rows_writer import rows_table
 from smoltulu.tasks.models.folders import device_of, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import prompt_ids
 from smoltulu.tasks.preflight.rollout_memory import TooLarge, require_memory, rollout_bytes

@@ -23,15 +23,8 @@ from smoltulu.artifacts.files import made_from_folder, remove_tree
 from smoltulu.artifacts.keys import canonical_json, file_digest, text_digest
 from smoltulu.schemas.common import scientific
 from smoltulu.schemas.preflight import PreflightConfig, PreflightInputs
-from smoltulu.tasks.data.rows import (
-    WRITE_OPTIONS,
-    is_rich_file,
-    num_rows,
-    open_rows,
-    rows_schema,
-    rows_table,
-    stored_rows,
-)
+from smoltulu.tasks.data.rows import WRITE_OPTIONS, is_rich_file, num_rows, open_rows, rows_schema, stored_rows
+from smoltulu.tasks.data.rows_writer import rows_table
 from smoltulu.tasks.limits import num_cores
 from smoltulu.tasks.models.tokens import Conversation, Pair
 from smoltulu.tasks.preflight.counts import Counts, load_counts, save_counts

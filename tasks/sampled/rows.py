@@ -21,7 +21,8 @@ from smoltulu.schemas.sampled import (
     ScoreBar,
     SelectionRules,
 )
-from smoltulu.tasks.data.rows import RowsWriter, turn_text
+from smoltulu.tasks.data.rows import turn_text
+from smoltulu.tasks.data.rows_writer import RowsWriter
 from smoltulu.tasks.models.turns import Messages
 from smoltulu.tasks.sampled import selection
 from smoltulu.tasks.sampled.samples import asked_of

@@ -28,7 +28,7 @@ from smoltulu.tasks.models.tokens import prompt_ids, rendering_errors, stop_toke
 from smoltulu.tasks.models.turns import Messages, Tools
 from smoltulu.tasks.sampled import parts
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.trainer.loop import prepare_torch
+from smoltulu.tasks.trainer.prepare import prepare_torch
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -24,7 +24,7 @@ from smoltulu.tasks.models.turns import Messages, Prompt, tools_of
 from smoltulu.tasks.sampled import parts
 from smoltulu.tasks.sampled.samples import asked_of, is_of_samples
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.trainer.loop import prepare_torch
+from smoltulu.tasks.trainer.prepare import prepare_torch
 from smoltulu.tasks.verifiers import VERIFIERS_VERSION, Graders, Verdict
 
 if TYPE_CHECKING:

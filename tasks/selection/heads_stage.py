@@ -48,7 +48,7 @@ from smoltulu.tasks.selection.retrieval import (
 )
 from smoltulu.tasks.selection.scoring import influence_score, selector_model, token_losses
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.trainer.loop import prepare_torch
+from smoltulu.tasks.trainer.prepare import prepare_torch
 
 if TYPE_CHECKING:
     import torch

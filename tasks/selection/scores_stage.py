@@ -65,7 +65,7 @@ def score_source(
         ValueError: the selector model has another tokenizer than the base, cannot use the template, or is not the one
             that the heads are of; targets of RDS+ are none, or in a benchmark; no row has a score.
     """
-    from smoltulu.tasks.trainer.loop import prepare_torch
+    from smoltulu.tasks.trainer.prepare import prepare_torch
 
     _check(config, inputs)
     total = num_rows(Path(inputs.dataset))

@@ -13,7 +13,8 @@ from smoltulu.artifacts.files import read_plain
 from smoltulu.schemas.common import first_problem
 from smoltulu.schemas.rlvr import RLVRInputs, RLVRSettings
 from smoltulu.schemas.verifier_audit import VerifierAuditOutputs
-from smoltulu.tasks.data.rows import RowsWriter, rows_digest, stored_rows
+from smoltulu.tasks.data.rows import rows_digest, stored_rows
+from smoltulu.tasks.data.rows_writer import RowsWriter
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.training.held_out_rows import Split, split_rows
 from smoltulu.tasks.verifiers import VERIFIERS_VERSION

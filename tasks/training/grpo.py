@@ -18,8 +18,9 @@ from smoltulu.tasks.models.turns import Prompt
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import load_model, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import load_model, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
+from smoltulu.tasks.trainer.prepare import prepare_torch
 from smoltulu.tasks.trainer.rollout_guards import rollout_guards
 from smoltulu.tasks.trainer.sharded import shard, shard_trainer
 from smoltulu.tasks.trainer.signal import METRIC, Rollout, SignalWatch, without_signal

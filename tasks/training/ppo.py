@@ -23,14 +23,8 @@ from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.fused_head import give_fused_head
 from smoltulu.tasks.trainer.guards import LossRule
-from smoltulu.tasks.trainer.loop import (
-    finish,
-    load_model,
-    prepare_torch,
-    save_and_check,
-    train,
-    trainer_arguments,
-)
+from smoltulu.tasks.trainer.loop import finish, load_model, save_and_check, train, trainer_arguments
+from smoltulu.tasks.trainer.prepare import prepare_torch
 from smoltulu.tasks.trainer.rollout_guards import rollout_guards
 from smoltulu.tasks.trainer.sharded import shard, shard_trainer
 from smoltulu.tasks.training.critic import CRITIC_FOLDER, Critic, load_critic

@@ -25,8 +25,9 @@ from smoltulu.tasks.models.folders import (
 )
 from smoltulu.tasks.models.processes import processes_of
 from smoltulu.tasks.stage import DATASETS_FOLDER, Stage, StageContext
-from smoltulu.tasks.trainer.loop import check_tokenisation, load_rows, prepare_torch
+from smoltulu.tasks.trainer.loop import check_tokenisation, load_rows
 from smoltulu.tasks.trainer.packed_attention import pack
+from smoltulu.tasks.trainer.prepare import prepare_torch
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,8 @@ from smoltulu.tasks.models.classifiers import keep_in_float32, load_classifier
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.even_rows import even_out
-from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, train, trainer_arguments
+from smoltulu.tasks.trainer.prepare import prepare_torch
 from smoltulu.tasks.trainer.sharded import shard_trainer
 from smoltulu.tasks.trainer.token_budget import cut_by_tokens
 from smoltulu.tasks.training.watched import finish_watched, watch_losses

@@ -22,8 +22,9 @@ from smoltulu.tasks.trainer.arguments import config_of
 from smoltulu.tasks.trainer.even_rows import even_out, is_blank
 from smoltulu.tasks.trainer.fused_head import take_places
 from smoltulu.tasks.trainer.gate import gate_failures
-from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, prepare_torch, train, trainer_arguments
+from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, train, trainer_arguments
 from smoltulu.tasks.trainer.packed_attention import segments_of_lengths
+from smoltulu.tasks.trainer.prepare import prepare_torch
 from smoltulu.tasks.trainer.sharded import shard_trainer
 from smoltulu.tasks.trainer.token_budget import cut_by_tokens
 from smoltulu.tasks.trainer.waits import PLACES, places_of, sums_over_ranks

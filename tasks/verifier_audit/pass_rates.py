@@ -34,7 +34,7 @@ from smoltulu.tasks.models.folders import (
 from smoltulu.tasks.models.processes import processes_of
 from smoltulu.tasks.models.tokens import prompt_ids, stop_token_ids
 from smoltulu.tasks.stage import Stage, StageContext
-from smoltulu.tasks.trainer.loop import prepare_torch
+from smoltulu.tasks.trainer.prepare import prepare_torch
 from smoltulu.tasks.verifiers import VERIFIERS_VERSION, Graders, Verdict
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from smoltulu.schemas.common import scientific
 from smoltulu.schemas.data import DataSource, SourceReport
 from smoltulu.tasks.data.files import read_file
 from smoltulu.tasks.data.formats import KIND_FORMATS, DroppedRow, MalformedRow, SourceCounts, adapt, check_source
-from smoltulu.tasks.data.rows import RowsWriter
+from smoltulu.tasks.data.rows_writer import RowsWriter
 from tests import ROOT
 
 

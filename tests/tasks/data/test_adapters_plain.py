@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from smoltulu.schemas.compute import ComputeSettings
 from smoltulu.schemas.data import DataSet, DatasetInputs, DatasetOutputs, DatasetStageConfig, DataSource
-from smoltulu.tasks.data import json_rows, plain, rows, stage
+from smoltulu.tasks.data import json_rows, plain, rows_writer, stage
 from smoltulu.tasks.data.json_rows import Lines
 from smoltulu.tasks.data.rows import stored_rows
 from smoltulu.tasks.stage import StageContext
@@ -136,8 +136,8 @@ def test_any_lines(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes],
 
 
 def test_groups_end_where_rows_one_by_one_end_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "GROUP_ROWS", 7)
-    monkeypatch.setattr(rows, "GROUP_CHARACTERS", 60)
+    monkeypatch.setattr(rows_writer, "GROUP_ROWS", 7)
+    monkeypatch.setattr(rows_writer, "GROUP_CHARACTERS", 60)
     lines = [json.dumps({"messages": chat("\u00e9" * (1 + number % 23), "A")}).encode() for number in range(100)]
     lines[40] = json.dumps({"messages": chat("Q", "A"), "tools": [{"name": "f"}]}).encode()
     lines[60] = json.dumps(ODD[0] | {"label": False}).encode()

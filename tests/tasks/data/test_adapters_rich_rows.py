@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from smoltulu.tasks.data import rows as rows_file
+from smoltulu.tasks.data import rows_writer
 from smoltulu.tasks.data.rows import (
     COLUMNS,
     TURNS,
-    RowsWriter,
     rows_at,
     rows_digest,
     same_rows,
@@ -26,6 +26,7 @@ from smoltulu.tasks.data.rows import (
     turn_text,
     turns_of,
 )
+from smoltulu.tasks.data.rows_writer import RowsWriter
 from tests.rich_rows import ASKED, TOOLS, call, calling
 from tests.rows_file import read_rows, write_rows
 from tests.small_runs import turn
@@ -73,7 +74,7 @@ def test_rows_are_read_as_they_were_written(
 ) -> None:
     rows = data.draw(rows_of(kind))
     file = tmp_path_factory.mktemp("rows") / "rows.parquet"
-    with mock.patch.object(rows_file, "GROUP_CHARACTERS", group_characters):
+    with mock.patch.object(rows_writer, "GROUP_CHARACTERS", group_characters):
         write_rows(file, rows, kind, group_rows)
         again = write_rows(file.with_name("again"), rows, kind, group_rows)
     read = read_rows(file)

@@ -15,8 +15,10 @@ from pyarrow import parquet
 
 from smoltulu.schemas.data import DataSource
 from smoltulu.tasks.data import rows as rows_file
+from smoltulu.tasks.data import rows_writer
 from smoltulu.tasks.data.formats import MalformedRow, adapt
-from smoltulu.tasks.data.rows import COLUMNS, RowsWriter, num_rows, rows_at, same_rows, stored_rows, turns_of
+from smoltulu.tasks.data.rows import COLUMNS, num_rows, rows_at, same_rows, stored_rows, turns_of
+from smoltulu.tasks.data.rows_writer import RowsWriter
 from tests.rows_file import read_rows, write_rows
 
 _text = st.one_of(st.text(), st.sampled_from(["\u2028", "\x85\r\n", '"\\', "\U0001f600\ud83d", "\0", " ", "é" * 99]))
@@ -73,7 +75,7 @@ def test_rows_of_any_text_and_any_part_of_them(
     columns = {name: _valid_turns if name in rows_file.TURNS else _valid for name in COLUMNS[kind]}
     rows = data.draw(st.lists(st.fixed_dictionaries(columns), max_size=12))
     file = tmp_path_factory.mktemp("rows") / "rows.parquet"
-    with mock.patch.object(rows_file, "GROUP_CHARACTERS", group_characters):
+    with mock.patch.object(rows_writer, "GROUP_CHARACTERS", group_characters):
         write_rows(file, rows, kind, group_rows)
         again = write_rows(file.with_name("again"), rows, kind, group_rows)
     assert again.read_bytes() == file.read_bytes()
@@ -87,7 +89,7 @@ def test_rows_of_any_text_and_any_part_of_them(
 def test_a_row_group_ends_at_its_rows_or_its_characters(tmp_path: Path) -> None:
     texts = ["a", "b" * 10, "c", "d", "e", "f", "g" * 9]
     rows = [{"messages": [{"role": "user", "content": text}]} for text in texts]
-    with mock.patch.object(rows_file, "GROUP_CHARACTERS", 10):
+    with mock.patch.object(rows_writer, "GROUP_CHARACTERS", 10):
         file = write_rows(tmp_path / "rows.parquet", rows, group_rows=3)
     with parquet.ParquetFile(file) as opened:
         # Of 11 characters, of three rows, of 10 characters.

@@ -26,7 +26,7 @@ from smoltulu.tasks.data.formats import MalformedRow, adapt
 from smoltulu.tasks.models.chat_template import check_chat_template
 from smoltulu.tasks.models.folders import load_language_model, load_tokenizer, save_model
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.trainer.loop import prepare_torch
+from smoltulu.tasks.trainer.prepare import prepare_torch
 from smoltulu.tasks.verifiers import verify
 from tests.small_runs import SETTINGS, Run, conversations, pairs, run, trainer_of, turn
 from tests.tiny_model import EOS, PAD, TULU_TEMPLATE, build_tiny_model

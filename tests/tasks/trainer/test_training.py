@@ -29,7 +29,7 @@ from smoltulu.schemas.training import (
 )
 from smoltulu.tasks.engine.launch import _child_environment
 from smoltulu.tasks.stage import StageContext
-from smoltulu.tasks.trainer.loop import _check_num_gpus, _check_same_gpus, prepare_torch
+from smoltulu.tasks.trainer.prepare import _check_num_gpus, _check_same_gpus, prepare_torch
 from smoltulu.tasks.training.dpo import train_dpo
 from smoltulu.tasks.training.grpo import build as build_rlvr
 from smoltulu.tasks.training.reward_model import train_reward_model
