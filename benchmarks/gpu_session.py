@@ -135,8 +135,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "padded rows": {"packing": False},
     "packed rows": {"packing": True},
     "budget of tokens": {"packing": True, "tokens_per_device": "auto"},
-    "with recomputed activations": {"packing": True, "tokens_per_device": "auto", "activation_checkpointing": True},
-}
+    "compiled layers": {"packing": True, "tokens_per_device": "auto", "compile": True},
+    "with recomputed activations": {
+        "packing": True, "tokens_per_device": "auto", "compile": True, "activation_checkpointing": True,
+    },
+}  # fmt: skip
 #: What brings less than this share is not worth its code.
 WORTH = 0.03
 _NUM_STEPS_TIMED, _NUM_WARM = 12, 4

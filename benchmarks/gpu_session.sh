@@ -75,10 +75,10 @@ fi
 # Only files with such tests: the others import what a machine like this need not have.
 tests=$(grep -rl --include='test_*.py' '^@pytest.mark.gpu' tests | sort)
 part 1-tests 120 "$PYTHON" -m pytest -m gpu -p no:cacheprovider -v $collect $tests
-part 2-bfloat16 90 "$PYTHON" benchmarks/gpu_session.py bfloat16 "$OUT/2-bfloat16.json" $small
+part 2-bfloat16 80 "$PYTHON" benchmarks/gpu_session.py bfloat16 "$OUT/2-bfloat16.json" $small
 part 3-resume 70 "$PYTHON" benchmarks/gpu_session.py resume "$OUT/3-resume.json" $small
-part 4-speed 130 "$PYTHON" benchmarks/training.py --parts 3 --results "$OUT/4-speed.json" $speed
+part 4-speed 120 "$PYTHON" benchmarks/training.py --parts 3 --results "$OUT/4-speed.json" $speed
 part 5-rates 60 "$PYTHON" -m smoltulu.tasks.machine.measure "$OUT" --seconds 45 $rates
-part 6-ablations 60 "$PYTHON" benchmarks/gpu_session.py ablations "$OUT/6-ablations.json" $small
+part 6-ablations 80 "$PYTHON" benchmarks/gpu_session.py ablations "$OUT/6-ablations.json" $small
 part 7-rollouts 40 "$PYTHON" benchmarks/generation.py $rollouts
 exit $failed

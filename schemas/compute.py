@@ -111,6 +111,11 @@ class ComputeSettings(StrictModel):
     )
     per_device_eval_batch_size: int = machinery(8, ge=1)
     activation_checkpointing: bool = machinery(False, description="trade compute for memory")
+    compile: bool = machinery(
+        False,
+        description="layers of trained models by torch.compile: fewer kernels, rounded otherwise; half a minute at the "
+        "start; brings nothing on a CPU, not measured on a GPU",
+    )
     packing: bool = machinery(
         True,
         description="SFT, reward model, DPO: rows of a micro-batch lie end to end instead of being padded, and each "

@@ -83,6 +83,7 @@ class RowDropout(torch.nn.Dropout):
         super().__init__(rate)
         self.place, self._keys = place, keys
 
+    @torch.compiler.disable  # it would be compiled anew for each batch of keys
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         keys = self._keys.now
         if not self.training or not self.p or keys is None or input.numel() != keys.numel() * input.shape[-1]:

@@ -17,6 +17,7 @@ from smoltulu.schemas.training import DPOInputs, DPOSettings, TrainingInputs
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.arguments import config_of
+from smoltulu.tasks.trainer.compiled import compile_layers
 from smoltulu.tasks.trainer.even_rows import even_out, is_blank
 from smoltulu.tasks.trainer.gate import gate_failures
 from smoltulu.tasks.trainer.guards import LossRule
@@ -173,6 +174,7 @@ def build(config: DPOSettings, inputs: DPOInputs, context: StageContext) -> Trai
     even_out(trainer)
     cut_by_tokens(trainer, context.compute)
     shard_trainer(trainer, context.compute)
+    compile_layers(context, trainer.model)
     return trainer
 
 

@@ -17,6 +17,7 @@ from smoltulu.tasks.models.tokens import check_prompts, stop_token_ids
 from smoltulu.tasks.models.turns import Prompt
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.arguments import config_of
+from smoltulu.tasks.trainer.compiled import compile_layers
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import load_model, train, trainer_arguments
 from smoltulu.tasks.trainer.means import weigh
@@ -353,6 +354,7 @@ def _assembled(
         trainer._tokenize_prompts = lambda prompts: (ids_of_prompts(tokenizer, prompts), None, {})
     trainer.settings, trainer.reward = config, reward
     shard_trainer(trainer, context.compute)
+    compile_layers(context, trainer.model)
     if context.compute.is_sharded and getattr(trainer, "ref_model", None) is not None:
         shard(trainer.ref_model, trainer.args.device)
     if not is_dry_run:

@@ -21,6 +21,7 @@ from smoltulu.tasks.models.folders import (
 )
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.compiled import compile_layers
 from smoltulu.tasks.trainer.fused_head import give_fused_head
 from smoltulu.tasks.trainer.guards import LossRule
 from smoltulu.tasks.trainer.loop import finish, load_model, save_and_check, train, trainer_arguments
@@ -139,6 +140,7 @@ def _assembled(
         rollout_log=RolloutLog(context.work, num_steps // cycle),
     )
     shard_trainer(trainer, context.compute)
+    compile_layers(context, trainer.model, critic)
     for model in (critic, reference):
         # Divided, none is ever whole on a device: four may be too large for one.
         if model is not None and context.compute.is_sharded:

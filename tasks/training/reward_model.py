@@ -14,6 +14,7 @@ from smoltulu.schemas.training import RewardModelSettings, TrainingInputs
 from smoltulu.tasks.models.classifiers import keep_in_float32, load_classifier
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.arguments import config_of
+from smoltulu.tasks.trainer.compiled import compile_layers
 from smoltulu.tasks.trainer.even_rows import even_out
 from smoltulu.tasks.trainer.loop import budget, load_model, load_rows, train, trainer_arguments
 from smoltulu.tasks.trainer.prepare import prepare_torch
@@ -58,6 +59,7 @@ def build(config: RewardModelSettings, inputs: TrainingInputs, context: StageCon
     even_out(trainer)
     cut_by_tokens(trainer, context.compute)
     shard_trainer(trainer, context.compute)
+    compile_layers(context, trainer.model)
     return trainer
 
 

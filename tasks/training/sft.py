@@ -19,6 +19,7 @@ from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.models.tokens import IGNORED
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.arguments import config_of
+from smoltulu.tasks.trainer.compiled import compile_layers
 from smoltulu.tasks.trainer.even_rows import even_out, is_blank
 from smoltulu.tasks.trainer.fused_head import take_places
 from smoltulu.tasks.trainer.gate import gate_failures
@@ -208,6 +209,7 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
     even_out(trainer)
     cut_by_tokens(trainer, context.compute)
     shard_trainer(trainer, context.compute)
+    compile_layers(context, trainer.model)
     if weights is not None:
         trainer.add_callback(pass_over_steps_without_weight(trainer))
     if config.mup_base_width is not None:
