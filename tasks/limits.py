@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 _GROUPS, _OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-#: Names of a limit, of its use, and of the part of the use that the kernel gives up by itself (cached files), in
-#: versions 2 and 1 of control groups.
+#: Names of a limit, of its use, and of the parts of the use that the kernel gives up by itself (cached files), in
+#: versions 2 (which slows down above `high`) and 1 of control groups.
 _MEMORY = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("memory.high", "memory.current", ("inactive_file", "active_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 )
 
 
@@ -51,12 +52,13 @@ def memory() -> Memory:
     machine = psutil.virtual_memory()
     total, available = machine.total, machine.available
     for group in _groups("memory"):
-        for limit_name, use_name, cached_name in _MEMORY:
+        for limit_name, use_name, cached_names in _MEMORY:
             limit, use = _text(group / limit_name), _text(group / use_name)
             if limit.isdecimal() and use.isdecimal():
-                cached = dict(line.split() for line in _text(group / "memory.stat").splitlines()).get(cached_name, "0")
+                stat = dict(line.split() for line in _text(group / "memory.stat").splitlines())
+                cached = sum(int(stat.get(name, 0)) for name in cached_names)
                 total = min(total, int(limit))
-                available = min(available, max(int(limit) - int(use) + int(cached), 0))
+                available = min(available, max(int(limit) - int(use) + cached, 0))
     return Memory(total, available)
 
 
@@ -70,7 +72,7 @@ def _groups(controller: str) -> Iterator[Path]:
         if not controllers:
             root = _GROUPS
         elif controller in controllers.split(","):
-            root = _GROUPS / controller
+            root = next((one for one in (_GROUPS / controller, _GROUPS / controllers) if one.is_dir()), _GROUPS)
         else:
             continue
         inner = Path(path.lstrip("/"))

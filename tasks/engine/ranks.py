@@ -113,9 +113,24 @@ class _Watch:
                 if not is_stop:
                     reason = f"ended with status {code}" if code > 0 else f"was killed by signal {-code}"
                     hint = " (often: out of memory)" if code == -signal.SIGKILL else ""
-                    self._tell(End(rank, time.monotonic(), f"{reason}{hint}"))
+                    # NCCL's watchdog ends the process of a rank that waited too long for another.
+                    gave_up = code == -signal.SIGABRT
+                    self._tell(End(rank, time.monotonic(), f"{reason}{hint}", is_of_peers=gave_up))
+                    if gave_up:
+                        self._tell_overdue()
                 if code != STOPPED:  # the others of that one are about to end by themselves, with a checkpoint
                     _send(self.running, signal.SIGTERM)
+
+    def _tell_overdue(self) -> None:
+        """Of the ranks that are left, those that went on for too long."""
+        now = time.monotonic()
+        if self.work is None:
+            return
+        for rank in self.running.values():
+            beat = pulse.last_beat(self.work, rank)
+            if beat.due < now:
+                text = f"went no further than step {max(beat.step, 0):,}, and another rank gave up waiting"
+                self._tell(End(rank, now, text, main_thread(pulse.stack_of(self.work, rank))))
 
     def _tell(self, end: End) -> None:
         if self.work is not None:

@@ -90,12 +90,19 @@ class TransformersEngine:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Without dropout; and with activation checkpointing, a model that trains keeps no cache."""
-        was_training = self.model.training
+        """Without dropout; and with activation checkpointing, a model that trains keeps no cache.
+
+        Autocast keeps the cast weights of those alone that have gradients: frozen ones would be cast for each token.
+        """
+        was_training, frozen = self.model.training, [one for one in self.model.parameters() if not one.requires_grad]
         self.model.eval()
+        for one in frozen:
+            one.requires_grad_(True)
         try:
             yield
         finally:
+            for one in frozen:
+                one.requires_grad_(False)
             self.model.train(was_training)
 
 

@@ -118,7 +118,8 @@ def write(
     # Tokens of the longest text that can be asked for: so many positions are there, and memory.
     longest = max((len(one.prompt_ids) for one in requests), default=0) + sampling.max_new_tokens
     rows: _Rows | None = None
-    with torch.inference_mode():
+    # Not inference_mode, in which autocast casts all weights anew for each token.
+    with torch.no_grad():
         while waiting or rows is not None:
             num_going = 0 if rows is None else rows.is_over.count(False)
             if waiting and (

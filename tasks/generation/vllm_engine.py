@@ -1,8 +1,8 @@
 """vLLM as an engine: beside the training on its device, or as a server on devices of its own.
 
-NOT RUN: no card was there when this was written. It is written against the documented interface of vLLM (`LLM`,
-`SamplingParams`, sleep mode) and TRL 1.16's `trl.generation`, which brings weights in the same way and says which
-versions it does so for. tests/tasks/generation/test_vllm_generation.py reads its requests and refusals only.
+NOT RUN: no card was there when this was written. It was read against the sources of vLLM 0.22 to 0.31 and TRL 1.16's
+`trl.generation`, which brings weights in the same way and says which versions it does so for.
+tests/tasks/generation/test_vllm_generation.py reads its requests and refusals only.
 
 vLLM draws by itself, with a seed for each request that is made of the request's key: so its texts depend on the same
 things as ours, as far as vLLM's own batches leave log-probabilities alone, but they are other texts.
@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 
 #: What TRL 1.16 brings weights to (`trl[vllm]`).
 FIRST, LAST = "0.22.0", "0.31.0"
-#: Requests that a server is sent at the same time.
-_AT_ONCE = 256
+#: Requests that a server is sent at the same time: connections that TRL's client keeps.
+_AT_ONCE = 64
+#: Seconds that a server may still need until it answers.
+_SERVER_START_S = 240.0
+#: Below, vLLM takes this instead, and says nothing; above, it refuses.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 _OTHERWISE = "or take engine: transformers"
 
 
@@ -45,6 +49,8 @@ def check_vllm(model: Path, compute: ComputeSettings, device: str, longest: int)
     except metadata.PackageNotFoundError:
         version = None
     if fault := version_fault(version):
+        raise ValueError(fault)
+    if fault := length_fault(model, longest):
         raise ValueError(fault)
     if device != "cuda":
         raise ValueError(
@@ -63,8 +69,8 @@ def version_fault(version: str | None) -> str | None:
     """What is wrong with the installed version; None: nothing, or nothing is known."""
     if version is None:
         return (
-            f"engine vllm needs the package vllm, {FIRST} to {LAST}, which is not installed: pip install "
-            f"'smoltulu[vllm]', {_OTHERWISE}"
+            f"engine vllm needs the package vllm, {FIRST} to {LAST}, which is not installed: see docs/stages/rlvr.md, "
+            f"What writes, {_OTHERWISE}"
         )
     from packaging.version import Version
 
@@ -74,6 +80,30 @@ def version_fault(version: str | None) -> str | None:
             f"{_OTHERWISE}"
         )
     return None
+
+
+def length_fault(model: Path, longest: int) -> str | None:
+    """What is wrong with texts of so many tokens: vLLM refuses more than the model has positions."""
+    config = json.loads((model / "config.json").read_text())
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int) or longest <= positions:
+        return None
+    return (
+        f"prompts and answers of up to {longest:,} tokens are asked for, and the model has {positions:,} positions, "
+        f"which vLLM takes at its word; lower max_prompt_length or max_completion_length, {_OTHERWISE}"
+    )
+
+
+def grown_fault(model: Path, num_embeddings: int) -> str | None:
+    """What is wrong where the policy's embeddings grew for its tokenizer: vLLM made its own as the folder says."""
+    rows = json.loads((model / "config.json").read_text()).get("vocab_size")
+    if rows in (None, num_embeddings):
+        return None
+    return (
+        f"the policy has {num_embeddings:,} embeddings, since its tokenizer has more tokens than the {rows:,} of its "
+        "folder's config.json, and vLLM takes those; train from a model of this recipe (its SFT has them), "
+        f"{_OTHERWISE}"
+    )
 
 
 def needed_bytes(model: Path, longest: int) -> int:
@@ -151,6 +181,7 @@ class ColocatedEngine:
     """
 
     def __init__(self, model: Path, compute: ComputeSettings, accelerator: Any, longest: int) -> None:
+        import torch
         from trl.trainer.utils import ensure_master_addr_port
         from vllm import LLM
 
@@ -158,6 +189,11 @@ class ColocatedEngine:
         os.environ.setdefault("RANK", str(accelerator.process_index))
         os.environ.setdefault("LOCAL_RANK", str(accelerator.local_process_index))
         os.environ.setdefault("WORLD_SIZE", str(accelerator.num_processes))
+        # Without it vLLM sets one thread for the whole process, and an offloaded optimizer crawls.
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        if conf := os.environ.get("PYTORCH_ALLOC_CONF"):
+            # Under the old name vLLM looks whether it must keep expandable segments out of what it gives back.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", conf)
         ensure_master_addr_port()
         self._sleeps, self._is_asleep = compute.vllm_sleep, False
         self._llm = LLM(
@@ -172,6 +208,9 @@ class ColocatedEngine:
             generation_config="vllm",  # none of the model's own defaults
             trust_remote_code=False,
         )
+        if conf:
+            # vLLM sets one option of torch's allocator while it loads, and torch then forgets the others.
+            torch._C._accelerator_setAllocatorSettings(conf)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, on_batch: OnBatch = no_report) -> list[Written]:
         from vllm import SamplingParams
@@ -209,20 +248,22 @@ class ColocatedEngine:
         if self._is_asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._is_asleep = False
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept keys and values of older weights: it would write with both. Report it")
 
 
 class ServedEngine:
     """vLLM on devices of its own, behind `vllm serve` with its weight transfer on; TRL's client speaks to it.
 
     The main process brings the weights. Every process sends its own requests. The server must be started with
-    `--generation-config vllm --logprobs-mode processed_logprobs --weight-transfer-config '{"backend": "nccl"}'`.
+    `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype bfloat16 --generation-config vllm --logprobs-mode
+    processed_logprobs --weight-transfer-config '{"backend": "nccl"}'`: without that mode it takes no weights.
     """
 
     def __init__(self, url: str, accelerator: Any) -> None:
         from trl.generation.vllm_client import VLLMClient
 
-        self._client, self._accelerator = VLLMClient(base_url=url), accelerator
+        self._client, self._accelerator = VLLMClient(base_url=url, connection_timeout=_SERVER_START_S), accelerator
         if accelerator.is_main_process:
             self._client.init_communicator(device=accelerator.device)
 

@@ -27,7 +27,7 @@ from smoltulu.tasks.data.rows import is_rich, num_characters, stored_rows
 from smoltulu.tasks.data.rows_writer import rows_table
 from smoltulu.tasks.models.folders import device_of, load_tokenizer, use_bfloat16
 from smoltulu.tasks.models.tokens import prompt_ids
-from smoltulu.tasks.preflight.rollout_memory import TooLarge, require_memory, rollout_bytes
+from smoltulu.tasks.preflight.rollout_memory import TooLarge, require_memory, rollout_bytes, vllm_bytes
 from smoltulu.tasks.process import is_out_of_memory
 from smoltulu.tasks.stage import Stage, StageContext
 from smoltulu.tasks.trainer.token_budget import batch_cost, budget_of, costliest, row_costs
@@ -104,7 +104,10 @@ def dry_run(
     if isinstance(training, RLVRSettings):
         generation = rollout_bytes(training, Path(inputs.model), longest, compute, bfloat16)
         if device == "cuda":
-            require_memory(max(peak, generation), training, longest)
+            # vLLM's share of the device is taken while it writes, and for good where it does not sleep.
+            share = vllm_bytes(training, compute, torch.cuda.get_device_properties(0).total_memory)
+            generation += share
+            require_memory(max(peak + (0 if compute.vllm_sleep else share), generation), training, longest)
     return DryRun(
         subject=subject.name,
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu",

@@ -26,13 +26,19 @@ def rollout_bytes(settings: RLVRSettings, model: Path, longest: int, compute: Co
     if compute.generation_device in ("cuda", "cuda:0"):
         held += weights
     elif settings.engine == "vllm" or compute.generation_device is not None:
-        return held  # what they read lies in vLLM's share (vllm_engine.py), or on another device
+        return held  # what they read lies in vLLM's share (`vllm_bytes`), or on another device
     try:
         architecture = json.loads((model / "config.json").read_text())
         num_texts = num_at_once(settings, compute.num_processes)
         return held + kv_bytes(architecture, num_texts, longest, 2 if bfloat16 else 4)
     except (KeyError, TypeError):  # not a decoder with attention in every layer
         return held
+
+
+def vllm_bytes(settings: RLVRSettings, compute: ComputeSettings, total: int) -> int:
+    """Bytes of a device of `total` bytes that vLLM takes beside the training."""
+    is_beside = settings.engine == "vllm" and compute.vllm_server is None
+    return int(compute.vllm_memory_share * total) if is_beside else 0
 
 
 def num_models_held(settings: RLVRSettings) -> int:

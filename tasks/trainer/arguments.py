@@ -163,7 +163,16 @@ def config_of(kind: Callable[..., Any], **arguments: Any) -> Any:
         raise ValueError(_other_version(name, f"has fields that this version of smoltulu does not know: {_few(new)}"))
     if gone := sorted(arguments.keys() - there):
         raise ValueError(_other_version(name, f"lacks fields that decide what is trained: {_few(gone)}"))
-    return kind(**arguments)
+    return on_one_gpu(kind(**arguments))
+
+
+def on_one_gpu(arguments: Any) -> Any:
+    """Have a trainer use the first GPU that its process sees.
+
+    transformers would spread each micro-batch over all of them, and so multiply the effective batch.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _few(names: list[str]) -> str:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,11 +117,19 @@ def tensors_and_numbers(trained: Mapping[str, Trained]) -> tuple[dict[str, torch
             for key, value in one.optimizer.state.get(weight, {}).items():
                 place = tensors if isinstance(value, torch.Tensor) and value.dim() else numbers
                 place[f"{who}.optimizer.{name}.{key}"] = value
-    if numbers:
-        # On a GPU each would be waited for alone.
-        together = torch.stack([torch.as_tensor(value).double() for value in numbers.values()]).tolist()
-        numbers = dict(zip(numbers, together, strict=True))
-    return tensors, numbers
+    return tensors, _read(numbers)
+
+
+def _read(numbers: Mapping[str, torch.Tensor | float]) -> dict[str, float]:
+    """Numbers that may lie on devices: all of a device at once, as each would be waited for alone."""
+    by_device: dict[torch.device, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, value in numbers.items():
+        one = torch.as_tensor(value).double()
+        by_device[one.device][name] = one
+    read: dict[str, float] = {}
+    for of_device in by_device.values():  # an offloaded optimizer's lie on the host, the policy's on its GPU
+        read |= zip(of_device, torch.stack(list(of_device.values())).tolist(), strict=True)
+    return {name: read[name] for name in numbers}
 
 
 def owners(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:

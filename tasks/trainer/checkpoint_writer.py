@@ -80,7 +80,7 @@ class HostCopy:
 
         num_ranks  of this machine, which all look at the same memory at the same time
         """
-        missing = sum(one.num_bytes for one in pieces if one.name not in self._buffers)
+        missing = sum(_room(one) for one in pieces if one.name not in self._buffers)
         needed = num_ranks * (missing + given_back())
         return not missing or needed <= _MEMORY_SHARE * memory().available
 
@@ -93,9 +93,14 @@ class HostCopy:
                 buffer = torch.empty(one.tensor.shape, dtype=one.tensor.dtype, pin_memory=one.tensor.is_cuda)
                 self._buffers[one.name] = buffer
             copies.append(Piece(one.name, one.offsets, buffer.copy_(one.tensor, non_blocking=True)))
-        if torch.cuda.is_available():
+        if any(one.tensor.is_cuda for one in pieces):
             torch.cuda.current_stream().synchronize()
         return copies
+
+
+def _room(piece: Piece) -> int:
+    """Bytes of a copy. torch rounds page-locked memory, which copies of a GPU's tensors need, to a power of two."""
+    return 1 << (piece.num_bytes - 1).bit_length() if piece.tensor.is_cuda and piece.num_bytes else piece.num_bytes
 
 
 @contextmanager
@@ -252,6 +257,8 @@ class CheckpointWriter:
         """Wait, and give back the memory of the copy."""
         self.wait()
         self._host = HostCopy()
+        if torch.cuda.is_available():
+            torch.accelerator.empty_host_cache()  # torch keeps page-locked memory that nobody uses
 
     def abandon(self) -> None:
         """The training fails: what is being written becomes whole if it can within a bound; its error is second."""

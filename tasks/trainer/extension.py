@@ -128,10 +128,10 @@ def _source_runs(
 def same_sums(made: Mapping[str, Any], compute: ComputeSettings) -> bool:
     """Whether a training adds in the order of one with the `compute` that a manifest records.
 
-    Another number of processes does not, nor another kind of parallelism: the first steps would differ in their last
-    bits.
+    Another number of processes does not, nor another kind of parallelism, nor compiled layers: the first steps would
+    differ in their last bits.
     """
-    if made.get("num_processes", 1) != compute.num_processes:
+    if made.get("num_processes", 1) != compute.num_processes or made.get("compile", False) != compute.compile:
         return False
     return compute.num_processes == 1 or made.get("parallel", "ddp") == compute.parallel
 

@@ -165,7 +165,8 @@ def _answers(
         pad_token_id=pad_token_id,
     )
     model.eval()
-    with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
+    # Not inference_mode, in which autocast casts all weights anew for each token.
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, longest:].tolist()
     stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     answers = []

@@ -36,6 +36,7 @@ from smoltulu.tasks.trainer.extension import keep_checkpoint, store_checkpoint
 from smoltulu.tasks.trainer.gate import check_saved, probe
 from smoltulu.tasks.trainer.guards import LossRule, guard
 from smoltulu.tasks.trainer.packed_attention import pack
+from smoltulu.tasks.trainer.prepare import give_back_memory
 from smoltulu.tasks.trainer.schedules import learning_rate_factor
 from smoltulu.tasks.trainer.sharded import gathered, is_sharded, whole
 from smoltulu.tasks.trainer.stragglers import name_stragglers
@@ -300,6 +301,8 @@ def train(
     if newest is not None and newest[0] >= num_steps > 0:
         # The trainer checks whether it is done only after a step: within an epoch it would do one too many.
         trainer._run_epoch = lambda **kwargs: None
+    if trainer.args.device.type == "cuda":
+        give_back_memory()
     try:
         trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
         writer.end()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from smoltulu.tasks.models.folders import device_of
 from smoltulu.tasks.stage import StageContext
@@ -13,7 +15,7 @@ from smoltulu.tasks.trainer.tracking import require_trackers
 def prepare_torch(context: StageContext) -> None:
     """Settings of the process: threads, and no cuDNN attention where its gradients are wrong.
 
-    ValueError where a tracker is not installed, or the GPUs are not one to a process.
+    ValueError where a tracker is not installed, or there are fewer GPUs than processes.
     """
     import torch
     import transformers
@@ -21,6 +23,13 @@ def prepare_torch(context: StageContext) -> None:
     require_trackers(context.compute.report_to)
     if context.compute.num_threads:
         torch.set_num_threads(context.compute.num_threads)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    has_driver = torch.version.cuda and Path("/proc/driver/nvidia/gpus").is_dir()
+    if context.compute.device != "cpu" and gpus and has_driver and not torch.cuda.is_available():
+        raise ValueError(  # device auto would train on the CPU for weeks
+            f"this stage was given the GPU {gpus} (CUDA_VISIBLE_DEVICES), and torch finds none there; look at "
+            "nvidia-smi, name GPUs that are there, or set compute.device to cpu"
+        )
     if device_of(context.compute) == "cuda":
         # Not compute.num_processes: a stage that is no training has one process, whatever that says.
         num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -33,18 +42,20 @@ def prepare_torch(context: StageContext) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def give_back_memory() -> None:
+    """Have glibc give back what loaded models left on the host once they lie on a GPU: 4 bytes a parameter and process.
+
+    The launcher tells it to keep large buffers, which speeds up trainings on a CPU.
+    """
+    if hasattr(trim := ctypes.CDLL(None), "malloc_trim"):
+        trim.malloc_trim(0)
+
+
 def _check_num_gpus(num_gpus: int, num_processes: int) -> None:
     if num_processes > num_gpus:
         raise ValueError(
             f"compute.num_processes is {num_processes} and there are {num_gpus} GPUs; set it to at most {num_gpus}, or "
             "CUDA_VISIBLE_DEVICES to more of them"
-        )
-    if num_processes == 1 and num_gpus > 1:
-        # Stages in processes of their own see one (tasks/engine/launch.py). transformers' trainer would spread a batch
-        # over all it sees, and so multiply the effective batch.
-        raise ValueError(
-            f"one process sees {num_gpus} GPUs and would train on all of them with another effective batch; with "
-            "compute.launcher inline set CUDA_VISIBLE_DEVICES to one of them"
         )
 
 

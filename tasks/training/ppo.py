@@ -21,6 +21,7 @@ from smoltulu.tasks.models.folders import (
 )
 from smoltulu.tasks.models.lora import with_adapter
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.arguments import on_one_gpu
 from smoltulu.tasks.trainer.compiled import compile_layers
 from smoltulu.tasks.trainer.fused_head import give_fused_head
 from smoltulu.tasks.trainer.guards import LossRule
@@ -130,7 +131,7 @@ def _assembled(
     assert num_steps is not None
     trainer = PPOTrainer(
         model=policy,
-        args=TrainingArguments(**arguments, max_steps=num_steps, remove_unused_columns=False),
+        args=on_one_gpu(TrainingArguments(**arguments, max_steps=num_steps, remove_unused_columns=False)),
         train_dataset=rows,
         processing_class=tokenizer,
         settings=config,
@@ -140,13 +141,13 @@ def _assembled(
         rollout_log=RolloutLog(context.work, num_steps // cycle),
     )
     shard_trainer(trainer, context.compute)
-    compile_layers(context, trainer.model, critic)
     for model in (critic, reference):
         # Divided, none is ever whole on a device: four may be too large for one.
         if model is not None and context.compute.is_sharded:
             shard(model, trainer.args.device)
         elif model is not None:
             model.to(trainer.args.device)
+    compile_layers(context, trainer.model, critic)
     if not is_dry_run:
         trainer.backend = writer_of(trainer, config, inputs, context)
     if reward_model is not None:

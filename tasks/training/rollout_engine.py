@@ -14,7 +14,13 @@ from smoltulu.schemas.training import TrainingInputs
 from smoltulu.tasks.generation.engines import CopyEngine, TransformersEngine
 from smoltulu.tasks.generation.freshness import TOLERANCE, FreshEngine
 from smoltulu.tasks.generation.interface import Engine, Request, Sampling, Written
-from smoltulu.tasks.generation.vllm_engine import check_vllm, vllm_engine
+from smoltulu.tasks.generation.vllm_engine import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    check_vllm,
+    grown_fault,
+    vllm_engine,
+)
 from smoltulu.tasks.models.folders import device_of, fit_embeddings, load_language_model
 from smoltulu.tasks.models.tokens import stop_token_ids
 from smoltulu.tasks.stage import StageContext
@@ -55,6 +61,11 @@ def check_engine(config: RLVRSettings, model: Path, compute: ComputeSettings) ->
     """
     if config.engine == "vllm":
         longest = config.max_prompt_length + config.max_completion_length
+        if not MIN_TEMPERATURE <= config.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"rlvr.temperature is {config.temperature:g}; engine vllm takes {MIN_TEMPERATURE:g} to "
+                f"{MAX_TEMPERATURE:g} as it is given, set it to one of these, or take engine: transformers"
+            )
         check_vllm(model, compute, device_of(compute), longest)
         if getattr(config, "importance_sampling_cap", None) is None:
             logger.warning(
@@ -114,6 +125,8 @@ def writer_of(trainer: Trainer, config: RLVRSettings, inputs: TrainingInputs, co
     own: Engine
     if config.engine == "vllm":
         longest = config.max_prompt_length + config.max_completion_length
+        if fault := grown_fault(Path(inputs.model), policy.get_input_embeddings().num_embeddings):
+            raise ValueError(fault)
         own = vllm_engine(Path(inputs.model), compute, accelerator, longest)
     else:
         copy = load_language_model(Path(inputs.model))

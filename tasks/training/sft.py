@@ -220,20 +220,19 @@ def build(config: SFTSettings, inputs: TrainingInputs, context: StageContext) ->
 def row_losses(model: Any, batch: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[RowLoss]:
     """Of each row of a batch, padded or packed: the summed loss of its supervised tokens."""
     import torch
-    from torch.nn.functional import cross_entropy
 
     from smoltulu.tasks.training.held_out_loss import RowLoss
 
-    arguments = {name: batch[name] for name in _MODEL_ARGUMENTS if name in batch and name != PLACES}
-    logits, labels = model(**arguments, use_cache=False).logits, batch["labels"]
+    arguments = {name: batch[name] for name in _MODEL_ARGUMENTS if name in batch}
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    # By the training's own head: logits of every token would take more memory than a step of the training does.
+    log_probs = model(**arguments, shift_labels=labels, use_cache=False, fused_lm_head=True).log_probs
     sums, start = [], 0
     for number, row in enumerate(rows):
         # Packed rows lie in the one row of the batch, padded ones begin a row each.
         line, first = (0, start) if "segments" in batch else (number, 0)
         last = first + len(row["input_ids"])
-        said = logits[line, first : last - 1]
-        said = said.to(torch.promote_types(said.dtype, torch.float32))
-        sums.append(cross_entropy(said, labels[line, first + 1 : last], ignore_index=IGNORED, reduction="sum").double())
+        sums.append(-log_probs[line, first : last - 1].double().sum())
         start = last
     counts = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
     return [RowLoss(total, count) for total, count in zip(torch.stack(sums).tolist(), counts, strict=True)]

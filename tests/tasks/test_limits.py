@@ -58,7 +58,9 @@ def test_version_2_every_group_around_it_limits(groups: Path) -> None:
         memory_stat=f"anon {12 * GB}\ninactive_file {6 * GB}\nactive_file {2 * GB}",
     )
     put(groups / "slice/job/step", cpu_max="max 100000", memory_max="max", memory_current=str(GB))
-    assert (limits.num_cores(), limits.memory()) == (4, (32 * GB, 18 * GB))
+    assert (limits.num_cores(), limits.memory()) == (4, (32 * GB, 20 * GB))  # 32 - 20 and 8 of cached files
+    put(groups / "slice/job", memory_high=str(28 * GB))
+    assert limits.memory() == (28 * GB, 16 * GB)
 
 
 def test_in_a_container_the_path_is_the_hosts(groups: Path) -> None:
@@ -71,10 +73,8 @@ def test_in_a_container_the_path_is_the_hosts(groups: Path) -> None:
 
 def test_version_1(groups: Path) -> None:
     of_process(groups, "5:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n1:name=systemd:/a:b\n0::/\n")
-    (groups / "cpu").mkdir(parents=True)
-    put(groups / "cpu,cpuacct")
-    put(groups / "cpu/docker/a", **{"cpu_cfs_quota_us": "200000", "cpu_cfs_period_us": "100000"})
-    put(groups / "cpu", **{"cpu_cfs_quota_us": "-1", "cpu_cfs_period_us": "100000"})
+    put(groups / "cpu,cpuacct/docker/a", cpu_cfs_quota_us="200000", cpu_cfs_period_us="100000")
+    put(groups / "cpu,cpuacct", cpu_cfs_quota_us="-1", cpu_cfs_period_us="100000")
     put(groups / "memory", memory_limit_in_bytes="9223372036854771712", memory_usage_in_bytes=str(100 * GB))
     put(
         groups / "memory/docker/a",

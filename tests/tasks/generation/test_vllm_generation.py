@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -17,6 +18,8 @@ from smoltulu.tasks.generation.interface import Request, Sampling, Written, seed
 from smoltulu.tasks.generation.vllm_engine import (
     _own,
     check_vllm,
+    grown_fault,
+    length_fault,
     needed_bytes,
     parameters_of,
     room_fault,
@@ -24,7 +27,7 @@ from smoltulu.tasks.generation.vllm_engine import (
     written,
 )
 from smoltulu.tasks.models.sizes import model_size
-from smoltulu.tasks.preflight.rollout_memory import rollout_bytes
+from smoltulu.tasks.preflight.rollout_memory import rollout_bytes, vllm_bytes
 from smoltulu.tasks.preflight.stage import run_preflight
 from smoltulu.tasks.stages import STAGES
 from smoltulu.tasks.training.rollout_engine import check_engine, ignored_settings
@@ -38,7 +41,7 @@ GIB = 2**30
 @pytest.mark.parametrize(
     ("version", "said"),
     [
-        (None, "vllm, 0.22.0 to 0.31.0, which is not installed: pip install 'smoltulu"),
+        (None, "vllm, 0.22.0 to 0.31.0, which is not installed: see docs/stages/rlvr.md"),
         ("0.21.9", "0.21.9 is installed; install one of these"),
         ("0.31.1", "0.31.1 is installed"),
         ("1.0", "1.0 is installed"),
@@ -71,8 +74,6 @@ def test_without_room_it_is_refused(needed: int, share: float, free: int, said: 
 
 def test_weights_and_one_text_need_so_many_bytes(tmp_path: Path) -> None:
     """Two layers of keys and values, (32 / 4) x 4 heads wide: 2 x 2 x 32 x 2 bytes a token."""
-    import json
-
     folder = build_tiny_model(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     width = config["hidden_size"] // config["num_attention_heads"] * config["num_key_value_heads"]
@@ -128,6 +129,31 @@ def test_a_machine_that_cannot_run_it_says_so_before_weights_are_loaded(tmp_path
         check_engine(rlvr(engine="vllm"), tmp_path, ComputeSettings())
     with pytest.raises(ValueError, match="engine vllm needs the package vllm"):
         check_vllm(tmp_path, ComputeSettings(), "cuda", 100)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 2.5])
+def test_temperatures_that_vllm_changes_or_refuses_are_refused(tmp_path: Path, temperature: float) -> None:
+    with pytest.raises(ValueError, match=rf"temperature is {temperature:g}; engine vllm takes 0.01 to 2"):
+        check_engine(rlvr(engine="vllm", temperature=temperature), tmp_path, ComputeSettings())
+
+
+def test_models_that_vllm_would_take_for_others_are_refused(tmp_path: Path) -> None:
+    """Fewer positions than prompt and answer have; embeddings that grew for the tokenizer."""
+    folder = build_tiny_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    positions, rows = config["max_position_embeddings"], config["vocab_size"]
+    assert length_fault(folder, positions) is None and grown_fault(folder, rows) is None
+    assert f"has {positions:,} positions" in str(length_fault(folder, positions + 1))
+    assert f"has {rows + 8:,} embeddings" in str(grown_fault(folder, rows + 8))
+    (folder / "config.json").write_text("{}")
+    assert length_fault(folder, 1 << 20) is None and grown_fault(folder, 8) is None
+
+
+def test_its_share_of_the_device_counts_beside_the_training() -> None:
+    vllm, share = rlvr(engine="vllm"), ComputeSettings(vllm_memory_share=0.25)
+    assert vllm_bytes(vllm, share, 80 * GIB) == 20 * GIB
+    assert vllm_bytes(rlvr(), share, 80 * GIB) == 0
+    assert vllm_bytes(vllm, ComputeSettings(vllm_server="http://gpu:8000"), 80 * GIB) == 0
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])

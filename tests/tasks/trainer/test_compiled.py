@@ -48,8 +48,8 @@ def same(one: list[dict[str, float]], other: list[dict[str, float]], *models: tu
     ("stage", "compute"),
     [
         ("sft", {}),
-        ("dpo", {"packing": False, "activation_checkpointing": True}),
-        ("reward_model", {"tokens_per_device": 150}),
+        ("dpo", {"packing": False}),
+        ("reward_model", {"tokens_per_device": 150, "activation_checkpointing": True}),
     ],
 )
 def test_the_same_training(base: Path, tmp_path: Path, stage: str, compute: dict[str, Any]) -> None:

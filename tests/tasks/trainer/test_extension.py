@@ -306,6 +306,8 @@ def test_ranks_and_parallelism_that_add_in_another_order_are_not_extended() -> N
     assert same_sums({}, ComputeSettings(parallel="fsdp2"))  # one process has nothing to divide
     for made, other in (
         (two.model_dump(), sharded),
+        ({}, ComputeSettings(compile=True)),
+        (ComputeSettings(compile=True).model_dump(), ComputeSettings()),
         (sharded.model_dump(), two),
         ({"num_processes": 2}, ComputeSettings()),
     ):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +28,9 @@ from smoltulu.schemas.training import (
     SFTSettings,
     TrainingInputs,
 )
-from smoltulu.tasks.engine.launch import _child_environment
+from smoltulu.tasks.engine.launch import _child_environment, _num_gpus
 from smoltulu.tasks.stage import StageContext
+from smoltulu.tasks.trainer.arguments import on_one_gpu
 from smoltulu.tasks.trainer.prepare import _check_num_gpus, _check_same_gpus, prepare_torch
 from smoltulu.tasks.training.dpo import train_dpo
 from smoltulu.tasks.training.grpo import build as build_rlvr
@@ -184,9 +186,9 @@ def test_every_stage_on_this_gpu(stage: str, world: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("num_gpus", "num_processes", "message"), [
     (1, 1, None), (4, 4, None), (4, 2, None),
     (2, 4, "num_processes is 4 and there are 2 GPUs; set it to at most 2"),
-    (4, 1, "one process sees 4 GPUs and would train on all of them with another effective batch"),
+    (4, 1, None),  # it uses the first
 ])  # fmt: skip
-def test_every_process_has_a_gpu_and_one_only(num_gpus: int, num_processes: int, message: str | None) -> None:
+def test_every_process_has_a_gpu(num_gpus: int, num_processes: int, message: str | None) -> None:
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         _check_num_gpus(num_gpus, num_processes)
 
@@ -203,7 +205,7 @@ def test_a_stage_of_one_process_asks_for_one_gpu_whatever_trainings_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The preflight's dry run of a recipe for eight GPUs sees one of them."""
-    monkeypatch.setattr("smoltulu.tasks.trainer.loop.device_of", lambda compute: "cuda")
+    monkeypatch.setattr("smoltulu.tasks.trainer.prepare.device_of", lambda compute: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100")
     eight = context(tmp_path, num_processes=8)
@@ -235,8 +237,23 @@ def test_a_stage_sees_as_many_gpus_as_it_has_ranks(
             monkeypatch.setattr(smoltulu.tasks.engine.launch, "_running", {process: "0,1"})
             assert _child_environment(ComputeSettings(), 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
             assert _child_environment(ComputeSettings(), 1)["CUDA_VISIBLE_DEVICES"] == "2"
-            copies = ComputeSettings(generation_device="cuda:3")
-            assert _child_environment(copies, 2)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+            assert _child_environment(ComputeSettings(), 2, 3)["CUDA_VISIBLE_DEVICES"] == "0,2,3"
+
+
+@pytest.mark.parametrize(("device", "stage", "num_ranks", "expected"), [
+    (None, "rlvr", 2, 2), ("cpu", "rlvr", 2, 2), ("cuda", "rlvr", 1, 1), ("cuda:1", "rlvr", 1, 2),
+    ("cuda:3", "rlvr", 2, 4), ("cuda:1", "preflight", 1, 2), ("cuda:1", "sft", 1, 1),
+])  # fmt: skip
+def test_rlvr_sees_the_gpu_of_its_copy_too(device: str | None, stage: str, num_ranks: int, expected: int) -> None:
+    job: Any = SimpleNamespace(compute=ComputeSettings(generation_device=device), stage=SimpleNamespace(name=stage))
+    assert _num_gpus(job, num_ranks) == expected
+
+
+def test_a_trainer_uses_one_of_the_gpus_that_it_sees() -> None:
+    several: Any = SimpleNamespace(n_gpu=4)
+    assert on_one_gpu(several)._n_gpu == 1
+    none: Any = SimpleNamespace(n_gpu=0)
+    assert on_one_gpu(none)._n_gpu == 0
 
 
 def test_rollouts_are_generated_as_before_with_half_the_cache(
