@@ -190,7 +190,7 @@ class Machine:
 
         def act() -> None:
             with (
-                torch.inference_mode(),
+                torch.no_grad(),  # as tasks/generation/loop.py
                 torch.autocast(self.device, torch.bfloat16, enabled=self.dtypes[0] == torch.bfloat16),
             ):
                 cache, token = first.past_key_values, ids[:, -1:]
@@ -199,7 +199,7 @@ class Machine:
                     cache, token = made.past_key_values, made.logits[:, -1:].argmax(-1)
                 cache.crop(-_DECODE_STEPS)
 
-        with torch.inference_mode():
+        with torch.no_grad():
             first = model(input_ids=ids, use_cache=True)
         took, size = fastest(act, self.sync, seconds) / _DECODE_STEPS, sum(one.numel() for one in model.parameters())
         return DecodeRate(seconds_per_parameter=took / size, num_rows=_DECODE_ROWS, num_parameters=size)
