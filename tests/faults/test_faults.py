@@ -59,6 +59,7 @@ def test_a_sample_of_the_campaign_gives_the_weights_of_the_unbroken_run(baseline
     told = "\n".join(one.line() for one in tried)
     assert not [one for one in tried if one.is_wrong], f"{told}\n{table(tried)}"
     assert sum(one.result.num_kills for one in tried) >= 6, told
+    assert all(one.result.num_kills for one in tried if one.fault.kind == "SIGKILL on a full disk"), told
     assert [one for one in tried if one.result.lost_steps], f"no kill cost a step, so none hit a training:\n{told}"
 
 

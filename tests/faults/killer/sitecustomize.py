@@ -9,7 +9,10 @@ environment variable SMOLTULU_FAULT holds JSON:
   nth       the event (from 1) at which to kill
   tally     file that gets a byte per event: all processes of the role count together; left out: each for itself
   delay     seconds from the event to the kill: it then hits the write that the event announced, or what follows it
+  full      only events count while the file system of their path has less than so many bytes free
   both      kill the other one of parent and child too, first
+  other     kill that one alone
+  mark      file that is made before anybody is killed
   shift     seconds by which this process's wall clock is wrong
   stage     the stage whose processes have less address space, `memory` bytes
 """
@@ -67,6 +70,14 @@ def _children() -> list[int]:
     return pids
 
 
+def _free(path: str) -> int:
+    """Bytes that are free where a path is, or is about to be."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    there = os.statvfs(path)
+    return there.f_bavail * there.f_frsize
+
+
 class Killer:
     """The audit hook."""
 
@@ -95,6 +106,8 @@ class Killer:
             return
         if self.fault.get("part", (part := part_of(path[len(under) :]))) != part:
             return
+        if "full" in self.fault and _free(path) >= self.fault["full"]:
+            return
         self.num_events = self._count()
         if self.num_events != self.fault["nth"]:
             return
@@ -111,10 +124,13 @@ class Killer:
             return file.tell()
 
     def _kill(self) -> None:
-        if self.fault.get("both"):
+        if "mark" in self.fault:
+            os.close(os.open(self.fault["mark"], os.O_CREAT))
+        if self.fault.get("both") or self.fault.get("other"):
             for pid in [os.getppid()] if self.role == "child" else _children():
                 os.kill(pid, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if not self.fault.get("other"):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def shift_clock(seconds: float) -> None:
