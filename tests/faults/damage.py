@@ -21,8 +21,6 @@ from tests.faults.kills import Result, Victim, Watch, finish
 from tests.faults.sandbox import Sandbox
 
 DAY = 86_400.0
-#: A tmpfs with less room than this is full: files take whole pages.
-_FULL = 8192
 #: What an interrupted training leaves behind, by a pattern below the node's folder.
 WORK_FILES = (
     "work/checkpoints/checkpoint-*/shards/rank-0-of-1.safetensors",
@@ -205,11 +203,12 @@ def full_disk(sandbox: Sandbox, baseline: Sandbox, node: str, share: float) -> R
 def killed_on_a_full_disk(
     sandbox: Sandbox, baseline: Sandbox, node: str, victim: str, step: int, share: float
 ) -> Result:
-    """From a step on there is room for `share` of what the artifact needs.
+    """From a step on there is room for `share` of a checkpoint: its writer is killed as it tidies up what did not fit.
 
-    Who fills it is killed at the next thing that it does to a file: before it can tidy up.
+    safetensors asks for the room of a whole file, and writes nothing where it is not there.
     """
-    needed = _num_blocks(baseline.folder(node)) * 4096
+    [weights] = baseline.folder(node).glob("gen-*/model/model.safetensors")
+    needed = 3 * weights.stat().st_size  # with Adam's moments
     # Enough for what a training asks for before it begins.
     with _tmpfs(sandbox.home / "disk", 256 << 20) as mount:
         if mount is None:
@@ -217,7 +216,7 @@ def killed_on_a_full_disk(
         tight = sandbox.at(mount, logs=sandbox.home)
         tight.copy_from(baseline, without=node)
         mark = sandbox.home / "killed"
-        fault = {"role": "child", "under": str(tight.folder(node)), "nth": 1, "full": _FULL, "mark": str(mark)}
+        fault = {"role": "child", "under": str(tight.folder(node)), "nth": 1, "full": needed, "mark": str(mark)}
         run = tight.start(fault | {"both": victim == "both", "other": victim == "parent"})
         watch = Watch(tight, run, node)
         result = Result(limit=tight.save_steps(node))

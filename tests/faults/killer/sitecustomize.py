@@ -9,7 +9,7 @@ environment variable SMOLTULU_FAULT holds JSON:
   nth       the event (from 1) at which to kill
   tally     file that gets a byte per event: all processes of the role count together; left out: each for itself
   delay     seconds from the event to the kill: it then hits the write that the event announced, or what follows it
-  full      only events count while the file system of their path has less than so many bytes free
+  full      only removals count, and only while the file system of their path has less than so many bytes free
   both      kill the other one of parent and child too, first
   other     kill that one alone
   mark      file that is made before anybody is killed
@@ -33,6 +33,7 @@ _ROLES = {
     "tests.faults.served": "parent",
 }
 _PATHS = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1, "os.utime": 1, "os.link": 2, "shutil.rmtree": 1}
+_REMOVALS = ("os.remove", "os.rmdir", "shutil.rmtree")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -106,7 +107,7 @@ class Killer:
             return
         if self.fault.get("part", (part := part_of(path[len(under) :]))) != part:
             return
-        if "full" in self.fault and _free(path) >= self.fault["full"]:
+        if "full" in self.fault and (event not in _REMOVALS or _free(path) >= self.fault["full"]):
             return
         self.num_events = self._count()
         if self.num_events != self.fault["nth"]:
