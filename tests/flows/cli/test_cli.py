@@ -72,7 +72,7 @@ def test_help_is_quicker_than_importing_prefect() -> None:
 
 
 def test_plan_lists_every_stage(tmp_path: Path) -> None:
-    done = _python("-m", "smoltulu.flows.cli.main", "plan", "tiny", SMOLTULU_STORE=str(tmp_path))
+    done = _python("-m", "smoltulu.flows.cli.main", "plan", "tiny", SMOLTULU_STORE=str(tmp_path), COLUMNS="1000")
     assert done.returncode == 0, done.stderr
     for stage in ("world", "sft", "reward-model", "dpo", "rlvr", "publish"):
         assert f" {stage} " in done.stdout
