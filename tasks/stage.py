@@ -90,6 +90,7 @@ class Stage:
     distributed        not a training, but runs in compute.num_processes processes
     eval_batch         not a training, but its memory grows with compute.per_device_eval_batch_size, which is halved
                        when memory runs out
+    has_copies         a copy of its policy may write on compute.generation_device, a GPU beside those of its processes
     memory_advice      what to change when not even the smallest batch fits into memory
     flops(config)      FLOPs of a training per parameter and token: 2 forward, 4 backward (Kaplan et al., arXiv
                        2001.08361, section 2.1). Attention's own share, which grows with row length, is left out
@@ -118,6 +119,7 @@ class Stage:
     block: str | None = None
     distributed: bool = False
     eval_batch: bool = False
+    has_copies: bool = False
     memory_advice: str | None = None
     flops: Callable[[Any], float] = lambda config: 6.0
     most_flops: Callable[[Any, int | None], float | None] | None = None
@@ -150,7 +152,12 @@ class Stage:
 
     def num_devices(self, compute: ComputeSettings) -> int:
         """Number of GPUs that it uses."""
-        return self.num_ranks(compute) if self.uses_device and compute.device != "cpu" else 0
+        if not self.uses_device or compute.device == "cpu":
+            return 0
+        kind, _, number = (compute.generation_device or "").partition(":")
+        # The copy's is named by its number among all.
+        of_copy = int(number or 0) + 1 if self.has_copies and kind == "cuda" else 0
+        return max(self.num_ranks(compute), of_copy)
 
     def halved_setting(self, compute: ComputeSettings) -> BatchSetting | None:
         """The setting that is halved when memory runs out: the batch setting, or a number of tokens in its place.

@@ -161,7 +161,7 @@ def _run_once(
     with (work / "log.txt").open("ab") as log_file, pipe() as (messages, path):
         # This thread starts the child and waits for it: the child dies with the thread that started it.
         with _running_lock:
-            environment = _child_environment(compute, num_ranks, _num_gpus(job, num_ranks)) | {PIPE_VARIABLE: path}
+            environment = _child_environment(compute, num_ranks, job.stage.num_devices(compute)) | {PIPE_VARIABLE: path}
             process = _start(description, job_file, environment, is_warm=compute.launcher == "warm")
             _running[process] = environment.get("CUDA_VISIBLE_DEVICES", "")
         limit = _TimeLimit(process, deadline)
@@ -267,14 +267,7 @@ def stop_children(seconds: float = _STOP_SECONDS) -> None:
             process.kill()
 
 
-def _num_gpus(job: Job, num_ranks: int) -> int:
-    """GPUs that a stage sees: one for each rank, and that of rlvr's copy of the policy, named by its number."""
-    device = job.compute.generation_device or ""
-    writes = device.startswith("cuda:") and job.stage.name in ("rlvr", "preflight")
-    return max(num_ranks, 1 + int(device.partition(":")[2])) if writes else num_ranks
-
-
-def _child_environment(compute: ComputeSettings, num_ranks: int, num_gpus: int | None = None) -> dict[str, str]:
+def _child_environment(compute: ComputeSettings, num_ranks: int, num_gpus: int = 0) -> dict[str, str]:
     """The parent's environment, telemetry off. HF_TOKEN stays: stages read gated data with it, and never print it.
 
     One process sees one GPU, several as many: of those that are visible here the ones with the fewest stages on them.
@@ -303,7 +296,7 @@ def _child_environment(compute: ComputeSettings, num_ranks: int, num_gpus: int |
         # In a container with the time of 4 of 64 cores, torch would begin 64 threads.
         extra["OMP_NUM_THREADS"] = str(num_cores())
     if compute.device != "cpu":
-        gpus, num_gpus = _visible_gpus(), num_gpus or num_ranks
+        gpus, num_gpus = _visible_gpus(), max(num_gpus, num_ranks)
         if num_gpus == 1 or len(gpus) >= num_gpus:  # else the stage says how many there are
             extra["CUDA_VISIBLE_DEVICES"] = _least_used(gpus, num_gpus)
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():

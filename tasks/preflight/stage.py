@@ -202,5 +202,5 @@ def preflight_of(stages: Mapping[str, Stage]) -> Stage:
     """The stage. The dry run takes from `stages`, by name, the training that the rows are for."""
     return Stage(
         "preflight", 2, PreflightConfig, PreflightInputs, PreflightOutputs, partial(run_preflight, stages=stages),
-        _gate_failures, block="trainings", keeps_rows=True, grows_with_model=False,
+        _gate_failures, block="trainings", keeps_rows=True, grows_with_model=False, has_copies=True,
     )  # fmt: skip

@@ -66,5 +66,5 @@ rlvr = Stage(
     memory_advice=". All rollouts of a step are generated at once, whatever it is (PPO: rollout_batch_size of them): "
     "lower max_completion_length, raise compute.num_processes, or take a device with more memory. The checkpoints are "
     "kept",
-    flops=flops_per_token,
+    flops=flops_per_token, has_copies=True,
 )  # fmt: skip

@@ -76,9 +76,10 @@ def test_fixed_values_are_those_that_finished_trainings_had() -> None:
 
 def test_a_config_of_another_version_is_refused() -> None:
     def named(*names: str) -> Any:
-        return make_dataclass("RLOOConfig", [(name, float, 0.0) for name in names])
+        return make_dataclass("RLOOConfig", [(name, float, 0.0) for name in names], namespace={"n_gpu": 4})
 
     assert config_of(named("beta", "pad_to_multiple_of"), beta=0.5).beta == 0.5
+    assert config_of(named("beta"), beta=0.5)._n_gpu == 1  # transformers would spread a batch over four
     with pytest.raises(ValueError, match=r"trl 1\..* has fields .* does not know: entropy_bonus. The same recipe"):
         config_of(named("beta", "entropy_bonus"), beta=0.5)
     with pytest.raises(ValueError, match="lacks fields that decide what is trained: beta"):

@@ -28,7 +28,8 @@ from smoltulu.schemas.training import (
     SFTSettings,
     TrainingInputs,
 )
-from smoltulu.tasks.engine.launch import _child_environment, _num_gpus
+from smoltulu.tasks import stages
+from smoltulu.tasks.engine.launch import _child_environment
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.arguments import on_one_gpu
 from smoltulu.tasks.trainer.prepare import _check_num_gpus, _check_same_gpus, prepare_torch
@@ -240,13 +241,13 @@ def test_a_stage_sees_as_many_gpus_as_it_has_ranks(
             assert _child_environment(ComputeSettings(), 2, 3)["CUDA_VISIBLE_DEVICES"] == "0,2,3"
 
 
-@pytest.mark.parametrize(("device", "stage", "num_ranks", "expected"), [
+@pytest.mark.parametrize(("device", "stage", "num_processes", "expected"), [
     (None, "rlvr", 2, 2), ("cpu", "rlvr", 2, 2), ("cuda", "rlvr", 1, 1), ("cuda:1", "rlvr", 1, 2),
-    ("cuda:3", "rlvr", 2, 4), ("cuda:1", "preflight", 1, 2), ("cuda:1", "sft", 1, 1),
+    ("cuda:3", "rlvr", 2, 4), ("cuda:1", "preflight", 8, 2), ("cuda:1", "sft", 1, 1), ("cuda:1", "dataset", 8, 0),
 ])  # fmt: skip
-def test_rlvr_sees_the_gpu_of_its_copy_too(device: str | None, stage: str, num_ranks: int, expected: int) -> None:
-    job: Any = SimpleNamespace(compute=ComputeSettings(generation_device=device), stage=SimpleNamespace(name=stage))
-    assert _num_gpus(job, num_ranks) == expected
+def test_rlvr_sees_the_gpu_of_its_copy_too(device: str | None, stage: str, num_processes: int, expected: int) -> None:
+    compute = ComputeSettings(generation_device=device, num_processes=num_processes)
+    assert stages.STAGES[stage].num_devices(compute) == expected
 
 
 def test_a_trainer_uses_one_of_the_gpus_that_it_sees() -> None:
