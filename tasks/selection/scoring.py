@@ -34,8 +34,8 @@ logger = logging.getLogger("smoltulu")
 
 #: Tokens of a batch for each row of compute.per_device_eval_batch_size.
 ROW_TOKENS = 512
-#: Logits that exist at a time: 64 MiB in float32.
-CHUNK_LOGITS = 1 << 24
+#: Logits that exist at a time: 64 MiB in float32; on a CPU what its cache holds, but for some rows at least.
+CHUNK_LOGITS, CPU_CHUNK_LOGITS, _CHUNK_ROWS = 1 << 24, 1 << 22, 128
 #: A loss below this counts as this: the relative rise of nearly nothing says nothing (ours).
 MIN_LOSS = 0.1
 
@@ -245,7 +245,8 @@ def token_losses(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Te
     import torch
     from torch.nn.functional import cross_entropy
 
-    size = max(1, CHUNK_LOGITS // model.get_input_embeddings().num_embeddings)
+    chunk = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else CHUNK_LOGITS
+    size = max(_CHUNK_ROWS, chunk // model.get_input_embeddings().num_embeddings)
     losses = []
     for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
         with _layers_left_out(model, part[None]):

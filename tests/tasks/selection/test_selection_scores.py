@@ -249,7 +249,8 @@ def test_a_selector_with_dropout_drops_nothing_and_is_the_same_each_time(tmp_pat
 def test_logits_exist_chunk_by_chunk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = conversations(6)
     whole, _, _ = scored(tmp_path / "whole", model, rows)
-    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 3 * 400)
+    monkeypatch.setattr(scoring, "CPU_CHUNK_LOGITS", 3 * 400)
+    monkeypatch.setattr(scoring, "_CHUNK_ROWS", 1)
     sizes = []
     cross_entropy = torch.nn.functional.cross_entropy
 
