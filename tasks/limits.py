@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+#: Where NVIDIA's driver lists its cards; there without torch, and without a right to use them.
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 _GROUPS, _OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 #: Names of a limit, of its use, and of the parts of the use that the kernel gives up by itself (cached files), in
 #: versions 2 (which slows down above `high`) and 1 of control groups.

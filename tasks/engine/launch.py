@@ -28,7 +28,7 @@ from smoltulu.tasks.engine.messages import PIPE_VARIABLE, listen, pipe
 from smoltulu.tasks.engine.ranks import RANK_VARIABLES
 from smoltulu.tasks.engine.warm import OWN_VARIABLES, WarmProcess, server_for
 from smoltulu.tasks.job import Job
-from smoltulu.tasks.limits import num_cores, num_visible_cores
+from smoltulu.tasks.limits import NVIDIA_GPUS, num_cores, num_visible_cores
 from smoltulu.tasks.process import WITHOUT_VARIABLE
 from smoltulu.tasks.progress import Progress
 from smoltulu.tasks.stage import STOPPED, Diverged
@@ -312,8 +312,7 @@ def _visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return visible.split(",")
-    folder = Path("/proc/driver/nvidia/gpus")
-    return [str(number) for number in range(len(list(folder.iterdir())) if folder.is_dir() else 1)]
+    return [str(number) for number in range(len(list(NVIDIA_GPUS.iterdir())) if NVIDIA_GPUS.is_dir() else 1)]
 
 
 def _least_used(gpus: Sequence[str], number: int) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
+from smoltulu.tasks.limits import NVIDIA_GPUS
 from smoltulu.tasks.models.folders import device_of
 from smoltulu.tasks.stage import StageContext
 from smoltulu.tasks.trainer.tracking import require_trackers
@@ -24,7 +24,7 @@ def prepare_torch(context: StageContext) -> None:
     if context.compute.num_threads:
         torch.set_num_threads(context.compute.num_threads)
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-    has_driver = torch.version.cuda and Path("/proc/driver/nvidia/gpus").is_dir()
+    has_driver = torch.version.cuda and NVIDIA_GPUS.is_dir()
     if context.compute.device != "cpu" and gpus and has_driver and not torch.cuda.is_available():
         raise ValueError(  # device auto would train on the CPU for weeks
             f"this stage was given the GPU {gpus} (CUDA_VISIBLE_DEVICES), and torch finds none there; look at "

@@ -30,7 +30,7 @@ from tests import ROOT
 from tests.faults import served, shared
 from tests.faults.draw import PREFECT_KINDS, SIZES, WAITING_KINDS, Draw, Fault
 from tests.faults.kills import Result
-from tests.faults.results import Results, ResultsError, Tried, code_digest, table
+from tests.faults.results import Results, ResultsError, Tried, code_digest, never_hit, table
 from tests.faults.sandbox import SHRUNKEN, Sandbox, limits
 from tests.faults.variants import Baselines
 
@@ -241,6 +241,9 @@ def _campaign(given: argparse.Namespace, size: str, home: Path, faults: list[Fau
     now = {one.fault.number: one for one in campaign.tried}
     tried = [{**before, **now}[fault.number] for fault in faults]
     print(f"\n{table(tried)}\n\n{(time.monotonic() - began) / 60:.0f} min, seed {given.seed}")
+    idle = never_hit(tried)
+    for kind in idle:
+        print(f"{kind}: nobody was killed, so nothing of this kind was tried: mend the campaign")
     wrong = [one for one in tried if one.is_wrong]
     for found in wrong:
         print(found.line())
@@ -250,4 +253,4 @@ def _campaign(given: argparse.Namespace, size: str, home: Path, faults: list[Fau
         print(f"their stores are in {home}; again: {again} --only NUMBER")
     elif not given.home and not given.only:
         shutil.rmtree(home)
-    return 1 if wrong else 0
+    return 1 if wrong or idle else 0

@@ -46,6 +46,10 @@ class Tried:
         return f"{self.fault.number:3d}  {self.fault.kind}: {self.fault.text}{at}: {what} ({self.seconds:.0f} s)"
 
 
+#: A kill may come too late, but not each of so many.
+_OFTEN = 4
+
+
 class ResultsError(ValueError):
     """A results file that is of another campaign."""
 
@@ -132,6 +136,15 @@ def table(tried: list[Tried]) -> str:
             f"| {sum(bool(one.result.problems) for one in these)} | {sum(one.result.num_orphans for one in these)} |"
         )
     return "\n".join(lines)
+
+
+def never_hit(tried: list[Tried]) -> list[str]:
+    """Kinds that are to kill and killed nobody, however often: a fault of the campaign, which says nothing of them."""
+    kills: dict[str, list[int]] = {}
+    for one in tried:
+        if one.fault.kind.startswith("SIGKILL") and not one.result.skipped:
+            kills.setdefault(one.fault.kind, []).append(one.result.num_kills)
+    return [kind for kind, numbers in kills.items() if len(numbers) >= _OFTEN and not any(numbers)]
 
 
 def code_digest() -> str:

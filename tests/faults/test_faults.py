@@ -21,7 +21,7 @@ from tests.faults import damage, kills, stops
 from tests.faults.campaign import Campaign, attempt, main, make_baseline
 from tests.faults.draw import Draw, Fault
 from tests.faults.kills import Result
-from tests.faults.results import Results, ResultsError, table
+from tests.faults.results import Results, ResultsError, Tried, never_hit, table
 from tests.faults.sandbox import UP_TO_SFT, Limits, Sandbox, differing_files
 from tests.faults.variants import VARIANTS, Baselines, said
 
@@ -61,6 +61,17 @@ def test_a_sample_of_the_campaign_gives_the_weights_of_the_unbroken_run(baseline
     assert sum(one.result.num_kills for one in tried) >= 6, told
     assert all(one.result.num_kills for one in tried if one.fault.kind == "SIGKILL on a full disk"), told
     assert [one for one in tried if one.result.lost_steps], f"no kill cost a step, so none hit a training:\n{told}"
+
+
+def test_a_kind_that_never_kills_is_a_fault_of_the_campaign() -> None:
+    def tried(kind: str, num_kills: int, skipped: str = "") -> Tried:
+        fault = Fault(0, kind, "", lambda *_: Result())
+        return Tried(fault, Result(num_kills=num_kills, skipped=skipped), 1.0)
+
+    idle = [tried("SIGKILL on a full disk", 0)] * 4
+    assert never_hit(idle) == ["SIGKILL on a full disk"]
+    assert never_hit(idle[:3]) == never_hit([*idle, tried("SIGKILL on a full disk", 1)]) == []
+    assert never_hit([tried("SIGSTOP", 0)] * 9) == never_hit([tried("SIGKILL of gc", 0, "needs root")] * 9) == []
 
 
 def test_nothing_is_made_from_damaged_bytes(baseline: Sandbox, tmp_path: Path) -> None:

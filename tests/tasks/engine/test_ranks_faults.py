@@ -325,3 +325,32 @@ def test_a_rank_whose_share_is_done_waits_for_as_long_as_the_others_go_on(
     command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path), what]
     assert subprocess.run(command, env=environment, timeout=120, check=False).returncode == status
     assert [end.rank for end in read_ends(tmp_path)] == [0] * status
+
+
+_GIVES_UP = """
+import os, sys, time
+from pathlib import Path
+from smoltulu.tasks.engine.pulse import Pulse
+from smoltulu.tasks.engine.ranks import spawn_ranks
+work = Path(sys.argv[1])
+if "RANK" not in os.environ:
+    sys.exit(spawn_ranks(2, [sys.executable, *sys.argv], work))
+own = Pulse(work, int(os.environ["RANK"]), 0.5)
+own.beat(9)
+time.sleep(2)
+if os.environ["RANK"] == "1":
+    os.abort()  # NCCL's watchdog
+time.sleep(60)
+"""
+
+
+def test_a_rank_that_gave_up_waiting_is_not_the_cause(tmp_path: Path) -> None:
+    """NCCL's watchdog aborts the rank that waits; the one that hangs is told, with its stack."""
+    (tmp_path / "ranks.py").write_text(_GIVES_UP)
+    environment = os.environ | {"PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{ROOT}/src"}
+    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path)]
+    assert subprocess.run(command, env=environment, timeout=120, check=False).returncode == 1
+    assert {end.rank: end.is_of_peers for end in read_ends(tmp_path)} == {0: False, 1: True}
+    cause = cause_of(read_ends(tmp_path))
+    assert cause is not None and "went no further than step 9, and another rank gave up waiting" in cause.message
+    assert "ranks.py" in cause.trace

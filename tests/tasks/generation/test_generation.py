@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -177,6 +179,36 @@ def test_every_token_comes_with_its_probability() -> None:
     seen = Counter(one.ids[0] for one in draw([Request([3, 4], 0, 0, sample) for sample in range(count)]))
     statistic = sum((seen[token] - count * p) ** 2 / (count * p) for token, p in enumerate(expected.tolist()))
     assert statistic < 24.3  # p = 0.001
+
+
+class _Casts(TorchDispatchMode):
+    """Counts casts of matrices to bfloat16: weights of linear layers."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and made.dtype == torch.bfloat16 and made.dim() == 2:
+            self.number += 1
+        return made
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_under_autocast_weights_are_cast_once_not_for_every_token(policy: Any, is_frozen: bool) -> None:
+    """Also those of a copy of the policy, and of the model below an adapter, which have no gradients."""
+    around = partial(torch.autocast, "cpu", torch.bfloat16)
+    engine = TransformersEngine(policy, pad_id=PAD, around=around)
+    policy.requires_grad_(not is_frozen)
+    try:
+        numbers = []
+        for length in (2, 12):
+            with _Casts() as casts:
+                engine.generate(requests(), Sampling(length, 1.3, (), seed=3))
+            numbers.append(casts.number)
+        assert numbers[0] == numbers[1] > 0
+        assert all(one.requires_grad != is_frozen for one in policy.parameters())
+    finally:
+        policy.requires_grad_(True)
 
 
 def test_a_policy_that_trains_keeps_training(policy: Any) -> None:

@@ -202,6 +202,20 @@ def test_ranks_on_mixed_cards_are_refused() -> None:
         _check_same_gpus(["NVIDIA H100", "NVIDIA L4"])
 
 
+def test_a_gpu_that_is_not_there_is_no_reason_to_train_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("smoltulu.tasks.trainer.prepare.NVIDIA_GPUS", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(ValueError, match=r"was given the GPU 7 .* torch finds none there"):
+        prepare_torch(context(tmp_path, device="auto"))
+    prepare_torch(context(tmp_path, device="cpu"))
+    monkeypatch.setattr("smoltulu.tasks.trainer.prepare.NVIDIA_GPUS", tmp_path / "none")  # a machine without a card
+    prepare_torch(context(tmp_path, device="auto"))
+
+
 def test_a_stage_of_one_process_asks_for_one_gpu_whatever_trainings_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
